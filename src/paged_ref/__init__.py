@@ -1,0 +1,33 @@
+"""paged_ref: PagedAttention to read, run, single-step and import.
+
+    from paged_ref import LLM, SamplingParams
+    from paged_ref.kernels import paged_attention
+
+The names load on first use, so that `import paged_ref` starts no compiler and touches no GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paged_ref.engine.llm import LLM, RequestOutput, SequenceOutput
+    from paged_ref.engine.sampling import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "SequenceOutput", "__version__"]
+
+_HOME = {
+    "LLM": "paged_ref.engine.llm",
+    "RequestOutput": "paged_ref.engine.llm",
+    "SequenceOutput": "paged_ref.engine.llm",
+    "SamplingParams": "paged_ref.engine.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'paged_ref' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)
