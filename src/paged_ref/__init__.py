@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paged_ref.engine.llm import LLM, RequestOutput, SequenceOutput
+    from paged_ref.engine.llm import LLM
+    from paged_ref.engine.outputs import RequestOutput, SequenceOutput
     from paged_ref.engine.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -19,8 +20,8 @@ __all__ = ["LLM", "RequestOutput", "SamplingParams", "SequenceOutput", "__versio
 
 _HOME = {
     "LLM": "paged_ref.engine.llm",
-    "RequestOutput": "paged_ref.engine.llm",
-    "SequenceOutput": "paged_ref.engine.llm",
+    "RequestOutput": "paged_ref.engine.outputs",
+    "SequenceOutput": "paged_ref.engine.outputs",
     "SamplingParams": "paged_ref.engine.sampling",
 }
 

@@ -1,0 +1,22 @@
+"""`paged-ref bench`: timings as ratios within one run, interleaved, medians. Never a test."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+BENCHMARKS = {
+    "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
+    "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, (module, summary) in BENCHMARKS.items():
+        benchmark = which.add_parser(name, help=summary, description=summary)
+        importlib.import_module(module).add_arguments(benchmark)
+
+
+def main(args: argparse.Namespace) -> int:
+    return int(importlib.import_module(BENCHMARKS[args.benchmark][0]).main(args))

@@ -11,20 +11,25 @@ import numpy as np
 from ..device import module_of
 from .arguments import AttentionCall, build_call, like_caller
 
-# From the fastest to the one that supports everything. A module has unavailable(), unsupported(call) and
-# attention(call); it is imported when it is first asked for.
-_BACKENDS = {"cuda": "cuda", "cpu": "cpu", "reference": "reference", "trace": "trace"}
-# `auto` never picks the tracer: it is a microscope.
+# The fastest first. A backend is the module of its name: unavailable(), unsupported(call), attention(call).
+# It is imported when it is first asked for.
+BACKENDS = {
+    "cuda": "the teaching kernels on a GPU: naive.py and paged.py",
+    "cpu": "the same two operations for CPU threads, compiled by Numba",
+    "reference": "plain array code, NumPy or CuPy: the oracle",
+    "trace": "the teaching kernels run here, thread by thread, and every access recorded",
+}
+# `auto` takes the first of these that supports the call. Never the tracer: it is a microscope.
 _AUTO = ("cuda", "cpu", "reference")
 
 
 @cache
 def _load(name: str) -> tuple[Any, str | None]:
     """The backend's module, and why it cannot run here (None where it can)."""
-    if name not in _BACKENDS:
-        raise ValueError(f"backend is {name!r}; known are auto, {', '.join(_BACKENDS)}")
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; known are auto, {', '.join(BACKENDS)}")
     try:
-        module = importlib.import_module(f"paged_ref.kernels.{_BACKENDS[name]}")
+        module = importlib.import_module(f"paged_ref.kernels.{name}")
     except ImportError as error:
         return None, f"it needs the package {error.name}"
     return module, module.unavailable()
@@ -32,7 +37,7 @@ def _load(name: str) -> tuple[Any, str | None]:
 
 def backends() -> tuple[str, ...]:
     """Names of the backends that work on this machine, the fastest first."""
-    return tuple(name for name in _BACKENDS if _load(name)[1] is None)
+    return tuple(name for name in BACKENDS if _load(name)[1] is None)
 
 
 def why_not(name: str) -> str | None:

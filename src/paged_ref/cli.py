@@ -1,0 +1,46 @@
+"""The command line. Each command lives in its own module; this one finds it and turns errors into words."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# command -> (module with add_arguments(parser) and main(args) -> exit status, help)
+COMMANDS = {
+    "demo": ("paged_ref.terminal.demo", "the same prompts with standard and with paged memory, compared"),
+    "generate": ("paged_ref.terminal.generate", "continue prompts, streaming the text"),
+    "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
+    "bench": ("paged_ref.bench", "benchmarks: kernels, engine"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit status: 0 done, 1 the command's own finding, 2 bad input, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="paged-ref", description="PagedAttention to read, run, single-step and import."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if argv[:1] == [name]:  # only the command that runs is imported, so that --help stays quick
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
+    except ValueError as error:
+        print(f"paged-ref: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("paged-ref: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader left, as `| head` does; nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
