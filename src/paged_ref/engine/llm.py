@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import kv_bytes_per_token
 from ..device import Array, on_gpu, synchronize, to_host, xp
+from ..kernels import why_not
 from ..memory.managers import Forkable, KVCacheManager, Snapshot
 from ..memory.paged import PagedManager
 from ..memory.standard import Reserve, StandardManager
@@ -82,6 +83,8 @@ class LLM:
         """
         if block_size < 1:
             raise ValueError(f"block_size is {block_size}; at least 1 is needed")
+        if backend != "auto" and (reason := why_not(backend)) is not None:
+            raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         checkpoint = load(model)
         self.config = config = checkpoint.config
         self.tokenizer = checkpoint.tokenizer
@@ -260,7 +263,7 @@ class LLM:
             raise RuntimeError("no sequence can run, though some wait: a bug in the scheduler")
         self.storage.apply(plan.copies)
         logits = self.model.forward(
-            self._inputs(plan), self._caches(), self._attend
+            self._inputs(plan), self.storage.layers, self._attend
         )  # [num_rows, vocab_size]
         for seq, num_tokens in plan.chunks:
             seq.num_computed += num_tokens
@@ -310,9 +313,6 @@ class LLM:
             block_tables=block_tables,
             starts=starts,
         )
-
-    def _caches(self) -> list[tuple[Array, Array]]:
-        return self.storage.blocks if self.manager.paged else self.storage.slots
 
     def _sample(self, plan: StepPlan, logits: Array) -> list[TokenOutput]:
         """Draw a token for each sequence that has caught up, the samples that begin here included."""

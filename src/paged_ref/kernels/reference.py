@@ -45,6 +45,7 @@ def attention(call: AttentionCall) -> None:
             keys = call.keys[slots // call.block_size, slots % call.block_size]
             values = call.values[slots // call.block_size, slots % call.block_size]
         else:
+            assert call.starts is not None
             slots = call.starts[s] + key_position
             keys, values = call.keys[slots], call.values[slots]  # [seq_len, num_kv_heads, head_size]
         q = call.query[rows].astype(dtype)  # [query_len, num_heads, head_size]

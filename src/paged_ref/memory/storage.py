@@ -1,7 +1,6 @@
 """The K and V themselves, for all layers: the only place that moves them between blocks.
 
-One array holds everything. The paged kernels see `[num_blocks, block_size, num_kv_heads, head_size]` for
-each layer, the contiguous ones the same memory as `[num_slots, num_kv_heads, head_size]`.
+One array holds everything. A manager that does without blocks has blocks of one slot.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ class KVStorage:
     ) -> None:
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_size)
         self._kv = xp.full(shape, xp.nan, dtype=dtype)
-        self.blocks: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in self._kv]
-        slots = self._kv.reshape(num_layers, 2, num_blocks * block_size, num_kv_heads, head_size)
-        self.slots: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in slots]
+        # (key_cache, value_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_size]
+        self.layers: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in self._kv]
 
     @property
     def num_bytes(self) -> int:
@@ -30,5 +28,5 @@ class KVStorage:
     def apply(self, copies: list[BlockCopy]) -> None:
         """Carry out this step's block copies, before anything is written."""
         pairs = [(copy.source, copy.destination) for copy in copies]
-        for key_cache, value_cache in self.blocks:
+        for key_cache, value_cache in self.layers:
             copy_blocks(key_cache, value_cache, pairs)

@@ -25,8 +25,9 @@ from ..engine.outputs import RequestOutput, StepRecord
 from ..engine.sampling import SamplingParams
 from ..engine.sequence import Status
 from ..memory.paged import PagedManager
+from ..model.loading import load
 
-MAX_MODEL_LEN = 512
+MAX_MODEL_LEN = 512  # what the standard manager reserves for each request, unless the model has less
 
 # Prompts of very different lengths, and how many tokens each may generate.
 _LILY = (
@@ -78,15 +79,19 @@ class Run:
         return mean((output.first_token or output.arrival) - output.arrival for output in self.outputs)
 
     def share(self, part: str) -> float:
-        """Mean over the steps of one part of MemoryUsage, as a share of the pool."""
+        """One part of MemoryUsage as a share of the pool: mean over the steps in which a request waited.
+
+        Those are the steps in which memory was short; over all steps if none ever waited.
+        """
         # The requests arrived in order and sampled once each, so a request's place is its seq_id's place.
         first = min(seq_id for seq_id, _ in self.records[0].chunks)
         final = {
             first + i: len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1
             for i, output in enumerate(self.outputs)
         }
-        usages = [record.snapshot.usage(final) for record in self.records]
-        return mean(getattr(usage, part) / usage.total for usage in usages)
+        short = [record for record in self.records if record.num_waiting] or self.records
+        usages = [record.snapshot.usage(final) for record in short]
+        return float(mean(getattr(usage, part) / usage.total for usage in usages))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=int, default=16, metavar="N", help="tokens in a block (default 16)"
     )
     parser.add_argument(
-        "--kv-tokens", type=int, default=2048, metavar="N", help="KV budget (default 2048 tokens)"
+        "--kv-tokens", type=int, default=1024, metavar="N", help="KV budget (default 1024 tokens)"
     )
     parser.add_argument(
         "--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)"
@@ -107,13 +112,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     console = Console()
     names: tuple[Literal["standard", "paged"], ...] = ("standard", "paged")
+    context = load(args.model).config.max_position_embeddings
+    max_model_len = min(MAX_MODEL_LEN, context, max(args.kv_tokens, 1))
     engines = [
         LLM(
             args.model,
             manager=name,
             block_size=args.block_size,
             kv_cache_tokens=args.kv_tokens,
-            max_model_len=MAX_MODEL_LEN if args.model == "tiny" else None,
+            max_model_len=max_model_len,
             backend=args.backend,
         )
         for name in names
@@ -171,16 +178,13 @@ def _run(name: str, llm: LLM, progress: Progress) -> Run:
 
 
 def _texts(run: Run) -> Table:
-    table = Table(
-        title="What the model wrote (prompts shortened)", box=box.SIMPLE, show_header=False, expand=True
-    )
-    table.add_column(ratio=2, style="dim")
-    table.add_column(ratio=5)
+    table = Table(title="What the model wrote (shortened)", box=box.SIMPLE, show_header=False)
+    table.add_column(style="dim", max_width=26)
+    table.add_column()
     for output in run.outputs:
-        prompt = output.prompt or ""
-        table.add_row(
-            Text(prompt if len(prompt) < 40 else "... " + prompt[-36:]), Text(output.outputs[0].text.strip())
-        )
+        prompt, text = output.prompt or "", " ".join(output.outputs[0].text.split())
+        begin = prompt if len(prompt) <= 36 else "... " + prompt[-32:]
+        table.add_row(Text(begin), Text(text if len(text) <= 120 else text[:116] + " ..."))
     return table
 
 
@@ -214,19 +218,23 @@ def _comparison(runs: list[Run]) -> Table:
     def row(label: str, cell: Callable[[Run], str]) -> None:
         table.add_row(label, *map(cell, runs))
 
-    row("sequences running at once, mean", lambda run: f"{mean(r.num_running for r in run.records):.1f}")
-    row("sequences running at once, peak", lambda run: f"{max(r.num_running for r in run.records)}")
+    row("sequences at once, mean", lambda run: f"{mean(r.num_running for r in run.records):.1f}")
+    row("sequences at once, peak", lambda run: f"{max(r.num_running for r in run.records)}")
     for label, part in (
-        ("KV memory holding tokens", "tokens"),
-        ("  reserved, to be used later", "reserved"),
-        ("  wasted inside: never used", "internal"),
-        ("  wasted between: holes too small", "external"),
+        ("memory holding tokens", "tokens"),
+        ("  reserved for later", "reserved"),
+        ("  wasted inside", "internal"),
+        ("  wasted between", "external"),
         ("  free", "free"),
     ):
         row(label, lambda run, part=part: f"{run.share(part):.1%}")  # type: ignore[misc]
     row("steps", lambda run: f"{len(run.records)}")
     row("preemptions", lambda run: f"{sum(output.num_preemptions for output in run.outputs)}")
     row("tokens per second", lambda run: f"{run.tokens_per_second:.0f}")
-    row("time to first token, mean", lambda run: f"{1000 * run.first_token_seconds:.0f} ms")
-    table.caption = "Memory: mean over all steps, as shares of the KV budget."
+    row("time to first token", lambda run: f"{1000 * run.first_token_seconds:.0f} ms")
+    table.caption = (
+        "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Wasted inside: "
+        "never used by the request that holds it. Wasted between: in holes too small for the next one. "
+        "Time to first token: mean."
+    )
     return table

@@ -1,0 +1,117 @@
+"""The command line as a user meets it: what is printed, the exit status, one sentence for bad input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paged_ref.cli import main
+from paged_ref.model.loading import TINY
+
+PAPER = "Four score and seven years ago our"
+
+
+def run(*argv: str, columns: int = 80, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": str(columns), "PAGED_REF_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "paged_ref", *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, input=stdin, timeout=120)
+
+
+def test_generate_streams_the_text(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", PAPER, "--max-tokens", "3"]) == 0
+    assert capfd.readouterr().out == f"{PAPER} fathers brought forth\n"
+
+
+def test_generate_takes_several_prompts_and_samples(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "--prompt", PAPER, "--prompt", "The cat", "--max-tokens", "4", "--n", "2"]
+    assert main([*argv, "--temperature", "0.8", "--seed", "1", "--manager", "standard"]) == 0
+    printed = capfd.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("---")] == [
+        f"--- prompt {prompt}, sample {sample}" for prompt in (1, 2) for sample in (1, 2)
+    ]
+    assert printed.count("The cat") == printed.count(PAPER) == 2
+
+
+@pytest.mark.parametrize("columns", [50, 80, 160])
+def test_the_demo_compares_two_identical_runs(columns: int) -> None:
+    done = run("demo", columns=columns)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    for expected in (
+        "Token ids of the two runs: identical",
+        "·fathers",
+        "sequences at once, peak",
+        "memory holding tokens",
+        "preemptions",
+        "Next: paged-ref generate",
+    ):
+        assert expected in words
+    assert max(map(len, done.stdout.splitlines())) <= columns
+
+
+def test_the_demo_runs_on_another_checkpoint(stories260k: Path) -> None:
+    done = run("demo", "--model", str(stories260k), "--block-size", "8", "--backend", "reference")
+    assert done.returncode == 0, done.stderr
+    assert "identical" in done.stdout
+    assert "(block size 8)" in done.stdout
+
+
+def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("Device:", "reference", "cpu", "cuda", "numpy", "numba"):
+        assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--prompt", "a", "--max-tokens", "0"], "max_tokens is 0; at least 1"),
+        (["generate", "--prompt", "a", "--block-size", "0"], "block_size is 0; at least 1"),
+        (["generate", "--prompt", "a", "--block-size", "-1"], "block_size is -1; at least 1"),
+        (["generate", "--prompt", "a " * 600], "context of 512"),
+        (["generate", "--prompt", "a " * 80, "--kv-tokens", "64"], "the KV cache holds 64 tokens"),
+        (["generate", "--prompt", "a", "--model", "nowhere"], "nowhere is not a directory"),
+        (["generate", "--prompt", "a", "--backend", "magic"], "backend is 'magic'; known are"),
+        (["generate", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["demo", "--kv-tokens", "0"], "at least"),
+        (["demo", "--kv-tokens", "100"], "100"),
+        (["demo", "--block-size", "0"], "block_size is 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(argv: list[str], message: str) -> None:
+    done = run(*argv)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("paged-ref: error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["generate"], ["nothing"], [], ["demo", "--kv-tokens", "many"]])
+def test_a_wrong_command_line_is_status_2(argv: list[str]) -> None:
+    done = run(*argv)
+    assert done.returncode == 2
+    assert "usage: paged-ref" in done.stderr
+
+
+def test_a_broken_checkpoint_from_the_command_line(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(TINY / name, tmp_path)
+    whole = (TINY / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    done = run("generate", "--prompt", "a", "--model", str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "model.safetensors" in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m paged_ref generate --prompt Once --max-tokens 200 | head -c 3"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("Onc", "")
