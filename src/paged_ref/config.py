@@ -59,17 +59,13 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads is {self.num_heads}; a multiple of the {self.num_kv_heads} KV heads is needed"
-            )
+            raise ValueError(f"num_heads is {self.num_heads}; a multiple of the {self.num_kv_heads} KV heads is needed")
         if self.head_size % 2:
             raise ValueError(f"head_size is {self.head_size}; RoPE turns pairs, so an even number is needed")
         if not self.sliding_windows:
             object.__setattr__(self, "sliding_windows", (None,) * self.num_layers)
         if len(self.sliding_windows) != self.num_layers:
-            raise ValueError(
-                f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers"
-            )
+            raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers")
         for window in self.sliding_windows:
             if window is not None and window < 1:
                 raise ValueError(f"sliding_windows holds {window}; at least 1 is needed (the token itself)")

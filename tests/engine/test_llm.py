@@ -36,9 +36,7 @@ def tiny() -> LLM:
 @pytest.mark.parametrize(
     ("manager", "block_size"), [("standard", 16), ("paged", 1), ("paged", 4), ("paged", 16), ("paged", 64)]
 )
-def test_stories260k_writes_its_published_text(
-    stories260k: Path, manager: Any, block_size: int, backend: str
-) -> None:
+def test_stories260k_writes_its_published_text(stories260k: Path, manager: Any, block_size: int, backend: str) -> None:
     expected = (stories260k / "expected_greedy_200.txt").read_text(encoding="utf-8")
     llm = LLM(stories260k, manager=manager, block_size=block_size, backend=backend, kv_cache_tokens=1024)
     (output,) = llm.generate("", SamplingParams(max_tokens=200))
@@ -223,7 +221,7 @@ def test_a_request_that_the_cache_can_never_hold() -> None:
     with pytest.raises(ValueError, match=r"70 prompt tokens .* 64"):
         llm.generate([5] * 70)
     llm = LLM("tiny", kv_cache_tokens=64)
-    with pytest.raises(ValueError, match=r"70 tokens; the context of 64 .* own context is 512; .* holds 64"):
+    with pytest.raises(ValueError, match=r"70 tokens; the context of 64 .* own is 512; .* holds 64"):
         llm.generate([5] * 70)
 
 
@@ -233,9 +231,9 @@ def test_a_request_that_the_cache_can_never_hold() -> None:
         ({"block_size": 0}, "block_size is 0; at least 1"),
         ({"block_size": -4}, "block_size is -4; at least 1"),
         ({"manager": "buddy"}, "manager is 'buddy'; known are"),
-        ({"kv_cache_tokens": 10}, "room for 10 tokens .* one block of 16"),
+        ({"kv_cache_tokens": 10}, "room for 10 tokens; at least one block of 16"),
         ({"kv_cache_tokens": 0, "manager": "standard"}, "room for 0 tokens"),
-        ({"kv_cache_bytes": 3072 * 16 - 1}, "room for 15 tokens .3072 bytes each.; at least one block of 16"),
+        ({"kv_cache_bytes": 3072 * 16 - 1}, "room for 15 tokens; at least one block of 16"),
         ({"kv_cache_bytes": 1, "kv_cache_tokens": 1}, "both given"),
         ({"max_model_len": 513}, "max_model_len is 513; 1 to the model's context of 512"),
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..memory.managers import Snapshot
+from ..memory.managers import Snapshot, Transfer
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(slots=True)
@@ -18,6 +18,7 @@ class SequenceOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None  # None: still running
+    score: float | None = None  # of beam search: log-probability / length ** length_penalty
 
 
 @dataclass(slots=True)
@@ -32,11 +33,15 @@ class RequestOutput:
     first_token: float | None = None
     finished: float | None = None
     num_preemptions: int = 0
+    error: Exception | None = None  # what a hook raised; the request ended there
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One new token, as stream() yields it. `text` lags while a character or a stop string is incomplete."""
+    """One new token, as stream() yields it. `text` lags while a character or a stop string is incomplete.
+
+    Beam search yields each of its results as a whole when it ends, with the last token's id.
+    """
 
     request_id: int
     index: int  # of the sample
@@ -51,6 +56,7 @@ class StepRecord:
 
     chunks: list[tuple[int, int]]  # (seq_id, tokens computed)
     num_preempted: int
+    transfers: list[Transfer]
     num_running: int
     num_waiting: int
     snapshot: Snapshot

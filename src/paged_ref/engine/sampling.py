@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,10 @@ class SamplingParams:
     stop: Sequence[str] = field(default=())  # text that ends the output, and is not part of it
     stop_token_ids: Sequence[int] = field(default=())
     ignore_eos: bool = False
+    beam_width: int | None = None  # search with so many beams, and give the best so many; excludes sampling
+    length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
+    # Called with the tokens so far and their logits [vocab_size] (its own copy); returns the logits to use.
+    logits_hook: Callable[[Sequence[int], np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -41,8 +45,24 @@ class SamplingParams:
             raise ValueError(f"n is {self.n}; at least 1 is needed")
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"seed is {self.seed}; at least 0 is needed")
+        if self.beam_width is not None:
+            if self.beam_width < 1:
+                raise ValueError(f"beam_width is {self.beam_width}; at least 1 is needed")
+            for name in ("n", "temperature", "top_k", "top_p", "stop"):
+                if getattr(self, name) not in (1, 0.0, None, ()):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}; beam search takes no {name}")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string; it would end every output at once")
+
+
+def hooked(logits: np.ndarray, tokens: Sequence[int], params: SamplingParams) -> np.ndarray:
+    """`logits [vocab_size]` after the caller's hook, if there is one."""
+    if params.logits_hook is None:
+        return logits
+    changed = np.asarray(params.logits_hook(tokens, logits.copy()))
+    if changed.shape != logits.shape:
+        raise ValueError(f"logits_hook returned shape {list(changed.shape)}; {list(logits.shape)} is needed")
+    return changed
 
 
 def generator(params: SamplingParams, sample: int) -> np.random.Generator:

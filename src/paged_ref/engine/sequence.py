@@ -1,4 +1,4 @@
-"""One sequence of tokens on its way through the engine."""
+"""One sequence of tokens on its way through the engine, and the group of those that share a prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from enum import Enum
 
 
 class Status(Enum):
-    WAITING = "waiting"  # holds no memory: not begun, or preempted
+    """Of a group: its sequences run, wait and are preempted together."""
+
+    WAITING = "waiting"  # holds no memory: not begun, or preempted by recompute
+    SWAPPED = "swapped"  # in host memory: preempted by swap
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -21,8 +24,7 @@ class Sequence:
     prompt_len: int
     max_tokens: int  # the length at which it ends at the latest, prompt included
     num_computed: int = 0  # tokens whose K and V are in the cache
-    status: Status = Status.WAITING
-    num_preemptions: int = field(default=0)
+    admitted: bool = False  # the manager knows it
 
     @property
     def num_uncomputed(self) -> int:
@@ -33,3 +35,29 @@ class Sequence:
     def max_slots(self) -> int:
         """The most slots that it will ever hold: the last token's K and V are never needed."""
         return self.max_tokens - 1
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """The unfinished sequences of one request: samples or beams that share the blocks of their prompt.
+
+    It begins with one sequence, the leader; the others are forked from it when the prompt is computed.
+    """
+
+    seqs: list[Sequence]  # the first is the leader; beams are in the order of their rank
+    width: int = 1  # sequences that it may come to have at once
+    status: Status = Status.WAITING
+    num_preemptions: int = field(default=0)
+
+    @property
+    def leader(self) -> Sequence:
+        return self.seqs[0]
+
+    def common_len(self) -> int:
+        """Leading tokens that all sequences have in common, leaving each at least one to compute."""
+        shortest = min(len(seq.tokens) for seq in self.seqs)
+        first = self.leader.tokens
+        for i in range(shortest - 1):
+            if any(seq.tokens[i] != first[i] for seq in self.seqs):
+                return i
+        return shortest - 1

@@ -128,7 +128,7 @@ def build_call(
         raise ValueError(f"query has head_size {head_size}; 1 to {MAX_HEAD_SIZE} is supported")
 
     ndim = 4 if block_tables is not None else 3
-    layout = "[num_blocks, block_size, num_kv_heads, head_size]" if ndim == 4 else "[num_slots, num_kv_heads, head_size]"
+    layout = f"[{'num_blocks, block_size' if ndim == 4 else 'num_slots'}, num_kv_heads, head_size]"
     for array, name in ((keys, names[0]), (values, names[1])):
         _require(array.ndim == ndim, name, array, layout)
         _require_dtype(array, name, CACHE_DTYPES)
@@ -184,7 +184,7 @@ def build_call(
             raise ValueError(
                 f"out is {out.dtype}{list(out.shape)}; {query.dtype}{list(query.shape)} is needed, as query is"
             )
-        if not out.flags.writeable if module_of(out) is np else False:
+        if module_of(out) is np and not out.flags.writeable:
             raise ValueError("out is read-only")
     lse = xp.empty((num_tokens, num_heads), dtype=np.float32) if return_lse else None
 
@@ -192,10 +192,10 @@ def build_call(
         query, keys, values, block_tables, starts, seq_lens, query_start_loc, float(scale),
         sliding_window, softcap, alibi_slopes, sinks, out, lse,
     )  # fmt: skip
-    for field in ("keys", "values", "block_tables", "starts", "seq_lens", "query_start_loc", "alibi_slopes", "sinks", "out"):
-        array = getattr(call, field)
+    for array, name in (*integers, (keys, names[0]), (values, names[1]), (alibi_slopes, "alibi_slopes"),
+                        (sinks, "sinks"), (out, "out")):  # fmt: skip
         if array is not None and module_of(array) is not xp:
-            raise ValueError(f"{field} is a {module_of(array).__name__} array; query is a {xp.__name__} array")
+            raise ValueError(f"{name} is a {module_of(array).__name__} array; query is a {xp.__name__} array")
     if validate or (validate is None and xp is np):
         check_values(call)
     return call
@@ -225,9 +225,7 @@ def check_values(call: AttentionCall) -> None:
         bad = ((tables < 0) | (tables >= num_blocks)) & (np.arange(tables.shape[1]) < needed[:, None])
         if bad.any():
             s, b = (int(i) for i in np.argwhere(bad)[0])
-            raise ValueError(
-                f"block_tables[{s}, {b}] is {tables[s, b]}; the cache has blocks 0 to {num_blocks - 1}"
-            )
+            raise ValueError(f"block_tables[{s}, {b}] is {tables[s, b]}; the cache has blocks 0 to {num_blocks - 1}")
         return
     starts, num_slots = to_host(call.starts), call.keys.shape[0]
     bad = (seq_lens > 0) & ((starts < 0) | (starts.astype(np.int64) + seq_lens > num_slots))

@@ -21,20 +21,16 @@ threads: a sequence gets the same bits in any company.
 
 from __future__ import annotations
 
+import math
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
+import numba
 import numpy as np
-
-# Numba's OpenMP threads spin for a while after a loop, and so take the cores from NumPy's BLAS, which the
-# model runs between two calls: its products then take 2 to 4 times as long. Passive threads sleep; waking
-# them costs about 5 us (the workqueue layer: 30, and it aborts when two Python threads use it at once).
-# OpenMP reads this once, when Numba first loads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import llvmlite.binding as llvm
+from llvmlite import binding as llvm
 from llvmlite import ir
-from numba import get_num_threads, njit, prange, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -49,7 +45,29 @@ FLOAT, LINE = np.float32, 16  # a cache line is 16 floats
 # Sums may be reordered and fused. The flags that assume "no NaN, no infinity" stay off: -inf means hidden.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
-_one_at_a_time = threading.Lock()  # a parallel loop has all threads anyway, and not every layer is re-entrant
+# The threads are Python's own: compiled code lets go of the interpreter (nogil), so they run side by side.
+# Numba's parallel loops were tried. Their OpenMP threads spin after each loop and slow NumPy's BLAS, which the
+# model runs between two calls, 2 to 4 times, unless the whole process is told otherwise before OpenMP loads;
+# their other layer aborts when two Python threads use it; and both compile the loop a second time, which
+# doubled the wait on first use. Waking a Python thread costs about 10 us (OpenMP: 6, when told to sleep).
+THREADS = int(numba.config.NUMBA_NUM_THREADS)  # the cores of this process, or the variable of that name
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, THREADS - 1), thread_name_prefix="attention")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child makes its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def in_threads(function, threads, *arguments) -> None:
+    """Run `function(mine, threads, *arguments)` for each `mine` below `threads`, one of them here."""
+    others = [_pool().submit(function, mine, threads, *arguments) for mine in range(1, threads)]
+    function(0, threads, *arguments)
+    for other in others:
+        other.result()
 
 
 def unavailable() -> str | None:
@@ -87,27 +105,30 @@ def attention(call: AttentionCall) -> None:
     query = np.multiply(call.query, FLOAT(call.scale), dtype=FLOAT)  # [num_tokens, num_heads, head_size]
     direct = call.out.dtype == np.float32 and call.out.flags.c_contiguous
     out = call.out if direct else np.empty(call.out.shape, dtype=FLOAT)
-    nothing = np.zeros(0, dtype=FLOAT)
+    lse = np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse
+    nothing = _frozen(np.empty(0, FLOAT))
 
-    seq_lens, query_start_loc = _whole(call.seq_lens), _whole(call.query_start_loc)
-    window = call.sliding_window or FOREVER
-    items, cost = plan(seq_lens, query_start_loc, min(window, FOREVER), max(1, ROWS // group_size))
+    window = min(call.sliding_window or FOREVER, FOREVER)
+    items, split_rows, products = plan(
+        _whole(call.seq_lens), _whole(call.query_start_loc), window, max(1, ROWS // group_size)
+    )
+    part_out = np.empty(split_rows * call.num_heads * call.head_size, FLOAT)
+    part_lse = np.empty(split_rows * call.num_heads, FLOAT)
     arguments = (
-        items, query.reshape(-1),
-        keys, values, keys if in_place else _frozen(nothing), values if in_place else _frozen(nothing), in_place,
-        key_strides, value_strides, table, (block_size, call.num_kv_heads, group_size, call.head_size),
-        min(window, FOREVER), FLOAT(call.softcap or 0.0),
+        items, products, _frozen(query.reshape(-1)),
+        keys, values, keys if in_place else nothing, values if in_place else nothing, in_place,
+        np.array((key_strides, value_strides)), table,
+        np.array((block_size, call.num_kv_heads, group_size, call.head_size)),
+        window, FLOAT(call.softcap or 0.0),
         # No slope is a slope of 0, and no sink is a sink of -inf: the loop need not ask.
-        np.zeros(call.num_heads, FLOAT) if call.alibi_slopes is None else call.alibi_slopes,
-        np.full(call.num_heads, -np.inf, FLOAT) if call.sinks is None else call.sinks,
-        out.reshape(-1), nothing if call.lse is None else call.lse.reshape(-1),
+        _frozen(np.zeros(call.num_heads, FLOAT) if call.alibi_slopes is None else call.alibi_slopes),
+        _frozen(np.full(call.num_heads, -np.inf, FLOAT) if call.sinks is None else call.sinks),
+        out.reshape(-1), lse.reshape(-1), part_out, part_lse,
     )  # fmt: skip
-    threads = min(get_num_threads(), len(items))
-    if threads == 1 or cost * call.num_heads * call.head_size < SMALL:
-        run_alone(*arguments)
-    else:
-        with _one_at_a_time:
-            run_threads(threads, *arguments)
+    small = products * call.num_heads * call.head_size < SMALL
+    in_threads(attend_share, 1 if small else min(THREADS, len(items)), *arguments)
+    if split_rows:
+        merge_all(items, call.num_heads, call.head_size, part_out, part_lse, out.reshape(-1), lse.reshape(-1))
     if not direct:
         call.out[...] = out
 
@@ -205,32 +226,38 @@ def u(index):
     return np.uint64(index)
 
 
+# One piece of work: `count` queries of sequence `s` from row `query` on, the first at `position` in its sequence,
+# over the keys from `begin` to before `end`. Where a query's keys are split, this is part `part` of `parts`, and its
+# result goes to the rows from `to` on of the partial results; else to the queries' own rows.
+ITEM = np.dtype([(name, np.int64) for name in (["s", "query", "count", "position", "begin", "end", "part", "parts", "to"])])
+
+
 @njit(cache=True, nogil=True)
 def plan(seq_lens, query_start_loc, window, queries):
-    """The items [num_items, 6]: sequence, first query, queries, first key, last key + 1, parts.
-
-    The parts of one query chunk follow each other; each carries their number. Also the products to compute.
-    """
-    found, cost = 0, 0
-    items = np.empty((64, 6), np.int64)
+    """The items, the number of rows of partial results, and the query-key products to compute."""
+    found, split_rows, products = 0, 0, 0
+    items = np.empty(64, ITEM)
     for s in range(len(seq_lens)):
         query_len = query_start_loc[s + 1] - query_start_loc[s]
         for first in range(0, query_len, queries):
             count = min(queries, query_len - first)
-            position = seq_lens[s] - query_len + first  # of the first query
+            position = seq_lens[s] - query_len + first
             begin, end = max(0, position - window + 1), max(0, position + count)
             parts = max(1, -(-(end - begin) // PART)) if query_len <= queries else 1
             for part in range(parts):
                 if found == len(items):
-                    more = np.empty((2 * found, 6), np.int64)
-                    more[:found] = items
-                    items = more
-                low = begin + part * PART
-                high = min(end, low + PART) if parts > 1 else end
-                items[found] = (s, query_start_loc[s] + first, count, low, high, parts)
-                cost += count * max(0, high - low)
+                    items = np.concatenate((items, np.empty(found, ITEM)))
+                item = items[found]
+                item.s, item.query, item.count, item.position = s, query_start_loc[s] + first, count, position
+                item.begin = begin + part * PART
+                item.end = min(end, item.begin + PART) if parts > 1 else end
+                item.part, item.parts, item.to = part, parts, item.query
+                if parts > 1:
+                    item.to = split_rows
+                    split_rows += count
+                products += count * max(0, item.end - item.begin)
                 found += 1
-    return items[:found], cost
+    return items[:found], split_rows, products
 
 
 @njit(fastmath=FAST, forceinline=True)
@@ -261,12 +288,13 @@ def ahead(cache, at, strides, first, num_kv_heads, width):
 def unpack(rows, cache, at, offset, step, head_size):
     """Copy one head of a tile to rows [TILE, head_size] of float32, from any type and any stride."""
     for t in range(TILE):
-        if step == 1:
+        source, target = at[t] + offset, t * head_size
+        if step == 1:  # said apart, so that the compiler sees a vector
             for d in range(head_size):
-                rows[u(t * head_size + d)] = to_float(cache[u(at[t] + offset + d)])
+                rows[u(target + d)] = to_float(cache[u(source + d)])
         else:
             for d in range(head_size):
-                rows[u(t * head_size + d)] = to_float(cache[u(at[t] + offset + d * step)])
+                rows[u(target + d)] = to_float(cache[u(source + d * step)])
 
 
 @njit(fastmath=FAST, forceinline=True)
@@ -281,63 +309,187 @@ def dots(scores, r, t, query, q, keys, k0, k1, k2, k3, size):
         b0, b1, b2, b3 = b0 + qb * x0, b1 + qb * x1, b2 + qb * x2, b3 + qb * x3
         c0, c1, c2, c3 = c0 + qc * x0, c1 + qc * x1, c2 + qc * x2, c3 + qc * x3
         d0, d1, d2, d3 = d0 + qd * x0, d1 + qd * x1, d2 + qd * x2, d3 + qd * x3
-    scores[r, t], scores[r, t + 1], scores[r, t + 2], scores[r, t + 3] = a0, a1, a2, a3
-    scores[r + 1, t], scores[r + 1, t + 1], scores[r + 1, t + 2], scores[r + 1, t + 3] = b0, b1, b2, b3
-    scores[r + 2, t], scores[r + 2, t + 1], scores[r + 2, t + 2], scores[r + 2, t + 3] = c0, c1, c2, c3
-    scores[r + 3, t], scores[r + 3, t + 1], scores[r + 3, t + 2], scores[r + 3, t + 3] = d0, d1, d2, d3
+    i = r * TILE + t
+    scores[u(i)], scores[u(i + 1)], scores[u(i + 2)], scores[u(i + 3)] = a0, a1, a2, a3
+    i += TILE
+    scores[u(i)], scores[u(i + 1)], scores[u(i + 2)], scores[u(i + 3)] = b0, b1, b2, b3
+    i += TILE
+    scores[u(i)], scores[u(i + 1)], scores[u(i + 2)], scores[u(i + 3)] = c0, c1, c2, c3
+    i += TILE
+    scores[u(i)], scores[u(i + 1)], scores[u(i + 2)], scores[u(i + 3)] = d0, d1, d2, d3
 
 
 @njit(fastmath=FAST, forceinline=True)
 def add_values(mixed, m, weights, r, t, values, v0, v1, v2, v3, size):
     """Two rows of `mixed`, from `m` on, += weights[r:r+2, t:t+4] times the value rows at v0 to v3."""
-    a0, a1, a2, a3 = weights[r, t], weights[r, t + 1], weights[r, t + 2], weights[r, t + 3]
-    b0, b1, b2, b3 = weights[r + 1, t], weights[r + 1, t + 1], weights[r + 1, t + 2], weights[r + 1, t + 3]
+    i, j, n = r * TILE + t, (r + 1) * TILE + t, m + size
+    a0, a1, a2, a3 = weights[u(i)], weights[u(i + 1)], weights[u(i + 2)], weights[u(i + 3)]
+    b0, b1, b2, b3 = weights[u(j)], weights[u(j + 1)], weights[u(j + 2)], weights[u(j + 3)]
     for d in range(size):
         x0, x1, x2, x3 = values[u(v0 + d)], values[u(v1 + d)], values[u(v2 + d)], values[u(v3 + d)]
         a = mixed[u(m + d)] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        b = mixed[u(m + size + d)] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+        b = mixed[u(n + d)] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
         mixed[u(m + d)] = a
-        mixed[u(m + size + d)] = b
+        mixed[u(n + d)] = b
 
 
 @njit(fastmath=FAST, forceinline=True)
-def softmax_step(weights, r, highest, total, mixed, m, size):
-    """One online step for row r: scores become weights, and what was summed before is scaled to match.
+def adjust(scores, r, first, position, end, window, softcap, slope):
+    """From products to scores: softcap, ALiBi, and -inf for the keys of the tile at `first` that row r, at
+    `position`, does not see. Returns the highest score."""
+    if softcap > 0:
+        for t in range(TILE):
+            scores[r * TILE + t] = softcap * math.tanh(scores[r * TILE + t] / softcap)
+    latest, earliest = np.int32(min(position, end - 1) - first), np.int32(max(position - window, -1) - first)
+    before = np.int32(first - position)
+    highest = FLOAT(-np.inf)
+    for t in range(TILE):
+        i, key = u(r * TILE + t), np.int32(t)
+        score = scores[i] + slope * FLOAT(key + before)
+        if key > latest:
+            score = FLOAT(-np.inf)
+        if key <= earliest:
+            score = FLOAT(-np.inf)
+        scores[i] = score
+        highest = max(highest, score)
+    return highest
 
-    highest, total: of the row, so far; returns the new ones. m: where the row of `mixed` begins.
-    """
-    top = highest
+
+@njit(fastmath=FAST, forceinline=True)
+def weigh(weights, r, shift):
+    """The scores of row r become weights, e**(score - shift); returns their sum."""
+    total = FLOAT(0.0)
     for t in range(TILE):
-        top = max(top, weights[r, t])
-    if top == -np.inf:  # no key seen yet: -inf - -inf would be NaN
-        weights[r, :] = FLOAT(0.0)
-        return top, total
-    if top > highest:
-        shrink = exp(highest - top)
-        total *= shrink
-        for d in range(size):
-            mixed[u(m + d)] *= shrink
-    added = FLOAT(0.0)
-    for t in range(TILE):
-        weight = exp(weights[r, t] - top)
-        weights[r, t] = weight
-        added += weight
-    return top, total + added
+        weight = exp(weights[u(r * TILE + t)] - shift)
+        weights[u(r * TILE + t)] = weight
+        total += weight
+    return total
+
+
+@njit(fastmath=FAST, forceinline=True)
+def attend(item, query, keys, values, keys32, values32, in_place, strides, table, sizes, window, softcap, slopes,
+           sinks, out, lse):  # fmt: skip
+    """Compute one item, into `out` and `lse`. A row is a (query, head) pair of one KV head. Rows come in
+    fours; those past the last pair are queries of zeros, and nobody reads what becomes of them."""
+    key_strides, value_strides = strides[0], strides[1]
+    block_size, num_kv_heads, group_size, size = sizes[0], sizes[1], sizes[2], sizes[3]
+    num_heads, pairs = num_kv_heads * group_size, item.count * group_size
+    rows = -(-pairs // 4) * 4
+    q = np.zeros(num_kv_heads * rows * size, FLOAT)  # [num_kv_heads, rows, head_size], and `mixed` too
+    mixed = np.zeros(num_kv_heads * rows * size, FLOAT)
+    highest, total = np.zeros(num_kv_heads * rows, FLOAT), np.zeros(num_kv_heads * rows, FLOAT)
+    weights = np.zeros(rows * TILE, FLOAT)  # [rows, TILE], scores at first
+    for head in range(num_kv_heads):
+        for r in range(pairs):
+            row, q_head = head * rows + r, head * group_size + r % group_size
+            source = ((item.query + r // group_size) * num_heads + q_head) * size
+            for d in range(size):
+                q[u(row * size + d)] = query[u(source + d)]
+            # The sink is a key without a value, seen before all others.
+            highest[row] = sinks[q_head] if item.part == 0 else -np.inf
+            total[row] = 1.0 if highest[row] > -np.inf else 0.0
+
+    key_at, value_at = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
+    next_key_at, next_value_at = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
+    in_tile = np.arange(TILE) * size  # where the rows of an unpacked tile begin
+    key_copy, value_copy = np.empty(TILE * size, FLOAT), np.empty(TILE * size, FLOAT)
+    key_rows, value_rows = (keys32, values32) if in_place else (key_copy, value_copy)
+    if item.begin < item.end:
+        slots(next_key_at, table, item.s, item.begin, item.end, block_size, key_strides)
+        slots(next_value_at, table, item.s, item.begin, item.end, block_size, value_strides)
+    for first in range(item.begin, item.end, TILE):
+        key_at, next_key_at = next_key_at, key_at
+        value_at, next_value_at = next_value_at, value_at
+        if first + TILE < item.end:
+            slots(next_key_at, table, item.s, first + TILE, item.end, block_size, key_strides)
+            slots(next_value_at, table, item.s, first + TILE, item.end, block_size, value_strides)
+        more = first + TILE < item.end
+        for head in range(num_kv_heads):
+            k, v, base = key_at, value_at, head * rows
+            k_head, v_head = head * key_strides[2], head * value_strides[2]
+            if not in_place:
+                unpack(key_copy, keys, key_at, k_head, key_strides[3], size)
+                unpack(value_copy, values, value_at, v_head, value_strides[3], size)
+                k, v, k_head, v_head = in_tile, in_tile, 0, 0
+            for t in range(0, TILE, 4):
+                if more:
+                    ahead(keys, next_key_at, key_strides, head * TILE + t, num_kv_heads, size)
+                for r in range(0, rows, 4):
+                    dots(weights, r, t, q, (base + r) * size, key_rows,
+                         k[t] + k_head, k[t + 1] + k_head, k[t + 2] + k_head, k[t + 3] + k_head, size)  # fmt: skip
+            for r in range(pairs):
+                row, position = base + r, item.position + r // group_size
+                slope = slopes[head * group_size + r % group_size]
+                top = max(highest[row], adjust(weights, r, first, position, item.end, window, softcap, slope))
+                if top > highest[row]:  # what was summed before shrinks to the new scale
+                    shrink = exp(highest[row] - top)
+                    highest[row] = top
+                    total[row] *= shrink
+                    for d in range(size):
+                        mixed[u(row * size + d)] *= shrink
+                # While no key was seen, top is -inf, and -inf - -inf would be NaN.
+                total[row] += weigh(weights, r, top if top > -np.inf else FLOAT(0.0))
+            for t in range(0, TILE, 4):
+                if more:
+                    ahead(values, next_value_at, value_strides, head * TILE + t, num_kv_heads, size)
+                for r in range(0, rows, 2):
+                    add_values(mixed, (base + r) * size, weights, r, t, value_rows,
+                               v[t] + v_head, v[t + 1] + v_head, v[t + 2] + v_head, v[t + 3] + v_head, size)  # fmt: skip
+
+    for head in range(num_kv_heads):
+        for r in range(pairs):
+            row = head * rows + r
+            target = (item.to + r // group_size) * num_heads + head * group_size + r % group_size
+            seen = total[row] != 0  # NaN counts as seen: it has to show
+            for d in range(size):
+                out[u(target * size + d)] = mixed[u(row * size + d)] / total[row] if seen else FLOAT(0.0)
+            lse[target] = highest[row] + math.log(total[row]) if seen else -np.inf
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def attend(item, with_sink, state, query, keys, values, keys32, values32, in_place, key_strides, value_strides,
-           table, sizes, window, softcap, slopes, sinks):  # fmt: skip
-    """One item: `state` [num_kv_heads * rows, head_size + 2] gets, for each row, the weighted sum of values,
-    the highest score and the sum of weights. A row is a (query, head) pair; rows come in fours, and those
-    without a pair are queries of zeros, whose state nobody reads."""
-    block_size, num_kv_heads, group_size, size = sizes
-    s, first_query, count, begin, end, _ = item
-    num_heads = num_kv_heads * group_size
-    rows = -(-count * group_size // 4) * 4
-    position = np.empty(rows, np.int64)  # the last key that a row sees
-    q = np.zeros(num_kv_heads * rows * size, FLOAT)
-    mixed = np.zeros(num_kv_heads * rows * size, FLOAT)
-    highest, total = np.empty(num_kv_heads * rows, FLOAT), np.empty(num_kv_heads * rows, FLOAT)
-    weights = np.empty((rows, TILE), FLOAT)
-    return
+def merge(item, num_heads, size, part_out, part_lse, out, lse):
+    """Join the parts of one query chunk, of which `item` is the first, as merge_states does."""
+    for i in range(item.count * num_heads):
+        first, step = item.to * num_heads + i, item.count * num_heads  # the next part is `step` further
+        target = item.query * num_heads + i
+        top = FLOAT(-np.inf)
+        for part in range(item.parts):
+            top = max(top, part_lse[first + part * step])
+        if top == -np.inf:
+            top = FLOAT(0.0)
+        total = FLOAT(0.0)
+        for d in range(size):
+            out[u(target * size + d)] = 0.0
+        for part in range(item.parts):
+            source = first + part * step
+            weight = FLOAT(math.exp(part_lse[source] - top))
+            total += weight
+            for d in range(size):
+                out[u(target * size + d)] += weight * part_out[u(source * size + d)]
+        if total != 0:
+            for d in range(size):
+                out[u(target * size + d)] /= total
+        lse[target] = top + math.log(total) if total != 0 else -np.inf
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def attend_share(mine, threads, items, products, query, keys, values, keys32, values32, in_place, strides, table,
+                 sizes, window, softcap, slopes, sinks, out, lse, part_out, part_lse):  # fmt: skip
+    """The items of thread `mine`. Each thread walks the whole list, and takes an item when the item's middle
+    lies in its share, out of `threads` equal shares, of all the work."""
+    before = 0
+    for i in range(len(items)):
+        item = items[i]
+        work = item.count * max(0, item.end - item.begin)
+        if (2 * before + work) * threads // (2 * products + 1) == mine:
+            to_out, to_lse = (out, lse) if item.parts == 1 else (part_out, part_lse)
+            attend(item, query, keys, values, keys32, values32, in_place, strides, table, sizes, window, softcap,
+                   slopes, sinks, to_out, to_lse)  # fmt: skip
+        before += work
+
+
+@njit(cache=True, nogil=True)
+def merge_all(items, num_heads, size, part_out, part_lse, out, lse):
+    for i in range(len(items)):
+        if items[i].parts > 1 and items[i].part == 0:
+            merge(items[i], num_heads, size, part_out, part_lse, out, lse)

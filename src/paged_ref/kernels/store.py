@@ -45,10 +45,7 @@ def write_kv(
     if (validate or (validate is None and xp is np)) and slot_mapping.size and slot_mapping.max() >= num_slots:
         raise ValueError(f"slot_mapping holds {int(slot_mapping.max())}; the cache has slots 0 to {num_slots - 1}")
 
-    if xp is np and slot_mapping.size and slot_mapping.min() < 0:  # on a GPU the look would be a wait
-        written = slot_mapping >= 0
-        key, value, slot_mapping = key[written], value[written], slot_mapping[written]
-    elif xp is not np:
+    if (xp is np and slot_mapping.size and slot_mapping.min() < 0) or xp is not np:  # on a GPU the look would be a wait
         written = slot_mapping >= 0
         key, value, slot_mapping = key[written], value[written], slot_mapping[written]
     if key_cache.ndim == 4:

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from .block_pool import OutOfBlocks
+
+
+@dataclass(slots=True)
+class Region:
+    """Where one sequence lies."""
+
+    start: int
+    size: int  # slots
+    length: int = 0  # of these, slots that hold a token
+    on_host: bool = False  # `start` counts host slots: swapped out
 
 
 class RegionPool:
@@ -14,10 +26,10 @@ class RegionPool:
     """
 
     def __init__(self, num_slots: int) -> None:
-        if num_slots < 1:
-            raise ValueError(f"num_slots is {num_slots}; at least 1 is needed")
+        if num_slots < 0:
+            raise ValueError(f"num_slots is {num_slots}; at least 0 is needed")
         self.num_slots = num_slots
-        self.holes: list[tuple[int, int]] = [(0, num_slots)]  # (start, size), by start
+        self.holes: list[tuple[int, int]] = [(0, num_slots)] if num_slots else []  # (start, size)
 
     def allocate(self, size: int) -> int:
         """The start of a new region: the first hole that is large enough. Raises OutOfBlocks."""
@@ -31,6 +43,15 @@ class RegionPool:
         free = sum(hole for _, hole in self.holes)
         raise OutOfBlocks(f"no hole of {size} slots; {free} are free, in {len(self.holes)} holes")
 
+    def grow(self, start: int, size: int, extra: int) -> bool:
+        """Lengthen the region at `start` in place, if the hole behind it has `extra` slots. False if not."""
+        i = bisect_left(self.holes, (start + size, 0))
+        if i == len(self.holes) or self.holes[i][0] != start + size or self.holes[i][1] < extra:
+            return False
+        hole_start, hole = self.holes[i]
+        self.holes[i : i + 1] = [(hole_start + extra, hole - extra)] if hole > extra else []
+        return True
+
     def release(self, start: int, size: int) -> None:
         """Give a region back; it joins the holes that it touches."""
         i = bisect_left(self.holes, (start, 0))
@@ -42,10 +63,21 @@ class RegionPool:
             start = self.holes.pop(i)[0]
         self.holes.insert(i, (start, stop - start))
 
-    def check_integrity(self, regions: list[tuple[int, int]]) -> None:
-        """Raise AssertionError unless `regions` (start, size) and the holes tile the slots exactly."""
+    def split_free(self, needed: int) -> tuple[int, int]:
+        """Free slots in holes smaller than `needed`, and in the others."""
+        small = sum(size for _, size in self.holes if size < needed)
+        return small, sum(size for _, size in self.holes) - small
+
+    def check_integrity(self, regions: Mapping[int, Region], on_host: bool = False) -> None:
+        """Raise AssertionError unless the regions that lie here and the holes tile the slots exactly."""
+        here = []
+        for seq_id, region in regions.items():
+            if region.length > region.size:
+                raise AssertionError(f"sequence {seq_id} has {region.length} tokens in {region.size} slots")
+            if region.on_host == on_host:
+                here.append((region.start, region.size))
         position = 0
-        for start, size in sorted(regions + self.holes):
+        for start, size in sorted(here + self.holes):
             if start != position:
                 raise AssertionError(f"slots {position} to {start} belong to nothing, or to two regions")
             position += size

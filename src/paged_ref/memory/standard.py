@@ -7,20 +7,14 @@ of two) and `exact` (an oracle that knows the output's length). Kwon et al. 2023
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
-from .managers import BlockCopy, OpenPiece, Snapshot
-from .regions import RegionPool
+from .events import Log, PoolOpened, RegionPlaced, SequenceFreed, TokensAppended
+from .managers import OpenPiece, Snapshot, Transfer
+from .regions import Region, RegionPool
 
 Reserve = Literal["max", "pow2", "exact"]
-
-
-@dataclass(slots=True)
-class Region:
-    start: int
-    size: int  # slots reserved
-    length: int = 0  # slots that hold a token
 
 
 class StandardManager:
@@ -28,7 +22,7 @@ class StandardManager:
 
     paged = False
 
-    def __init__(self, num_slots: int, max_model_len: int, reserve: Reserve = "max") -> None:
+    def __init__(self, num_slots: int, max_model_len: int, reserve: Reserve = "max", log: Log | None = None) -> None:
         """`max_model_len` is the longest sequence; `max` reserves that many slots for each."""
         if reserve not in ("max", "pow2", "exact"):
             raise ValueError(f"reserve is {reserve!r}; known are max, pow2, exact")
@@ -40,64 +34,78 @@ class StandardManager:
                 f"the KV cache has {num_slots}"
             )
         self.num_slots = num_slots
-        self.longest = min(num_slots, max_model_len)
         self.reserve = reserve
         self.max_model_len = max_model_len
-        self._pool = RegionPool(num_slots)
-        self._regions: dict[int, Region] = {}
+        self.pool = RegionPool(num_slots)
+        self.regions: dict[int, Region] = {}
+        self.log = log
+        if log:
+            log(PoolOpened("standard", num_slots, 1, 0, ()))
 
     def region_size(self, num_tokens: int, max_tokens: int) -> int:
         """Slots to reserve for a prompt of `num_tokens` that grows to at most `max_tokens`."""
         if self.reserve == "max":
-            return self.max_model_len
+            return max(self.max_model_len, max_tokens)
         if self.reserve == "exact":
             return max_tokens
         output = max(1, max_tokens - num_tokens)
-        return min(num_tokens + (1 << (output - 1).bit_length()), self.longest)
+        return min(num_tokens + (1 << (output - 1).bit_length()), max(self.max_model_len, max_tokens))
 
-    def admit(self, seq_id: int, num_tokens: int, max_tokens: int) -> None:
-        size = self.region_size(num_tokens, max_tokens)
-        self._regions[seq_id] = Region(self._pool.allocate(size), size)
+    def most_slots(self, prompt_len: int, max_tokens: int, n: int = 1) -> int:
+        # Never more than one region at once: samples are sequences of their own here, and can take turns.
+        return self.region_size(prompt_len, max_tokens)
 
-    def append(self, seq_id: int, num_tokens: int) -> list[BlockCopy]:
-        region = self._regions[seq_id]
-        if region.length + num_tokens > region.size:
-            raise ValueError(
-                f"sequence {seq_id} has {region.length} of {region.size} reserved slots in use; "
-                f"{num_tokens} more do not fit"
-            )
-        region.length += num_tokens
+    def admit(self, seq_id: int, tokens: Sequence[int], max_tokens: int) -> int:
+        size = self.region_size(len(tokens), max_tokens)
+        region = self.regions[seq_id] = Region(self.pool.allocate(size), size)
+        if self.log:
+            self.log(RegionPlaced(seq_id, region.start, size))
+        return 0
+
+    def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
+        for seq_id, count in appends:
+            region = self.regions[seq_id]
+            if region.length + count > region.size:
+                raise ValueError(
+                    f"sequence {seq_id} has {region.length} of {region.size} reserved slots in use; "
+                    f"{count} more do not fit"
+                )
+        for seq_id, count in appends:
+            self.regions[seq_id].length += count
+            if self.log:
+                self.log(TokensAppended(seq_id, count))
         return []
 
+    def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:
+        """Nothing to do: there is no prefix cache."""
+
     def free(self, seq_id: int) -> None:
-        region = self._regions.pop(seq_id)
-        self._pool.release(region.start, region.size)
+        region = self.regions.pop(seq_id)
+        self.pool.release(region.start, region.size)
+        if self.log:
+            self.log(SequenceFreed(seq_id))
 
     def length(self, seq_id: int) -> int:
-        return self._regions[seq_id].length
+        return self.regions[seq_id].length
 
     def start(self, seq_id: int) -> int:
         """The first slot of the sequence's region."""
-        return self._regions[seq_id].start
+        return self.regions[seq_id].start
 
     def slots(self, seq_id: int, first: int, count: int) -> list[int]:
-        start = self._regions[seq_id].start + first
+        start = self.regions[seq_id].start + first
         return list(range(start, start + count))
 
     def snapshot(self, next_request: tuple[int, int] | None = None) -> Snapshot:
         needed = 0
         if next_request is not None or self.reserve == "max":  # with max, every request needs the same
             needed = self.region_size(*(next_request or (1, 1)))
-        sizes = [size for _, size in self._pool.holes]
-        external = sum(size for size in sizes if size < needed)
         pieces = [
             OpenPiece(seq_id, length=region.length, tokens=region.length, slots=region.size)
-            for seq_id, region in self._regions.items()
+            for seq_id, region in self.regions.items()
         ]
-        return Snapshot(0, pieces, external, sum(sizes) - external)
+        external, free = self.pool.split_free(needed)
+        return Snapshot(0, pieces, external, free)
 
     def check_integrity(self) -> None:
-        for seq_id, region in self._regions.items():
-            if region.length > region.size:
-                raise AssertionError(f"sequence {seq_id} has {region.length} tokens in {region.size} slots")
-        self._pool.check_integrity([(region.start, region.size) for region in self._regions.values()])
+        self.pool.check_integrity(self.regions)

@@ -95,18 +95,10 @@ class Run:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default="tiny", metavar="DIR", help="Hugging Face directory (default: embedded)"
-    )
-    parser.add_argument(
-        "--block-size", type=int, default=16, metavar="N", help="tokens in a block (default 16)"
-    )
-    parser.add_argument(
-        "--kv-tokens", type=int, default=1024, metavar="N", help="KV budget (default 1024 tokens)"
-    )
-    parser.add_argument(
-        "--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)"
-    )
+    parser.add_argument("--model", default="tiny", metavar="DIR", help="Hugging Face directory (default: embedded)")
+    parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default 16)")
+    parser.add_argument("--kv-tokens", type=int, default=1024, metavar="N", help="KV budget (default 1024 tokens)")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -165,11 +157,12 @@ def _run(name: str, llm: LLM, progress: Progress) -> Run:
     for prompt, max_tokens in REQUESTS:
         outputs.append(llm.add_request(prompt, SamplingParams(max_tokens=max_tokens)))
     requests = [llm.output_of(request_id) for request_id in outputs]
-    first = llm.scheduler.waiting[0]
+    group = llm.scheduler.waiting[0]
+    first = group.leader
     block_table: list[int] = []
     block_tokens: list[int] = []
     while llm.has_unfinished:
-        if first.status is Status.RUNNING and isinstance(llm.manager, PagedManager):
+        if group.status is Status.RUNNING and isinstance(llm.manager, PagedManager):
             block_table = list(llm.manager.block_table(first.seq_id))
             block_tokens = first.tokens[: first.num_computed]
         llm.step()

@@ -1,0 +1,228 @@
+"""What happened, in the past tense: one frozen record for each thing that a manager or the engine did.
+
+A log is any function that takes an event, `list.append` for instance. Managers and the engine tell what
+they did after they did it, and only if there is a log. replay.py rebuilds a manager's state from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TextIO
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events. Fields are ints, strings and tuples of them, so that JSON holds them exactly."""
+
+    kinds: ClassVar[dict[str, type[Event]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Event.kinds[cls.__name__] = cls
+
+
+Log = Callable[[Event], None]
+
+
+# --- told by managers ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOpened(Event):
+    """A manager began, with nothing in it. Blocks will be handed out in `free_order`."""
+
+    manager: str
+    num_blocks: int  # slots, for a manager without blocks
+    block_size: int
+    num_host_blocks: int
+    free_order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceAdmitted(Event):
+    """A sequence began. Its first `length` tokens lie in `blocks`, found in the prefix cache."""
+
+    seq_id: int
+    blocks: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokensAppended(Event):
+    """`count` more tokens of a sequence have a slot. `copied` is the (source, destination) of a copy on write,
+    which came first; then came the new blocks. `evicted` are those of them that the prefix cache gave up."""
+
+    seq_id: int
+    count: int
+    new_blocks: tuple[int, ...] = ()
+    copied: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceForked(Event):
+    """`child_id` began with the blocks of `parent_id`."""
+
+    parent_id: int
+    child_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCached(Event):
+    """The prefix cache knows the full block under `digest` (hexadecimal) from now on."""
+
+    block_id: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedOut(Event):
+    """The sequences moved to host memory: pairs of (device block, host block), each once."""
+
+    seq_ids: tuple[int, ...]
+    blocks: Pairs
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedIn(Event):
+    """The sequences came back: pairs of (host block, device block). `evicted` as in TokensAppended."""
+
+    seq_ids: tuple[int, ...]
+    blocks: Pairs
+    evicted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFreed(Event):
+    """A sequence gave back all that it held, on the device or on the host."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegionPlaced(Event):
+    """A sequence's region begins at slot `start` and has `size` slots: reserved, grown in place, or moved."""
+
+    seq_id: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegionSwappedOut(Event):
+    """A region of the device was given up for one on the host that begins at slot `start`."""
+
+    seq_id: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegionSwappedIn(Event):
+    """A region of the host was given up for one on the device that begins at slot `start`."""
+
+    seq_id: int
+    start: int
+    size: int
+
+
+# --- told by the engine --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived(Event):
+    """A request was accepted. Its samples are the sequences `seq_ids`."""
+
+    request_id: int
+    seq_ids: tuple[int, ...]
+    prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlanned(Event):
+    """The scheduler decided: pairs of (sequence, tokens to compute), and who had to make room.
+
+    It comes after what the managers told while the step was planned.
+    """
+
+    step: int
+    chunks: Pairs
+    preempted: tuple[int, ...] = ()
+    waiting: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSampled(Event):
+    """A sequence has one more token. Its K and V are not computed yet."""
+
+    seq_id: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeamsReordered(Event):
+    """Beam search chose: pairs of (old sequence, sequence that goes on from it)."""
+
+    chosen: Pairs
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFinished(Event):
+    """A sequence came to its end, for the reason that the output names."""
+
+    seq_id: int
+    reason: str
+
+
+# --- JSON lines ----------------------------------------------------------------------------------------
+
+
+def to_json(event: Event) -> str:
+    """One line, without its line break."""
+    return json.dumps({"event": type(event).__name__, **asdict(event)}, separators=(",", ":"))
+
+
+def from_json(line: str) -> Event:
+    """The event of one line. Raises ValueError that says what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    name = record.pop("event", None) if isinstance(record, dict) else None
+    kind = Event.kinds.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"event is {name!r}; known are {', '.join(Event.kinds)}")
+    known = {field.name: field for field in fields(kind)}
+    for key, value in record.items():
+        if key not in known:
+            raise ValueError(f"{name} has no field {key!r}; known are {', '.join(known)}")
+        expected = str(known[key].type)
+        right = isinstance(value, list) if expected not in ("int", "str") else type(value).__name__ == expected
+        if not right:
+            raise ValueError(f"{key} of {name} is {value!r}; {expected} is needed")
+    try:
+        return kind(**{key: _frozen(value) for key, value in record.items()})
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def write_events(events: Iterable[Event], file: TextIO) -> None:
+    """Events as JSON lines."""
+    for event in events:
+        file.write(to_json(event) + "\n")
+
+
+def read_events(file: TextIO) -> Iterator[Event]:
+    """Events of JSON lines, one after another. Raises ValueError with the number of the line that is wrong."""
+    for number, line in enumerate(file, start=1):
+        try:
+            yield from_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

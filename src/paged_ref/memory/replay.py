@@ -1,0 +1,250 @@
+"""From events back to state: what a manager held at any point of a run, without the manager.
+
+The visualizer, the monitor and the lessons see a run only through this. `state_of` reads the same state off
+a living manager, so a test can hold the two against each other after every step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .events import (
+    BlockCached,
+    Event,
+    PoolOpened,
+    RegionPlaced,
+    RegionSwappedIn,
+    RegionSwappedOut,
+    SequenceAdmitted,
+    SequenceForked,
+    SequenceFreed,
+    SwappedIn,
+    SwappedOut,
+    TokensAppended,
+)
+from .managers import KVCacheManager
+from .paged import PagedManager
+from .standard import StandardManager
+from .swapping import SwappingManager
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where one sequence lies: in blocks, or in a region (then `blocks` is empty)."""
+
+    length: int = 0
+    blocks: list[int] = field(default_factory=list)
+    start: int = 0
+    size: int = 0
+    on_host: bool = False
+
+
+@dataclass(slots=True)
+class MemoryState:
+    """All that a manager knows, as plain values."""
+
+    manager: str = ""
+    num_blocks: int = 0
+    block_size: int = 1
+    num_host_blocks: int = 0
+    sequences: dict[int, Placement] = field(default_factory=dict)
+    ref_count: list[int] = field(default_factory=list)
+    free: list[int] = field(default_factory=list)  # blocks, the next to be handed out last
+    host_ref_count: list[int] = field(default_factory=list)
+    host_free: list[int] = field(default_factory=list)
+    digest_of: dict[int, str] = field(default_factory=dict)  # blocks that the prefix cache knows
+    idle: OrderedDict[int, None] = field(default_factory=OrderedDict)  # of these, in no table; first to go first
+
+
+def replay(events: Iterable[Event]) -> MemoryState:
+    """The state after `events`. Raises ValueError, with the event's place, where they contradict themselves."""
+    state = MemoryState()
+    for number, event in enumerate(events, start=1):
+        apply(state, event, number)
+    return state
+
+
+def apply(state: MemoryState, event: Event, number: int = 0) -> None:
+    """Advance `state` by one event. Events of the engine change no memory and are passed over."""
+    change = _CHANGES.get(type(event))
+    if change is None:
+        return
+    try:
+        change(state, event)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"event {number}, {type(event).__name__}, does not fit what came before: {error}") from None
+
+
+def state_of(manager: KVCacheManager) -> MemoryState:
+    """The same, read off a manager."""
+    if isinstance(manager, PagedManager):
+        cached = manager.cache.block_of if manager.cache else {}
+        return MemoryState(
+            manager="paged",
+            num_blocks=manager.pool.num_blocks,
+            block_size=manager.block_size,
+            num_host_blocks=manager.host_pool.num_blocks,
+            sequences={
+                seq_id: Placement(table.length, table.blocks.copy(), on_host=table.on_host)
+                for seq_id, table in manager.tables.items()
+            },
+            ref_count=manager.pool.ref_count.copy(),
+            free=manager.pool.free_blocks[::-1],
+            host_ref_count=manager.host_pool.ref_count.copy(),
+            host_free=manager.host_pool.free_blocks[::-1],
+            digest_of={block_id: digest.hex() for digest, block_id in cached.items()},
+            idle=OrderedDict(manager.cache.idle) if manager.cache else OrderedDict(),
+        )
+    assert isinstance(manager, (StandardManager, SwappingManager))
+    return MemoryState(
+        manager="swapping" if isinstance(manager, SwappingManager) else "standard",
+        num_blocks=manager.num_slots,
+        num_host_blocks=manager.host_pool.num_slots if isinstance(manager, SwappingManager) else 0,
+        sequences={
+            seq_id: Placement(region.length, start=region.start, size=region.size, on_host=region.on_host)
+            for seq_id, region in manager.regions.items()
+        },
+    )
+
+
+# --- one function for each event that changes memory -----------------------------------------------------
+
+
+def _pool_opened(state: MemoryState, event: PoolOpened) -> None:
+    state.manager, state.num_blocks, state.block_size = event.manager, event.num_blocks, event.block_size
+    state.num_host_blocks = event.num_host_blocks
+    if event.free_order:  # there are blocks
+        state.ref_count = [0] * event.num_blocks
+        state.free = list(reversed(event.free_order))
+        state.host_ref_count = [0] * event.num_host_blocks
+        state.host_free = list(reversed(range(event.num_host_blocks)))
+
+
+def _admitted(state: MemoryState, event: SequenceAdmitted) -> None:
+    for block_id in event.blocks:
+        _share(state, block_id)
+    state.sequences[event.seq_id] = Placement(event.length, list(event.blocks))
+
+
+def _appended(state: MemoryState, event: TokensAppended) -> None:
+    place = state.sequences[event.seq_id]
+    if event.copied:
+        source, destination = event.copied
+        _take(state, destination)
+        place.blocks[-1] = destination
+        _release(state, source)
+    for block_id in event.new_blocks:
+        _take(state, block_id)
+        place.blocks.append(block_id)
+    place.length += event.count
+
+
+def _forked(state: MemoryState, event: SequenceForked) -> None:
+    parent = state.sequences[event.parent_id]
+    for block_id in parent.blocks:
+        _share(state, block_id)
+    state.sequences[event.child_id] = Placement(parent.length, parent.blocks.copy())
+
+
+def _cached(state: MemoryState, event: BlockCached) -> None:
+    state.digest_of[event.block_id] = event.digest
+
+
+def _freed(state: MemoryState, event: SequenceFreed) -> None:
+    place = state.sequences.pop(event.seq_id)
+    for block_id in reversed(place.blocks):
+        _release(state, block_id, place.on_host)
+
+
+def _swapped_out(state: MemoryState, event: SwappedOut) -> None:
+    _rehouse(state, event.seq_ids, dict(event.blocks), to_host=True)
+
+
+def _swapped_in(state: MemoryState, event: SwappedIn) -> None:
+    _rehouse(state, event.seq_ids, dict(event.blocks), to_host=False)
+
+
+def _placed(state: MemoryState, event: RegionPlaced) -> None:
+    place = state.sequences.setdefault(event.seq_id, Placement())
+    place.start, place.size = event.start, event.size
+
+
+def _region_out(state: MemoryState, event: RegionSwappedOut) -> None:
+    place = state.sequences[event.seq_id]
+    place.start, place.size, place.on_host = event.start, event.size, True
+
+
+def _region_in(state: MemoryState, event: RegionSwappedIn) -> None:
+    place = state.sequences[event.seq_id]
+    place.start, place.size, place.on_host = event.start, event.size, False
+
+
+_CHANGES: dict[type[Event], Callable[[MemoryState, Any], None]] = {
+    PoolOpened: _pool_opened,
+    SequenceAdmitted: _admitted,
+    TokensAppended: _appended,
+    SequenceForked: _forked,
+    BlockCached: _cached,
+    SequenceFreed: _freed,
+    SwappedOut: _swapped_out,
+    SwappedIn: _swapped_in,
+    RegionPlaced: _placed,
+    RegionSwappedOut: _region_out,
+    RegionSwappedIn: _region_in,
+}
+
+
+# --- the pool's moves ------------------------------------------------------------------------------------
+
+
+def _take(state: MemoryState, block_id: int, on_host: bool = False) -> None:
+    free, ref_count = (state.host_free, state.host_ref_count) if on_host else (state.free, state.ref_count)
+    if not free and not on_host and state.idle:  # the prefix cache gives up a block
+        evicted, _ = state.idle.popitem(last=False)
+        del state.digest_of[evicted]
+        free.append(evicted)
+    if not free or free[-1] != block_id:
+        raise ValueError(f"block {block_id} was handed out; next on the free list is {free[-1:] or 'nothing'}")
+    free.pop()
+    ref_count[block_id] = 1
+
+
+def _share(state: MemoryState, block_id: int) -> None:
+    if not state.ref_count[block_id]:
+        del state.idle[block_id]
+    state.ref_count[block_id] += 1
+
+
+def _release(state: MemoryState, block_id: int, on_host: bool = False) -> None:
+    ref_count = state.host_ref_count if on_host else state.ref_count
+    if ref_count[block_id] < 1:
+        raise ValueError(f"block {block_id} is in no table")
+    ref_count[block_id] -= 1
+    if ref_count[block_id]:
+        return
+    if on_host:
+        state.host_free.append(block_id)
+    elif block_id in state.digest_of:
+        state.idle[block_id] = None
+    else:
+        state.free.append(block_id)
+
+
+def _rehouse(state: MemoryState, seq_ids: Iterable[int], new_of: dict[int, int], to_host: bool) -> None:
+    taken = set()
+    for seq_id in seq_ids:
+        for block_id in state.sequences[seq_id].blocks:
+            new = new_of[block_id]
+            if new in taken:
+                (state.host_ref_count if to_host else state.ref_count)[new] += 1
+            else:
+                _take(state, new, on_host=to_host)
+                taken.add(new)
+    for seq_id in seq_ids:
+        place = state.sequences[seq_id]
+        for block_id in reversed(place.blocks):
+            _release(state, block_id, on_host=not to_host)
+        place.blocks, place.on_host = [new_of[block_id] for block_id in place.blocks], to_host
