@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from paged_ref.cli import main
+from paged_ref.memory.events import read_events
+from paged_ref.memory.replay import replay
 from paged_ref.model.loading import TINY
 
 PAPER = "Four score and seven years ago our"
@@ -35,6 +37,17 @@ def test_generate_takes_several_prompts_and_samples(capfd: pytest.CaptureFixture
         f"--- prompt {prompt}, sample {sample}" for prompt in (1, 2) for sample in (1, 2)
     ]
     assert printed.count("The cat") == printed.count(PAPER) == 2
+
+
+def test_generate_searches_with_beams_and_records(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "run.jsonl"
+    argv = ["generate", "--prompt", PAPER, "--max-tokens", "4", "--beam-width", "2", "--record", str(record)]
+    assert main([*argv, "--prefix-cache", "--sanitize", "--preemption", "swap"]) == 0
+    printed = capfd.readouterr().out.splitlines()
+    assert printed[0] == "--- prompt 1, sample 1"
+    assert printed[1].startswith(f"{PAPER} fathers brought forth")
+    with record.open(encoding="utf-8") as file:
+        assert replay(read_events(file)).sequences == {}
 
 
 @pytest.mark.parametrize("columns", [50, 80, 160])
@@ -80,6 +93,14 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
         (["generate", "--prompt", "a", "--model", "nowhere"], "nowhere is not a directory"),
         (["generate", "--prompt", "a", "--backend", "magic"], "backend is 'magic'; known are"),
         (["generate", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["generate", "--prompt", "a", "--beam-width", "2", "--manager", "standard"], "only the paged manager"),
+        (["generate", "--prompt", "a", "--beam-width", "2", "--temperature", "1"], "beam search takes no temperature"),
+        (["generate", "--prompt", "a", "--preemption", "swap", "--manager", "standard"], "cannot swap"),
+        (["generate", "--prompt", "a", "--host-kv-tokens", "-1"], "-1"),
+        (
+            ["generate", "--prompt", "a", "--record", "no/such/place/run.jsonl"],
+            "no/such/place/run.jsonl cannot be written",
+        ),
         (["demo", "--kv-tokens", "0"], "at least"),
         (["demo", "--kv-tokens", "100"], "100"),
         (["demo", "--block-size", "0"], "block_size is 0"),

@@ -31,8 +31,7 @@ class SamplingParams:
     logits_hook: Callable[[Sequence[int], np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; at least 1 is needed")
         if not self.temperature >= 0:
@@ -48,8 +47,8 @@ class SamplingParams:
         if self.beam_width is not None:
             if self.beam_width < 1:
                 raise ValueError(f"beam_width is {self.beam_width}; at least 1 is needed")
-            for name in ("n", "temperature", "top_k", "top_p", "stop"):
-                if getattr(self, name) not in (1, 0.0, None, ()):
+            for name, default in (("n", 1), ("temperature", 0), ("top_k", None), ("top_p", None), ("stop", ())):
+                if getattr(self, name) != default:
                     raise ValueError(f"{name} is {getattr(self, name)!r}; beam search takes no {name}")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string; it would end every output at once")

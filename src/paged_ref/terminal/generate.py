@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from ..engine.llm import LLM
 from ..engine.sampling import SamplingParams
+from ..memory.events import Log, write_events
+from ..memory.factory import MANAGERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, default=1, metavar="N", help="samples of each prompt")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends the output")
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
-    parser.add_argument("--manager", default="paged", choices=("paged", "standard"), help="default paged")
-    parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default 16)")
-    parser.add_argument("--kv-tokens", type=int, metavar="N", help="KV budget in tokens (default 4096)")
+    parser.add_argument("--beam-width", type=int, metavar="K", help="beam search, and the K best results")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="P", help="of beam search (default 1)")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--manager", default="paged", choices=MANAGERS, help="default paged")
+    memory.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default 16)")
+    memory.add_argument("--kv-tokens", type=int, metavar="N", help="KV budget in tokens (default 4096)")
+    memory.add_argument("--host-kv-tokens", type=int, metavar="N", help="host pool for swapping")
+    memory.add_argument(
+        "--preemption", choices=("recompute", "swap"), help="default: recompute; swapping manager: swap"
+    )
+    memory.add_argument("--prefix-cache", action="store_true", help="keep blocks of prompts for those that begin alike")
+    memory.add_argument("--sanitize", action="store_true", help="check every read of the KV cache")
+    memory.add_argument("--record", type=Path, metavar="FILE", help="write what happens as JSON lines")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)")
 
 
@@ -36,30 +51,54 @@ def main(args: argparse.Namespace) -> int:
         n=args.n,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
+        beam_width=args.beam_width,
+        length_penalty=args.length_penalty,
     )
-    llm = LLM(
-        args.model,
-        manager=args.manager,
-        block_size=args.block_size,
-        kv_cache_tokens=args.kv_tokens,
-        backend=args.backend,
-    )
-    # All run in one batch. What is on screen streams; the others' text waits for its turn.
-    tokens = llm.stream(args.prompt, params)
-    turns = [(request, sample) for request in range(len(args.prompt)) for sample in range(args.n)]
+    with _recorder(args.record) as log:
+        llm = LLM(
+            args.model,
+            manager=args.manager,
+            block_size=args.block_size,
+            kv_cache_tokens=args.kv_tokens,
+            host_kv_tokens=args.host_kv_tokens,
+            preemption=args.preemption,
+            prefix_cache=args.prefix_cache,
+            backend=args.backend,
+            sanitize=args.sanitize,
+            log=log,
+        )
+        _show_in_turn(llm, args.prompt, params)
+    return 0
+
+
+@contextmanager
+def _recorder(path: Path | None) -> Iterator[Log | None]:
+    """A log that writes to `path`; none without one. Raises ValueError where it cannot be written."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--record {path} cannot be written: {error.strerror}") from None
+    with file:
+        yield lambda event: write_events([event], file)
+
+
+def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
+    """All run in one batch. What is on screen streams; the others' text waits for its turn."""
+    samples = params.beam_width or params.n
+    tokens = llm.stream(prompts, params)
+    turns = [(request, sample) for request in range(len(prompts)) for sample in range(samples)]
     pending = {turn: "" for turn in turns}
     finished: set[tuple[int, int]] = set()
-    first_request: int | None = None
     for request, sample in turns:
         if len(turns) > 1:
-            print(f"--- prompt {request + 1}, sample {sample + 1}" if args.n > 1 else f"--- prompt {request + 1}")
-        _show(args.prompt[request])
-        _show(pending[request, sample])
+            print(f"--- prompt {request + 1}, sample {sample + 1}" if samples > 1 else f"--- prompt {request + 1}")
+        _show(prompts[request] + pending[request, sample])
         while (request, sample) not in finished:
             token = next(tokens)
-            if first_request is None:
-                first_request = token.request_id
-            turn = (token.request_id - first_request, token.index)
+            turn = (token.request_id, token.index)  # a new engine counts requests from 0
             if turn == (request, sample):
                 _show(token.text)
             else:
@@ -67,7 +106,6 @@ def main(args: argparse.Namespace) -> int:
             if token.finish_reason is not None:
                 finished.add(turn)
         print()
-    return 0
 
 
 def _show(text: str) -> None:
