@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> int:
     )
     with console.status("compiling the kernels, once on each machine ..."):
         for llm in engines:
-            llm.generate(REQUESTS[0][0], SamplingParams(max_tokens=2))
+            llm.generate([prompt for prompt, _ in REQUESTS], SamplingParams(max_tokens=2))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         runs = [_run(name, llm, progress) for name, llm in zip(names, engines, strict=True)]
