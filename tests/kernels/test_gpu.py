@@ -12,9 +12,7 @@ from paged_ref.kernels import backends, naive_attention, paged_attention
 pytestmark = pytest.mark.gpu
 
 
-def caches(
-    num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: str
-) -> tuple[Any, Any]:
+def caches(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, dtype: str) -> tuple[Any, Any]:
     import cupy
 
     rng = cupy.random.default_rng(0)

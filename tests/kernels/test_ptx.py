@@ -91,9 +91,7 @@ def test_barriers_are_the_same() -> None:
 @pytest.mark.parametrize("name", ["naive", "paged"])
 def test_machine_code_spills_nothing(name: str, dtype: str) -> None:
     """nvJitLink makes the code that a GPU runs, and says how many registers it takes."""
-    nvjitlink = pytest.importorskip(
-        "cuda.bindings.nvjitlink", reason="cuda-bindings links PTX to machine code"
-    )
+    nvjitlink = pytest.importorskip("cuda.bindings.nvjitlink", reason="cuda-bindings links PTX to machine code")
     ptx = compiled(name, dtype, (8, 0)).encode()
     try:
         linker: Any = nvjitlink.create(3, ["-arch=sm_80", "-Xptxas=-v", "-verbose"])
@@ -115,9 +113,7 @@ def test_machine_code_spills_nothing(name: str, dtype: str) -> None:
 
 def test_the_two_kernels_differ_only_where_the_table_enters() -> None:
     """The diff of the two functions is the lesson: each line of it is about the table."""
-    plain, tabled = (
-        inspect.getsource(module.attention_kernel.py_func).splitlines() for module in (naive, paged)
-    )
+    plain, tabled = (inspect.getsource(module.attention_kernel.py_func).splitlines() for module in (naive, paged))
     diff = [line for line in difflib.ndiff(plain, tabled) if line[0] in "+-"]
     assert [line.split("#")[0].split() for line in diff if "[" not in line or "=" in line] == [
         ["-", "starts,"],

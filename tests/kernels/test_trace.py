@@ -275,9 +275,7 @@ def test_shuffles_add_up_a_warp() -> None:
         answers[thread, 2] = cuda.shfl_up_sync(0xFFFFFFFF, thread, 1)
         answers[thread, 3] = cuda.shfl_down_sync(0xFFFFFFFF, thread, 1)
         answers[thread, 4] = cuda.ballot_sync(0xFFFFFFFF, cuda.laneid < 3)
-        answers[thread, 5] = cuda.all_sync(0xFFFFFFFF, thread >= 0) + 2 * cuda.any_sync(
-            0xFFFFFFFF, thread == 40
-        )
+        answers[thread, 5] = cuda.all_sync(0xFFFFFFFF, thread >= 0) + 2 * cuda.any_sync(0xFFFFFFFF, thread == 40)
 
     values, answers = np.arange(64, dtype=np.float32), np.zeros((64, 6), dtype=np.int64)
     run(kernel, 64, values, answers)
@@ -580,9 +578,7 @@ def test_a_shuffle_that_not_all_lanes_reach() -> None:
             cuda.shfl_xor_sync(0xFFFFFFFF, 1, 1)
 
     error = error_of(kernel, 32)
-    assert error.what == (
-        "waits in cuda.shfl_xor_sync, which thread (16, 0, 0) does not reach: it has returned"
-    )
+    assert error.what == ("waits in cuda.shfl_xor_sync, which thread (16, 0, 0) does not reach: it has returned")
 
 
 def test_a_shuffle_while_others_wait_at_the_barrier() -> None:
@@ -668,9 +664,7 @@ def test_a_warp_barrier_does_not_order_two_warps() -> None:
         cuda.syncwarp()
         answers[cuda.threadIdx.x] = box[cuda.threadIdx.x ^ 32]
 
-    assert (
-        "reads shared box[0], which thread (0, 0, 0) wrote" in error_of(kernel, 64, np.zeros(64)).what or True
-    )
+    assert "reads shared box[0], which thread (0, 0, 0) wrote" in error_of(kernel, 64, np.zeros(64)).what or True
     error = error_of(kernel, 64, np.zeros(64))
     assert "box[" in error.what
 

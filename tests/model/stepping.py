@@ -39,8 +39,7 @@ class Stepper:
         self.tables = order.reshape(num_seqs, blocks_each).astype(np.int32)
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_size)
         self.kv = [
-            (xp.full(shape, np.nan, model.dtype), xp.full(shape, np.nan, model.dtype))
-            for _ in range(config.num_layers)
+            (xp.full(shape, np.nan, model.dtype), xp.full(shape, np.nan, model.dtype)) for _ in range(config.num_layers)
         ]
 
     def step(self, new_tokens: list[list[int]]) -> list[np.ndarray]:
@@ -69,9 +68,7 @@ class Stepper:
         return [logits[ends[s] : ends[s + 1]] for s in range(len(new_tokens))]
 
 
-def logits_of(
-    model: Llama, sequences: list[list[int]], *, chunk: int | None = None, **how: Any
-) -> list[np.ndarray]:
+def logits_of(model: Llama, sequences: list[list[int]], *, chunk: int | None = None, **how: Any) -> list[np.ndarray]:
     """Logits of every token of every sequence, fed `chunk` tokens at a time (None: all at once)."""
     longest = max(len(tokens) for tokens in sequences)
     stepper = Stepper(model, len(sequences), longest, **how)

@@ -17,6 +17,8 @@ from paged_ref.model.loading import load
 torch = pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `compare` is not installed")
 
+pytestmark = pytest.mark.compare
+
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 48,

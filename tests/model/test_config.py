@@ -72,9 +72,7 @@ def test_left_out_keys_take_hugging_faces_defaults() -> None:
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6, **LLAMA3}}, 1e6, SCALING),
     ],
 )
-def test_rope_in_old_and_new_words(
-    keys: dict[str, Any], theta: float, scaling: Llama3RopeScaling | None
-) -> None:
+def test_rope_in_old_and_new_words(keys: dict[str, Any], theta: float, scaling: Llama3RopeScaling | None) -> None:
     config = ModelConfig.from_hf({**LLAMA, **keys})
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 

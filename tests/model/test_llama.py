@@ -16,7 +16,6 @@ from paged_ref.kernels import backends
 from paged_ref.model.llama import Llama, StepInputs, rope_frequencies
 from paged_ref.model.loading import load, random_weights, weight_shapes
 
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 BACKENDS = [name for name in ("reference", "cpu", "cuda") if name in backends()]
 
 LLAMA = ModelConfig(
@@ -30,9 +29,7 @@ LLAMA = ModelConfig(
     max_position_embeddings=64,
     rms_norm_eps=1e-5,
 )
-SCALING = Llama3RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-)
+SCALING = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 CONFIGS = {
     "llama": LLAMA,
     "llama3-rope-tied": replace(LLAMA, rope_scaling=SCALING, tie_word_embeddings=True, rope_theta=500.0),
@@ -63,9 +60,7 @@ def plain_logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: li
     size, group = config.head_size, config.num_heads // config.num_kv_heads
 
     def norm(vector: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            vector / math.sqrt(float(vector @ vector) / len(vector) + config.rms_norm_eps) * weight
-        )
+        return np.asarray(vector / math.sqrt(float(vector @ vector) / len(vector) + config.rms_norm_eps) * weight)
 
     def turned(head: np.ndarray, position: int) -> np.ndarray:
         result = head.copy()
@@ -102,9 +97,7 @@ def plain_logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: li
                 seen = range(max(0, p - window + 1), p + 1)
                 scores = np.array([q[p][h] @ k[j][h // group] for j in seen]) / math.sqrt(size)
                 shares = np.exp(scores - scores.max())
-                mixed.append(
-                    sum(a * v[j][h // group] for a, j in zip(shares / shares.sum(), seen, strict=True))
-                )
+                mixed.append(sum(a * v[j][h // group] for a, j in zip(shares / shares.sum(), seen, strict=True)))
             xs[p] = xs[p] + w[f"{layer}.self_attn.o_proj.weight"] @ np.concatenate(mixed)
             h2 = norm(xs[p], w[f"{layer}.post_attention_layernorm.weight"])
             gate, up = w[f"{layer}.mlp.gate_proj.weight"] @ h2, w[f"{layer}.mlp.up_proj.weight"] @ h2
@@ -195,9 +188,7 @@ def test_llama3_frequencies_follow_the_rule_by_wavelength() -> None:
     plain = [500000.0 ** (-2 * i / 64) for i in range(32)]
     np.testing.assert_allclose(to_host(rope_frequencies(config)), plain, rtol=1e-6)
     want = [llama3_frequency(frequency, scaling) for frequency in plain]
-    np.testing.assert_allclose(
-        to_host(rope_frequencies(replace(config, rope_scaling=scaling))), want, rtol=1e-6
-    )
+    np.testing.assert_allclose(to_host(rope_frequencies(replace(config, rope_scaling=scaling))), want, rtol=1e-6)
     kept = sum(a == b for a, b in zip(plain, want, strict=True))
     stretched = sum(math.isclose(a, 8 * b) for a, b in zip(plain, want, strict=True))
     assert kept > 0
@@ -213,11 +204,10 @@ def test_random_weights_have_the_shapes_of_a_checkpoint() -> None:
         assert all(np.array_equal(weights[name], again[name]) for name in weights)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="../shared/models/stories260K is not beside the repository")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["paged", "contiguous"])
-def test_stories260k_tells_the_published_story(layout: str, backend: str) -> None:
-    checkpoint = load(STORIES)
+def test_stories260k_tells_the_published_story(stories260k: Path, layout: str, backend: str) -> None:
+    checkpoint = load(stories260k)
     stepper = Stepper(
         Llama(checkpoint.config, checkpoint.weights), 1, 200, layout=layout, block_size=16, backend=backend
     )
@@ -228,6 +218,6 @@ def test_stories260k_tells_the_published_story(layout: str, backend: str) -> Non
         logits = stepper.step([ids[-1:]])[0]
         ids.append(int(logits[-1].argmax()))
         pieces.append(stream.push(ids[-1]))
-    expected = (STORIES / "expected_greedy_200.txt").read_text(encoding="utf-8")
+    expected = (stories260k / "expected_greedy_200.txt").read_text(encoding="utf-8")
     assert checkpoint.tokenizer.decode(ids) == expected
     assert "".join(pieces) + stream.flush() == expected

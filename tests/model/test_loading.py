@@ -38,9 +38,7 @@ def directory(tmp_path: Path) -> Path:
     """A whole checkpoint, for a test to break."""
     write_json(tmp_path / "config.json", HF)
     save_file(WEIGHTS, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
-        str(tmp_path / "tokenizer.json")
-    )
+    tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
 
@@ -150,9 +148,7 @@ def test_tiny_is_the_embedded_checkpoint() -> None:
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    assert_refused(
-        tmp_path / "nowhere", "nowhere is not a directory; a checkpoint in Hugging Face form is needed"
-    )
+    assert_refused(tmp_path / "nowhere", "nowhere is not a directory; a checkpoint in Hugging Face form is needed")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
@@ -243,9 +239,7 @@ def test_a_dtype_that_is_not_read(directory: Path) -> None:
 def test_a_missing_shard(directory: Path) -> None:
     write_shards(directory)
     (directory / "model-00002-of-00003.safetensors").unlink()
-    assert_refused(
-        directory, "model-00002-of-00003.safetensors is missing; model.safetensors.index.json names it"
-    )
+    assert_refused(directory, "model-00002-of-00003.safetensors is missing; model.safetensors.index.json names it")
 
 
 def test_a_truncated_shard(directory: Path) -> None:

@@ -89,12 +89,8 @@ def test_decode_undoes_encode(name: str) -> None:
 
 
 @each_tokenizer
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters=[REPLACEMENT])), data=st.data()
-)
-def test_pieces_join_to_the_text_and_show_no_half_character(
-    name: str, text: str, data: st.DataObject
-) -> None:
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters=[REPLACEMENT])), data=st.data())
+def test_pieces_join_to_the_text_and_show_no_half_character(name: str, text: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text)
     prompt_len = data.draw(st.integers(0, len(ids)))

@@ -79,7 +79,7 @@ def attend(
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """`x` over its root mean square, times `weight`; last axis, in float32 (Zhang & Sennrich 2019)."""
     wide = x.astype(np.float32, copy=False)
-    mean_square = xp.mean(wide * wide, axis=-1, keepdims=True)
+    mean_square = (wide * wide).sum(axis=-1, keepdims=True) / x.shape[-1]  # half the calls of xp.mean
     return (wide / xp.sqrt(mean_square + np.float32(eps))).astype(x.dtype, copy=False) * weight
 
 
@@ -102,15 +102,13 @@ def rope_frequencies(config: ModelConfig) -> Array:
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """RoPE: turn pair i of each head, (x[i], x[i + head_size // 2]), by its token's angle.
 
-    `x [num_tokens, heads, head_size]`, `cos` and `sin [num_tokens, 1, head_size // 2]`. Hugging Face's
-    pairing; Meta's own files pair neighbours, which conversion to Hugging Face permutes away.
+    `x [num_tokens, heads, head_size]`; `cos` and `sin [num_tokens, 1, head_size]` of minus the angle for the
+    first half and of the angle for the second, so that one expression serves both. Hugging Face's pairing;
+    Meta's own files pair neighbours, which conversion to Hugging Face permutes away.
     """
     half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    turned = xp.empty_like(x)  # [num_tokens, heads, head_size]
-    turned[..., :half] = first * cos - second * sin
-    turned[..., half:] = second * cos + first * sin
-    return turned
+    partner = xp.concatenate([x[..., half:], x[..., :half]], axis=-1)  # [num_tokens, heads, head_size]
+    return x * cos + partner * sin
 
 
 def silu(x: Array) -> Array:
@@ -144,9 +142,7 @@ class Llama:
     copied, one layer at a time, so with a mapping that reads from disk there is never a second model.
     """
 
-    def __init__(
-        self, config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: DTypeLike = np.float32
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: DTypeLike = np.float32) -> None:
         self.config = config
         self.dtype = np.dtype(dtype)
         if self.dtype.name not in ("float16", "float32"):
@@ -181,11 +177,10 @@ class Llama:
         self.layers = [read_layer(index) for index in range(config.num_layers)]
         self.final_norm = get("model.norm.weight")  # [hidden_size]
         self.head = self.embedding if tied else get("lm_head.weight")  # [vocab_size, hidden_size]
-        self.frequencies = rope_frequencies(config)  # [head_size // 2]
+        frequencies = rope_frequencies(config)  # [head_size // 2]
+        self.frequencies = xp.concatenate([-frequencies, frequencies])  # [head_size], as `rotate` wants them
 
-    def forward(
-        self, inputs: StepInputs, kv: Sequence[tuple[Array, Array]], attend: Attend = attend
-    ) -> Array:
+    def forward(self, inputs: StepInputs, kv: Sequence[tuple[Array, Array]], attend: Attend = attend) -> Array:
         """One step: write the new tokens' K and V, and give logits [num_rows, vocab_size], float32.
 
         `kv` has each layer's (key_cache, value_cache), [num_blocks, block_size, num_kv_heads, head_size].
@@ -196,8 +191,8 @@ class Llama:
         num_qk = num_heads + config.num_kv_heads  # the heads that RoPE turns
         gate_size = config.intermediate_size
         angles = inputs.positions.astype(np.float32)[:, None, None] * self.frequencies
-        cos = xp.cos(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size // 2]
-        sin = xp.sin(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size // 2]
+        cos = xp.cos(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size]
+        sin = xp.sin(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size]
 
         x = self.embedding[inputs.token_ids]  # [num_tokens, hidden_size]
         for layer, (key_cache, value_cache) in zip(self.layers, kv, strict=True):

@@ -68,8 +68,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.attention_bias:
         layer |= {
-            f"self_attn.{name}_proj.bias": (size,)
-            for name, size in zip("qkv", (q_size, kv_size, kv_size), strict=True)
+            f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (q_size, kv_size, kv_size), strict=True)
         }
     if config.qk_norm:
         layer |= {f"self_attn.{name}_norm.weight": (config.head_size,) for name in "qk"}
@@ -205,24 +204,12 @@ def _check_weights(config: ModelConfig, weights: Weights, directory: Path) -> No
     for name, shape in shapes.items():
         entry = weights.entries.get(name)
         if entry is None:
-            raise CheckpointError(
-                f"{directory} has no tensor {name}; the config wants one of shape {list(shape)}"
-            )
+            raise CheckpointError(f"{directory} has no tensor {name}; the config wants one of shape {list(shape)}")
         if entry.shape != shape:
-            raise CheckpointError(
-                f"{entry.path}: {name} has shape {list(entry.shape)}; the config wants {list(shape)}"
-            )
+            raise CheckpointError(f"{entry.path}: {name} has shape {list(entry.shape)}; the config wants {list(shape)}")
         if entry.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}"
-            )
+            raise CheckpointError(f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
     # Old files also keep RoPE's frequencies, and some keep a head that is tied anyway.
-    extra = [
-        n
-        for n in weights
-        if n not in shapes and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")
-    ]
+    extra = [n for n in weights if n not in shapes and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise CheckpointError(
-            f"{directory} has a tensor {extra[0]}; a {config.model_type} model has no place for it"
-        )
+        raise CheckpointError(f"{directory} has a tensor {extra[0]}; a {config.model_type} model has no place for it")
