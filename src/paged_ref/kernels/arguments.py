@@ -15,7 +15,8 @@ import numpy as np
 
 from ..device import Array, module_of, to_host
 
-CACHE_DTYPES = ("float16", "float32", "float64")
+FLOATS = tuple(np.dtype(name) for name in ("float16", "float32", "float64"))
+INTEGERS = tuple(np.dtype(name) for name in ("int32", "int64"))
 MAX_HEAD_SIZE = 256
 
 
@@ -123,7 +124,7 @@ def build_call(
     keys, values, seq_lens = adopt(keys, names[0]), adopt(values, names[1]), adopt(seq_lens, "seq_lens")
     _require(query.ndim == 3, "query", query, "[num_tokens, num_heads, head_size]")
     num_tokens, num_heads, head_size = query.shape
-    _require_dtype(query, "query", CACHE_DTYPES)
+    _require_dtype(query, "query", FLOATS)
     if not 1 <= head_size <= MAX_HEAD_SIZE:
         raise ValueError(f"query has head_size {head_size}; 1 to {MAX_HEAD_SIZE} is supported")
 
@@ -131,7 +132,7 @@ def build_call(
     layout = f"[{'num_blocks, block_size' if ndim == 4 else 'num_slots'}, num_kv_heads, head_size]"
     for array, name in ((keys, names[0]), (values, names[1])):
         _require(array.ndim == ndim, name, array, layout)
-        _require_dtype(array, name, CACHE_DTYPES)
+        _require_dtype(array, name, FLOATS)
         if array.shape[-1] != head_size:
             raise ValueError(f"{name} has head_size {array.shape[-1]}; query has {head_size}")
     if keys.shape != values.shape or keys.dtype != values.dtype:
@@ -166,7 +167,7 @@ def build_call(
         _require(starts.shape == (num_seqs,), "starts", starts, f"[{num_seqs}]")
         integers.append((starts, "starts"))
     for array, name in integers:
-        _require_dtype(array, name, ("int32", "int64"))
+        _require_dtype(array, name, INTEGERS)
 
     if scale is None:
         scale = 1.0 / math.sqrt(head_size)
@@ -249,6 +250,6 @@ def _require(ok: bool, name: str, array: Array, shape: str) -> None:
         raise ValueError(f"{name} has shape {list(array.shape)}; {shape} is needed")
 
 
-def _require_dtype(array: Array, name: str, known: tuple[str, ...]) -> None:
-    if array.dtype.name not in known:
-        raise ValueError(f"{name} is {array.dtype.name}; known are {', '.join(known)}")
+def _require_dtype(array: Array, name: str, known: tuple[np.dtype[Any], ...]) -> None:
+    if array.dtype not in known:
+        raise ValueError(f"{name} is {array.dtype}; known are {', '.join(dtype.name for dtype in known)}")
