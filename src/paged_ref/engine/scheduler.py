@@ -108,9 +108,9 @@ class Scheduler:
         chunks = self._chunks(group, budget)
         if not chunks:
             return 0
+        appends = [(seq.seq_id, num_tokens) for seq, num_tokens in chunks]
         while True:
             try:
-                appends = [(seq.seq_id, num_tokens) for seq, num_tokens in chunks]
                 plan.transfers += self.manager.append(appends)
                 break
             except OutOfBlocks:
@@ -119,14 +119,14 @@ class Scheduler:
                 if victim is group:
                     return 0
         plan.chunks += chunks
-        return sum(num_tokens for _, num_tokens in chunks)
+        return sum([num_tokens for _, num_tokens in appends])
 
     def _chunks(self, group: Group, budget: int) -> list[tuple[Sequence, int]]:
         """The one rule, for each sequence of the group, within the budget."""
         leader = group.leader
-        to_fork = [seq for seq in group.seqs if not seq.admitted]
-        if to_fork:
-            missing = group.common_len() - leader.num_computed
+        if len(group.seqs) > 1:
+            to_fork = [seq for seq in group.seqs if not seq.admitted]
+            missing = group.common_len() - leader.num_computed if to_fork else 0
             if missing > 0:
                 return [(leader, min(missing, budget))]
             for seq in to_fork:

@@ -37,7 +37,8 @@ class Transfer:
     """Copy `count` rows before this step writes. A row is a block, or a slot where a manager has no blocks.
 
     Transfers are made in the order of their list: each finds what the ones before it left. `copy` and
-    `move` stay on the device, `swap_out` goes from device to host, `swap_in` from host to device.
+    `move` stay on the device, `swap_out` goes from device to host, `swap_in` from host to device. The rows
+    of a `move` may overlap: all are read before one is written.
     """
 
     kind: Literal["copy", "move", "swap_out", "swap_in"]

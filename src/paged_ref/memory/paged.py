@@ -21,6 +21,7 @@ from .events import (
     SwappedIn,
     SwappedOut,
     TokensAppended,
+    tokens_appended,
 )
 from .managers import OpenPiece, OutOfHostBlocks, Snapshot, Transfer
 from .prefix_cache import PrefixCache, block_digests
@@ -90,6 +91,11 @@ class PagedManager:
         """Blocks that can be had at once: free, or idle in the prefix cache."""
         return self.pool.num_free + (len(self.cache.idle) if self.cache else 0)
 
+    @property
+    def _spare(self) -> int:
+        """Blocks that admission leaves for those that run. Whoever has the device alone may take all."""
+        return self.watermark if self.num_available < self.pool.num_blocks else 0
+
     def _allocate(self) -> int:
         if not self.pool.num_free and self.cache and self.cache.idle:
             block_id = self.cache.evict()
@@ -119,7 +125,7 @@ class PagedManager:
             digest = digests[len(known) - 1] if known else b""
         idle = sum(1 for block_id in known if not self.pool.ref_count[block_id])
         needed = self.blocks_for(len(tokens)) - len(known)
-        spare = self.watermark if self.tables else 0  # whoever is alone may take all
+        spare = self._spare
         if needed + spare > self.num_available - idle:
             raise OutOfBlocks(
                 f"{len(tokens)} tokens need {needed} blocks; {self.num_available - idle} can be had, "
@@ -137,6 +143,12 @@ class PagedManager:
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
         needed = self._blocks_needed(appends)
+        if not needed:  # most decode steps: there is room in the last block, and nobody to share it with
+            for seq_id, count in appends:
+                self.tables[seq_id].length += count
+                if self.log:
+                    self.log(tokens_appended(seq_id, count))
+            return []
         if needed > self.num_available:
             ids = ", ".join(str(seq_id) for seq_id, _ in appends)
             raise OutOfBlocks(f"sequences {ids} need {needed} blocks; {self.num_available} can be had")
@@ -162,7 +174,9 @@ class PagedManager:
         copies_before: dict[int, int] = {}  # shared block -> tables that have left it by then
         for seq_id, count in appends:
             table = self.tables[seq_id]
-            needed += self.blocks_for(table.length + count) - len(table.blocks)
+            missing = table.length + count - len(table.blocks) * self.block_size
+            if missing > 0:
+                needed += self.blocks_for(missing)
             if self._writes_shared_block(table, count):
                 block_id = table.blocks[-1]
                 left = copies_before.get(block_id, 0)
@@ -248,7 +262,7 @@ class PagedManager:
 
     def swap_in(self, seq_ids: Sequence[int]) -> list[Transfer]:
         num_blocks = len({block for seq_id in seq_ids for block in self.tables[seq_id].blocks})
-        spare = self.watermark if any(not table.on_host for table in self.tables.values()) else 0
+        spare = self._spare
         if num_blocks + spare > self.num_available:
             raise OutOfBlocks(
                 f"{num_blocks} blocks to swap in; {self.num_available} can be had, "

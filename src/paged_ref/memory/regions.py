@@ -52,6 +52,16 @@ class RegionPool:
         self.holes[i : i + 1] = [(hole_start + extra, hole - extra)] if hole > extra else []
         return True
 
+    def move(self, start: int, size: int, new_size: int) -> int:
+        """Give a region up for one of `new_size` slots, which may overlap it. Raises OutOfBlocks."""
+        before = self.holes.copy()
+        self.release(start, size)
+        try:
+            return self.allocate(new_size)
+        except OutOfBlocks:
+            self.holes = before
+            raise
+
     def release(self, start: int, size: int) -> None:
         """Give a region back; it joins the holes that it touches."""
         i = bisect_left(self.holes, (start, 0))

@@ -114,6 +114,8 @@ def state_of(manager: KVCacheManager) -> MemoryState:
 
 
 def _pool_opened(state: MemoryState, event: PoolOpened) -> None:
+    if state.manager:
+        raise ValueError("the pool was opened before")
     state.manager, state.num_blocks, state.block_size = event.manager, event.num_blocks, event.block_size
     state.num_host_blocks = event.num_host_blocks
     if event.free_order:  # there are blocks
@@ -124,32 +126,35 @@ def _pool_opened(state: MemoryState, event: PoolOpened) -> None:
 
 
 def _admitted(state: MemoryState, event: SequenceAdmitted) -> None:
-    for block_id in event.blocks:
-        _share(state, block_id)
-    state.sequences[event.seq_id] = Placement(event.length, list(event.blocks))
+    _begin(state, event.seq_id, Placement(event.length, list(event.blocks)))
 
 
 def _appended(state: MemoryState, event: TokensAppended) -> None:
-    place = state.sequences[event.seq_id]
+    place = _find(state, event.seq_id, on_host=False)
+    evicted: list[int] = []
     if event.copied:
         source, destination = event.copied
-        _take(state, destination)
+        if place.blocks[-1] != source:
+            raise ValueError(f"block {source} was copied; the last of sequence {event.seq_id} is {place.blocks[-1]}")
+        evicted += _take(state, destination)
         place.blocks[-1] = destination
         _release(state, source)
     for block_id in event.new_blocks:
-        _take(state, block_id)
+        evicted += _take(state, block_id)
         place.blocks.append(block_id)
     place.length += event.count
+    _check_evicted(evicted, event.evicted)
+    _check_room(state, event.seq_id, place)
 
 
 def _forked(state: MemoryState, event: SequenceForked) -> None:
-    parent = state.sequences[event.parent_id]
-    for block_id in parent.blocks:
-        _share(state, block_id)
-    state.sequences[event.child_id] = Placement(parent.length, parent.blocks.copy())
+    parent = _find(state, event.parent_id, on_host=False)
+    _begin(state, event.child_id, Placement(parent.length, parent.blocks.copy()))
 
 
 def _cached(state: MemoryState, event: BlockCached) -> None:
+    if state.ref_count[event.block_id] < 1:
+        raise ValueError(f"block {event.block_id} is in no table")
     state.digest_of[event.block_id] = event.digest
 
 
@@ -164,22 +169,24 @@ def _swapped_out(state: MemoryState, event: SwappedOut) -> None:
 
 
 def _swapped_in(state: MemoryState, event: SwappedIn) -> None:
-    _rehouse(state, event.seq_ids, dict(event.blocks), to_host=False)
+    evicted = _rehouse(state, event.seq_ids, dict(event.blocks), to_host=False)
+    _check_evicted(evicted, event.evicted)
 
 
-def _placed(state: MemoryState, event: RegionPlaced) -> None:
-    place = state.sequences.setdefault(event.seq_id, Placement())
-    place.start, place.size = event.start, event.size
-
-
-def _region_out(state: MemoryState, event: RegionSwappedOut) -> None:
-    place = state.sequences[event.seq_id]
-    place.start, place.size, place.on_host = event.start, event.size, True
-
-
-def _region_in(state: MemoryState, event: RegionSwappedIn) -> None:
-    place = state.sequences[event.seq_id]
-    place.start, place.size, place.on_host = event.start, event.size, False
+def _laid(state: MemoryState, event: RegionPlaced | RegionSwappedOut | RegionSwappedIn) -> None:
+    """A sequence's region is here now, where no other may be."""
+    if isinstance(event, RegionPlaced):
+        state.sequences.setdefault(event.seq_id, Placement())
+    place = _find(state, event.seq_id, on_host=isinstance(event, RegionSwappedIn))
+    place.start, place.size, place.on_host = event.start, event.size, isinstance(event, RegionSwappedOut)
+    stop = event.start + event.size
+    if event.start < 0 or stop > (state.num_host_blocks if place.on_host else state.num_blocks):
+        raise ValueError(f"slots {event.start} to {stop - 1} are not all in the pool")
+    for seq_id, other in state.sequences.items():
+        overlap = other.start < stop and event.start < other.start + other.size
+        if overlap and other is not place and other.on_host == place.on_host:
+            raise ValueError(f"sequences {event.seq_id} and {seq_id} lie in the same slots")
+    _check_room(state, event.seq_id, place)
 
 
 _CHANGES: dict[type[Event], Callable[[MemoryState, Any], None]] = {
@@ -191,29 +198,67 @@ _CHANGES: dict[type[Event], Callable[[MemoryState, Any], None]] = {
     SequenceFreed: _freed,
     SwappedOut: _swapped_out,
     SwappedIn: _swapped_in,
-    RegionPlaced: _placed,
-    RegionSwappedOut: _region_out,
-    RegionSwappedIn: _region_in,
+    RegionPlaced: _laid,
+    RegionSwappedOut: _laid,
+    RegionSwappedIn: _laid,
 }
 
 
 # --- the pool's moves ------------------------------------------------------------------------------------
 
 
-def _take(state: MemoryState, block_id: int, on_host: bool = False) -> None:
+def _begin(state: MemoryState, seq_id: int, place: Placement) -> None:
+    if seq_id in state.sequences:
+        raise ValueError(f"sequence {seq_id} is there already")
+    for block_id in place.blocks:
+        _share(state, block_id)
+    state.sequences[seq_id] = place
+    _check_room(state, seq_id, place)
+
+
+def _find(state: MemoryState, seq_id: int, on_host: bool) -> Placement:
+    place = state.sequences[seq_id]
+    if place.on_host != on_host:
+        raise ValueError(f"sequence {seq_id} is on the {'host' if place.on_host else 'device'}")
+    return place
+
+
+def _check_room(state: MemoryState, seq_id: int, place: Placement) -> None:
+    """A table has just enough blocks; a region has enough slots."""
+    if not state.ref_count:
+        if place.length > place.size:
+            raise ValueError(f"sequence {seq_id} has {place.length} tokens in {place.size} slots")
+    elif len(place.blocks) != -(-place.length // state.block_size):
+        raise ValueError(f"sequence {seq_id} has {place.length} tokens in {len(place.blocks)} blocks")
+
+
+def _check_evicted(evicted: list[int], told: tuple[int, ...]) -> None:
+    if tuple(evicted) != told:
+        raise ValueError(f"the prefix cache gave up {evicted or 'nothing'}; told was {list(told) or 'nothing'}")
+
+
+def _take(state: MemoryState, block_id: int, on_host: bool = False) -> list[int]:
+    """`block_id` is handed out. Returns the block that the prefix cache gave up for it, if any."""
     free, ref_count = (state.host_free, state.host_ref_count) if on_host else (state.free, state.ref_count)
-    if not free and not on_host and state.idle:  # the prefix cache gives up a block
+    given_up = []
+    if not free and not on_host and state.idle:
         evicted, _ = state.idle.popitem(last=False)
         del state.digest_of[evicted]
         free.append(evicted)
+        given_up = [evicted]
     if not free or free[-1] != block_id:
         raise ValueError(f"block {block_id} was handed out; next on the free list is {free[-1:] or 'nothing'}")
     free.pop()
     ref_count[block_id] = 1
+    return given_up
 
 
 def _share(state: MemoryState, block_id: int) -> None:
+    if not 0 <= block_id < len(state.ref_count):
+        raise ValueError(f"block {block_id} is not in the pool")
     if not state.ref_count[block_id]:
+        if block_id not in state.idle:
+            raise ValueError(f"block {block_id} is free")
         del state.idle[block_id]
     state.ref_count[block_id] += 1
 
@@ -233,18 +278,21 @@ def _release(state: MemoryState, block_id: int, on_host: bool = False) -> None:
         state.free.append(block_id)
 
 
-def _rehouse(state: MemoryState, seq_ids: Iterable[int], new_of: dict[int, int], to_host: bool) -> None:
+def _rehouse(state: MemoryState, seq_ids: Iterable[int], new_of: dict[int, int], to_host: bool) -> list[int]:
+    """Move tables from one pool to the other. Returns the blocks that the prefix cache gave up."""
     taken = set()
+    evicted: list[int] = []
     for seq_id in seq_ids:
-        for block_id in state.sequences[seq_id].blocks:
+        for block_id in _find(state, seq_id, on_host=not to_host).blocks:
             new = new_of[block_id]
             if new in taken:
                 (state.host_ref_count if to_host else state.ref_count)[new] += 1
             else:
-                _take(state, new, on_host=to_host)
+                evicted += _take(state, new, on_host=to_host)
                 taken.add(new)
     for seq_id in seq_ids:
         place = state.sequences[seq_id]
         for block_id in reversed(place.blocks):
             _release(state, block_id, on_host=not to_host)
         place.blocks, place.on_host = [new_of[block_id] for block_id in place.blocks], to_host
+    return evicted

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from .events import Log, PoolOpened, RegionPlaced, SequenceFreed, TokensAppended
+from .events import Log, PoolOpened, RegionPlaced, SequenceFreed, tokens_appended
 from .managers import OpenPiece, Snapshot, Transfer
 from .regions import Region, RegionPool
 
@@ -73,7 +73,7 @@ class StandardManager:
         for seq_id, count in appends:
             self.regions[seq_id].length += count
             if self.log:
-                self.log(TokensAppended(seq_id, count))
+                self.log(tokens_appended(seq_id, count))
         return []
 
     def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:

@@ -16,7 +16,7 @@ from .events import (
     RegionSwappedIn,
     RegionSwappedOut,
     SequenceFreed,
-    TokensAppended,
+    tokens_appended,
 )
 from .managers import OpenPiece, OutOfHostBlocks, Snapshot, Transfer
 from .regions import Region, RegionPool
@@ -67,18 +67,20 @@ class SwappingManager:
         transfers = self._make_room(seq_id, region, region.length + count)
         region.length += count
         if self.log:
-            self.log(TokensAppended(seq_id, count))
+            self.log(tokens_appended(seq_id, count))
         return transfers
 
     def _make_room(self, seq_id: int, region: Region, length: int) -> list[Transfer]:
-        """Grow in place, or move to a hole that is large enough. Raises OutOfBlocks without either."""
+        """Grow in place, or move to a hole that is large enough. Raises OutOfBlocks without either.
+
+        Its own slots count as part of the hole: a sequence that is alone can always grow, wherever it lies.
+        """
         if length <= region.size:
             return []
         size = self.region_size(length)
         transfers = []
         if not self.pool.grow(region.start, region.size, size - region.size):
-            start = self.pool.allocate(size)
-            self.pool.release(region.start, region.size)
+            start = self.pool.move(region.start, region.size, size)
             if region.length:
                 transfers = [Transfer("move", region.start, start, region.length)]
                 self.slots_moved += region.length
