@@ -193,6 +193,17 @@ def dots(scores, r, t, query, q, keys, k0, k1, k2, k3, size):
 
 
 @njit(fastmath=FAST, forceinline=True)
+def dots_of_one(scores, t, query, q, keys, k0, k1, k2, k3, size):
+    """scores[0, t:t+4], where there is but one row: decoding without groups. Four would be four times the work."""
+    a0 = a1 = a2 = a3 = FLOAT(0.0)
+    for d in range(size):
+        qa = query[u(q + d)]
+        a0, a1 = a0 + qa * keys[u(k0 + d)], a1 + qa * keys[u(k1 + d)]
+        a2, a3 = a2 + qa * keys[u(k2 + d)], a3 + qa * keys[u(k3 + d)]
+    scores[u(t)], scores[u(t + 1)], scores[u(t + 2)], scores[u(t + 3)] = a0, a1, a2, a3
+
+
+@njit(fastmath=FAST, forceinline=True)
 def add_values(mixed, m, weights, r, t, values, v0, v1, v2, v3, size):
     """Two rows of `mixed`, from `m` on, += weights[r:r+2, t:t+4] times the value rows at v0 to v3."""
     i, j, n = r * TILE + t, (r + 1) * TILE + t, m + size
@@ -204,6 +215,15 @@ def add_values(mixed, m, weights, r, t, values, v0, v1, v2, v3, size):
         b = mixed[u(n + d)] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
         mixed[u(m + d)] = a
         mixed[u(n + d)] = b
+
+
+@njit(fastmath=FAST, forceinline=True)
+def add_values_of_one(mixed, m, weights, t, values, v0, v1, v2, v3, size):
+    """The same for the one row of `mixed` at `m`."""
+    a0, a1, a2, a3 = weights[u(t)], weights[u(t + 1)], weights[u(t + 2)], weights[u(t + 3)]
+    for d in range(size):
+        x0, x1, x2, x3 = values[u(v0 + d)], values[u(v1 + d)], values[u(v2 + d)], values[u(v3 + d)]
+        mixed[u(m + d)] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
 
 
 @njit(fastmath=FAST, forceinline=True)
@@ -262,7 +282,7 @@ def attend(item, query, caches, floats, in_place, strides, table, sizes, options
     block_size, num_kv_heads, group_size, size = sizes
     window, softcap, slopes, sinks = options
     num_heads, pairs = num_kv_heads * group_size, item.count * group_size
-    rows = -(-pairs // 4) * 4
+    rows = -(-pairs // 4) * 4 if pairs > 1 else 1
     q = np.zeros(num_kv_heads * rows * size, FLOAT)  # [num_kv_heads, rows, head_size], and `mixed` too
     mixed = np.zeros(num_kv_heads * rows * size, FLOAT)
     highest, total = np.zeros(num_kv_heads * rows, FLOAT), np.zeros(num_kv_heads * rows, FLOAT)
@@ -303,8 +323,10 @@ def attend(item, query, caches, floats, in_place, strides, table, sizes, options
             for t in range(0, TILE, 4):
                 if more:
                     ahead(keys, next_key_at, key_strides, head * TILE + t, num_kv_heads, size)
-                for r in range(0, rows, 4):
-                    k0, k1, k2, k3 = k[t] + k_head, k[t + 1] + k_head, k[t + 2] + k_head, k[t + 3] + k_head
+                k0, k1, k2, k3 = k[t] + k_head, k[t + 1] + k_head, k[t + 2] + k_head, k[t + 3] + k_head
+                if pairs == 1:
+                    dots_of_one(weights, t, q, base * size, key_rows, k0, k1, k2, k3, size)
+                for r in range(0, rows - 3, 4):
                     dots(weights, r, t, q, (base + r) * size, key_rows, k0, k1, k2, k3, size)
             for r in range(pairs):
                 row, position = base + r, item.position + r // group_size
@@ -322,8 +344,10 @@ def attend(item, query, caches, floats, in_place, strides, table, sizes, options
             for t in range(0, TILE, 4):
                 if more:
                     ahead(values, next_value_at, value_strides, head * TILE + t, num_kv_heads, size)
-                for r in range(0, rows, 2):
-                    v0, v1, v2, v3 = v[t] + v_head, v[t + 1] + v_head, v[t + 2] + v_head, v[t + 3] + v_head
+                v0, v1, v2, v3 = v[t] + v_head, v[t + 1] + v_head, v[t + 2] + v_head, v[t + 3] + v_head
+                if pairs == 1:
+                    add_values_of_one(mixed, base * size, weights, t, value_rows, v0, v1, v2, v3, size)
+                for r in range(0, rows - 1, 2):
                     add_values(mixed, (base + r) * size, weights, r, t, value_rows, v0, v1, v2, v3, size)
 
     for head in range(num_kv_heads):
