@@ -342,6 +342,19 @@ def test_swapped_out_blocks_stay_known_until_they_are_given_up() -> None:
     assert replay(events) == state_of(manager)
 
 
+def test_what_comes_back_from_the_host_is_told_to_the_cache_again() -> None:
+    manager = PagedManager(3, BLOCK_SIZE, prefix_cache=True, num_host_blocks=2)
+    compute(manager, 0, A + B)
+    manager.swap_out([0])
+    compute(manager, 1, [0] * 12)  # gives up what was known on the device
+    manager.free(1)
+    manager.swap_in([0])
+    manager.commit(0, A + B, 8)
+    manager.check_integrity()
+    assert manager.admit(2, [*A, 1], 8) == 4
+    assert manager.block_table(2)[0] == manager.block_table(0)[0]
+
+
 def test_admission_counts_idle_blocks_that_it_hits_only_once() -> None:
     """Idle blocks that are hit are not room for the rest of the prompt."""
     manager = cached(3)

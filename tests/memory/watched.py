@@ -195,8 +195,7 @@ class Watched(Oracle):
         assert isinstance(self.manager, Swappable)
         try:
             transfers = self.manager.swap_in(seq_ids)
-        except OutOfBlocks as error:
-            assert not isinstance(error, OutOfHostBlocks)
+        except OutOfBlocks:
             assert self.device() or len(seq_ids) > 1, "the device is empty, and the sequence fits"
             return self._refused()
         self.host.difference_update(seq_ids)
