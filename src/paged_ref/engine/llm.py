@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from ..kernels import why_not
 from ..memory.events import (
     BeamsReordered,
     Log,
+    ModelOpened,
     RequestArrived,
     SequenceFinished,
     StepPlanned,
+    TokenNamed,
     TokenSampled,
 )
 from ..memory.factory import WATERMARK, ManagerName, make_manager
@@ -129,9 +133,13 @@ class LLM:
         self._eos = frozenset(config.eos_token_ids)
         self._requests: dict[int, Request] = {}  # by request_id, unfinished
         self._request_of: dict[int, Request] = {}  # by seq_id, unfinished
+        self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: the tokens of who waits in a loop
         self._next_request = 0
         self._next_seq = 0
         self._num_steps = 0
+        self._named: set[int] = set()  # token ids whose text the log knows
+        if log:
+            log(ModelOpened(Path(model).name, kv_bytes_per_token(config, dtype)))
 
     # --- requests in -------------------------------------------------------------------------------
 
@@ -171,6 +179,7 @@ class LLM:
         self._next_request += 1
         self._next_seq += num_seqs
         if self.log:
+            self._name_tokens(ids, self.log)
             self.log(RequestArrived(output.request_id, tuple(seq.seq_id for seq in seqs), tuple(ids)))
         return output.request_id
 
@@ -218,9 +227,11 @@ class LLM:
         raises, these requests are aborted and nothing stays behind.
         """
         requests = self._queue(prompts, params)
-        for token in self._run(requests):
-            if on_token is not None:
-                on_token(token)
+        with closing(self._run(requests)) as tokens:
+            next(tokens)
+            for token in tokens:
+                if on_token is not None:
+                    on_token(token)
         return [request.output for request in requests]
 
     def stream(
@@ -229,7 +240,9 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[TokenOutput]:
         """Like generate(), but yields each token as it comes. Leaving the loop aborts what is unfinished."""
-        return self._run(self._queue(prompts, params))
+        tokens = self._run(self._queue(prompts, params))
+        next(tokens)
+        return tokens
 
     def _queue(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -249,18 +262,28 @@ class LLM:
             raise
         return [self._requests[request_id] for request_id in ids]
 
-    def _run(self, requests: list[Request]) -> Iterator[TokenOutput]:
+    def _run(self, requests: list[Request]) -> Generator[Any, None, None]:
+        """The tokens of these requests. None comes first: who has taken it is inside `try`, so that dropping
+        the loop aborts the requests even before their first token."""
         mine = {request.output.request_id for request in requests}
+        fresh: deque[TokenOutput] = deque()  # tokens for this loop; the step of another's loop may bring some
+        self._loops.update(dict.fromkeys(mine, fresh))
         try:
-            while any(request_id in self._requests for request_id in mine):
-                for token in self.step():
-                    if token.request_id in mine:
-                        yield token
+            yield None
+            while True:
+                while fresh:
+                    yield fresh.popleft()
                 for request in requests:
                     if request.output.error is not None:
                         raise request.output.error
+                if not any(request_id in self._requests for request_id in mine):
+                    return
+                for token in self.step():
+                    if token.request_id in self._loops:
+                        self._loops[token.request_id].append(token)
         finally:
             for request_id in mine:
+                del self._loops[request_id]
                 self.abort(request_id)
 
     # --- one step ----------------------------------------------------------------------------------
@@ -370,6 +393,7 @@ class LLM:
         seq.tokens.append(token_id)
         output.token_ids.append(token_id)
         if self.log:
+            self._name_tokens([token_id], self.log)
             self.log(TokenSampled(seq.seq_id, token_id))
         if request.output.first_token is None:
             request.output.first_token = time.perf_counter()
@@ -429,6 +453,7 @@ class LLM:
         if self.log:
             pairs = zip(parents, going_on, strict=True)
             self.log(BeamsReordered(tuple((parent.seq_id, seq.seq_id) for parent, seq in pairs)))
+            self._name_tokens([seq.tokens[-1] for seq in going_on], self.log)
             for seq in going_on:
                 self.log(TokenSampled(seq.seq_id, seq.tokens[-1]))
         return []
@@ -482,6 +507,13 @@ class LLM:
             self._end_sequence(request, seq, reason)
 
     # --- for those who watch -----------------------------------------------------------------------
+
+    def _name_tokens(self, token_ids: Sequence[int], log: Log) -> None:
+        """Tell the text of ids that come for the first time, so that a log can be read without the model."""
+        for token_id in token_ids:
+            if token_id not in self._named:
+                self._named.add(token_id)
+                log(TokenNamed(token_id, self.tokenizer.token_text(token_id)))
 
     def _log_plan(self, plan: StepPlan, log: Log) -> None:
         log(

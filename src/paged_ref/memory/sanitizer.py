@@ -2,7 +2,8 @@
 
 What AddressSanitizer is to memory. A slot that no sequence uses is filled with NaN, so that a kernel that
 strays shows it; and before attention reads a slot, its owner's record must be of the same position after the
-same tokens. Costs time in proportion to the cache: for tests and lessons.
+same tokens, and a checksum must find the K and V that the owner wrote, so that a copy which was never made, or
+came too late, shows too. Costs time in proportion to the cache: for tests and lessons.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .managers import BlockTables, KVCacheManager, Transfer
+from ..device import to_host, xp
+from ..kernels.addressing import slot_of
+from .managers import BlockTables, Contiguous, KVCacheManager, Transfer
 from .paged import PagedManager
 from .standard import StandardManager
 from .storage import KVStorage
@@ -26,18 +29,21 @@ class SanitizerError(RuntimeError):
 
 
 class _Owners:
-    """For each slot: who wrote it, at which position, and a fingerprint of all tokens up to there."""
+    """For each slot: who wrote it, at which position, a fingerprint of all tokens up to there, and a checksum of
+    the K and V that it wrote."""
 
     def __init__(self, num_slots: int) -> None:
         self.writer = np.full(num_slots, _UNWRITTEN, dtype=np.int64)
         self.position = np.full(num_slots, _UNWRITTEN, dtype=np.int64)
         self.fingerprint = np.zeros(num_slots, dtype=np.int64)
+        self.checksum = np.zeros(num_slots, dtype=np.uint64)
 
     def copy(self, source: np.ndarray, other: _Owners, destination: np.ndarray) -> None:
         """Slots `destination` of `other` now hold what slots `source` hold here."""
         other.writer[destination] = self.writer[source]
         other.position[destination] = self.position[source]
         other.fingerprint[destination] = self.fingerprint[source]
+        other.checksum[destination] = self.checksum[source]
 
 
 class KVSanitizer:
@@ -51,6 +57,7 @@ class KVSanitizer:
         self._host = _Owners(int(storage.host.shape[2]) * self._unit)
         self._fingerprints: dict[int, list[int]] = {}  # of each sequence, by position
         self._history: dict[int, deque[str]] = {}  # of each row: what happened to it last
+        self._written = np.zeros(0, dtype=np.int64)  # slots that the step under way writes
 
     def before_step(self, transfers: Sequence[Transfer], chunks: Sequence[tuple[int, Sequence[int], int, int]]) -> None:
         """After the step's transfers, before its attention: follow the copies, poison, write, check all reads.
@@ -60,18 +67,23 @@ class KVSanitizer:
         for transfer in transfers:
             self._follow(transfer)
         self._poison_unused()
+        written = []
         for seq_id, tokens, computed, count in chunks:
             slots = np.array(self._manager.slots(seq_id, computed, count), dtype=np.int64)
+            written.append(slots)
             self._device.writer[slots] = seq_id
             self._device.position[slots] = np.arange(computed, computed + count)
             self._device.fingerprint[slots] = self._fingerprint(seq_id, tokens, computed + count)[computed:]
             for row in dict.fromkeys((slots // self._unit).tolist()):
                 self._note(row, f"sequence {seq_id} wrote positions {computed} to {computed + count - 1}")
+        self._written = np.concatenate(written)
         for seq_id, tokens, computed, count in chunks:
-            self._check_read(seq_id, tokens, computed + count)
+            self._check_owners(seq_id, tokens, computed + count)
+            self._check_contents(seq_id, computed)
 
     def after_step(self, seq_ids: Sequence[int], rows: np.ndarray) -> None:
         """The step's results, one row for each sequence: NaN means that a kernel read a poisoned slot."""
+        self._device.checksum[self._written] = self._checksums(self._written)
         if rows.dtype.kind != "f":
             return  # token ids: the logits stayed on the device
         for seq_id, row in zip(seq_ids, rows, strict=True):
@@ -105,8 +117,41 @@ class KVSanitizer:
         for row in dict.fromkeys((stale // self._unit).tolist()):
             self._note(row, "slots given back, and filled with NaN")
 
-    def _check_read(self, seq_id: int, tokens: Sequence[int], length: int) -> None:
-        slots = np.array(self._manager.slots(seq_id, 0, length), dtype=np.int64)
+    def _slots_read(self, seq_id: int, length: int) -> np.ndarray:
+        """[length]: where attention finds the sequence's keys. Not asked of `slots`, which says where to write."""
+        positions = np.arange(length)
+        if isinstance(self._manager, BlockTables):
+            table = np.array(self._manager.block_table(seq_id), dtype=np.int64)
+            if length > len(table) * self._unit:
+                raise SanitizerError(f"sequence {seq_id} reads {length} tokens; its table has blocks {table.tolist()}")
+            return np.asarray(slot_of(table, positions, self._unit))
+        assert isinstance(self._manager, Contiguous)
+        return self._manager.start(seq_id) + positions
+
+    def _checksums(self, slots: np.ndarray) -> np.ndarray:
+        """[len(slots)]: of the bits of all K and V there, in whole numbers, so that no order of adding matters."""
+        kv = to_host(self._storage.device[:, :, xp.asarray(slots // self._unit), xp.asarray(slots % self._unit)])
+        bits = np.ascontiguousarray(np.moveaxis(kv, 2, 0)).view(f"u{kv.dtype.itemsize}").reshape(len(slots), -1)
+        weights = 2 * np.arange(bits.shape[1], dtype=np.uint64) + 1
+        return np.asarray((bits * weights).sum(axis=1, dtype=np.uint64))
+
+    def _check_contents(self, seq_id: int, length: int) -> None:
+        if not length:
+            return
+        slots = self._slots_read(seq_id, length)
+        wrong = np.flatnonzero(self._checksums(slots) != self._device.checksum[slots])
+        if not wrong.size:
+            return
+        position = int(wrong[0])
+        slot = int(slots[position])
+        raise SanitizerError(
+            f"sequence {seq_id} reads position {position} from {self._name(slot)}, but what lies there is not the K "
+            f"and V that sequence {self._device.writer[slot]} wrote: a copy was not made in time, or someone wrote "
+            f"over it. Last there: {self._last(slot)}."
+        )
+
+    def _check_owners(self, seq_id: int, tokens: Sequence[int], length: int) -> None:
+        slots = self._slots_read(seq_id, length)
         expected = self._fingerprint(seq_id, tokens, length)
         owners = self._device
         right = (owners.writer[slots] != _UNWRITTEN) & (owners.position[slots] == np.arange(length))
@@ -124,8 +169,11 @@ class KVSanitizer:
             found = f"sequence {writer} wrote it, after other tokens"
         raise SanitizerError(
             f"sequence {seq_id} reads position {position} from {self._name(slot)}, but {found}. "
-            f"Last there: {'; '.join(self._history.get(slot // self._unit, ())) or 'nothing'}."
+            f"Last there: {self._last(slot)}."
         )
+
+    def _last(self, slot: int) -> str:
+        return "; ".join(self._history.get(slot // self._unit, ())) or "nothing"
 
     def _name(self, slot: int) -> str:
         if isinstance(self._manager, BlockTables):
