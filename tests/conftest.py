@@ -1,4 +1,4 @@
-"""What tests share: the data beside the project, and which backends run here."""
+"""What tests share: the data beside the project, and what is skipped where something is missing."""
 
 from __future__ import annotations
 

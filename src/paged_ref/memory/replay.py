@@ -75,7 +75,8 @@ def apply(state: MemoryState, event: Event, number: int = 0) -> None:
     try:
         change(state, event)
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"event {number}, {type(event).__name__}, does not fit what came before: {error}") from None
+        why = f"{error} is not there" if isinstance(error, KeyError) else error
+        raise ValueError(f"event {number}, {type(event).__name__}, does not fit what came before: {why}") from None
 
 
 def state_of(manager: KVCacheManager) -> MemoryState:
