@@ -11,7 +11,11 @@ import pytest
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.kernels import backends
 
-BACKENDS = [name for name in ("reference", "cpu", "cuda") if name in backends()]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name
+    for name in ("reference", "cpu", "cuda")
+    if name in backends()
+]
 PAPER = "Four score and seven years ago our"
 MIXED = [PAPER, "Once upon a time", "The cat", "One day, Ben found a red box under the tree. " * 4]
 

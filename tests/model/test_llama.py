@@ -16,7 +16,11 @@ from paged_ref.kernels import backends
 from paged_ref.model.llama import Llama, StepInputs, rope_frequencies
 from paged_ref.model.loading import load, random_weights, weight_shapes
 
-BACKENDS = [name for name in ("reference", "cpu", "cuda") if name in backends()]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name
+    for name in ("reference", "cpu", "cuda")
+    if name in backends()
+]
 
 LLAMA = ModelConfig(
     vocab_size=50,
