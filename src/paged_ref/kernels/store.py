@@ -73,9 +73,9 @@ def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
     if pairs.min() < 0 or pairs.max() >= num_blocks:
         bad = int(pairs.min() if pairs.min() < 0 else pairs.max())
         raise ValueError(f"block_mapping holds block {bad}; the cache has blocks 0 to {num_blocks - 1}")
-    sources, destinations = pairs[:, 0], pairs[:, 1]
-    if np.unique(destinations).size != destinations.size:
-        raise ValueError(f"block_mapping names a destination twice: {destinations.tolist()}")
+    if np.unique(pairs[:, 1]).size != len(pairs):
+        raise ValueError(f"block_mapping names a destination twice: {pairs[:, 1].tolist()}")
+    sources, destinations = module_of(key_cache).asarray(pairs).T
     for cache in (key_cache, value_cache):
         cache[destinations] = cache[sources]
 

@@ -65,11 +65,11 @@ class KVStorage:
         sources = np.concatenate([np.arange(t.source, t.source + t.count) for t in batch])
         destinations = np.concatenate([np.arange(t.destination, t.destination + t.count) for t in batch])
         if batch[0].kind == "swap_out":
-            self.host[:, :, destinations] = to_host(self.device[:, :, sources])
+            self.host[:, :, destinations] = to_host(self.device[:, :, xp.asarray(sources)])
         elif batch[0].kind == "swap_in":
-            self.device[:, :, destinations] = xp.asarray(self.host[:, :, sources])
+            self.device[:, :, xp.asarray(destinations)] = xp.asarray(self.host[:, :, sources])
         else:
-            self.device[:, :, destinations] = self.device[:, :, sources]
+            self.device[:, :, xp.asarray(destinations)] = self.device[:, :, xp.asarray(sources)]
 
     def poison_slots(self, slots: np.ndarray) -> None:
         """Fill these slots with NaN: whoever reads them now reads what is no longer there."""
