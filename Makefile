@@ -6,9 +6,10 @@ CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA \(UMD \)\{0,1\}V
 CUDA := $(if $(filter 12,$(CUDA_MAJOR)),cuda12,$(if $(CUDA_MAJOR),cuda13))
 # Where `make gpu` leaves its results.
 OUT ?= build/gpu
+GPU_TESTS := tests/kernels/test_gpu.py tests/kernels/test_attention.py tests/model/test_llama.py tests/engine/test_llm.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compare gpu clean
+.PHONY: help demo test lint compare pictures gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -27,9 +28,17 @@ lint: .venv/test.stamp .venv/lint.stamp  ## ruff format and check, mypy strict
 compare: .venv/test.stamp .venv/compare.stamp  ## the tests against PyTorch and transformers (installs both)
 	$(BIN)/python -m pytest -m compare
 
+pictures: .venv/run.stamp  ## lessons/pictures/*.svg, from real runs
+	@mkdir -p lessons/pictures build
+	@$(BIN)/paged-ref viz --record build/pictures.jsonl --size 100x30 --at 1 >/dev/null
+	for picture in tables:S sharing:C swap:S prefix:H memory:S timeline:R; do \
+	  $(BIN)/paged-ref viz build/pictures.jsonl --frame $${picture%:*} --at $${picture#*:} \
+	    --svg lessons/pictures/$${picture%:*}.svg || exit 1; \
+	done
+
 gpu:  ## all GPU tests and the GPU benchmark, from the source tree, with PYTHON's own packages
 	mkdir -p $(OUT)
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -rs --junitxml=$(OUT)/tests.xml
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -rs --junitxml=$(OUT)/tests.xml $(GPU_TESTS)
 	PYTHONPATH=src $(PYTHON) -m paged_ref bench kernels --json $(OUT)/kernels.json
 
 clean:  ## remove what the other targets made

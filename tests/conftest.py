@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 import pytest
+
+if TYPE_CHECKING:  # a test that needs none of it should not wait for it
+    from paged_ref.memory.events import Event
+    from paged_ref.terminal.history import History
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -16,6 +21,35 @@ def stories260k() -> Path:
     if not directory.is_dir():
         pytest.skip("no ../shared/models/stories260K beside the project")
     return directory
+
+
+@pytest.fixture(scope="session")
+def logs() -> dict[str, list[Event]]:
+    """The paper's requests, run once under each manager, as `paged-ref viz` runs them."""
+    from paged_ref.memory.factory import ManagerName
+    from paged_ref.terminal.viz_run import PAPER, record
+
+    return {name: record(PAPER, name) for name in get_args(ManagerName)}
+
+
+@pytest.fixture(scope="session")
+def log_file(logs: dict[str, list[Event]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three in one file."""
+    from paged_ref.memory.events import write_events
+
+    path = tmp_path_factory.mktemp("viz") / "run.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for events in logs.values():
+            write_events(events, file)
+    return path
+
+
+@pytest.fixture
+def runs(logs: dict[str, list[Event]]) -> list[History]:
+    """The three as timelines."""
+    from paged_ref.terminal.history import histories
+
+    return [histories(events)[0] for events in logs.values()]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": ("paged_ref.terminal.demo", "the same prompts with standard and with paged memory, compared"),
     "generate": ("paged_ref.terminal.generate", "continue prompts, streaming the text"),
+    "viz": ("paged_ref.terminal.viz", "the page table of a real run, step by step, forwards and backwards"),
+    "walk": ("paged_ref.terminal.kernel_walk", "inside the kernel: which thread reads which slot, access by access"),
     "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
-    "bench": ("paged_ref.bench", "benchmarks: kernels, engine"),
+    "bench": ("paged_ref.bench", "benchmarks: kernels, engine, memory"),
 }
 
 

@@ -88,18 +88,12 @@ def main(args: argparse.Namespace) -> int:
         rate, ratio = new_tokens / median(times), median(seconds[baseline]) / median(times)
         same = sum(a == b for a, b in zip(outputs[name], outputs["paged"], strict=True))
         table.add_row(name, f"{rate:.0f}", f"{ratio:.2f}", f"{same}/{args.batch}")
-        results.append(
-            {"name": name, "tokens_per_second": rate, f"times_{baseline}": ratio, "same_sequences": same}
-        )
+        results.append({"name": name, "tokens_per_second": rate, f"times_{baseline}": ratio, "same_sequences": same})
     console.print(table)
     if baseline != "transformers generate":
-        console.print(
-            "transformers is not installed: pip install 'paged_ref[compare]' adds it to the comparison."
-        )
+        console.print("transformers is not installed: pip install 'paged_ref[compare]' adds it to the comparison.")
     if args.json:
-        args.json.write_text(
-            json.dumps({"device": describe(), "results": results}, indent=1) + "\n", encoding="utf-8"
-        )
+        args.json.write_text(json.dumps({"device": describe(), "results": results}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -120,9 +114,7 @@ def _ours(
     return lambda: [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
 
 
-def _transformers(
-    folder: str, prompts: list[list[int]], args: argparse.Namespace
-) -> Callable[[], list[list[int]]]:
+def _transformers(folder: str, prompts: list[list[int]], args: argparse.Namespace) -> Callable[[], list[list[int]]]:
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -107,9 +107,7 @@ class Trace:
         for info in self.arrays:
             if info.name == name:
                 return info
-        raise KeyError(
-            f"the kernel touches no array {name!r}; it has {', '.join(a.name for a in self.arrays)}"
-        )
+        raise KeyError(f"the kernel touches no array {name!r}; it has {', '.join(a.name for a in self.arrays)}")
 
     def select(
         self,

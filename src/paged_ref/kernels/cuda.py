@@ -85,10 +85,7 @@ def attention(call: AttentionCall) -> None:
         return
     stream = cuda.external_stream(device.xp.cuda.get_current_stream().ptr)
     # sync=False: CuPy's work and the kernel share the stream, so the host need not wait for either.
-    views = [
-        cuda.as_cuda_array(arg, sync=False) if hasattr(arg, "__cuda_array_interface__") else arg
-        for arg in args
-    ]
+    views = [cuda.as_cuda_array(arg, sync=False) if hasattr(arg, "__cuda_array_interface__") else arg for arg in args]
     kernel[grid, num_threads, stream](*views)
 
 

@@ -208,9 +208,7 @@ class _Machine:
             else:
                 continue
             name = self.thread_name(other.number)
-            raise self._error(
-                f"waits in cuda.{first.stop.kind}, which {name} does not reach: it {where}", first
-            )
+            raise self._error(f"waits in cuda.{first.stop.kind}, which {name} does not reach: it {where}", first)
         self.clock += 1
         self.barrier_clock = self.clock
         return self._answer(dict(enumerate(threads)))
@@ -219,9 +217,7 @@ class _Machine:
         values = {place: thread.stop.value for place, thread in group.items()}
         for place, thread in group.items():
             if thread.stop.mask is not None and not thread.stop.mask >> place & 1:
-                raise self._error(
-                    f"lane {place} is not in the mask {thread.stop.mask:#x} that it names", thread
-                )
+                raise self._error(f"lane {place} is not in the mask {thread.stop.mask:#x} that it names", thread)
             try:
                 thread.answer = thread.stop.answer(place, values)
             except Fault as fault:
@@ -236,9 +232,7 @@ class _Machine:
     def _error(self, what, thread):
         """An error of a thread that waits."""
         file = self.codes[thread.stop.site >> 20].co_filename
-        return KernelError(
-            what, self.kernel, self.cuda.blockIdx, thread.index, file, self._line(thread.stop.site)
-        )
+        return KernelError(what, self.kernel, self.cuda.blockIdx, thread.index, file, self._line(thread.stop.site))
 
     def _located(self, what, traceback):
         """An error of the running thread, at the last line of the kernel that the traceback goes through."""

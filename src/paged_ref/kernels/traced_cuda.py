@@ -87,14 +87,10 @@ class Cuda:
         return self._meet("syncthreads_count", None, bool(predicate), lambda _, values: sum(values.values()))
 
     def syncthreads_and(self, predicate: Any) -> Any:
-        return self._meet(
-            "syncthreads_and", None, bool(predicate), lambda _, values: int(all(values.values()))
-        )
+        return self._meet("syncthreads_and", None, bool(predicate), lambda _, values: int(all(values.values())))
 
     def syncthreads_or(self, predicate: Any) -> Any:
-        return self._meet(
-            "syncthreads_or", None, bool(predicate), lambda _, values: int(any(values.values()))
-        )
+        return self._meet("syncthreads_or", None, bool(predicate), lambda _, values: int(any(values.values())))
 
     # What a warp does together
 
@@ -105,9 +101,7 @@ class Cuda:
         return self._meet("shfl_sync", mask, value, lambda _, values: _of_lane(values, source % WARP_SIZE))
 
     def shfl_xor_sync(self, mask: int, value: Any, lane_mask: int) -> Any:
-        return self._meet(
-            "shfl_xor_sync", mask, value, lambda lane, values: _of_lane(values, lane ^ lane_mask)
-        )
+        return self._meet("shfl_xor_sync", mask, value, lambda lane, values: _of_lane(values, lane ^ lane_mask))
 
     def shfl_up_sync(self, mask: int, value: Any, delta: int) -> Any:
         def answer(lane: int, values: Lanes) -> Any:
@@ -244,9 +238,7 @@ class Rebuilder:
                 return self.cuda
             if value is math:
                 return self.math
-            if value.__name__ == "numba" or (
-                value.__name__.startswith("numba.") and hasattr(value, "float32")
-            ):
+            if value.__name__ == "numba" or (value.__name__.startswith("numba.") and hasattr(value, "float32")):
                 return Module(value, self.replace)
         if type(value).__module__.startswith("numba."):
             if hasattr(value, "bitwidth"):  # the type of a number

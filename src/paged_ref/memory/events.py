@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import cache
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, TextIO
 
 Pairs = tuple[tuple[int, int], ...]
@@ -223,7 +222,7 @@ def from_json(line: str) -> Event:
     kind = Event.kinds.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(f"event is {name!r}; known are {', '.join(Event.kinds)}")
-    known = _types_of(kind)
+    known = _types_of(kind.__name__)
     for key, value in record.items():
         if key not in known:
             raise ValueError(f"{name} has no field {key!r}; known are {', '.join(known)}")
@@ -251,9 +250,9 @@ def read_events(file: TextIO) -> Iterator[Event]:
 
 
 @cache
-def _types_of(kind: type[Event]) -> dict[str, str]:
-    """Field to its type, as it is written: a log may have a hundred thousand lines."""
-    return {field.name: str(field.type) for field in fields(kind)}
+def _types_of(kind: str) -> dict[str, str]:
+    """Field to its type, as it is written. Kept, since a log may have a hundred thousand lines."""
+    return {field.name: str(field.type) for field in fields(Event.kinds[kind])}
 
 
 def _is_of(value: Any, expected: str) -> bool:

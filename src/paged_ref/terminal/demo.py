@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from statistics import mean
 from time import perf_counter
 from typing import Literal
@@ -24,8 +26,10 @@ from ..engine.llm import LLM
 from ..engine.outputs import RequestOutput, StepRecord
 from ..engine.sampling import SamplingParams
 from ..engine.sequence import Status
+from ..memory.events import Event, Log, write_events
 from ..memory.paged import PagedManager
 from ..model.loading import load
+from .recording import record_to
 
 MAX_MODEL_LEN = 512  # what the standard manager reserves for each request, unless the model has less
 
@@ -99,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default 16)")
     parser.add_argument("--kv-tokens", type=int, default=1024, metavar="N", help="KV budget (default 1024 tokens)")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write both runs as JSON lines, for paged-ref viz")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -106,17 +111,19 @@ def main(args: argparse.Namespace) -> int:
     names: tuple[Literal["standard", "paged"], ...] = ("standard", "paged")
     context = load(args.model).config.max_position_embeddings
     max_model_len = min(MAX_MODEL_LEN, context, max(args.kv_tokens, 1))
-    engines = [
-        LLM(
+
+    def make(name: Literal["standard", "paged"], log: Log | None = None) -> LLM:
+        return LLM(
             args.model,
             manager=name,
             block_size=args.block_size,
             kv_cache_tokens=args.kv_tokens,
             max_model_len=max_model_len,
             backend=args.backend,
+            log=log,
         )
-        for name in names
-    ]
+
+    engines = [make(name) for name in names]
     per_token = kv_bytes_per_token(engines[0].config, "float32")
     console.print(
         f"{len(REQUESTS)} requests on {describe()}. The KV budget is {args.kv_tokens} tokens of {per_token} "
@@ -126,8 +133,13 @@ def main(args: argparse.Namespace) -> int:
         for llm in engines:
             llm.generate([prompt for prompt, _ in REQUESTS], SamplingParams(max_tokens=2))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with record_to(args.record) as file, Progress(*columns, console=console) as progress:
+        if file:  # a log begins with an engine, and not with its warm-up
+            logs: list[list[Event]] = [[] for _ in names]
+            engines = [make(name, log.append) for name, log in zip(names, logs, strict=True)]
         runs = [_run(name, llm, progress) for name, llm in zip(names, engines, strict=True)]
+        if file:
+            write_events(chain.from_iterable(logs), file)
 
     token_ids = [[output.outputs[0].token_ids for output in run.outputs] for run in runs]
     same = token_ids[0] == token_ids[1]

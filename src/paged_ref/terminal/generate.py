@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..engine.llm import LLM
 from ..engine.sampling import SamplingParams
-from ..memory.events import Log, write_events
+from ..memory.events import write_events
 from ..memory.factory import MANAGERS
+from .recording import record_to
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
         beam_width=args.beam_width,
         length_penalty=args.length_penalty,
     )
-    with _recorder(args.record) as log:
+    with record_to(args.record) as file:
         llm = LLM(
             args.model,
             manager=args.manager,
@@ -65,24 +64,10 @@ def main(args: argparse.Namespace) -> int:
             prefix_cache=args.prefix_cache,
             backend=args.backend,
             sanitize=args.sanitize,
-            log=log,
+            log=None if file is None else lambda event: write_events([event], file),
         )
         _show_in_turn(llm, args.prompt, params)
     return 0
-
-
-@contextmanager
-def _recorder(path: Path | None) -> Iterator[Log | None]:
-    """A log that writes to `path`; none without one. Raises ValueError where it cannot be written."""
-    if path is None:
-        yield None
-        return
-    try:
-        file = path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--record {path} cannot be written: {error.strerror}") from None
-    with file:
-        yield lambda event: write_events([event], file)
 
 
 def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:

@@ -1,0 +1,237 @@
+"""`paged-ref viz`: the page table of a real run, step by step, forwards and backwards."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.terminal_theme import TerminalTheme
+
+from ..engine.sampling import SamplingParams
+from ..memory.events import Event, write_events
+from ..memory.factory import MANAGERS, ManagerName
+from .frames.canvas import Scene
+from .frames.screen import FRAMES, MIN_HEIGHT, MIN_WIDTH, screen
+from .history import MARKS, History, histories, read_histories
+from .loop import play
+from .player import Player
+from .recording import record_to
+from .viz_run import PAPER, Workload, record, workload
+
+MAX_TOKENS = 12
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    red, green, blue = bytes.fromhex(colour)
+    return red, green, blue
+
+
+# GitHub's light colours, for pictures that stand among text.
+_GROUND = TerminalTheme(
+    (255, 255, 255),
+    (36, 41, 47),
+    [_rgb(colour) for colour in ["24292f", "cf222e", "116329", "785000", "0969da", "8250df", "0a6e78", "57606a"]],
+    [_rgb(colour) for colour in ["57606a", "a40e26", "1a7f37", "633c01", "218bff", "a475f9", "3192aa", "8c959f"]],
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("logs", nargs="*", type=Path, metavar="FILE", help="replay logs that --record wrote")
+    show = parser.add_argument_group("what to show")
+    names = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES, start=1))
+    show.add_argument("--frame", default="1", metavar="K", help=f"{names} (default 1)")
+    letters = ", ".join(f"{mark} {what}" for mark, what in MARKS.items())
+    show.add_argument(
+        "--at", metavar="EVENT", help=f"begin at this event (without a terminal: only this one), or the first {letters}"
+    )
+    show.add_argument(
+        "--every", type=int, metavar="N", help="without a terminal: a frame for every N events, not steps"
+    )
+    show.add_argument("--size", metavar="WxH", help="of printed frames (default: COLUMNS and LINES, or 80x24)")
+    show.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
+    show.add_argument(
+        "--svg", type=Path, metavar="FILE", help="write the frame at --at (default: the last) as a picture"
+    )
+    run = parser.add_argument_group("what to run, in place of the paper's example")
+    run.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: embedded)")
+    run.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    run.add_argument("--n", type=int, metavar="N", help="samples of each prompt; more than 1 draws at temperature 0.8")
+    run.add_argument("--max-tokens", type=int, metavar="N", help=f"new tokens of each sample (default {MAX_TOKENS})")
+    run.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens (default 0)")
+    run.add_argument("--block-size", type=int, metavar="N", help="tokens in a block (default 4)")
+    run.add_argument("--blocks", type=int, metavar="N", help="of the pool (default: 12, or too few for all prompts)")
+    run.add_argument("--host-blocks", type=int, metavar="N", help="of host memory (default: as the pool; 0: recompute)")
+    run.add_argument("--manager", choices=(*MANAGERS, "all"), default="all", help="default: all, to compare them")
+    run.add_argument("--record", type=Path, metavar="FILE", help="write what happens as JSON lines, too")
+
+
+def main(args: argparse.Namespace) -> int:
+    frame = _frame(args.frame)
+    size = _size(args.size) if args.size else None
+    if args.every is not None and args.every < 1:
+        raise ValueError(f"--every is {args.every}; at least 1 is needed")
+    runs = _runs(args)
+    at = None if args.at is None else _position(args.at, runs[0])
+    if args.svg:
+        _write_svg(args.svg, runs, frame, len(runs[0]) - 1 if at is None else at, size or (100, 30))
+    elif _is_terminal() and not (args.print or args.every or size):
+        gc.freeze()  # the events stay to the end: the collector need not walk them between two keys
+        play(Player(runs, frame, at or 0))
+    else:
+        _print(runs, frame, at, args.every, size)
+    return 0
+
+
+def show(frame: str) -> None:
+    """What `python -m paged_ref.terminal.frames.NAME` does: the paper's example, in that frame."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    main(parser.parse_args(["--frame", frame, *sys.argv[1:]]))
+
+
+# --- what to show -----------------------------------------------------------------------------------------
+
+
+def _frame(text: str) -> int:
+    for i, frame in enumerate(FRAMES):
+        if text in (str(i + 1), frame.name):
+            return i
+    known = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES, start=1))
+    raise ValueError(f"--frame is {text!r}; known are {known}")
+
+
+def _position(text: str, run: History) -> int:
+    """A place in the log: the number of an event, from 1, or the first one with this mark."""
+    if text in MARKS:
+        found = next((position for position, mark in run.marks if mark == text), None)
+        if found is None:
+            raise ValueError(f"--at is {text}, {MARKS[text]}; there is none in this run")
+        return found
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:18]) <= len(run)):
+        known = ", ".join(MARKS)
+        raise ValueError(f"--at is {text!r}; this run has the events 1 to {len(run)}, and the marks {known}")
+    return int(text) - 1
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if not found:
+        raise ValueError(f"--size is {text!r}; columns x rows are needed, as in 100x30")
+    width, height = int(found[1]), int(found[2])
+    if width < MIN_WIDTH or height < MIN_HEIGHT:
+        raise ValueError(f"--size is {text}; at least {MIN_WIDTH}x{MIN_HEIGHT} is needed")
+    return width, height
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+
+
+def _print(runs: list[History], frame: int, at: int | None, every: int | None, size: tuple[int, int] | None) -> None:
+    """Frames one after another, for pipes: of each step, of every so many events, or of one event."""
+    console = Console()
+    height = int(os.environ.get("LINES", "")) if os.environ.get("LINES", "").isdigit() else 24
+    width, height = size or (max(console.width, MIN_WIDTH), max(height, MIN_HEIGHT))
+    console = Console(width=width, height=height)
+    (first, *_) = runs
+    positions: Iterator[int] | list[int]
+    if at is not None:
+        positions = [at]
+    elif every is not None:
+        positions = [*range(0, len(first), every)]
+    else:
+        positions = first.step_positions or [len(first) - 1]
+    for i, position in enumerate(positions):
+        if i:
+            console.print()
+        scene = Scene(first.moment(position), runs, hints=False)
+        console.print(screen(scene, frame, width, height), no_wrap=True, overflow="crop", crop=True)
+
+
+def _write_svg(path: Path, runs: list[History], frame: int, at: int, size: tuple[int, int]) -> None:
+    width, height = size
+    console = Console(
+        width=width, height=height, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
+    scene = Scene(runs[0].moment(at), runs, hints=False)
+    console.print(screen(scene, frame, width, height), no_wrap=True, overflow="crop", crop=True)
+    svg = console.export_svg(title=f"paged-ref viz: {FRAMES[frame].name}", theme=_GROUND)
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # a picture fetches nothing
+    try:
+        path.write_text(svg, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--svg {path} cannot be written: {error.strerror}") from None
+
+
+# --- what to run ------------------------------------------------------------------------------------------
+
+
+def _runs(args: argparse.Namespace) -> list[History]:
+    """The runs of the logs, or of an engine here and now."""
+    chosen = ("model", "prompt", "n", "max_tokens", "seed", "block_size", "blocks", "host_blocks", "record")
+    if args.logs:
+        given = [name for name in chosen if getattr(args, name) is not None]
+        if given:
+            option = "--" + given[0].replace("_", "-")
+            raise ValueError(f"{option} is for a new run; {args.logs[0]} is a log of one that was")
+        return [run for path in args.logs for run in read_histories(path)]
+    work = _workload(args)
+    names: list[ManagerName] = list(get_args(ManagerName)) if args.manager == "all" else [args.manager]
+    events: list[Event] = []
+    with record_to(args.record) as file, Console(stderr=True).status("running the model ..."):
+        for name in names:
+            events += record(work, name)
+        if file:
+            write_events(events, file)
+    return histories(events)
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    asked = (
+        args.model,
+        args.prompt,
+        args.n,
+        args.max_tokens,
+        args.seed,
+        args.block_size,
+        args.blocks,
+        args.host_blocks,
+    )
+    if all(option is None for option in asked):
+        return PAPER
+    for option, value, least in (("--blocks", args.blocks, 1), ("--host-blocks", args.host_blocks, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{option} is {value}; at least {least} is needed")
+    n = 1 if args.n is None else args.n
+    params = SamplingParams(
+        max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens,
+        n=n,
+        temperature=0.8 if n > 1 else 0.0,
+        seed=0 if args.seed is None else args.seed,
+    )
+    if not args.prompt and params == SamplingParams(max_tokens=MAX_TOKENS, seed=0):
+        # The paper's requests in another memory, or on another model.
+        return Workload(
+            PAPER.arrivals,
+            model=args.model or PAPER.model,
+            block_size=PAPER.block_size if args.block_size is None else args.block_size,
+            num_blocks=PAPER.num_blocks if args.blocks is None else args.blocks,
+            num_host_blocks=PAPER.num_host_blocks if args.host_blocks is None else args.host_blocks,
+            first_blocks=PAPER.first_blocks,
+        )
+    return workload(
+        args.prompt or [prompt for _, prompt, _ in PAPER.arrivals],
+        params,
+        model=args.model or "tiny",
+        block_size=4 if args.block_size is None else args.block_size,
+        num_blocks=args.blocks,
+        num_host_blocks=args.host_blocks,
+    )
