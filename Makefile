@@ -35,6 +35,7 @@ pictures: .venv/run.stamp  ## lessons/pictures/*.svg, from real runs
 	  $(BIN)/paged-ref viz build/pictures.jsonl --frame $${picture%:*} --at $${picture#*:} \
 	    --svg lessons/pictures/$${picture%:*}.svg || exit 1; \
 	done
+	$(BIN)/paged-ref walk --svg lessons/pictures/walk.svg
 
 gpu:  ## all GPU tests and the GPU benchmark, from the source tree, with PYTHON's own packages
 	mkdir -p $(OUT)

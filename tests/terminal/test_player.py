@@ -8,7 +8,8 @@ from paged_ref.memory.events import SequenceForked, StepPlanned
 from paged_ref.terminal.change import sequences_of
 from paged_ref.terminal.frames.screen import FRAMES
 from paged_ref.terminal.history import History
-from paged_ref.terminal.player import SPEEDS, Player
+from paged_ref.terminal.loop import SPEEDS
+from paged_ref.terminal.player import Player
 
 
 @pytest.fixture

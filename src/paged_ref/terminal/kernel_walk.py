@@ -6,25 +6,21 @@ The kernels run in the tracer, here, without a GPU. What is shown is the record 
 from __future__ import annotations
 
 import argparse
-import io
-import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
-from rich.console import Console
-from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from rich.text import Text
 
-from .player import SPEEDS, Player, play
+from .loop import SPEEDS, play
+from .printing import Size, is_terminal, parse_size, print_frames, write_svg
 from .walk_frames import MIN_HEIGHT, MIN_WIDTH, VIEWS, WIDE, Look, frame
 from .walk_run import KERNELS, Sizes, Walk, walk
 
 STEPS = ("access", "line", "thread", "round", "block")
-MIN_SIZE = (MIN_WIDTH, MIN_HEIGHT)
+SMALLEST = (MIN_WIDTH, MIN_HEIGHT)
 _TOY = Sizes()
 
 
@@ -142,34 +138,20 @@ def main(args: argparse.Namespace) -> int:
         tuple(args.tokens), args.block_size, args.heads, args.kv_heads, args.head_size, args.threads, args.dtype,
         args.seed,
     )  # fmt: skip
-    size = _size(args.size) if args.size else None
+    size = parse_size(args.size, SMALLEST) if args.size else None
     sizes.check()
     every = _every(args.every) if args.every else None
     made = walk(sizes)
     at = _position(args.at, made) if args.at else None
     look = Look(args.kernel, args.view)
     if args.svg:
-        _write_svg(args.svg, made, _position("keys", made) if at is None else at, size or (100, 30), look)
-    elif _is_terminal() and not (args.print or every or size):
-        # `play` asks for draw, press, tick, playing and speed, and a Walker has them.
-        play(cast(Player, Walker(made, look, at or 0)))
+        position, size = _position("keys", made) if at is None else at, size or (100, 30)
+        write_svg(args.svg, frame(made, position, *size, replace(look, keys=False)), size, "paged-ref walk")
+    elif is_terminal() and not (args.print or every or size):
+        play(Walker(made, look, at or 0))
     else:
         _print(made, at, every, size, look)
     return 0
-
-
-def _is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
-    if not found:
-        raise ValueError(f"--size is {text!r}; columns x rows are needed, as in 100x30")
-    width, height = int(found[1]), int(found[2])
-    if width < MIN_SIZE[0] or height < MIN_SIZE[1]:
-        raise ValueError(f"--size is {text}; at least {MIN_SIZE[0]}x{MIN_SIZE[1]} is needed")
-    return width, height
 
 
 def _every(text: str) -> str:
@@ -190,37 +172,16 @@ def _position(text: str, walk: Walk) -> int:
     raise ValueError(f"--at is {text!r}; 1 to {len(walk)} is needed, or one of {names}")
 
 
-def _print(walk: Walk, at: int | None, every: str | None, size: tuple[int, int] | None, look: Look) -> None:
+def _print(walk: Walk, at: int | None, every: str | None, size: Size | None, look: Look) -> None:
     """Frames one after another, for pipes: the first access to each array, unless told otherwise."""
-    lines = os.environ.get("LINES", "")
-    width, height = size or (
-        max(Console().width, MIN_SIZE[0]),
-        max(int(lines) if lines.isdigit() else 24, MIN_SIZE[1]),
-    )
     run = walk.runs["paged"]
     if every is not None:
         positions = range(0, len(walk), int(every)) if every.isdigit() else run.starts[every].tolist()
         positions = [position for position in positions if position >= (at or 0)]
     else:
         positions = run.tour() if at is None else [at]
-    console = Console(width=width, height=height)
-    for i, position in enumerate(positions):
-        if i:
-            console.print()
-        console.print(frame(walk, position, width, height, replace(look, keys=False)), no_wrap=True, crop=True)
-
-
-def _write_svg(path: Path, walk: Walk, position: int, size: tuple[int, int], look: Look) -> None:
-    width, height = size
-    console = Console(
-        width=width, height=height, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
-    )
-    console.print(frame(walk, position, width, height, replace(look, keys=False)), no_wrap=True, crop=True)
-    svg = console.export_svg(title="paged-ref walk", theme=DEFAULT_TERMINAL_THEME)
-    try:
-        path.write_text(svg, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--svg {path} cannot be written: {error.strerror}") from None
+    still = replace(look, keys=False)
+    print_frames(lambda position, width, height: frame(walk, position, width, height, still), positions, size, SMALLEST)
 
 
 if __name__ == "__main__":  # shows the walk: python -m paged_ref.terminal.kernel_walk

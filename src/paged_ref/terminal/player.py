@@ -14,8 +14,7 @@ from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
 from .frames.canvas import DIM, Scene, exactly, fit, line, pack, rule
 from .frames.screen import FRAMES, screen
 from .history import MARKS, History, Moment
-from .loop import SPEEDS as SPEEDS
-from .loop import play as play
+from .loop import SPEEDS
 
 HELP = (
     ("← →", "one event back, forward"),

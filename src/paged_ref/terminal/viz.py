@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import io
-import os
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.terminal_theme import TerminalTheme
+from rich.text import Text
 
 from ..engine.sampling import SamplingParams
 from ..memory.events import Event, write_events
@@ -23,24 +19,12 @@ from .frames.screen import FRAMES, MIN_HEIGHT, MIN_WIDTH, screen
 from .history import MARKS, History, histories, read_histories
 from .loop import play
 from .player import Player
+from .printing import Size, is_terminal, parse_size, print_frames, write_svg
 from .recording import record_to
 from .viz_run import PAPER, Workload, record, workload
 
 MAX_TOKENS = 12
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    red, green, blue = bytes.fromhex(colour)
-    return red, green, blue
-
-
-# GitHub's light colours, for pictures that stand among text.
-_GROUND = TerminalTheme(
-    (255, 255, 255),
-    (36, 41, 47),
-    [_rgb(colour) for colour in ["24292f", "cf222e", "116329", "785000", "0969da", "8250df", "0a6e78", "57606a"]],
-    [_rgb(colour) for colour in ["57606a", "a40e26", "1a7f37", "633c01", "218bff", "a475f9", "3192aa", "8c959f"]],
-)
+SMALLEST: Size = (MIN_WIDTH, MIN_HEIGHT)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     frame = _frame(args.frame)
-    size = _size(args.size) if args.size else None
+    size = parse_size(args.size, SMALLEST) if args.size else None
     if args.every is not None and args.every < 1:
         raise ValueError(f"--every is {args.every}; at least 1 is needed")
     runs = _runs(args)
     at = None if args.at is None else _position(args.at, runs[0])
     if args.svg:
-        _write_svg(args.svg, runs, frame, len(runs[0]) - 1 if at is None else at, size or (100, 30))
-    elif _is_terminal() and not (args.print or args.every or size):
+        size = size or (100, 30)
+        still = _still(runs, frame, len(runs[0]) - 1 if at is None else at, size)
+        write_svg(args.svg, still, size, f"paged-ref viz: {FRAMES[frame].name}")
+    elif is_terminal() and not (args.print or args.every or size):
         gc.freeze()  # the events stay to the end: the collector need not walk them between two keys
         play(Player(runs, frame, at or 0))
     else:
@@ -121,54 +107,21 @@ def _position(text: str, run: History) -> int:
     return int(text) - 1
 
 
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
-    if not found:
-        raise ValueError(f"--size is {text!r}; columns x rows are needed, as in 100x30")
-    width, height = int(found[1]), int(found[2])
-    if width < MIN_WIDTH or height < MIN_HEIGHT:
-        raise ValueError(f"--size is {text}; at least {MIN_WIDTH}x{MIN_HEIGHT} is needed")
-    return width, height
-
-
-def _is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
-
-
-def _print(runs: list[History], frame: int, at: int | None, every: int | None, size: tuple[int, int] | None) -> None:
+def _print(runs: list[History], frame: int, at: int | None, every: int | None, size: Size | None) -> None:
     """Frames one after another, for pipes: of each step, of every so many events, or of one event."""
-    console = Console()
-    height = int(os.environ.get("LINES", "")) if os.environ.get("LINES", "").isdigit() else 24
-    width, height = size or (max(console.width, MIN_WIDTH), max(height, MIN_HEIGHT))
-    console = Console(width=width, height=height)
     (first, *_) = runs
-    positions: Iterator[int] | list[int]
     if at is not None:
         positions = [at]
     elif every is not None:
         positions = [*range(0, len(first), every)]
     else:
-        positions = first.step_positions or [len(first) - 1]
-    for i, position in enumerate(positions):
-        if i:
-            console.print()
-        scene = Scene(first.moment(position), runs, hints=False)
-        console.print(screen(scene, frame, width, height), no_wrap=True, overflow="crop", crop=True)
+        positions = list(first.step_positions) or [len(first) - 1]
+    print_frames(lambda at, width, height: _still(runs, frame, at, (width, height)), positions, size, SMALLEST)
 
 
-def _write_svg(path: Path, runs: list[History], frame: int, at: int, size: tuple[int, int]) -> None:
-    width, height = size
-    console = Console(
-        width=width, height=height, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
-    )
-    scene = Scene(runs[0].moment(at), runs, hints=False)
-    console.print(screen(scene, frame, width, height), no_wrap=True, overflow="crop", crop=True)
-    svg = console.export_svg(title=f"paged-ref viz: {FRAMES[frame].name}", theme=_GROUND)
-    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # a picture fetches nothing
-    try:
-        path.write_text(svg, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--svg {path} cannot be written: {error.strerror}") from None
+def _still(runs: list[History], frame: int, at: int, size: Size) -> Text:
+    """A frame without the hints about keys."""
+    return screen(Scene(runs[0].moment(at), runs, hints=False), frame, *size)
 
 
 # --- what to run ------------------------------------------------------------------------------------------

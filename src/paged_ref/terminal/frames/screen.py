@@ -12,7 +12,8 @@ from ..narration import narrate
 from . import memory, prefix, sharing, swap, tables, timeline
 from .canvas import DIM, Lines, Scene, beside, colour, exactly, fit, line, rule, window, wrap
 
-MIN_WIDTH, MIN_HEIGHT = 60, 16
+MIN_WIDTH: int = 60
+MIN_HEIGHT: int = 16
 
 
 @dataclass(frozen=True, slots=True)
