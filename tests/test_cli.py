@@ -122,6 +122,16 @@ def test_a_wrong_command_line_is_status_2(argv: list[str]) -> None:
     assert "usage: paged-ref" in done.stderr
 
 
+def test_an_unknown_device_is_refused() -> None:
+    environment = {**os.environ, "PAGED_REF_DEVICE": "gpu"}
+    command = [sys.executable, "-m", "paged_ref", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "paged-ref: error: PAGED_REF_DEVICE is 'gpu'; known are 'auto' and 'cpu'\n",
+    )
+
+
 def test_a_broken_checkpoint_from_the_command_line(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(TINY / name, tmp_path)

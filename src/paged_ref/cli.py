@@ -21,18 +21,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 the command's own finding, 2 bad input, 130 interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="paged-ref", description="PagedAttention to read, run, single-step and import."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if argv[:1] == [name]:  # only the command that runs is imported, so that --help stays quick
-            importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(argv)
     try:
-        return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except ValueError as error:
         print(f"paged-ref: error: {error}", file=sys.stderr)
         return 2
@@ -42,6 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader left, as `| head` does; nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="paged-ref", description="PagedAttention to read, run, single-step and import."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if argv[:1] == [name]:  # only the command that runs is imported, so that --help stays quick
+            importlib.import_module(module).add_arguments(command)
+    args = parser.parse_args(argv)
+    return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
 
 
 if __name__ == "__main__":
