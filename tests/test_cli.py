@@ -101,6 +101,8 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
             ["generate", "--prompt", "a", "--record", "no/such/place/run.jsonl"],
             "no/such/place/run.jsonl cannot be written",
         ),
+        (["bench", "kernels", "--rounds", "0"], "--rounds is 0; at least 1"),
+        (["bench", "kernels", "--shape", "zzz"], "--shape is 'zzz'; known are: decode"),
         (["demo", "--kv-tokens", "0"], "at least"),
         (["demo", "--kv-tokens", "100"], "100"),
         (["demo", "--block-size", "0"], "block_size is 0"),

@@ -263,14 +263,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     from ..kernels import cpu  # here, so that the command line starts without the compiler
 
+    if args.rounds < 1:
+        raise ValueError(f"--rounds is {args.rounds}; at least 1 is needed")
     console = Console()
     chosen = [shape for shape in SHAPES if not args.shape or any(words in shape.name for words in args.shape)]
     if not chosen:
-        console.print(f"no shape is called that; there are: {'; '.join(shape.name for shape in SHAPES)}")
-        return 2
+        known = "; ".join(shape.name for shape in SHAPES)
+        raise ValueError(f"--shape is {' '.join(args.shape)!r}; known are: {known}")
     results = []
     for shape in chosen:
-        records = bench(shape, max(3, args.rounds), cpu.THREADS)
+        records = bench(shape, args.rounds, cpu.THREADS)
         console.print(table_of(shape, records))
         results.append({"shape": asdict(shape), "records": records})
     if importlib.util.find_spec("torch") is None:

@@ -34,16 +34,6 @@ class KVStorage:
         self.layers: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in self.device]
         self.host = _pinned((num_layers, 2, num_host_blocks, *shape[3:]), dtype)
 
-    @property
-    def num_bytes(self) -> int:
-        """On the device."""
-        return int(self.device.nbytes)
-
-    @property
-    def bytes_per_row(self) -> int:
-        """What a Transfer of one row moves: all layers, K and V."""
-        return self.num_bytes // int(self.device.shape[2])
-
     def apply(self, transfers: Iterable[Transfer]) -> None:
         """Carry out this step's transfers, in their order, before anything is written."""
         batch: list[Transfer] = []
