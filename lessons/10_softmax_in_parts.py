@@ -1,0 +1,165 @@
+"""Lesson 10: softmax in parts
+
+Question: how can several workers share the keys of one softmax?
+Time: 20 minutes. Needs lesson 9.
+
+The kernel of lesson 9 walks through a sequence tile by tile, and one CUDA
+block does the whole walk. A long sequence that runs alone keeps most of a
+GPU idle. To share the walk, each worker must take some of the keys. Softmax
+seems to forbid it: every weight is divided by a sum over all keys.
+"""
+
+from math import exp, log
+
+import numpy as np
+
+from paged_ref.kernels import merge_states, paged_attention, store
+from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import predict, table, todo
+
+# ## Predict
+#
+# The way out: a worker softmaxes over its own keys only, and hands on its
+# output with the **log-sum-exp** of its scores, the lse: the logarithm of
+# the sum of their exponentials. It says how much the part weighs. An output
+# with its lse is an attention state.
+
+HEAD_SIZE = 16
+share = predict("Part A has lse 2, part B 2 + ln 3. Which share is B's?")
+handed_on = predict(f"How many numbers is a state of {HEAD_SIZE} wide?")
+
+# ## Run
+#
+# One query token, the last of its sequence, so it sees every key. The K and
+# V lie in blocks, in any order. `attend` reads some of the blocks.
+
+LENGTH, BLOCK_SIZE, KV_HEADS, HEADS = 38, 4, 2, 4
+rng = np.random.default_rng(0)
+block_table = rng.permutation(12)[:10]
+shape = (2, 12, BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
+keys, values = rng.standard_normal(shape, dtype=np.float32)
+query = 2 * rng.standard_normal((1, HEADS, HEAD_SIZE), dtype=np.float32)
+
+
+def attend(query, blocks, length):
+    """The state [1, HEADS, HEAD_SIZE], [1, HEADS] over `length` keys."""
+    return paged_attention(
+        query, keys, values, np.array([blocks]), np.array([length]),
+        return_lse=True, backend="reference",
+    )  # fmt: skip
+
+
+def in_parts(query, size):
+    """The states of the blocks, `size` blocks to a part."""
+    states = []
+    for first in range(0, len(block_table), size):
+        length = min(size * BLOCK_SIZE, LENGTH - first * BLOCK_SIZE)
+        part = block_table[first : first + size]
+        states.append(attend(query, part, length))
+    return [np.stack(arrays) for arrays in zip(*states, strict=True)]
+
+
+# Three workers, and then all keys at once for comparison. A part's share of
+# the result follows from the lse alone: exp(its lse - the lse of all).
+
+whole, whole_lse = attend(query, block_table, LENGTH)
+outputs, lses = in_parts(query, 4)
+shares = np.exp(lses - whole_lse)[:, 0]  # [parts, HEADS]
+rows = []
+for part, its in enumerate(shares):
+    blocks = " ".join(map(str, block_table[4 * part : 4 * part + 4]))
+    rows.append((blocks, float(lses[part, 0, 0]), *its.round(3).tolist()))
+names = [f"head {head}" for head in range(HEADS)]
+table("The share of each part", ("blocks", "lse of head 0", *names), rows)
+share.grade(exp(log(3)) / (1 + exp(log(3))))
+handed_on.grade((outputs[0].size + lses[0].size) // HEADS)
+
+merged, _ = merge_states(outputs, lses)
+claim("the shares of a head sum to one", shares.sum(0), np.ones(HEADS))
+merged, whole = merged.ravel(), whole.ravel()
+claim("joined, the parts are attention over all keys", merged, whole)
+again = merge_states(outputs[::-1], lses[::-1])[0].ravel()
+claim("the order of the parts does not matter", again, whole)
+
+# The states are written and read once more. With parts of 16 blocks of 16
+# keys, that is little beside the K and V of a long sequence.
+
+kv_bytes = 4096 * 2 * KV_HEADS * HEAD_SIZE * 4
+state_bytes = 4096 // (16 * 16) * HEADS * (HEAD_SIZE + 1) * 4
+claim("bytes of K and V for 4096 keys", kv_bytes, 2**20)
+claim(f"{state_bytes} bytes of states", 100 * state_bytes < kv_bytes)
+
+# ## What must hold
+#
+# Scores may be large. exp(100) is beyond float32, so nobody ever computes
+# exp(lse): the largest lse is taken away from all of them first. It changes
+# no share, as it stands above and below the line.
+
+
+def without_the_largest(real):
+    def merge(outputs, lses):
+        with np.errstate(all="ignore"):
+            weights = np.exp(lses)
+            total = weights.sum(axis=0)
+            mixed = (outputs * weights[..., None]).sum(axis=0)
+            return mixed / total[..., None], np.log(total)
+
+    return merge
+
+
+def loud():  # scores sixty times as large, in two parts
+    return store.merge_states(*in_parts(60 * query, 5))[0]
+
+
+break_it(
+    "weights are exp(lse), with the largest lse left in",
+    where=(store, "merge_states"), bug=without_the_largest, run=loud,
+    caught_by="contract",
+)  # fmt: skip
+
+# ## Exercise
+#
+# Join two states of one head: outputs `a` and `b` (arrays), and their lse
+# (floats). One of the two may have seen no key; then its lse is minus
+# infinity, and it must not count.
+
+
+def my_merge(a, lse_a, b, lse_b):
+    """The joint output, and its lse."""
+    return todo("4 lines, with max, exp and log")
+
+
+def spec(a, lse_a, b, lse_b):
+    lses = np.array([lse_a, lse_b]).reshape(2, 1, 1)
+    output, lse = merge_states(np.array([a, b])[:, None, None], lses)
+    return output[0, 0], float(lse[0, 0])
+
+
+a, b = rng.standard_normal((2, 3)).round(2)
+pairs = [(1.0, 1.0), (2.0, 3.1), (5.0, -np.inf), (800.0, 801.0)]
+hint = "Weights exp(lse - the larger lse); divide by their sum. The lse?"
+cases = [(a, one, b, other) for one, other in pairs]
+mine = check(my_merge, spec=spec, cases=cases, hint=hint)
+
+# Now one block after another, as a kernel does that walks: it carries one
+# state, and joins each block to it. This is the **online softmax**
+# (Milakov and Gimelshein 2018), in the lines that you wrote.
+
+outputs, lses = in_parts(query, 1)
+state = np.zeros(HEAD_SIZE), -np.inf
+for output, lse in zip(outputs[:, 0, 0], lses[:, 0, 0], strict=True):
+    state = mine(*state, output, lse)
+head_0 = whole[:HEAD_SIZE]
+claim("block by block, head 0 comes out the same", state[0], head_0)
+
+# ## In production systems
+#
+# Flash-Decoding (Dao et al. 2023) splits the keys so, and a second, small
+# kernel joins the states. FlashInfer's kernels return the lse, too. vLLM can
+# read a prefix that many sequences share once for all of them, and join it
+# to what each has of its own. Here, the `cpu` backend splits long sequences
+# over threads.
+
+# ## Next
+#
+# Lesson 11: many sequences in one step, none of which waits for another.
