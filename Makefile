@@ -9,13 +9,16 @@ OUT ?= build/gpu
 GPU_TESTS := tests/kernels/test_gpu.py tests/kernels/test_attention.py tests/model/test_llama.py tests/engine/test_llm.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compare pictures gpu clean
+.PHONY: help demo lesson test lint compare pictures gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/run.stamp  ## the main job: standard and paged memory, side by side (no GPU needed)
 	@$(BIN)/paged-ref demo
+
+lesson: .venv/run.stamp  ## the guided course; N=5 runs lesson 5
+	@$(BIN)/paged-ref lesson $(N)
 
 test: .venv/test.stamp  ## all tests that this machine can run
 	$(BIN)/python -m pytest

@@ -1,0 +1,146 @@
+"""Lesson 5: the block table
+
+Question: where does a token lie when its sequence is cut into pages?
+Time: 15 minutes. Needs lesson 4.
+
+Every scheme so far kept a sequence in one piece, and paid for it: with a
+reservation, or with moves. Operating systems met the same trouble with
+programs, and their answer was to give up the one piece. Memory is cut into
+pages of one size; any page will do; a table remembers which.
+"""
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.kernels import slot_of
+from paged_ref.lesson import break_it, check, claim, plug_in
+from paged_ref.lesson import predict, table, todo
+from paged_ref.memory import paged
+
+# ## Predict
+#
+# A page is a **block** in the code: room for the K and V of `block_size`
+# tokens. A **slot** is the room of one token; slots are numbered through,
+# so the slots of block 2 follow those of block 1. The **block table** of a
+# sequence lists its blocks in order, wherever they are.
+#
+# The example is the paper's (Kwon et al. 2023, Fig. 6). Blocks have four
+# slots, and the free ones are handed out in the order below. Each word of
+# the prompt is one token, and positions count from zero.
+
+PROMPT = "Four score and seven years ago our"
+BLOCK_SIZE = 4
+FREE_ORDER = [7, 1, 3, 0, 2, 4, 5, 6, 8]
+POSITION = 8  # the ninth token
+
+blocks = predict("How many blocks hold the first 9 tokens?", "blocks")
+slot = predict(f"In which slot lies the token at position {POSITION}?")
+
+# ## Run
+#
+# A real engine with a real, tiny model. `sanitize=True` has every read of
+# the cache checked, which we shall need.
+
+OPTIONS = {"backend": "reference", "sanitize": True}
+OPTIONS |= {"block_size": BLOCK_SIZE, "kv_cache_tokens": 36}
+llm = LLM(free_order=FREE_ORDER, **OPTIONS)
+id_ = llm.add_request(PROMPT, SamplingParams(max_tokens=12))
+request = llm.output_of(id_)
+while len(request.outputs[0].token_ids) < 3:
+    llm.step()
+
+# After three steps two new tokens are in the cache. (The third is known,
+# but its K and V are computed in the step that reads it.) The table now:
+
+tokens = request.prompt_token_ids + request.outputs[0].token_ids[:2]
+words = [llm.tokenizer.token_text(token) for token in tokens]
+block_table = list(llm.manager.block_table(0))
+rows = []
+for logical, physical in enumerate(block_table):
+    start, first = logical * BLOCK_SIZE, physical * BLOCK_SIZE
+    slots = f"{first} to {first + BLOCK_SIZE - 1}"
+    here = " ".join(words[start : start + BLOCK_SIZE])
+    rows.append((logical, physical, slots, here))
+table("Sequence 0", ("logical", "physical", "slots", "tokens"), rows)
+blocks.grade(len(block_table))
+slot.grade(slot_of(block_table, POSITION, BLOCK_SIZE))
+
+# ## What must hold
+#
+# A sequence has just enough blocks: only its last one may have empty slots.
+# So paging wastes less than one block for each sequence, whatever lengths
+# come. And no slot belongs to two positions.
+
+places = [slot_of(block_table, p, BLOCK_SIZE) for p in range(len(tokens))]
+empty = len(block_table) * BLOCK_SIZE - len(tokens)
+given = FREE_ORDER[: len(block_table)]
+claim("the table has the blocks that were handed out", block_table, given)
+claim(f"{empty} slots are empty, less than a block", empty < BLOCK_SIZE)
+claim("each position has its own slot", len(set(places)), len(tokens))
+
+# And the model must never notice. Here is the same request with the blocks
+# handed out in another order.
+
+
+def generate(order):
+    llm = LLM(free_order=order, **OPTIONS)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    return llm.generate(PROMPT, params)[0].outputs[0].token_ids
+
+
+usual, other = generate(FREE_ORDER), generate(FREE_ORDER[::-1])
+claim("the order of the blocks changes no token", other, usual)
+
+# What breaks if it doesn't hold? A classic: whoever thinks that the slot
+# after a block's last one is still theirs. It is, as long as the blocks
+# happen to lie side by side, so a test on a fresh pool stays green.
+
+
+def one_slot_on(real):
+    def slots(self, seq_id, first, count):
+        found = real(self, seq_id, first, count)
+        if first and first % self.block_size == 0:
+            found[0] = real(self, seq_id, first - 1, 1)[0] + 1
+        return found
+
+    return slots
+
+
+where = (paged.PagedManager, "slots")
+break_it(
+    "a new block's first token is written right behind the last block",
+    where=where, bug=one_slot_on, run=lambda: generate(FREE_ORDER),
+    caught_by="sanitizer",
+)  # fmt: skip
+
+# ## Exercise
+#
+# The whole idea in two lines. The block table maps a logical block to a
+# physical one; the position inside the block stays as it is.
+
+
+def my_slot_of(block_table, position, block_size):
+    """The slot that holds `position`."""
+    return todo("2 lines")
+
+
+cases = [(FREE_ORDER, p, size) for size in (4, 3, 1) for p in range(9)]
+hint = "Which logical block? Integer division. Where in it? The remainder."
+mine = check(my_slot_of, spec=slot_of, cases=cases, hint=hint)
+
+# The page manager asks this function where to write. With yours in its
+# place the model must say what it said before:
+
+with plug_in((paged, "slot_of"), mine):
+    claim("the engine says the same", generate(FREE_ORDER), usual)
+
+# ## In production systems
+#
+# vLLM keeps the tables of all running sequences as rows of one int32 array
+# on the GPU, and one table serves every layer: each layer has a cache of
+# its own, cut the same way. FlashInfer takes the rows joined end to end,
+# with an array that says where each begins. vLLM's blocks have 16 slots by
+# default (Kwon et al. 2023, §7.2): small enough to waste little, large
+# enough to be read in long runs.
+
+# ## Next
+#
+# Lesson 6: who hands the blocks out, and how it knows which are free.

@@ -1,0 +1,175 @@
+"""An answer held against the spec, case by case: right, pending, or wrong with the first difference.
+
+The answer is someone's first try: it may raise, print without end, loop, or change what it was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+SECONDS = 5.0  # for one call
+CHARACTERS = 20_000  # that an answer may print
+_WIDE = 400  # characters of a value that are shown
+
+
+class Pending(Exception):  # noqa: N818  (no error: the hole is not filled yet)
+    """Raised by todo(): nobody has written this yet. Its text is the size of the hole."""
+
+
+class _Stopped(BaseException):
+    """Not an Exception, so that an answer's own `except Exception` does not catch it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of an answer."""
+
+    state: Literal["pending", "right", "wrong"]
+    hole: str = ""  # its size, when pending
+    case: str = ""  # the call that went wrong
+    yours: str = ""
+    spec: str = ""
+    difference: str = ""  # the first one; "" where the two are short enough to compare by eye
+    error: BaseException | None = None  # that the answer raised and the spec did not
+    printed: str = ""  # by the answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What a call came to: a value or an error, and what it left in its arguments."""
+
+    value: Any
+    error: BaseException | None
+    arguments: tuple[Any, ...]
+
+
+def grade(yours: Callable[..., Any], spec: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> Verdict:
+    """`yours(*case)` against `spec(*case)`, on copies of each case. The first difference decides.
+
+    Compared are the value (floats and float arrays to 1e-5), the type of an exception, and what is left in
+    arguments that are lists, dicts, sets or arrays.
+    """
+    printed = _Limited()
+    with redirect_stdout(printed):
+        verdict = _grade(yours, spec, cases)
+    return replace(verdict, printed=printed.getvalue())
+
+
+def _grade(yours: Callable[..., Any], spec: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> Verdict:
+    for case in cases:
+        wanted = _call(spec, case)
+        call = f"{yours.__name__}({', '.join(map(_text, case))})"
+        try:
+            with _time_limit():
+                found = _call(yours, case)
+        except Pending as hole:
+            return Verdict("pending", hole=str(hole))
+        except _Stopped as stopped:
+            return Verdict("wrong", case=call, yours=str(stopped), spec=_told(wanted))
+        if (difference := _outcomes_differ(found, wanted)) is not None:
+            error = found.error if wanted.error is None else None
+            return Verdict("wrong", "", call, _told(found), _told(wanted), difference, error)
+    return Verdict("right")
+
+
+def _call(function: Callable[..., Any], case: tuple[Any, ...]) -> _Outcome:
+    arguments = copy.deepcopy(case)
+    try:
+        return _Outcome(function(*arguments), None, arguments)
+    except Pending:
+        raise
+    except (Exception, SystemExit) as error:
+        return _Outcome(None, error, arguments)
+
+
+def _outcomes_differ(found: _Outcome, wanted: _Outcome) -> str | None:
+    """Where; None where they do not."""
+    if wanted.error is not None or found.error is not None:
+        return None if type(found.error) is type(wanted.error) else ""
+    if (difference := first_difference(found.value, wanted.value)) is not None:
+        return difference
+    for number, (left, right) in enumerate(zip(found.arguments, wanted.arguments, strict=True), start=1):
+        kind = (list, dict, set, np.ndarray)
+        if isinstance(right, kind) and first_difference(left, right) is not None:
+            return f"argument {number} is left as {_text(left)}; the spec leaves {_text(right)}"
+    return None
+
+
+def first_difference(found: Any, wanted: Any, at: str = "") -> str | None:
+    """Where two values differ first, in words; "" for plain values that differ, None where they are the same."""
+    if isinstance(wanted, np.ndarray) or isinstance(found, np.ndarray):
+        left, right = np.asarray(found), np.asarray(wanted)
+        if left.shape != right.shape:
+            return f"shape {left.shape}; the spec has {right.shape}"
+        close = np.isclose(left, right, 1e-5, 1e-6, equal_nan=True) if right.dtype.kind == "f" else left == right
+        wrong = np.argwhere(~np.asarray(close))
+        if not len(wrong):
+            return None
+        place = tuple(int(i) for i in wrong[0])
+        return f"at {[*place]}: {left[place]} instead of {right[place]}; {len(wrong)} of {right.size} differ"
+    if isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)):
+        for i, (one, other) in enumerate(zip(found, wanted, strict=False)):
+            if (difference := first_difference(one, other, f"{at}[{i}]")) is not None:
+                return difference or f"at {at}[{i}]: {_text(one)} instead of {_text(other)}"
+        return None if len(found) == len(wanted) else f"{len(found)} entries; the spec has {len(wanted)}"
+    if isinstance(wanted, float) and isinstance(found, (int, float, np.number)):
+        return None if math.isclose(found, wanted, rel_tol=1e-5, abs_tol=1e-9) or found == wanted else ""
+    return None if found == wanted else ""
+
+
+def _told(outcome: _Outcome) -> str:
+    if outcome.error is not None:
+        return f"raises {type(outcome.error).__name__}: {outcome.error}".removesuffix(": ")
+    if outcome.value is None:
+        return "None"
+    return _text(outcome.value)
+
+
+def _text(value: Any) -> str:
+    """A value as it is written, shortened."""
+    if isinstance(value, np.ndarray):
+        text = np.array2string(value, precision=4, threshold=24, edgeitems=3, separator=", ")
+        return text if value.size <= 24 else f"{text} of shape {value.shape}"
+    if isinstance(value, np.generic):
+        value = value.item()
+    text = repr(value)
+    return text if len(text) <= _WIDE else text[: _WIDE - 4] + " ..."
+
+
+class _Limited(io.StringIO):
+    """Takes what an answer prints, up to a limit."""
+
+    def write(self, text: str) -> int:
+        if self.tell() + len(text) > CHARACTERS:
+            raise _Stopped(f"printed more than {CHARACTERS} characters, and was stopped: does a loop never end?")
+        return super().write(text)
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Stops an endless loop, where the system has such a clock and this is the main thread."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Stopped(f"was still running after {SECONDS:g} seconds, and was stopped: does a loop never end?")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,165 @@
+"""The lessons themselves: each runs to its end, starts unsolved, can be solved, and says only what it shows."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from paged_ref.lesson import script
+from paged_ref.lesson.player import run_quietly
+from paged_ref.lesson.progress import Progress
+from paged_ref.lesson.session import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+LESSONS = ROOT / "lessons"
+PATHS = script.find(LESSONS)
+HEADINGS = ["Predict", "Run", "What must hold", "Exercise", "In production systems", "Next"]
+
+each_lesson = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+@functools.cache
+def run(path: Path, solutions: bool = False) -> tuple[Session, str]:
+    """The session after a run without a terminal, and what was printed."""
+    out = io.StringIO()
+    progress = Progress(Path(os.devnull) / "nowhere")
+    session = Session(path.stem, path.parent, progress, False, solutions, Console(file=out, width=100))
+    with redirect_stdout(out):
+        went_well = run_quietly(path, session)
+    assert went_well, out.getvalue()
+    return session, out.getvalue()
+
+
+def functions_in(path: Path) -> dict[str, Callable[..., Any]]:
+    namespace: dict[str, Any] = {"__name__": path.stem}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
+    return {name: value for name, value in namespace.items() if name.startswith("my_")}
+
+
+# --- runs ----------------------------------------------------------------------------------------------
+
+
+@each_lesson
+def test_it_runs_to_its_end_with_every_exercise_open(path: Path) -> None:
+    session, _ = run(path)
+    assert session.exercises
+    assert {e.name: e.verdict.state for e in session.exercises.values()} == dict.fromkeys(session.exercises, "pending")
+    assert session.caught, "no bug was planted and caught"
+
+
+@each_lesson
+def test_with_solutions_every_check_passes(path: Path) -> None:
+    session, _ = run(path, solutions=True)
+    assert {e.name: e.verdict.state for e in session.exercises.values()} == dict.fromkeys(
+        run(path)[0].exercises, "right"
+    )
+
+
+@each_lesson
+def test_the_solutions_are_the_exercises_and_nothing_else(path: Path) -> None:
+    solutions = LESSONS / "solutions" / path.name
+    tree = ast.parse(solutions.read_text(encoding="utf-8"))
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert names == set(run(path)[0].exercises)
+    assert all(isinstance(node, (ast.FunctionDef, ast.Import, ast.ImportFrom)) for node in tree.body)
+
+
+@each_lesson
+def test_plausible_wrong_answers_are_refused(path: Path) -> None:
+    answers = functions_in(LESSONS / "solutions" / "wrong" / path.name)
+    session, _ = run(path, solutions=True)
+    for exercise in session.exercises.values():
+        wrong = {name: answer for name, answer in answers.items() if name.startswith(f"{exercise.name}__")}
+        assert len(wrong) >= 2, exercise.name
+        for name, answer in wrong.items():
+            verdict = exercise.grade(answer)
+            assert verdict.state == "wrong", name
+            assert verdict.error is None, f"{name} is wrong by an error: {verdict.error!r}"
+            assert verdict.yours != verdict.spec or verdict.difference, name
+
+
+# --- form ----------------------------------------------------------------------------------------------
+
+
+@each_lesson
+def test_it_has_the_form_of_a_lesson(path: Path) -> None:
+    lesson = script.read(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lesson.number == int(path.name[:2])
+    assert lesson.question.endswith("?")
+    assert 15 <= lesson.minutes <= 20
+    assert 80 <= len(lines) <= 150
+    assert max(map(len, lines)) <= 76
+    titles = [part.title for part in lesson.parts]
+    assert [title for title in titles if title in HEADINGS] == HEADINGS
+    assert titles[-1] == "Next"
+    source = "\n".join(lines)
+    for call in ("predict(", ".grade(", "claim(", "break_it(", "check(", "todo("):
+        assert call in source, call
+    assert "table(" in source or "show(" in source
+    assert all(block.text.count("\n") < 24 for part in lesson.parts for block in part.blocks if block.kind == "code")
+
+
+@each_lesson
+def test_its_prose_has_no_number_that_its_run_does_not_show(path: Path) -> None:
+    """A number in prose is a setting (in the code), printed by the run, or its paragraph names a source."""
+    lesson = script.read(path)
+    known = numbers_in(run(path)[1]) | constants_in(path)
+    prose = [block.text for part in lesson.parts for block in part.blocks if block.kind == "prose"]
+    head = lesson.head.partition("Time:")[2].partition("\n")[2]
+    for paragraph in "\n\n".join([head, *prose]).split("\n\n"):
+        if not re.search(r"et al\. \d{4}|recorded/", paragraph):
+            unknown = numbers_in(paragraph) - known
+            assert not unknown, f"{sorted(unknown)} in: {paragraph}"
+
+
+def numbers_in(text: str) -> set[float]:
+    """Numbers that stand alone: not those of names (float32), of code in backticks, of lessons and figures."""
+    text = re.sub(r"`[^`]*`", "", text)
+    text = re.sub(r"\b([Ll]essons?|Fig\.|Figures?|Table|§|Python|CUDA) ?\d[\d.]*( (to|and) \d+)?", "", text)
+    found = re.findall(r"(?<![\w.§])\d{1,3}(?:,\d{3})+(?:\.\d+)?|(?<![\w.§])\d+(?:\.\d+)?(?!\w)", text)
+    return {float(number.replace(",", "")) for number in found}
+
+
+def constants_in(path: Path) -> set[float]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return {float(value) for value in constants if type(value) in (int, float)}
+
+
+def test_numbers_are_found_where_they_claim_something() -> None:
+    assert numbers_in("it holds 1,234 slots, 20.5% of 3 blocks") == {1234, 20.5, 3}
+    assert numbers_in("float32 in `x[5]`, lesson 4, Fig. 6, §7.2, lessons 2 to 4") == set()
+
+
+# --- the path ------------------------------------------------------------------------------------------
+
+
+def test_the_list_agrees_with_the_files() -> None:
+    text = (LESSONS / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| \[(.+?)\]\((\S+?)\) \| (\d+) \| (.+?) \|$", text, re.MULTILINE)
+    lessons = [script.read(path) for path in PATHS]
+    assert [(int(n), title, file, int(minutes), question) for n, title, file, minutes, question in rows] == [
+        (lesson.number, lesson.title, lesson.path.name, lesson.minutes, lesson.question) for lesson in lessons
+    ]
+    assert [lesson.number for lesson in lessons] == list(range(1, len(lessons) + 1))
+
+
+def test_a_lesson_is_a_script() -> None:
+    path = PATHS[0]
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "is yours to write" in done.stdout
+    assert not done.stderr
