@@ -30,8 +30,9 @@ handed_on = predict(f"How many numbers is a state of {HEAD_SIZE} wide?")
 
 # ## Run
 #
-# One query token, the last of its sequence, so it sees every key. The K and
-# V lie in blocks, in any order. `attend` reads some of the blocks.
+# One query token, the last of its sequence, so it sees every key. K and V
+# lie in blocks. `attend` gives the state of some of the blocks, `in_parts`
+# the states of all, so many blocks to a part.
 
 LENGTH, BLOCK_SIZE, KV_HEADS, HEADS = 38, 4, 2, 4
 rng = np.random.default_rng(0)
@@ -42,15 +43,11 @@ query = 2 * rng.standard_normal((1, HEADS, HEAD_SIZE), dtype=np.float32)
 
 
 def attend(query, blocks, length):
-    """The state [1, HEADS, HEAD_SIZE], [1, HEADS] over `length` keys."""
-    return paged_attention(
-        query, keys, values, np.array([blocks]), np.array([length]),
-        return_lse=True, backend="reference",
-    )  # fmt: skip
+    its = query, keys, values, np.array([blocks]), np.array([length])
+    return paged_attention(*its, return_lse=True, backend="reference")
 
 
 def in_parts(query, size):
-    """The states of the blocks, `size` blocks to a part."""
     states = []
     for first in range(0, len(block_table), size):
         length = min(size * BLOCK_SIZE, LENGTH - first * BLOCK_SIZE)
@@ -68,9 +65,9 @@ shares = np.exp(lses - whole_lse)[:, 0]  # [parts, HEADS]
 rows = []
 for part, its in enumerate(shares):
     blocks = " ".join(map(str, block_table[4 * part : 4 * part + 4]))
-    rows.append((blocks, float(lses[part, 0, 0]), *its.round(3).tolist()))
+    rows.append((blocks, *its.round(3).tolist()))
 names = [f"head {head}" for head in range(HEADS)]
-table("The share of each part", ("blocks", "lse of head 0", *names), rows)
+table("The share of each part in the result", ("blocks", *names), rows)
 share.grade(exp(log(3)) / (1 + exp(log(3))))
 handed_on.grade((outputs[0].size + lses[0].size) // HEADS)
 
@@ -81,51 +78,41 @@ claim("joined, the parts are attention over all keys", merged, whole)
 again = merge_states(outputs[::-1], lses[::-1])[0].ravel()
 claim("the order of the parts does not matter", again, whole)
 
-# The states are written and read once more. With parts of 16 blocks of 16
-# keys, that is little beside the K and V of a long sequence.
+# States are written and read once more. That is little beside K and V:
 
-kv_bytes = 4096 * 2 * KV_HEADS * HEAD_SIZE * 4
-state_bytes = 4096 // (16 * 16) * HEADS * (HEAD_SIZE + 1) * 4
-claim("bytes of K and V for 4096 keys", kv_bytes, 2**20)
-claim(f"{state_bytes} bytes of states", 100 * state_bytes < kv_bytes)
+kv_size, state_size = 512 * KV_HEADS * HEAD_SIZE, HEADS * (HEAD_SIZE + 1)
+claim("a state of 256 keys is under 1% of them", state_size < kv_size / 100)
 
 # ## What must hold
 #
-# Scores may be large. exp(100) is beyond float32, so nobody ever computes
-# exp(lse): the largest lse is taken away from all of them first. It changes
-# no share, as it stands above and below the line.
+# Scores may be large, and exp(100) is beyond float32. So the largest lse is
+# taken away from all of them before any exp. That changes no share.
 
 
 def without_the_largest(real):
     def merge(outputs, lses):
         with np.errstate(all="ignore"):
-            weights = np.exp(lses)
+            weights = np.exp(lses)[..., None]
             total = weights.sum(axis=0)
-            mixed = (outputs * weights[..., None]).sum(axis=0)
-            return mixed / total[..., None], np.log(total)
+            return (outputs * weights).sum(axis=0) / total, np.log(total)
 
     return merge
 
 
-def loud():  # scores sixty times as large, in two parts
-    return store.merge_states(*in_parts(60 * query, 5))[0]
-
-
 break_it(
-    "weights are exp(lse), with the largest lse left in",
-    where=(store, "merge_states"), bug=without_the_largest, run=loud,
+    "weights are exp(lse), and the scores sixty times as large",
+    where=(store, "merge_states"), bug=without_the_largest,
+    run=lambda: store.merge_states(*in_parts(60 * query, 5))[0],
     caught_by="contract",
 )  # fmt: skip
 
 # ## Exercise
 #
 # Join two states of one head: outputs `a` and `b` (arrays), and their lse
-# (floats). One of the two may have seen no key; then its lse is minus
-# infinity, and it must not count.
+# (floats). One of the two may have seen no key: its lse is minus infinity.
 
 
 def my_merge(a, lse_a, b, lse_b):
-    """The joint output, and its lse."""
     return todo("4 lines, with max, exp and log")
 
 
@@ -141,24 +128,22 @@ hint = "Weights exp(lse - the larger lse); divide by their sum. The lse?"
 cases = [(a, one, b, other) for one, other in pairs]
 mine = check(my_merge, spec=spec, cases=cases, hint=hint)
 
-# Now one block after another, as a kernel does that walks: it carries one
-# state, and joins each block to it. This is the **online softmax**
-# (Milakov and Gimelshein 2018), in the lines that you wrote.
+# Now one block after another: a kernel that walks carries one state, and
+# joins each block to it. Your lines are the **online softmax** (Milakov
+# et al. 2018).
 
 outputs, lses = in_parts(query, 1)
 state = np.zeros(HEAD_SIZE), -np.inf
 for output, lse in zip(outputs[:, 0, 0], lses[:, 0, 0], strict=True):
     state = mine(*state, output, lse)
-head_0 = whole[:HEAD_SIZE]
-claim("block by block, head 0 comes out the same", state[0], head_0)
+claim("block by block: the same", state[0], whole[:HEAD_SIZE])
 
 # ## In production systems
 #
-# Flash-Decoding (Dao et al. 2023) splits the keys so, and a second, small
-# kernel joins the states. FlashInfer's kernels return the lse, too. vLLM can
-# read a prefix that many sequences share once for all of them, and join it
-# to what each has of its own. Here, the `cpu` backend splits long sequences
-# over threads.
+# Flash-Decoding (Dao et al. 2023) splits the keys so; a small second kernel
+# joins the states. FlashInfer and vLLM read a prefix that many sequences
+# share once for all of them, and join it to what each has of its own. Here,
+# the `cpu` backend splits long sequences over threads.
 
 # ## Next
 #

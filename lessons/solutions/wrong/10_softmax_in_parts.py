@@ -5,11 +5,6 @@ def my_merge__the_mean(a, lse_a, b, lse_b):
     return (a + b) / 2, max(lse_a, lse_b)
 
 
-def my_merge__largest_left_in(a, lse_a, b, lse_b):
-    total = exp(lse_a) + exp(lse_b)
-    return (exp(lse_a) * a + exp(lse_b) * b) / total, log(total)
-
-
 def my_merge__lse_is_the_larger(a, lse_a, b, lse_b):
     top = max(lse_a, lse_b)
     weight_a, weight_b = exp(lse_a - top), exp(lse_b - top)
