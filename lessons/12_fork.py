@@ -59,8 +59,6 @@ for seq in range(N):
     rows.append((seq, manager.length(seq), names))
 table("The tables: block (tables)", ("sample", "tokens", "blocks"), rows)
 
-# The events tell which blocks were copied, and the sanitizer checks on.
-
 copies = [e.copied for e in events if isinstance(e, TokensAppended)]
 copies = [pair for pair in copies if pair]
 held.grade(manager.pool.num_blocks - manager.pool.num_free)
