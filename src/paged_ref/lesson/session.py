@@ -170,7 +170,7 @@ def predict(question: str, unit: str = "") -> Guess:
         if not typed:
             return Guess(question, unit, earlier)
         try:
-            value = parse_number(typed)
+            value = parse_number(typed.rstrip("% ") if unit == "percent" else typed)
         except ValueError as error:
             session.say(f"{error}", "yellow")
             continue
@@ -295,7 +295,7 @@ def break_it(
         with plug_in(where, bug(where[0].__dict__[where[1]])):
             difference = first_difference(run(), whole)
         if difference is not None:
-            by, words = "contract", difference or "the results differ"
+            by, words = "contract", f"the first difference: {difference or 'all of it'}"
     except Exception as error:
         by, words = _CATCHERS.get(type(error).__name__, "engine"), f"{type(error).__name__}: {error}"
     if by != caught_by:

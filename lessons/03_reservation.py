@@ -1,0 +1,153 @@
+"""Lesson 3: the reservation and its waste
+
+Question: how much of the cache holds tokens if each sequence reserves?
+Time: 20 minutes. Needs lesson 2.
+
+Deep learning libraries want a tensor in one piece. So serving systems once
+gave each sequence one piece of memory for its whole life, and since nobody
+knows how long an answer will get, they had to guess. This lesson measures
+what a guess costs, with the three guesses that the paper compares.
+"""
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.lesson import break_it, check, claim, plug_in
+from paged_ref.lesson import predict, table, todo
+from paged_ref.memory.regions import RegionPool
+from paged_ref.memory.standard import StandardManager
+
+# ## Predict
+#
+# The cache has 128 slots, and no sequence may get longer than 40 tokens.
+# `max` reserves that much for each. `pow2` reserves the prompt and the
+# output limit rounded up to a power of two. `exact` knows the future: it
+# reserves what the sequence will really use.
+
+SLOTS, LONGEST = 128, 40
+PROMPT = "Four score and seven years ago our"  # a token for each word
+OUTPUTS = [9, 17, 3, 12, 20, 5, 13, 9, 14, 6, 24, 11]
+
+at_once = predict("With `max`, how many sequences run at once?")
+share = predict("What share of the cache then holds tokens?", "percent")
+
+# ## Run
+#
+# The same requests under each guess. After each step in which a request
+# waited for memory, we look where the slots are. What will never be used is
+# known only at the end, so the parts are worked out then.
+
+
+def serve(**options):
+    records = []
+    llm = LLM(
+        kv_cache_tokens=SLOTS, max_model_len=LONGEST,
+        backend="reference", on_step=records.append, **options,
+    )  # fmt: skip
+    params = [SamplingParams(n, ignore_eos=True) for n in OUTPUTS]
+    done = llm.generate([PROMPT] * len(OUTPUTS), params)
+    prompt_len = len(done[0].prompt_token_ids)
+    final = {i: prompt_len + n - 1 for i, n in enumerate(OUTPUTS)}
+    snapshots = [r.snapshot for r in records if r.num_waiting]
+    usages = [snapshot.usage(final) for snapshot in snapshots]
+    texts = [request.outputs[0].token_ids for request in done]
+    return texts, max(r.num_running for r in records), len(records), usages
+
+
+def percent(run, part):
+    shares = [getattr(usage, part) / usage.total for usage in run[-1]]
+    return 100 * sum(shares) / len(shares)
+
+
+runs = {}
+for guess in ("max", "pow2", "exact"):
+    runs[guess] = serve(manager="standard", reserve=guess)
+runs["paged"] = serve(manager="paged", block_size=4)
+
+parts = ("tokens", "reserved", "internal", "external", "free")
+rows = []
+for name, run in runs.items():
+    cells = [f"{percent(run, part):.1f}" for part in parts]
+    rows.append((name, *run[1:3], *cells))
+columns = ("", "at once", "steps", *parts)
+table("What it buys, and percent of the cache", columns, rows)
+at_once.grade(runs["max"][1])
+share.grade(percent(runs["max"], "tokens"), within=0.2)
+
+# **Reserved** slots are empty, and their sequence will use them later.
+# **Internal** waste is inside a region and never used. **External** waste
+# lies between regions, in holes too small for whoever comes next. On real
+# requests the paper found 20.4% to 38.2% of the memory holding tokens (Kwon
+# et al. 2023, §1). The last row is where this course is going.
+
+# ## What must hold
+#
+# The parts are all there is, and memory must never show in the text.
+
+usages = [usage for run in runs.values() for usage in run[-1]]
+texts = [run[0] for run in runs.values()]
+claim("parts add up", {usage.total for usage in usages}, {SLOTS})
+claim("the text is the same", all(text == texts[0] for text in texts))
+claim("`exact` wastes inside", percent(runs["exact"], "internal"), 0)
+claim("and still reserves", percent(runs["exact"], "reserved") > 0)
+
+# A region that is given back must be joined to the holes beside it. Forget
+# it, and the pool crumbles: all is free, and nothing large fits any more.
+
+
+def leaves_crumbs(real):
+    def release(self, start, size):
+        self.holes = sorted([*self.holes, (start, size)])
+
+    return release
+
+
+def come_and_go():
+    manager = StandardManager(64, 64, "exact")
+    for seq_id in range(4):
+        manager.admit(seq_id, range(4), max_tokens=16)
+    for seq_id in range(4):
+        manager.free(seq_id)
+    manager.check_integrity()
+
+
+break_it(
+    "a region that is given back is not joined to the holes beside it",
+    where=(RegionPool, "release"), bug=leaves_crumbs, run=come_and_go,
+    caught_by="integrity",
+)  # fmt: skip
+
+# ## Exercise
+#
+# How much does `pow2` reserve? The prompt, whose length is known, and for
+# the output the smallest power of two that holds it.
+
+
+def my_pow2_region(prompt_len, max_output):
+    """Slots for a prompt and an output of at most `max_output` tokens."""
+    return todo("4 lines")
+
+
+real = StandardManager.region_size
+
+
+def spec(prompt_len, max_output):
+    manager = StandardManager(9999, 9999, "pow2")
+    return real(manager, prompt_len, prompt_len + max_output)
+
+
+cases = [(p, n) for p in (1, 7, 100) for n in (1, 2, 3, 8, 9, 500)]
+hint = "Begin with size = 1, and double it while it is too small."
+mine = check(my_pow2_region, spec=spec, cases=cases, hint=hint)
+
+where = (StandardManager, "region_size")
+with plug_in(where, lambda self, prompt, most: mine(prompt, most - prompt)):
+    again = serve(manager="standard", reserve="pow2")
+claim("steps with it, as before", again[2], runs["pow2"][2])
+
+# ## In production systems
+#
+# FasterTransformer and Orca reserved like this. Whoever gives a whole batch
+# one padded tensor still does.
+
+# ## Next
+#
+# Lesson 4: if the pieces lie badly, can we move them?
