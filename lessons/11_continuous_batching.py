@@ -10,10 +10,7 @@ ends together, whoever is done waits for the longest.
 
 from dataclasses import replace
 
-import numpy as np
-
 from paged_ref import LLM, SamplingParams
-from paged_ref.device import xp
 from paged_ref.engine import scheduler
 from paged_ref.engine.core import EngineCore
 from paged_ref.engine.sequence import Group, Sequence
@@ -93,24 +90,23 @@ claim("no token changes", same, tokens)
 # ## What must hold
 #
 # Whoever shares a step with you must not change your tokens. All new tokens
-# of a step stand in one row, so each must carry its position, its slot and
-# its sequence. RoPE turns K by the position, and a chunk of a prompt does
-# not begin at zero.
+# of a step stand in one row: where one sequence ends and the next begins,
+# where each has its blocks and which row of logits is whose, is said by
+# arrays beside it. All of them must name the sequences in the same order.
 
 
-def from_zero(real):
+def in_another_order(real):
     def inputs(self, plan):
-        places = [np.arange(count) for _, count in plan.chunks]
-        positions = xp.asarray(np.concatenate(places))
-        return replace(real(self, plan), positions=positions)
+        step = real(self, plan)
+        return replace(step, block_tables=step.block_tables[::-1])
 
     return inputs
 
 
 break_it(
-    "positions begin at zero with each chunk",
-    where=(EngineCore, "_inputs"), bug=from_zero,
-    run=lambda: run(len(NEW), max_batch_tokens=8)[1], caught_by="contract",
+    "block tables stand in another order than their sequences",
+    where=(EngineCore, "_inputs"), bug=in_another_order,
+    run=lambda: run(len(NEW), sanitize=True)[1], caught_by="sanitizer",
 )  # fmt: skip
 
 # ## Exercise
