@@ -17,8 +17,8 @@ from paged_ref.memory.paged import PagedManager
 #
 # Six blocks of four slots. A has nine tokens and B has five. Then A ends,
 # and gives its blocks back, and C comes with six tokens. The free list is a
-# stack: what was freed last is handed out first, while it may still be warm
-# in some cache. A's last block is given back first.
+# stack: what was freed last is handed out first. A's last block is given
+# back first.
 
 free = predict("How many blocks are free while A and B run?", "blocks")
 first = predict("Which block does C get first?")
@@ -36,12 +36,11 @@ def note(what):
 
 
 def begin(seq_id, length):
-    manager.admit(seq_id, range(length), max_tokens=24)
+    manager.admit(seq_id, range(length), max_tokens=99)
     manager.append([(seq_id, length)])
     note(f"{'ABC'[seq_id]} begins: {length} tokens")
 
 
-note("at first")
 begin(0, 9)
 begin(1, 5)
 free.grade(manager.pool.num_free)
@@ -55,10 +54,9 @@ table("Next to be handed out first", ("", "free", "tables"), rows)
 
 # ## Counts
 #
-# Why a count, and not a mark? Because tables can share. When a request asks
-# for two answers, the second sequence begins with the blocks of the first,
-# and nothing is copied (lesson 12 has the rest). A block is free when the
-# last table lets go of it.
+# Why a count, and not a mark? Because tables can share: a request for two
+# answers gets two sequences with the same blocks (lesson 12 has the rest).
+# A block is free when the last table lets go of it.
 
 manager.fork(2, 3)
 counts = [manager.pool.ref_count[b] for b in manager.block_table(2)]
@@ -71,9 +69,8 @@ claim("and its twin's end", manager.pool.num_free - before, 2)
 
 # ## What must hold
 #
-# Free blocks and held blocks together are all blocks, each once; and each
-# count is the number of tables that point there. `check_integrity` counts
-# both anew, and the tests call it after every step of every run.
+# Free and held blocks are all blocks, each once, and each count is the
+# number of tables that point there. `check_integrity` counts anew.
 
 manager.check_integrity()
 held = {block for t in manager.tables.values() for block in t.blocks}
@@ -86,7 +83,7 @@ try:
     manager.append([(1, 99)])
 except OutOfBlocks as error:
     print(f"  {error}")
-claim("tokens of B after the refusal", manager.length(1), 9)
+claim("tokens of B, as before", manager.length(1), 9)
 
 # What if a block becomes free at the first `release`, whoever else points
 # to it? The next sequence gets it and writes its K and V over a stranger's.
@@ -139,10 +136,9 @@ cases = [([2, 0], [0, 1, 0]), ([3], [1, 2, 1, 0]), ([], [1, 1]), ([0], [0])]
 hint = "list.pop() takes the last one. Look first whether there is one."
 mine = check(my_allocate, spec=spec, cases=cases, hint=hint)
 
-take = lambda self: mine(self._free, self.ref_count)
-with plug_in((BlockPool, "allocate"), take):
-    one_of_two_ends()
-claim("the books balance with it", True)
+where = (BlockPool, "allocate")
+with plug_in(where, lambda pool: mine(pool._free, pool.ref_count)):
+    one_of_two_ends()  # and the books balance
 
 # ## In production systems
 #

@@ -189,7 +189,7 @@ def claim(text: str, found: Any, expected: Any = True) -> None:
         )
     if isinstance(expected, (bool, str)):
         counted = ""
-    elif isinstance(expected, (list, tuple, np.ndarray)) and len(expected) > 8:
+    elif isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
         counted = f" (all {len(expected)})"
     else:
         counted = f": {_number(expected)}"
@@ -204,13 +204,14 @@ def show(*pictures: RenderableType) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table from the run. Columns of numbers are flushed right."""
-    drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     texts = [[cell if isinstance(cell, str) else _number(cell) for cell in row] for row in rows]
     for number, column in enumerate(columns):
         is_numbers = all(re.fullmatch(r"[-+\d.,%]*", text[number]) for text in texts)
         drawn.add_column(column, justify="right" if is_numbers else "left")
     for text in texts:
         drawn.add_row(*map(Text, text))
+    _session().say(title, "italic")
     _session().console.print(Padding(drawn, (0, 0, 0, 2)))
 
 
