@@ -15,10 +15,9 @@ from paged_ref.memory.paged import PagedManager
 
 # ## Predict
 #
-# Six blocks of four slots. A has nine tokens and B has five. Then A ends,
-# and gives its blocks back, and C comes with six tokens. The free list is a
-# stack: what was freed last is handed out first. A's last block is given
-# back first.
+# Six blocks of four slots. A has nine tokens and B has five. Then A ends
+# and C comes, with six tokens. The free list is a stack: what was freed
+# last is handed out first. A's last block is given back first.
 
 free = predict("How many blocks are free while A and B run?", "blocks")
 first = predict("Which block does C get first?")
@@ -69,8 +68,8 @@ claim("and its twin's end", manager.pool.num_free - before, 2)
 
 # ## What must hold
 #
-# Free and held blocks are all blocks, each once, and each count is the
-# number of tables that point there. `check_integrity` counts anew.
+# Free and held blocks are all blocks, each once, and each count is that of
+# the tables that point there. `check_integrity` counts anew.
 
 manager.check_integrity()
 held = {block for t in manager.tables.values() for block in t.blocks}

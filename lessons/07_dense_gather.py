@@ -74,9 +74,8 @@ times.grade((traffic + dense.size) / dense.size, within=0.1)
 
 # ## What must hold
 #
-# Nothing behind the last token may be read. To mask it is not enough: a
-# weight of zero times NaN is NaN, and what the block's last owner left
-# there may be anything.
+# Nothing behind the last token may be read. To mask it is not enough: zero
+# times NaN is NaN, and the block's last owner may have left anything there.
 
 tail = pages.reshape(-1, KV_HEADS, HEAD_SIZE)[SEQ_LEN:]
 claim("slots behind the last token", len(tail), -SEQ_LEN % BLOCK_SIZE)

@@ -108,7 +108,8 @@ def first_row_for_all(real):
 break_it(
     "every sequence reads through the first table",
     where=(paged, "attention_kernel"), bug=first_row_for_all,
-    run=lambda: run(paged_attention, *blocks, TABLES)[0], caught_by="contract",
+    run=lambda: run(paged_attention, *blocks, TABLES)[0],
+    caught_by="contract",
 )  # fmt: skip
 
 # ## Exercise
