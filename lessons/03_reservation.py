@@ -5,8 +5,7 @@ Time: 20 minutes. Needs lesson 2.
 
 Deep learning libraries want a tensor in one piece. So serving systems once
 gave each sequence one piece of memory for its whole life, and since nobody
-knows how long an answer will get, they had to guess. This lesson measures
-what a guess costs, with the three guesses that the paper compares.
+knows how long an answer will get, they had to guess. What does it cost?
 """
 
 from paged_ref import LLM, SamplingParams
@@ -32,8 +31,7 @@ share = predict("What share of the cache then holds tokens?", "percent")
 # ## Run
 #
 # The same requests under each guess. After each step in which a request
-# waited for memory, we look where the slots are. What will never be used is
-# known only at the end, so the parts are worked out then.
+# waited we look where the slots are. What is never used shows at the end.
 
 
 def serve(**options):
@@ -84,10 +82,11 @@ share.grade(percent(runs["max"], "tokens"), within=0.2)
 
 usages = [usage for run in runs.values() for usage in run[-1]]
 texts = [run[0] for run in runs.values()]
-claim("parts add up", {usage.total for usage in usages}, {SLOTS})
+claim("parts add up to", {usage.total for usage in usages}, {SLOTS})
 claim("the text is the same", all(text == texts[0] for text in texts))
-claim("`exact` wastes inside", percent(runs["exact"], "internal"), 0)
-claim("and still reserves", percent(runs["exact"], "reserved") > 0)
+exact = runs["exact"]
+claim("`exact` wastes nothing inside", percent(exact, "internal"), 0)
+claim("and still reserves", percent(exact, "reserved") > 0)
 
 # A region that is given back must be joined to the holes beside it. Forget
 # it, and the pool crumbles: all is free, and nothing large fits any more.
@@ -126,12 +125,11 @@ def my_pow2_region(prompt_len, max_output):
     return todo("4 lines")
 
 
-real = StandardManager.region_size
+region_size = StandardManager(999, 999, "pow2").region_size
 
 
 def spec(prompt_len, max_output):
-    manager = StandardManager(9999, 9999, "pow2")
-    return real(manager, prompt_len, prompt_len + max_output)
+    return region_size(prompt_len, prompt_len + max_output)
 
 
 cases = [(p, n) for p in (1, 7, 100) for n in (1, 2, 3, 8, 9, 500)]
@@ -140,13 +138,12 @@ mine = check(my_pow2_region, spec=spec, cases=cases, hint=hint)
 
 where = (StandardManager, "region_size")
 with plug_in(where, lambda self, prompt, most: mine(prompt, most - prompt)):
-    again = serve(manager="standard", reserve="pow2")
-claim("steps with it, as before", again[2], runs["pow2"][2])
+    steps = serve(manager="standard", reserve="pow2")[2]
+claim("steps with it, as before", steps, runs["pow2"][2])
 
 # ## In production systems
 #
-# FasterTransformer and Orca reserved like this. Whoever gives a whole batch
-# one padded tensor still does.
+# FasterTransformer and Orca reserved like this. A padded tensor still does.
 
 # ## Next
 #

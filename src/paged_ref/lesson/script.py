@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 _NAME = re.compile(r"(\d\d)_\w+\.py")
+_ROWS = 20  # of code that are shown and run as one: with what they print they should fit a screen of 24
 _HEAD = re.compile(r"Lesson (\d+): (.+?)\n\nQuestion: (.+?)\nTime: (\d+) minutes\.", re.DOTALL)
 
 
@@ -104,7 +105,7 @@ def _blocks(source: str, tree: ast.Module) -> Iterator[Block]:
 def _runs(
     lines: list[str], statement_at: dict[int, ast.stmt], begin: int
 ) -> Iterator[tuple[Literal["prose", "code"], int, int]]:
-    """(kind, first line, last line). A new heading begins a new run; so does a change of kind."""
+    """(kind, first line, last line). A new run begins with a heading, a change of kind, and where code gets long."""
     paragraphs = list[tuple[Literal["prose", "code"], int, int]]()
     first = begin
     while first <= len(lines):
@@ -119,7 +120,8 @@ def _runs(
         first = last + 1
     run: tuple[Literal["prose", "code"], int, int] | None = None
     for kind, first, last in paragraphs:
-        if run is not None and run[0] == kind and not lines[first - 1].startswith("# ## "):
+        fits = kind == "prose" or (run is not None and last - run[1] < _ROWS)
+        if run is not None and run[0] == kind and fits and not lines[first - 1].startswith("# ## "):
             run = (kind, run[1], last)
         else:
             if run is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,7 +144,8 @@ class Guess:
 
     def grade(self, truth: float, within: float = 0.0) -> None:
         """Hold it against what the run gave. `within` is the share of the truth that still counts as right."""
-        say, it_is = _session().say, f"{_number(truth)} {self.unit}".rstrip()
+        unit = self.unit.removesuffix("s") if truth == 1 else self.unit
+        say, it_is = _session().say, f"{_number(truth)} {unit}".rstrip()
         if self.value is None:
             say(f"• {self.question}\n  It is {it_is}.")
         elif self.value == truth:
@@ -187,7 +189,7 @@ def claim(text: str, found: Any, expected: Any = True) -> None:
         )
     if isinstance(expected, (bool, str)):
         counted = ""
-    elif isinstance(expected, (list, tuple, np.ndarray)) and len(expected) > 8:
+    elif isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
         counted = f" (all {len(expected)})"
     else:
         counted = f": {_number(expected)}"
@@ -201,12 +203,15 @@ def show(*pictures: RenderableType) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table from the run. Columns are flushed right, but for the first."""
-    drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    """Print a table from the run. Columns of numbers are flushed right."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    texts = [[cell if isinstance(cell, str) else _number(cell) for cell in row] for row in rows]
     for number, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        drawn.add_row(*(Text(cell if isinstance(cell, str) else _number(cell)) for cell in row))
+        is_numbers = all(re.fullmatch(r"[-+\d.,%]*", text[number]) for text in texts)
+        drawn.add_column(column, justify="right" if is_numbers else "left")
+    for text in texts:
+        drawn.add_row(*map(Text, text))
+    _session().say(title, "italic")
     _session().console.print(Padding(drawn, (0, 0, 0, 2)))
 
 

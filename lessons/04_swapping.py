@@ -1,0 +1,150 @@
+"""Lesson 4: swapping
+
+Question: can sequences stay in one piece if we move them when they grow?
+Time: 15 minutes. Needs lesson 3.
+
+Reserving wastes room because the future is not known. So do not reserve:
+give each sequence a region of today's size, move it to a larger one when
+it grows, and send it to host memory when the device is full. The cost?
+"""
+
+from itertools import cycle
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import predict, show, table, todo
+from paged_ref.memory.block_pool import OutOfBlocks
+from paged_ref.memory.regions import RegionPool
+from paged_ref.memory.storage import KVStorage
+from paged_ref.memory.swapping import SwappingManager
+
+# ## Predict
+#
+# Three sequences of six tokens lie side by side, in regions of 8 slots
+# each. They take turns to grow by a token until each has ten; a region that
+# is too small becomes one of 16. The pool has 64 slots, and that is plenty.
+
+moved = predict("How many slots are copied on the way?", "slots")
+
+# ## Run
+#
+# First the bookkeeping alone. A letter is a slot with a token, a point an
+# empty slot of a region; a blank belongs to nobody.
+
+
+def picture(manager):
+    cells = [" "] * manager.num_slots
+    for seq_id, region in manager.regions.items():
+        text = "ABC"[seq_id] * region.length
+        stop = region.start + region.size
+        cells[region.start : stop] = text.ljust(region.size, ".")
+    return "  |" + "".join(cells) + "|"
+
+
+manager = SwappingManager(64, granule=8)
+for seq_id in range(3):
+    manager.admit(seq_id, range(6), max_tokens=10)
+    manager.append([(seq_id, 6)])
+show(picture(manager))
+for seq_id in cycle(range(3)):
+    if manager.length(seq_id) == 10:
+        break
+    for move in manager.append([(seq_id, 1)]):
+        print(f"  {move.count} slots: {move.source} to {move.destination}")
+        show(picture(manager))
+moved.grade(manager.slots_moved)
+
+# With a neighbour in the way nobody grows in place. Each move copies all
+# that a sequence has, and leaves a hole. Now a real engine, with ample
+# memory and with too little, and beside it the paged manager that we are
+# heading for.
+
+PROMPT = "Four score and seven years ago our"
+OUTPUTS = [40, 30, 20, 35, 40, 25]
+
+
+def serve(slots, **options):
+    copied = {"move": 0, "swap_out": 0, "swap_in": 0}
+    unit = options.get("block_size", 1)  # slots in one row of a transfer
+
+    def count(record):
+        for transfer in record.transfers:
+            copied[transfer.kind] += transfer.count * unit
+
+    options |= {"preemption": "swap", "backend": "reference"}
+    llm = LLM(kv_cache_tokens=slots, on_step=count, **options)
+    params = [SamplingParams(n, ignore_eos=True) for n in OUTPUTS]
+    done = llm.generate([PROMPT] * len(OUTPUTS), params)
+    return [request.outputs[0].token_ids for request in done], copied
+
+
+rows, texts = [], []
+for slots, memory in ((1024, "ample"), (128, "short")):
+    for name, options in (("swapping", {}), ("paged", {"block_size": 4})):
+        text, copied = serve(slots, manager=name, **options)
+        rows.append((name, memory, *copied.values()))
+        texts.append(text)
+columns = ("manager", "memory", "moved", "swapped out", "swapped in")
+table("Slots copied", columns, rows)
+
+# ## What must hold
+#
+# A sequence may travel as it likes, if each slot arrives before it is read.
+
+claim("the text is the same", all(text == texts[0] for text in texts))
+claim("swapping moves with ample memory", rows[0][2] > 0)
+claim("paging moves nothing, ever", rows[1][2] + rows[3][2], 0)
+claim("what leaves comes back", rows[2][3], rows[2][4])
+
+# So order is everything: first the copies, then the step. Here the copies
+# back from the host are planned, and never made.
+
+
+def never_comes_back(real):
+    def apply(self, transfers):
+        real(self, [t for t in transfers if t.kind != "swap_in"])
+
+    return apply
+
+
+break_it(
+    "copies from host to device are left out",
+    where=(KVStorage, "apply"), bug=never_comes_back,
+    run=lambda: serve(96, manager="swapping", sanitize=True)[0],
+    caught_by="sanitizer",
+)  # fmt: skip
+
+# ## Exercise
+#
+# Where does a region go? The allocator here is the oldest there is, **first
+# fit**: the first hole that is large enough. Holes are (start, size).
+
+
+def my_first_fit(holes, size):
+    """The start of the first hole with `size` slots, or None."""
+    return todo("3 lines")
+
+
+def spec(holes, size):
+    pool = RegionPool(0)
+    pool.holes = holes.copy()
+    try:
+        return pool.allocate(size)
+    except OutOfBlocks:
+        return None
+
+
+holes = [(3, 4), (10, 8), (20, 5), (30, 9)]
+cases = [(holes, size) for size in (1, 4, 5, 8, 9, 10)] + [([], 1)]
+hint = "Go through the holes in order, and return at once."
+check(my_first_fit, spec=spec, cases=cases, hint=hint)
+
+# ## In production systems
+#
+# Nobody moves a growing sequence. The way to the host has stayed, block by
+# block: vLLM's first engine could swap a preempted request out, and today's
+# systems use host memory as a second, larger cache.
+
+# ## Next
+#
+# Lesson 5: give up the one piece.

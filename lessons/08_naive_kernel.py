@@ -1,0 +1,143 @@
+"""Lesson 8: the naive kernel, thread by thread
+
+Question: which thread of an attention kernel reads what, and when?
+Time: 20 minutes. Needs lesson 7.
+
+A GPU runs thousands of threads of one program. Before we let them follow
+block tables, here is the kernel for memory in one piece: two pages of code,
+src/paged_ref/kernels/naive.py. Open it beside this lesson. It runs here
+without a GPU, in a tracer that records each read and write.
+"""
+
+import functools
+import inspect
+
+import numpy as np
+
+from paged_ref.kernels import naive, naive_attention, trace
+from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import predict, show, table, todo
+
+# ## Predict
+#
+# One query token with two heads, which share one head of K and V. Its six
+# keys lie in slots 2 to 7. One **CUDA block** (not one of ours) works out
+# one head: here it has four threads, on a GPU many more. The threads take
+# the keys in **tiles**, as many at a time as there are threads. Between the
+# steps they wait for each other at a **barrier**, since one reads what
+# another wrote.
+
+HEADS, HEAD_SIZE, START, KEYS, THREADS = 2, 8, 2, 6, 4
+
+reads = predict("How many times is each element of K read?", "times")
+busy = predict("How many keys does thread 0 take?", "keys")
+waits = predict("At how many barriers does each thread wait?", "barriers")
+
+# ## Run
+
+draw = np.random.default_rng(0).standard_normal
+
+
+def run(num_threads=THREADS, num_keys=KEYS):
+    query = draw((1, HEADS, HEAD_SIZE), dtype=np.float32)
+    keys, values = draw((2, 16, 1, HEAD_SIZE), dtype=np.float32)
+    where = np.array([START]), np.array([num_keys])
+    with trace.recording(num_threads) as traces:
+        out = naive_attention(query, keys, values, *where, backend="trace")
+    wanted = naive_attention(
+        query, keys, values, *where, backend="reference"
+    )
+    return traces[0], np.abs(out - wanted).max()
+
+
+record, error = run()
+claim("its answer is that of the array code", bool(error < 1e-6))
+keys_read = record.select("keys", block=0)
+rows = []
+for thread in range(THREADS):
+    own = keys_read.select(thread=thread)
+    slots = list(dict.fromkeys(own.slots("keys").tolist()))
+    rows.append((thread, str(slots), len(own)))
+columns = ("thread", "slots, in its order", "elements of K read")
+table("Scores: who reads which key, for head 0", columns, rows)
+busy.grade(len(set(keys_read.select(thread=0).slots("keys").tolist())))
+
+# Then the threads find the largest score together, make weights of the
+# scores, and add them up, halving the number of those at work each round.
+# For the values they share the work otherwise: each takes some dimensions
+# of every value. So a thread needs the weights that others have made.
+
+totals = record.totals()
+lines = [
+    f"{name:>16}: {r:4} reads {w:4} writes"
+    for name, (r, w) in totals.items()
+]
+show("\n".join(lines))
+reads.grade(int(record.counts("keys")[START].max()))
+waits.grade(int(record.round.max()))
+
+# ## What must hold
+#
+# Each visible key is read once for each query head, and nothing else is.
+
+counts = record.counts("keys")
+visible = counts[START : START + KEYS]
+claim("reads of each element of K", np.unique(visible).tolist(), [HEADS])
+claim("reads of all others", int(counts.sum() - visible.sum()), 0)
+
+# And nobody reads what another thread writes without a barrier between.
+# Take one out, and the kernel may still be right, today, on your GPU. The
+# tracer says who raced whom. Here the one is missing after which the
+# scratch array is used again.
+
+
+def one_barrier_less(real):
+    source = inspect.getsource(real.py_func).partition("\n")[
+        2
+    ]  # no @cuda.jit
+    place = "cuda.syncthreads()  # All have read work[0]"
+    namespace = dict(vars(naive))
+    exec(source.replace(place, "pass  # All have read work[0]"), namespace)
+    return namespace["attention_kernel"]
+
+
+break_it(
+    "one barrier is left out, after the largest score is found",
+    where=(naive, "attention_kernel"), bug=one_barrier_less,
+    run=lambda: run()[0].totals(), caught_by="tracer",
+)  # fmt: skip
+
+# ## Exercise
+#
+# The kernel's line `position = tile + thread` says it all: which positions
+# of the sequence does a thread score?
+
+
+def my_positions(thread, num_threads, num_keys):
+    """The positions that this thread takes, in its order: a list."""
+    return todo("1 line")
+
+
+record_of = functools.cache(run)
+
+
+def spec(thread, num_threads, num_keys):
+    own = record_of(num_threads, num_keys)[0].select(
+        "keys", block=0, thread=thread
+    )
+    return list(dict.fromkeys((own.slots("keys") - START).tolist()))
+
+
+cases = [(t, n, keys) for n in (2, 4) for keys in (6, 9) for t in range(n)]
+hint = "range() has three arguments: first, end, step."
+check(my_positions, spec=spec, cases=cases, hint=hint)
+
+# ## In production systems
+#
+# FlashAttention has the same loop over tiles and the same online softmax;
+# its threads work on small matrices at a time, its loads are 16 bytes wide,
+# and the next tile is on its way while this one is computed.
+
+# ## Next
+#
+# Lesson 9: the same kernel through block tables, and the lines that change.

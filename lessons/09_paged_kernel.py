@@ -1,0 +1,149 @@
+"""Lesson 9: the paged kernel
+
+Question: what changes in the kernel when K and V lie in pages?
+Time: 15 minutes. Needs lessons 5 and 8.
+
+Here the two halves meet: the block table of lesson 5 and the kernel of
+lesson 8. PagedAttention has the name of a great invention. In the kernel it
+is two lines, and this lesson shows that it is no more: line by line, and
+then access by access.
+"""
+
+import difflib
+import inspect
+
+import numpy as np
+
+from paged_ref.kernels import naive, naive_attention, paged
+from paged_ref.kernels import paged_attention, slot_of, trace
+from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import predict, show, table, todo
+
+# ## Predict
+#
+# For each sequence the kernel gets a block table in place of the slot where
+# its region begins. Two sequences, of six and of three keys; two heads.
+
+changed = predict("How many lines of the kernel's code change?", "lines")
+extra = predict("How many entries of block tables are read?", "entries")
+
+# ## Run
+#
+# First the source, without the docstring.
+
+
+def code_of(kernel):
+    source = inspect.getsource(kernel.py_func)
+    parts = source.split('"""')  # the middle one is the docstring
+    return (parts[0] + parts[2]).splitlines()
+
+
+pair = code_of(naive.attention_kernel), code_of(paged.attention_kernel)
+diff = [d for d in difflib.ndiff(*pair) if d[0] in "+-"]
+show("\n".join(diff))
+changed.grade(sum(d[0] == "+" for d in diff))
+
+# One line names the arguments, the other says where a key lies. Now the
+# same keys for both: in a region for each sequence, and in blocks of four
+# slots. All other slots are NaN.
+
+HEADS, HEAD_SIZE, BLOCK_SIZE, SEQ_LENS = 2, 8, 4, np.array([6, 3])
+TABLES = np.array([[3, 1], [2, -1]])
+STARTS = np.array([1, 10])
+draw = np.random.default_rng(0).standard_normal
+query = draw((2, HEADS, HEAD_SIZE), dtype=np.float32)
+dense = np.full((2, 16, 1, HEAD_SIZE), np.nan, dtype=np.float32)
+pages = dense.copy()
+slot_pairs = set()
+for s, seq_len in enumerate(SEQ_LENS):
+    for position in range(seq_len):
+        slot = slot_of(TABLES[s], position, BLOCK_SIZE)
+        kv = draw((2, 1, HEAD_SIZE), dtype=np.float32)
+        dense[:, STARTS[s] + position] = pages[:, slot] = kv
+        slot_pairs.add((int(STARTS[s] + position), int(slot)))
+blocks = pages.reshape(2, -1, BLOCK_SIZE, 1, HEAD_SIZE)
+
+
+def run(attention, *memory):
+    with trace.recording(num_threads=4) as traces:
+        out = attention(query, *memory, SEQ_LENS, backend="trace")
+    return out, traces[0]
+
+
+naive_out, one = run(naive_attention, *dense, STARTS)
+paged_out, two = run(paged_attention, *blocks, TABLES)
+rows = []
+for name in ("keys", "values", "starts", "block_tables"):
+    counts = [t.totals().get(name, (0, 0))[0] for t in (one, two)]
+    rows.append((name, *counts))
+table("Elements read", ("array", "naive", "paged"), rows)
+extra.grade(two.totals()["block_tables"][0])
+
+# ## What must hold
+#
+# The same numbers are added in the same order, so the answers agree to the
+# last bit; and the k-th key that one kernel reads is the k-th that the
+# other reads, in the slot where it lies there. The price of a page table is
+# an entry for each key and head, where the naive kernel read its start.
+
+claim("bits that differ", int((naive_out != paged_out).sum()), 0)
+both = zip(
+    one.slots("keys").tolist(), two.slots("keys").tolist(), strict=True
+)
+claim("each key is read where it lies", set(both), slot_pairs)
+claim("reads of K", two.totals()["keys"], one.totals()["keys"])
+claim("table entries for each key and head", rows[3][2] // (9 * HEADS), 1)
+
+# A kernel that looks into the table of the sequence next door works in
+# every test with one sequence.
+
+
+def first_row_for_all(real):
+    source = inspect.getsource(real.py_func).partition("\n")[2]
+    namespace = dict(vars(paged))
+    exec(source.replace("block_tables[seq]", "block_tables[0]"), namespace)
+    return namespace["attention_kernel"]
+
+
+break_it(
+    "every sequence reads through the first table",
+    where=(paged, "attention_kernel"), bug=first_row_for_all,
+    run=lambda: run(paged_attention, *blocks, TABLES)[0],
+    caught_by="contract",
+)  # fmt: skip
+
+# ## Exercise
+#
+# The two lines cost a division and a remainder for each key. A fast kernel
+# goes through the blocks instead, and reads each in one run. Give the runs:
+# (first slot, how many) of each block of a sequence.
+
+
+def my_runs(block_table, seq_len, block_size):
+    """A list of (first slot, number of slots), in order."""
+    return todo("5 lines")
+
+
+def spec(block_table, seq_len, block_size):
+    runs = {}
+    for position in range(seq_len):
+        first = slot_of(block_table, position, block_size)
+        runs.setdefault(position // block_size, [first, 0])[1] += 1
+    return [tuple(run) for run in runs.values()]
+
+
+cases = [([3, 1, 6], n, size) for n in (1, 4, 5, 8, 11) for size in (4, 16)]
+hint = "All blocks are full but the last: min(block_size, what is left)."
+check(my_runs, spec=spec, cases=cases, hint=hint)
+
+# ## In production systems
+#
+# vLLM's first paged kernel gave a block to each warp, and paid 20% to 26%
+# over a contiguous kernel (Kwon et al. 2023, §7.1). FlashAttention's and
+# FlashInfer's paged kernels read long runs, and the difference is gone
+# where pages are large enough.
+
+# ## Next
+#
+# Lesson 10: softmax in one pass, and a long sequence split over many
+# blocks.

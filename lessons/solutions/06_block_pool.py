@@ -1,0 +1,9 @@
+from paged_ref.memory.block_pool import OutOfBlocks
+
+
+def my_allocate(free, ref_count):
+    if not free:
+        raise OutOfBlocks
+    block_id = free.pop()
+    ref_count[block_id] = 1
+    return block_id
