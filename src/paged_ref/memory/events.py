@@ -164,6 +164,16 @@ class PagesFreed(Event):
     pages: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PagesNamed(Event):
+    """These pages hold the next blocks of a sequence, in one layer and for one KV head."""
+
+    seq_id: int
+    layer: int
+    head: int
+    pages: tuple[int, ...]
+
+
 # --- told by the engine --------------------------------------------------------------------------------
 
 
@@ -203,6 +213,19 @@ class StepPlanned(Event):
     chunks: Pairs
     preempted: tuple[int, ...] = ()
     waiting: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PagesAttended(Event):
+    """What one query head of one layer attended to, for the last token of a sequence: the logical blocks that were
+    chosen, those of them that were on the device, and the true share of each block of all, in millionths."""
+
+    seq_id: int
+    layer: int
+    head: int  # of the query heads
+    chosen: tuple[int, ...]
+    resident: tuple[int, ...]
+    mass: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
