@@ -135,7 +135,7 @@ def numbers_in(text: str) -> set[float]:
 
 def constants_in(path: Path) -> set[float]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    constants = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    constants: list[Any] = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     return {float(value) for value in constants if type(value) in (int, float)}
 
 

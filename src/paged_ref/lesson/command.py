@@ -14,7 +14,7 @@ from . import script
 from .player import Leave, Player, told, watch
 from .progress import Progress
 from .script import Script
-from .session import Session
+from .session import Session, short
 
 _CHECKOUT = Path(__file__).resolve().parents[3] / "lessons"
 
@@ -81,7 +81,7 @@ def _play(path: Path, session: Session, part: int | None) -> int:
     is_open = [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]
     if is_open:
         session.say(
-            f"The lesson is at its end; {', '.join(is_open)} is still open. Write it in lessons/{path.name}, with "
+            f"The lesson is at its end; {', '.join(is_open)} is still open. Write it in {short(path)}, with "
             f"paged-ref lesson {lesson.number} --watch beside the editor.",
             "cyan",
         )

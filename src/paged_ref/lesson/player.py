@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import linecache
 import sys
 import time
@@ -80,7 +81,9 @@ class Player:
                 continue
             code = block.text.replace("  # fmt: skip", "")  # said to the formatter, not to the reader
             self._show(Text(), Padding(Syntax(code, "python", theme="ansi_dark"), (0, 0, 0, 2)), Text())
-            if self.session.interactive and self._screen.rows > self.session.console.height - _LITTLE:
+            quiet = all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in block.statements)
+            full = self._screen.rows > self.session.console.height - _LITTLE
+            if self.session.interactive and full and not quiet:
                 self._wait("Enter runs it")
             if not self._run(block):
                 return False

@@ -34,7 +34,7 @@ class Progress:
             if not isinstance(known, dict) or not all(isinstance(record, dict) for record in known.values()):
                 raise ValueError
             self._lessons = known
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
             self.warnings.append(f"progress cannot be read: {self.path}: {error.strerror}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -239,7 +240,7 @@ def check(
     if verdict.printed:
         say(f"{name} printed:\n{verdict.printed[:800].rstrip()}", "dim")
     if verdict.state == "pending":
-        at = f"lessons/{session.lesson}.py, line {yours.__code__.co_firstlineno}"
+        at = f"{short(yours.__code__.co_filename)}, line {yours.__code__.co_firstlineno}"
         say(f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used.", "cyan")
         return spec
     if verdict.state == "wrong":
@@ -350,6 +351,12 @@ def _number(value: Any) -> str:
             return f"{int(value):,}"
         return f"{value:,.4g}"
     return f"{value:,}" if type(value) is int else str(value)
+
+
+def short(path: str | Path) -> str:
+    """The path as the reader would type it here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def _where(error: BaseException, function: Callable[..., Any]) -> str:
