@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": ("paged_ref.terminal.generate", "continue prompts, streaming the text"),
     "viz": ("paged_ref.terminal.viz", "the page table of a real run, step by step, forwards and backwards"),
     "walk": ("paged_ref.terminal.kernel_walk", "inside the kernel: which thread reads which slot, access by access"),
+    "train": ("paged_ref.terminal.train", "a tokenizer and a small Llama from a text file"),
     "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
     "bench": ("paged_ref.bench", "benchmarks: kernels, engine, memory"),
 }
