@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from ..config import ModelConfig
 from ..model.loading import load
-from ..model.tokenizer import Tokenizer
 from ..training.activations import Keep
 from ..training.checkpoint import STATE, load_state, save_model, save_state
 from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
@@ -60,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help=f"tokens in a step (default {DEFAULTS.batch_tokens})")  # fmt: skip
     steps.add_argument("--micro-tokens", type=int, default=DEFAULTS.micro_tokens, metavar="N",
                        help=f"of these, computed at a time (default {DEFAULTS.micro_tokens})")  # fmt: skip
+    steps.add_argument("--optimizer", choices=("adamw", "muon"), default=DEFAULTS.optimizer,
+                       help="of the layers' matrices (default adamw); the rest is always AdamW's")  # fmt: skip
     steps.add_argument("--learning-rate", type=float, default=DEFAULTS.learning_rate, metavar="R",
                        help=f"at its highest (default {DEFAULTS.learning_rate})")  # fmt: skip
     steps.add_argument("--warmup", type=int, default=DEFAULTS.warmup, metavar="N",
@@ -109,6 +109,7 @@ def _train(args: argparse.Namespace, learned: list[str], held: list[str]) -> int
         num_steps=args.steps,
         batch_tokens=args.batch_tokens,
         micro_tokens=args.micro_tokens,
+        optimizer=args.optimizer,
         learning_rate=args.learning_rate,
         warmup=args.warmup,
         weight_decay=args.weight_decay,
@@ -231,5 +232,6 @@ class Display:
             return
         self._progress.update(self._task, bits=f"{bits:.3f} bits/byte")
         if not self.console.is_terminal:
-            print(f"step {len(self.trainer.losses)}/{self.trainer.settings.num_steps}  loss {self._loss:.3f}  "
-                  f"{bits:.4f} bits per byte held out  {self._tokens / self._seconds:.0f} tokens/s", flush=True)  # fmt: skip
+            at = f"step {len(self.trainer.losses)}/{self.trainer.settings.num_steps}"
+            speed = f"{self._tokens / self._seconds:.0f} tokens/s"
+            print(f"{at}  loss {self._loss:.3f}  {bits:.4f} bits per byte held out  {speed}", flush=True)

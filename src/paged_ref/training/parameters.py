@@ -28,7 +28,7 @@ class LayerViews:
 class Parameters:
     """One value for each weight of a Llama with tied embeddings, matrices first, then the norms.
 
-    `flat[:num_decayed]` are the matrices, which weight decay shrinks; norms are left alone.
+    `flat[:num_in_matrices]` are the matrices, the embedding first; norms follow.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike = np.float32) -> None:
@@ -54,7 +54,7 @@ class Parameters:
 
         ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
         self.flat = xp.zeros(int(ends[-1]), dtype=dtype)  # [number of weights]
-        self.num_decayed = int(sum(np.prod(shape) for shape in shapes.values() if len(shape) == 2))
+        self.num_in_matrices = int(sum(np.prod(shape) for shape in shapes.values() if len(shape) == 2))
         views = {
             key: self.flat[end - np.prod(shape) : end].reshape(shape)
             for (key, shape), end in zip(shapes.items(), map(int, ends), strict=True)
@@ -69,14 +69,14 @@ class Parameters:
     def initialize(self, seed: int) -> None:
         """Normal with deviation 0.02; what writes into the residual is smaller the deeper the model (GPT-2)."""
         rng = np.random.default_rng(seed)
-        drawn = rng.standard_normal(self.num_decayed, dtype=np.float32)
-        self.flat[: self.num_decayed] = xp.asarray(np.float32(0.02) * drawn)
-        self.flat[self.num_decayed :] = 1
+        drawn = rng.standard_normal(self.num_in_matrices, dtype=np.float32)
+        self.flat[: self.num_in_matrices] = xp.asarray(np.float32(0.02) * drawn)
+        self.flat[self.num_in_matrices :] = 1
         for layer in self.layers:
             for matrix in (layer.output, layer.down):
                 matrix /= (2 * self.config.num_layers) ** 0.5
 
-    def _names(self) -> dict[str, Array]:
+    def by_name(self) -> dict[str, Array]:
         """Views under Hugging Face's names."""
         config = self.config
         q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
@@ -98,9 +98,9 @@ class Parameters:
 
     def export(self, dtype: DTypeLike) -> dict[str, np.ndarray]:
         """Copies on the host under Hugging Face's names."""
-        return {name: to_host(view).astype(dtype) for name, view in self._names().items()}
+        return {name: to_host(view).astype(dtype) for name, view in self.by_name().items()}
 
     def fill(self, weights: Mapping[str, Any]) -> None:
         """Take the values from arrays under Hugging Face's names."""
-        for name, view in self._names().items():
+        for name, view in self.by_name().items():
             view[...] = xp.asarray(weights[name])

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..config import ModelConfig
-from ..device import to_host, xp
+from ..device import Array, to_host, xp
 from ..model.tokenizer import Tokenizer
 from .checkpoint import State
 from .corpus import batches, encode
 from .network import Activations, Batch, Dropout, loss_and_gradient, total_loss
-from .optimizer import AdamW, clip, learning_rate
+from .optimizer import AdamW, Muon, Optimizer, clip, learning_rate
 from .parameters import Parameters
 
 
@@ -28,6 +28,7 @@ class Settings:
     num_steps: int
     batch_tokens: int = 4096  # of one step
     micro_tokens: int = 2048  # of these, computed at a time; their gradients add up
+    optimizer: str = "adamw"  # of the layers' matrices, or "muon"; the rest is always AdamW's
     learning_rate: float = 3e-3  # at its highest
     warmup: int = 100  # steps
     weight_decay: float = 0.1
@@ -36,6 +37,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}; known are 'adamw' and 'muon'")
         for name in ("num_steps", "batch_tokens", "micro_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
@@ -72,11 +75,12 @@ class Trainer:
         num_tokens = sum(map(len, stories))
         if num_tokens <= context:
             raise ValueError(
-                f"the text is too short: {num_tokens} tokens to learn from; more than the context of {context} are needed"
+                f"the text is too short: {num_tokens} tokens to learn from; more than the context of {context} are "
+                "needed"
             )
         self.weights, self.gradient = Parameters(config), Parameters(config)
         self.weights.initialize(settings.seed)
-        self.optimizer = AdamW(self.weights.flat, self.weights.num_decayed, settings.weight_decay)
+        self.optimizers = _optimizers(settings, self.weights, self.gradient)
         self.losses: list[float] = []  # of each step made
         self._stories = stories
         self._batches = batches(stories, context, settings.batch_tokens, settings.seed)
@@ -100,30 +104,40 @@ class Trainer:
             )
         length = clip(self.gradient.flat, settings.clip)
         rate = learning_rate(number, settings.num_steps, settings.warmup, settings.learning_rate)
-        self.optimizer.step(self.gradient.flat, rate)
+        for optimizer in self.optimizers:
+            optimizer.step(rate, number + 1)
         self.losses.append(loss)
         return Step(number + 1, loss, length, num_tokens, perf_counter() - began)
 
     def state(self, run: dict[str, Any]) -> State:
         """All that going on takes. `run` is kept with it, to be compared by whoever goes on."""
-        optimizer = self.optimizer
-        arrays = {"weights": self.weights.flat, "mean": optimizer.mean, "square": optimizer.square}
-        return State(
-            run,
-            len(self.losses),
-            {name: to_host(array).copy() for name, array in arrays.items()} | {"losses": np.array(self.losses)},
-        )
+        arrays = {name: to_host(array).copy() for name, array in self._arrays().items()}
+        return State(run, len(self.losses), arrays | {"losses": np.array(self.losses)})
 
     def restore(self, state: State) -> None:
         """Go on where `state` was taken."""
-        optimizer = self.optimizer
-        for name, array in (("weights", self.weights.flat), ("mean", optimizer.mean), ("square", optimizer.square)):
-            array[:] = xp.asarray(state.arrays[name])
-        optimizer.count = state.step
+        for name, array in self._arrays().items():
+            array[...] = xp.asarray(state.arrays[name])
         self.losses = state.arrays["losses"].tolist()
         settings, context = self.settings, self.weights.config.max_position_embeddings
         every = batches(self._stories, context, settings.batch_tokens, settings.seed)
         self._batches = islice(every, state.step, None)
+
+    def _arrays(self) -> dict[str, Array]:
+        """All that changes from step to step."""
+        kept = [array for optimizer in self.optimizers for array in optimizer.state]
+        return {"weights": self.weights.flat, **{f"optimizer.{index}": array for index, array in enumerate(kept)}}
+
+
+def _optimizers(settings: Settings, weights: Parameters, gradient: Parameters) -> list[Optimizer]:
+    """Who moves what. The norms' weights do not decay."""
+    decay, ends = settings.weight_decay, weights.num_in_matrices
+    norms = AdamW(weights.flat[ends:], gradient.flat[ends:], 0.0)
+    if settings.optimizer == "adamw":
+        return [AdamW(weights.flat[:ends], gradient.flat[:ends], decay), norms]
+    embedding = AdamW(weights.embedding.reshape(-1), gradient.embedding.reshape(-1), decay)
+    matrices = [[view for name, view in its.by_name().items() if "_proj" in name] for its in (weights, gradient)]
+    return [Muon(*matrices, decay), embedding, norms]
 
 
 def micro_batches(batch: Sequence[np.ndarray], micro_tokens: int) -> list[list[np.ndarray]]:
