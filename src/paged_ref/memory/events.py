@@ -140,6 +140,30 @@ class RegionSwappedIn(Event):
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class ResidencyOpened(Event):
+    """A residency began, with no pages: this many blocks of a page's size on either side."""
+
+    num_device_blocks: int
+    num_host_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class PagesPlaced(Event):
+    """Pages are new, or moved. Page `pages[i]` is now in `device_blocks[i]` and in `host_blocks[i]`, -1: not there."""
+
+    pages: tuple[int, ...]
+    device_blocks: tuple[int, ...]
+    host_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PagesFreed(Event):
+    """Pages are gone, on the device and on the host."""
+
+    pages: tuple[int, ...]
+
+
 # --- told by the engine --------------------------------------------------------------------------------
 
 
