@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from ..config import ModelConfig
 from ..model.loading import load
-from ..training.activations import Keep
+from ..training.activations import MEMORY, PAGE_SIZE, activations_for
 from ..training.checkpoint import STATE, load_state, save_model, save_state
 from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
 from ..training.parameters import Parameters
@@ -71,6 +72,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     steps.add_argument("--save-every", type=int, default=200, metavar="N",
                        help="steps between checkpoints, each with a measurement (default 200)")  # fmt: skip
+    memory = parser.add_argument_group("memory of what the layers save for backward")
+    memory.add_argument("--memory", choices=MEMORY, default="keep",
+                        help="all on the device (default), whole layers or pages moved to the host, or recomputed")  # fmt: skip
+    memory.add_argument("--budget", type=_bytes, metavar="BYTES",
+                        help="on the device, for swap and page: as in 48MiB")  # fmt: skip
+    memory.add_argument("--page-size", type=_bytes, default=PAGE_SIZE, metavar="BYTES",
+                        help=f"default {PAGE_SIZE // 1024}KiB")  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    """4096, 64KiB, 1.5MiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; bytes are needed, as in 65536, 64KiB or 1.5MiB")
+    return int(float(found[1]) * 1024 ** ("B", "KiB", "MiB", "GiB").index(found[2] or "B"))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -117,6 +133,8 @@ def _train(args: argparse.Namespace, learned: list[str], held: list[str]) -> int
         seed=args.seed,
     )
     config = _config(args)
+    most_tokens = max(settings.micro_tokens, config.max_position_embeddings)
+    activations = activations_for(args.memory, config, most_tokens, args.budget, args.page_size)
     state = load_state(args.out) if args.resume else None
     by_heart = read_stories(args.by_heart) * HEARD if args.by_heart else []
     digest = hashlib.sha256("\0".join([*learned, *held, *by_heart]).encode()).hexdigest()
@@ -124,7 +142,7 @@ def _train(args: argparse.Namespace, learned: list[str], held: list[str]) -> int
     if state is not None:
         _refuse_other_run(state.run, run)
     tokenizer = train_tokenizer(learned, config.vocab_size, args.words)
-    trainer = Trainer(config, settings, encode(tokenizer, learned + by_heart), Keep())
+    trainer = Trainer(config, settings, encode(tokenizer, learned + by_heart), activations)
     if state is not None:
         trainer.restore(state)
 

@@ -155,6 +155,21 @@ def layer_forward(layer: LayerViews, x: Array, shared: Pass, index: int) -> tupl
     return y, saved
 
 
+def saved_shapes(config: ModelConfig, num_tokens: int) -> dict[str, tuple[int, ...]]:
+    """What `layer_forward` saves: the shape of each."""
+    num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+    return {
+        "x": (num_tokens, config.hidden_size),
+        "inverse1": (num_tokens, 1),
+        "qkv": (num_tokens, num_heads + 2 * num_kv_heads, config.head_size),
+        "mixed": (num_tokens, num_heads, config.head_size),
+        "lse": (num_tokens, num_heads),
+        "middle": (num_tokens, config.hidden_size),
+        "inverse2": (num_tokens, 1),
+        "gate_up": (num_tokens, 2 * config.intermediate_size),
+    }
+
+
 def layer_backward(layer: LayerViews, gradient: LayerViews, dy: Array, saved: Saved, shared: Pass, index: int) -> Array:
     """dx [num_tokens, hidden_size] from `dy` of the same shape; the weights' gradients are added to `gradient`."""
     config = shared.config
