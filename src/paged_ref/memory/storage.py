@@ -32,7 +32,7 @@ class KVStorage:
         self.device = xp.full(shape, xp.nan, dtype=dtype)
         # (key_cache, value_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_size]
         self.layers: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in self.device]
-        self.host = _pinned((num_layers, 2, num_host_blocks, *shape[3:]), dtype)
+        self.host = pinned((num_layers, 2, num_host_blocks, *shape[3:]), dtype)
 
     def apply(self, transfers: Iterable[Transfer]) -> None:
         """Carry out this step's transfers, in their order, before anything is written."""
@@ -85,12 +85,12 @@ class PageStorage(KVStorage):
         self.layers = [(kv[0], kv[1]) for kv in self.device]
 
 
-def _pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Host memory full of NaN; page-locked where there is a GPU, since only then is a copy fast."""
     if not on_gpu:
         return np.full(shape, np.nan, dtype=dtype)
     import cupyx
 
-    host: np.ndarray = cupyx.empty_pinned(shape, dtype=dtype)
+    host: np.ndarray = cupyx.emptypinned(shape, dtype=dtype)
     host.fill(np.nan)
     return host
