@@ -16,6 +16,7 @@ COMMANDS = {
     "walk": ("paged_ref.terminal.kernel_walk", "inside the kernel: which thread reads which slot, access by access"),
     "assess": ("paged_ref.terminal.assess", "what paging would buy: a model on a GPU in numbers, and the settings"),
     "train": ("paged_ref.terminal.train", "a tokenizer and a small Llama from a text file"),
+    "monitor": ("paged_ref.terminal.monitor", "a run as it goes: memory, sequences, speed, swapping; JSON, Prometheus"),
     "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
     "lesson": ("paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check"),
     "bench": ("paged_ref.bench", "benchmarks: kernels, engine, memory"),

@@ -16,12 +16,10 @@ from paged_ref.workload.assess import (
     Request,
     _held_in_blocks,
     assess,
-    recompute_seconds,
-    swap_seconds,
 )
 from paged_ref.workload.hardware import GPUS, several
 from paged_ref.workload.models import MODELS
-from paged_ref.workload.roofline import Constants
+from paged_ref.workload.roofline import Constants, recompute_seconds, step_time, swap_seconds
 from paged_ref.workload.settings import servers
 
 SHAREGPT = [Request(161, 338)]  # the published means, rounded
@@ -72,12 +70,21 @@ def test_the_paper_s_server_holds_seven_sequences_that_reserve_the_maximum() -> 
 
 
 def test_requests_per_second_by_hand() -> None:
-    """B requests cost their prompts' arithmetic and `output` steps of B sequences."""
-    plan, output = OPT.paged, 338
-    prefill = recompute_seconds(OPT.gpu, OPT.model, 161)
-    expected = plan.sequences / (plan.sequences * prefill + output * plan.step.seconds)
-    assert plan.requests_per_second == pytest.approx(expected)
-    assert sum(plan.shares.values()) == pytest.approx(1)
+    """In each step every sequence decodes, and for each that ends, one in 338, a prompt of 161 is computed."""
+    plan = OPT.paged
+    begin = plan.sequences / 338
+    length = 161 + 339 / 2
+    step = step_time(
+        OPT.gpu,
+        OPT.model,
+        round(plan.sequences + begin * 161),
+        round(plan.sequences * length + begin * 161),
+        round(plan.sequences * length + begin * 161 * 162 / 2),
+        plan.sequences,
+    )
+    assert plan.step == step
+    assert plan.requests_per_second == pytest.approx(begin / step.seconds)
+    assert plan.tokens_per_second == pytest.approx(338 * plan.requests_per_second)
     assert OPT.gain["standard max"] == pytest.approx(plan.requests_per_second / OPT.plans[0].requests_per_second)
 
 

@@ -91,6 +91,6 @@ def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return np.full(shape, np.nan, dtype=dtype)
     import cupyx
 
-    host: np.ndarray = cupyx.emptypinned(shape, dtype=dtype)
+    host: np.ndarray = cupyx.empty_pinned(shape, dtype=dtype)
     host.fill(np.nan)
     return host

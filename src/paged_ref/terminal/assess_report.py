@@ -12,19 +12,15 @@ from ..workload.hardware import GIB, GPUS
 from ..workload.models import MODELS
 from ..workload.roofline import explain
 from ..workload.settings import servers
+from .frames.canvas import count
 
 _WHY = {
-    "capacity": "They are spent once for all sequences of a batch, so more sequences at once make each cheaper. Memory "
-    "for K and V is what they lack: paging buys this, and beyond it smaller K and V (8 bits) or more memory.",
-    "bandwidth": "Each sequence adds its own. Room for more sequences, which is what paging gives, adds less and less; "
-    "fewer bytes a token (grouped queries, K and V in 8 bits) or a faster memory help more.",
-    "compute": "Most of it is for prompts. Room for more sequences, which is what paging gives, adds little; not "
-    "computing what many prompts begin with (the prefix cache) or more arithmetic helps more.",
-}
-_PARTS = {
-    "capacity": ("reading weights", "overhead"),
-    "bandwidth": ("reading K and V",),
-    "compute": ("arithmetic",),
+    "capacity": "Weights are read, and a step begins, once for all sequences of a batch: more of them at once make "
+    "each cheaper. What they lack is memory. Paging gives it, and beyond that smaller K and V (8 bits) or a larger GPU.",
+    "bandwidth": "Each sequence adds its own K and V to every step. Room for more of them, which is what paging gives, "
+    "adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
+    "compute": "Prompts keep the arithmetic busy. Room for more sequences, which is what paging gives, adds little; "
+    "not computing what many prompts begin with (the prefix cache) or more arithmetic helps more.",
 }
 
 
@@ -33,7 +29,7 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
     console.print(f"[bold]{model.name}[/bold] on [bold]{gpu.name}[/bold]: {source}.")
     _wrapped(console, f"The longest that may come has {found.max_model_len:,}; `standard max` reserves this for each.")
     if found.num_refused:
-        _wrapped(console, f"{found.num_refused:,} requests are longer, and left out.")
+        _wrapped(console, f"Left out: {count(found.num_refused, 'longer request')}.")
     _heading(console, "Memory")
     rows = Table.grid(padding=(0, 2))
     rows.add_row("K, V of a token", model.kv_arithmetic)
@@ -49,11 +45,8 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
     _heading(console, "How many sequences at once, and how fast")
     console.print(_plans(found))
     _wrapped(console, _gain(found))
-    shares = found.paged.shares
-    spent = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-    most = " and ".join(_PARTS[found.bottleneck])
     _heading(console, f"The bottleneck: {found.bottleneck}")
-    _wrapped(console, f"Paged, the GPU's time goes to: {spent}. Most is {most}. {_WHY[found.bottleneck]}")
+    _wrapped(console, f"{_roofline(found)} {_WHY[found.bottleneck]}")
     _heading(console, f"Block size: {found.block_size}, and swap or compute again")
     console.print(_block_sizes(found))
     _wrapped(console, _block_advice(found))
@@ -86,7 +79,7 @@ def _plans(found: Assessment) -> Table:
     for column in ("", "slots", "in use", "at once", "step", "tokens/s", "requests/s"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     for plan in found.plans:
-        timed = (f"{1000 * plan.step.seconds:.1f} ms", f"{plan.step_tokens_per_second:,.0f}")
+        timed = (f"{1000 * plan.step.seconds:.1f} ms", f"{plan.tokens_per_second:,.0f}")
         last = f"{plan.requests_per_second:.2f}"
         cells = (*timed, last) if plan.sequences else ("-", "-", "-")
         table.add_row(plan.name, f"{plan.slots:,.0f}", f"{plan.used:.1%}", f"{plan.sequences:,}", *cells)
@@ -98,8 +91,20 @@ def _gain(found: Assessment) -> str:
         f"{gain:.3g}x {name}" if gain < float("inf") else f"{name} holds none" for name, gain in found.gain.items()
     )
     return (
-        f"Requests per second, paged: {gains}. With memory always full, prompts included. If every sequence "
+        f"Requests per second, paged: {gains}. Memory is full all the time; as many begin as end. If every sequence "
         f"were as long as the longest at the same moment, {found.sequences_at_worst:,} would fit in blocks."
+    )
+
+
+def _roofline(found: Assessment) -> str:
+    """The two sides of a step with paged memory, and which of them counts."""
+    plan, step = found.paged, found.paged.step
+    weights, kv, compute, overhead = (f"{1000 * seconds:.1f} ms" for seconds in step)
+    reads = step.weights + step.kv >= step.compute
+    return (
+        f"Paged, a step decodes {plan.sequences:,} sequences and computes {plan.prompt_tokens:,.0f} tokens of prompts. "
+        f"Reading takes {weights} for the weights and {kv} for K and V, arithmetic {compute}; the slower of the two "
+        f"counts, which is {'reading' if reads else 'arithmetic'}, and {overhead} of overhead."
     )
 
 

@@ -124,6 +124,21 @@ def transfer_seconds(gpu: GPU, num_bytes: float, num_copies: int = 1, constants:
     return num_bytes / (gpu.link * constants.link_share) + num_copies * constants.copy_overhead
 
 
+def swap_seconds(
+    gpu: GPU, model: ModelSpec, num_tokens: int, block_size: int, constants: Constants = CONSTANTS
+) -> float:
+    """Out and in again. K and V of each layer are arrays of their own, as in vLLM: 2 copies a layer and block."""
+    blocks = -(-num_tokens // block_size)
+    copies = 2 * model.num_layers * blocks
+    return 2 * transfer_seconds(gpu, blocks * block_size * model.kv_bytes_per_token, copies, constants)
+
+
+def recompute_seconds(gpu: GPU, model: ModelSpec, num_tokens: int, constants: Constants = CONSTANTS) -> float:
+    """All tokens once more, as one prompt, in a step that others share: its arithmetic."""
+    pairs = chunk_pairs(num_tokens, num_tokens)
+    return step_time(gpu, model, num_tokens, num_tokens, pairs, 1, constants).compute
+
+
 def kv_copies(gpu: GPU, model: ModelSpec) -> float:
     """How often K and V are kept: more than once where GPUs outnumber the KV heads that they share out."""
     return max(1.0, gpu.count / model.num_kv_heads)
