@@ -139,10 +139,10 @@ check(my_append, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# vLLM's first engine did what you see (Kwon et al. 2023, §4.4): it measured
-# up to 66.3% of the memory saved by sharing in beam search. Its present one
-# lets samples share whole blocks only, through the prefix cache, so that no
-# block is ever copied. Whoever forks at any token still needs the copy.
+# vLLM's first engine did what you see, and saved up to 66.3% of the memory
+# in beam search (Kwon et al. 2023, §6.3). Its present one lets samples
+# share whole blocks only, through the prefix cache, so that no block is
+# ever copied. Whoever forks at any token still needs the copy.
 
 # ## Next
 #

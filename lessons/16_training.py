@@ -85,22 +85,18 @@ claim(
 
 # Backward asks for layers from the last to the first, and everyone knows
 # that beforehand. So the lowest layers leave, which are needed last, and
-# nothing moves but what does not fit (Belady et al. 1966). `swap` cannot
+# nothing moves but what does not fit (Belady's rule). `swap` cannot
 # use the half layer of room; pages can. That is all they win here:
 
 missing = -(-layer // PAGE) * 6 - BUDGET // PAGE
-claim(
-    "pages that left are those without room",
-    page.moved_out // PAGE,
-    missing,
-)
+left = page.moved_out // PAGE
+claim("pages that left are those without room", left, missing)
 claim("pages move fewer bytes", page.moved_out < swap.moved_out)
 
 # And so the claim that PagedAttention manages memory "during training" is
-# true of pages, not of PagedAttention, and it is no great matter: sizes are
-# known before a step begins, so there is no reservation to be saved,
-# nothing is shared, and recomputing costs a third more arithmetic and no
-# bus.
+# true of pages, not of PagedAttention, and no great matter: sizes are known
+# before a step begins, so there is no reservation to save, nothing is
+# shared, and to recompute costs about a third more arithmetic and no bus.
 
 # ## What must hold
 #
