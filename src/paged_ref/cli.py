@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": ("paged_ref.terminal.generate", "continue prompts, streaming the text"),
     "viz": ("paged_ref.terminal.viz", "the page table of a real run, step by step, forwards and backwards"),
     "walk": ("paged_ref.terminal.kernel_walk", "inside the kernel: which thread reads which slot, access by access"),
+    "long": ("paged_ref.terminal.long", "a context longer than the device: exactly, or the pages that matter"),
     "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
     "bench": ("paged_ref.bench", "benchmarks: kernels, engine, memory"),
 }
