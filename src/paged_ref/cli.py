@@ -17,6 +17,7 @@ COMMANDS = {
     "assess": ("paged_ref.terminal.assess", "what paging would buy: a model on a GPU in numbers, and the settings"),
     "train": ("paged_ref.terminal.train", "a tokenizer and a small Llama from a text file"),
     "monitor": ("paged_ref.terminal.monitor", "a run as it goes: memory, sequences, speed, swapping; JSON, Prometheus"),
+    "long": ("paged_ref.terminal.long", "a context longer than the device: exactly, or the pages that matter"),
     "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
     "lesson": ("paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check"),
     "bench": ("paged_ref.bench", "benchmarks: kernels, engine, memory"),

@@ -158,7 +158,7 @@ class LongContext:
         self.watch: tuple[int, int] | None = None  # (layer, query head) whose attention is logged
         self.observe: Callable[[Observation], None] | None = None  # told of each layer, at the cost of reading all
         self.counters = Counters()
-        self._extremes: dict[int, list[Extremes]] = {}  # by sequence, for each layer
+        self._extremes: dict[int, dict[int, Extremes]] = {}  # by sequence, by layer
         num_device = int(storage.device.shape[2])
         keys, values = storage.layers[0]
         whole = None if storage.whole is None else (storage.whole[0, 0], storage.whole[0, 1])
@@ -177,7 +177,7 @@ class LongContext:
     @property
     def device_bytes(self) -> int:
         """All that attention holds on the device: pages, staging, the step's buffer, and the bounds."""
-        bounds = sum(layer.nbytes for layers in self._extremes.values() for layer in layers)
+        bounds = sum(layer.nbytes for layers in self._extremes.values() for layer in layers.values())
         return int(self.storage.device.nbytes) + 2 * int(self._buffer[0].nbytes) + bounds
 
     # --- a step --------------------------------------------------------------------------------------
@@ -206,20 +206,20 @@ class LongContext:
         """Attention of this layer: `query [num_tokens, num_heads, head_size]` after its keys and values were written
         to the buffer, `[1, max_batch_tokens, num_kv_heads, head_size]`."""
         num_tokens, num_kv_heads = query.shape[0], self.config.num_kv_heads
-        self._write(key_cache[0, :num_tokens], value_cache[0, :num_tokens])
+        self.write(key_cache[0, :num_tokens], value_cache[0, :num_tokens])
         # [num_kv_heads * num_tokens, group_size, head_size]: one KV head after another
         grouped = query.reshape(num_tokens, num_kv_heads, -1, self.config.head_size)
         by_head = xp.ascontiguousarray(grouped.transpose(1, 0, 2, 3)).reshape(-1, *grouped.shape[2:])
-        rows = self._rows(grouped, sliding_window)
+        rows = self._rows(grouped)
         out = self._attention(by_head, rows, sliding_window)
         out = out.reshape(num_kv_heads, num_tokens, *grouped.shape[2:]).transpose(1, 0, 2, 3)
         return xp.ascontiguousarray(out).reshape(query.shape)
 
     # --- writing -------------------------------------------------------------------------------------
 
-    def _write(self, keys: Array, values: Array) -> None:
-        """The step's keys and values, `[num_tokens, num_kv_heads, head_size]`, to their pages. If these are more than
-        the device holds, they come and go one batch after another."""
+    def write(self, keys: Array, values: Array) -> None:
+        """The step's keys and values of this layer, `[num_tokens, num_kv_heads, head_size]`, to their pages. If these
+        are more than the device holds, they come and go one batch after another."""
         manager, size = self.manager, self._caches.block_size
         wanted: list[tuple[int, int, int]] = []
         item_of = np.empty(keys.shape[:2], dtype=np.int64)  # [num_tokens, num_kv_heads]: which of `wanted`
@@ -228,9 +228,11 @@ class LongContext:
             heads = np.arange(self.config.num_kv_heads) * (int(blocks[-1]) + 1)
             item_of[row : row + count] = len(wanted) + blocks[:, None] + heads
             wanted += ((seq_id, *item) for item in manager.pages_to_write(self._layer, seq_id, first, count))
-            if self.attend != "all":
-                heads_of = self._extremes.setdefault(seq_id, self._new_extremes())
-                heads_of[self._layer].write(first, keys[row : row + count])
+            if self._chooses:
+                layers = self._extremes.setdefault(seq_id, {})
+                if self._layer not in layers:
+                    layers[self._layer] = Extremes(self.config.num_kv_heads, self.config.head_size, size)
+                layers[self._layer].write(first, keys[row : row + count])
         positions = np.concatenate([np.arange(first, first + count) for _, first, count in self._chunks])
         batch = manager.residency.device.num_blocks
         for begin in range(0, len(wanted), batch):
@@ -247,9 +249,11 @@ class LongContext:
                 seqs = np.repeat([seq_id for seq_id, _, _ in self._chunks], np.diff(self._loc))
                 self.sanitizer.wrote(self._layer, page_of, seqs[tokens], heads, positions[tokens], blocks, offsets)
 
-    def _new_extremes(self) -> list[Extremes]:
-        heads, head_size, size = self.config.num_kv_heads, self.config.head_size, self._caches.block_size
-        return [Extremes(heads, head_size, size) for _ in range(self.config.num_layers)]
+    @property
+    def _chooses(self) -> bool:
+        """This layer attends to what matters."""
+        sees_all = self.config.sliding_windows[self._layer] is None
+        return self.attend != "all" and sees_all and self._layer >= self.full_layers
 
     def _apply(self, transfers: Sequence[Transfer]) -> None:
         self.storage.apply(transfers)
@@ -276,19 +280,18 @@ class LongContext:
             for pages in (self.manager.tables[seq_id].pages[self._layer][head],)
         ]
 
-    def _rows(self, query: Array, sliding_window: int | None) -> list[_Row]:
+    def _rows(self, query: Array) -> list[_Row]:
         """What each KV head of each sequence reads. What was chosen is brought to the device, if it fits there.
 
         `query [num_tokens, num_kv_heads, group_size, head_size]`.
         """
         rows = self._all_rows()
         every, wanted = rows.copy(), []
-        chooses = self.attend != "all" and sliding_window is None and self._layer >= self.full_layers
         num_seqs, size = len(self._chunks), self._caches.block_size
         for s, (seq_id, first, count) in enumerate(self._chunks):
             num_blocks = len(rows[s].pages)
             budget = budget_of(self.attend, num_blocks)
-            if not chooses or count > 1 or budget >= num_blocks:
+            if not self._chooses or count > 1 or budget >= num_blocks:
                 continue
             scores = self._scores(seq_id, query[int(self._loc[s])])
             for head, blocks in enumerate(choose(scores, budget)):  # the most recent block is always among them
@@ -345,7 +348,7 @@ class LongContext:
             resident = [np.flatnonzero(self._device_of(row.pages) >= 0) for row in every[s::num_seqs]]
             chosen = [row.blocks for row in rows[s::num_seqs]]
             if self.observe:
-                scores = mass.mean(axis=1) if self.attend == "all" else self._scores(seq_id, last)
+                scores = self._scores(seq_id, last) if self._chooses else mass.mean(axis=1)
                 self.observe(Observation(seq_id, self._layer, mass, scores, chosen, resident))
             if self.log and self.watch and self.watch[0] == self._layer:
                 head, group = divmod(self.watch[1], mass.shape[1])

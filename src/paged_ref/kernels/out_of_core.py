@@ -88,7 +88,7 @@ def streamed_attention(
         sliding_window=sliding_window, softcap=None, alibi_slopes=None, sinks=None, return_lse=True, out=None,
         validate=False,
     )  # fmt: skip
-    call.copy_tiles = True
+    call.copy_tiles = bool(((device_tables < 0) & (host_tables >= 0)).any())  # else all is where it can be read
     from . import cpu  # compiled code: loaded when it is needed
 
     cpu.attention(call)

@@ -53,7 +53,7 @@ class Extremes:
     def _grow(self, num_blocks: int) -> None:
         room = self._values.shape[1]
         if num_blocks > room:
-            more = max(num_blocks, 2 * room) - room
+            more = max(num_blocks, room + room // 8) - room
             shape = (self._values.shape[0], more, self._values.shape[2])
             self._values = xp.concatenate([self._values, xp.empty(shape, dtype=np.float32)], axis=1)
 

@@ -58,7 +58,7 @@ class StreamingManager:
             raise ValueError(f"evict is {evict!r}; known are {', '.join(EVICTIONS)}")
         self.num_layers, self.num_kv_heads, self.block_size = num_layers, num_kv_heads, block_size
         self.evict = evict
-        if log:
+        if log and num_device_pages > 0:
             log(PoolOpened("streaming", num_device_pages, block_size, num_host_pages, ()))
         self.priority = array("d", [0.0]) * max(0, num_device_pages + num_host_pages)  # by page
         policy: EvictionPolicy = LeastRecentlyUsed() if evict == "lru" else ByPriority(self.priority.__getitem__)
