@@ -80,7 +80,7 @@ class Player:
                 self._show(Text(), Markdown(block.text))
                 continue
             code = block.text.replace("  # fmt: skip", "")  # said to the formatter, not to the reader
-            self._show(Text(), Padding(Syntax(code, "python", theme="ansi_dark"), (0, 0, 0, 2)), Text())
+            self._show(Text(), Padding(Syntax(code, "python", theme="ansi_dark"), (0, 0, 0, 2), expand=False), Text())
             quiet = all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in block.statements)
             full = self._screen.rows > self.session.console.height - _LITTLE
             if self.session.interactive and full and not quiet:
