@@ -235,6 +235,8 @@ def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture
     assert main(["lesson", "--lessons", str(folder)]) == 0
     assert "Go on with: paged-ref lesson 1" in capsys.readouterr().out
     main(["lesson", "1", "--lessons", str(folder)])
+    assert not Progress().was_begun("01_one"), "a pipe has no reader"
+    Progress().set_part("01_one", 0)
     Progress().set_solved("01_one", "my_f")
     (folder / "02_two.py").write_text("def\n")
     capsys.readouterr()
@@ -252,6 +254,7 @@ def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture
         (["9"], "lesson is 9; known are 1 to 2"),
         (["1", "--part", "4"], "--part is 4; lesson 1 has the parts 1 to 1"),
         (["--watch"], "--watch needs the number of a lesson"),
+        (["1", "--part", "1", "--watch"], "--watch runs the whole lesson"),
         (["--part", "1"], "--part needs the number of a lesson"),
     ],
 )

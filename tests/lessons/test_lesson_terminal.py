@@ -203,7 +203,7 @@ def test_leaving_and_interrupting_lose_nothing(directory: Path) -> None:
     assert progress(directory)["part"] == 2
 
     reader = Reader(directory, "1")  # goes on in part 2, and knows the answer
-    reader.see("You were in part 2")
+    reader.see("From part 2 on")
     reader.see("Enter keeps 14")
     reader.type("")
     reader.see("q: leave]")

@@ -93,7 +93,8 @@ def claim(text: str, found: Any, expected: Any = True) -> None:
 def show(*pictures: RenderableType) -> None:
     """Print what Rich can draw, or text as it is."""
     for picture in pictures:
-        current().console.print(Text(picture) if isinstance(picture, str) else picture)
+        drawn = Text(picture) if isinstance(picture, str) else picture
+        current().console.print(Padding(drawn, (0, 0, 0, 2), expand=False))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
