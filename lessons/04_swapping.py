@@ -38,7 +38,7 @@ def picture(manager):
         text = "ABC"[seq_id] * region.length
         stop = region.start + region.size
         cells[region.start : stop] = text.ljust(region.size, ".")
-    return "  |" + "".join(cells) + "|"
+    return "|" + "".join(cells) + "|"
 
 
 manager = SwappingManager(64, granule=8)

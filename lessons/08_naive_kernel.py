@@ -16,7 +16,7 @@ import numpy as np
 
 from paged_ref.kernels import naive, naive_attention, trace
 from paged_ref.lesson import break_it, check, claim
-from paged_ref.lesson import predict, show, table, todo
+from paged_ref.lesson import predict, table, todo
 
 # ## Predict
 #
@@ -41,12 +41,10 @@ draw = np.random.default_rng(0).standard_normal
 def run(num_threads=THREADS, num_keys=KEYS):
     query = draw((1, HEADS, HEAD_SIZE), dtype=np.float32)
     keys, values = draw((2, 16, 1, HEAD_SIZE), dtype=np.float32)
-    where = np.array([START]), np.array([num_keys])
+    kv = keys, values, np.array([START]), np.array([num_keys])
     with trace.recording(num_threads) as traces:
-        out = naive_attention(query, keys, values, *where, backend="trace")
-    wanted = naive_attention(
-        query, keys, values, *where, backend="reference"
-    )
+        out = naive_attention(query, *kv, backend="trace")
+    wanted = naive_attention(query, *kv, backend="reference")
     return traces[0], np.abs(out - wanted).max()
 
 
@@ -67,12 +65,8 @@ busy.grade(len(set(keys_read.select(thread=0).slots("keys").tolist())))
 # For the values they share the work otherwise: each takes some dimensions
 # of every value. So a thread needs the weights that others have made.
 
-totals = record.totals()
-lines = [
-    f"{name:>16}: {r:4} reads {w:4} writes"
-    for name, (r, w) in totals.items()
-]
-show("\n".join(lines))
+rows = [(name, *counts) for name, counts in record.totals().items()]
+table("Both heads together", ("array", "reads", "writes"), rows)
 reads.grade(int(record.counts("keys")[START].max()))
 waits.grade(int(record.round.max()))
 
@@ -87,17 +81,20 @@ claim("reads of all others", int(counts.sum() - visible.sum()), 0)
 
 # And nobody reads what another thread writes without a barrier between.
 # Take one out, and the kernel may still be right, today, on your GPU. The
-# tracer says who raced whom. Here the one is missing after which the
+# tracer says who raced whom. The one that is missing here stands before the
 # scratch array is used again.
 
 
 def one_barrier_less(real):
-    source = inspect.getsource(real.py_func).partition("\n")[
-        2
-    ]  # no @cuda.jit
-    place = "cuda.syncthreads()  # All have read work[0]"
+    source = inspect.getsource(real.py_func)
+    for old, new in (
+        ("@cuda.jit", ""),
+        ("cuda.syncthreads()  # All have", "pass  # All have"),
+    ):
+        assert old in source
+        source = source.replace(old, new)
     namespace = dict(vars(naive))
-    exec(source.replace(place, "pass  # All have read work[0]"), namespace)
+    exec(source, namespace)
     return namespace["attention_kernel"]
 
 
@@ -122,9 +119,8 @@ record_of = functools.cache(run)
 
 
 def spec(thread, num_threads, num_keys):
-    own = record_of(num_threads, num_keys)[0].select(
-        "keys", block=0, thread=thread
-    )
+    record, _ = record_of(num_threads, num_keys)
+    own = record.select("keys", block=0, thread=thread)
     return list(dict.fromkeys((own.slots("keys") - START).tolist()))
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ check(my_twice, spec=lambda number: 2 * number, cases=[(3,), (5,)], hint="Multip
 #
 # That was all.
 '''
-CTRL_C = "\x03"
+CTRL_C = b"\x03"
 
 
 class Reader:
@@ -100,6 +101,14 @@ class Reader:
 
     def type(self, line: str) -> None:
         os.write(self.main, f"{line}\n".encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C, once it waits for the keyboard: Python loses one that comes just before it does."""
+        while self.process.poll() is None:
+            time.sleep(0.5)
+            os.write(self.main, CTRL_C)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=10)
 
     def end(self) -> int:
         code = self.process.wait(timeout=60)
@@ -188,13 +197,13 @@ def test_leaving_and_interrupting_lose_nothing(directory: Path) -> None:
     reader.see("a number of euros")
     reader.type("14")
     reader.see("q: leave]")
-    os.write(reader.main, CTRL_C.encode())
+    reader.interrupt()
     reader.see("Interrupted. What you did is kept: paged-ref lesson 1 goes on from here.")
     assert reader.end() == 130
     assert progress(directory)["part"] == 2
 
     reader = Reader(directory, "1")  # goes on in part 2, and knows the answer
-    reader.see("You were in part 2")
+    reader.see("From part 2 on")
     reader.see("Enter keeps 14")
     reader.type("")
     reader.see("q: leave]")
@@ -216,6 +225,6 @@ def test_watch_runs_again_at_each_save(directory: Path) -> None:
         os.utime(directory / "01_small.py", (time.time() + 5, time.time() + 5 + len(code)))
         reader.see(sentence)
         reader.see("is run again when it is saved")
-    os.write(reader.main, CTRL_C.encode())
+    reader.interrupt()
     assert reader.end() == 130
     assert progress(directory)["exercises"] == {"my_twice": True}

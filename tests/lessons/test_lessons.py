@@ -163,3 +163,13 @@ def test_a_lesson_is_a_script() -> None:
     assert done.returncode == 0, done.stderr
     assert "is yours to write" in done.stdout
     assert not done.stderr
+
+
+def test_each_measured_result_is_printed_by_its_lesson() -> None:
+    section = (LESSONS / "README.md").read_text(encoding="utf-8").partition("## Measured")[2]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| `lesson (\d+)` \|$", section, re.MULTILINE)
+    assert rows
+    assert len(rows) == section.count("\n| ") - 1, "a row without its lesson"
+    for what, measured, number in rows:
+        printed = numbers_in(run(PATHS[int(number) - 1])[1])
+        assert numbers_in(measured) <= printed, what

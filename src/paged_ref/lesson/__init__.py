@@ -5,6 +5,6 @@ A lesson is one plain Python file, `lessons/NN_name.py`; lessons/STYLE.md says e
 by part. The two do the same: whoever calls these functions without a runner gets a session made for the script.
 """
 
-from .session import break_it, check, claim, plug_in, predict, show, table, todo
+from .calls import break_it, check, claim, plug_in, predict, show, table, todo
 
 __all__ = ["break_it", "check", "claim", "plug_in", "predict", "show", "table", "todo"]

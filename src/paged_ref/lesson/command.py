@@ -44,6 +44,8 @@ def main(args: argparse.Namespace) -> int:
         number = _list(paths, progress, interactive)
         if number is None:
             return 0
+    if args.watch and args.part is not None:
+        raise ValueError(f"--part is {args.part}; --watch runs the whole lesson, so give one of the two")
     path = _path(paths, number)
 
     def make_session(asks: bool = False) -> Session:

@@ -117,7 +117,8 @@ def first_difference(found: Any, wanted: Any, at: str = "") -> str | None:
         if not len(wrong):
             return None
         place = tuple(int(i) for i in wrong[0])
-        return f"at {[*place]}: {left[place]} instead of {right[place]}; {len(wrong)} of {right.size} differ"
+        one, other = _text(left[place]), _text(right[place])
+        return f"at {[*place]}: {one} instead of {other}; {len(wrong)} of {right.size} differ"
     if isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)):
         for i, (one, other) in enumerate(zip(found, wanted, strict=False)):
             if (difference := first_difference(one, other, f"{at}[{i}]")) is not None:
@@ -143,7 +144,7 @@ def _text(value: Any) -> str:
         return text if value.size <= 24 else f"{text} of shape {value.shape}"
     if isinstance(value, np.generic):
         value = value.item()
-    text = repr(value)
+    text = f"{value:.6g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= _WIDE else text[: _WIDE - 4] + " ..."
 
 

@@ -55,7 +55,7 @@ class Player:
                 self._run_unseen(first - 1)
             number = first
             while number <= len(self.script.parts):
-                session.progress.set_part(session.lesson, number)
+                self._keep(number)
                 went_well = self._play_part(number)
                 if not session.interactive:
                     if not went_well:
@@ -64,8 +64,13 @@ class Player:
                     continue
                 if self._ask_what_next(went_well, number):
                     number += 1
-            session.progress.set_part(session.lesson, 0)
+            self._keep(0)
         return True
+
+    def _keep(self, number: int) -> None:
+        """The part that the reader has reached; 0 is the end. A run into a pipe has no reader."""
+        if self.session.interactive:
+            self.session.progress.set_part(self.session.lesson, number)
 
     # --- parts -------------------------------------------------------------------------------------
 
@@ -80,7 +85,7 @@ class Player:
                 self._show(Text(), Markdown(block.text))
                 continue
             code = block.text.replace("  # fmt: skip", "")  # said to the formatter, not to the reader
-            self._show(Text(), Padding(Syntax(code, "python", theme="ansi_dark"), (0, 0, 0, 2)), Text())
+            self._show(Text(), Padding(Syntax(code, "python", theme="ansi_dark"), (0, 0, 0, 2), expand=False), Text())
             quiet = all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in block.statements)
             full = self._screen.rows > self.session.console.height - _LITTLE
             if self.session.interactive and full and not quiet:
@@ -103,7 +108,7 @@ class Player:
     def _run_unseen(self, count: int) -> None:
         """The parts before the one to go on with: their code makes what later parts use."""
         session = self.session
-        session.say(f"You were in part {count + 1}. The parts before it run again unseen; --part 1 begins anew.", "dim")
+        session.say(f"From part {count + 1} on. The parts before it run again unseen; --part 1 begins anew.", "dim")
         session.interactive, interactive = False, session.interactive
         console, session.console = session.console, type(session.console)(file=StringIO())
         try:
@@ -153,11 +158,13 @@ class Player:
 
     def _wait(self, keys: str) -> str:
         """A line from the reader; the prompt is wiped off after it. Raises Leave at q and at the end of input."""
-        typed = self.session.ask(f"\x1b[2m[{keys}]\x1b[0m ")
+        plain = self.session.console.is_dumb_terminal
+        typed = self.session.ask(f"[{keys}] " if plain else f"\x1b[2m[{keys}]\x1b[0m ")
         self._screen.rows = 0
         if typed is None or typed.lower() in ("q", "quit", "exit"):
             raise Leave
-        sys.stdout.write("\x1b[1A\x1b[2K")
+        if not plain:
+            sys.stdout.write("\x1b[1A\x1b[2K")  # one row up, and empty it
         return typed.lower()
 
     # --- the screen --------------------------------------------------------------------------------

@@ -1,0 +1,217 @@
+"""The functions that a lesson calls. Each speaks to the session under way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from rich import box
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from .grading import Pending, first_difference, grade
+from .numbers import number_text, parse_number
+from .session import ClaimError, Exercise, current, short
+
+Catcher = Literal["sanitizer", "integrity", "tracer", "contract", "engine"]
+_CATCHERS: dict[str, Catcher] = {"SanitizerError": "sanitizer", "AssertionError": "integrity", "KernelError": "tracer"}
+_IN_WORDS = {
+    "sanitizer": "the sanitizer", "integrity": "the integrity check", "tracer": "the tracer",
+    "contract": "the contract (the result must not change)", "engine": "the engine itself", "nobody": "nobody",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What the reader expects, before the run."""
+
+    question: str
+    unit: str
+    value: float | None  # None: not said
+
+    def grade(self, truth: float, within: float = 0.0) -> None:
+        """Hold it against what the run gave. `within` is the share of the truth that still counts as right."""
+        unit = self.unit.removesuffix("s") if truth == 1 else self.unit
+        say, it_is = current().say, f"{number_text(truth)} {unit}".rstrip()
+        if self.value is None:
+            say(f"• {self.question}\n  It is {it_is}.")
+        elif self.value == truth:
+            say(f"✓ Right: it is {it_is}.", "green")
+        elif abs(self.value - truth) <= abs(truth) * within:
+            say(f"✓ Close enough: you said {number_text(self.value)}, it is {it_is}.", "green")
+        else:
+            say(f"✗ Not so: you said {number_text(self.value)}, it is {it_is}. Why?", "yellow")
+
+
+def predict(question: str, unit: str = "") -> Guess:
+    """Ask for a number before the run shows it; `guess.grade(measured)` comes after. Without a reader: no answer.
+
+    The reader may type 2*3*8, 1,000, 50% or 2.5e6, or only Enter to pass, which keeps an earlier answer.
+    """
+    session = current()
+    earlier = session.progress.prediction(session.lesson, question)
+    if not session.interactive:
+        return Guess(question, unit, earlier)
+    session.say(f"Predict: {question}", "bold")
+    while True:
+        hint = f"Enter keeps {number_text(earlier)}" if earlier is not None else "Enter passes"
+        typed = session.ask(f"  a number{f' of {unit}' if unit else ''} ({hint}): ")
+        if not typed:
+            return Guess(question, unit, earlier)
+        try:
+            value = parse_number(typed.rstrip("% ") if unit == "percent" else typed)
+        except ValueError as error:
+            session.say(f"{error}", "yellow")
+            continue
+        session.progress.set_prediction(session.lesson, question, value)
+        return Guess(question, unit, value)
+
+
+def claim(text: str, found: Any, expected: Any = True) -> None:
+    """Say what the run shows, and hold it to that: `found` is `expected`. Raises ClaimError where it is not."""
+    difference = first_difference(found, expected)
+    if difference is not None:
+        raise ClaimError(
+            f"This claim does not hold: {text}\n  found {found!r}, expected {expected!r} {difference}".rstrip()
+        )
+    if isinstance(expected, (bool, str)):
+        counted = ""
+    elif isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
+        counted = f" (all {len(expected)})"
+    else:
+        counted = f": {number_text(expected)}"
+    current().say(f"✓ {text}{counted}", "green")
+
+
+def show(*pictures: RenderableType) -> None:
+    """Print what Rich can draw, or text as it is."""
+    for picture in pictures:
+        drawn = Text(picture) if isinstance(picture, str) else picture
+        current().console.print(Padding(drawn, (0, 0, 0, 2), expand=False))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table from the run. Columns of numbers are flushed right."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    texts = [[cell if isinstance(cell, str) else number_text(cell) for cell in row] for row in rows]
+    for number, column in enumerate(columns):
+        is_numbers = all(re.fullmatch(r"[-+\d.,%]*", text[number]) for text in texts)
+        drawn.add_column(column, justify="right" if is_numbers else "left")
+    for text in texts:
+        drawn.add_row(*map(Text, text))
+    current().say(title, "italic")
+    current().console.print(Padding(drawn, (0, 0, 0, 2), expand=False))
+
+
+def todo(hole: str) -> Any:
+    """Stands where the reader's code goes, and says how much of it: `todo("1 line")`."""
+    raise Pending(hole)
+
+
+def check(
+    yours: Callable[..., Any], *, spec: Callable[..., Any], cases: Sequence[tuple[Any, ...]], hint: str
+) -> Callable[..., Any]:
+    """Grade the reader's function against the package's, on all `cases` (tuples of arguments, copied for each).
+
+    Returns what the lesson goes on with: the reader's function where it is right, else `spec`.
+    """
+    session = current()
+    name = yours.__name__
+    solution = session.solution(name)
+    if session.solutions and solution:
+        yours = solution[0]
+    verdict = grade(yours, spec, cases)
+    session.exercises[name] = Exercise(name, yours, spec, cases, hint, verdict)
+    session.checked.append(name)
+    say = session.say
+    if verdict.printed:
+        say(f"{name} printed:\n{verdict.printed[:800].rstrip()}", "dim")
+    if verdict.state == "pending":
+        at = f"{short(yours.__code__.co_filename)}, line {yours.__code__.co_firstlineno}"
+        say(f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used.", "cyan")
+        return spec
+    if verdict.state == "wrong":
+        say(f"✗ {name} is not right yet.", "bold red")
+        if verdict.error is not None:
+            say(_where(verdict.error, yours), "red", 4)
+        for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
+            say(f"{label:<6} {value}".replace("\n", "\n       "), indent=4)
+        if verdict.yours == "None":
+            say("It returned None: is there a `return`?", indent=4)
+        if verdict.difference:
+            say(f"first difference: {verdict.difference}", indent=4)
+        say(f"hint: {hint}", indent=4)
+        return spec
+    whose = "the solution" if session.solutions else "yours"
+    say(f"✓ {name} is right in all {len(cases)} cases. The lesson goes on with {whose}.", "bold green")
+    if not session.solutions:
+        session.progress.set_solved(session.lesson, name)
+    if solution:
+        say("One way to write it:", indent=4)
+        session.console.print(Padding(Syntax(solution[1], "python", theme="ansi_dark"), (0, 0, 0, 4), expand=False))
+    return yours
+
+
+@contextmanager
+def plug_in(where: tuple[Any, str], function: Any) -> Iterator[None]:
+    """Put `function` in the place of the package's own, `where` = (class or module, name), for a while."""
+    owner, name = where
+    real = owner.__dict__[name]
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+def break_it(
+    what: str,
+    *,
+    where: tuple[Any, str],
+    bug: Callable[[Any], Any],
+    run: Callable[[], Any],
+    caught_by: Catcher,
+) -> None:
+    """Plant a bug for one run, at the press of a button, and show who catches it.
+
+    `where` is (class or module, name), `bug` makes the broken function from the real one, and `run` is what
+    runs whole and then broken; it returns what must not change, tokens for instance. Raises ClaimError where
+    the bug is not caught, or by another than `caught_by`.
+    """
+    session = current()
+    session.say(f"Break it: {what}.", "bold")
+    if session.interactive and session.ask("  b and Enter plants this bug (Enter leaves it): ") != "b":
+        return
+    whole = run()
+    by, words = "nobody", ""
+    try:
+        with plug_in(where, bug(where[0].__dict__[where[1]])):
+            difference = first_difference(run(), whole)
+        if difference is not None:
+            by, words = "contract", f"the first difference: {difference or 'all of it'}"
+    except Exception as error:
+        by, words = _CATCHERS.get(type(error).__name__, "engine"), f"{type(error).__name__}: {error}"
+    if by != caught_by:
+        raise ClaimError(
+            f"The planted bug is caught by {_IN_WORDS[by]}, not by {_IN_WORDS[caught_by]}: {what}. {words}"
+        )
+    session.caught[what] = by
+    session.say(f"✓ Caught by {_IN_WORDS[by]}:", "green")
+    session.say(words, indent=4)
+
+
+def _where(error: BaseException, function: Callable[..., Any]) -> str:
+    """The line of the reader's file at which it was raised."""
+    trace, line = error.__traceback__, 0
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == function.__code__.co_filename:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{type(error).__name__} at line {line}: {error}"
