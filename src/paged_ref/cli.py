@@ -16,6 +16,7 @@ COMMANDS = {
     "walk": ("paged_ref.terminal.kernel_walk", "inside the kernel: which thread reads which slot, access by access"),
     "assess": ("paged_ref.terminal.assess", "what paging would buy: a model on a GPU in numbers, and the settings"),
     "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
+    "compare": ("paged_ref.terminal.compare", "what paging would buy: standard, swapping and paged on real traffic"),
     "bench": ("paged_ref.bench", "benchmarks: kernels, engine, memory"),
 }
 
