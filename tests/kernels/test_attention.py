@@ -188,12 +188,10 @@ def build(case: Case) -> Problem:
         loc = np.cumsum([0, *query_lens]).astype(case.integer)
     if scales["key_scales"] is not None:
         options |= scales
-        keys, values = (
-            [decode(part, scales[name], np.float64) for part in parts]
-            for name, parts in (("key_scales", keys), ("value_scales", values))
-        )
+    keys = [decode(part, scales["key_scales"], np.float64) for part in keys]
+    values = [decode(part, scales["value_scales"], np.float64) for part in values]
     return Problem(
-        query, [decode(part) for part in keys], [decode(part) for part in values], query_lens, (key_cache, value_cache, tables), (flat_keys, flat_values, starts),
+        query, keys, values, query_lens, (key_cache, value_cache, tables), (flat_keys, flat_values, starts),
         np.array(case.seq_lens, case.integer), loc, options,
     )  # fmt: skip
 
@@ -369,17 +367,17 @@ def test_torch_bfloat16_and_float8_without_a_copy() -> None:
         scales = {}
         if dtype != torch.bfloat16:
             scales = {"key_scales": torch.full((2,), 0.01), "value_scales": torch.full((2,), 0.02)}
-        caches = [torch.zeros((2, 4, 2, 16)).to(dtype) for _ in range(2)]
-        write_kv(new, -new, *caches, torch.arange(8), **scales)
+        keys, values = (torch.zeros((2, 4, 2, 16)).to(dtype) for _ in range(2))
+        write_kv(new, -new, keys, values, torch.arange(8), **scales)
         scale = 1 if dtype == torch.bfloat16 else 0.01
-        assert torch.equal(caches[0].float(), (new.float() / scale).to(dtype).float().reshape(2, 4, 2, 16))
-        out, lse = paged_attention(query, *caches, tables, seq_lens, return_lse=True, backend="cpu", **scales)
+        assert torch.equal(keys.float(), (new.float() / scale).to(dtype).float().reshape(2, 4, 2, 16))
+        out, lse = paged_attention(query, keys, values, tables, seq_lens, return_lse=True, backend="cpu", **scales)
         assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-        worth = [cache.float() * (0.01 if scales else 1) * (1 + (i and bool(scales))) for i, cache in enumerate(caches)]
-        want = paged_attention(query.float(), *worth, tables, seq_lens, backend="reference")
+        worth = keys.float() * scale, values.float() * 2 * scale if scales else values.float()
+        want = paged_attention(query.float(), worth[0], worth[1], tables, seq_lens, backend="reference")
         np.testing.assert_allclose(out.float(), want, rtol=4e-3, atol=4e-3)
         given = torch.empty_like(query)
-        assert paged_attention(query, *caches, tables, seq_lens, out=given, backend="cpu", **scales) is given
+        assert paged_attention(query, keys, values, tables, seq_lens, out=given, backend="cpu", **scales) is given
         assert torch.equal(given, out)
 
 

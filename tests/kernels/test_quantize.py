@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_to_float8_finds_the_nearest_and_of_two_the_even(number: float) -> None:
 
 def test_to_float8_between_all_neighbours() -> None:
     values = from_float8(CODES[:0x7F])
-    for low, high in zip(values[:-1], values[1:], strict=True):
+    for low, high in pairwise(values):
         middle = (low + high) / np.float32(2)
         for number in (middle, np.nextafter(middle, high), np.nextafter(middle, low)):
             nearest_float8(float(number))
@@ -134,7 +135,7 @@ def test_write_kv_rounds_to_the_format_of_the_cache(seed: int, dtype: str, given
     caches = np.full((2, 4, 2, 2, 4), 77, dtype)
     scales = None if dtype == "uint16" else rng.uniform(0.01, 0.1, (2, 2)).astype(np.float32)
     names = {} if scales is None else {"key_scales": scales[0], "value_scales": scales[1]}
-    write_kv(key, value, *caches, np.array([6, -1, 1]), **names)
+    write_kv(key, value, caches[0], caches[1], np.array([6, -1, 1]), **names)
     for i, new in enumerate((key, value)):
         cache = caches[i].reshape(8, 2, 4)
         want = encode(new, dtype, None if scales is None else scales[i])

@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 from ..device import Array, module_of
 
 BFLOAT16, INT8, FLOAT8 = np.dtype("uint16"), np.dtype("int8"), np.dtype("uint8")
-WORDS = {BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "float8_e4m3fn"}
+WORDS: dict[np.dtype[Any], str] = {BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "float8_e4m3fn"}
 LARGEST = {INT8: 127.0, FLOAT8: 448.0}  # of the formats that need scales; -128 is left out: the range is even
 FLOAT8_NAN = 0x7F
 
@@ -97,7 +97,7 @@ def encode(numbers: Array, dtype: DTypeLike, scales: Array | None = None) -> Arr
     return xp.rint(xp.clip(xp.nan_to_num(parts, posinf=np.inf, neginf=-np.inf), -127, 127)).astype(np.int8)
 
 
-def decode(stored: Array, scales: Array | None = None, dtype: DTypeLike = None) -> Array:
+def decode(stored: Array, scales: Array | None = None, dtype: DTypeLike | None = None) -> Array:
     """What `stored [..., num_kv_heads, head_size]` is worth, in `dtype` (None: float32, or its own float)."""
     if stored.dtype == BFLOAT16:
         stored = from_bfloat16(stored)
@@ -111,4 +111,4 @@ def decode(stored: Array, scales: Array | None = None, dtype: DTypeLike = None) 
 
 def word(dtype: Any) -> str:
     """What an array of this dtype holds, in a word: uint16 is bfloat16 here."""
-    return WORDS.get(np.dtype(dtype), np.dtype(dtype).name)
+    return WORDS.get(np.dtype(dtype)) or str(np.dtype(dtype))
