@@ -84,6 +84,12 @@ def test_bfloat16_goes_and_comes_back_for_every_code() -> None:
     assert np.isnan(from_bfloat16(to_bfloat16(numbers[nan]))).all()
 
 
+def bfloat16(code: int) -> Fraction:
+    """The definition, for numbers above 0; infinity's code is, for the purpose of rounding, the next number."""
+    exponent, mantissa = code >> 7 & 0xFF, code & 0x7F
+    return Fraction(mantissa + (128 if exponent else 0)) * Fraction(2) ** (max(exponent, 1) - 134)
+
+
 @given(floats)
 def test_to_bfloat16_finds_the_nearest_and_of_two_the_even(number: float) -> None:
     down = int(np.array([number], np.float32).view(np.uint32)[0] >> 16)  # towards 0
@@ -91,9 +97,7 @@ def test_to_bfloat16_finds_the_nearest_and_of_two_the_even(number: float) -> Non
     if np.isinf(number):
         assert code == down
         return
-    # Beyond the largest lies, for the purpose of rounding, the number that infinity's code would be.
-    values = [Fraction(int(c & 0x7F) | 0x80) * Fraction(2) ** (max(int(c >> 7 & 0xFF), 1) - 134)
-              if c >> 7 & 0xFF else Fraction(int(c & 0x7F)) * Fraction(2) ** -133 for c in (down, down + 1)]  # fmt: skip
+    values = [bfloat16(code) for code in (down, down + 1)]
     low, high = (abs(value - abs(Fraction(number))) for value in values)
     assert code == down + (high < low or (high == low and down % 2 == 1))
 

@@ -23,7 +23,10 @@ from ..device import Array, module_of
 
 BFLOAT16, INT8, FLOAT8 = np.dtype("uint16"), np.dtype("int8"), np.dtype("uint8")
 WORDS: dict[np.dtype[Any], str] = {BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "float8_e4m3fn"}
-LARGEST = {INT8: 127.0, FLOAT8: 448.0}  # of the formats that need scales; -128 is left out: the range is even
+LARGEST: dict[np.dtype[Any], float] = {
+    INT8: 127.0,
+    FLOAT8: 448.0,
+}  # of the formats that need scales; -128 is left out: the range is even
 FLOAT8_NAN = 0x7F
 
 
