@@ -6,7 +6,7 @@ import ctypes
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ class Event:
 class Stream:
     """Work in order. Nothing runs before `run` lets it; as on a GPU, putting work in never waits."""
 
-    everywhere: dict[int, Stream] = {}
+    everywhere: ClassVar[dict[int, Stream]] = {}
 
     def __init__(self, non_blocking: bool = False) -> None:
         self.ptr, self.work = id(self), []  # type: ignore[var-annotated]
