@@ -82,6 +82,8 @@ def paged_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    key_scales: Any = None,
+    value_scales: Any = None,
     return_lse: bool = False,
     out: Any = None,
     backend: str = "auto",
@@ -99,6 +101,10 @@ def paged_attention(
     `sinks [num_heads]` is one more logit without a value. `return_lse` adds `lse [num_tokens, num_heads]`,
     float32, natural log. A query with no visible key gives output 0 and lse −inf (with sinks: the sink).
 
+    Formats: float16, float32, float64; bfloat16, in uint16 where the library has none; caches also int8, and
+    float8 e4m3 in uint8, with `key_scales` and `value_scales [num_kv_heads]`: the value is stored * scale.
+    quantize.py makes them.
+
     Arrays are NumPy, CuPy or DLPack; the answer is of the query's kind, dtype and device. Raises ValueError
     with the argument, the value and the bound. Values on a GPU are only checked with `validate=True`.
     The kernel of Kwon et al. 2023, §4.1, with the conventions of FlashAttention and of today's vLLM.
@@ -107,7 +113,7 @@ def paged_attention(
         query, key_cache, value_cache, seq_lens, query_start_loc,
         block_tables=block_tables, names=("key_cache", "value_cache"), scale=scale,
         sliding_window=sliding_window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        return_lse=return_lse, out=out, validate=validate,
+        key_scales=key_scales, value_scales=value_scales, return_lse=return_lse, out=out, validate=validate,
     )  # fmt: skip
     _run(call, backend)
     return _finish(call, query, out, return_lse)
@@ -126,6 +132,8 @@ def naive_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    key_scales: Any = None,
+    value_scales: Any = None,
     return_lse: bool = False,
     out: Any = None,
     backend: str = "auto",
@@ -140,7 +148,7 @@ def naive_attention(
         query, keys, values, seq_lens, query_start_loc,
         starts=starts, names=("keys", "values"), scale=scale,
         sliding_window=sliding_window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        return_lse=return_lse, out=out, validate=validate,
+        key_scales=key_scales, value_scales=value_scales, return_lse=return_lse, out=out, validate=validate,
     )  # fmt: skip
     _run(call, backend)
     return _finish(call, query, out, return_lse)

@@ -10,18 +10,28 @@ from typing import Any
 import numpy as np
 
 from ..device import module_of, to_host
-from .arguments import adopt, like_caller
+from .arguments import CACHES, FLOATS, adopt, check_scales, like_caller, require_dtype, scales_of
+from .quantize import decode, encode, word
 
 
 def write_kv(
-    key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any, *, validate: bool | None = None
+    key: Any,
+    value: Any,
+    key_cache: Any,
+    value_cache: Any,
+    slot_mapping: Any,
+    *,
+    key_scales: Any = None,
+    value_scales: Any = None,
+    validate: bool | None = None,
 ) -> None:
     """Write this step's K and V into their slots.
 
     `key, value [num_tokens, num_kv_heads, head_size]`; `slot_mapping [num_tokens]`, a negative slot is
     skipped; caches `[num_blocks, block_size, num_kv_heads, head_size]`, or `[num_slots, ...]` without
-    blocks. Values are cast to the cache's dtype. Raises ValueError for a slot outside the cache (checked
-    in host memory, and on a GPU with `validate=True`). vLLM calls this reshape_and_cache.
+    blocks. Numbers are rounded to the cache's format, int8 and float8 with `key_scales` and `value_scales
+    [num_kv_heads]` (quantize.py). Raises ValueError for a slot outside the cache (checked in host memory,
+    and on a GPU with `validate=True`). vLLM calls this reshape_and_cache.
     """
     key, value = adopt(key, "key"), adopt(value, "value")
     key_cache, value_cache = adopt(key_cache, "key_cache"), adopt(value_cache, "value_cache")
@@ -32,18 +42,25 @@ def write_kv(
         raise ValueError(
             f"key is {list(key.shape)} and value {list(value.shape)}; [num_tokens, {row[0]}, {row[1]}] is needed"
         )
-    if key_cache.shape != value_cache.shape or key_cache.ndim not in (3, 4):
+    same = key_cache.shape == value_cache.shape and key_cache.dtype == value_cache.dtype
+    if not same or key_cache.ndim not in (3, 4):
         raise ValueError(
-            f"key_cache is {list(key_cache.shape)} and value_cache {list(value_cache.shape)}; both must be "
+            f"key_cache is {word(key_cache.dtype)}{list(key_cache.shape)} and value_cache "
+            f"{word(value_cache.dtype)}{list(value_cache.shape)}; both must be alike, "
             "[num_blocks, block_size, num_kv_heads, head_size] or [num_slots, num_kv_heads, head_size]"
         )
+    for array, name, known in ((key, "key", FLOATS), (value, "value", FLOATS), (key_cache, "key_cache", CACHES)):
+        require_dtype(array, name, known)
+    key_scales, value_scales = scales_of(key_cache.dtype, "key_cache", row[0], key_scales, value_scales)
     if slot_mapping.shape != key.shape[:1] or slot_mapping.dtype.kind != "i":
         raise ValueError(
             f"slot_mapping is {slot_mapping.dtype}{list(slot_mapping.shape)}; [{key.shape[0]}] integers are needed"
         )
     num_slots = int(np.prod(key_cache.shape[:-2]))
-    if (validate or (validate is None and xp is np)) and slot_mapping.size and slot_mapping.max() >= num_slots:
-        raise ValueError(f"slot_mapping holds {int(slot_mapping.max())}; the cache has slots 0 to {num_slots - 1}")
+    if validate or (validate is None and xp is np):
+        check_scales(key_scales, value_scales)
+        if slot_mapping.size and slot_mapping.max() >= num_slots:
+            raise ValueError(f"slot_mapping holds {int(slot_mapping.max())}; the cache has slots 0 to {num_slots - 1}")
 
     if (xp is np and slot_mapping.size and slot_mapping.min() < 0) or xp is not np:  # on a GPU the look would be a wait
         written = slot_mapping >= 0
@@ -53,8 +70,8 @@ def write_kv(
         where: Any = (slot_mapping // block_size, slot_mapping % block_size)
     else:
         where = slot_mapping
-    key_cache[where] = key
-    value_cache[where] = value
+    key_cache[where] = encode(key, key_cache.dtype, key_scales)
+    value_cache[where] = encode(value, value_cache.dtype, value_scales)
 
 
 def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
@@ -97,13 +114,14 @@ def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
         )
     if outputs.shape[0] == 0:
         raise ValueError("outputs has 0 parts; at least 1 is needed")
-    xp = module_of(outputs)
+    xp, dtype = module_of(outputs), outputs.dtype
+    outputs = decode(outputs)
     highest = lses.max(axis=0)  # [num_tokens, num_heads]
     shift = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
     weights = xp.exp(lses - shift)  # [num_parts, num_tokens, num_heads]
     total = weights.sum(axis=0)  # [num_tokens, num_heads]
     mixed = (outputs * weights[..., None]).sum(axis=0)  # [num_tokens, num_heads, head_size]
-    output = (mixed / xp.where(total > 0, total, xp.ones_like(total))[..., None]).astype(outputs.dtype)
+    output = encode(mixed / xp.where(total > 0, total, xp.ones_like(total))[..., None], dtype)
     with np.errstate(divide="ignore"):
         lse = xp.log(total) + shift
     return like_caller(output, caller), like_caller(lse, caller)
