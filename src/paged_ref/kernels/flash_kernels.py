@@ -71,9 +71,13 @@ class Variant:
         return ROWS * NUM_WARPS if self.prefill else ROWS
 
     @property
-    def tile(self) -> int:
-        """Keys of a tile."""
-        return 8 * ELEMENTS[self.cache].per_word
+    def blocks_per_multiprocessor(self) -> int:
+        """CUDA blocks that must fit on a multiprocessor, with 4 warps each: it bounds the registers of a thread.
+
+        2: 255 registers, 3: 168, 4: 128.
+        """
+        row_bytes = self.head_size * ELEMENTS[self.cache].bits // 8
+        return 2 if row_bytes > 256 or self.head_size > 128 else 3 if row_bytes > 128 or self.head_size > 64 else 4
 
 
 # ---- a query's numbers in and out, as bits
@@ -328,6 +332,8 @@ def attention_kernel(variant: Variant):
         v = cuda.local.array(V_WORDS, uint32)
         blocks = cuda.local.array(LOOKUPS, uint32)
         ahead = cuda.local.array(LOOKUPS, uint32)
+        for i in range(LOOKUPS):
+            blocks[i], ahead[i] = uint32(0), uint32(0)
         table, start = int64(0), int32(0)
         if PAGED:
             table = seq * where_stride

@@ -35,8 +35,12 @@ def parameters(args: tuple[Any, ...]) -> Parameters:
 
 
 @cache
-def compile_kernel(kernel: Any, types: Parameters, threads: int, capability: tuple[int, int]) -> Code:
-    """Compile for GPUs of this compute capability. Raises ImportError where numba-cuda or nvJitLink is missing."""
+def compile_kernel(
+    kernel: Any, types: Parameters, bounds: tuple[int, int], capability: tuple[int, int]
+) -> Code:
+    """Compile for GPUs of this compute capability.
+
+    `bounds`: threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor. Raises ImportError where numba-cuda or nvJitLink is missing."""
     from numba import cuda
     from numba.core import types as numba_types
     from numba.np.numpy_support import from_dtype
@@ -47,7 +51,7 @@ def compile_kernel(kernel: Any, types: Parameters, threads: int, capability: tup
 
     signature = tuple(numba_type(name) for name in types)
     ptx, _ = cuda.compile(
-        kernel.py_func, signature, cc=capability, device=False, abi="numba", launch_bounds=(threads, 3)
+        kernel.py_func, signature, cc=capability, device=False, abi="numba", launch_bounds=bounds
     )
     name = re.search(r"\.entry (\w+)", ptx)
     assert name is not None
