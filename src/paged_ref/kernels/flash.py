@@ -85,8 +85,7 @@ def unsupported_by_kernels(call: AttentionCall) -> str | None:
             continue
         if cache_array.strides[-1] != itemsize and call.head_size > 1:
             return f"the numbers of a head do not follow one another in the memory of the {name}"
-        address = cache_array.data.ptr if module_of(cache_array) is not np else cache_array.ctypes.data
-        if any(stride % ITEM_BYTES for stride in (address, *cache_array.strides[:-1])):
+        if any(stride % ITEM_BYTES for stride in (_address(cache_array), *cache_array.strides[:-1])):
             return f"the rows of the {name} do not begin at multiples of {ITEM_BYTES} bytes"
         if min(cache_array.strides) < 0 or _span(cache_array) > ITEM_BYTES << 31:
             return f"the {name} span more than 32 GiB, or run backwards"
@@ -147,7 +146,7 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
         blocks = num_tokens * -(-variant.group_size // ROWS)
     blocks *= num_kv_heads
     if num_splits is None:
-        max_keys = call.keys.shape[0]  # contiguous: all that is known
+        max_keys = call.keys.shape[0] // call.num_seqs  # contiguous: a guess, that regions are about equal
         if call.block_tables is not None:
             max_keys = call.block_tables.shape[1] * call.block_size
         num_splits = number_of_splits(blocks, max_keys, processors * variant.blocks_per_multiprocessor)
@@ -159,6 +158,11 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
     if variant.split:
         part_out = xp.empty((num_tokens, num_heads, num_splits, call.head_size), dtype=np.float32)
         part_lse = xp.empty((num_tokens, num_heads, num_splits), dtype=np.float32)
+    query = _bits(xp.ascontiguousarray(call.query))
+    if variant.exact:
+        if _address(query) % ITEM_BYTES:
+            query = query.copy()
+        query = query.view(np.uint32)
     tables, starts = call.block_tables, call.starts
     if tables is not None and tables.strides[1] != tables.dtype.itemsize:
         tables = xp.ascontiguousarray(tables)
@@ -171,7 +175,7 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
 
     sinks = per_head(call.sinks)
     args = (
-        part_out.ravel(), part_lse.ravel(), _bits(xp.ascontiguousarray(call.query)),
+        part_out.ravel(), part_lse.ravel(), query,
         _span_of(call.keys, np.uint32), _span_of(call.values, np.uint32),
         where, np.int64(where_stride),
         xp.ascontiguousarray(call.seq_lens), xp.ascontiguousarray(call.query_start_loc),
@@ -229,6 +233,10 @@ def _processors(number: int) -> int:
 def _bits(array: Array) -> Array:
     """A contiguous query or output, flat: 16-bit floats as their bits."""
     return array.ravel().view(np.uint16) if array.dtype.itemsize == 2 else array.ravel()
+
+
+def _address(array: Array) -> int:
+    return int(array.ctypes.data if module_of(array) is np else array.data.ptr)
 
 
 def _span(array: Array) -> int:

@@ -25,7 +25,8 @@ Four things that are easy to miss:
   agree. The order here is the one in which a lane's operands are 16 consecutive bytes of the cache. So K and V
   go from global memory straight to the tensor cores, with no way round through shared memory.
 * The loads of the next K are issued when the scores are done, those of the next V after the values: they fly
-  while the warp computes, and need no further registers. The table is read one tile further ahead.
+  while the warp computes, and need no further registers. The table is read one tile further ahead. (Rows of
+  512 bytes in 16 bits are too WIDE for that: there a tile's V is loaded after its scores, in the place of K.)
 """
 
 from __future__ import annotations
@@ -69,6 +70,11 @@ class Variant:
     def rows_per_block(self) -> int:
         """Rows of a CUDA block."""
         return ROWS * NUM_WARPS if self.prefill else ROWS
+
+    @property
+    def exact(self) -> bool:
+        """Q is read as the tensor cores take it, and rounding loses nothing. The kernel then takes it in words."""
+        return self.query == ELEMENTS[self.cache].operand and self.query != "float32"
 
     @property
     def blocks_per_multiprocessor(self) -> int:
@@ -150,7 +156,7 @@ def attention_kernel(variant: Variant):
     PAGED, PREFILL, SPLIT = variant.block_size is not None, variant.prefill, variant.split
     WINDOW, SOFTCAP, ALIBI, SINKS = variant.window, variant.softcap, variant.alibi, variant.sinks
     QUANTIZED = element.bits == 8
-    EXACT = variant.query == element.operand and element.operand != "float32"  # rounding Q loses nothing
+    EXACT = variant.exact
 
     PER_CHUNK, PER_WORD = element.per_chunk, element.per_word  # numbers in 16 bytes; in a word of an operand
     CHUNKS = HEAD_SIZE // PER_CHUNK  # 16-byte chunks of a row of K or V
@@ -167,6 +173,7 @@ def attention_kernel(variant: Variant):
     STRIDE = 8 * V_LOADS * PER_CHUNK + 4  # between rows in shared memory: no two lanes of a store meet in a bank
     ONE_BLOCK = BLOCK_SIZE % TILE == 0  # a tile lies in one block
     LOOKUPS = 1 if ONE_BLOCK or not PAGED else K_ROWS + V_ROWS
+    WIDE = HEAD_SIZE > 128 and element.bits == 16  # K and V of a tile do not fit into the registers together
     BLOCKS_PER_TOKEN = -(-GROUP // ROWS)  # CUDA blocks for the heads of a group
     ROWS_PER_BLOCK = variant.rows_per_block
     SHARED_ROWS = NUM_WARPS * ROWS
@@ -259,7 +266,7 @@ def attention_kernel(variant: Variant):
 
         out    [num_tokens, num_heads, head_size], or parts [num_tokens, num_heads, num_splits, head_size] float32
         lse    [num_tokens, num_heads], or [num_tokens, num_heads, num_splits] to base 2
-        query  [num_tokens, num_heads, head_size]
+        query  [num_tokens, num_heads, head_size]; words, from a multiple of 16 bytes, if the variant is `exact`
         keys, values       words; their strides are chunks of 16 bytes
         where              block table [num_seqs, where_stride]; without blocks: starts [num_seqs]
         """
@@ -304,18 +311,27 @@ def attention_kernel(variant: Variant):
                 end = int32(min(end, tile + part))
             tile = int32(tile + warp)
 
-        # The lane's part of Q: of its row g, the chunks t, t + 4, ... In words, rounded, and what rounding lost.
+        # The lane's part of Q: of its row g, the chunks t, t + 4, ... as operands.
         q = cuda.local.array(Q_WORDS, uint32)
-        q_lost = cuda.local.array(Q_WORDS, uint32)
+        q_lost = cuda.local.array(Q_WORDS, uint32)  # what rounding to an operand lost
         here = (token * (num_kv_heads * GROUP) + head) * HEAD_SIZE
         for c in range(K_LOADS):
-            for i in range(2 * PAIRS):
-                x, y = ZERO, ZERO
-                if row < num_rows and (ALL_K or 4 * c + t < CHUNKS):
-                    number = here + (4 * c + t) * PER_CHUNK + i * PER_WORD
-                    x, y = from_query(query[number]), from_query(query[number + PER_WORD - 1])
-                at = c * 2 * PAIRS + i
-                q[at], q_lost[at] = split(x, y)
+            mine = row < num_rows and (ALL_K or 4 * c + t < CHUNKS)
+            first = here + (4 * c + t) * PER_CHUNK
+            for i in range(0, 2 * PAIRS, 4):
+                at = 2 * PAIRS * c + i
+                if EXACT:  # the numbers are operands as they lie
+                    q[at], q[at + 1], q[at + 2], q[at + 3] = uint32(0), uint32(0), uint32(0), uint32(0)
+                    if mine:
+                        chunk = uint32((first + PER_WORD * i) // (4 * PER_WORD))
+                        q[at], q[at + 1], q[at + 2], q[at + 3] = load16(query, chunk, 0)
+                else:
+                    for j in range(4):
+                        x, y = ZERO, ZERO
+                        if mine:
+                            number = first + PER_WORD * (i + j)
+                            x, y = from_query(query[number]), from_query(query[number + PER_WORD - 1])
+                        q[at + j], q_lost[at + j] = split(x, y)
 
         to_logit = scale * TO_BASE_2  # from a score to a logit to base 2
         if QUANTIZED:
@@ -349,11 +365,12 @@ def attention_kernel(variant: Variant):
         if tile < end:
             look_up(blocks, where, table, tile, low, high, g, t)
             load_keys(k, keys, blocks, start, key_base, tile, low, high, g, t, key_block_stride, key_slot_stride)
-            load_values(
-                v, values, blocks, start, value_base, tile, low, high, g, t, value_block_stride, value_slot_stride
-            )
-            if tile + STEP < end:
-                look_up(blocks, where, table, int32(tile + STEP), low, high, g, t)
+            if not WIDE:
+                load_values(
+                    v, values, blocks, start, value_base, tile, low, high, g, t, value_block_stride, value_slot_stride
+                )
+                if tile + STEP < end:
+                    look_up(blocks, where, table, int32(tile + STEP), low, high, g, t)
         s = cuda.local.array(S_SIZE, float32)
         s_other = cuda.local.array(S_SIZE, float32)
         weights = cuda.local.array(V_ROWS, float32)
@@ -382,7 +399,13 @@ def attention_kernel(variant: Variant):
                                 s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3],
                             )  # fmt: skip
             following = int32(tile + STEP)
-            if following < end:  # the same for all lanes
+            if WIDE:
+                load_values(
+                    v, values, blocks, start, value_base, tile, low, high, g, t, value_block_stride, value_slot_stride
+                )
+                if following < end:
+                    look_up(blocks, where, table, following, low, high, g, t)
+            elif following < end:  # the same for all lanes
                 load_keys(
                     k, keys, blocks, start, key_base, following, low, high, g, t, key_block_stride, key_slot_stride
                 )
@@ -441,12 +464,17 @@ def attention_kernel(variant: Variant):
                         a0, a1, a2, a3, p0, p1, p0_lost, p1_lost, o[at], o[at + 1], o[at + 2], o[at + 3]
                     )
             if following < end:
-                load_values(
-                    v, values, blocks, start, value_base, following, low, high, g, t,
-                    value_block_stride, value_slot_stride,
-                )  # fmt: skip
-                for i in range(LOOKUPS):
-                    blocks[i] = ahead[i]
+                if WIDE:
+                    load_keys(
+                        k, keys, blocks, start, key_base, following, low, high, g, t, key_block_stride, key_slot_stride
+                    )
+                else:
+                    load_values(
+                        v, values, blocks, start, value_base, following, low, high, g, t,
+                        value_block_stride, value_slot_stride,
+                    )  # fmt: skip
+                    for i in range(LOOKUPS):
+                        blocks[i] = ahead[i]
             tile = following
 
         # What each warp has, side by side in shared memory: row `8 * warp + g`.
