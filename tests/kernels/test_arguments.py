@@ -160,7 +160,14 @@ def test_write_kv_refuses_formats_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=re.escape("value_scales[0] is -1.0; a positive number is needed")):
         write_kv(rows(2), rows(2), *caches, slots, key_scales=np.ones(2), value_scales=np.array([-1, 1]))
     with pytest.raises(ValueError, match=re.escape("key is int8; known are float16")):
-        write_kv(rows(2).astype(np.int8), rows(2), *caches, slots, key_scales=np.ones(2), value_scales=np.ones(2))
+        write_kv(
+            rows(2).astype(np.int8),
+            rows(2).astype(np.int8),
+            *caches,
+            slots,
+            key_scales=np.ones(2),
+            value_scales=np.ones(2),
+        )
     with pytest.raises(ValueError, match=r"key_cache is int8.* and value_cache float32.*both must be alike"):
         write_kv(rows(2), rows(2), caches[0], caches[1].astype(F32), slots)
     assert not caches[0].any()

@@ -79,9 +79,13 @@ def launch(call: AttentionCall, num_threads: int = NUM_THREADS) -> Launch:
 
 def attention(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`, in order with what CuPy's current stream does."""
+    start(*launch(call))
+
+
+def start(kernel: Any, grid: tuple[int, int], num_threads: int, args: tuple[Any, ...]) -> None:
+    """Launch a kernel on CuPy's current stream. The host does not wait."""
     from numba import cuda
 
-    kernel, grid, num_threads, args = launch(call)
     if 0 in grid:
         return
     stream = cuda.external_stream(device.xp.cuda.get_current_stream().ptr)

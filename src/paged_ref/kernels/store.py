@@ -1,6 +1,6 @@
 """What moves K and V: into slots, between blocks, and partial attention results into one.
 
-Array code for NumPy and CuPy. Each function changes the arrays that it is given, in place.
+Array code, and on a GPU the kernels of store_kernels.py. Each function changes the arrays that it is given.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..device import module_of, to_host
+from ..device import Array, module_of, to_host
+from . import cuda
 from .arguments import CACHES, FLOATS, adopt, check_scales, like_caller, require_dtype, scales_of
 from .quantize import decode, encode, word
 
@@ -42,6 +43,8 @@ def write_kv(
         raise ValueError(
             f"key is {list(key.shape)} and value {list(value.shape)}; [num_tokens, {row[0]}, {row[1]}] is needed"
         )
+    if key.dtype != value.dtype:
+        raise ValueError(f"key is {word(key.dtype)} and value {word(value.dtype)}; both must be alike")
     same = key_cache.shape == value_cache.shape and key_cache.dtype == value_cache.dtype
     if not same or key_cache.ndim not in (3, 4):
         raise ValueError(
@@ -62,7 +65,12 @@ def write_kv(
         if slot_mapping.size and slot_mapping.max() >= num_slots:
             raise ValueError(f"slot_mapping holds {int(slot_mapping.max())}; the cache has slots 0 to {num_slots - 1}")
 
-    if (xp is np and slot_mapping.size and slot_mapping.min() < 0) or xp is not np:  # on a GPU the look would be a wait
+    if key.shape[0] == 0:
+        return
+    if xp is not np and cuda.unavailable() is None and key.dtype != np.float64:
+        cuda.start(*write_launch(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales))
+        return
+    if slot_mapping.size and slot_mapping.min() < 0:
         written = slot_mapping >= 0
         key, value, slot_mapping = key[written], value[written], slot_mapping[written]
     if key_cache.ndim == 4:
@@ -72,6 +80,54 @@ def write_kv(
         where = slot_mapping
     key_cache[where] = encode(key, key_cache.dtype, key_scales)
     value_cache[where] = encode(value, value_cache.dtype, value_scales)
+
+
+def write_launch(
+    key: Array,
+    value: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    key_scales: Array | None = None,
+    value_scales: Array | None = None,
+) -> cuda.Launch:
+    """The kernel for this write: in chunks of 16 bytes where rows stay as they are, else number by number."""
+    from . import store_kernels
+
+    grid = (key.shape[0], 2)
+    whole = key_cache.flags.c_contiguous and value_cache.flags.c_contiguous  # then slots are rows, too
+    row_bytes = key.shape[1] * key.shape[2] * key.dtype.itemsize
+    arrays = (key, value, key_cache, value_cache)
+    if key.dtype == key_cache.dtype and whole and row_bytes % 16 == 0 and all(map(_in_chunks, arrays)):
+        words, sizes = tuple(map(_words, arrays)), (row_bytes // 4, key.strides[0] // 4, value.strides[0] // 4)
+        return store_kernels.move_rows_kernel, grid, _threads(row_bytes), (*words, slot_mapping, *sizes)
+    if key_cache.ndim == 3:  # slots are blocks of one
+        key_cache, value_cache = key_cache[:, None], value_cache[:, None]
+    if key_scales is None or value_scales is None:  # a kernel takes what it does not read, too
+        key_scales = value_scales = module_of(key).empty(key.shape[1], dtype=np.float32)
+    kernel = store_kernels.write_kv_kernel(key.dtype.name, key_cache.dtype.name)
+    return kernel, grid, 128, (key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
+
+
+def _in_chunks(array: Array) -> bool:
+    """True where the rows array[i] are contiguous, 16-byte chunks that begin at multiples of 16 bytes."""
+    address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    row = array[:1]
+    whole = row.flags.c_contiguous and array.strides[0] >= 0
+    return bool(whole and (address | row.nbytes | array.strides[0]) % 16 == 0)
+
+
+def _words(array: Array) -> Array:
+    """From the first row of `array` to its last as flat uint32, with whatever lies between: no copy."""
+    first = array[:1].reshape(-1).view(np.uint32)
+    count = (array.shape[0] - 1) * array.strides[0] // 4 + first.size
+    flat: Array = module_of(array).lib.stride_tricks.as_strided(first, (count,), (4,))
+    return flat
+
+
+def _threads(row_bytes: int) -> int:
+    """Threads for rows of this size: one for each chunk of 16 bytes, in whole warps, at most 256."""
+    return min(256, -(-row_bytes // 512) * 32)
 
 
 def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
@@ -92,9 +148,33 @@ def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
         raise ValueError(f"block_mapping holds block {bad}; the cache has blocks 0 to {num_blocks - 1}")
     if np.unique(pairs[:, 1]).size != len(pairs):
         raise ValueError(f"block_mapping names a destination twice: {pairs[:, 1].tolist()}")
-    sources, destinations = module_of(key_cache).asarray(pairs).T
     for cache in (key_cache, value_cache):
-        cache[destinations] = cache[sources]
+        copy_planes(cache[None], pairs)
+
+
+def copy_planes(cache: Array, pairs: np.ndarray) -> None:
+    """copy_blocks for many layers at once: `cache [num_planes, num_blocks, ...]`, a plane being K or V of a layer.
+
+    `pairs [num_pairs, 2]` in host memory; nothing is checked.
+    """
+    launch = copy_launch(cache, pairs) if module_of(cache) is not np and cuda.unavailable() is None else None
+    if launch is not None:
+        cuda.start(*launch)
+    else:
+        sources, destinations = module_of(cache).asarray(pairs).T
+        cache[:, destinations] = cache[:, sources]
+
+
+def copy_launch(cache: Array, pairs: np.ndarray) -> cuda.Launch | None:
+    """The kernel that copies these blocks in place; None where it cannot: a block is both source and destination
+    (which must be read before it is written), or blocks are no whole 16-byte chunks."""
+    from . import store_kernels
+
+    if not (cache.flags.c_contiguous and _in_chunks(cache[0])) or np.isin(pairs[:, 0], pairs[:, 1]).any():
+        return None
+    words, block_bytes = _words(cache.reshape(-1, *cache.shape[2:])), cache[0, 0].nbytes
+    args = (words, module_of(cache).asarray(pairs), block_bytes // 4, cache.shape[1] * block_bytes // 4)
+    return store_kernels.copy_blocks_kernel, (len(pairs), cache.shape[0]), _threads(block_bytes), args
 
 
 def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
