@@ -14,13 +14,14 @@ from .arguments import AttentionCall, build_call, like_caller
 # The fastest first. A backend is the module of its name: unavailable(), unsupported(call), attention(call).
 # It is imported when it is first asked for.
 BACKENDS = {
+    "cuda-flash": "tuned kernels on a GPU: split sequences, tensor cores, all formats",
     "cuda": "the teaching kernels on a GPU: naive.py and paged.py",
     "cpu": "the same two operations for CPU threads, compiled by Numba",
     "reference": "plain array code, NumPy or CuPy: the oracle",
     "trace": "the teaching kernels run here, thread by thread, and every access recorded",
 }
 # `auto` takes the first of these that supports the call. Never the tracer: it is a microscope.
-_AUTO = ("cuda", "cpu", "reference")
+_AUTO = ("cuda-flash", "cuda", "cpu", "reference")
 
 
 @cache
@@ -29,7 +30,7 @@ def _load(name: str) -> tuple[Any, str | None]:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; known are auto, {', '.join(BACKENDS)}")
     try:
-        module = importlib.import_module(f"paged_ref.kernels.{name}")
+        module = importlib.import_module(f"paged_ref.kernels.{name.removeprefix('cuda-')}")
     except ImportError as error:
         return None, f"it needs the package {error.name}"
     return module, module.unavailable()
@@ -55,7 +56,7 @@ def _run(call: AttentionCall, backend: str) -> None:
             raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(able)} can")
         module.attention(call)
         return
-    names = _AUTO if module_of(call.query) is not np else _AUTO[1:]
+    names = [name for name in _AUTO if module_of(call.query) is not np or not name.startswith("cuda")]
     for name in names:
         module, reason = _load(name)
         if reason is None and module.unsupported(call) is None:
