@@ -7,6 +7,7 @@ import importlib
 
 BENCHMARKS = {
     "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
+    "sass": ("paged_ref.bench.sass", "what the tuned GPU kernels cost, counted from machine code; needs no GPU"),
     "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
     "model": (
         "paged_ref.bench.model",
