@@ -14,6 +14,7 @@ BENCHMARKS = {
         "on a GPU: whole-model decoding against the speed of memory, and a CPU's tokens",
     ),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
+    "training": ("paged_ref.bench.training", "activations kept, swapped, paged, recomputed; a step's time; torch"),
 }
 
 
