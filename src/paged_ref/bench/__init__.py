@@ -9,6 +9,7 @@ BENCHMARKS = {
     "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
     "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
+    "long": ("paged_ref.bench.long", "contexts longer than the device: memory, streaming, budgets"),
 }
 
 
