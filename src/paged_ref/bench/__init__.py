@@ -15,6 +15,7 @@ BENCHMARKS = {
     ),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
     "training": ("paged_ref.bench.training", "activations kept, swapped, paged, recomputed; a step's time; torch"),
+    "long": ("paged_ref.bench.long", "contexts longer than the device: memory, streaming, budgets"),
 }
 
 
