@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     print_setting(console, base, trace, args.latency)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     checked: list[Checked] = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("timing bookkeeping and kernels", total=2)
         cost = _cost(lambda: progress.advance(task))
         task = progress.add_task("simulating", total=len(rows) * RUNS_OF_A_CURVE)

@@ -19,9 +19,10 @@ from .setup import Setup
 from .sweep import Curve
 from .traces import Trace, at_rate, clipped, first, scaled
 
-RUN_REQUESTS = 40  # of a run with the embedded model
+RUN_REQUESTS = 30  # of a run with the embedded model
 RUN_CONTEXT = 256  # tokens, of the model's context
-RUN_POOL = 1024  # tokens
+RUN_LENGTH = 48  # tokens of a request, mean
+RUN_POOL = 768  # tokens
 
 
 def setups(base: Setup, block_sizes: Sequence[int]) -> list[Setup]:
@@ -100,7 +101,7 @@ def small(trace: Trace) -> Trace:
     """The first requests, all at once, made short enough for the embedded model."""
     part = first(trace, RUN_REQUESTS)
     mean = sum(each.prompt_len + each.output_len for each in part.requests) / len(part.requests)
-    factor = min(1.0, RUN_CONTEXT / 4 / mean)
+    factor = min(1.0, RUN_LENGTH / mean)
     return at_rate(clipped(scaled(part, factor), RUN_CONTEXT), float("inf"))
 
 
