@@ -81,7 +81,7 @@ class Live:
 
     def __init__(self, path: Path, process: subprocess.Popen[str] | None = None) -> None:
         self.playing = True
-        self.speed = SPEEDS.index(8)
+        self.speed = SPEEDS.index(4)
         self.monitor = Monitor()
         self._follower = Follower(path)
         self._process = process
