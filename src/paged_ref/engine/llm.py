@@ -16,7 +16,7 @@ from ..kernels import why_not
 from ..memory.events import Log, ModelOpened, RequestArrived
 from ..memory.factory import WATERMARK, ManagerName, make_manager
 from ..memory.managers import Forkable
-from ..memory.standard import Reserve
+from ..memory.standard import Allocator, Reserve
 from ..memory.storage import KVStorage
 from ..model.llama import Llama
 from ..model.loading import load
@@ -52,6 +52,7 @@ class LLM(EngineCore):
         max_batch_tokens: int = 512,
         max_batch_seqs: int = 256,
         reserve: Reserve = "max",
+        allocator: Allocator = "first fit",
         preemption: Preemption | None = None,
         prefix_cache: bool = False,
         watermark: float = WATERMARK,
@@ -70,8 +71,8 @@ class LLM(EngineCore):
         `max_batch_seqs` sequences.
 
         `preemption` is "recompute" or "swap" (the swapping manager's default), to a host pool of
-        `host_kv_tokens` (default for swap: as large as the cache). `reserve` is for the standard manager;
-        `block_size`, `free_order` (the order in which blocks are handed out), `prefix_cache` and `watermark`
+        `host_kv_tokens` (default for swap: as large as the cache). `reserve` and `allocator` are for the standard
+        manager; `block_size`, `free_order` (the order in which blocks are handed out), `prefix_cache` and `watermark`
         (the share of the blocks that admission leaves) are for the paged one.
 
         `sanitize` checks every read of the cache; `log` is told all that happens (memory/events.py);
@@ -103,6 +104,7 @@ class LLM(EngineCore):
             block_size=block_size,
             num_host_slots=host_kv_tokens,
             reserve=reserve,
+            allocator=allocator,
             free_order=free_order,
             watermark=watermark,
             prefix_cache=prefix_cache,
