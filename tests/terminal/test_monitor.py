@@ -316,6 +316,11 @@ def test_bad_input_is_one_sentence(argv: list[str], message: str, capsys: pytest
     assert told.count("\n") == 1
 
 
+def test_compare_records_only_what_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--record", "x.jsonl"]) == 2
+    assert "--record x.jsonl writes runs of the embedded model; --run makes them" in capsys.readouterr().err
+
+
 def test_a_command_is_run_and_watched(capfd: pytest.CaptureFixture[str]) -> None:
     argv = ["generate", "--prompt", "Four score and seven years ago our", "--max-tokens", "3", "--block-size", "4"]
     assert main(["monitor", "--once", "--run", *argv]) == 0
