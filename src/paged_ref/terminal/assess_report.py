@@ -32,7 +32,7 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
         _wrapped(console, f"Left out: {count(found.num_refused, 'longer request')}.")
     _heading(console, "Memory")
     rows = Table.grid(padding=(0, 2))
-    rows.add_row("K, V of a token", model.kv_arithmetic)
+    rows.add_row("K, V a token", model.kv_arithmetic)
     rows.add_row(f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token))
     rows.add_row("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}")
     share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
@@ -76,7 +76,7 @@ def _wrapped(console: Console, text: str) -> None:
 
 def _plans(found: Assessment) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("", "slots", "in use", "at once", "step", "tokens/s", "requests/s"):
+    for column in ("", "slots", "in use", "at once", "step", "tokens/s", "req/s"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     for plan in found.plans:
         timed = (f"{1000 * plan.step.seconds:.1f} ms", f"{plan.tokens_per_second:,.0f}")
