@@ -99,7 +99,7 @@ def _wrapped(console: Console, text: str) -> None:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
@@ -190,8 +190,10 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
         if other.curve.rate and paged.curve.rate:
             expected = paged.prediction.rate / other.prediction.rate
             gains.append(f"{paged.curve.rate / other.curve.rate:.2f}x {label} (predicted {expected:.2f}x)")
-    name = paged.curve.setup.label
-    sentences.append(f"At the same latency, {name} serves {', '.join(gains)}.")
+    if gains:
+        sentences.append(f"At the same latency, {paged.curve.setup.label} serves {', '.join(gains)}.")
+    else:
+        sentences.append("No rate keeps this latency: a longer one (--latency) compares more.")
     if paged.prediction.bound == "compute":
         sentences.append(
             "Its steps wait for arithmetic, most of it for prompts: more sequences at once than the GPU can compute "

@@ -91,7 +91,7 @@ def _value(value: float | str, finding: Finding) -> str:
 
 
 def _band(finding: Finding) -> str:
-    low, high = (None if bound is None else f"{bound:.4g}" for bound in (finding.low, finding.high))
+    low, high = (None if bound is None else f"{bound:.3g}" for bound in (finding.low, finding.high))
     if low is None and high is None:
         return ""
     if low is None:

@@ -3,9 +3,10 @@
 What the paper publishes are numbers; its requests, its kernels and its engine are not here. So each figure has a
 band, chosen from what is not known, and a value outside it is shown as such.
 
-* Shares and counts of memory depend on lengths alone, of which only the means are published. Other draws with the
-  same means move a share by one point and a count by 3 %; another shape of the lengths moves them further.
-* Times depend on the GPU's kernels and on the engine's overhead, which nobody publishes: a factor of 1.5.
+* Shares and counts of memory depend on lengths alone, of which only the means are published. With the same means
+  and other shapes (gamma, coefficient of variation 0.7 to 1.4) shares move by up to 8 points and counts by up to
+  a quarter: tests/workload/test_paper.py draws them.
+* Times depend on what kernels and engine reach, which nobody publishes: a factor of 1.5.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from .sharing import beams_saving, samples_saving
 from .sweep import AT_ONCE, Call, T, run_once
 from .traces import Trace, drawn, first, generated, with_prefix
 
-POINTS = 6.0  # percentage points that a share may be off
-COUNT = 0.15  # share that a count may be off
+POINTS = 8.0  # percentage points that a share may be off
+COUNT = 0.25  # share that a count may be off
 TIME = 1.5  # factor that a ratio of times may be off
 SAMPLES_POINTS, BEAMS_POINTS = 4.0, 12.0
 
@@ -35,7 +36,7 @@ ORCA = {
     for reserve in ("max", "pow2", "exact")
 }
 SHAREGPT, ALPACA = "sharegpt", "alpaca"
-NUM_REQUESTS = {SHAREGPT: 1500, ALPACA: 4000}
+NUM_REQUESTS = {SHAREGPT: 1500, ALPACA: 3000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +128,9 @@ def figure_2(lab: Lab) -> Figure:
         "2", "where the K/V memory is", findings,
         f"OPT-13B on an A100 40GB, {NUM_REQUESTS[SHAREGPT]} requests with ShareGPT's means, more than can run; the mean "
         "over the time in which somebody waits. Of paged memory, the share of the blocks in use.",
-        [f"Band: {POINTS:g} points; for paged, what the paper claims of it.",
-         "Orca places its regions with a buddy allocator, as the paper assumes; what it rounds up is wasted between.",
-         "Ours hold a little more than pow2's 26.8 %: with real outputs more of them end just above a power of two."],
+        [f"Band: {POINTS:g} points, as far as other lengths with the same means move a share; paged: 95 % or more.",
+         "Orca places its regions with a buddy allocator, as the paper assumes; what it rounds up is wasted between. "
+         "First fit in its place wastes half of that (paged-ref compare shows both)."],
     )  # fmt: skip
 
 
@@ -143,6 +144,8 @@ def figure_13(lab: Lab) -> Figure:
         outcomes = lab.all(run_once, [(setup, requests(name), AT_ONCE) for setup in setups])
         for setup, outcome, paper in zip(setups, outcomes, values, strict=True):
             band: dict[str, float] = {"low": (1 - COUNT) * paper, "high": (1 + COUNT) * paper}
+            if setup.reserve == "max" and setup is not PAGED:  # whatever the lengths: the pool / 2048
+                band = {"low": paper - 0.05, "high": paper + 0.05}
             if name == ALPACA and setup is PAGED:
                 band = {"low": paper}
             findings.append(Finding(f"{name}, {setup.label}", outcome.running_short, paper, "", **band))
@@ -151,7 +154,8 @@ def figure_13(lab: Lab) -> Figure:
     return Figure(
         "13", "requests that run at once", findings,
         f"As Fig. 2, and with Alpaca's means ({NUM_REQUESTS[ALPACA]} requests): more requests than can run.",
-        [f"Band: {COUNT:.0%}. Pools differ by 0.5 %, the lengths' shape is not published.",
+        [f"Band: {COUNT:.0%}, as far as other lengths with the same means move a count; of max 0.05, since its count "
+         "is that of regions of 2048.",
          "Paged on Alpaca: at the paper's 30 requests per second memory is not short, so its 132 are what arrives times "
          "how long it stays. Ours stay shorter, since steps take a datasheet's time; what memory can hold is more than "
          "132, which is the band."],
@@ -218,6 +222,8 @@ def figure_18b(lab: Lab) -> Figure:
         [f"The paper says good or much worse in words: up to {GOOD:g}x, and from {WORSE:g}x on.",
          "Blocks of 1: the paper's kernel is slow there. Our clock knows no block size, so ours shows only what memory "
          "does: the smaller the better. paged-ref bench kernels times the rest.",
+         "ShareGPT, 128: a tenth of the memory is empty in last blocks, and so near to the limit that is felt. The paper "
+         "does not say at which rate it measured.",
          "Alpaca, 64: a block holds most requests whole, and half of it is empty, but memory is not short yet at this "
          "rate; the paper's engine keeps requests longer, so it is."],
     )  # fmt: skip
@@ -235,14 +241,15 @@ def figure_19(lab: Lab) -> Figure:
     for size, swap, again in zip(sizes, outcomes[::2], outcomes[1::2], strict=True):
         words, low, high = ("worse", TIME, None) if size == 1 else ("comparable", 1 / TIME, TIME)
         ratio = swap.normalised / again.normalised
-        findings.append(Finding(f"latency, swap / recompute, {size}", ratio, words, "x", low, high))
+        findings.append(Finding(f"swap / recompute, blocks of {size}", ratio, words, "x", low, high))
     slow, fast = (swap_seconds(PAGED.gpu, PAGED.model, 256, size, PAGED.constants) for size in (1, 64))
-    findings.append(Finding("swapping 256 tokens, blocks of 1 / 64", slow / fast, "worse", "x", TIME, None))
+    findings.append(Finding("256 tokens swapped, 1 / 64", slow / fast, "worse", "x", TIME, None))
     lost = [outcome.recomputed_tokens / outcome.preemptions for outcome in outcomes[1::2]]
-    findings.append(Finding("tokens lost in a preemption, 1 / 64", lost[0] / lost[-1], "the same", "x", 1 / TIME, TIME))
+    findings.append(Finding("lost when recomputed, 1 / 64", lost[0] / lost[-1], "the same", "x", 1 / TIME, TIME))
     return Figure(
         "19", "swap against recompute", findings,
-        "Paged, ShareGPT's means, at the rate that blocks of 16 sustain, so that many are preempted.",
+        "Paged, ShareGPT's means, at the rate that blocks of 16 sustain, so that many are preempted. Normalised latency "
+        "with swap against recompute; the time to swap 256 tokens; tokens that a preemption loses.",
         [f"Comparable: within {TIME:g}x. Each block is a copy for K and for V of each layer, as in the paper; a step "
          "waits for its copies."],
     )  # fmt: skip
@@ -257,7 +264,7 @@ def shared_prefix(lab: Lab) -> Figure:
     setups = [replace(base, label="paged + prefix cache", prefix_cache=True), base, orca]
     findings = []
     for length, paper in ((80, 1.67), (341, 3.58)):
-        trace = with_prefix(drawn("translation", *WMT, 3000), length)
+        trace = with_prefix(drawn("translation", *WMT, 2000), length)
         outcomes = lab.all(run_once, [(setup, trace, AT_ONCE) for setup in setups])
         cached, plain, other = (outcome.requests_per_second for outcome in outcomes)
         findings.append(Finding(f"{length} tokens: against Orca exact", cached / other, paper, "x", paper / TIME, paper * TIME))
@@ -267,8 +274,9 @@ def shared_prefix(lab: Lab) -> Figure:
         "prefix", "a prefix that all requests share", findings,
         f"Llama-2-13B (the shape of the paper's LLaMA-13B) on an A100 40GB; sentences of mean {WMT[0]} tokens, "
         f"translations of {WMT[1]}: an assumption. Requests per second, all coming at once.",
-        [f"Band: a factor of {TIME:g}. Beside memory, the cache saves the prefix's arithmetic, and how much that is worth "
-         "depends on how near to the datasheet an engine's prefill comes."],
+        [f"Band: a factor of {TIME:g}. Beside memory, the cache saves the prefix's arithmetic. Its steps then have so "
+         "little to do that the overhead of a step decides, which was larger in the paper's engine, in Python, than in "
+         "our constants: the less other work a step has, the more ours gains."],
     )  # fmt: skip
 
 
