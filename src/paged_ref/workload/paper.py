@@ -16,10 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .assess import swap_seconds
 from .hardware import gpu_named
 from .metrics import Outcome
 from .models import model_named
+from .roofline import swap_seconds
 from .setup import Setup
 from .sharing import beams_saving, samples_saving
 from .sweep import AT_ONCE, Call, T, run_once
