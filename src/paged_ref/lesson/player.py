@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import linecache
 import sys
 import time
@@ -25,7 +24,6 @@ from .script import Block, Script
 from .session import ClaimError, Session, running
 
 _PROSE = 88  # columns: longer lines are hard to read
-_LITTLE = 8  # rows of the screen that are too few for what code prints
 _HERE = str(Path(__file__).parent)
 
 
@@ -86,12 +84,13 @@ class Player:
                 continue
             code = block.text.replace("  # fmt: skip", "")  # said to the formatter, not to the reader
             self._show(Text(), Padding(Syntax(code, "python", theme="ansi_dark"), (0, 0, 0, 2), expand=False), Text())
-            quiet = all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in block.statements)
-            full = self._screen.rows > self.session.console.height - _LITTLE
-            if self.session.interactive and full and not quiet:
-                self._wait("Enter runs it")
-            if not self._run(block):
-                return False
+            self._screen.held = [] if self.session.interactive else None
+            try:
+                if not self._run(block):
+                    return False
+            finally:
+                self._release()
+                self._screen.held = None
         return True
 
     def _run(self, block: Block) -> bool:
@@ -176,10 +175,23 @@ class Player:
             for picture in pictures:
                 wide = isinstance(picture, (Padding, Rule))
                 console.print(picture, width=console.width if wide else min(console.width, _PROSE))
-        text = captured.get()
-        if self.session.interactive and 0 < self._screen.rows > console.height - 2 - text.count("\n"):
-            self._wait("Enter: more")
+        self._print(captured.get(), "more")
+
+    def _print(self, text: str, what: str) -> None:
+        full = 0 < self._screen.rows > self.session.console.height - 2 - text.count("\n")
+        if self.session.interactive and full:
+            self._wait(f"Enter: {what}")
         sys.stdout.write(text)
+
+    def _release(self) -> None:
+        """Print what a run printed so far, before the reader is asked, and at its end."""
+        held = self._screen.held
+        if held:
+            text = "".join(held)
+            held.clear()
+            self._screen.held = None
+            self._print(text, "what it prints")
+            self._screen.held = held
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -188,18 +200,23 @@ class Player:
             yield
             return
         self._screen = _Screen(sys.stdout)
+        self.session.before_ask = self._release
         with redirect_stdout(self._screen):
             yield
 
 
 class _Screen:
-    """Standard output that counts its rows."""
+    """Standard output that counts its rows, and holds back what a run prints until it is known how much that is."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.rows = 0
+        self.held: list[str] | None = None
 
     def write(self, text: str) -> int:
+        if self.held is not None:
+            self.held.append(text)
+            return len(text)
         self.rows += text.count("\n")
         return self._stream.write(text)
 

@@ -47,6 +47,7 @@ class Session:
     progress: Progress
     interactive: bool  # someone is there to answer
     solutions: bool = False  # every hole is filled from lessons/solutions
+    before_ask: Callable[[], None] = lambda: None  # so that the reader has seen all that was said
     console: Console = field(default_factory=lambda: Console(highlight=False))
     exercises: dict[str, Exercise] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)  # exercises that the part under way came to
@@ -59,6 +60,7 @@ class Session:
 
     def ask(self, prompt: str) -> str | None:
         """A line typed by the reader; None at the end of input."""
+        self.before_ask()
         try:
             return input(prompt).strip()
         except EOFError:
