@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import RenderableType
 from rich.markdown import Markdown
@@ -20,6 +20,7 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from . import script
+from .screen import Screen, forget_keys
 from .script import Block, Script
 from .session import ClaimError, Session, running
 
@@ -39,7 +40,7 @@ class Player:
         self.session = session
         self.script = script.read(path)
         self.namespace: dict[str, Any] = {"__name__": "__main__", "__file__": str(path)}
-        self._screen = _Screen(sys.stdout)
+        self._screen = Screen(sys.stdout)
 
     def play(self, first: int = 1) -> bool:
         """From part `first` on; what comes before runs unseen. False: it stopped at an error. Raises Leave."""
@@ -55,12 +56,9 @@ class Player:
             while number <= len(self.script.parts):
                 self._keep(number)
                 went_well = self._play_part(number)
-                if not session.interactive:
-                    if not went_well:
-                        return False
-                    number += 1
-                    continue
-                if self._ask_what_next(went_well, number):
+                if not (went_well or session.interactive):
+                    return False
+                if not session.interactive or self._ask_what_next(went_well):
                     number += 1
             self._keep(0)
         return True
@@ -125,7 +123,7 @@ class Player:
 
     # --- the reader --------------------------------------------------------------------------------
 
-    def _ask_what_next(self, went_well: bool, number: int) -> bool:
+    def _ask_what_next(self, went_well: bool) -> bool:
         """True: on to the next part. False: this one again, from the file as it is now. Raises Leave."""
         exercises = [self.session.exercises[name] for name in self.session.checked]
         open_ones = [exercise for exercise in exercises if exercise.verdict.state != "right"]
@@ -158,12 +156,13 @@ class Player:
     def _wait(self, keys: str) -> str:
         """A line from the reader; the prompt is wiped off after it. Raises Leave at q and at the end of input."""
         plain = self.session.console.is_dumb_terminal
+        forget_keys()
         typed = self.session.ask(f"[{keys}] " if plain else f"\x1b[2m[{keys}]\x1b[0m ")
         self._screen.rows = 0
         if typed is None or typed.lower() in ("q", "quit", "exit"):
             raise Leave
         if not plain:
-            sys.stdout.write("\x1b[1A\x1b[2K")  # one row up, and empty it
+            sys.stdout.write("\r\x1b[1A\x1b[2K")  # one row up, and empty it
         return typed.lower()
 
     # --- the screen --------------------------------------------------------------------------------
@@ -199,29 +198,10 @@ class Player:
         if not self.session.interactive:
             yield
             return
-        self._screen = _Screen(sys.stdout)
+        self._screen = Screen(sys.stdout)
         self.session.before_ask = self._release
         with redirect_stdout(self._screen):
             yield
-
-
-class _Screen:
-    """Standard output that counts its rows, and holds back what a run prints until it is known how much that is."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self.rows = 0
-        self.held: list[str] | None = None
-
-    def write(self, text: str) -> int:
-        if self.held is not None:
-            self.held.append(text)
-            return len(text)
-        self.rows += text.count("\n")
-        return self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def watch(path: Path, make_session: Any) -> None:
