@@ -47,11 +47,11 @@ class Session:
     progress: Progress
     interactive: bool  # someone is there to answer
     solutions: bool = False  # every hole is filled from lessons/solutions
-    before_ask: Callable[[], None] = lambda: None  # so that the reader has seen all that was said
     console: Console = field(default_factory=lambda: Console(highlight=False))
     exercises: dict[str, Exercise] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)  # exercises that the part under way came to
     caught: dict[str, str] = field(default_factory=dict)  # planted bug -> who caught it
+    before_ask: Callable[[], None] = lambda: None  # so that the reader has seen all that was said
 
     def say(self, text: str, style: str = "", indent: int = 2) -> None:
         self.console.print(
