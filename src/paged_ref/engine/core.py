@@ -13,13 +13,15 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..device import Array, on_gpu, synchronize, to_host, xp
-from ..memory.events import BeamsReordered, Log, SequenceFinished, StepPlanned, TokenNamed, TokenSampled
+from ..memory.events import BeamsReordered, Log, SequenceFinished, StepPlanned, StepTimed, TokenNamed, TokenSampled
 from ..memory.managers import BlockTables, Contiguous, KVCacheManager, Snapshot, Transfer
+from ..memory.page_sanitizer import PageSanitizer
 from ..memory.sanitizer import KVSanitizer
 from ..memory.storage import KVStorage
 from ..model.llama import Llama, StepInputs, attend
 from ..model.tokenizer import Tokenizer
 from .beam import Hypothesis
+from .long_context import LongContext
 from .outputs import FinishReason, RequestOutput, SequenceOutput, StepRecord, TokenOutput
 from .request import Request, Sample
 from .sampling import SamplingParams, draw, hooked
@@ -43,15 +45,21 @@ class EngineCore:
         sanitize: bool = False,
         log: Log | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
+        long_context: LongContext | None = None,
     ) -> None:
-        """The parts, made to fit each other."""
+        """The parts, made to fit each other. `long_context` stands for the caches and for attention, if it is there."""
         self.config = config
         self.tokenizer = tokenizer
         self.model = model
         self.manager = manager
         self.scheduler = scheduler
         self.storage = storage
-        self.sanitizer = KVSanitizer(manager, storage) if sanitize else None
+        self.long_context = long_context
+        self.sanitizer: KVSanitizer | PageSanitizer | None = None
+        if long_context is not None:
+            self.sanitizer = long_context.sanitizer
+        elif sanitize:
+            self.sanitizer = KVSanitizer(manager, storage)
         self.log = log
         self.on_step = on_step
         self._attend = partial(attend, backend=backend)
@@ -91,7 +99,10 @@ class EngineCore:
         if self.sanitizer:
             reads = [(seq.seq_id, seq.tokens, seq.num_computed, count) for seq, count in plan.chunks]
             self.sanitizer.before_step(plan.transfers, reads)
-        logits = self.model.forward(self._inputs(plan), self.storage.layers, self._attend)
+        if self.long_context:
+            self.long_context.begin_step([(seq.seq_id, seq.num_computed, count) for seq, count in plan.chunks])
+        kv, attend = (self.long_context,) * 2 if self.long_context else (self.storage.layers, self._attend)
+        logits = self.model.forward(self._inputs(plan), kv, attend)
         for seq, num_tokens in plan.chunks:
             seq.num_computed += num_tokens
             self.manager.commit(seq.seq_id, seq.tokens, seq.num_computed)
@@ -100,6 +111,9 @@ class EngineCore:
         if self.on_step and record:
             synchronize()
             self.on_step(StepRecord(*record, time.perf_counter() - began))
+        if self.log:
+            synchronize()
+            self.log(StepTimed(self._num_steps, round(1e6 * (time.perf_counter() - began))))
         self._num_steps += 1
         return tokens
 

@@ -16,12 +16,15 @@ from ..kernels import why_not
 from ..memory.events import Log, ModelOpened, RequestArrived
 from ..memory.factory import WATERMARK, ManagerName, make_manager
 from ..memory.managers import Forkable
+from ..memory.relevance import Attend
 from ..memory.standard import Reserve
 from ..memory.storage import KVStorage
+from ..memory.streaming import Eviction
 from ..model.llama import Llama
 from ..model.loading import load
 from .beam import BeamSearch
 from .core import EngineCore
+from .long_context import LongContext, LongOptions
 from .outputs import RequestOutput, SequenceOutput, StepRecord, TokenOutput
 from .request import Request, Sample
 from .sampling import SamplingParams, generator
@@ -56,6 +59,13 @@ class LLM(EngineCore):
         prefix_cache: bool = False,
         watermark: float = WATERMARK,
         free_order: Sequence[int] | None = None,
+        device_blocks: int | None = None,
+        host_blocks: int | None = None,
+        attend: Attend = "all",
+        evict: Eviction | None = None,
+        full_layers: int | None = None,
+        staging_pages: int | None = None,
+        beyond_context: bool = False,
         backend: str = "auto",
         dtype: str = "float32",
         sanitize: bool = False,
@@ -74,6 +84,12 @@ class LLM(EngineCore):
         `block_size`, `free_order` (the order in which blocks are handed out), `prefix_cache` and `watermark`
         (the share of the blocks that admission leaves) are for the paged one.
 
+        `device_blocks`, in place of kv_cache_tokens, lets sequences be longer than the device: their pages stream in
+        from `host_blocks` (default: enough for one sequence), and attention runs over all of them, or, for each new
+        token, over those that matter (`attend`: "all", a budget in blocks, or a share of them). For `evict`,
+        `full_layers` and `staging_pages` see LongOptions. `beyond_context` lets `max_model_len` exceed the context
+        that the model was trained for; what it says out there is its own affair.
+
         `sanitize` checks every read of the cache; `log` is told all that happens (memory/events.py);
         `on_step` gets a StepRecord after each step. None of the three changes a token.
         """
@@ -81,6 +97,27 @@ class LLM(EngineCore):
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         checkpoint = load(model)
         config = checkpoint.config
+        context = config.max_position_embeddings
+        if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
+            raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} can be had")
+        long_context: LongContext | None = None
+        if device_blocks is not None:
+            _refuse_together(
+                f"device_blocks is {device_blocks}",
+                kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes, host_kv_tokens=host_kv_tokens,
+                manager=None if manager == "paged" else manager, preemption=preemption, free_order=free_order,
+                prefix_cache=prefix_cache or None,
+            )  # fmt: skip
+            if host_blocks is None:
+                host_blocks = -(-(max_model_len or context) // max(1, block_size))
+            options = LongOptions(device_blocks, host_blocks, staging_pages, attend, evict, full_layers)
+            long_context = options.make(config, block_size, dtype, max_batch_tokens, backend, sanitize, log)
+            kv_cache_tokens = long_context.manager.num_slots
+        else:
+            _refuse_together(
+                "device_blocks is not given", host_blocks=host_blocks, staging_pages=staging_pages, evict=evict,
+                full_layers=full_layers, attend=None if attend == "all" else attend,
+            )  # fmt: skip
         if kv_cache_bytes is not None:
             if kv_cache_tokens is not None:
                 raise ValueError("kv_cache_tokens and kv_cache_bytes are both given; give one of them")
@@ -90,23 +127,24 @@ class LLM(EngineCore):
             preemption = "swap" if manager == "swapping" else "recompute"
         if host_kv_tokens is None:
             host_kv_tokens = num_slots if preemption == "swap" else 0
-        context = config.max_position_embeddings
-        if max_model_len is not None and not 1 <= max_model_len <= context:
-            raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} can be had")
         if max_model_len is None:
             usable = num_slots - num_slots % block_size if manager == "paged" and block_size > 0 else num_slots
             max_model_len = max(1, min(context, usable))
-        kv_manager = make_manager(
-            manager,
-            num_slots,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            num_host_slots=host_kv_tokens,
-            reserve=reserve,
-            free_order=free_order,
-            watermark=watermark,
-            prefix_cache=prefix_cache,
-            log=log,
+        kv_manager = (
+            long_context.manager
+            if long_context
+            else make_manager(
+                manager,
+                num_slots,
+                max_model_len=max_model_len,
+                block_size=block_size,
+                num_host_slots=host_kv_tokens,
+                reserve=reserve,
+                free_order=free_order,
+                watermark=watermark,
+                prefix_cache=prefix_cache,
+                log=log,
+            )
         )
         unit = block_size if kv_manager.paged else 1
         shape = (config.num_layers, num_slots // unit, unit, config.num_kv_heads, config.head_size)
@@ -116,11 +154,12 @@ class LLM(EngineCore):
             Llama(config, checkpoint.weights, dtype),
             kv_manager,
             Scheduler(kv_manager, max_batch_tokens, max_batch_seqs, preemption),
-            KVStorage(*shape, dtype, num_host_blocks=host_kv_tokens // unit),
+            long_context.storage if long_context else KVStorage(*shape, dtype, num_host_blocks=host_kv_tokens // unit),
             backend=backend,
             sanitize=sanitize,
             log=log,
             on_step=on_step,
+            long_context=long_context,
         )
         self.max_model_len = max_model_len
         self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: the tokens of who waits in a loop
@@ -259,3 +298,10 @@ class LLM(EngineCore):
             for request_id in mine:
                 del self._loops[request_id]
                 self.abort(request_id)
+
+
+def _refuse_together(why: str, **given: object) -> None:
+    """Raise ValueError for the first argument that was given although it does not go with another."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, and {why}; the two do not go together")

@@ -42,6 +42,7 @@ class AttentionCall:
     sinks: Array | None  # [num_heads] float32
     out: Array  # [num_tokens, num_heads, head_size], the query's dtype
     lse: Array | None  # [num_tokens, num_heads] float32
+    copy_tiles: bool = False  # `cpu` copies each tile before it reads it, as out_of_core.py wants
 
     @property
     def paged(self) -> bool:

@@ -80,7 +80,7 @@ def attention(call: AttentionCall) -> None:
         table, block_size = _whole(call.starts.reshape(-1, 1)), FOREVER
     keys, key_strides = _flat(call.keys)
     values, value_strides = _flat(call.values)
-    in_place = call.keys.dtype == np.float32 and key_strides[3] == value_strides[3] == 1
+    in_place = call.keys.dtype == np.float32 and key_strides[3] == value_strides[3] == 1 and not call.copy_tiles
     query = np.multiply(call.query, FLOAT(call.scale), dtype=FLOAT)  # [num_tokens, num_heads, head_size]
     direct = call.out.dtype == np.float32 and call.out.flags.c_contiguous
     out = call.out if direct else np.empty(call.out.shape, dtype=FLOAT)

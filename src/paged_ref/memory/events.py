@@ -140,6 +140,40 @@ class RegionSwappedIn(Event):
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class ResidencyOpened(Event):
+    """A residency began, with no pages: this many blocks of a page's size on either side."""
+
+    num_device_blocks: int
+    num_host_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class PagesPlaced(Event):
+    """Pages are new, or moved. Page `pages[i]` is now in `device_blocks[i]` and in `host_blocks[i]`, -1: not there."""
+
+    pages: tuple[int, ...]
+    device_blocks: tuple[int, ...]
+    host_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PagesFreed(Event):
+    """Pages are gone, on the device and on the host."""
+
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PagesNamed(Event):
+    """These pages hold the next blocks of a sequence, in one layer and for one KV head."""
+
+    seq_id: int
+    layer: int
+    head: int
+    pages: tuple[int, ...]
+
+
 # --- told by the engine --------------------------------------------------------------------------------
 
 
@@ -182,11 +216,32 @@ class StepPlanned(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PagesAttended(Event):
+    """What one query head of one layer attended to, for the last token of a sequence: the logical blocks that were
+    chosen, those of them that were on the device, and the true share of each block of all, in millionths."""
+
+    seq_id: int
+    layer: int
+    head: int  # of the query heads
+    chosen: tuple[int, ...]
+    resident: tuple[int, ...]
+    mass: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenSampled(Event):
     """A sequence has one more token. Its K and V are not computed yet."""
 
     seq_id: int
     token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimed(Event):
+    """A step is over, and took so long from its plan to its tokens. The only event that no two runs share."""
+
+    step: int
+    microseconds: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Literal
 from .events import Log
 from .managers import KVCacheManager
 from .paged import PagedManager
-from .standard import Reserve, StandardManager
+from .standard import Allocator, Reserve, StandardManager
 from .swapping import SwappingManager
 
 ManagerName = Literal["paged", "standard", "swapping"]
@@ -24,6 +24,7 @@ def make_manager(
     block_size: int = 16,
     num_host_slots: int = 0,
     reserve: Reserve = "max",
+    allocator: Allocator = "first fit",
     free_order: Sequence[int] | None = None,
     watermark: float = WATERMARK,
     prefix_cache: bool = False,
@@ -31,7 +32,7 @@ def make_manager(
 ) -> KVCacheManager:
     """`num_slots` on the device and `num_host_slots` on the host, rounded down to whole blocks.
 
-    `reserve` is for the standard manager; `block_size`, `free_order`, `watermark` (a share of the blocks) and
+    `reserve` and `allocator` are for the standard manager; `block_size`, `free_order`, `watermark` (a share of the blocks) and
     `prefix_cache` for the paged one. Raises ValueError with the argument, the value and the bound.
     """
     if name not in MANAGERS:
@@ -48,7 +49,7 @@ def make_manager(
     if num_host_slots < 0:
         raise ValueError(f"the host pool has room for {num_host_slots} tokens; at least 0 is needed")
     if name == "standard":
-        return StandardManager(num_slots, max_model_len, reserve, log)
+        return StandardManager(num_slots, max_model_len, reserve, log, allocator=allocator)
     if name == "swapping":
         return SwappingManager(num_slots, num_host_slots, log=log)
     num_blocks = num_slots // block_size

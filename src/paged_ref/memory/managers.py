@@ -131,6 +131,9 @@ class KVCacheManager(Protocol):
     def length(self, seq_id: int) -> int:
         """Tokens of the sequence that have a slot."""
 
+    def room(self, seq_id: int) -> int:
+        """How many more tokens fit in what the sequence holds: with these, `append` asks for nothing."""
+
     def slots(self, seq_id: int, first: int, count: int) -> list[int]:
         """The slots of positions `first` to `first + count - 1`."""
 

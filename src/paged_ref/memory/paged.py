@@ -227,6 +227,12 @@ class PagedManager:
     def length(self, seq_id: int) -> int:
         return self.tables[seq_id].length
 
+    def room(self, seq_id: int) -> int:
+        table = self.tables[seq_id]
+        if self._writes_shared_block(table, 1):
+            return 0
+        return len(table.blocks) * self.block_size - table.length
+
     def block_table(self, seq_id: int) -> list[int]:
         """The physical blocks of the sequence, in order. The caller must not change the list."""
         return self.tables[seq_id].blocks

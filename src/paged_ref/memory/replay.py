@@ -26,8 +26,10 @@ from .events import (
     TokensAppended,
 )
 from .managers import KVCacheManager
+from .page_state import PageState, apply_to_pages
 from .paged import PagedManager
 from .standard import StandardManager
+from .streaming import StreamingManager
 from .swapping import SwappingManager
 
 
@@ -57,6 +59,7 @@ class MemoryState:
     host_free: list[int] = field(default_factory=list)
     digest_of: dict[int, str] = field(default_factory=dict)  # blocks that the prefix cache knows
     idle: OrderedDict[int, None] = field(default_factory=OrderedDict)  # of these, in no table; first to go first
+    pages: PageState = field(default_factory=PageState)  # of the streaming manager
 
 
 def replay(events: Iterable[Event]) -> MemoryState:
@@ -70,10 +73,10 @@ def replay(events: Iterable[Event]) -> MemoryState:
 def apply(state: MemoryState, event: Event, number: int = 0) -> None:
     """Advance `state` by one event. Events of the engine change no memory and are passed over."""
     change = _CHANGES.get(type(event))
-    if change is None:
-        return
     try:
-        change(state, event)
+        if change is not None:
+            change(state, event)
+        apply_to_pages(state.pages, event)
     except (KeyError, IndexError, ValueError) as error:
         why = f"{error} is not there" if isinstance(error, KeyError) else error
         raise ValueError(f"event {number}, {type(event).__name__}, does not fit what came before: {why}") from None
@@ -98,6 +101,15 @@ def state_of(manager: KVCacheManager) -> MemoryState:
             host_free=manager.host_pool.free_blocks[::-1],
             digest_of={block_id: digest.hex() for digest, block_id in cached.items()},
             idle=OrderedDict(manager.cache.idle) if manager.cache else OrderedDict(),
+        )
+    if isinstance(manager, StreamingManager):
+        return MemoryState(
+            manager="streaming",
+            num_blocks=manager.residency.device.num_blocks,
+            block_size=manager.block_size,
+            num_host_blocks=manager.residency.host.num_blocks,
+            sequences={seq_id: Placement(table.length) for seq_id, table in manager.tables.items()},
+            pages=PageState.of(manager),
         )
     assert isinstance(manager, (StandardManager, SwappingManager))
     return MemoryState(
@@ -225,7 +237,9 @@ def _find(state: MemoryState, seq_id: int, on_host: bool) -> Placement:
 
 
 def _check_room(state: MemoryState, seq_id: int, place: Placement) -> None:
-    """A table has just enough blocks; a region has enough slots."""
+    """A table has just enough blocks; a region has enough slots; pages come later, layer by layer."""
+    if state.manager == "streaming":
+        return
     if not state.ref_count:
         if place.length > place.size:
             raise ValueError(f"sequence {seq_id} has {place.length} tokens in {place.size} slots")

@@ -10,20 +10,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from .buddy import BuddyPool
 from .events import Log, PoolOpened, RegionPlaced, SequenceFreed, tokens_appended
 from .managers import OpenPiece, Snapshot, Transfer
 from .regions import Region, RegionPool
 
 Reserve = Literal["max", "pow2", "exact"]
+Allocator = Literal["first fit", "buddy"]
 
 
 class StandardManager:
-    """A `KVCacheManager` that reserves first fit and never moves anything."""
+    """A `KVCacheManager` that reserves a region for each sequence and never moves anything."""
 
     paged = False
 
-    def __init__(self, num_slots: int, max_model_len: int, reserve: Reserve = "max", log: Log | None = None) -> None:
-        """`max_model_len` is the longest sequence; `max` reserves that many slots for each."""
+    def __init__(
+        self,
+        num_slots: int,
+        max_model_len: int,
+        reserve: Reserve = "max",
+        log: Log | None = None,
+        *,
+        allocator: Allocator = "first fit",
+    ) -> None:
+        """`max_model_len` is the longest sequence; `max` reserves that many slots for each.
+
+        `allocator`: how it finds the place of a region. "buddy" is what the paper assumes of others; "first fit" wastes less.
+        """
+        if allocator not in ("first fit", "buddy"):
+            raise ValueError(f"allocator is {allocator!r}; known are first fit, buddy")
         if reserve not in ("max", "pow2", "exact"):
             raise ValueError(f"reserve is {reserve!r}; known are max, pow2, exact")
         if max_model_len < 1:
@@ -36,7 +51,7 @@ class StandardManager:
         self.num_slots = num_slots
         self.reserve = reserve
         self.max_model_len = max_model_len
-        self.pool = RegionPool(num_slots)
+        self.pool: RegionPool | BuddyPool = (BuddyPool if allocator == "buddy" else RegionPool)(num_slots)
         self.regions: dict[int, Region] = {}
         self.log = log
         if log:
@@ -53,7 +68,8 @@ class StandardManager:
 
     def most_slots(self, prompt_len: int, max_tokens: int, n: int = 1) -> int:
         # Never more than one region at once: samples are sequences of their own here, and can take turns.
-        return self.region_size(prompt_len, max_tokens)
+        size = self.region_size(prompt_len, max_tokens)
+        return self.pool.piece_size(size) if isinstance(self.pool, BuddyPool) else size
 
     def admit(self, seq_id: int, tokens: Sequence[int], max_tokens: int) -> int:
         size = self.region_size(len(tokens), max_tokens)
@@ -92,6 +108,10 @@ class StandardManager:
         """The first slot of the sequence's region."""
         return self.regions[seq_id].start
 
+    def room(self, seq_id: int) -> int:
+        region = self.regions[seq_id]
+        return region.size - region.length
+
     def slots(self, seq_id: int, first: int, count: int) -> list[int]:
         start = self.regions[seq_id].start + first
         return list(range(start, start + count))
@@ -105,6 +125,8 @@ class StandardManager:
             for seq_id, region in self.regions.items()
         ]
         external, free = self.pool.split_free(needed)
+        if isinstance(self.pool, BuddyPool):  # what rounding up costs
+            external += sum(self.pool.piece_size(piece.slots) - piece.slots for piece in pieces)
         return Snapshot(0, pieces, external, free)
 
     def check_integrity(self) -> None:

@@ -32,7 +32,7 @@ class KVStorage:
         self.device = xp.full(shape, xp.nan, dtype=dtype)
         # (key_cache, value_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_size]
         self.layers: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in self.device]
-        self.host = _pinned((num_layers, 2, num_host_blocks, *shape[3:]), dtype)
+        self.host = pinned((num_layers, 2, num_host_blocks, *shape[3:]), dtype)
 
     def apply(self, transfers: Iterable[Transfer]) -> None:
         """Carry out this step's transfers, in their order, before anything is written."""
@@ -67,7 +67,25 @@ class KVStorage:
         self.device[:, :, xp.asarray(slots // block_size), xp.asarray(slots % block_size)] = np.nan
 
 
-def _pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+class PageStorage(KVStorage):
+    """Pages of one layer and one KV head, for sequences longer than the device (streaming.py).
+
+    On a CPU, device and host are two parts of one array, `whole` [1, 2, device and host blocks, ...], so that the
+    compiled loop reaches both. On a GPU they are two memories, and `whole` is None.
+    """
+
+    def __init__(self, num_device_blocks: int, num_host_blocks: int, block_size: int, head_size: int, dtype: str):
+        self.whole: np.ndarray | None = None
+        if on_gpu:
+            super().__init__(1, num_device_blocks, block_size, 1, head_size, dtype, num_host_blocks)
+            return
+        super().__init__(1, 1, block_size, 1, head_size, dtype)
+        self.whole = np.full((1, 2, num_device_blocks + num_host_blocks, block_size, 1, head_size), np.nan, dtype)
+        self.device, self.host = self.whole[:, :, :num_device_blocks], self.whole[:, :, num_device_blocks:]
+        self.layers = [(kv[0], kv[1]) for kv in self.device]
+
+
+def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Host memory full of NaN; page-locked where there is a GPU, since only then is a copy fast."""
     if not on_gpu:
         return np.full(shape, np.nan, dtype=dtype)

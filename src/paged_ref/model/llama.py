@@ -7,7 +7,7 @@ same code. The other names are fields of ModelConfig.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -180,7 +180,7 @@ class Llama:
         frequencies = rope_frequencies(config)  # [head_size // 2]
         self.frequencies = xp.concatenate([-frequencies, frequencies])  # [head_size], as `rotate` wants them
 
-    def forward(self, inputs: StepInputs, kv: Sequence[tuple[Array, Array]], attend: Attend = attend) -> Array:
+    def forward(self, inputs: StepInputs, kv: Iterable[tuple[Array, Array]], attend: Attend = attend) -> Array:
         """One step: write the new tokens' K and V, and give logits [num_rows, vocab_size], float32.
 
         `kv` has each layer's (key_cache, value_cache), [num_blocks, block_size, num_kv_heads, head_size].

@@ -41,7 +41,7 @@ def load(directory: str | Path) -> Checkpoint:
     directory = TINY if directory == "tiny" else Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint in Hugging Face form is needed")
-    config = _read_config(directory)
+    config = read_config(directory)
     weights = _read_weights(directory)
     _check_weights(config, weights, directory)
     try:
@@ -139,8 +139,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(directory: Path) -> ModelConfig:
-    """config.json, with the EOS ids of generation_config.json if any: Llama 3 keeps its list there."""
+def read_config(directory: Path) -> ModelConfig:
+    """config.json, with the EOS ids of generation_config.json if any: Llama 3 keeps its list there.
+
+    The weights need not be there. Raises CheckpointError.
+    """
     path = directory / "config.json"
     generation = directory / "generation_config.json"
     hf = _read_json(path)

@@ -27,6 +27,10 @@ class Tokenizer:
         except Exception as error:  # the library raises Exception itself
             raise ValueError(f"{path} is not a tokenizer: {error}") from None
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json."""
+        return self._inner.to_str()
+
     @property
     def vocab_size(self) -> int:
         """Token ids run from 0 to this, added tokens included."""

@@ -1,0 +1,145 @@
+"""Lesson 11: continuous batching
+
+Question: what does a batch do when one of its sequences ends?
+Time: 20 minutes. Needs lesson 10.
+
+A step reads all weights, for one token or for many, so sequences run in
+batches. But requests ask for different lengths. In a batch that starts and
+ends together, whoever is done waits for the longest.
+"""
+
+from dataclasses import replace
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.engine import scheduler
+from paged_ref.engine.core import EngineCore
+from paged_ref.engine.sequence import Group, Sequence
+from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import predict, show, table, todo
+from paged_ref.memory.paged import PagedManager
+
+# ## Predict
+#
+# Eight requests for these numbers of new tokens; four can run at once. The
+# step that computes a prompt gives the first token already.
+
+NEW = [4, 24, 6, 20, 5, 18, 4, 8]
+WIDTH = 4
+groups = predict(
+    "Steps, if the first four run to their end first?", "steps"
+)
+joining = predict("Steps, if the next joins when one ends?", "steps")
+
+# ## Run
+#
+# The same engine, both ways. `on_step` is told what each step computed.
+
+PROMPTS = [[20 + i + 7 * j for j in range(6)] for i in range(8)]
+
+
+def run(group_size, **options):
+    steps, tokens = [], []
+    options |= {"backend": "reference", "max_batch_seqs": WIDTH}
+    options["on_step"] = lambda record: steps.append(dict(record.chunks))
+    llm = LLM("tiny", **options)
+    for first in range(0, len(NEW), group_size):
+        group = slice(first, first + group_size)
+        params = [SamplingParams(n, ignore_eos=True) for n in NEW[group]]
+        outputs = llm.generate(PROMPTS[group], params)
+        tokens += [t for its in outputs for t in its.outputs[0].token_ids]
+    return steps, tokens
+
+
+# One character for each step of a request:
+
+
+def picture(title, steps):
+    text = f"  {title}: {len(steps)} steps (P prompt, d one more token)\n"
+    for seq in range(len(NEW)):
+        counts = [step.get(seq, 0) for step in steps]
+        text += f"  {seq} {''.join('·dPPPPP'[count] for count in counts)}\n"
+    show(text)
+
+
+in_groups, tokens = run(WIDTH)
+continuous, same = run(len(NEW))
+
+picture("in groups", in_groups)
+picture("continuous", continuous)
+groups.grade(len(in_groups))
+joining.grade(len(continuous))
+
+claim("no token changes", same, tokens)
+idle = [WIDTH * len(steps) - sum(NEW) for steps in (in_groups, continuous)]
+claim(f"{idle[0]} idle places in groups, {idle[1]} else", idle[0] > idle[1])
+
+# One rule plans all this: **a sequence runs until its computed tokens catch
+# up with its tokens**. A prompt is many tokens behind, a running sequence
+# one. A step has a budget of tokens; a long prompt takes what is left of
+# it, and goes on in the next step. So nobody's next token waits for it.
+
+chunked, same = run(len(NEW), max_batch_tokens=8)
+four = range(4)
+rows = [(i, *(chunked[i].get(seq, "") for seq in four)) for i in range(5)]
+names = [f"seq {seq}" for seq in four]
+table("Tokens of a step of at most 8", ("step", *names), rows)
+most = max(sum(step.values()) for step in chunked)
+claim("tokens in the fullest step", most, 8)
+claim("no token changes", same, tokens)
+
+# ## What must hold
+#
+# Whoever shares a step with you must not change your tokens. All new tokens
+# of a step stand in one row: where one sequence ends and the next begins,
+# where each has its blocks and which row of logits is whose, is said by
+# arrays beside it. All of them must name the sequences in the same order.
+
+
+def in_another_order(real):
+    def inputs(self, plan):
+        step = real(self, plan)
+        return replace(step, block_tables=step.block_tables[::-1])
+
+    return inputs
+
+
+break_it(
+    "block tables stand in another order than their sequences",
+    where=(EngineCore, "_inputs"), bug=in_another_order,
+    run=lambda: run(len(NEW), sanitize=True)[1], caught_by="sanitizer",
+)  # fmt: skip
+
+# ## Exercise
+#
+# Write the rule. `behind` says by how many tokens each sequence is behind,
+# the earliest arrival first. Give (sequence, tokens) for those that run, in
+# this order, and no more tokens than the budget.
+
+
+def my_plan(behind, budget):
+    return todo("5 lines")
+
+
+# The scheduler itself says what is right:
+
+
+def spec(behind, budget):
+    its = scheduler.Scheduler(PagedManager(99, 4), budget, 99)
+    for seq, n in enumerate(behind):
+        its.add(Group([Sequence(seq, [0] * n, n, n + 1)]))
+    return [(seq.seq_id, n) for seq, n in its.schedule().chunks]
+
+
+cases = [([1, 1, 9], 8), ([9, 1, 1], 8), ([3, 3, 3], 100), ([1] * 5, 3)]
+hint = "The smaller of what is missing and what is left; then less is left."
+check(my_plan, spec=spec, cases=cases, hint=hint)
+
+# ## In production systems
+#
+# Orca (Yu et al. 2022) brought scheduling by step, and Sarathi-Serve
+# (Agrawal et al. 2024) prompts in chunks, so that no decode stalls. vLLM
+# plans with the one rule above.
+
+# ## Next
+#
+# Lesson 12: several continuations of one prompt, which share its blocks.

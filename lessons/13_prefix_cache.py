@@ -1,0 +1,149 @@
+"""Lesson 13: the prefix cache
+
+Question: how does an engine find what it has computed before?
+Time: 20 minutes. Needs lesson 12.
+
+Chats bring their whole past with each turn, and agents the same long
+instructions. The K and V of such a beginning are there already, or were,
+until their sequence ended. Nobody forks here: the requests know nothing of
+each other. So a full block must be found by what lies in it.
+"""
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.lesson import break_it, check, claim, plug_in
+from paged_ref.lesson import predict, table, todo
+from paged_ref.memory import paged
+from paged_ref.memory.events import BlockCached, SequenceAdmitted
+from paged_ref.memory.prefix_cache import block_digests
+
+# ## Predict
+#
+# Only full blocks are known, and they are known from the beginning on:
+# whatever follows the first block that differs must be computed.
+
+BLOCK_SIZE = 4
+SYSTEM = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+chat = predict("Tokens found for ten known ones and three new?", "tokens")
+twice = predict("And for twelve tokens, all of them known?", "tokens")
+
+# ## Run
+#
+# One request after another, each with two new tokens. The events tell how
+# much of a prompt was found.
+
+REQUESTS = {
+    "ten tokens and two others": [*SYSTEM, 20, 21],
+    "the same ten, three others": [*SYSTEM, 30, 31, 32],
+    "the first request again": [*SYSTEM, 20, 21],
+    "its tokens 4 to 11, alone": [*SYSTEM[4:], 20, 21],
+}
+
+
+def run(prompts, **options):
+    events = []
+    options |= {"block_size": BLOCK_SIZE, "max_batch_seqs": 1}
+    options = {"kv_cache_tokens": 160, "prefix_cache": True} | options
+    options |= {"backend": "reference", "sanitize": True}
+    llm = LLM("tiny", log=events.append, **options)
+    params = SamplingParams(2, ignore_eos=True)
+    outputs = llm.generate(list(prompts), params)
+    tokens = [t for its in outputs for t in its.outputs[0].token_ids]
+    found = [e.length for e in events if isinstance(e, SequenceAdmitted)]
+    return tokens, found, events, llm
+
+
+# Of a prompt that is known to its end the last block is computed again: its
+# last token must say what comes next.
+
+tokens, found, events, llm = run(REQUESTS.values())
+rows = [(name, len(prompt)) for name, prompt in REQUESTS.items()]
+rows = [
+    (*row, hit, row[1] - hit) for row, hit in zip(rows, found, strict=True)
+]
+table("Prompts", ("request", "tokens", "found", "computed"), rows)
+chat.grade(found[1])
+twice.grade(found[2])
+without, nothing, _, _ = run(REQUESTS.values(), prefix_cache=False)
+claim("no token changes", tokens, without)
+claim("tokens found without the cache", sum(nothing), 0)
+claim("found without their beginning", found[3], 0)
+
+# ## How a block is found
+#
+# By a digest of its tokens, and of the digest of the block before. So one
+# key stands for all that came before, and a prompt is looked up block by
+# block, without comparing it with any other. Here are the last two prompts.
+# They end with the same eight tokens, and share no key.
+
+rows = []
+for prompt in ([*SYSTEM, 20, 21], [*SYSTEM[4:], 20, 21]):
+    its = [key.hex()[:6] for key in block_digests(prompt, BLOCK_SIZE)]
+    rows.append((" ".join(map(str, prompt)), "  ".join(its)))
+table("The keys of full blocks", ("prompt", "keys"), rows)
+
+# When their sequence ends, known blocks stay, idle, in no table. They are
+# given up when the room is needed, the one that was used longest ago first.
+
+known = sum(isinstance(event, BlockCached) for event in events)
+claim("blocks known, and idle now", len(llm.manager.cache.idle), known)
+again = [[*SYSTEM, 20, 21], list(range(40, 52)), [*SYSTEM, 20, 21]]
+claim("found again, after another prompt", run(again)[1][2], 8)
+small = run(again, kv_cache_tokens=16)[1][2]
+claim("the same in a pool of four blocks", small, 0)
+
+# ## What must hold
+#
+# K and V depend on all tokens before them. A key made of a block's own
+# tokens would find the right tokens with the wrong past. The text would
+# stay fluent, and be another's: the kind of bug that lives for months.
+
+PROMPTS = [[5] * 4 + [6] * 5, [7] * 4 + [8] * 5, [5] * 4 + [8] * 5]
+
+
+def without_parent(real):
+    def digests(tokens, size, parent=b""):
+        for start in range(0, len(tokens) - size + 1, size):
+            yield from real(tokens[start : start + size], size)
+
+    return digests
+
+
+break_it(
+    "a block's key is made of its own tokens only",
+    where=(paged, "block_digests"), bug=without_parent,
+    run=lambda: run(PROMPTS)[0], caught_by="sanitizer",
+)  # fmt: skip
+
+# ## Exercise
+#
+# The keys of the full blocks of `tokens`, which follow a block with the key
+# `parent`. `link(parent, tokens)` makes one key.
+
+
+def link(parent, tokens):
+    return next(block_digests(tokens, len(tokens), parent))
+
+
+def my_keys(tokens, size, parent=b""):
+    return todo("5 lines, in a list")
+
+
+spec = lambda *its: list(block_digests(*its))  # noqa: E731
+prompt = [*SYSTEM, *SYSTEM]
+cases = [(prompt, 4), (prompt[:7], 4, b"x"), ([1, 2], 4), (prompt[:8], 2)]
+hint = "Each key is the parent of the next. A block that is not full: none."
+mine = check(my_keys, spec=spec, cases=cases, hint=hint)
+
+with plug_in((paged, "block_digests"), mine):
+    claim("found with yours in place", run(REQUESTS.values())[1], found)
+
+# ## In production systems
+#
+# vLLM keys blocks of 16 tokens with chained hashes as here; SGLang keeps a
+# tree of prefixes (Zheng et al. 2024), which also finds beginnings that end
+# inside a block. Both drop what was used longest ago. Mooncake (Qin et al.
+# 2025) keeps blocks of 512 tokens beyond the GPU, for many engines.
+
+# ## Next
+#
+# Lesson 14: when the pool is full, and all of them want to grow.

@@ -1,0 +1,150 @@
+"""Lesson 14: preemption
+
+Question: who gives way when the pool is empty and all want to grow?
+Time: 20 minutes. Needs lesson 13.
+
+Paging admits sequences by what they need today. That is why many run at
+once, and it is a bet: if they all grow, the pool runs out in the middle of
+their work. Then someone must give way, and lose nothing by it but time.
+"""
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.config import kv_bytes_per_token
+from paged_ref.engine.scheduler import Scheduler
+from paged_ref.engine.sequence import Group, Sequence
+from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import predict, show, table, todo
+from paged_ref.memory.events import StepPlanned
+from paged_ref.memory.paged import PagedManager
+from paged_ref.memory.storage import KVStorage
+
+# ## Predict
+#
+# Whoever came last gives way, so the first always gets on, and all end some
+# day. Its blocks can be **swapped** to host memory and back. Or they are
+# given up, and later its tokens are **recomputed** as one long prompt.
+#
+# Three prompts of eight tokens grow by sixteen; ten blocks of four slots.
+
+PROMPTS = [[5 + i] * 8 for i in range(3)]
+NEW, BLOCK_SIZE, BLOCKS = 16, 4, 10
+need = predict("Blocks for all three at their longest?", "blocks")
+victims = predict("How often does one of the three give way?", "times")
+
+# ## Run
+
+
+def run(blocks, preemption):
+    records, events, options = [], [], {"preemption": preemption}
+    options |= {"block_size": BLOCK_SIZE, "watermark": 0.0}
+    options |= {"kv_cache_tokens": blocks * BLOCK_SIZE, "sanitize": True}
+    options |= {"on_step": records.append, "log": events.append}
+    llm = LLM("tiny", backend="reference", **options)
+    params = SamplingParams(NEW, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, params)
+    tokens = [t for its in outputs for t in its.outputs[0].token_ids]
+    plans = [e for e in events if isinstance(e, StepPlanned)]
+    return tokens, plans, records
+
+
+# P is a prompt, d one more token, and ! the step in which it gives way:
+
+
+def picture(plans):
+    text = ""
+    for seq in range(len(PROMPTS)):
+        text += f"  {seq} "
+        for plan in plans:
+            count = dict(plan.chunks).get(seq, 0)
+            text += "!" if seq in plan.preempted else "·dP"[min(count, 2)]
+        text += "\n"
+    show(text)
+
+
+# The same requests with ample memory and with too little:
+
+WAYS = {"ample": (99, "swap")}
+WAYS |= {way: (BLOCKS, way) for way in ("swap", "recompute")}
+rows, tokens = [], None
+for way, memory in WAYS.items():
+    same, plans, records = run(*memory)
+    if tokens:
+        claim(f"{way}: no token changes", same, tokens)
+    tokens = same
+    computed = sum(count for plan in plans for _, count in plan.chunks)
+    gave_way = sum(len(plan.preempted) for plan in plans)
+    kinds = [t.kind for record in records for t in record.transfers]
+    rows.append((way, len(plans), gave_way, computed, len(kinds)))
+    picture(plans)
+
+columns = ("way", "steps", "gave way", "tokens computed", "blocks moved")
+table("What it costs", columns, rows)
+need.grade(3 * -(-(8 + NEW - 1) // BLOCK_SIZE))  # the last: not written
+victims.grade(rows[1][2])
+ample, swap, recompute = rows
+claim("swap computes each token once", swap[3], ample[3])
+claim("recompute moves nothing", recompute[4], 0)
+claim("and computes some tokens twice", recompute[3] > ample[3])
+
+# Which is better depends on the machine: bytes over the bus to the host
+# against arithmetic. For each token that comes back, this model needs
+
+llm = LLM("tiny")
+moved = 2 * kv_bytes_per_token(llm.config, "float32")
+layers = [(w.qkv, w.output, w.gate_up, w.down) for w in llm.model.layers]
+operations = 2 * sum(w.size for weights in layers for w in weights)
+show(f"  {moved:,} bytes there and back, or {operations:,} operations\n")
+
+# ## What must hold
+#
+# A block must be saved before another writes into it, and be back before
+# its owner reads. Here it comes back in the table, but not in memory:
+
+
+def never_back(real):
+    def apply(self, transfers):
+        real(self, [t for t in transfers if t.kind != "swap_in"])
+
+    return apply
+
+
+break_it(
+    "blocks that come back from the host are mapped, and not copied",
+    where=(KVStorage, "apply"), bug=never_back,
+    run=lambda: run(BLOCKS, "swap")[0], caught_by="sanitizer",
+)  # fmt: skip
+
+# ## Exercise
+#
+# Sequence 0 needs more blocks than are free. `blocks` says how many each
+# holds, by arrival. Who gives way, one after another, until there is room?
+
+
+def my_victims(blocks, free, needed):
+    return todo("5 lines")
+
+
+def spec(blocks, free, needed):
+    its = Scheduler(PagedManager(sum(blocks) + free, 1), 999, 99)
+    for seq, count in enumerate(blocks):
+        its.add(Group([Sequence(seq, [0] * count, count, count + 1)]))
+    for seq, _ in its.schedule().chunks:
+        seq.num_computed = len(seq.tokens)
+    its.running[0].leader.tokens += [0] * needed
+    return [group.leader.seq_id for group in its.schedule().preempted]
+
+
+cases = [([4, 3, 2], 1, 2), ([4, 3, 2, 1], 0, 5), ([2, 9, 1, 1], 1, 3)]
+cases += [([3, 3], 2, 2), ([1, 5, 1], 0, 1)]
+hint = "While too few are free: the last that still runs, and its blocks."
+check(my_victims, spec=spec, cases=cases, hint=hint)
+
+# ## In production systems
+#
+# The paper has both ways, and finds swapping slow with small blocks, as
+# many small copies do not fill the bus (Kwon et al. 2023, §7.3). vLLM today
+# recomputes; what it keeps on the host is a cache of prefixes.
+
+# ## Next
+#
+# Lesson 15: a context that is larger than the device.

@@ -1,0 +1,148 @@
+"""Lesson 15: longer than the device
+
+Question: how can a context be larger than the memory that holds it?
+Time: 20 minutes. Needs lessons 10 and 14.
+
+Swapping moved whole sequences that had to wait. What if a single one that
+runs does not fit? Then pages must come and go while it is computed. Two
+ways are open: read all of them, piece by piece, or only those that matter.
+"""
+
+import numpy as np
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.device import to_host, xp
+from paged_ref.engine.long_context import Counters
+from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import predict, show, table, todo
+from paged_ref.memory.relevance import Extremes
+
+# ## Predict
+#
+# A story, cut into blocks of four tokens; the device holds eight blocks, a
+# quarter of which is for **staging**: there pages from the host are read
+# and then overwritten. All keys are read for each new token.
+
+STORY = """Lily had a red ball and a small dog. The dog was called Tom. One
+day Lily and Tom went to the park to play. In the park there was a big tree.
+The ball flew up into the tree. Lily was sad, and Tom wanted to help. A boy
+came and saw that she was sad. He took the ball out of the tree. Lily"""
+NEW = 8
+moved = predict("Which share of K and V moves for each new token?")
+
+# ## Run
+
+
+def run(**options):
+    llm = LLM("tiny", block_size=4, backend="reference", **options)
+    seen = []
+    params = SamplingParams(NEW, ignore_eos=True)
+    output = llm.output_of(llm.add_request(STORY, params))
+    llm.step()  # the prompt
+    if llm.long_context:
+        llm.long_context.counters = Counters()
+        llm.long_context.observe = seen.append
+    while llm.has_unfinished:
+        llm.step()
+    return output.outputs[0].token_ids, llm, seen
+
+
+usual, _, _ = run()
+exact, llm, _ = run(device_blocks=8, host_blocks=60, sanitize=True)
+read = llm.long_context.counters
+show(f"  pages read: {read.attended}, {read.resident} of them here\n")
+moved.grade(1 - read.hit_rate, within=0.15)
+claim("the tokens are those of an ample device", exact == usual)
+away = (read.attended - read.resident) * llm.long_context.page_bytes
+claim("what was not here had to come", read.bytes_in >= away)
+
+# Each piece is attention over its own keys, and the states are joined as in
+# lesson 10: exact, and slow. So, which pages matter? To know the scores one
+# would have to read the keys. But they can be **bounded**. For each block
+# the largest and the smallest value of each channel of its keys are kept.
+# No key can score higher than the better of the two, channel by channel.
+
+limited, llm, seen = run(device_blocks=8, host_blocks=60, attend=0.25)
+first = llm.long_context.full_layers  # these read everything, always
+seen = [its for its in seen if its.layer >= first]
+found = []
+for its in seen:
+    for mass, chosen in zip(its.mass.mean(axis=1), its.chosen, strict=True):
+        count = len(chosen)
+        best, recent = np.sort(mass)[-count:], mass[-count:]
+        by_lot = count / len(mass)
+        found.append((mass[chosen].sum(), best.sum(), recent.sum(), by_lot))
+
+bounds, best, recent, by_lot = np.mean(found, axis=0)
+rows = [("by bounds", f"{bounds:.0%}"), ("the best", f"{best:.0%}")]
+rows += [("the last", f"{recent:.0%}"), ("by lot", f"{by_lot:.0%}")]
+table("Attention in a quarter of the blocks", ("chosen", "share"), rows)
+claim("the bounds beat chance, not the truth", by_lot < bounds < best)
+
+# One head of the last token: how much attention each block has, and what
+# the bounds chose. The first and the last block always are.
+
+mass, chosen = seen[-1].mass[0].mean(axis=0), seen[-1].chosen[0]
+bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(40 * value))] for value in mass)
+marks = "".join(" ↑"[block in chosen] for block in range(len(mass)))
+show(f"  {bars}\n  {marks}\n")
+less = llm.long_context.counters
+rows = [("all", read.bytes_in // read.tokens, exact == usual)]
+rows += [("a quarter", less.bytes_in // less.tokens, limited == usual)]
+table("For each token", ("blocks read", "bytes moved", "same text"), rows)
+claim("fewer bytes move", less.bytes_in < read.bytes_in)
+
+# ## What must hold
+#
+# A bound is never below a true score, or a block that matters is passed
+# over. Where a query is negative, the smallest value scores highest.
+
+rng = np.random.default_rng(0)
+
+
+def never_too_low():
+    keys = rng.standard_normal((4, 1, 16), dtype=np.float32)
+    query = rng.standard_normal((1, 9, 16), dtype=np.float32)
+    its = Extremes(num_kv_heads=1, head_size=16, block_size=4)
+    its.write(0, xp.asarray(keys))
+    bounds = to_host(its.bounds(xp.asarray(query)))
+    return bool((bounds[0, :, 0] >= (query[0] @ keys[:, 0].T).max(1)).all())
+
+
+break_it(
+    "the bound takes the largest value of each channel only",
+    where=(Extremes, "bounds"),
+    bug=lambda real: lambda self, q: q @ self._values[:, :1, :16].mT,
+    run=never_too_low, caught_by="contract",
+)  # fmt: skip
+
+# ## Exercise
+#
+# The bound of one query [head_size] for one block of keys, of shape
+# [tokens, head_size].
+
+
+def my_bound(query, keys):
+    return todo("2 lines")
+
+
+def spec(query, keys):
+    its = Extremes(1, keys.shape[1], len(keys))
+    its.write(0, xp.asarray(keys[:, None]))
+    return float(its.bounds(xp.asarray(query[None, None]))[0, 0, 0])
+
+
+draw = rng.standard_normal
+cases = [(draw(8, "f"), draw((4, 8), "f")) for _ in range(4)]
+hint = "np.maximum of query * largest and query * smallest; then the sum."
+check(my_bound, spec=spec, cases=cases, hint=hint)
+
+# ## In production systems
+#
+# The bounds are those of Quest (Tang et al. 2024), which reports attention
+# up to 7.03 times as fast. No large server does it by default, as it
+# changes answers; they offload the K and V of sequences that wait.
+
+# ## Next
+#
+# Lesson 16: pages for something else than K and V: training.

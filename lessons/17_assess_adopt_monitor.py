@@ -1,0 +1,150 @@
+"""Lesson 17: assess, adopt, monitor
+
+Question: would paging help you, and how would you see that it does?
+Time: 20 minutes. Needs lesson 16.
+
+You have a model, a GPU and traffic. The answer begins on paper: how many
+sequences fit, and what does the GPU's time go to then? If memory is not
+what lacks, no way to manage it helps much. Only then comes code.
+"""
+
+from dataclasses import replace
+from difflib import ndiff
+from itertools import pairwise
+from pathlib import Path
+
+from paged_ref.engine import llm
+from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import predict, show, table, todo
+from paged_ref.memory.paged import OutOfBlocks, PagedManager
+from paged_ref.workload.assess import Request, assess
+from paged_ref.workload.engine_run import engine_steps, simulated_steps
+from paged_ref.workload.hardware import GPUS
+from paged_ref.workload.models import MODELS, model_named
+from paged_ref.workload.settings import servers
+from paged_ref.workload.setup import Setup
+from paged_ref.workload.traces import at_rate, generated
+
+# ## Predict
+#
+# One GPU, traffic with the mean lengths of the paper's ShareGPT, and two
+# models. OPT has a KV head for each query head; Llama 3 shares each among
+# four. `max` reserves the longest that a sequence may become, `exact` knows
+# its length beforehand, as nobody does.
+
+gpu = GPUS["A100-40GB"]
+models = MODELS["OPT-13B"], MODELS["Llama-3-8B"]
+gain = predict("Requests a second, OPT, paged against max?", "times")
+other = predict("And for Llama 3, against exact?", "times")
+
+# ## Run
+#
+# **Assess.** This is arithmetic on shapes and datasheets. The command
+# `paged-ref assess` prints it with every constant.
+
+traffic = generated("sharegpt", 300)
+requests = [Request(r.prompt_len, r.output_len) for r in traffic.requests]
+rows, found = [], {}
+for model in models:
+    a = found[model.name] = assess(gpu, model, requests, max_model_len=2048)
+    for plan in a.plans:
+        used, rate = f"{plan.used:.0%}", plan.requests_per_second
+        rows.append((model.name, plan.name, plan.sequences, used, rate))
+columns = ("model", "memory", "sequences", "used", "requests/s")
+table("Full memory, mean lengths", columns, rows)
+for name, a in found.items():
+    show(f"  {name}: most time goes by for lack of {a.bottleneck}\n")
+gain.grade(found["OPT-13B"].gain["standard max"], within=0.15)
+other.grade(found["Llama-3-8B"].gain["standard exact"], within=0.15)
+
+# "Capacity" means that weights are read for few sequences, and more at once
+# would come nearly for free. There paging pays. Where K and V themselves
+# are most of what is read, or arithmetic takes the time, more gives less.
+#
+# **Select.** The same decision in the words of a server that pages:
+
+vllm = servers(found["OPT-13B"])[0]
+table(vllm.name, ("option", "value"), vllm.options)
+
+# **Adopt.** What it takes to move a model of your own to pages is in
+# `lessons/refactor/`: five steps, each of which runs and keeps all tokens.
+
+files = sorted((Path(__file__).parent / "refactor").glob("step[0-5]*"))
+texts = [file.read_text(encoding="utf-8").splitlines() for file in files]
+diffs = [ndiff(*two) for two in pairwise(texts)]
+changed = [sum(line[0] in "+-" for line in diff) for diff in diffs]
+claim(f"lines changed, step by step: {changed}", max(changed) < 80)
+
+# ## What must hold
+#
+# **Test.** `paged-ref compare` steps the real scheduler and manager over
+# requests, without a model. An engine with a model must then decide the
+# same in every step, or the forecast was worth nothing.
+
+setup = Setup("small", gpu, model_named("tiny"), kv_tokens=192)
+setup = replace(setup, max_model_len=96, block_size=4, max_batch_tokens=64)
+small = at_rate(generated("alpaca", 12, longest=96), 4000)
+
+
+def forecast_and_run():
+    steps, arrived = simulated_steps(setup, small)
+    return steps, engine_steps(setup, small, arrived, backend="reference")
+
+
+forecast, ran = forecast_and_run()
+claim("steps whose decisions and memory are as forecast", ran == forecast)
+
+# **Monitor.** These numbers are to be watched. Preemptions now and then are
+# the price of admitting much; in most steps they mean that work is done
+# twice: admit less, or find memory.
+
+rows = []
+for number, step in list(enumerate(ran))[:: len(ran) // 8]:
+    used = f"{step.usage.tokens / step.usage.total:.0%}"
+    counts = step.num_running, step.num_waiting, step.num_preempted
+    rows.append((number, *counts, used))
+columns = ("step", "running", "waiting", "gave way", "tokens in memory")
+table("An engine at work", columns, rows)
+
+# An engine that is set up otherwise writes the same tokens. Who tells?
+
+break_it(
+    "the engine keeps a third of the blocks back when it admits",
+    where=(llm, "make_manager"),
+    bug=lambda real: lambda *a, **b: real(*a, **b | {"watermark": 0.34}),
+    run=lambda: [a == b for a, b in zip(*forecast_and_run(), strict=False)],
+    caught_by="contract",
+)  # fmt: skip
+
+# ## Exercise
+#
+# How many sequences fit if each grows to `length` tokens? Memory is in
+# bytes, `kv` is bytes of K and V for a token, a block has `size` slots.
+
+
+def my_fit(memory, weights, kv, length, size):
+    return todo("2 lines")
+
+
+def spec(memory, weights, kv, length, size):
+    manager = PagedManager((memory - weights) // (kv * size), size)
+    try:
+        for seq in range(10**6):
+            manager.admit(seq, range(length), length)
+            manager.append([(seq, length)])
+    except OutOfBlocks:
+        return seq
+
+
+cases = [(1000, 200, 10, 7, 4), (1000, 200, 10, 8, 4), (999, 0, 7, 30, 16)]
+hint = "Whole blocks first: how many there are, how many a sequence takes."
+check(my_fit, spec=spec, cases=cases, hint=hint)
+
+# ## In production systems
+#
+# vLLM and SGLang export such numbers to Prometheus: running, waiting, cache
+# usage, preemptions. `paged-ref monitor --once` gives them as JSON.
+
+# ## Next
+#
+# Lesson 18: what people say about all this, and what is true.

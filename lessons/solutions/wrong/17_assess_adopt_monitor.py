@@ -1,0 +1,10 @@
+def my_fit__slots_not_blocks(memory, weights, kv, length, size):
+    return (memory - weights) // kv // length
+
+
+def my_fit__rounds_blocks_down(memory, weights, kv, length, size):
+    return (memory - weights) // (kv * size) // max(1, length // size)
+
+
+def my_fit__forgets_the_weights(memory, weights, kv, length, size):
+    return memory // (kv * size) // -(-length // size)

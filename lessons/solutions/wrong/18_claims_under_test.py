@@ -1,0 +1,13 @@
+def my_share__blocks_rounded_down(lengths, size):
+    blocks = sum(max(1, length // size) for length in lengths)
+    return sum(lengths) / (blocks * size)
+
+
+def my_share__mean_of_the_shares(lengths, size):
+    each = [length / (-(-length // size) * size) for length in lengths]
+    return sum(each) / len(each)
+
+
+def my_share__all_in_one_row_of_blocks(lengths, size):
+    tokens = sum(lengths)
+    return tokens / (-(-tokens // size) * size)

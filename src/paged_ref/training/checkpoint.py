@@ -1,0 +1,101 @@
+"""What a run leaves behind: a model in Hugging Face form, and the state that a run continues from.
+
+Each file is written beside its place and then put there at once, so that at any moment there is a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ..config import ModelConfig
+from ..model.tokenizer import Tokenizer
+from .parameters import Parameters
+
+STATE = "training_state.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A run after so many steps. Arrays are on the host."""
+
+    run: dict[str, Any]  # what the weights follow from: settings, sizes, a digest of the text
+    step: int
+    arrays: dict[str, np.ndarray]
+
+
+def save_model(directory: Path, weights: Parameters, tokenizer: Tokenizer, dtype: DTypeLike) -> None:
+    """config.json, tokenizer.json and model.safetensors, as transformers and LLM read them. Raises ValueError."""
+    put(directory / "config.json", json.dumps(hf_config(weights.config, dtype), indent=1).encode())
+    put(directory / "tokenizer.json", tokenizer.to_json().encode())
+    # transformers wants to be told which framework the tensors are for
+    put(directory / "model.safetensors", save(weights.export(dtype), metadata={"format": "pt"}))
+
+
+def hf_config(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
+    """The config in the words of config.json."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "hidden_act": "silu",
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_ids[0] if config.eos_token_ids else None,
+        "torch_dtype": np.dtype(dtype).name,
+    }
+
+
+def save_state(directory: Path, state: State) -> None:
+    """Raises ValueError where it cannot be written; the state that was there before is then still there."""
+    metadata = {"run": json.dumps(state.run), "step": str(state.step)}
+    put(directory / STATE, save(state.arrays, metadata=metadata))
+
+
+def load_state(directory: Path) -> State:
+    """Raises ValueError where there is none, or it is broken."""
+    path = directory / STATE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; there is no run to continue")
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata: Mapping[str, str] = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            return State(json.loads(metadata["run"]), int(metadata["step"]), arrays)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a run's state: {error}") from None
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file in one step, as seen by others. Raises ValueError; what was there before is then untouched."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None

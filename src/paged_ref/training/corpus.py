@@ -1,0 +1,137 @@
+"""Text to learn from: read, parted into stories, made into tokens, packed into sequences."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ..model.tokenizer import Tokenizer
+
+END = "<|endoftext|>"  # between stories, in the text files and as a token: the usual mark of GPT-2's kind
+NUM_BYTES = 256
+PIECE = 4096  # characters: so long are the pieces of a text that has no END in it
+
+
+def read_stories(path: Path) -> list[str]:
+    """The stories of a text file, plain or .gz, parted by END. Raises ValueError.
+
+    A text without END is cut where a line ends, into pieces of about PIECE characters.
+    """
+    try:
+        raw = path.read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if b"\0" in raw:
+        raise ValueError(f"{path} is not text: it holds zero bytes")
+    text = raw.decode("utf-8", errors="ignore")  # a file that was cut to a size may end inside a character
+    stories = text.split(END) if END in text else _pieces(text)
+    return [story.strip() for story in stories if story.strip()]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    piece: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line)
+        if size >= PIECE:
+            yield "".join(piece)
+            piece, size = [], 0
+    yield "".join(piece)
+
+
+def hold_out(stories: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """Stories to learn from, and some drawn at random to measure on, which training must not see."""
+    order = np.random.default_rng(seed).permutation(len(stories))
+    held = set(order[: round(share * len(stories))].tolist())
+    learned = [story for index, story in enumerate(stories) if index not in held]
+    return learned, [stories[index] for index in sorted(held)]
+
+
+def train_tokenizer(stories: Sequence[str], vocab_size: int, whole: str = "") -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016), as GPT-2 has it. Token 0 is END.
+
+    Each word of `whole` becomes one token: that text is counted as often as it takes. Raises ValueError
+    where the stories do not have so many different pieces, or the words no room.
+    """
+    if vocab_size <= NUM_BYTES:
+        raise ValueError(f"--vocab-size is {vocab_size}; more than the {NUM_BYTES} bytes is needed")
+    times = 1
+    while times <= 2**20:
+        tokenizer = _bpe([*stories, *[whole] * times] if whole else stories, vocab_size)
+        if tokenizer.get_vocab_size() < vocab_size:
+            raise ValueError(
+                f"--vocab-size is {vocab_size}; the text has pieces for {tokenizer.get_vocab_size()} tokens only"
+            )
+        if len(tokenizer.encode(whole).ids) <= len(whole.split()):
+            return Tokenizer(tokenizer)
+        times *= 4
+    raise ValueError(f"--vocab-size is {vocab_size}; too few for each word of {whole[:40]!r} to be a token")
+
+
+def _bpe(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, stories: Sequence[str]) -> list[np.ndarray]:
+    """Each story's token ids, END behind them: [length] int32. Raises ValueError for a tokenizer without END."""
+    end = tokenizer.encode(END)
+    if len(end) != 1:
+        raise ValueError(f"the tokenizer has no token {END}")
+    return [np.array([*tokenizer.encode(story), *end], dtype=np.int32) for story in stories]
+
+
+def sequences(stories: Sequence[np.ndarray], context: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """All stories in an order of the epoch's own, packed into sequences of at most `context` + 1 tokens.
+
+    A sequence begins where a story begins, and holds as many whole ones as fit; only a story that is longer
+    than that is cut. Every other sequence, by chance, has an END before it, so that the model knows text
+    both with and without one in front.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    end = stories[0][-1:]  # [1]
+    parts: list[np.ndarray] = [end] * int(rng.integers(2))
+    for index in rng.permutation(len(stories)):
+        story = stories[index]
+        if parts and sum(map(len, parts)) + len(story) > context + 1:
+            if len(parts) > 1 or len(parts[0]) > 1:
+                yield np.concatenate(parts)
+            parts = [end] * int(rng.integers(2))
+        while len(story) > context + 1:
+            yield story[: context + 1]
+            story = story[context:]
+        parts.append(story)
+    if sum(map(len, parts)) > 1:
+        yield np.concatenate(parts)
+
+
+def batches(stories: Sequence[np.ndarray], context: int, batch_tokens: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Epoch after epoch without end: sequences whose inputs come to `batch_tokens` or just more."""
+    batch: list[np.ndarray] = []
+    epoch, filled = 0, 0
+    while True:
+        for sequence in sequences(stories, context, seed, epoch):
+            batch.append(sequence)
+            filled += len(sequence) - 1
+            if filled >= batch_tokens:
+                yield batch
+                batch, filled = [], 0
+        epoch += 1

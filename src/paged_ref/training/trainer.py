@@ -1,0 +1,168 @@
+"""The training loop: batches in, steps made, state that a run can stop and go on from to the same weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ..config import ModelConfig
+from ..device import Array, to_host, xp
+from ..model.tokenizer import Tokenizer
+from .checkpoint import State
+from .corpus import batches, encode
+from .network import Activations, Batch, Dropout, loss_and_gradient, total_loss
+from .optimizer import AdamW, Muon, Optimizer, clip, learning_rate
+from .parameters import Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to train. With the text, the sizes and the seed, the weights follow to the bit on one machine."""
+
+    num_steps: int
+    batch_tokens: int = 4096  # of one step
+    micro_tokens: int = 2048  # of these, computed at a time; their gradients add up
+    optimizer: str = "adamw"  # of the layers' matrices, or "muon"; the rest is always AdamW's
+    learning_rate: float = 3e-3  # at its highest
+    warmup: int = 100  # steps
+    weight_decay: float = 0.1
+    dropout: float = 0.1
+    clip: float = 1.0  # the gradient's length at most
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}; known are 'adamw' and 'muon'")
+        for name in ("num_steps", "batch_tokens", "micro_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        for name in ("warmup", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 0 is needed")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; at least 0 and below 1 is needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did."""
+
+    number: int  # the first is 1
+    loss: float  # nats for each token, mean over the batch
+    gradient: float  # its length before the clip
+    num_tokens: int
+    seconds: float
+
+
+class Trainer:
+    """One run. `step()` until `done`; `state()` at any time between, and `restore()` of one goes on from there."""
+
+    def __init__(
+        self, config: ModelConfig, settings: Settings, stories: Sequence[np.ndarray], activations: Activations
+    ) -> None:
+        """`stories`: token ids of each, END at their end, as corpus.encode gives them. Raises ValueError."""
+        self.settings, self.activations = settings, activations
+        context = config.max_position_embeddings
+        num_tokens = sum(map(len, stories))
+        if num_tokens <= context:
+            raise ValueError(
+                f"the text is too short: {num_tokens} tokens to learn from; more than the context of {context} are "
+                "needed"
+            )
+        self.weights, self.gradient = Parameters(config), Parameters(config)
+        self.weights.initialize(settings.seed)
+        self.optimizers = _optimizers(settings, self.weights, self.gradient)
+        self.losses: list[float] = []  # of each step made
+        self._stories = stories
+        self._batches = batches(stories, context, settings.batch_tokens, settings.seed)
+
+    @property
+    def done(self) -> bool:
+        return len(self.losses) >= self.settings.num_steps
+
+    def step(self) -> Step:
+        """One batch forwards and backwards, and the weights' move."""
+        began = perf_counter()
+        settings, number = self.settings, len(self.losses)
+        batch = next(self._batches)
+        num_tokens = sum(len(ids) - 1 for ids in batch)
+        self.gradient.flat[:] = 0
+        loss = 0.0
+        for index, part in enumerate(micro_batches(batch, settings.micro_tokens)):
+            dropout = Dropout(settings.dropout, [settings.seed, number, index])
+            loss += loss_and_gradient(
+                self.weights, self.gradient, Batch.of(part), self.activations, dropout, 1 / num_tokens
+            )
+        length = clip(self.gradient.flat, settings.clip)
+        rate = learning_rate(number, settings.num_steps, settings.warmup, settings.learning_rate)
+        for optimizer in self.optimizers:
+            optimizer.step(rate, number + 1)
+        self.losses.append(loss)
+        return Step(number + 1, loss, length, num_tokens, perf_counter() - began)
+
+    def state(self, run: dict[str, Any]) -> State:
+        """All that going on takes. `run` is kept with it, to be compared by whoever goes on."""
+        arrays = {name: to_host(array).copy() for name, array in self._arrays().items()}
+        return State(run, len(self.losses), arrays | {"losses": np.array(self.losses)})
+
+    def restore(self, state: State) -> None:
+        """Go on where `state` was taken."""
+        for name, array in self._arrays().items():
+            array[...] = xp.asarray(state.arrays[name])
+        self.losses = state.arrays["losses"].tolist()
+        settings, context = self.settings, self.weights.config.max_position_embeddings
+        every = batches(self._stories, context, settings.batch_tokens, settings.seed)
+        self._batches = islice(every, state.step, None)
+
+    def _arrays(self) -> dict[str, Array]:
+        """All that changes from step to step."""
+        kept = [array for optimizer in self.optimizers for array in optimizer.state]
+        return {"weights": self.weights.flat, **{f"optimizer.{index}": array for index, array in enumerate(kept)}}
+
+
+def _optimizers(settings: Settings, weights: Parameters, gradient: Parameters) -> list[Optimizer]:
+    """Who moves what. The norms' weights do not decay."""
+    decay, ends = settings.weight_decay, weights.num_in_matrices
+    norms = AdamW(weights.flat[ends:], gradient.flat[ends:], 0.0)
+    if settings.optimizer == "adamw":
+        return [AdamW(weights.flat[:ends], gradient.flat[:ends], decay), norms]
+    embedding = AdamW(weights.embedding.reshape(-1), gradient.embedding.reshape(-1), decay)
+    matrices = [[view for name, view in its.by_name().items() if "_proj" in name] for its in (weights, gradient)]
+    return [Muon(*matrices, decay), embedding, norms]
+
+
+def micro_batches(batch: Sequence[np.ndarray], micro_tokens: int) -> list[list[np.ndarray]]:
+    """The sequences of a batch in their order, in groups of at most `micro_tokens`, at least one in each."""
+    groups: list[list[np.ndarray]] = []
+    filled = micro_tokens
+    for ids in batch:
+        filled += len(ids) - 1
+        if filled > micro_tokens:
+            groups.append([])
+            filled = len(ids) - 1
+        groups[-1].append(ids)
+    return groups
+
+
+def bits_per_byte(weights: Parameters, tokenizer: Tokenizer, stories: Sequence[str]) -> float:
+    """How many bits each byte of the stories takes: an END before it, all of its tokens and the END behind it.
+
+    Comparable between vocabularies. A story that is longer than the context begins anew at every full one.
+    """
+    context = weights.config.max_position_embeddings
+    parts: list[np.ndarray] = []
+    for ids in encode(tokenizer, stories):
+        whole = np.concatenate([ids[-1:], ids])  # [length + 1]
+        parts += [whole[first : first + context + 1] for first in range(0, len(whole) - 1, context)]
+    groups = micro_batches(parts, max(context, 2048))
+    nats = math.fsum(total_loss(weights, Batch.of(group)) for group in groups)
+    return nats / math.log(2) / sum(len(story.encode()) for story in stories)

@@ -1,0 +1,146 @@
+"""Requests: what came on a real day (trace_files.py reads it), or drawn to match published means.
+
+A trace is lengths and times; nobody's text is in it. Whatever is done to one on the way (other arrival times,
+shorter lengths, a part of it) is written into its notes, and every command prints them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from math import log, log1p
+from statistics import mean
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request: lengths in tokens, time in seconds since the trace began."""
+
+    arrival: float
+    prompt_len: int
+    output_len: int
+    hash_ids: tuple[int, ...] = ()  # what the blocks of the prompt are; leading equal ids: the same beginning
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Requests in order of arrival. `timed`: the arrival times mean something."""
+
+    name: str
+    requests: tuple[TraceRequest, ...]
+    timed: bool
+    notes: tuple[str, ...] = ()  # what was done to it, a phrase each
+    hash_block: int = 512  # tokens that one of the hash_ids stands for
+
+    @property
+    def rate(self) -> float:
+        """Requests per second; infinite where all come at once."""
+        seconds = self.requests[-1].arrival - self.requests[0].arrival
+        return (len(self.requests) - 1) / seconds if seconds > 0 else float("inf")
+
+    def describe(self) -> str:
+        """One line: how many requests, their lengths, and how they come."""
+        prompts = mean(request.prompt_len for request in self.requests)
+        outputs = mean(request.output_len for request in self.requests)
+        times = f"{self.rate:.3g} per second" if self.timed else "no times"
+        return f"{self.name}: {len(self.requests)} requests, mean {prompts:.1f} tokens in, {outputs:.1f} out, {times}"
+
+
+# --- what is done to a trace ---------------------------------------------------------------------------
+
+
+def first(trace: Trace, count: int) -> Trace:
+    """The first `count` requests."""
+    if count < 1:
+        raise ValueError(f"requests is {count}; at least 1 is needed")
+    if count >= len(trace.requests):
+        return trace
+    note = f"the first {count} of {len(trace.requests)} requests"
+    return replace(trace, requests=trace.requests[:count], notes=(*trace.notes, note))
+
+
+def at_rate(trace: Trace, rate: float, seed: int = 0) -> Trace:
+    """The same requests, `rate` of them per second: a timed trace faster or slower, else Poisson arrivals.
+
+    An infinite rate lets all come at once.
+    """
+    if not rate > 0:
+        raise ValueError(f"rate is {rate}; a number of requests per second above 0 is needed")
+    if rate == float("inf"):
+        times, note = [0.0] * len(trace.requests), "all requests at once"
+    elif trace.timed and 0 < trace.rate < float("inf"):
+        factor = trace.rate / rate
+        times = [factor * request.arrival for request in trace.requests]
+        note = f"arrival times x {factor:.3g}, for {rate:.3g} requests per second"
+    else:
+        rng = random.Random(seed)
+        times = [0.0]
+        while len(times) < len(trace.requests):
+            times.append(times[-1] + rng.expovariate(rate))
+        note = f"Poisson arrivals, {rate:.3g} per second, seed {seed}"
+    requests = tuple(replace(request, arrival=at) for request, at in zip(trace.requests, times, strict=True))
+    return replace(trace, requests=requests, timed=True, notes=(*trace.notes, note))
+
+
+def scaled(trace: Trace, factor: float) -> Trace:
+    """All lengths times `factor`, rounded, at least 1. What the prompts begin with is kept if its blocks stay whole."""
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"scale is {factor}; a number above 0 is needed")
+    block = factor * trace.hash_block
+    keeps_ids = block >= 1 and block == int(block)
+    requests = []
+    for each in trace.requests:
+        prompt, output = (max(1, round(factor * length)) for length in (each.prompt_len, each.output_len))
+        ids = each.hash_ids[: -(-prompt // int(block))] if keeps_ids else ()
+        requests.append(TraceRequest(each.arrival, prompt, output, ids))
+    note = f"lengths x {factor:.3g}"
+    hash_block = int(block) if keeps_ids else trace.hash_block
+    return replace(trace, requests=tuple(requests), notes=(*trace.notes, note), hash_block=hash_block)
+
+
+def clipped(trace: Trace, longest: int) -> Trace:
+    """Prompt and output together at most `longest` tokens: a long output is cut, then a long prompt."""
+    if longest < 2:
+        raise ValueError(f"the longest request has {longest} tokens; at least 2 are needed")
+    requests, cut = [], 0
+    for each in trace.requests:
+        prompt = min(each.prompt_len, longest - 1)
+        output = min(each.output_len, longest - prompt)
+        if (prompt, output) != (each.prompt_len, each.output_len):
+            cut += 1
+            ids = each.hash_ids[: -(-prompt // trace.hash_block)]
+            each = TraceRequest(each.arrival, prompt, output, ids)  # noqa: PLW2901
+        requests.append(each)
+    if not cut:
+        return trace
+    note = f"{cut} requests cut to {longest} tokens"
+    return replace(trace, requests=tuple(requests), notes=(*trace.notes, note))
+
+
+# --- traces that are drawn -----------------------------------------------------------------------------
+
+# Mean tokens in and out of the data sets that the paper serves (Kwon et al. 2023, §6.1, Fig. 11).
+MEANS = {"sharegpt": (161.31, 337.99), "alpaca": (19.31, 58.45)}
+
+
+def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> Trace:
+    """`count` requests with the published means of "sharegpt" or "alpaca", no times.
+
+    Only the means are published as numbers. Lengths are geometric, which assumes least beyond a mean (of all
+    distributions over 1, 2, 3 ... with that mean it has the greatest entropy), and prompt and output are
+    independent. `longest` is the paper's model context: what is beyond is cut.
+    """
+    if name not in MEANS:
+        raise ValueError(f"trace is {name!r}; a file or one of {', '.join(MEANS)} is needed")
+    if count < 1:
+        raise ValueError(f"requests is {count}; at least 1 is needed")
+    rng = random.Random(seed)
+    prompts, outputs = MEANS[name]
+    drawn = tuple(TraceRequest(0.0, _geometric(rng, prompts), _geometric(rng, outputs)) for _ in range(count))
+    note = f"drawn: geometric lengths with the means of the paper's {name} ({prompts} in, {outputs} out), seed {seed}"
+    return clipped(Trace(name, drawn, timed=False, notes=(note,)), longest)
+
+
+def _geometric(rng: random.Random, mean_length: float) -> int:
+    """1, 2, 3 ... with this mean: whole steps of an exponential with the same chance to end in each."""
+    return 1 + int(log(1.0 - rng.random()) / log1p(-1.0 / mean_length))

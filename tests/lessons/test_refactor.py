@@ -1,0 +1,134 @@
+"""The refactoring to pages: each step is small, and gives the tokens of the LLM, or of the model as it was before."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_ref import LLM, SamplingParams
+
+REFACTOR = Path(__file__).resolve().parent.parent.parent / "lessons" / "refactor"
+MAX_TOKENS = 40  # a block of 16 slots fills up, and a second
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Any]:
+    """The runner, as a module; what is in its folder can be imported."""
+    sys.path.insert(0, str(REFACTOR))
+    yield importlib.import_module("run")
+    sys.path.remove(str(REFACTOR))
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, tuple[list[list[int]], list[list[int]]]]:
+    """By directory: prompts, and what the package's own LLM makes of them."""
+    return {}
+
+
+def ids_of_llm(directory: str, texts: tuple[str, ...]) -> tuple[list[list[int]], list[list[int]]]:
+    llm = LLM(directory)
+    prompts = [llm.tokenizer.encode(text) for text in texts]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True))
+    return prompts, [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("model", ["tiny", "stories260K"])
+@pytest.mark.parametrize("step", range(6))
+def test_a_step_gives_the_tokens_of_the_llm(
+    run: Any, expected: dict[str, Any], request: pytest.FixtureRequest, model: str, step: int
+) -> None:
+    directory = model if model == "tiny" else str(request.getfixturevalue("stories260k"))
+    if model not in expected:
+        expected[model] = ids_of_llm(directory, run.PROMPTS)
+    prompts, ids = expected[model]
+    assert run.token_ids(step, directory, prompts, MAX_TOKENS) == ids
+
+
+def test_each_step_is_small(run: Any) -> None:
+    assert [name[:5] for name in run.FILES] == [f"step{i}" for i in range(7)]
+    sizes = [sum(run.count_changes(run.diff(step))) for step in range(1, 7)]
+    assert all(0 < size <= 30 for size in sizes[:3])
+    assert all(0 < size <= 75 for size in sizes[3:])
+
+
+def test_step_5_holds_just_the_blocks_that_its_tokens_need(run: Any) -> None:
+    step5 = importlib.import_module("step5_pool")
+    model = importlib.import_module("decoder").Decoder()
+    cache = step5.Cache(model.config)
+    seqs = [step5.Sequence(list(range(1, 1 + count))) for count in (1, 16, 17)]
+    for seq in seqs:
+        seq.grow(cache.pool)
+    step5.forward(model, seqs, cache)
+    assert [len(seq.block_table) for seq in seqs] == [1, 1, 2]
+    assert cache.pool.num_free == step5.NUM_BLOCKS - 4
+    assert np.isfinite(cache.keys[:, cache.pool.ref_count.index(1)]).any()
+
+
+def test_the_runner_shows_all_steps_and_one_diff(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--max-tokens", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("the same") >= 6
+    assert "DIFFER" not in shown
+    assert run.main(["3"]) == 0
+    assert "+from paged_ref.kernels import slot_of, write_kv" in capsys.readouterr().out
+
+
+def test_the_runner_tells_a_step_that_changes_a_token(
+    run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step3 = importlib.import_module("step3_table")
+    monkeypatch.setattr(step3, "slot_of", lambda table, position, size: table[position // size] * size)
+    assert run.main(["--max-tokens", "12"]) == 1
+    assert capsys.readouterr().out.count("DIFFER") == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [["0"], ["7"], ["--max-tokens", "0"], ["--max-tokens", "100000"], ["--model", "nowhere"]]
+)
+def test_the_runner_refuses_in_one_sentence(run: Any, capsys: pytest.CaptureFixture[str], bad: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.main(bad)
+    assert ended.value.code == 2
+    assert bad[-1] in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- Hugging Face ------------------------------------------------------------------------------------------
+
+
+def hugging_face_model(kind: str, request: pytest.FixtureRequest) -> Any:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    if kind == "stories260K":
+        directory = request.getfixturevalue("stories260k")
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
+    sizes = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "mistral":
+        config = transformers.MistralConfig(**sizes, sliding_window=8)
+        return transformers.MistralForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+
+
+@pytest.mark.compare
+@pytest.mark.parametrize("kind", ["llama", "mistral", "stories260K"])
+def test_a_hugging_face_model_keeps_its_tokens(run: Any, request: pytest.FixtureRequest, kind: str) -> None:
+    model = hugging_face_model(kind, request)
+    import torch
+
+    prompts = [[1, 5, 9, 33, 2], [1, *range(20, 50)], [1, 7]]
+    before = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        before.append(out[0, len(prompt) :].tolist())
+    assert len({token for ids in before for token in ids}) > 10  # a model that says something
+    assert importlib.import_module("step6_huggingface").generate(model, prompts, MAX_TOKENS) == before
