@@ -81,7 +81,11 @@ class Player:
                 self._show(Text(), Markdown(block.text))
                 continue
             code = block.text.replace("  # fmt: skip", "")  # said to the formatter, not to the reader
-            self._show(Text(), Padding(Syntax(code, "python", theme="ansi_dark"), (0, 0, 0, 2), expand=False), Text())
+            self._show(
+                Text(),
+                Padding(Syntax(code, "python", theme="ansi_dark", word_wrap=True), (0, 0, 0, 2), expand=False),
+                Text(),
+            )
             self._screen.held = [] if self.session.interactive else None
             try:
                 if not self._run(block):
