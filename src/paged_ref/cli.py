@@ -20,6 +20,7 @@ COMMANDS = {
     "long": ("paged_ref.terminal.long", "a context longer than the device: exactly, or the pages that matter"),
     "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
     "lesson": ("paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check"),
+    "compare": ("paged_ref.terminal.compare", "what paging would buy: standard, swapping and paged on real traffic"),
     "bench": ("paged_ref.bench", "benchmarks: kernels, engine, memory"),
 }
 

@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "standard, max": {"manager": "standard"},
     "standard, pow2": {"manager": "standard", "reserve": "pow2"},
     "standard, exact": {"manager": "standard", "reserve": "exact"},
+    "standard, exact, buddy": {"manager": "standard", "reserve": "exact", "allocator": "buddy"},
     "swapping": {"manager": "swapping", "preemption": "swap"},
     "swapping, recompute": {"manager": "swapping", "preemption": "recompute"},
 }

@@ -17,7 +17,7 @@ from ..memory.events import Log, ModelOpened, RequestArrived
 from ..memory.factory import WATERMARK, ManagerName, make_manager
 from ..memory.managers import Forkable
 from ..memory.relevance import Attend
-from ..memory.standard import Reserve
+from ..memory.standard import Allocator, Reserve
 from ..memory.storage import KVStorage
 from ..memory.streaming import Eviction
 from ..model.llama import Llama
@@ -55,6 +55,7 @@ class LLM(EngineCore):
         max_batch_tokens: int = 512,
         max_batch_seqs: int = 256,
         reserve: Reserve = "max",
+        allocator: Allocator = "first fit",
         preemption: Preemption | None = None,
         prefix_cache: bool = False,
         watermark: float = WATERMARK,
@@ -80,8 +81,8 @@ class LLM(EngineCore):
         `max_batch_seqs` sequences.
 
         `preemption` is "recompute" or "swap" (the swapping manager's default), to a host pool of
-        `host_kv_tokens` (default for swap: as large as the cache). `reserve` is for the standard manager;
-        `block_size`, `free_order` (the order in which blocks are handed out), `prefix_cache` and `watermark`
+        `host_kv_tokens` (default for swap: as large as the cache). `reserve` and `allocator` are for the standard
+        manager; `block_size`, `free_order` (the order in which blocks are handed out), `prefix_cache` and `watermark`
         (the share of the blocks that admission leaves) are for the paged one.
 
         `device_blocks`, in place of kv_cache_tokens, lets sequences be longer than the device: their pages stream in
@@ -140,6 +141,7 @@ class LLM(EngineCore):
                 block_size=block_size,
                 num_host_slots=host_kv_tokens,
                 reserve=reserve,
+                allocator=allocator,
                 free_order=free_order,
                 watermark=watermark,
                 prefix_cache=prefix_cache,

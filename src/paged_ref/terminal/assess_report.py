@@ -16,7 +16,7 @@ from .frames.canvas import count
 
 _WHY = {
     "capacity": "Weights are read, and a step begins, once for all sequences of a batch: more of them at once make "
-    "each cheaper. What they lack is memory. Paging gives it, and beyond that smaller K and V (8 bits) or a larger GPU.",
+    "each cheaper. What they lack is memory. Paging gives it, and beyond it K and V in 8 bits, or a larger GPU.",
     "bandwidth": "Each sequence adds its own K and V to every step. Room for more of them, which is what paging gives, "
     "adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
     "compute": "Prompts keep the arithmetic busy. Room for more sequences, which is what paging gives, adds little; "

@@ -36,7 +36,7 @@ class Follower:
         return bool(self._rest)
 
     def poll(self, max_bytes: int = 1 << 20) -> list[Event]:
-        """The next events, out of about `max_bytes`; [] when there is nothing new.
+        """The next events, out of at most `max_bytes`. `num_bytes` is 0 when there was nothing new.
 
         Raises ValueError, one sentence with file and line, for a whole line that is no event, or a log that
         does not begin as one.

@@ -125,8 +125,10 @@ class Live:
 def _report(args: argparse.Namespace, path: Path, size: Size | None) -> None:
     """The log up to its end, in the form that was asked for. Raises ValueError for what is no log."""
     follower, monitor = Follower(path), Monitor()
-    while events := follower.poll():
-        _take(monitor, events, path)
+    while True:
+        _take(monitor, follower.poll(), path)
+        if not follower.num_bytes:
+            break
     if not follower.exists:
         raise ValueError(f"{path} cannot be read: there is no such file")
     if monitor.opened is None:

@@ -90,6 +90,7 @@ def engine_steps(
         max_batch_tokens=setup.max_batch_tokens,
         max_batch_seqs=setup.max_batch_seqs,
         reserve=setup.reserve,
+        allocator=setup.allocator,
         preemption=setup.preemption,
         prefix_cache=setup.prefix_cache,
         watermark=setup.watermark,

@@ -108,6 +108,7 @@ def _chart(samples: Sequence[Sample], width: int, height: int) -> Lines:
     if height < 2 or not samples:
         return [line("")] * max(0, height)
     shown = samples[-(width - 2) :]
+    wide = max(1, min(3, (width - 2) // len(shown)))
     height -= 1  # the line of the steps
     columns = []
     for sample in shown:
@@ -118,7 +119,10 @@ def _chart(samples: Sequence[Sample], width: int, height: int) -> Lines:
             done += getattr(sample, part)
             column += [(mark, style)] * (round(height * done / total) - len(column))
         columns.append(column)
-    rows = [Text.assemble(" ", *(column[level] for column in columns)) for level in reversed(range(height))]
+    rows = []
+    for level in reversed(range(height)):
+        marks = (column[level] for column in columns)
+        rows.append(Text.assemble(" ", *((mark * wide, style) for mark, style in marks)))
     return [*rows, line((f" steps {shown[0].step:,} to {shown[-1].step:,}", DIM))]
 
 

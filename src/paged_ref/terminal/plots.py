@@ -1,0 +1,182 @@
+"""Two plots, each for a terminal and as SVG: where memory goes, and latency over the request rate.
+
+Lines are told apart by letters, shares by shades, so that a pipe and a printer show them as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from rich.text import Text
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Part of the memory -> (shade, colour in the terminal, colour in SVG)
+SHADES = {
+    "tokens": ("█", "green", "#1a7f37"),
+    "reserved": ("▓", "yellow", "#d4a72c"),
+    "internal": ("▒", "red", "#cf222e"),
+    "external": ("░", "magenta", "#8250df"),
+    "free": ("·", "dim", "#d0d7de"),
+}
+PALETTE = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#0a6e78", "#953800", "#57606a", "#bf3989", "#24292f")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Points of one line, by x."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Shares of one bar, keyed as SHADES; what is missing to 1 stays empty."""
+
+    label: str
+    shares: dict[str, float]
+
+
+def bars_text(bars: Sequence[Bar], columns: int) -> Text:
+    """A bar a line, and the legend."""
+    margin = max(len(bar.label) for bar in bars) + 3
+    width = max(10, columns - margin - 1)
+    text = Text()
+    for bar in bars:
+        text.append(f" {bar.label:<{margin - 2}} ")
+        drawn = total = 0.0
+        for part, (shade, style, _) in SHADES.items():
+            total += bar.shares.get(part, 0.0)
+            length = round(total * width) - round(drawn * width)
+            text.append(shade * length, style)
+            drawn = total
+        text.append("\n")
+    text.append(" " * margin)
+    for part, (shade, style, _) in SHADES.items():
+        text.append(shade, style).append(f" {part}  ")
+    text.rstrip()
+    return text
+
+
+def lines_text(
+    lines: Sequence[Line], columns: int, rows: int, y_most: float, x_label: str, y_label: str, bound: float | None
+) -> Text:
+    """Letters on a grid: A is the first line. What is above `y_most` is not drawn; `bound` is a dotted line."""
+    margin = 7
+    width = max(20, columns - margin - 1)
+    x_most = max((x for line in lines for x, y in line.points if y <= y_most), default=1.0) * 1.02
+    grid = [[" "] * width for _ in range(rows)]
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        return rows - 1 - round(y / y_most * (rows - 1)), min(width - 1, round(x / x_most * (width - 1)))
+
+    if bound is not None:
+        row, _ = place(0, bound)
+        grid[row] = ["·"] * width
+    for letter, line in zip(LETTERS, lines, strict=False):
+        for (x0, y0), (x1, y1) in zip(line.points, line.points[1:], strict=False):
+            for i in range(2 * width + 1):  # finely enough that a steep line has no gaps
+                share = i / (2 * width)
+                x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
+                if y <= y_most:
+                    row, column = place(x, y)
+                    grid[row][column] = letter if grid[row][column] in " ·" else grid[row][column]
+    text = Text(f" {y_label}\n")
+    for number, row in enumerate(grid):
+        y = y_most * (rows - 1 - number) / (rows - 1)
+        shown = f"{y:.3g}" if number % 4 == 0 or number == rows - 1 else ""
+        text.append(f"{shown:>{margin - 1}}│{''.join(row).rstrip()}\n")
+    text.append(" " * (margin - 1) + "└" + "─" * width + "\n")
+    middle = f"{x_most / 2:.3g}"
+    axis = f"0{middle:^{width - 2}}{x_most:.3g}"
+    text.append(" " * margin + axis[: width + 1] + "\n" + " " * margin + x_label + "\n")
+    for letter, line in zip(LETTERS, lines, strict=False):
+        text.append(f"   {letter} {line.label}\n")
+    text.rstrip()
+    return text
+
+
+# --- SVG -----------------------------------------------------------------------------------------------
+
+WIDTH, LEFT, ROW = 760, 190, 26
+_STYLE = "font-family: ui-sans-serif, system-ui, sans-serif; font-size: 13px; fill: #24292f"
+
+
+def svg(
+    title: str, bars: Sequence[Bar], lines: Sequence[Line], y_most: float, x_label: str, y_label: str, bound: float
+) -> str:
+    """Both plots in one picture, which fetches nothing."""
+    parts = [_label(16, 26, title, "font-weight: 600; font-size: 15px"), *_bars_svg(bars, 44)]
+    top = 44 + ROW * (len(bars) + 2)
+    parts += _lines_svg(lines, top, y_most, x_label, y_label, bound)
+    height = top + 330 + 20 * -(-len(lines) // 3)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        f'viewBox="0 0 {WIDTH} {height}" style="{_STYLE}">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def _label(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">{escape(words)}</text>'
+
+
+def _bars_svg(bars: Sequence[Bar], top: float) -> list[str]:
+    parts, width = [], WIDTH - LEFT - 20
+    for number, bar in enumerate(bars):
+        y, x = top + ROW * number, float(LEFT)
+        parts.append(_label(LEFT - 10, y + 14, bar.label, anchor="end"))
+        for part, (_, _, colour) in SHADES.items():
+            length = bar.shares.get(part, 0.0) * width
+            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="18" fill="{colour}"/>')
+            x += length
+    for number, (part, (_, _, colour)) in enumerate(SHADES.items()):
+        x, y = LEFT + 105 * number, top + ROW * len(bars) + 4
+        parts += [f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/>', _label(x + 18, y + 11, part)]
+    return parts
+
+
+def _lines_svg(
+    lines: Sequence[Line], top: float, y_most: float, x_label: str, y_label: str, bound: float
+) -> list[str]:
+    left, width, height = 70, WIDTH - 100, 220
+    x_most = max((x for line in lines for x, y in line.points if y <= y_most), default=1.0) * 1.02
+    bottom = top + 30 + height
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / x_most * width, bottom - y / y_most * height
+
+    parts = [
+        f'<clipPath id="plot"><rect x="{left}" y="{top + 30}" width="{width}" height="{height}"/></clipPath>',
+        f'<path d="M{left} {top + 30}V{bottom}H{left + width}" fill="none" stroke="#57606a"/>',
+        _label(left, top + 20, y_label),
+        _label(left + width / 2, bottom + 38, x_label, anchor="middle"),
+    ]
+    for i in range(5):
+        x, _ = place(x_most * i / 4, 0)
+        _, y = place(0, y_most * i / 4)
+        parts.append(_label(x, bottom + 18, f"{x_most * i / 4:.3g}", anchor="middle"))
+        parts.append(_label(left - 8, y + 4, f"{y_most * i / 4:.3g}", anchor="end"))
+    _, y = place(0, bound)
+    parts.append(f'<path d="M{left} {y:.1f}H{left + width}" stroke="#57606a" stroke-dasharray="4 4"/>')
+    for number, line in enumerate(lines):
+        colour = PALETTE[number % len(PALETTE)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line.points))
+        parts.append(
+            f'<polyline points="{path}" clip-path="url(#plot)" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        x, y = 20 + 245 * (number % 3), bottom + 66 + 20 * (number // 3)
+        parts += [f'<rect x="{x}" y="{y - 9}" width="14" height="4" fill="{colour}"/>', _label(x + 20, y, line.label)]
+    return parts
+
+
+def write_svg(path: Path, picture: str) -> None:
+    """Raises ValueError where it cannot be written."""
+    try:
+        path.write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--svg {path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,129 @@
+"""How many requests per second each setup serves: the same requests at rising rates, on all cores.
+
+The paper's measure (Kwon et al. 2023, §6.1): the normalised latency of a request is its time from arrival to
+end, divided by its output tokens, and what counts is the rate up to which the mean stays low.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .metrics import Outcome
+from .setup import Setup
+from .simulate import Simulation
+from .traces import Trace, at_rate
+
+AT_ONCE = float("inf")
+FIXED = (0.3, 0.6)  # of the rate that a setup sustains when all come at once: the flat part of the curve
+HALVINGS = 6  # of the bracket 0.75 to 1.5 times that rate; what is left of it is 1 %
+BRACKET = (0.75, 1.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run: the requests at one rate."""
+
+    rate: float  # per second
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """All runs of one setup."""
+
+    setup: Setup
+    at_once: Outcome  # all requests come at once: as full as it gets
+    points: list[Point]  # by rate
+    bound: float  # on the mean normalised latency, seconds per token
+    rate: float  # the highest measured at which the bound held; 0 if it held at none
+
+
+Run = Callable[[Setup, Trace, float], Outcome]
+
+
+def run_once(setup: Setup, trace: Trace, rate: float) -> Outcome:
+    """The trace at this rate."""
+    return Simulation(setup, at_rate(trace, rate)).run()
+
+
+def curve_of(setup: Setup, trace: Trace, bound: float, run: Run = run_once) -> Curve:
+    """Find the highest rate at which the mean normalised latency stays within `bound`."""
+    at_once = run(setup, trace, AT_ONCE)
+    most = at_once.requests_per_second
+    if not most:
+        raise ValueError(f"{setup.label}: none of the requests can be served. {at_once.refusal}")
+    points: list[Point] = []
+
+    def holds(rate: float) -> bool:
+        outcome = run(setup, trace, rate)
+        points.append(Point(rate, outcome))
+        return outcome.normalised <= bound
+
+    for share in FIXED:
+        holds(share * most)
+    low, high = BRACKET[0] * most, BRACKET[1] * most
+    if not holds(low):
+        low, high = 0.0, low
+    elif holds(high):  # a short trace: it ends before a queue is long
+        low, high = high, 2 * high
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    points.sort(key=lambda point: point.rate)
+    return Curve(setup, at_once, points, bound, low)
+
+
+RUNS_OF_A_CURVE = 1 + len(FIXED) + 2 + HALVINGS  # at most
+
+
+@contextmanager
+def runner(num_jobs: int | None = None) -> Iterator[Run]:
+    """`run_once` in other processes, at most `num_jobs` at a time (default: one for each core); 1: in this one.
+
+    For threads: each waits for its own run. Leaving early gives up what has not begun.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = cores if num_jobs is None else num_jobs
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; at least 1 is needed")
+    if jobs == 1:
+        yield run_once
+        return
+    # Spawned: to fork a process that has threads is not safe.
+    processes = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
+    try:
+        yield lambda setup, trace, rate: processes.submit(run_once, setup, trace, rate).result()
+    finally:
+        processes.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the process that shows the results."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def curves_of(
+    setups: Sequence[Setup],
+    trace: Trace,
+    bound: float,
+    *,
+    num_jobs: int | None = None,
+    on_run: Callable[[str], None] | None = None,
+) -> list[Curve]:
+    """A curve for each setup, in order. `on_run` is called with the setup's label after each of its runs."""
+    with ThreadPoolExecutor(len(setups) if num_jobs != 1 else 1) as threads, runner(num_jobs) as run:
+
+        def counted(setup: Setup, trace: Trace, rate: float) -> Outcome:
+            outcome = run(setup, trace, rate)
+            if on_run:
+                on_run(setup.label)
+            return outcome
+
+        curves = [threads.submit(curve_of, setup, trace, bound, counted) for setup in setups]
+        return [curve.result() for curve in curves]
