@@ -141,7 +141,8 @@ check(my_bound, spec=spec, cases=cases, hint=hint)
 #
 # The bounds are those of Quest (Tang et al. 2024), which reports attention
 # up to 7.03 times as fast. No large server does it by default, as it
-# changes answers; they offload the K and V of sequences that wait.
+# changes answers; they offload the K and V of sequences that wait. Here
+# `paged-ref long` measures both ways on longer texts.
 
 # ## Next
 #

@@ -142,8 +142,8 @@ check(my_share, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# The paper's own figures are of this kind: 20.4% to 38.2% of the memory
-# held tokens before, 96.3% with vLLM (Kwon et al. 2023, §1, Fig. 2).
+# The paper's figures: 20.4% to 38.2% of the memory held tokens, 96.3% with
+# vLLM (Kwon et al. 2023, Fig. 2). `paged-ref paper` shows ours beside them.
 
 # ## Next
 #
