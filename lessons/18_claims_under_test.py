@@ -4,7 +4,7 @@ Question: what is true of what people say about PagedAttention?
 Time: 20 minutes. Needs lesson 17.
 
 This project began with an article that recommends PagedAttention. Here are
-its claims in our words, each measured, and the commands that measure more.
+its claims in our words, each measured.
 """
 
 from dataclasses import replace
@@ -22,18 +22,20 @@ from paged_ref.workload import hardware, models, setup, simulate, traces
 
 # ## Predict
 #
-# Ten claims: on memory, on what is read, on what it is good for.
+# Ten claims: on memory, on what is read, on what it is good for. Beside
+# each stands the command of `paged-ref` that measures it at length.
 
 true = predict("How many of ten are true as they stand?", "claims")
 false = predict("And how many are false?", "claims")
 COMMANDS = "compare compare compare compare generate walk compare assess"
-COMMANDS = [*COMMANDS.split(), "train", "lesson 17"]
-verdicts = []
+COMMANDS, words = [*COMMANDS.split(), "train", "lesson 17"], []
 
 
-def judge(word, said, what, found, expected=True):
-    claim(f"{said}: {word.upper()} ({what})", found, expected)
-    verdicts.append((said, word, COMMANDS[len(verdicts)]))
+def judge(*claims):
+    for word, said, why, found, expected in claims:
+        said = f"{word.upper()}: {said} (test: {COMMANDS[len(words)]})."
+        claim(f"{said}\n  {why}", found, expected)
+        words.append(word)
 
 
 # ## Run
@@ -46,37 +48,30 @@ WAYS = [setup.Setup("", GPU, OPT, way) for way in ("standard", "paged")]
 WAYS[1:1] = [replace(WAYS[0], manager="swapping", preemption="swap")]
 MIXED = traces.generated("sharegpt", 80)
 LONG = traces.Trace("", (traces.TraceRequest(0, 1024, 1024),) * 24, True)
-
-
-def serve(trace):
-    return [simulate.Simulation(way, trace).run() for way in WAYS]
-
-
-runs = serve(MIXED)
+runs = [simulate.Simulation(way, MIXED).run() for way in WAYS]
 used = [round(run.shares.tokens_of_used, 2) for run in runs]
 mixed = [run.requests_per_second for run in runs]
-long = [run.requests_per_second for run in serve(LONG)]
+long = [simulate.Simulation(way, LONG).run() for way in WAYS]
+long = [run.requests_per_second for run in long]
 files = standard, swapping, paged
 lines = [len(getsource(file).splitlines()) for file in files]
 rows = [("held slots with a token", *used), ("lines of code", *lines)]
 rows += [("requests/s", *mixed), ("requests/s, all longest", *long)]
 table("Measured", ("", "standard", "swapping", "paged"), rows)
 
-# Only last blocks have empty slots. So more requests run, which helps while
-# memory is what lacks. If each fills its reservation, little is won: not
-# length pays, but lengths that differ and are not known before.
-
 gain = mixed[2] / mixed[0] > long[2] / long[0]
-judge("true", "poor, moderate, high use", "share", used, sorted(used))
-judge("true, if", "it scales best", "requests/s", max(mixed) == mixed[2])
-judge("false", "long sequences gain most", "the others do", gain)
-judge("true", "low, medium, high complexity", "lines", lines, sorted(lines))
+judge(
+    ("true", "memory is used poorly, moderately, highly",
+     "Only a last block has empty slots", used, sorted(used)),
+    ("true, if", "paging scales best of the three",
+     "If memory is what lacks. Requests/s", max(mixed), mixed[2]),
+    ("false", "long sequences gain most",
+     "It is lengths that differ, and are not known before", gain, True),
+    ("true", "complexity is low, medium, high",
+     "Lines of the manager", lines, sorted(lines)),
+)  # fmt: skip
 
 # ## What is read
-#
-# Who gave way in that run was computed again: nothing moved. (With swap,
-# whole sequences do.) No key is left out; to read only pages that matter is
-# another method (lesson 15). A token costs what it did. Batches grow.
 
 query, cache = np.ones((1, 4, 8), "f"), np.ones((8, 4, 2, 8), "f")
 rows, length = cache.reshape(32, 2, 8), np.array([14])
@@ -85,26 +80,31 @@ with recording(8) as kernels:
     naive_attention(query, rows, rows, start, length, backend="trace")
     paged_attention(query, cache, cache, blocks, length, backend="trace")
 naive, pages = (kernel.counts("keys") for kernel in kernels)
-read = np.count_nonzero(pages.any(axis=(1, 2)))
-moved = runs[2].bytes_swapped
-judge("false", "data moves in and out by need", "bytes", moved, 0)
-judge("false", "only what is relevant is read", "keys of 14", read, 14)
-reads = naive.sum(), pages.sum()
-judge("true, if", "computing is more efficient", "reads", *reads)
+judge(
+    ("false", "it moves data in and out by need",
+     "Who gave way was computed again. Bytes", runs[2].bytes_swapped, 0),
+    ("false", "only the most relevant is read",
+     "Lesson 15 does so. Keys of 14", (pages.sum((1, 2)) > 0).sum(), 14),
+    ("true, if", "computing is more efficient",
+     "Batches grow; reads stay", pages.sum(), naive.sum()),
+)  # fmt: skip
 
 # ## What it is good for
-#
-# Weights stay as large as they are, and training has no cache to page.
 
 room = GPU.memory_bytes - models.MODELS["OPT-66B"].weight_bytes
 calls = getsource(network).count("paged_attention")
 steps = len(list((Path(__file__).parent / "refactor").glob("step[1-5]*")))
-judge("false", "models larger than the GPU run", "room", room < 0)
-judge("false", "training is managed by it", "calls of it", calls, 0)
-judge("true", "your model can move over", "steps", steps, 5)
-table("The claims", ("claim", "verdict", "paged-ref"), verdicts)
-true.grade(sum(word == "true" for _, word, _ in verdicts))
-false.grade(sum(word == "false" for _, word, _ in verdicts))
+judge(
+    ("false", "models larger than the GPU run",
+     "Weights stay as large as they are", room < 0, True),
+    ("false", "it manages data during training",
+     "No cache to page (lesson 16). Calls of it", calls, 0),
+    ("true", "your model can be moved to it",
+     "Step by step, in lessons/refactor. Steps", steps, 5),
+)  # fmt: skip
+
+true.grade(words.count("true"))
+false.grade(words.count("false"))
 
 # ## What must hold
 #
@@ -114,7 +114,7 @@ break_it(
     "pages as large as the longest sequence",
     where=(setup.Setup, "make_manager"), caught_by="contract",
     bug=lambda real: lambda self: real(replace(self, block_size=2048)),
-    run=lambda: serve(MIXED)[2].shares.tokens_of_used,
+    run=lambda: simulate.Simulation(WAYS[2], MIXED).run().shares,
 )  # fmt: skip
 
 # ## Exercise
@@ -142,8 +142,8 @@ check(my_share, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# The paper's own figures are of this kind: 20.4% to 38.2% of the memory
-# held tokens before, 96.3% with vLLM (Kwon et al. 2023, §1, Fig. 2).
+# The paper's figures: 20.4% to 38.2% of the memory held tokens, 96.3% with
+# vLLM (Kwon et al. 2023, Fig. 2). `paged-ref paper` shows ours beside them.
 
 # ## Next
 #
