@@ -225,7 +225,8 @@ def test_a_product_is_laid_out_as_the_ptx_manual_says() -> None:
     from paged_ref.kernels import flash_intrinsics as intrinsics
 
     rng = np.random.default_rng(0)
-    for wide, answer in ((16, intrinsics._answer_float16), (8, intrinsics._answer_tfloat32)):
+    answers: Any = ((16, intrinsics._answer_float16), (8, intrinsics._answer_tfloat32))
+    for wide, answer in answers:
         a, b, c = (rng.integers(-8, 8, shape).astype(np.float32) for shape in ((16, wide), (wide, 8), (16, 8)))
         lanes: dict[Any, Any] = {}
         for lane in range(32):

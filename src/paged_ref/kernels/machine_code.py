@@ -45,7 +45,7 @@ def compile_kernel(kernel: Any, types: Parameters, bounds: tuple[int, int], capa
     where numba-cuda or nvJitLink is missing.
     """
     from numba import cuda
-    from numba.core import types as numba_types
+    from numba import types as numba_types
     from numba.np.numpy_support import from_dtype
 
     def numba_type(name: str) -> Any:
