@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,12 @@ import pytest
 pytest.importorskip("greenlet", reason="greenlet runs the tracer's threads")
 pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra test, cuda12 or cuda13)")
 
-from numba import cuda, types
-
 from paged_ref.kernels import copy_blocks, write_kv
+from paged_ref.kernels.launching import Launch
+from paged_ref.kernels.machine_code import compile_kernel, parameters
 from paged_ref.kernels.quantize import encode
-from paged_ref.kernels.store import copy_launch, write_launch
-from paged_ref.kernels.store_kernels import copy_blocks_kernel, move_rows_kernel, write_kv_kernel
+from paged_ref.kernels.store import copy_launch, write_launches
+from paged_ref.kernels.store_kernels import move_rows_kernel
 from paged_ref.kernels.trace import Trace, run
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,9 +32,8 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Arr
     return stored
 
 
-def traced(launch: Any) -> Trace:
-    kernel, grid, threads, args = launch
-    return run(kernel, grid, threads, *args)
+def traced(launch: Launch) -> Trace:
+    return run(launch.kernel, launch.grid, launch.num_threads, *launch.args)
 
 
 @pytest.mark.parametrize("target", FORMATS)
@@ -54,25 +52,25 @@ def test_write_kv_kernels_write_what_the_array_code_writes(source: str, target: 
         want, got = ([np.full(shape, 3, target) for _ in range(2)] for _ in range(2))
         with np.errstate(over="ignore", invalid="ignore"):
             write_kv(key, value, want[0], want[1], slots, key_scales=scales[0], value_scales=scales[1])
-        launch = write_launch(key, value, got[0], got[1], slots, *scales)
+        launches = write_launches(key, value, got[0], got[1], slots, *scales)
         aligned = row[0] * row[1] * key.itemsize % 16 == 0
-        assert (launch[0] is move_rows_kernel) == (source == target and aligned)
-        traced(launch)
+        assert (launches[0].kernel is move_rows_kernel) == (source == target and aligned)
+        for launch in launches:
+            traced(launch)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=form)  # takes NaN for equal to NaN
 
 
-def test_every_number_of_a_row_is_read_and_written_once() -> None:
+@pytest.mark.parametrize(("dtype", "names"), [("float32", ("key", "key_cache")), ("uint8", ("rows", "cache"))])
+def test_every_number_of_a_row_is_read_and_written_once(dtype: str, names: tuple[str, str]) -> None:
     """Also where a row is longer than the threads reach at once."""
-    for dtype in ("float32", "uint8"):
-        key = value = np.ones((3, 4, 300), np.float32)
-        caches = np.zeros((2, 2, 2, 4, 300), dtype)
-        scales = [np.ones(4, np.float32)] * 2 if dtype == "uint8" else [None, None]
-        trace = traced(write_launch(key, value, caches[0], caches[1], np.array([3, -2, 0]), *scales))
-        for name in ("key", "value"):
-            reads, writes = trace.counts(name), trace.counts(f"{name}_cache", write=True)
-            assert reads.sum() == writes.sum() == reads.size * 2 // 3
-            assert reads.max() == writes.max() == 1
+    key, caches = np.ones((3, 4, 300), np.float32), np.zeros((2, 2, 2, 4, 300), dtype)
+    scales = [np.ones(4, np.float32)] * 2 if dtype == "uint8" else [None, None]
+    launch = write_launches(key, key, caches[0], caches[1], np.array([3, -2, 0]), *scales)[0]
+    trace = traced(launch)
+    reads, writes = trace.counts(names[0]), trace.counts(names[1], write=True)
+    assert reads.sum() == writes.sum() == 2 * 1200
+    assert reads.max() == writes.max() == 1
 
 
 @pytest.mark.parametrize("planes", [1, 3])
@@ -104,40 +102,30 @@ def test_the_copy_kernel_leaves_alone_what_it_cannot_do() -> None:
 # ---- machine code
 
 
-def array(dtype: str, ndim: int, layout: str = "C") -> Any:
-    return types.Array(getattr(types, dtype), ndim, layout)
+def launches() -> dict[str, Launch]:
+    """One of each kernel, as it would be launched."""
+    found = {}
+    for source, target in (("float16", "float16"), ("float32", "float16"), ("float16", "uint16"), ("uint16", "int8"),
+                           ("float32", "uint8"), ("uint8", "uint8")):  # fmt: skip
+        key = np.zeros((3, 2, 7 if source == "uint8" else 8), source)
+        cache = np.zeros((2, 2, *key.shape[1:]), target)
+        scales = [np.ones(2, np.float32)] * 2 if target in ("int8", "uint8") else [None, None]
+        found[f"{source} to {target}"] = write_launches(key, key, cache, cache, np.arange(3), *scales)[0]
+    copy = copy_launch(np.zeros((2, 3, 4, 2, 8), np.float16), np.array([[0, 1]]))
+    assert copy is not None
+    return {**found, "copy_blocks": copy}
 
 
-@cache
-def ptx_of(name: str, cc: tuple[int, int]) -> str:
-    words, slots, i64 = array("uint32", 1), array("int32", 1), types.int64
-    if name == "move_rows":
-        kernel, signature = move_rows_kernel, (words, words, words, words, slots, i64, i64, i64)
-    elif name == "copy_blocks":
-        kernel, signature = copy_blocks_kernel, (words, array("int64", 2), i64, i64)
-    else:
-        source, target = name.split(" to ")
-        key, kv_cache, scales = array(source, 3, "A"), array(target, 4), array("float32", 1)
-        kernel, signature = write_kv_kernel(source, target), (key, key, kv_cache, kv_cache, slots, scales, scales)
-    ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=cc)
-    return str(ptx)
-
-
-CONVERSIONS = [f"{a} to {b}" for a, b in (("float32", "float16"), ("float16", "uint16"), ("uint16", "int8"),
-               ("float32", "uint8"), ("float32", "float32"))]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["move_rows", "copy_blocks", *CONVERSIONS])
-def test_ptx_has_no_float64_no_local_memory_and_no_call(name: str) -> None:
-    for cc in ((8, 0), (9, 0)):
-        ptx = ptx_of(name, cc)
-        assert ".f64" not in ptx
-        assert ".local" not in ptx
-        assert not re.search(r"\bcall\b", ptx)
-
-
-@pytest.mark.parametrize("name", ["move_rows", "copy_blocks"])
-def test_ptx_moves_16_bytes_at_once(name: str) -> None:
-    ptx = ptx_of(name, (8, 0))
-    assert re.search(r"ld\.global\S*\.v4\.", ptx), ptx
-    assert re.search(r"st\.global\S*\.v4\.", ptx)
+@pytest.mark.parametrize("name", launches())
+def test_machine_code(name: str) -> None:
+    pytest.importorskip("cuda.bindings.nvjitlink", reason="cuda-bindings links PTX to machine code")
+    launch = launches()[name]
+    for capability in ((8, 0), (9, 0)):
+        code = compile_kernel(launch.kernel, parameters(launch.args), (launch.num_threads, 1), capability)
+        assert ".f64" not in code.ptx
+        assert ".local" not in code.ptx
+        assert not re.search(r"\bcall\b", code.ptx)
+        assert (code.stack_bytes, code.spill_stores, code.spill_loads) == (0, 0, 0)
+        if name in ("float16 to float16", "copy_blocks"):
+            for what in ("ld", "st"):
+                assert re.search(rf"{what}\.global\S*\.v4\.", code.ptx), code.ptx

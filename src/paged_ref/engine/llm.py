@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..config import kv_bytes_per_token
+from ..device import on_gpu
+from ..device import reason as reason_for_device
 from ..kernels import why_not
 from ..memory.events import Log, ModelOpened, RequestArrived
 from ..memory.factory import WATERMARK, ManagerName, make_manager
@@ -23,6 +25,7 @@ from ..model.loading import load
 from .beam import BeamSearch
 from .core import EngineCore
 from .outputs import RequestOutput, SequenceOutput, StepRecord, TokenOutput
+from .recorded import RecordedDecode
 from .request import Request, Sample
 from .sampling import SamplingParams, generator
 from .scheduler import Preemption, Scheduler
@@ -58,6 +61,7 @@ class LLM(EngineCore):
         free_order: Sequence[int] | None = None,
         backend: str = "auto",
         dtype: str = "float32",
+        cuda_graphs: bool = False,
         sanitize: bool = False,
         log: Log | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
@@ -74,11 +78,17 @@ class LLM(EngineCore):
         `block_size`, `free_order` (the order in which blocks are handed out), `prefix_cache` and `watermark`
         (the share of the blocks that admission leaves) are for the paged one.
 
+        `cuda_graphs`, on a GPU with the paged manager, records each size of decode step once and replays it: less
+        host time for each step (`paged-ref bench model` measures how much). A backend that waits for the device
+        cannot be recorded; it raises RuntimeError at the first decode step.
+
         `sanitize` checks every read of the cache; `log` is told all that happens (memory/events.py);
         `on_step` gets a StepRecord after each step. None of the three changes a token.
         """
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
+        if cuda_graphs and not on_gpu:
+            raise ValueError(f"cuda_graphs is on; no GPU is in use here: {reason_for_device}")
         checkpoint = load(model)
         config = checkpoint.config
         if kv_cache_bytes is not None:
@@ -110,10 +120,13 @@ class LLM(EngineCore):
         )
         unit = block_size if kv_manager.paged else 1
         shape = (config.num_layers, num_slots // unit, unit, config.num_kv_heads, config.head_size)
+        decoder: Llama | RecordedDecode = Llama(config, checkpoint.weights, dtype)
+        if cuda_graphs:
+            decoder = RecordedDecode(decoder)
         super().__init__(
             config,
             checkpoint.tokenizer,
-            Llama(config, checkpoint.weights, dtype),
+            decoder,
             kv_manager,
             Scheduler(kv_manager, max_batch_tokens, max_batch_seqs, preemption),
             KVStorage(*shape, dtype, num_host_blocks=host_kv_tokens // unit),

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..device import Array, module_of, to_host
-from . import cuda
+from . import launching
 from .arguments import CACHES, FLOATS, adopt, check_scales, like_caller, require_dtype, scales_of
+from .launching import Launch
 from .quantize import decode, encode, word
 
 
@@ -65,10 +66,12 @@ def write_kv(
         if slot_mapping.size and slot_mapping.max() >= num_slots:
             raise ValueError(f"slot_mapping holds {int(slot_mapping.max())}; the cache has slots 0 to {num_slots - 1}")
 
-    if key.shape[0] == 0:
+    if key.size == 0 or key_cache.size == 0:
         return
-    if xp is not np and cuda.unavailable() is None and key.dtype != np.float64:
-        cuda.start(*write_launch(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales))
+    on_gpu = xp is not np and launching.unavailable() is None
+    if on_gpu and key.dtype != np.float64 and min(*key.strides, *value.strides, *key_cache.strides) >= 0:
+        for launch in write_launches(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales):
+            launching.start(launch)
         return
     if slot_mapping.size and slot_mapping.min() < 0:
         written = slot_mapping >= 0
@@ -82,7 +85,7 @@ def write_kv(
     value_cache[where] = encode(value, value_cache.dtype, value_scales)
 
 
-def write_launch(
+def write_launches(
     key: Array,
     value: Array,
     key_cache: Array,
@@ -90,23 +93,37 @@ def write_launch(
     slot_mapping: Array,
     key_scales: Array | None = None,
     value_scales: Array | None = None,
-) -> cuda.Launch:
-    """The kernel for this write: in chunks of 16 bytes where rows stay as they are, else number by number."""
+) -> list[Launch]:
+    """What writes these: one kernel, by 16 bytes, where rows stay as they are; else one each, by numbers."""
     from . import store_kernels
 
-    grid = (key.shape[0], 2)
+    slots = module_of(key).ascontiguousarray(slot_mapping)
     whole = key_cache.flags.c_contiguous and value_cache.flags.c_contiguous  # then slots are rows, too
     row_bytes = key.shape[1] * key.shape[2] * key.dtype.itemsize
     arrays = (key, value, key_cache, value_cache)
     if key.dtype == key_cache.dtype and whole and row_bytes % 16 == 0 and all(map(_in_chunks, arrays)):
-        words, sizes = tuple(map(_words, arrays)), (row_bytes // 4, key.strides[0] // 4, value.strides[0] // 4)
-        return store_kernels.move_rows_kernel, grid, _threads(row_bytes), (*words, slot_mapping, *sizes)
-    if key_cache.ndim == 3:  # slots are blocks of one
-        key_cache, value_cache = key_cache[:, None], value_cache[:, None]
-    if key_scales is None or value_scales is None:  # a kernel takes what it does not read, too
-        key_scales = value_scales = module_of(key).empty(key.shape[1], dtype=np.float32)
-    kernel = store_kernels.write_kv_kernel(key.dtype.name, key_cache.dtype.name)
-    return kernel, grid, 128, (key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
+        sizes = (np.int64(size // 4) for size in (row_bytes, key.strides[0], value.strides[0]))
+        args = (*map(_words, arrays), slots, *sizes)
+        return [Launch(store_kernels.move_rows_kernel, (key.shape[0], 2), _threads(row_bytes), args)]
+    kernel = store_kernels.write_rows_kernel(key.dtype.name, key_cache.dtype.name)
+    launches = []
+    for new, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
+        if cache.ndim == 3:  # slots are blocks of one
+            cache = cache[:, None]
+        if scales is None:  # a kernel takes what it does not read, too
+            scales = module_of(key).empty(key.shape[1], dtype=np.float32)
+        steps = (stride // array.itemsize for array in (new, cache) for stride in array.strides)
+        sizes = (np.int64(size) for size in (*key.shape[1:], cache.shape[1], *steps))
+        args = (_span(new), _span(cache), slots, module_of(key).ascontiguousarray(scales), *sizes)
+        launches.append(Launch(kernel, (key.shape[0], 1), 128, args))
+    return launches
+
+
+def _span(array: Array) -> Array:
+    """All memory from the first element of `array` to its last, gaps included, as a flat array: no copy."""
+    count = 1 + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)) // array.itemsize
+    flat: Array = module_of(array).lib.stride_tricks.as_strided(array, (count,), (array.itemsize,))
+    return flat
 
 
 def _in_chunks(array: Array) -> bool:
@@ -118,7 +135,7 @@ def _in_chunks(array: Array) -> bool:
 
 
 def _words(array: Array) -> Array:
-    """From the first row of `array` to its last as flat uint32, with whatever lies between: no copy."""
+    """From the first row of `array` to its last as uint32, with whatever lies between: no copy."""
     first = array[:1].reshape(-1).view(np.uint32)
     count = (array.shape[0] - 1) * array.strides[0] // 4 + first.size
     flat: Array = module_of(array).lib.stride_tricks.as_strided(first, (count,), (4,))
@@ -157,15 +174,16 @@ def copy_planes(cache: Array, pairs: np.ndarray) -> None:
 
     `pairs [num_pairs, 2]` in host memory; nothing is checked.
     """
-    launch = copy_launch(cache, pairs) if module_of(cache) is not np and cuda.unavailable() is None else None
+    on_gpu = module_of(cache) is not np and launching.unavailable() is None
+    launch = copy_launch(cache, pairs) if on_gpu else None
     if launch is not None:
-        cuda.start(*launch)
+        launching.start(launch)
     else:
         sources, destinations = module_of(cache).asarray(pairs).T
         cache[:, destinations] = cache[:, sources]
 
 
-def copy_launch(cache: Array, pairs: np.ndarray) -> cuda.Launch | None:
+def copy_launch(cache: Array, pairs: np.ndarray) -> Launch | None:
     """The kernel that copies these blocks in place; None where it cannot: a block is both source and destination
     (which must be read before it is written), or blocks are no whole 16-byte chunks."""
     from . import store_kernels
@@ -173,8 +191,9 @@ def copy_launch(cache: Array, pairs: np.ndarray) -> cuda.Launch | None:
     if not (cache.flags.c_contiguous and _in_chunks(cache[0])) or np.isin(pairs[:, 0], pairs[:, 1]).any():
         return None
     words, block_bytes = _words(cache.reshape(-1, *cache.shape[2:])), cache[0, 0].nbytes
-    args = (words, module_of(cache).asarray(pairs), block_bytes // 4, cache.shape[1] * block_bytes // 4)
-    return store_kernels.copy_blocks_kernel, (len(pairs), cache.shape[0]), _threads(block_bytes), args
+    plane_words = cache.shape[1] * block_bytes // 4
+    args = (words, module_of(cache).asarray(pairs.reshape(-1)), np.int64(block_bytes // 4), np.int64(plane_words))
+    return Launch(store_kernels.copy_blocks_kernel, (len(pairs), cache.shape[0]), _threads(block_bytes), args)
 
 
 def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:

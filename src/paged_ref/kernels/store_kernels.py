@@ -1,6 +1,8 @@
 # mypy: ignore-errors
 """The CUDA kernels that move K and V: into slots, and from block to block. store.py launches them.
 
+Arrays come as pointers: flat, as launching.py passes them.
+
 Where a row is stored as it comes, it is moved in chunks of 16 bytes, the most that a thread can move at once.
 Else each number is converted on the way, with the rounding of quantize.py to the bit.
 """
@@ -21,22 +23,19 @@ from numba.types import float32, int32, uint8, uint16, uint32
 def copy16(typing, target, to, source, at):
     """target[to : to + 4] = source[at : at + 4]: one load and one store of 16 bytes.
 
-    Both are flat arrays of uint32 that begin at a multiple of 16 bytes; `to` and `at` are multiples of 4.
+    Both are uint32 that begin at a multiple of 16 bytes; `to` and `at` are multiples of 4.
     """
+    words = types.CPointer(uint32)
 
     def codegen(context, builder, signature, args):
+        target, to, source, at = args
         four = ir.VectorType(ir.IntType(32), 4).as_pointer()
-
-        def place(array, index):
-            data = context.make_array(signature.args[array])(context, builder, args[array]).data
-            return builder.bitcast(builder.gep(data, [args[index]]), four)
-
-        loaded = builder.load(place(2, 3))
+        loaded = builder.load(builder.bitcast(builder.gep(source, [at]), four))
         loaded.align = 16
-        builder.store(loaded, place(0, 1)).align = 16
+        builder.store(loaded, builder.bitcast(builder.gep(target, [to]), four)).align = 16
         return context.get_dummy_value()
 
-    return types.void(target, types.int64, source, types.int64), codegen
+    return types.void(words, types.int64, words, types.int64), codegen
 
 
 def _copy16(target, to, source, at):
@@ -70,21 +69,21 @@ copy16.traced_as, bits_of.traced_as, float_of.traced_as = _copy16, _bits_of, _fl
 
 @cuda.jit
 def copy_blocks_kernel(cache, pairs, block_words, plane_words):
-    """Copy block pairs[i, 0] to block pairs[i, 1] in each plane of `cache`, flat uint32.
+    """Copy block pairs[2 * i] to block pairs[2 * i + 1] in each plane of `cache`, uint32.
 
     A plane is the K or the V of one layer. No block may be both a source and a destination. Launch with the
     grid (num_pairs, num_planes) and any number of threads; block_words and plane_words are multiples of 4.
     """
     pair, plane = cuda.blockIdx.x, cuda.blockIdx.y
-    source = plane * plane_words + pairs[pair, 0] * block_words
-    target = plane * plane_words + pairs[pair, 1] * block_words
+    source = plane * plane_words + pairs[2 * pair] * block_words
+    target = plane * plane_words + pairs[2 * pair + 1] * block_words
     for word in range(4 * cuda.threadIdx.x, block_words, 4 * cuda.blockDim.x):
         copy16(cache, target + word, cache, source + word)
 
 
 @cuda.jit
 def move_rows_kernel(key, value, key_cache, value_cache, slot_mapping, row_words, key_step, value_step):
-    """Write each token's row of K and V to its slot, unchanged; a negative slot is skipped. All flat uint32.
+    """Write each token's row of K and V to its slot, unchanged; a negative slot is skipped. All uint32.
 
     row_words is the length of a row and of a slot; the rows of key lie key_step words apart. All three are
     multiples of 4. Launch with the grid (num_tokens, 2), the second of it K and V, and any number of threads.
@@ -165,34 +164,32 @@ ENCODE = {"uint16": to_bfloat16, "int8": to_int8, "uint8": to_float8}
 
 
 @cache
-def write_kv_kernel(source: str, target: str):
-    """The kernel that writes K and V of the dtype `source` into caches of the dtype `target`."""
+def write_rows_kernel(source: str, target: str):
+    """The kernel that writes K, or V, of the dtype `source` into a cache of the dtype `target`."""
     if source == target:
         decode, encode = unchanged, as_it_is
     else:
         decode, encode = DECODE.get(source, widened), ENCODE.get(target, as_it_is)
 
     @cuda.jit
-    def kernel(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales):
-        """Write each token's K and V to its slot; a negative slot is skipped.
+    def kernel(
+        rows, cache, slot_mapping, scales, num_heads, head_size, block_size,
+        row_step, row_head_step, row_dim_step, block_step, slot_step, head_step, dim_step,
+    ):  # fmt: skip
+        """Write each token's row to its slot, number by number; a negative slot is skipped.
 
-        key, value            [num_tokens, num_kv_heads, head_size]
-        caches                [num_blocks, block_size, num_kv_heads, head_size]
-        key_scales and so on  [num_kv_heads] float32, read by the formats that have scales
-
-        Launch with the grid (num_tokens, 2), the second of it K and V, and any number of threads.
+        rows [num_tokens, num_heads, head_size] and cache [num_blocks, block_size, num_heads, head_size] lie in
+        memory by their steps, in elements; scales [num_heads] are read by the formats that have scales. Launch
+        with the grid (num_tokens, 1) and any number of threads.
         """
-        token, which = cuda.blockIdx.x, cuda.blockIdx.y
+        token = cuda.blockIdx.x
         slot = slot_mapping[token]
         if slot < 0:
             return
-        block, offset = slot // key_cache.shape[1], slot % key_cache.shape[1]
-        head_size = key.shape[2]
-        for i in range(cuda.threadIdx.x, key.shape[1] * head_size, cuda.blockDim.x):
+        source_at, target_at = token * row_step, slot // block_size * block_step + slot % block_size * slot_step
+        for i in range(cuda.threadIdx.x, num_heads * head_size, cuda.blockDim.x):
             head, d = i // head_size, i % head_size
-            if which == 0:
-                key_cache[block, offset, head, d] = encode(decode(key[token, head, d]), key_scales[head])
-            else:
-                value_cache[block, offset, head, d] = encode(decode(value[token, head, d]), value_scales[head])
+            number = decode(rows[source_at + head * row_head_step + d * row_dim_step])
+            cache[target_at + head * head_step + d * dim_step] = encode(number, scales[head])
 
     return kernel
