@@ -149,6 +149,7 @@ def test_parts_merge_as_merge_states_does() -> None:
     want, want_lse = merge_states(outputs, lses * np.float32(np.log(2)))
     trace.run(combine.kernel, combine.grid, combine.bounds[0], *combine.args)
     np.testing.assert_allclose(call.out, want, rtol=1e-6, atol=1e-6)
+    assert call.lse is not None
     np.testing.assert_allclose(call.lse, want_lse, rtol=1e-6)
 
 
@@ -209,7 +210,7 @@ def test_what_it_leaves_out_it_names(case: Case, reason: str) -> None:
 
 def test_rows_that_begin_off_a_16_byte_border_are_refused() -> None:
     problem = build(Case(cache_dtype="float16"))
-    key_cache, value_cache, tables = problem.paged
+    key_cache, _, tables = problem.paged
     shifted = np.zeros(key_cache.size + 8, np.float16)[1 : key_cache.size + 1].reshape(key_cache.shape)
     problem.paged = (key_cache, shifted, tables)
     said = flash.unsupported_by_kernels(call_of(problem, "paged"))
@@ -224,7 +225,8 @@ def test_a_product_is_laid_out_as_the_ptx_manual_says() -> None:
     from paged_ref.kernels import flash_intrinsics as intrinsics
 
     rng = np.random.default_rng(0)
-    for wide, answer in ((16, intrinsics._answer_float16), (8, intrinsics._answer_tfloat32)):
+    answers: Any = ((16, intrinsics._answer_float16), (8, intrinsics._answer_tfloat32))
+    for wide, answer in answers:
         a, b, c = (rng.integers(-8, 8, shape).astype(np.float32) for shape in ((16, wide), (wide, 8), (16, 8)))
         lanes: dict[Any, Any] = {}
         for lane in range(32):
@@ -259,7 +261,7 @@ def test_8_bit_numbers_become_the_same_float16(name: str) -> None:
     element = ELEMENTS[name]
     score_operand, value_operand, factor = element.score_operand, element.value_operand, np.float32(element.factor)
 
-    @cuda.jit
+    @cuda.jit  # type: ignore[untyped-decorator]
     def convert(words, scores, values):  # type: ignore[no-untyped-def]
         for i in range(64):
             scores[2 * i], scores[2 * i + 1] = score_operand(words, i, 0)

@@ -11,8 +11,10 @@ pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra
 pytest.importorskip("cuda.bindings.nvjitlink", reason="cuda-bindings links PTX to machine code (extra `ptx`)")
 
 from paged_ref.bench import sass
+from paged_ref.kernels.flash_combine import combine_kernel
 from paged_ref.kernels.flash_elements import ELEMENTS
-from paged_ref.kernels.flash_kernels import NUM_THREADS, Variant, attention_kernel, combine_kernel
+from paged_ref.kernels.flash_kernels import attention_kernel
+from paged_ref.kernels.flash_variant import NUM_THREADS, Variant
 from paged_ref.kernels.machine_code import (
     Code,
     compile_kernel,

@@ -1,19 +1,24 @@
 """Backend `cuda-flash`: the tuned kernels of `flash_kernels.py`, chosen, launched and explained.
 
-Decode is one read of K and V and little else, so the yardstick is a copy of the same bytes. Four ideas bring
-the kernel to it (the kernels' own docstring has the details):
+Decoding reads K and V once and does little else, so the yardstick is a copy of the same bytes. Four ideas bring
+the kernel to it (the kernel's own docstring has the details):
 
-  16-byte loads, 8 KiB of K and V in flight for each warp, 12 warps on a multiprocessor, straight to registers;
-  the heads of a group share each load, and the tensor cores do their products: groups of 1 to 8 cost the same;
-  long sequences are split over CUDA blocks, so that one sequence fills the GPU (flash-decoding, Dao et al. 2023);
-  the price of paging is one table entry for each tile, read a tile ahead.
+* loads of 16 bytes, straight to registers; up to 8 KiB of K and V in flight for each of 12 warps;
+* the heads of a group share each load, and the tensor cores do their products: groups of 1 to 8 cost the same;
+* long sequences are split over CUDA blocks, so that one sequence fills the GPU (flash-decoding, Dao et al. 2023);
+* paging costs one table entry for each tile, read two tiles ahead.
 
-Why tensor cores, for one query? A group of 8 heads has 16 multiplications and additions for each number of K or
-V. On the ordinary units that alone is 8 * 512 / 32 = 128 warp instructions for each KiB of float16, and then come
-conversions and shuffles. `paged-ref bench sass` counts what this kernel needs: about 40 for float16, whatever the
-group, 90 for int8 and 100 for float8. And what a GPU can issue: an H200 reads 4.8 TB/s = 4.7e9 KiB/s, and
-132 multiprocessors * 4 schedulers * 1.755 GHz issue 927e9 warp instructions a second: 198 for each KiB. So a
-float16 decode fills a fifth of the issue slots, and an int8 one half; memory is the bound.
+Why tensor cores for a single query? The 8 heads of a group have 8 multiply-adds for each number of K and of V. A
+warp does 32 at once, so a KiB of float16 (512 numbers) would take 8 * 512 / 32 = 128 instructions before any
+conversion, shuffle or exponential. What a GPU can issue: an H200 reads 4.8 TB/s = 4.69e9 KiB/s; its 132
+multiprocessors * 4 schedulers * 1.755 GHz issue 927e9 warp instructions a second, so 198 for each KiB. More, and
+memory waits for instructions. With tensor cores a KiB takes 30 in float16 with heads of 128 (45 with heads of 64),
+whatever the group, 54 in float32, 99 in int8, 112 in float8: counted from machine code by `paged-ref bench sass`.
+So float16 fills 15 % of the issue slots, float8 57 %, and memory is the bound; groups over 8 read K and V again
+for each 8 heads. In flight at a time must be what memory takes to answer, about a microsecond: 4.8 MB, 36 KiB for
+each multiprocessor. The kernels keep 48 to 96 there.
+
+float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers.
 """
 
 from __future__ import annotations
@@ -94,7 +99,7 @@ def unsupported_by_kernels(call: AttentionCall) -> str | None:
 
 def variant_of(call: AttentionCall, split: bool = False) -> Any:
     """The kernel's `Variant` for this call: prefill where there are more tokens than sequences."""
-    from .flash_kernels import Variant
+    from .flash_variant import Variant
 
     return Variant(
         cache=NAMES[call.keys.dtype],
@@ -133,7 +138,9 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
 
     `num_splits=None` chooses for a GPU with so many multiprocessors. Prefill is never split.
     """
-    from .flash_kernels import NUM_THREADS, ROWS, attention_kernel, combine_kernel
+    from .flash_combine import combine_kernel
+    from .flash_kernels import attention_kernel
+    from .flash_variant import NUM_THREADS, ROWS
 
     xp, variant = module_of(call.query), variant_of(call)
     num_tokens, num_heads, num_kv_heads = call.query.shape[0], call.num_heads, call.num_kv_heads
@@ -188,8 +195,8 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
     answer = [Launch(attention_kernel(variant), (blocks, num_splits, 1), bounds, args)]
     if variant.split:
         combine = combine_kernel(variant.query, variant.head_size, variant.sinks)
-        args = (out, lse.ravel(), *args[:2], np.int64(num_heads), np.int64(num_splits), sinks)
-        answer.append(Launch(combine, (num_tokens * num_heads, 1, 1), (NUM_THREADS, 8), args))
+        parts = (out, lse.ravel(), *args[:2], np.int64(num_heads), np.int64(num_splits), sinks)
+        answer.append(Launch(combine, (num_tokens * num_heads, 1, 1), (NUM_THREADS, 8), parts))
     return answer
 
 
@@ -242,7 +249,7 @@ def _address(array: Array) -> int:
 def _span(array: Array) -> int:
     """Bytes from the first to past the last element."""
     size = array.dtype.itemsize
-    return size + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    return int(size + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)))
 
 
 def _span_of(array: Array, dtype: Any) -> Array:
