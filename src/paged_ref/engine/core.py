@@ -23,7 +23,6 @@ from ..model.tokenizer import Tokenizer
 from .beam import Hypothesis
 from .long_context import LongContext
 from .outputs import FinishReason, RequestOutput, SequenceOutput, StepRecord, TokenOutput
-from .recorded import RecordedDecode
 from .request import Request, Sample
 from .sampling import SamplingParams, draw, hooked
 from .scheduler import Scheduler, StepPlan
@@ -37,7 +36,7 @@ class EngineCore:
         self,
         config: ModelConfig,
         tokenizer: Tokenizer,
-        model: Llama | RecordedDecode,
+        model: Llama,
         manager: KVCacheManager,
         scheduler: Scheduler,
         storage: KVStorage,
