@@ -27,6 +27,7 @@ from paged_ref.memory.replay import replay
 from paged_ref.memory.sanitizer import SanitizerError
 from paged_ref.memory.storage import PageStorage
 from paged_ref.memory.streaming import StreamingManager
+from paged_ref.model.loading import load
 
 PROMPTS = [
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, "
@@ -34,6 +35,9 @@ PROMPTS = [
     "Four score and seven years ago our",
     "The cat",
 ]
+CONFIG = load("tiny").config
+PER_BLOCK = CONFIG.num_layers * CONFIG.num_kv_heads  # pages
+CONTEXT = CONFIG.max_position_embeddings
 GREEDY = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (20, 30, 12)]
 BOUND = 1e-4  # of logits up to 20, as in test_equivalence.py
 
@@ -66,8 +70,8 @@ DEVICES = [
     {"device_blocks": 9, "block_size": 4, "max_batch_tokens": 7},
     {"device_blocks": 20, "block_size": 4, "evict": "relevance"},
     {"device_blocks": 10, "block_size": 16, "host_blocks": 0},  # all of it fits: nothing moves
-    {"device_blocks": 1, "block_size": 4, "staging_pages": 1},
-    {"device_blocks": 1, "block_size": 4, "staging_pages": 19, "max_batch_tokens": 16},
+    {"device_blocks": 1, "block_size": 16, "staging_pages": 1},
+    {"device_blocks": 1, "block_size": 8, "staging_pages": 11, "max_batch_tokens": 16},
     {"device_blocks": 5, "block_size": 3, "staging_pages": 8, "backend": "reference"},
     {"device_blocks": 12, "block_size": 8, "backend": "reference"},
 ]
@@ -102,7 +106,7 @@ def test_tiles_change_no_bit() -> None:
 
 def test_a_prompt_longer_than_the_device_is_computed_in_chunks() -> None:
     """400 tokens on a device of 2 blocks of 16; the bytes are what paper says."""
-    ids = [5 + i * 7 % 800 for i in range(400)]
+    ids = [5 + i * 7 % (CONFIG.vocab_size - 5) for i in range(400)]
     params = [SamplingParams(max_tokens=3, ignore_eos=True)]
     expected = Engine("tiny", kv_cache_tokens=512, max_batch_tokens=64).run([ids], params)
     engine = Engine("tiny", device_blocks=2, max_batch_tokens=64)
@@ -121,23 +125,23 @@ def test_moved_bytes_are_those_on_paper() -> None:
     for _ in range(8):
         before = replace(long_context.counters)
         resident_pages = sum(b >= 0 for b in long_context.manager.residency.device_of)
-        assert resident_pages == 8 * 24
+        assert resident_pages == 8 * PER_BLOCK
         engine.step()
         after = long_context.counters
-        num_pages = 21 * 24  # 21 blocks hold 321 to 336 tokens, in 6 layers of 4 KV heads
+        num_pages = 21 * PER_BLOCK  # 21 blocks hold 321 to 336 tokens
         assert after.attended - before.attended == num_pages
         missing = num_pages - (after.resident - before.resident)
         moved = after.bytes_in - before.bytes_in
         assert moved >= missing * long_context.page_bytes
-        assert moved <= (missing + 24) * long_context.page_bytes  # and the last pages, where they had left
-        assert after.bytes_out - before.bytes_out <= 24 * long_context.page_bytes
+        assert moved <= (missing + PER_BLOCK) * long_context.page_bytes  # and the last pages, where they had left
+        assert after.bytes_out - before.bytes_out <= PER_BLOCK * long_context.page_bytes
     engine.finish()
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_device_stays_as_it_is_while_the_context_grows(batch: int) -> None:
     sizes = set()
-    for tokens in (30, 120, 300):
+    for tokens in (20, 60, 150):
         engine = Engine("tiny", device_blocks=3, max_batch_tokens=batch, sanitize=False)
         engine.add([9] * tokens, SamplingParams(max_tokens=2))
         engine.finish()
@@ -173,7 +177,10 @@ REFUSED = [
     ({"device_blocks": 0}, "device_blocks is 0; at least 1 is needed"),
     ({"device_blocks": 2, "host_blocks": -1}, "host_blocks is -1; at least 0 is needed"),
     ({"device_blocks": 2, "staging_pages": 0}, "staging_pages is 0; at least 1 is needed, a page of 16 tokens"),
-    ({"device_blocks": 1, "staging_pages": 24}, "device_blocks is 1, which is 24 pages; with 24 of them for staging"),
+    (
+        {"device_blocks": 1, "staging_pages": PER_BLOCK},
+        f"device_blocks is 1, which is {PER_BLOCK} pages; with {PER_BLOCK}",
+    ),
     ({"device_blocks": 2, "attend": 0}, "attend is 0; 'all', a budget of at least 1 block, or a share above 0"),
     ({"device_blocks": 2, "attend": 0.0}, "attend is 0.0;"),
     ({"device_blocks": 2, "attend": 1.5}, "attend is 1.5;"),
@@ -186,7 +193,7 @@ REFUSED = [
     ({"device_blocks": 2, "prefix_cache": True}, "prefix_cache is True, and device_blocks is 2"),
     ({"host_blocks": 8}, "host_blocks is 8, and device_blocks is not given"),
     ({"attend": 0.1}, "attend is 0.1, and device_blocks is not given"),
-    ({"device_blocks": 2, "max_model_len": 513}, "max_model_len is 513; 1 to the model's context of 512"),
+    ({"device_blocks": 2, "max_model_len": CONTEXT + 1}, f"1 to the model's context of {CONTEXT} can be had"),
     ({"device_blocks": 2, "max_model_len": 0, "beyond_context": True}, "max_model_len is 0"),
 ]
 
@@ -238,13 +245,16 @@ def test_a_budget_bounds_what_is_read_and_moved() -> None:
     long_context = engine.llm.long_context
     assert long_context is not None
     assert long_context.manager.evict == "relevance"
-    engine.add([5 + i * 11 % 700 for i in range(330)], SamplingParams(max_tokens=20, ignore_eos=True))
+    engine.add(
+        [5 + i * 11 % (CONFIG.vocab_size - 5) for i in range(330)], SamplingParams(max_tokens=20, ignore_eos=True)
+    )
     engine.step()
     for _ in range(10):
         before = replace(long_context.counters)
         engine.step()
         num_blocks = -(-engine.manager.length(0) // 16)
-        assert long_context.counters.attended - before.attended == 4 * (num_blocks + 5 * 4)
+        per_head = num_blocks + (CONFIG.num_layers - 1) * 4
+        assert long_context.counters.attended - before.attended == CONFIG.num_kv_heads * per_head
     engine.finish()
 
 
@@ -293,13 +303,13 @@ def test_what_is_observed_adds_up(model: str) -> None:
 def test_a_log_tells_where_every_page_was_and_survives_json() -> None:
     engine = Engine("tiny", device_blocks=2, block_size=4, attend=0.5)
     assert engine.llm.long_context is not None
-    engine.llm.long_context.watch = (3, 5)
+    watch = engine.llm.long_context.watch = (CONFIG.num_layers - 1, CONFIG.num_heads - 1)
     run = engine.run(PROMPTS[:2], GREEDY[:2])
     events = [from_json(to_json(event)) for event in engine.events]
     assert events == engine.events
     assert replay(events).pages == PageState.of(engine.llm.long_context.manager)
     told = [event for event in events if isinstance(event, PagesAttended)]
-    assert {(event.layer, event.head) for event in told} == {(3, 5)}
+    assert {(event.layer, event.head) for event in told} == {watch}
     assert len(told) == sum(len(output.outputs[0].token_ids) for output in run.outputs)
     for event in told:
         assert abs(sum(event.mass) - 10**6) <= len(event.mass)

@@ -113,8 +113,7 @@ def needle(attend: Attend) -> tuple[float, Observation, LongContext]:
             value_cache[0, :count] = xp.asarray(values[first : first + count])
             if count == 1:
                 long_context.observe = seen.append
-                inputs = None
-                out = long_context(xp.asarray(query), key_cache, value_cache, inputs, sliding_window=None)  # type: ignore[arg-type]
+                out = long_context(xp.asarray(query), key_cache, value_cache, None, sliding_window=None)
             else:
                 long_context.write(key_cache[0, :count], value_cache[0, :count])
     assert out is not None

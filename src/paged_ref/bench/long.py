@@ -11,8 +11,10 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -21,14 +23,14 @@ from rich.table import Table
 
 from ..config import ModelConfig
 from ..device import Array, describe, on_gpu, synchronize, xp
-from ..engine.long_context import LongContext, LongOptions
+from ..engine.long_context import STAGING_BYTES, LongContext, LongOptions
 from ..kernels import paged_attention
 from ..kernels.out_of_core import TwoCaches, streamed_attention
 from ..memory.relevance import Attend
 
 BLOCK_SIZE = 16
 CHUNK = 4096  # tokens written at once
-HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128  # a layer of Llama 3 8B
+SHAPES = {"Llama 3 8B": (32, 8, 128), "TinyLlama": (32, 4, 64), "the embedded model": (8, 4, 16)}  # of one layer
 SMALL = (8, 2, 64)  # of the table that grows to a million tokens: 1 GiB of K and V there, in float32
 
 
@@ -146,50 +148,47 @@ def grow(contexts: list[int], device_blocks: int, rounds: int) -> list[Growth]:
 def streaming(tokens: int, rounds: int) -> list[Ratio]:
     """The same attention with everything on the device, and with everything on the host; copies included."""
     found = []
-    for name, (heads, kv_heads, size) in (
-        ("Llama 3 8B", (HEADS, KV_HEADS, HEAD_SIZE)),
-        ("TinyLlama", (32, 4, 64)),
-        ("the embedded model", (8, 4, 16)),
-    ):
-        rng = np.random.default_rng(0)
-        per_head = -(-tokens // BLOCK_SIZE)
-        total = per_head * kv_heads
-        noise = rng.standard_normal((1, BLOCK_SIZE, 1, size), dtype=np.float32)
-        whole = [np.broadcast_to(noise, (2 * total, BLOCK_SIZE, 1, size)).copy() for _ in range(2)]
-        num_staging = 0 if not on_gpu else min(total // 4, (8 << 20) // (2 * noise.nbytes))
-        cut = total + num_staging
-        device = [xp.asarray(array[:cut]) for array in whole]
-        caches = TwoCaches(
-            device[0], device[1], *(_pinned(array[total:]) for array in whole),
-            range(total, cut), None if on_gpu else (whole[0], whole[1]),
-        )  # fmt: skip
-        table = np.arange(total).reshape(kv_heads, per_head)
-        nowhere = np.full_like(table, -1)
+    for name, (heads, kv_heads, size) in SHAPES.items():
+        caches, table = _both(tokens, kv_heads, size)
+        nowhere, lens = np.full_like(table, -1), np.full(kv_heads, tokens)
         for queries in (1, 64):
-            query = xp.asarray(rng.standard_normal((kv_heads * queries, heads // kv_heads, size), dtype=np.float32))
-            loc, lens = np.arange(kv_heads + 1) * queries, np.full(kv_heads, tokens)
-
-            def resident(query: Array = query, loc: np.ndarray = loc, lens: np.ndarray = lens) -> None:
-                paged_attention(
-                    query, *device, xp.asarray(table), xp.asarray(lens), xp.asarray(loc), validate=False  # noqa: B023
-                )  # fmt: skip
-
-            def streamed(query: Array = query, loc: np.ndarray = loc, lens: np.ndarray = lens) -> None:
-                streamed_attention(query, caches, nowhere, table, lens, loc)  # noqa: B023
-
+            shape = (kv_heads * queries, heads // kv_heads, size)
+            query = xp.asarray(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+            loc = np.arange(kv_heads + 1) * queries
+            on_device = (xp.asarray(table), xp.asarray(lens), xp.asarray(loc))
+            resident = partial(paged_attention, query, caches.keys, caches.values, *on_device, validate=False)
+            streamed = partial(streamed_attention, query, caches, nowhere, table, lens, loc)
             slow, fast = _shortest([streamed, resident], rounds)
-            what = f"{queries} new"
-            found.append(Ratio(f"{name}, {what}: streamed / resident", slow, fast))
+            found.append(Ratio(f"{name}, {queries} new: streamed / resident", slow, fast))
     return found
+
+
+def _both(tokens: int, kv_heads: int, head_size: int) -> tuple[TwoCaches, np.ndarray]:
+    """The same blocks on the device and on the host, and the table [kv_heads, blocks] that fits either."""
+    per_head = -(-tokens // BLOCK_SIZE)
+    total = per_head * kv_heads
+    noise = np.random.default_rng(0).standard_normal((1, BLOCK_SIZE, 1, head_size), dtype=np.float32)
+    num_staging = min(total // 4, STAGING_BYTES // (2 * noise.nbytes)) if on_gpu else 0
+    shape = (2 * total + num_staging, *noise.shape[1:])
+    keys, values = (np.broadcast_to(noise, shape).copy() for _ in range(2))
+    first_host = total + num_staging
+    caches = TwoCaches(
+        xp.asarray(keys[:first_host]),
+        xp.asarray(values[:first_host]),
+        _pinned(keys[first_host:]),
+        _pinned(values[first_host:]),
+        range(total, first_host),
+        None if on_gpu else (keys, values),
+    )
+    return caches, np.arange(total).reshape(kv_heads, per_head)
 
 
 def budgets(tokens: int, rounds: int) -> list[Ratio]:
     """A tenth of the pages on the device: the exact mode beside budgets."""
-    shape = (HEADS, KV_HEADS, HEAD_SIZE)
     num_blocks = -(-(tokens + 4 * rounds) // BLOCK_SIZE)
     layers = {}
     for attend in ("all", 0.25, 0.1):
-        layer = Layer(shape, num_blocks // 10, num_blocks + 1, attend)
+        layer = Layer(SHAPES["Llama 3 8B"], num_blocks // 10, num_blocks + 1, attend)
         layer.grow(tokens)
         for _ in range(3):
             layer.step()
@@ -211,7 +210,7 @@ def _pinned(array: np.ndarray) -> np.ndarray:
     return pinned
 
 
-def _shortest(contenders: list[Callable[[], None]], rounds: int) -> list[float]:
+def _shortest(contenders: list[Callable[[], Any]], rounds: int) -> list[float]:
     """Of each, the shortest time of so many rounds, taking turns."""
     for contender in contenders:
         contender()

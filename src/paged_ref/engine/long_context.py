@@ -201,10 +201,17 @@ class LongContext:
         return self.config.num_layers
 
     def __call__(
-        self, query: Array, key_cache: Array, value_cache: Array, inputs: StepInputs, *, sliding_window: int | None
+        self,
+        query: Array,
+        key_cache: Array,
+        value_cache: Array,
+        inputs: StepInputs | None,
+        *,
+        sliding_window: int | None,
     ) -> Array:
         """Attention of this layer: `query [num_tokens, num_heads, head_size]` after its keys and values were written
-        to the buffer, `[1, max_batch_tokens, num_kv_heads, head_size]`."""
+        to the buffer, `[1, max_batch_tokens, num_kv_heads, head_size]`. Of `inputs` nothing is needed: begin_step
+        has said all."""
         num_tokens, num_kv_heads = query.shape[0], self.config.num_kv_heads
         self.write(key_cache[0, :num_tokens], value_cache[0, :num_tokens])
         # [num_kv_heads * num_tokens, group_size, head_size]: one KV head after another

@@ -177,12 +177,15 @@ class StreamingManager:
         self.residency.unpin(old)
         fresh = iter(new)
         found = []
+        named: dict[tuple[int, int], list[int]] = {}  # (sequence, KV head) -> its new pages
         for pages, (seq_id, head, block) in zip(lists, wanted, strict=True):
             if block == len(pages):
                 pages.append(next(fresh))
                 self.priority[pages[block]] = block if self.evict == "sliding" else 1.0
-                if self.log:
-                    self.log(PagesNamed(seq_id, layer, head, (pages[block],)))
+                named.setdefault((seq_id, head), []).append(pages[block])
             found.append(pages[block])
         self.residency.written(old)
+        if self.log:
+            for (seq_id, head), its in named.items():
+                self.log(PagesNamed(seq_id, layer, head, tuple(its)))
         return found, transfers + more

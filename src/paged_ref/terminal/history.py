@@ -17,6 +17,7 @@ from ..memory.events import (
     BlockCached,
     Event,
     ModelOpened,
+    PagesAttended,
     PoolOpened,
     RegionPlaced,
     RegionSwappedIn,
@@ -46,6 +47,7 @@ MARKS = {
     "S": "swap out",
     "R": "return",
     "X": "preempted by recompute",
+    "A": "attention watched",
     "B": "beams",
     "N": "end of a sequence",
 }
@@ -56,6 +58,7 @@ _MARK_OF = {
     RegionSwappedIn: "R",
     BeamsReordered: "B",
     SequenceFinished: "N",
+    PagesAttended: "A",
 }
 CHECKPOINT_BUDGET = 4_000_000  # list entries that all checkpoints of a run may hold together, roughly
 
@@ -116,6 +119,7 @@ class History:
     spans: dict[int, list[tuple[int, str]]] = field(default_factory=dict)  # of sequences: (first step, what it does)
     marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS): what is worth a look
     caches: bool = False  # a prefix cache is on
+    streams: bool = False  # pages are on the device, on the host, or on both
     interval: int = 256  # events between two checkpoints
     max_checkpoints: int = 128
     num_applied: int = 0  # events, since the beginning: what stepping costs
@@ -211,6 +215,7 @@ class History:
             self.model, self.bytes_per_token = event.model, event.kv_bytes_per_token
             return
         if isinstance(event, PoolOpened):
+            self.streams = event.manager == "streaming"
             # Far fewer copies of a state with a million blocks than of one with a dozen.
             size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
             self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))

@@ -14,15 +14,21 @@ import paged_ref
 
 from ..engine.beam import BeamSearch
 from ..engine.llm import LLM
+from ..engine.long_context import LongContext
 from ..engine.scheduler import Scheduler
 from ..memory.events import (
     BeamsReordered,
     BlockCached,
+    PagesAttended,
+    PagesFreed,
+    PagesNamed,
+    PagesPlaced,
     PoolOpened,
     RegionPlaced,
     RegionSwappedIn,
     RegionSwappedOut,
     RequestArrived,
+    ResidencyOpened,
     SequenceAdmitted,
     SequenceFinished,
     SequenceForked,
@@ -35,7 +41,9 @@ from ..memory.events import (
 )
 from ..memory.paged import PagedManager
 from ..memory.prefix_cache import PrefixCache
+from ..memory.residency import Residency
 from ..memory.standard import StandardManager
+from ..memory.streaming import StreamingManager
 from ..memory.swapping import SwappingManager
 from .history import Moment
 
@@ -74,6 +82,8 @@ def actor(moment: Moment) -> Function:
         return PrefixCache.evict
     if isinstance(event, RegionPlaced) and moment.change.place_before is not None:
         return SwappingManager._make_room
+    if isinstance(event, SequenceAdmitted) and manager is StreamingManager:
+        return StreamingManager.admit
     named = _BY_MANAGER.get(type(event))
     if named is not None:
         function: Function = getattr(manager, named)
@@ -89,10 +99,11 @@ def ended(moment: Moment) -> bool:
     return isinstance(following, SequenceFinished) and following.seq_id == event.seq_id
 
 
-_MANAGERS: dict[str, type[PagedManager | StandardManager | SwappingManager]] = {
+_MANAGERS: dict[str, type[PagedManager | StandardManager | SwappingManager | StreamingManager]] = {
     "paged": PagedManager,
     "standard": StandardManager,
     "swapping": SwappingManager,
+    "streaming": StreamingManager,
 }
 _BY_MANAGER: dict[type, str] = {PoolOpened: "__init__", TokensAppended: "append", RegionPlaced: "admit"}
 _ALWAYS: dict[type, Function] = {
@@ -104,6 +115,11 @@ _ALWAYS: dict[type, Function] = {
     SwappedIn: PagedManager.swap_in,
     RegionSwappedOut: SwappingManager.swap_out,
     RegionSwappedIn: SwappingManager.swap_in,
+    ResidencyOpened: Residency.__init__,
+    PagesPlaced: Residency.need,
+    PagesFreed: Residency.free,
+    PagesNamed: StreamingManager.prepare,
+    PagesAttended: LongContext._rows,
     StepPlanned: Scheduler.schedule,
     TokenSampled: LLM._accept,
     BeamsReordered: BeamSearch.step,

@@ -27,6 +27,7 @@ from ..memory.events import (
 from .frames.canvas import count, in_words, size_of
 from .history import Moment
 from .living_code import ended
+from .page_narration import OF_PAGES
 from .run_state import holes
 
 _REASONS = {
@@ -41,7 +42,8 @@ _REASONS = {
 
 def narrate(moment: Moment) -> str:
     """What the event of this moment did, and why."""
-    tell = _SENTENCES.get(type(moment.event))
+    streaming = moment.state.memory.manager == "streaming"
+    tell = (OF_PAGES if streaming else {}).get(type(moment.event)) or _SENTENCES.get(type(moment.event))
     return tell(moment, moment.event) if tell else type(moment.event).__name__
 
 

@@ -12,7 +12,7 @@ from .change import sequences_of
 from .frames.blocks import EMPTY, UNKNOWN, WRITTEN
 from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
 from .frames.canvas import DIM, Scene, exactly, fit, line, pack, rule
-from .frames.screen import FRAMES, screen
+from .frames.screen import Frame, frames_of, screen
 from .history import MARKS, History, Moment
 from .loop import SPEEDS
 
@@ -22,7 +22,7 @@ HELP = (
     ("Home End", "to the beginning, to the end"),
     ("n p", "next, previous event of what this frame is about: forks, swaps …"),
     ("space", "play, pause;  + -  faster, slower"),
-    ("1 … 6", "the frame: tables, sharing, swap, prefix cache, memory, timeline"),
+    ("1 … 6", "the frame, as the second line names them"),
     ("Tab", "the same step in the next run: another manager, the same requests"),
     ("/", "find a sequence (A, B2) and its next event;  / Enter: the one after"),
     ("PgUp PgDn", "scroll the list of the frame"),
@@ -58,6 +58,10 @@ class Player:
     def history(self) -> History:
         return self.runs[self.run]
 
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        return frames_of(self.history)
+
     def moment(self) -> Moment:
         return self.history.moment(self.position)
 
@@ -91,7 +95,7 @@ class Player:
             return False
         elif key in self._actions:
             self._actions[key](self)
-        elif key.isdigit() and 1 <= int(key) <= len(FRAMES):
+        elif key.isdigit() and 1 <= int(key) <= len(self.frames):
             self.frame, self.scroll = int(key) - 1, 0
         else:
             self.message = "no such key; ? shows those that there are"
@@ -113,7 +117,7 @@ class Player:
             self.go(steps[i - 1] if i else 0)
 
     def _mark(self, direction: int) -> None:
-        about = FRAMES[self.frame].about
+        about = self.frames[min(self.frame, len(self.frames) - 1)].about
         places = [position for position, mark in self.history.marks if mark in about]
         if direction > 0:
             found = next((p for p in places if p > self.position), None)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ..memory.events import (
     BlockCached,
     Event,
+    PagesAttended,
     RegionPlaced,
     RegionSwappedIn,
     RegionSwappedOut,
@@ -89,6 +90,7 @@ class RunState:
     writer: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> (sequence, logical block)
     known: dict[int, KnownBlock] = field(default_factory=dict)  # by block
     plan: StepPlanned | None = None  # the last one
+    attended: dict[int, PagesAttended] = field(default_factory=dict)  # by sequence: what was watched last
     totals: Totals = field(default_factory=Totals)
 
     @property
@@ -109,14 +111,28 @@ class RunState:
             host_free=self.memory.host_free.copy(),
             digest_of=self.memory.digest_of.copy(),
             idle=OrderedDict(self.memory.idle),
+            pages=self.memory.pages.copy(),
         )
         sequences = {
             seq_id: view if view.status == "finished" else view.copy() for seq_id, view in self.sequences.items()
         }
-        return RunState(memory, sequences, self.writer.copy(), self.known.copy(), self.plan, replace(self.totals))
+        return RunState(
+            memory,
+            sequences,
+            self.writer.copy(),
+            self.known.copy(),
+            self.plan,
+            self.attended.copy(),
+            replace(self.totals),
+        )
 
     def snapshot(self, needed: int = 0) -> Snapshot:
-        """What the manager's own snapshot() says. Holes smaller than `needed` slots count as external."""
+        """What the manager's own snapshot() says. Holes smaller than `needed` slots count as external. For pages that
+        stream: how full the device is."""
+        if self.memory.manager == "streaming":
+            here = sum(device >= 0 for device, _ in self.memory.pages.places.values())
+            size = self.memory.block_size
+            return Snapshot(here * size, [], external=0, free=(self.memory.num_blocks - here) * size)
         return _paged_snapshot(self.memory) if self.paged else _region_snapshot(self.memory, needed)
 
 
@@ -236,6 +252,10 @@ def _planned(state: RunState, event: StepPlanned) -> None:
     state.totals.preemptions += sum(_view(state, seq_id).status == "waiting" for seq_id in event.preempted)
 
 
+def _attended(state: RunState, event: PagesAttended) -> None:
+    state.attended[event.seq_id] = event
+
+
 def _sampled(state: RunState, event: TokenSampled) -> None:
     state.sequences[event.seq_id].tokens.append(event.token_id)
 
@@ -258,6 +278,7 @@ _CHANGES: dict[type[Event], Callable[[RunState, Any], None]] = {
     RegionSwappedOut: _region_out,
     RegionSwappedIn: _region_in,
     StepPlanned: _planned,
+    PagesAttended: _attended,
     TokenSampled: _sampled,
     SequenceFinished: _finished,
 }

@@ -15,7 +15,7 @@ from ..engine.sampling import SamplingParams
 from ..memory.events import Event, write_events
 from ..memory.factory import MANAGERS, ManagerName
 from .frames.canvas import Scene
-from .frames.screen import FRAMES, MIN_HEIGHT, MIN_WIDTH, screen
+from .frames.screen import FRAMES, FRAMES_OF_PAGES, MIN_HEIGHT, MIN_WIDTH, Frame, frames_of, screen
 from .history import MARKS, History, histories, read_histories
 from .loop import play
 from .player import Player
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("logs", nargs="*", type=Path, metavar="FILE", help="replay logs that --record wrote")
     show = parser.add_argument_group("what to show")
     names = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES, start=1))
-    show.add_argument("--frame", default="1", metavar="K", help=f"{names} (default 1)")
+    pages = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES_OF_PAGES, start=1))
+    show.add_argument("--frame", default="1", metavar="K", help=f"{names}; of a log of `long`: {pages} (default 1)")
     letters = ", ".join(f"{mark} {what}" for mark, what in MARKS.items())
     show.add_argument(
         "--at", metavar="EVENT", help=f"begin at this event (without a terminal: only this one), or the first {letters}"
@@ -58,16 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    frame = _frame(args.frame)
+    if not args.logs:
+        _frame(args.frame, FRAMES)  # nonsense is refused before the model runs
     size = parse_size(args.size, SMALLEST) if args.size else None
     if args.every is not None and args.every < 1:
         raise ValueError(f"--every is {args.every}; at least 1 is needed")
     runs = _runs(args)
+    frame = _frame(args.frame, frames_of(runs[0]))
     at = None if args.at is None else _position(args.at, runs[0])
     if args.svg:
         size = size or (100, 30)
         still = _still(runs, frame, len(runs[0]) - 1 if at is None else at, size)
-        write_svg(args.svg, still, size, f"paged-ref viz: {FRAMES[frame].name}")
+        write_svg(args.svg, still, size, f"paged-ref viz: {frames_of(runs[0])[frame].name}")
     elif is_terminal() and not (args.print or args.every or size):
         gc.freeze()  # the events stay to the end: the collector need not walk them between two keys
         play(Player(runs, frame, at or 0))
@@ -86,11 +89,11 @@ def show(frame: str) -> None:
 # --- what to show -----------------------------------------------------------------------------------------
 
 
-def _frame(text: str) -> int:
-    for i, frame in enumerate(FRAMES):
+def _frame(text: str, frames: tuple[Frame, ...]) -> int:
+    for i, frame in enumerate(frames):
         if text in (str(i + 1), frame.name):
             return i
-    known = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES, start=1))
+    known = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(frames, start=1))
     raise ValueError(f"--frame is {text!r}; known are {known}")
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from ..history import History
 from ..living_code import actor, place_of
 from ..narration import narrate
-from . import memory, prefix, sharing, swap, tables, timeline
+from . import attention, memory, prefix, residency, sharing, swap, tables, timeline
 from .canvas import DIM, Lines, Scene, beside, colour, exactly, fit, line, rule, window, wrap
 
 MIN_WIDTH: int = 60
@@ -33,13 +34,25 @@ FRAMES = (
     Frame("memory", memory.draw, "FCSREHX"),
     Frame("timeline", timeline.draw, "SRXN"),
 )
+# Of a run whose pages stream in and out: it has no block tables that all layers share.
+FRAMES_OF_PAGES = (
+    Frame("residency", residency.draw, "AXN"),
+    Frame("attention", attention.draw, "A"),
+    Frame("timeline", timeline.draw, "XN"),
+)
+
+
+def frames_of(run: History) -> tuple[Frame, ...]:
+    return FRAMES_OF_PAGES if run.streams else FRAMES
 
 
 def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
     """Frame `frame` (from 0) in exactly `width` x `height` cells."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         return too_small(width, height)
-    head = [_title(scene, width), _tabs(frame, width)]
+    frames = frames_of(scene.history)
+    frame = min(frame, len(frames) - 1)
+    head = [_title(scene, width), _tabs(frames, frame, width)]
     foot = _foot(scene, width, 3 if height >= 22 else 2)
     room = height - len(head) - len(foot)
     body: Lines
@@ -48,10 +61,10 @@ def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
         left = _stacked(scene, frame, width - side - 2, room)
         body = beside(left, _side(scene, side, room), width - side - 2, gap=2)
     elif scene.code and height >= 44:
-        body = FRAMES[frame].draw(scene, width, room - 14)[: room - 14]
+        body = frames[frame].draw(scene, width, room - 14)[: room - 14]
         body += [line("")] * (room - 14 - len(body)) + _code(scene, width, 14)
     else:
-        body = FRAMES[frame].draw(scene, width, room)
+        body = frames[frame].draw(scene, width, room)
         while body and not body[-1].plain.strip():
             body.pop()
         if room - len(body) >= 5:
@@ -62,11 +75,12 @@ def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
 
 def _stacked(scene: Scene, frame: int, width: int, height: int) -> Lines:
     """The frame; in a tall window the timeline below it, or the tables below the timeline."""
+    frames = frames_of(scene.history)
     if height < 36:
-        return FRAMES[frame].draw(scene, width, height)
+        return frames[frame].draw(scene, width, height)
     below = 16
-    second = tables.draw if FRAMES[frame].draw is timeline.draw else timeline.draw
-    rows = FRAMES[frame].draw(scene, width, height - below - 1)[: height - below - 1]
+    second = frames[0].draw if frames[frame].draw is timeline.draw else timeline.draw
+    rows = frames[frame].draw(scene, width, height - below - 1)[: height - below - 1]
     return [*rows, *[line("")] * (height - below - len(rows)), *second(scene, width, below)]
 
 
@@ -93,9 +107,9 @@ def _title(scene: Scene, width: int) -> Text:
     return line((" paged_ref ", "bold reverse"), " ", fit(", ".join(parts), width - 12 - len(right)), (right, "bold"))
 
 
-def _tabs(frame: int, width: int) -> Text:
+def _tabs(frames: tuple[Frame, ...], frame: int, width: int) -> Text:
     row = line(" ")
-    for i, each in enumerate(FRAMES):
+    for i, each in enumerate(frames):
         row.append(f"[{i + 1} {each.name}]" if i == frame else f" {i + 1} {each.name} ", "bold" if i == frame else DIM)
         row.append(" " if width < 72 else "  ")
     return row
@@ -136,8 +150,9 @@ def _scrubber(scene: Scene, width: int) -> Text:
 
 def _keys(scene: Scene, width: int) -> Text:
     play = "pause" if scene.playing else "play"
+    numbers = f"1-{len(frames_of(scene.history))}"
     keys = [
-        ("←→", "event"), ("↑↓", "step"), ("n/p", "what this frame is about"), ("space", play), ("1-6", "frame"),
+        ("←→", "event"), ("↑↓", "step"), ("n/p", "what this frame is about"), ("space", play), (numbers, "frame"),
         ("tab", "run") if len(scene.runs) > 1 else ("/", "find"), ("?", "help"), ("q", "quit"),
     ]  # fmt: skip
     if width < 96:
