@@ -18,7 +18,7 @@ from ..workload.hardware import gpu_named
 from ..workload.models import model_named
 from ..workload.roofline import explain
 from ..workload.setup import Setup
-from ..workload.sweep import RUNS_OF_A_CURVE, curves_of
+from ..workload.sweep import RUNS_OF_A_CURVE, checked_jobs, curves_of
 from ..workload.trace_files import read_trace
 from ..workload.traces import MEANS, Trace, first, generated, scaled
 from .compare_report import Cost, picture, print_checked, print_report, print_setting
@@ -28,6 +28,7 @@ from .recording import record_to
 BOUND = 0.2  # seconds per token: a person reads four words a second, about five tokens
 REQUESTS = 1000
 BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 11
+KERNEL = bench_kernels.Shape("decode", 4, 1, 1024, 32, 8, 128)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,8 @@ def main(args: argparse.Namespace) -> int:
     base = setup_of(args)
     rows = setups(base, args.block_sizes)
     for row in rows:
-        row.make_manager()  # what cannot be is refused before anything runs
+        row.make_scheduler(row.make_manager())  # what cannot be is refused before anything runs
+    checked_jobs(args.jobs)
     console = Console(highlight=False)
     print_setting(console, base, trace, args.latency)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -137,7 +139,7 @@ def _cost(done: Any) -> Cost:
     """What bookkeeping and the paged kernel take here: real code, timed on this machine."""
     steps = {each.name: each.measured for each in bench_memory.scheduling(BENCH_SEQUENCES, BENCH_STEPS)}
     done()
-    batch = bench_kernels.Batch.of(bench_kernels.SHAPES[0])
+    batch = bench_kernels.Batch.of(KERNEL)
     contenders: dict[str, bench_kernels.Contender] = {
         bench_kernels.PAGED: lambda: batch.paged("cpu"),
         bench_kernels.CONTIGUOUS: lambda: batch.contiguous("cpu"),

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..workload.paper import FIGURES, Figure, Finding, Lab
-from ..workload.sweep import on_cores
+from ..workload.sweep import checked_jobs, on_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def main(args: argparse.Namespace) -> int:
     for key in args.figures:
         if key not in FIGURES:
             raise ValueError(f"figure is {key!r}; known are {', '.join(FIGURES)}")
+    checked_jobs(args.jobs)
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json} cannot be written: there is no directory {args.json.parent}")
     console = Console(highlight=False)

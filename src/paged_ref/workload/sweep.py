@@ -90,6 +90,15 @@ def curve_of(setup: Setup, trace: Trace, bound: float, run: Run = run_once) -> C
 RUNS_OF_A_CURVE = 1 + len(FIXED) + 2 + HALVINGS  # at most
 
 
+def checked_jobs(num_jobs: int | None) -> int:
+    """How many processes: as many as there are cores, if nothing else is said. Raises ValueError."""
+    if num_jobs is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_jobs < 1:
+        raise ValueError(f"jobs is {num_jobs}; at least 1 is needed")
+    return num_jobs
+
+
 @contextmanager
 def on_cores(num_jobs: int | None = None) -> Iterator[Call]:
     """Functions in other processes, at most `num_jobs` at a time (default: one for each core); 1: in this one.
@@ -97,10 +106,7 @@ def on_cores(num_jobs: int | None = None) -> Iterator[Call]:
     For threads: each waits for its own call. Leaving early gives up what has not begun. A script that uses it
     needs `if __name__ == "__main__"`, since the processes read the script again.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = cores if num_jobs is None else num_jobs
-    if jobs < 1:
-        raise ValueError(f"jobs is {jobs}; at least 1 is needed")
+    jobs = checked_jobs(num_jobs)
     if jobs == 1:
         yield lambda function, *arguments: function(*arguments)
         return
