@@ -18,6 +18,7 @@ from paged_ref.memory.events import Event, SequenceAdmitted, StepPlanned, StepTi
 from paged_ref.terminal.following import Follower
 from paged_ref.terminal.frames.monitor import LEVELS, PARTS, screen, sparkline
 from paged_ref.terminal.gpu_meter import EVERY, GPUMeter, GPUReading
+from paged_ref.terminal.history import histories
 from paged_ref.terminal.monitor import Live
 from paged_ref.terminal.monitor_report import as_json, as_prometheus
 from paged_ref.terminal.monitor_state import KEPT, Monitor
@@ -94,7 +95,29 @@ def test_each_step_of_an_engine_is_timed() -> None:
     assert steps == [(kind, step) for step in range(5) for kind in (StepPlanned, StepTimed)]
     assert all(event.microseconds > 0 for event in events if isinstance(event, StepTimed))
     monitor = monitored(events)
-    assert (monitor.sampled, monitor.finished, monitor.timed_tokens) == (10, 2, 10)
+    assert (monitor.sampled, monitor.finished) == (10, 2)
+    assert sum(sample.sampled for sample in monitor.timed()) == 10
+
+
+def test_it_knows_what_the_timeline_knows(logs: dict[str, list[Event]]) -> None:
+    """Forks, swaps, prefix hits, beams and preemption by recompute, of real runs: the same memory and totals."""
+    from paged_ref import LLM, SamplingParams
+
+    searched: list[Event] = []
+    llm = LLM("tiny", block_size=4, kv_cache_tokens=48, log=searched.append)
+    beams, samples = SamplingParams(max_tokens=8, beam_width=3), SamplingParams(max_tokens=24, ignore_eos=True)
+    llm.generate(["Once upon a time", "The cat", "One day", "Tom"], [beams, samples, samples, samples])
+    for events in (*logs.values(), searched):
+        monitor = monitored(events)
+        (run,) = histories(events)
+        end = run.moment(len(run)).state
+        assert monitor.state.memory == end.memory
+        assert monitor.totals == end.totals
+        assert monitor.finished == sum(view.status == "finished" for view in end.sequences.values())
+        assert monitor.num_steps == len(run.steps)
+        assert not monitor.history.names  # all have finished
+    assert monitor.totals.preemptions > 0
+    assert monitor.totals.forks > 0
 
 
 def test_a_second_run_begins_anew() -> None:

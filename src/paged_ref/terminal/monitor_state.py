@@ -65,7 +65,6 @@ class Monitor:
         self.sampled = 0
         self.finished = 0  # sequences
         self.microseconds = 0  # of all steps that say
-        self.timed_tokens = 0  # sampled in them
         self._rows = (0, 0)  # out and in, before this step
 
     def take_all(self, events: Iterable[Event]) -> None:
@@ -96,7 +95,6 @@ class Monitor:
         elif isinstance(event, StepTimed) and self.samples:
             self.samples[-1].microseconds = event.microseconds
             self.microseconds += event.microseconds
-            self.timed_tokens += self.samples[-1].sampled
         elif isinstance(event, SequenceFinished):
             self.finished += 1
             del self.state.sequences[event.seq_id]  # nothing comes of it any more, and a run may be long

@@ -182,14 +182,14 @@ def _prefix(monitor: Monitor) -> tuple[str, str]:
 def _gpu(gpu: GPUReading | str) -> tuple[str, str]:
     if isinstance(gpu, str):
         return "GPU", gpu or "not read"
-    parts = [gpu.name]
+    parts = []  # the name comes last: in a narrow window it is what can be spared
     if gpu.busy is not None and gpu.memory_busy is not None:
-        parts.append(f"busy {gpu.busy} %, its memory {gpu.memory_busy} %")
+        parts.append(f"{gpu.busy} % busy, its memory {gpu.memory_busy} %")
     if gpu.memory_used is not None and gpu.memory_total:
-        parts.append(f"{gpu.memory_used / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB used")
+        parts.append(f"{gpu.memory_used / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB")
     if gpu.to_gpu is not None and gpu.from_gpu is not None:
-        parts.append(f"link {gpu.to_gpu / 1e9:.1f} GB/s in, {gpu.from_gpu / 1e9:.1f} out")
-    return "GPU", ", ".join(parts)
+        parts.append(f"link {gpu.to_gpu / 1e9:.1f} in, {gpu.from_gpu / 1e9:.1f} GB/s out")
+    return "GPU", ", ".join([*parts, gpu.name])
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
