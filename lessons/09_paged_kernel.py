@@ -132,7 +132,11 @@ def spec(block_table, seq_len, block_size):
 
 cases = [([3, 1, 6], n, size) for n in (1, 4, 5, 8, 11) for size in (4, 16)]
 hint = "All blocks are full but the last: min(block_size, what is left)."
-check(my_runs, spec=spec, cases=cases, hint=hint)
+mine = check(my_runs, spec=spec, cases=cases, hint=hint)
+
+runs = mine([3, 1], 6, BLOCK_SIZE)  # the first sequence, read by runs
+read = np.concatenate([pages[0, at : at + n] for at, n in runs])
+claim("the keys in order", bool((read == dense[0, 1:7]).all()))
 
 # ## In production systems
 #
@@ -142,5 +146,4 @@ check(my_runs, spec=spec, cases=cases, hint=hint)
 
 # ## Next
 #
-# Lesson 10: softmax in one pass, and a long sequence split over many
-# blocks.
+# Lesson 10: softmax in one pass, and one long sequence over many blocks.

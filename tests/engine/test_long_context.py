@@ -351,7 +351,7 @@ def takes_the_table_of_the_next_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stages_into_the_half_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = module.streamed_attention
+    right = module.streamed_attention  # type: ignore[attr-defined]
 
     def attention(query: Any, caches: Any, *args: Any, **options: Any) -> Any:
         class Overlapping(type(caches)):  # type: ignore[misc]

@@ -84,6 +84,19 @@ def test_the_parts_are_those_of_the_snapshot(manager: str) -> None:
     assert monitor.hit_rate is None or manager == "paged"
 
 
+def test_each_step_of_an_engine_is_timed() -> None:
+    from paged_ref import LLM, SamplingParams
+
+    events: list[Event] = []
+    llm = LLM("tiny", block_size=4, kv_cache_tokens=64, log=events.append)
+    llm.generate(["Once upon a time", "The cat"], SamplingParams(max_tokens=5))
+    steps = [(type(event), event.step) for event in events if isinstance(event, (StepPlanned, StepTimed))]
+    assert steps == [(kind, step) for step in range(5) for kind in (StepPlanned, StepTimed)]
+    assert all(event.microseconds > 0 for event in events if isinstance(event, StepTimed))
+    monitor = monitored(events)
+    assert (monitor.sampled, monitor.finished, monitor.timed_tokens) == (10, 2, 10)
+
+
 def test_a_second_run_begins_anew() -> None:
     monitor = monitored([*hand_made(), *hand_made("standard")])
     assert (monitor.num_runs, monitor.state.memory.manager, monitor.totals.rows_out) == (2, "standard", 0)
@@ -301,6 +314,11 @@ def test_bad_input_is_one_sentence(argv: list[str], message: str, capsys: pytest
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_compare_records_only_what_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--record", "x.jsonl"]) == 2
+    assert "--record x.jsonl writes runs of the embedded model; --run makes them" in capsys.readouterr().err
 
 
 def test_a_command_is_run_and_watched(capfd: pytest.CaptureFixture[str]) -> None:

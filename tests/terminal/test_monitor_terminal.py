@@ -40,7 +40,8 @@ def test_it_follows_a_file_that_grows(start: Callable[..., Terminal], tmp_path: 
         terminal.see("20 events")
         file.write(lines[20][:8])
         file.flush()
-        terminal.read(0.4)
+        pictures = terminal.raw.count("paged_ref ")
+        terminal.wait(lambda: terminal.raw.count("paged_ref ") > pictures + 2, "waited for more pictures")
         assert "20 events" in terminal.text  # half a line is no event
         file.write(lines[20][8:] + "".join(lines[21:]))
         terminal.see(f"{len(lines)} events")

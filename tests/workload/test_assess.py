@@ -19,8 +19,11 @@ from paged_ref.workload.assess import (
 )
 from paged_ref.workload.hardware import GPUS, several
 from paged_ref.workload.models import MODELS
+from paged_ref.workload.predict import predict
 from paged_ref.workload.roofline import Constants, recompute_seconds, step_time, swap_seconds
 from paged_ref.workload.settings import servers
+from paged_ref.workload.setup import Setup
+from paged_ref.workload.traces import generated
 
 SHAREGPT = [Request(161, 338)]  # the published means, rounded
 OPT = assess(GPUS["A100-40GB"], MODELS["OPT-13B"], SHAREGPT)
@@ -86,6 +89,22 @@ def test_requests_per_second_by_hand() -> None:
     assert plan.requests_per_second == pytest.approx(begin / step.seconds)
     assert plan.tokens_per_second == pytest.approx(338 * plan.requests_per_second)
     assert OPT.gain["standard max"] == pytest.approx(plan.requests_per_second / OPT.plans[0].requests_per_second)
+
+
+@pytest.mark.parametrize("name", ["OPT-13B", "Llama-3-8B"])
+def test_the_prediction_of_compare_agrees(name: str) -> None:
+    """Written apart from each other: it takes no whole sequences, and half a block for the last one."""
+    gpu = GPUS["A100-40GB"]
+    trace = generated("alpaca", 300)
+    found = assess(gpu, MODELS[name], [Request(each.prompt_len, each.output_len) for each in trace.requests])
+    for plan in found.plans:
+        manager, _, kind = plan.name.partition(" ")
+        setup = Setup("", gpu, MODELS[name], max_batch_seqs=10**6)
+        if manager == "standard":
+            setup = replace(setup, manager="standard", reserve=kind)  # type: ignore[arg-type]
+        predicted = predict(setup, trace)
+        assert plan.slots == pytest.approx(predicted.slots_each, rel=0.02)
+        assert plan.requests_per_second == pytest.approx(predicted.rate, rel=0.05)
 
 
 def test_the_bottleneck_is_where_the_time_goes() -> None:

@@ -74,6 +74,7 @@ class Sets:
         self.tables = xp.asarray(np.stack(tables).astype(np.int32))
         self.starts = xp.arange(shape.batch, dtype=np.int32) * (blocks * shape.block_size)
         self.seq_lens = xp.asarray(shape.seq_lens())
+        self.loc = xp.arange(shape.batch + 1, dtype=np.int32)  # given, so that no call makes it
         query = rng.standard_normal((shape.batch, num_heads, head_size), np.float32)
         self.query = xp.asarray(encode(query, shape.array_dtype))
         self.out = xp.empty_like(self.query)
@@ -82,7 +83,7 @@ class Sets:
         tables = self.tables if tables is None else tables
         return [
             lambda i=i: paged_attention(  # type: ignore[misc]
-                self.query, self.key_cache[i], self.value_cache[i], tables[i], self.seq_lens,
+                self.query, self.key_cache[i], self.value_cache[i], tables[i], self.seq_lens, self.loc,
                 out=self.out, backend=backend,
             )
             for i in range(self.count)
@@ -91,7 +92,14 @@ class Sets:
     def contiguous(self, backend: str) -> list[Call]:
         return [
             lambda i=i: naive_attention(  # type: ignore[misc]
-                self.query, self.keys[i], self.values[i], self.starts, self.seq_lens, out=self.out, backend=backend
+                self.query,
+                self.keys[i],
+                self.values[i],
+                self.starts,
+                self.seq_lens,
+                self.loc,
+                out=self.out,
+                backend=backend,
             )
             for i in range(self.count)
         ]

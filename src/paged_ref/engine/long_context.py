@@ -307,9 +307,24 @@ class LongContext:
         self.counters.resident += sum(int((self._device_of(row.pages) >= 0).sum()) for row in rows)
         if self.observe or (self.log and self.watch and self.watch[0] == self._layer):
             self._tell(query, every, rows)
-        if 0 < len(wanted) <= self.manager.residency.device.num_blocks:
+        if self.manager.evict == "relevance":
+            wanted = self._worth_their_room(np.array(wanted, dtype=np.int64))
+        if len(wanted) <= self.manager.residency.device.num_blocks:  # else all of it streams
             self._apply(self.manager.residency.need(wanted))
         return rows
+
+    def _worth_their_room(self, wanted: np.ndarray) -> list[int]:
+        """Of the pages that were chosen, those that are on the device, and those that matter more than who would have
+        to leave for them. The others stream by: else each layer would drive out what the next one needs."""
+        priority = np.frombuffer(self.manager.priority)
+        away = wanted[self._device_of(wanted) < 0]
+        away = away[np.argsort(-priority[away])]
+        device = np.frombuffer(self.manager.residency.device_of, dtype=np.int64)
+        others = np.setdiff1d(np.flatnonzero(device >= 0), wanted)
+        free = np.full(self.manager.residency.device.num_free, -np.inf)
+        least = np.concatenate([free, np.sort(priority[others])])[: len(away)]
+        count = int((priority[away[: len(least)]] > least).sum())  # falling against rising: these come first
+        return [*wanted[self._device_of(wanted) >= 0].tolist(), *away[:count].tolist()]
 
     def _scores(self, seq_id: int, query: Array) -> np.ndarray:
         """[num_kv_heads, num_blocks]: what the bounds promise a query [num_kv_heads, group_size, head_size]."""

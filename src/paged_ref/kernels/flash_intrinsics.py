@@ -52,10 +52,7 @@ def load16(typing, words, chunk, step):
     differ in `step` share it. `nc`: the kernel does not write this memory. `L2::128B`: what follows in the
     same 128 bytes is wanted, too.
     """
-    text = (
-        "{ .reg .u64 place; cvta.to.global.u64 place, $4; "
-        "ld.global.nc.L2::128B.v4.u32 {$0, $1, $2, $3}, [place]; }"
-    )
+    text = "{ .reg .u64 place; cvta.to.global.u64 place, $4; ld.global.nc.L2::128B.v4.u32 {$0, $1, $2, $3}, [place]; }"
     emit = _assembly(I32, 4, text, "=r,=r,=r,=r,l")
 
     def codegen(context, builder, signature, args):

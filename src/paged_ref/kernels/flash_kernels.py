@@ -77,13 +77,21 @@ class Variant:
         return self.query == ELEMENTS[self.cache].operand and self.query != "float32"
 
     @property
+    def wide(self) -> bool:
+        """K and V of a tile do not fit into the registers together."""
+        return self.head_size > 128 and ELEMENTS[self.cache].bits == 16
+
+    @property
     def blocks_per_multiprocessor(self) -> int:
         """CUDA blocks that must fit on a multiprocessor, with 4 warps each: it bounds the registers of a thread.
 
         2: 255 registers, 3: 168, 4: 128.
         """
         row_bytes = self.head_size * ELEMENTS[self.cache].bits // 8
-        return 2 if row_bytes > 256 or self.head_size > 128 else 3 if row_bytes > 128 or self.head_size > 64 else 4
+        scattered = self.block_size is not None and self.block_size % 8 != 0  # a table entry for each row
+        if row_bytes > 256 or self.head_size > 128 or scattered or not self.exact:
+            return 2
+        return 3 if row_bytes > 128 or self.head_size > 64 else 4
 
 
 # ---- a query's numbers in and out, as bits
@@ -171,9 +179,11 @@ def attention_kernel(variant: Variant):
     PAIRS_OUT = PER_CHUNK // 2  # a fragment of O is two numbers of each lane's chunk
     O_SIZE, S_SIZE = 4 * V_LOADS * PAIRS_OUT, 4 * K_ROWS
     STRIDE = 8 * V_LOADS * PER_CHUNK + 4  # between rows in shared memory: no two lanes of a store meet in a bank
-    ONE_BLOCK = BLOCK_SIZE % TILE == 0  # a tile lies in one block
-    LOOKUPS = 1 if ONE_BLOCK or not PAGED else K_ROWS + V_ROWS
-    WIDE = HEAD_SIZE > 128 and element.bits == 16  # K and V of a tile do not fit into the registers together
+    # Table entries that a lane needs for a tile: one if a tile lies in one block, one for every eight keys if they
+    # do, else one for each of its rows.
+    ONE_BLOCK, EIGHTS = BLOCK_SIZE % TILE == 0, BLOCK_SIZE % 8 == 0
+    LOOKUPS = 1 if ONE_BLOCK or not PAGED else PER_WORD if EIGHTS else K_ROWS + V_ROWS
+    WIDE = variant.wide
     BLOCKS_PER_TOKEN = -(-GROUP // ROWS)  # CUDA blocks for the heads of a group
     ROWS_PER_BLOCK = variant.rows_per_block
     SHARED_ROWS = NUM_WARPS * ROWS
@@ -210,9 +220,9 @@ def attention_kernel(variant: Variant):
             blocks[0] = uint32(where[table + uint32(tile) // TILES_PER_BLOCK])
         elif PAGED:
             for i in range(K_ROWS):
-                position = nearest(int32(tile * TILE + 8 * i + g), low, int32(high - 1))
+                position = nearest(int32(tile * TILE + 8 * i + (0 if EIGHTS else g)), low, int32(high - 1))
                 blocks[i] = uint32(where[table + uint32(position) // UNSIGNED_BLOCK_SIZE])
-            for i in range(V_ROWS):
+            for i in range(0 if EIGHTS else V_ROWS):
                 position = nearest(int32(tile * TILE + 8 * (i // 2) + 2 * t + i % 2), low, int32(high - 1))
                 blocks[K_ROWS + i] = uint32(where[table + uint32(position) // UNSIGNED_BLOCK_SIZE])
 
@@ -245,7 +255,8 @@ def attention_kernel(variant: Variant):
         """The lane's chunks of its values, 2t, 2t + 1 (and 8 + 2t, 8 + 2t + 1) of the tile."""
         for i in range(V_ROWS):
             r = nearest(int32(8 * (i // 2) + 2 * t + i % 2), int32(low - tile * TILE), int32(high - 1 - tile * TILE))
-            chunk = uint32(base + g + row_of(blocks, K_ROWS + i, start, tile, r, block_stride, slot_stride))
+            entry = i // 2 if EIGHTS else K_ROWS + i
+            chunk = uint32(base + g + row_of(blocks, entry, start, tile, r, block_stride, slot_stride))
             for c in range(V_LOADS):
                 at = 4 * (i * V_LOADS + c)
                 if ALL_V or 8 * c + g < CHUNKS:
@@ -273,7 +284,8 @@ def attention_kernel(variant: Variant):
         thread = cuda.threadIdx.x
         warp = int32(cuda.shfl_sync(EVERY_LANE, thread >> 5, 0))  # so that the compiler sees: the same for all lanes
         g, t = int32(thread >> 2 & 7), int32(thread & 3)
-        block, kv_head = int32(cuda.blockIdx.x // num_kv_heads), int32(cuda.blockIdx.x % num_kv_heads)
+        block_number, heads = uint32(cuda.blockIdx.x), uint32(num_kv_heads)
+        block, kv_head = int32(block_number // heads), int32(block_number % heads)
         num_splits, split_number = cuda.gridDim.y, cuda.blockIdx.y
 
         # Rows of this CUDA block: row r is head r % GROUP of the group, of query `first_token + r // GROUP`.
@@ -306,7 +318,7 @@ def attention_kernel(variant: Variant):
                 end = tile
         else:
             if SPLIT:
-                part = int32(end - tile + num_splits - 1) // int32(num_splits)
+                part = int32(uint32(max(0, end - tile + num_splits - 1)) // uint32(num_splits))
                 tile = int32(tile + part * split_number)
                 end = int32(min(end, tile + part))
             tile = int32(tile + warp)

@@ -75,7 +75,9 @@ def choose_scales(numbers: Array, dtype: DTypeLike) -> Array:
     saturate. `dtype` is int8 or uint8 (e4m3). A head of zeros, or of none, gets the scale 1.
     """
     xp, largest = module_of(numbers), LARGEST[np.dtype(dtype)]
-    size = xp.abs(numbers.reshape(-1, *numbers.shape[-2:])).max(axis=(0, 2), initial=0)  # [num_kv_heads]
+    if numbers.size == 0:
+        return xp.ones(numbers.shape[-2], dtype=np.float32)
+    size = xp.abs(numbers.reshape(-1, *numbers.shape[-2:])).max(axis=(0, 2))  # [num_kv_heads]
     return xp.where(size > 0, size / largest, 1).astype(np.float32)
 
 

@@ -66,7 +66,8 @@ def attention(call: AttentionCall) -> None:
             visible &= distance > -call.sliding_window
         scores = xp.where(visible, scores, -np.inf)
 
-        highest = xp.max(scores, axis=-1, initial=-np.inf)  # [num_heads, query_len]
+        nothing = xp.full(scores.shape[:2], -np.inf, dtype)  # CuPy's max has no `initial`
+        highest = scores.max(axis=-1) if seq_len else nothing  # [num_heads, query_len]
         if call.sinks is not None:
             highest = xp.maximum(highest, call.sinks.astype(dtype)[:, None])
         shift = xp.where(xp.isfinite(highest), highest, dtype(0))  # no visible key: -inf - -inf would be NaN

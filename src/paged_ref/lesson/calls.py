@@ -155,7 +155,9 @@ def check(
         session.progress.set_solved(session.lesson, name)
     if solution:
         say("One way to write it:", indent=4)
-        session.console.print(Padding(Syntax(solution[1], "python", theme="ansi_dark"), (0, 0, 0, 4), expand=False))
+        session.console.print(
+            Padding(Syntax(solution[1], "python", theme="ansi_dark", word_wrap=True), (0, 0, 0, 4), expand=False)
+        )
     return yours
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import linecache
 import sys
 import time
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import RenderableType
 from rich.markdown import Markdown
@@ -21,11 +20,11 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from . import script
+from .screen import Screen, forget_keys
 from .script import Block, Script
 from .session import ClaimError, Session, running
 
 _PROSE = 88  # columns: longer lines are hard to read
-_LITTLE = 8  # rows of the screen that are too few for what code prints
 _HERE = str(Path(__file__).parent)
 
 
@@ -41,7 +40,7 @@ class Player:
         self.session = session
         self.script = script.read(path)
         self.namespace: dict[str, Any] = {"__name__": "__main__", "__file__": str(path)}
-        self._screen = _Screen(sys.stdout)
+        self._screen = Screen(sys.stdout)
 
     def play(self, first: int = 1) -> bool:
         """From part `first` on; what comes before runs unseen. False: it stopped at an error. Raises Leave."""
@@ -57,12 +56,9 @@ class Player:
             while number <= len(self.script.parts):
                 self._keep(number)
                 went_well = self._play_part(number)
-                if not session.interactive:
-                    if not went_well:
-                        return False
-                    number += 1
-                    continue
-                if self._ask_what_next(went_well, number):
+                if not (went_well or session.interactive):
+                    return False
+                if not session.interactive or self._ask_what_next(went_well):
                     number += 1
             self._keep(0)
         return True
@@ -85,13 +81,18 @@ class Player:
                 self._show(Text(), Markdown(block.text))
                 continue
             code = block.text.replace("  # fmt: skip", "")  # said to the formatter, not to the reader
-            self._show(Text(), Padding(Syntax(code, "python", theme="ansi_dark"), (0, 0, 0, 2), expand=False), Text())
-            quiet = all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in block.statements)
-            full = self._screen.rows > self.session.console.height - _LITTLE
-            if self.session.interactive and full and not quiet:
-                self._wait("Enter runs it")
-            if not self._run(block):
-                return False
+            self._show(
+                Text(),
+                Padding(Syntax(code, "python", theme="ansi_dark", word_wrap=True), (0, 0, 0, 2), expand=False),
+                Text(),
+            )
+            self._screen.held = [] if self.session.interactive else None
+            try:
+                if not self._run(block):
+                    return False
+            finally:
+                self._release()
+                self._screen.held = None
         return True
 
     def _run(self, block: Block) -> bool:
@@ -126,7 +127,7 @@ class Player:
 
     # --- the reader --------------------------------------------------------------------------------
 
-    def _ask_what_next(self, went_well: bool, number: int) -> bool:
+    def _ask_what_next(self, went_well: bool) -> bool:
         """True: on to the next part. False: this one again, from the file as it is now. Raises Leave."""
         exercises = [self.session.exercises[name] for name in self.session.checked]
         open_ones = [exercise for exercise in exercises if exercise.verdict.state != "right"]
@@ -159,12 +160,13 @@ class Player:
     def _wait(self, keys: str) -> str:
         """A line from the reader; the prompt is wiped off after it. Raises Leave at q and at the end of input."""
         plain = self.session.console.is_dumb_terminal
+        forget_keys()
         typed = self.session.ask(f"[{keys}] " if plain else f"\x1b[2m[{keys}]\x1b[0m ")
         self._screen.rows = 0
         if typed is None or typed.lower() in ("q", "quit", "exit"):
             raise Leave
         if not plain:
-            sys.stdout.write("\x1b[1A\x1b[2K")  # one row up, and empty it
+            sys.stdout.write("\r\x1b[1A\x1b[2K")  # one row up, and empty it
         return typed.lower()
 
     # --- the screen --------------------------------------------------------------------------------
@@ -176,10 +178,23 @@ class Player:
             for picture in pictures:
                 wide = isinstance(picture, (Padding, Rule))
                 console.print(picture, width=console.width if wide else min(console.width, _PROSE))
-        text = captured.get()
-        if self.session.interactive and 0 < self._screen.rows > console.height - 2 - text.count("\n"):
-            self._wait("Enter: more")
+        self._print(captured.get(), "more")
+
+    def _print(self, text: str, what: str) -> None:
+        full = 0 < self._screen.rows > self.session.console.height - 2 - text.count("\n")
+        if self.session.interactive and full:
+            self._wait(f"Enter: {what}")
         sys.stdout.write(text)
+
+    def _release(self) -> None:
+        """Print what a run printed so far, before the reader is asked, and at its end."""
+        held = self._screen.held
+        if held:
+            text = "".join(held)
+            held.clear()
+            self._screen.held = None
+            self._print(text, "what it prints")
+            self._screen.held = held
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -187,24 +202,10 @@ class Player:
         if not self.session.interactive:
             yield
             return
-        self._screen = _Screen(sys.stdout)
+        self._screen = Screen(sys.stdout)
+        self.session.before_ask = self._release
         with redirect_stdout(self._screen):
             yield
-
-
-class _Screen:
-    """Standard output that counts its rows."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self.rows = 0
-
-    def write(self, text: str) -> int:
-        self.rows += text.count("\n")
-        return self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def watch(path: Path, make_session: Any) -> None:

@@ -51,6 +51,7 @@ class Session:
     exercises: dict[str, Exercise] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)  # exercises that the part under way came to
     caught: dict[str, str] = field(default_factory=dict)  # planted bug -> who caught it
+    before_ask: Callable[[], None] = lambda: None  # so that the reader has seen all that was said
 
     def say(self, text: str, style: str = "", indent: int = 2) -> None:
         self.console.print(
@@ -59,6 +60,7 @@ class Session:
 
     def ask(self, prompt: str) -> str | None:
         """A line typed by the reader; None at the end of input."""
+        self.before_ask()
         try:
             return input(prompt).strip()
         except EOFError:

@@ -12,7 +12,7 @@ from ..workload.hardware import GIB, GPUS
 from ..workload.models import MODELS
 from ..workload.roofline import explain
 from ..workload.settings import servers
-from .frames.canvas import count
+from .frames.canvas import count, size_of
 
 _WHY = {
     "capacity": "Weights are read, and a step begins, once for all sequences of a batch: more of them at once make "
@@ -32,11 +32,11 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
         _wrapped(console, f"Left out: {count(found.num_refused, 'longer request')}.")
     _heading(console, "Memory")
     rows = Table.grid(padding=(0, 2))
-    rows.add_row("K, V of a token", model.kv_arithmetic)
-    rows.add_row(f"of {found.longest:,} tokens", size(found.longest * model.kv_bytes_per_token))
-    rows.add_row("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {size(model.weight_bytes)}")
-    share = f"{found.constants.memory_share:.0%} of {size(gpu.memory_bytes)}, less the weights"
-    rows.add_row("left for K, V", f"{share} = {size(found.kv_bytes)} = {found.num_tokens:,} tokens")
+    rows.add_row("K, V a token", model.kv_arithmetic)
+    rows.add_row(f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token))
+    rows.add_row("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}")
+    share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
+    rows.add_row("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens")
     console.print(Padding(rows, (0, 0, 0, 1)))
     if model.num_windowed_layers:
         _wrapped(console, f"{model.num_windowed_layers} layers see only a window; their K and V are counted in full.")
@@ -76,7 +76,7 @@ def _wrapped(console: Console, text: str) -> None:
 
 def _plans(found: Assessment) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("", "slots", "in use", "at once", "step", "tokens/s", "requests/s"):
+    for column in ("", "slots", "in use", "at once", "step", "tokens/s", "req/s"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     for plan in found.plans:
         timed = (f"{1000 * plan.step.seconds:.1f} ms", f"{plan.tokens_per_second:,.0f}")
@@ -116,8 +116,8 @@ def _block_sizes(found: Assessment) -> Table:
         style = "bold" if each.block_size == found.block_size else ""
         cells = (
             f"{each.waste:.1%}",
-            size(each.table_bytes),
-            size(each.run_bytes),
+            _size(each.table_bytes),
+            _size(each.run_bytes),
             f"{1000 * each.swap_seconds:.1f} ms",
         )
         table.add_row(str(each.block_size), *cells, style=style)
@@ -130,9 +130,9 @@ def _block_advice(found: Assessment) -> str:
         why = f"the largest that leaves at most {WASTE_LIMIT:.0%} of the slots empty"
     else:
         why = f"smaller blocks cost kernels time, larger ones leave more than {advised.waste:.1%} of the slots empty"
-    kv = size(round(found.mean_length) * found.model.kv_bytes_per_token)
+    kv = _size(round(found.mean_length) * found.model.kv_bytes_per_token)
     return (
-        f"{found.block_size}: {why}. Its table is {size(advised.table_bytes)} beside {kv} of K and V; what a kernel "
+        f"{found.block_size}: {why}. Its table is {_size(advised.table_bytes)} beside {kv} of K and V; what a kernel "
         f"feels is the jump after each piece (paged-ref bench kernels measures that here). Larger blocks are fewer "
         f"copies to swap; of a common beginning, only whole blocks are shared."
     )
@@ -175,9 +175,5 @@ def print_known(console: Console) -> None:
     console.print(gpus)
 
 
-def size(num_bytes: float) -> str:
-    """Bytes as people say them."""
-    for unit, each in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= each:
-            return f"{num_bytes / each:,.1f} {unit}"
-    return f"{num_bytes:,.0f} bytes"
+def _size(num_bytes: int) -> str:
+    return size_of(num_bytes, least=1)

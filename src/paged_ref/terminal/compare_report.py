@@ -19,6 +19,7 @@ from ..workload.traces import Trace
 from .plots import Bar, Line, bars_text, lines_text, svg
 
 GIB = 2**30
+FEW = 500  # requests, below which a rate says little
 Y_MOST = 2.0  # times the bound: how high the plot of latency goes
 
 
@@ -73,9 +74,9 @@ def print_report(console: Console, rows: Sequence[Row], cost: Cost) -> None:
     "Of used: what holds tokens, of what a newcomer cannot have: the paper's measure (Fig. 2).")  # fmt: skip
     _heading(console, "Scalability")
     console.print(_scalability(rows))
-    _wrapped(console, f"At once: mean and most sequences, all requests coming at once. Longest: the longest request "
-    f"that can be held at all. Requests/s: at a mean latency of {bound:g} s for each output token; predicted: on paper, "
-    "from mean lengths and the roofline, memory always full.")  # fmt: skip
+    _wrapped(console, f"Mean, most: sequences that run while others wait, all requests coming at once. Longest: the longest request that "
+    f"can be held at all. Req/s: requests per second at a mean latency of {bound:g} s for each output token; on paper: "
+    "predicted from mean lengths and the roofline, memory always full. Preempted: when all come at once.")  # fmt: skip
     console.print(_latency(rows, console.width), no_wrap=True)
     _heading(console, "Complexity")
     console.print(_complexity(rows, cost))
@@ -98,9 +99,9 @@ def _wrapped(console: Console, text: str) -> None:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
 
 
@@ -116,12 +117,13 @@ def _utilization(rows: Sequence[Row]) -> Table:
 
 def _scalability(rows: Sequence[Row]) -> Table:
     most = rows[0].curve.rate
-    table = _table("", "at once", "longest", "requests/s", "x max", "predicted", "preempted")
+    table = _table("", "mean", "most", "longest", "req/s", "x max", "on paper", "preempted")
     for row in rows:
         curve, at_once = row.curve, row.curve.at_once
         table.add_row(
             curve.setup.label,
-            f"{at_once.running_mean:.1f}, {at_once.running_peak}",
+            f"{at_once.running_short:.1f}",
+            f"{at_once.running_peak}",
             f"{row.longest:,}",
             f"{curve.rate:.2f}" if curve.rate else "none",
             f"{curve.rate / most:.2f}" if most else "",
@@ -162,7 +164,7 @@ def _article(rows: Sequence[Row], cost: Cost) -> Table:
         table.add_row(
             manager,
             f"{used}: {_range([100 * row.curve.at_once.shares.tokens_of_used for row in mine], '.0f')} % tokens",
-            f"{scale}: {_range([row.curve.at_once.running_mean for row in mine], '.0f')} at once, "
+            f"{scale}: {_range([row.curve.at_once.running_short for row in mine], '.0f')} at once, "
             f"{_range([row.curve.rate for row in mine], '.2f')} requests/s",
             f"{effort}: {_range(lines, '.0f')} lines, {cost.micros[manager]:.0f} µs a step",
         )
@@ -177,9 +179,10 @@ def _range(values: Sequence[float], form: str) -> str:
 def conclusions(rows: Sequence[Row]) -> list[str]:
     """What the numbers say, in sentences."""
     by_label = {row.curve.setup.label: row for row in rows}
-    paged = next(row for row in rows if row.curve.setup.manager == "paged" and row.curve.setup.block_size == 16
-    ) if any(row.curve.setup.block_size == 16 and row.curve.setup.manager == "paged" for row in rows) else next(
-        row for row in rows if row.curve.setup.manager == "paged")  # fmt: skip
+    paged = min(
+        (row for row in rows if row.curve.setup.manager == "paged" and not row.curve.setup.prefix_cache),
+        key=lambda row: abs(row.curve.setup.block_size - 16),
+    )
     sentences = []
     gains = []
     for label in ("standard max", "standard exact", "exact, first fit", "swapping"):
@@ -187,8 +190,10 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
         if other.curve.rate and paged.curve.rate:
             expected = paged.prediction.rate / other.prediction.rate
             gains.append(f"{paged.curve.rate / other.curve.rate:.2f}x {label} (predicted {expected:.2f}x)")
-    name = paged.curve.setup.label
-    sentences.append(f"At the same latency, {name} serves {', '.join(gains)}.")
+    if gains:
+        sentences.append(f"At the same latency, {paged.curve.setup.label} serves {', '.join(gains)}.")
+    else:
+        sentences.append("No rate keeps this latency: a longer one (--latency) compares more.")
     if paged.prediction.bound == "compute":
         sentences.append(
             "Its steps wait for arithmetic, most of it for prompts: more sequences at once than the GPU can compute "
@@ -201,6 +206,11 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
             "once are more requests per second."
         )
     outcome = paged.curve.at_once
+    if outcome.finished < FEW:
+        sentences.append(
+            f"{outcome.finished} requests end before a queue is long, so the rates are too high, those of paged most: "
+            "take more (--requests)."
+        )
     if outcome.refused:
         sentences.append(f"{outcome.refused} requests were refused; the first: {outcome.refusal}.")
     if outcome.cut:
@@ -252,7 +262,7 @@ def picture(rows: Sequence[Row]) -> str:
 def print_checked(console: Console, trace: Trace, checked: Sequence[Checked]) -> None:
     _heading(console, "The embedded model, for real")
     _wrapped(console, f"{trace.describe()}; {'; '.join(trace.notes)}.")
-    table = _table("", "tokens of used: simulated", "run", "steps", "every step the same")
+    table = _table("", "of used, simulated", "run", "steps", "each step the same")
     for each in checked:
         table.add_row(
             each.label,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -126,7 +126,7 @@ class Run:
                 if n == 0:
                     long_context.counters = Counters()  # the text is read; now the new tokens count
                 elif n == new_tokens:
-                    self.counters = long_context.counters
+                    self.counters = replace(long_context.counters)  # as they are now: more tokens follow
                     self.device_bytes = long_context.device_bytes
                     long_context.observe = self._see
             if exact is not None:

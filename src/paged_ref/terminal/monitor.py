@@ -29,7 +29,7 @@ from .monitor_report import as_json, as_prometheus
 from .monitor_state import Monitor
 from .printing import Size, is_terminal, parse_size, print_frames
 
-RUNS = ("demo", "generate")  # commands that --run starts: they take --record
+RUNS = ("demo", "generate", "compare")  # commands that --run starts: they take --record
 PIECE = 1 << 18  # bytes of the log between two pictures: some thousand events
 SMALLEST: Size = (MIN_WIDTH, MIN_HEIGHT)
 KEYS = "space pause   + - faster, slower   q quit"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a log that --record writes, or will write")
     parser.add_argument(
         "--run", nargs=argparse.REMAINDER, metavar="COMMAND",
-        help=f"start {' or '.join(RUNS)} and watch it; the rest of the line is its own",
+        help="start demo, generate or compare --run and watch it; the rest of the line is its own",
     )  # fmt: skip
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--once", action="store_true", help="print the numbers up to the log's end as JSON")
@@ -66,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
         if live:
             play(Live(run.log, run.process))
             if run.process.poll() is None:  # the viewer left before its end, and it ends with this block
+                print(f"{args.run[0]} was not at its end, and is stopped", file=sys.stderr)
                 return 0
         status = run.process.wait()
         if live or status:  # what it said, where it no longer is in the way
@@ -76,12 +77,19 @@ def main(args: argparse.Namespace) -> int:
     return status
 
 
+def show() -> None:
+    """What `python -m paged_ref.terminal.frames.monitor` does: the same as `paged-ref monitor`."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    main(parser.parse_args())
+
+
 class Live:
     """The screen of a log that grows (loop.Shown)."""
 
     def __init__(self, path: Path, process: subprocess.Popen[str] | None = None) -> None:
         self.playing = True
-        self.speed = SPEEDS.index(8)
+        self.speed = SPEEDS.index(4)
         self.monitor = Monitor()
         self._follower = Follower(path)
         self._process = process
@@ -186,9 +194,3 @@ def _started(argv: list[str]) -> Iterator[Run]:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    main(parser.parse_args())

@@ -90,9 +90,9 @@ def lines_text(
         shown = f"{y:.3g}" if number % 4 == 0 or number == rows - 1 else ""
         text.append(f"{shown:>{margin - 1}}│{''.join(row).rstrip()}\n")
     text.append(" " * (margin - 1) + "└" + "─" * width + "\n")
-    middle = f"{x_most / 2:.3g}"
-    axis = f"0{middle:^{width - 2}}{x_most:.3g}"
-    text.append(" " * margin + axis[: width + 1] + "\n" + " " * margin + x_label + "\n")
+    middle, end = f"{x_most / 2:.3g}", f"{x_most:.3g}"
+    axis = f"0{middle:^{width - 2}}"[: width - len(end)] + end
+    text.append(" " * margin + axis + "\n" + " " * margin + x_label + "\n")
     for letter, line in zip(LETTERS, lines, strict=False):
         text.append(f"   {letter} {line.label}\n")
     text.rstrip()

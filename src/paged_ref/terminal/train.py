@@ -18,8 +18,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from ..config import ModelConfig
 from ..model.loading import load
+from ..model.tokenizer import Tokenizer
 from ..training.activations import MEMORY, PAGE_SIZE, activations_for
-from ..training.checkpoint import STATE, load_state, save_model, save_state
+from ..training.checkpoint import STATE, load_state, put, save_model, save_state
 from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
 from ..training.parameters import Parameters
 from ..training.trainer import Settings, Step, Trainer, bits_per_byte
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="steps between checkpoints, each with a measurement (default 200)")  # fmt: skip
     memory = parser.add_argument_group("memory of what the layers save for backward")
     memory.add_argument("--memory", choices=MEMORY, default="keep",
-                        help="all on the device (default), whole layers or pages moved to the host, or recomputed")  # fmt: skip
+                        help="keep all (default), move whole layers or pages to the host, recompute")  # fmt: skip
     memory.add_argument("--budget", type=_bytes, metavar="BYTES",
                         help="on the device, for swap and page: as in 48MiB")  # fmt: skip
     memory.add_argument("--page-size", type=_bytes, default=PAGE_SIZE, metavar="BYTES",
@@ -94,11 +95,6 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--held-out is {args.held_out}; a share between 0 and 1 is needed")
     stories = [story for path in args.text for story in read_stories(path)]
     learned, held = hold_out(stories, args.held_out, args.seed)
-    if not learned or not held:
-        raise ValueError(
-            f"the text is too short: {len(stories)} stories, of which {len(held)} would be held out; both parts "
-            "need at least one"
-        )
     if args.measure is not None:
         return _measure(args.measure, held)
     if args.out is None:
@@ -141,7 +137,10 @@ def _train(args: argparse.Namespace, learned: list[str], held: list[str]) -> int
     run = {**asdict(config), **asdict(settings), "words": args.words, "dtype": args.dtype, "text": digest}
     if state is not None:
         _refuse_other_run(state.run, run)
-    tokenizer = train_tokenizer(learned, config.vocab_size, args.words)
+        tokenizer = Tokenizer.from_file(args.out / "tokenizer.json")
+    else:
+        tokenizer = train_tokenizer(learned, config.vocab_size, args.words)
+        put(args.out / "tokenizer.json", tokenizer.to_json().encode())  # a place that cannot be written shows now
     trainer = Trainer(config, settings, encode(tokenizer, learned + by_heart), activations)
     if state is not None:
         trainer.restore(state)
@@ -159,14 +158,19 @@ def _train(args: argparse.Namespace, learned: list[str], held: list[str]) -> int
                 display.measured(save())
     if stopping and not trainer.done:
         save(measure=False)
+        _print_curve(trainer, display)
         print(f"stopped after step {len(trainer.losses)} of {settings.num_steps}; --resume continues", file=sys.stderr)
         return 130
     found = save()
-    for line in curve(trainer.losses, min(display.console.width, 100), CURVE_ROWS, "loss"):
-        print(line)
+    _print_curve(trainer, display)
     print(f"{args.out}: {trainer.weights.flat.size} weights, {settings.num_steps} steps, {found:.4f} bits per byte "
           f"on {len(held)} stories held out")  # fmt: skip
     return 0
+
+
+def _print_curve(trainer: Trainer, display: Display) -> None:
+    for line in curve(trainer.losses, min(display.console.width, 100), CURVE_ROWS, "loss"):
+        print(line)
 
 
 def _config(args: argparse.Namespace) -> ModelConfig:
@@ -190,9 +194,10 @@ def _config(args: argparse.Namespace) -> ModelConfig:
 
 
 def _refuse_other_run(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """The number of steps may be another: the learning rate then goes the rest of its way to that end."""
     now = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}  # as JSON has it
     for name, value in now.items():
-        if before.get(name) != value:
+        if name != "num_steps" and before.get(name) != value:
             raise ValueError(f"--resume continues a run whose {name} is {before.get(name)!r}; now it is {value!r}")
 
 
@@ -220,7 +225,7 @@ class Display:
         self.trainer = trainer
         self.console = Console(stderr=False)
         self._progress = Progress(
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             TextColumn("step {task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
             TextColumn("{task.fields[speed]:.0f} tokens/s  {task.fields[bits]}"),
             TimeRemainingColumn(compact=True),

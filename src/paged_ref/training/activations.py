@@ -193,6 +193,11 @@ class Paged:
         self._stored: dict[int, _Stored] = {}
         self._copies = CopyStream()
 
+    @property
+    def pool_size(self) -> int:
+        """Bytes of the pool on the device."""
+        return int(self._device.nbytes)
+
     def save(self, layer: int, saved: Saved) -> None:
         stored = self._stored[layer] = _Stored({name: array.shape for name, array in saved.items()})
         for name, elements, pages, place in self._pieces(stored.shapes):

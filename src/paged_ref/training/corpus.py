@@ -49,9 +49,17 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def hold_out(stories: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Stories to learn from, and some drawn at random to measure on, which training must not see."""
+    """Stories to learn from, and some drawn by chance to measure on, which training must not see.
+
+    At least one is held out. Raises ValueError where none would be left to learn from.
+    """
     order = np.random.default_rng(seed).permutation(len(stories))
-    held = set(order[: round(share * len(stories))].tolist())
+    held = set(order[: max(1, round(share * len(stories)))].tolist())
+    if len(held) >= len(stories):
+        raise ValueError(
+            f"the text is too short: {len(stories)} stories, or pieces of {PIECE} characters, of which {len(held)} "
+            "are held out; at least one must be left to learn from"
+        )
     learned = [story for index, story in enumerate(stories) if index not in held]
     return learned, [stories[index] for index in sorted(held)]
 

@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from ..config import ModelConfig
-from ..device import Array, xp
+from ..device import Array, on_gpu, xp
 from ..model.llama import rope_frequencies
 from .backward import (
+    LOGIT_ROWS,
     causal_attention,
     causal_attention_backward,
     cross_entropy,
@@ -212,11 +213,17 @@ def _shared(weights: Parameters, batch: Batch, dropout: Dropout | None) -> Pass:
 
 
 def _add_rows(table: Array, ids: Array, rows: Array) -> None:
-    """table[ids[i]] += rows[i], for ids that repeat. `table [vocab_size, hidden_size]`."""
-    order = xp.argsort(ids, kind="stable") if xp is np else xp.argsort(ids)  # CuPy's is stable
+    """table[ids[i]] += rows[i], for ids that repeat, in an order that is always the same.
+
+    `table [vocab_size, hidden_size]`, `ids [num_tokens]`, `rows [num_tokens, hidden_size]`.
+    """
+    if on_gpu:  # atomic adds would come in any order; a product with ones and zeros does not
+        for first in range(0, len(ids), LOGIT_ROWS):
+            part = slice(first, first + LOGIT_ROWS)
+            chosen = xp.arange(len(table))[:, None] == ids[part]  # [vocab_size, part]
+            table += chosen.astype(rows.dtype) @ rows[part]
+        return
+    order = np.argsort(ids, kind="stable")
     ids, rows = ids[order], rows[order]
-    firsts = xp.flatnonzero(xp.concatenate([xp.ones(1, dtype=bool), ids[1:] != ids[:-1]]))
-    if xp is np:
-        table[ids[firsts]] += np.add.reduceat(rows, firsts, axis=0)
-    else:
-        xp.add.at(table, ids, rows)
+    firsts = np.flatnonzero(np.diff(ids, prepend=-1))  # [number of different ids]
+    table[ids[firsts]] += np.add.reduceat(rows, firsts, axis=0)

@@ -22,6 +22,7 @@ from .roofline import (
     num_kv_tokens,
     recompute_seconds,
     step_time,
+    swap_from,
     swap_seconds,
 )
 
@@ -30,7 +31,6 @@ RESERVES: tuple[Reserve, ...] = ("max", "pow2", "exact")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 WASTE_LIMIT = 0.01  # of the slots, empty in last blocks: what a larger block may cost
 TABLE_ENTRY = 4  # bytes of a block id
-
 Bottleneck = Literal["capacity", "bandwidth", "compute"]
 
 
@@ -160,7 +160,7 @@ def assess(
         block_sizes=block_sizes,
         block_size=block_size,
         recompute_seconds=recompute_seconds(gpu, model, round(length), constants),
-        swap_from=_swap_from(gpu, model, block_size, constants),
+        swap_from=swap_from(gpu, model, block_size, constants),
     )
 
 
@@ -251,12 +251,3 @@ def _block_size(
         run_bytes=block_size * model.num_kv_heads * model.head_size * model.kv_bits // 8,
         swap_seconds=swap_seconds(gpu, model, round(length), block_size, constants),
     )
-
-
-def _swap_from(gpu: GPU, model: ModelSpec, block_size: int, constants: Constants) -> int | None:
-    """The length from which on swapping is faster. Recomputing grows with the square, swapping does not."""
-    for num_tokens in range(block_size, model.max_context + 1, block_size):
-        swap = swap_seconds(gpu, model, num_tokens, block_size, constants)
-        if swap < recompute_seconds(gpu, model, num_tokens, constants):
-            return num_tokens
-    return None

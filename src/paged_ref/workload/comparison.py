@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..memory.events import Log
 from ..memory.managers import KVCacheManager
 from .engine_run import engine_steps, shares_of, simulated_steps
 from .hardware import gpu_named
@@ -19,9 +20,10 @@ from .setup import Setup
 from .sweep import Curve
 from .traces import Trace, at_rate, clipped, first, scaled
 
-RUN_REQUESTS = 40  # of a run with the embedded model
+RUN_REQUESTS = 30  # of a run with the embedded model
 RUN_CONTEXT = 256  # tokens, of the model's context
-RUN_POOL = 1024  # tokens
+RUN_LENGTH = 48  # tokens of a request, mean
+RUN_POOL = 768  # tokens
 
 
 def setups(base: Setup, block_sizes: Sequence[int]) -> list[Setup]:
@@ -100,19 +102,22 @@ def small(trace: Trace) -> Trace:
     """The first requests, all at once, made short enough for the embedded model."""
     part = first(trace, RUN_REQUESTS)
     mean = sum(each.prompt_len + each.output_len for each in part.requests) / len(part.requests)
-    factor = min(1.0, RUN_CONTEXT / 4 / mean)
+    factor = min(1.0, RUN_LENGTH / mean)
     return at_rate(clipped(scaled(part, factor), RUN_CONTEXT), float("inf"))
 
 
-def check(rows: Sequence[Setup], trace: Trace, on_run: Callable[[str], None] | None = None) -> list[Checked]:
-    """Each setup with the embedded model: simulated, and run. `trace` is as `small` makes it."""
+def check(
+    rows: Sequence[Setup], trace: Trace, on_run: Callable[[str], None] | None = None, log: Log | None = None
+) -> list[Checked]:
+    """Each setup with the embedded model: simulated, and run. `trace` is as `small` makes it. `log` is told of the
+    engines, one after another."""
     checked = []
     for row in rows:
         setup = replace(
             row, gpu=gpu_named("T4"), model=model_named("tiny"), kv_tokens=RUN_POOL, max_model_len=RUN_CONTEXT
         )
         simulated, arrived = simulated_steps(setup, trace)
-        ran = engine_steps(setup, trace, arrived)
+        ran = engine_steps(setup, trace, arrived, log=log)
         checked.append(
             Checked(setup.label, shares_of(simulated), shares_of(ran), len(ran), same=simulated == ran)
         )  # fmt: skip

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ..engine.llm import LLM
 from ..engine.outputs import StepRecord
 from ..engine.sampling import SamplingParams
+from ..memory.events import Log
 from ..memory.managers import MemoryUsage, Transfer
 from .metrics import Looks, Shares
 from .setup import Setup
@@ -67,11 +68,12 @@ def engine_steps(
     *,
     model: str = "tiny",
     backend: str = "auto",
+    log: Log | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> list[Step]:
     """Every step of the engine, when before step i the first `arrived[i]` requests have come.
 
-    Requests that the engine refuses keep their place in the count. `on_step` is the engine's own.
+    Requests that the engine refuses keep their place in the count. `log` and `on_step` are the engine's own.
     """
     records: list[StepRecord] = []
 
@@ -95,6 +97,7 @@ def engine_steps(
         prefix_cache=setup.prefix_cache,
         watermark=setup.watermark,
         backend=backend,
+        log=log,
         on_step=watch,
     )
     place_of: dict[int, int] = {}  # the engine's seq_id -> the request's place in the trace

@@ -67,9 +67,10 @@ class Outcome:
     normalised: float  # latency / output tokens, mean over requests: the paper's measure (§6.1)
     normalised_p99: float
     running_mean: float  # sequences at once, over the time in which any ran
+    running_short: float  # while somebody waited, so that memory was short; over all the time if nobody ever did
     running_peak: int
     waiting_share: float  # of that time, in which somebody waited
-    shares: Shares  # while somebody waited, so that memory was short; over all the time if nobody ever did
+    shares: Shares  # as running_short
     shares_always: Shares
     preemptions: int
     computed_tokens: int
@@ -108,7 +109,8 @@ class Tally:
     def __init__(self) -> None:
         self.refused, self.refusal, self.cut = 0, "", 0
         self.steps = 0
-        self.busy = self.waited = self.running_seconds = 0.0
+        self.busy = self.waited = 0.0  # seconds
+        self.running_seconds = self.running_waited = 0.0  # sequences x seconds: all, and while somebody waited
         self.running_peak = 0
         self.short, self.always = Looks(), Looks()
         self.preemptions = self.computed = self.recomputed = self.known = self.prompts = 0
@@ -135,6 +137,7 @@ class Tally:
             self.running_peak = running
         if waiting:
             self.waited += seconds
+            self.running_waited += running * seconds
 
     def look(self, usage: MemoryUsage, seconds: float, waiting: bool) -> None:
         self.always.add(usage, seconds)
@@ -149,6 +152,7 @@ class Tally:
             self.each_tokens.append((now - first_token) / (num_tokens - 1))
 
     def outcome(self, label: str, seconds: float) -> Outcome:
+        mean_running = self.running_seconds / self.busy if self.busy else 0.0
         return Outcome(
             label=label,
             finished=len(self.normalised),
@@ -163,7 +167,8 @@ class Tally:
             each_token=_mean(self.each_tokens),
             normalised=_mean(self.normalised),
             normalised_p99=_p99(self.normalised),
-            running_mean=self.running_seconds / self.busy if self.busy else 0.0,
+            running_mean=mean_running,
+            running_short=self.running_waited / self.waited if self.waited else mean_running,
             running_peak=self.running_peak,
             waiting_share=self.waited / self.busy if self.busy else 0.0,
             shares=(self.short if self.short.seconds else self.always).shares(),

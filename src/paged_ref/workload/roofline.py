@@ -139,6 +139,22 @@ def recompute_seconds(gpu: GPU, model: ModelSpec, num_tokens: int, constants: Co
     return step_time(gpu, model, num_tokens, num_tokens, pairs, 1, constants).compute
 
 
+def swap_from(gpu: GPU, model: ModelSpec, block_size: int, constants: Constants = CONSTANTS) -> int | None:
+    """The length from which on swapping is faster than computing again; None: not up to the model's context.
+
+    Computing again grows with the square of the length, swapping does not: the last length at which it does not
+    pay is looked for from the top.
+    """
+    lengths = range(block_size, model.max_context + 1, block_size)
+    slower = (
+        length
+        for length in reversed(lengths)
+        if swap_seconds(gpu, model, length, block_size, constants) >= recompute_seconds(gpu, model, length, constants)
+    )
+    last = next(slower, 0)
+    return last + block_size if last + block_size in lengths else None
+
+
 def kv_copies(gpu: GPU, model: ModelSpec) -> float:
     """How often K and V are kept: more than once where GPUs outnumber the KV heads that they share out."""
     return max(1.0, gpu.count / model.num_kv_heads)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from .metrics import Outcome
 from .setup import Setup
@@ -45,6 +46,13 @@ class Curve:
 
 
 Run = Callable[[Setup, Trace, float], Outcome]
+T = TypeVar("T")
+
+
+class Call(Protocol):
+    """Call a function, wherever there is a core for it, and wait for what it returns."""
+
+    def __call__(self, function: Callable[..., T], *arguments: Any) -> T: ...
 
 
 def run_once(setup: Setup, trace: Trace, rate: float) -> Outcome:
@@ -83,22 +91,23 @@ RUNS_OF_A_CURVE = 1 + len(FIXED) + 2 + HALVINGS  # at most
 
 
 @contextmanager
-def runner(num_jobs: int | None = None) -> Iterator[Run]:
-    """`run_once` in other processes, at most `num_jobs` at a time (default: one for each core); 1: in this one.
+def on_cores(num_jobs: int | None = None) -> Iterator[Call]:
+    """Functions in other processes, at most `num_jobs` at a time (default: one for each core); 1: in this one.
 
-    For threads: each waits for its own run. Leaving early gives up what has not begun.
+    For threads: each waits for its own call. Leaving early gives up what has not begun. A script that uses it
+    needs `if __name__ == "__main__"`, since the processes read the script again.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = cores if num_jobs is None else num_jobs
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; at least 1 is needed")
     if jobs == 1:
-        yield run_once
+        yield lambda function, *arguments: function(*arguments)
         return
     # Spawned: to fork a process that has threads is not safe.
     processes = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
     try:
-        yield lambda setup, trace, rate: processes.submit(run_once, setup, trace, rate).result()
+        yield lambda function, *arguments: processes.submit(function, *arguments).result()
     finally:
         processes.shutdown(cancel_futures=True)
 
@@ -117,10 +126,10 @@ def curves_of(
     on_run: Callable[[str], None] | None = None,
 ) -> list[Curve]:
     """A curve for each setup, in order. `on_run` is called with the setup's label after each of its runs."""
-    with ThreadPoolExecutor(len(setups) if num_jobs != 1 else 1) as threads, runner(num_jobs) as run:
+    with ThreadPoolExecutor(len(setups) if num_jobs != 1 else 1) as threads, on_cores(num_jobs) as call:
 
         def counted(setup: Setup, trace: Trace, rate: float) -> Outcome:
-            outcome = run(setup, trace, rate)
+            outcome = call(run_once, setup, trace, rate)
             if on_run:
                 on_run(setup.label)
             return outcome

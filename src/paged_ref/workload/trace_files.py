@@ -98,7 +98,7 @@ def _table(header: list[str], columns: tuple[str, ...], lines: list[Line]) -> It
 
 
 def _count(number: int, column: str, cell: str) -> int:
-    if not cell.isdecimal() or int(cell) < 1:
+    if not cell.isdecimal() or len(cell) > 12 or int(cell) < 1:
         raise ValueError(f"line {number}: {column} is {cell[:20]!r}; a whole number of at least 1 is needed")
     return int(cell)
 

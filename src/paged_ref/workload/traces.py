@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from math import log, log1p
+from math import inf, log, log1p
 from statistics import mean
 
 
@@ -36,13 +36,14 @@ class Trace:
     def rate(self) -> float:
         """Requests per second; infinite where all come at once."""
         seconds = self.requests[-1].arrival - self.requests[0].arrival
-        return (len(self.requests) - 1) / seconds if seconds > 0 else float("inf")
+        return (len(self.requests) - 1) / seconds if seconds > 0 else inf
 
     def describe(self) -> str:
         """One line: how many requests, their lengths, and how they come."""
         prompts = mean(request.prompt_len for request in self.requests)
         outputs = mean(request.output_len for request in self.requests)
-        times = f"{self.rate:.3g} per second" if self.timed else "no times"
+        times = "all at once" if self.rate == inf else f"{self.rate:.3g} per second"
+        times = times if self.timed else "no times"
         return f"{self.name}: {len(self.requests)} requests, mean {prompts:.1f} tokens in, {outputs:.1f} out, {times}"
 
 
@@ -66,9 +67,9 @@ def at_rate(trace: Trace, rate: float, seed: int = 0) -> Trace:
     """
     if not rate > 0:
         raise ValueError(f"rate is {rate}; a number of requests per second above 0 is needed")
-    if rate == float("inf"):
+    if rate == inf:
         times, note = [0.0] * len(trace.requests), "all requests at once"
-    elif trace.timed and 0 < trace.rate < float("inf"):
+    elif trace.timed and 0 < trace.rate < inf:
         factor = trace.rate / rate
         times = [factor * request.arrival for request in trace.requests]
         note = f"arrival times x {factor:.3g}, for {rate:.3g} requests per second"
@@ -84,7 +85,7 @@ def at_rate(trace: Trace, rate: float, seed: int = 0) -> Trace:
 
 def scaled(trace: Trace, factor: float) -> Trace:
     """All lengths times `factor`, rounded, at least 1. What the prompts begin with is kept if its blocks stay whole."""
-    if not 0 < factor < float("inf"):
+    if not 0 < factor < inf:
         raise ValueError(f"scale is {factor}; a number above 0 is needed")
     block = factor * trace.hash_block
     keeps_ids = block >= 1 and block == int(block)
@@ -117,6 +118,18 @@ def clipped(trace: Trace, longest: int) -> Trace:
     return replace(trace, requests=tuple(requests), notes=(*trace.notes, note))
 
 
+def with_prefix(trace: Trace, length: int) -> Trace:
+    """`length` more tokens before each prompt, the same for all. What the prompts are is known no further."""
+    if length < 1:
+        raise ValueError(f"the shared prefix has {length} tokens; at least 1 is needed")
+    ids = tuple(range(length))
+    requests = tuple(
+        TraceRequest(each.arrival, length + each.prompt_len, each.output_len, ids) for each in trace.requests
+    )
+    note = f"the same {length} tokens before each prompt"
+    return replace(trace, requests=requests, notes=(*trace.notes, note), hash_block=1)
+
+
 # --- traces that are drawn -----------------------------------------------------------------------------
 
 # Mean tokens in and out of the data sets that the paper serves (Kwon et al. 2023, §6.1, Fig. 11).
@@ -132,15 +145,19 @@ def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> Trac
     """
     if name not in MEANS:
         raise ValueError(f"trace is {name!r}; a file or one of {', '.join(MEANS)} is needed")
+    return drawn(name, *MEANS[name], count, seed, longest)
+
+
+def drawn(name: str, mean_in: float, mean_out: float, count: int, seed: int = 0, longest: int = 2048) -> Trace:
+    """The same with any means of at least 1 token."""
     if count < 1:
         raise ValueError(f"requests is {count}; at least 1 is needed")
     rng = random.Random(seed)
-    prompts, outputs = MEANS[name]
-    drawn = tuple(TraceRequest(0.0, _geometric(rng, prompts), _geometric(rng, outputs)) for _ in range(count))
-    note = f"drawn: geometric lengths with the means of the paper's {name} ({prompts} in, {outputs} out), seed {seed}"
-    return clipped(Trace(name, drawn, timed=False, notes=(note,)), longest)
+    requests = tuple(TraceRequest(0.0, _geometric(rng, mean_in), _geometric(rng, mean_out)) for _ in range(count))
+    note = f"drawn: geometric lengths of mean {mean_in} in, {mean_out} out, seed {seed}"
+    return clipped(Trace(name, requests, timed=False, notes=(note,)), longest)
 
 
 def _geometric(rng: random.Random, mean_length: float) -> int:
     """1, 2, 3 ... with this mean: whole steps of an exponential with the same chance to end in each."""
-    return 1 + int(log(1.0 - rng.random()) / log1p(-1.0 / mean_length))
+    return 1 if mean_length <= 1 else 1 + int(log(1.0 - rng.random()) / log1p(-1.0 / mean_length))

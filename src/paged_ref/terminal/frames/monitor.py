@@ -198,3 +198,9 @@ def sparkline(values: Sequence[float], width: int) -> str:
         return ""
     top = max(values) or 1
     return "".join(LEVELS[min(len(LEVELS) - 1, int(len(LEVELS) * value / top))] for value in values[-width:])
+
+
+if __name__ == "__main__":
+    from ..monitor import show
+
+    show()

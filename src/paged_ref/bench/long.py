@@ -1,0 +1,256 @@
+"""`paged-ref bench long`: what it costs when the context does not fit on the device, at one layer's worth of K and V.
+
+The keys and values are random: what is timed and counted does not depend on them. Three questions, each a table: does
+device memory stay constant while the context grows; what does streaming cost beside a run that holds everything; and
+what does a budget save. Contenders take turns, and the shortest times are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..config import ModelConfig
+from ..device import Array, describe, on_gpu, synchronize, xp
+from ..engine.long_context import LongContext, LongOptions
+from ..kernels import paged_attention
+from ..kernels.out_of_core import TwoCaches, streamed_attention
+from ..memory.relevance import Attend
+
+BLOCK_SIZE = 16
+CHUNK = 4096  # tokens written at once
+HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128  # a layer of Llama 3 8B
+SMALL = (8, 2, 64)  # of the table that grows to a million tokens: 1 GiB of K and V there, in float32
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One length of the context."""
+
+    tokens: int
+    device_bytes: int
+    bytes_in: int  # for one more token
+    on_paper: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A time beside the one that it is measured against."""
+
+    name: str
+    seconds: float
+    against: float
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.against
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="N",
+        help="tokens, from small to large (default 4096 to 1048576)",
+    )  # fmt: skip
+    parser.add_argument("--device-blocks", type=int, default=128, metavar="B", help="while it grows (default 128)")
+    parser.add_argument("--tokens", type=int, default=2**16, metavar="N", help="of the other two tables (65536)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="the shortest of so many times (default 7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+
+
+def main(args: argparse.Namespace) -> int:
+    for name, least in (("device_blocks", 2), ("tokens", 1024), ("rounds", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least {least} is needed")
+    if min(args.contexts) < 1 or sorted(args.contexts) != args.contexts:
+        raise ValueError(f"--contexts is {args.contexts}; numbers from 1 on are needed, from small to large")
+    console = Console(soft_wrap=True)
+    growth = grow(args.contexts, args.device_blocks, args.rounds)
+    console.print(_growth_table(growth, args.device_blocks))
+    ratios = [*streaming(args.tokens, args.rounds), *budgets(args.tokens, args.rounds)]
+    console.print(_ratio_table(ratios, args.tokens))
+    if args.json:
+        results = {"device": describe(), "growth": [asdict(g) for g in growth], "ratios": [asdict(r) for r in ratios]}
+        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return 0
+
+
+# --- one layer and one sequence ------------------------------------------------------------------------------
+
+
+class Layer:
+    """One layer's pages of one sequence of random keys, which grows without its prompt being attended to."""
+
+    def __init__(self, shape: tuple[int, int, int], device_blocks: int, host_blocks: int, attend: Attend) -> None:
+        num_heads, num_kv_heads, head_size = shape
+        config = ModelConfig(
+            vocab_size=1, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, head_size=head_size, max_position_embeddings=1,
+        )  # fmt: skip
+        options = LongOptions(device_blocks, host_blocks, attend=attend, full_layers=0)
+        self.long_context = options.make(config, BLOCK_SIZE, "float32", CHUNK, "auto", False, None)
+        self._rng = np.random.default_rng(0)
+        self._noise = xp.asarray(self._rng.standard_normal((2, 2 * CHUNK, num_kv_heads, head_size), dtype=np.float32))
+        self.query = xp.asarray(self._rng.standard_normal((1, num_heads, head_size), dtype=np.float32))
+        self.length = 0
+        self.long_context.manager.admit(0, [], 1)
+
+    def _begin(self, count: int) -> tuple[Array, Array]:
+        self.long_context.manager.append([(0, count)])
+        self.long_context.begin_step([(0, self.length, count)])
+        ((keys, values),) = self.long_context
+        first = int(self._rng.integers(CHUNK))
+        keys[0, :count], values[0, :count] = self._noise[:, first : first + count]
+        self.length += count
+        return keys, values
+
+    def grow(self, length: int) -> None:
+        while self.length < length:
+            count = min(CHUNK, length - self.length)
+            keys, values = self._begin(count)
+            self.long_context.write(keys[0, :count], values[0, :count])
+
+    def step(self, query: Array | None = None) -> None:
+        """One more token."""
+        keys, values = self._begin(1)
+        self.long_context(self.query if query is None else query, keys, values, None, sliding_window=None)
+
+
+def grow(contexts: list[int], device_blocks: int, rounds: int) -> list[Growth]:
+    """Time and bytes of one more token, exactly, at each length."""
+    layer = Layer(SMALL, device_blocks, -(-(contexts[-1] + len(contexts) * (rounds + 1)) // BLOCK_SIZE) + 1, "all")
+    long_context: LongContext = layer.long_context
+    found = []
+    for tokens in contexts:
+        layer.grow(tokens)
+        layer.step()
+        pages = SMALL[1] * -(-(layer.length + 1) // BLOCK_SIZE)
+        before = long_context.counters.bytes_in
+        seconds = _shortest([layer.step], rounds)[0]
+        moved = (long_context.counters.bytes_in - before) // (rounds + 1)  # and the one that warms up
+        here = sum(block >= 0 for block in long_context.manager.residency.device_of)
+        on_paper = max(0, pages - here) * long_context.page_bytes
+        found.append(Growth(tokens, long_context.device_bytes, moved, on_paper, seconds))
+    return found
+
+
+def streaming(tokens: int, rounds: int) -> list[Ratio]:
+    """The same attention with everything on the device, and with everything on the host; copies included."""
+    found = []
+    for name, (heads, kv_heads, size) in (
+        ("Llama 3 8B", (HEADS, KV_HEADS, HEAD_SIZE)),
+        ("TinyLlama", (32, 4, 64)),
+        ("the embedded model", (8, 4, 16)),
+    ):
+        rng = np.random.default_rng(0)
+        per_head = -(-tokens // BLOCK_SIZE)
+        total = per_head * kv_heads
+        noise = rng.standard_normal((1, BLOCK_SIZE, 1, size), dtype=np.float32)
+        whole = [np.broadcast_to(noise, (2 * total, BLOCK_SIZE, 1, size)).copy() for _ in range(2)]
+        num_staging = 0 if not on_gpu else min(total // 4, (8 << 20) // (2 * noise.nbytes))
+        cut = total + num_staging
+        device = [xp.asarray(array[:cut]) for array in whole]
+        caches = TwoCaches(
+            device[0], device[1], *(_pinned(array[total:]) for array in whole),
+            range(total, cut), None if on_gpu else (whole[0], whole[1]),
+        )  # fmt: skip
+        table = np.arange(total).reshape(kv_heads, per_head)
+        nowhere = np.full_like(table, -1)
+        for queries in (1, 64):
+            query = xp.asarray(rng.standard_normal((kv_heads * queries, heads // kv_heads, size), dtype=np.float32))
+            loc, lens = np.arange(kv_heads + 1) * queries, np.full(kv_heads, tokens)
+
+            def resident(query: Array = query, loc: np.ndarray = loc, lens: np.ndarray = lens) -> None:
+                paged_attention(
+                    query, *device, xp.asarray(table), xp.asarray(lens), xp.asarray(loc), validate=False  # noqa: B023
+                )  # fmt: skip
+
+            def streamed(query: Array = query, loc: np.ndarray = loc, lens: np.ndarray = lens) -> None:
+                streamed_attention(query, caches, nowhere, table, lens, loc)  # noqa: B023
+
+            slow, fast = _shortest([streamed, resident], rounds)
+            what = f"{queries} new"
+            found.append(Ratio(f"{name}, {what}: streamed / resident", slow, fast))
+    return found
+
+
+def budgets(tokens: int, rounds: int) -> list[Ratio]:
+    """A tenth of the pages on the device: the exact mode beside budgets."""
+    shape = (HEADS, KV_HEADS, HEAD_SIZE)
+    num_blocks = -(-(tokens + 4 * rounds) // BLOCK_SIZE)
+    layers = {}
+    for attend in ("all", 0.25, 0.1):
+        layer = Layer(shape, num_blocks // 10, num_blocks + 1, attend)
+        layer.grow(tokens)
+        for _ in range(3):
+            layer.step()
+        layers[attend] = layer.step
+    times = _shortest(list(layers.values()), rounds)
+    return [
+        Ratio(f"Llama 3 8B, 10% resident: attend all / {attend}", times[0], seconds)
+        for attend, seconds in zip(list(layers)[1:], times[1:], strict=True)
+    ]
+
+
+def _pinned(array: np.ndarray) -> np.ndarray:
+    if not on_gpu:
+        return array
+    import cupyx
+
+    pinned: np.ndarray = cupyx.empty_pinned(array.shape, array.dtype)
+    pinned[:] = array
+    return pinned
+
+
+def _shortest(contenders: list[Callable[[], None]], rounds: int) -> list[float]:
+    """Of each, the shortest time of so many rounds, taking turns."""
+    for contender in contenders:
+        contender()
+    best = [np.inf] * len(contenders)
+    for _ in range(rounds):
+        for i, contender in enumerate(contenders):
+            synchronize()
+            began = perf_counter()
+            contender()
+            synchronize()
+            best[i] = min(best[i], perf_counter() - began)
+    return best
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+def _growth_table(growth: list[Growth], device_blocks: int) -> Table:
+    heads, kv_heads, head_size = SMALL
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"One more token, exactly: one layer, {heads} heads, {kv_heads} KV heads of {head_size}, "
+        f"{device_blocks} device blocks\n{describe()}",
+    )
+    for name in ("context", "device MiB", "MiB from host", "on paper", "ms", "ns/token of context"):
+        table.add_column(name, justify="right")
+    for row in growth:
+        table.add_row(
+            f"{row.tokens:,}", f"{row.device_bytes / 2**20:.2f}", f"{row.bytes_in / 2**20:,.2f}",
+            f"{row.on_paper / 2**20:,.2f}", f"{row.seconds * 1e3:,.2f}", f"{row.seconds / row.tokens * 1e9:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _ratio_table(ratios: list[Ratio], tokens: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=f"One layer of the shape of a model, {tokens:,} tokens of context")
+    table.add_column("", no_wrap=True)
+    table.add_column("ms", justify="right")
+    table.add_column("ratio", justify="right")
+    for row in ratios:
+        table.add_row(row.name, f"{row.seconds * 1e3:.1f} / {row.against * 1e3:.1f}", f"{row.ratio:.2f}")
+    return table
