@@ -149,4 +149,6 @@ def test_lines_of_code_are_counted_without_prose() -> None:
     assert code_lines("kernels/addressing.py") == 5  # two imports, a def, and paging in two lines
     for technique, (manager, kernel) in FILES.items():
         assert lines_of(technique) == (sum(map(code_lines, manager)), sum(map(code_lines, kernel)))
-    assert sum(lines_of("standard")) < sum(lines_of("swapping")) < sum(lines_of("paged")) < sum(lines_of("prefix cache"))
+    assert (
+        sum(lines_of("standard")) < sum(lines_of("swapping")) < sum(lines_of("paged")) < sum(lines_of("prefix cache"))
+    )

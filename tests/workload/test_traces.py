@@ -100,7 +100,10 @@ def test_gzip_is_seen_by_its_content(tmp_path: Path) -> None:
             '{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [0]}',
             "line 1 has 1 hash_ids; 513 tokens are 2 blocks of 512",
         ),
-        ('{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": ["a"]}', "line 1: hash_ids is not a list"),
+        (
+            '{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": ["a"]}',
+            "line 1: hash_ids is not a list",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_sentence_with_its_line(tmp_path: Path, text: str, reason: str) -> None:

@@ -33,7 +33,9 @@ def main(args: argparse.Namespace) -> int:
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json} cannot be written: there is no directory {args.json.parent}")
     console = Console(highlight=False)
-    console.print("Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023.")
+    console.print(
+        "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023."
+    )
     figures = []
     for figure in _figures(args.figures or list(FIGURES), args.jobs):
         show(console, figure)

@@ -140,9 +140,7 @@ def _bars_svg(bars: Sequence[Bar], top: float) -> list[str]:
     return parts
 
 
-def _lines_svg(
-    lines: Sequence[Line], top: float, y_most: float, x_label: str, y_label: str, bound: float
-) -> list[str]:
+def _lines_svg(lines: Sequence[Line], top: float, y_most: float, x_label: str, y_label: str, bound: float) -> list[str]:
     left, width, height = 70, WIDTH - 100, 220
     x_most = max((x for line in lines for x, y in line.points if y <= y_most), default=1.0) * 1.02
     bottom = top + 30 + height

@@ -267,7 +267,9 @@ def shared_prefix(lab: Lab) -> Figure:
         trace = with_prefix(drawn("translation", *WMT, 2000), length)
         outcomes = lab.all(run_once, [(setup, trace, AT_ONCE) for setup in setups])
         cached, plain, other = (outcome.requests_per_second for outcome in outcomes)
-        findings.append(Finding(f"{length} tokens: against Orca exact", cached / other, paper, "x", paper / TIME, paper * TIME))
+        findings.append(
+            Finding(f"{length} tokens: against Orca exact", cached / other, paper, "x", paper / TIME, paper * TIME)
+        )
         findings.append(Finding(f"{length} tokens: against paged without", cached / plain, "", "x"))
         findings.append(Finding(f"{length} tokens: found in the cache", 100 * outcomes[0].hit_rate, "", "%"))
     return Figure(

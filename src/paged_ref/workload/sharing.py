@@ -51,7 +51,9 @@ def samples_saving(trace: Trace, num_samples: int, *, block_size: int = 16) -> f
     for number, request in enumerate(trace.requests):
         most = request.prompt_len + request.output_len
         seqs = [
-            Sequence(number * num_samples + i, cast("list[int]", bytearray(request.prompt_len)), request.prompt_len, most)
+            Sequence(
+                number * num_samples + i, cast("list[int]", bytearray(request.prompt_len)), request.prompt_len, most
+            )
             for i in range(num_samples)
         ]
         scheduler.add(Group(seqs[:1], num_samples))
