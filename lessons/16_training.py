@@ -138,7 +138,7 @@ check(my_leaving, spec=spec, cases=cases, hint=hint)
 #
 # Recomputing (Chen et al. 2016) is an option of every trainer. vDNN (Rhu et
 # al. 2016) moved whole layers to the host, as `swap` does. PyTorch can map
-# pages under growing tensors: paging by the driver, with no table in any
+# pages under a growing pool: paging by the driver, with no table in any
 # kernel. `paged-ref train --memory page` trains a model as above.
 
 # ## Next
