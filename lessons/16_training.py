@@ -137,10 +137,9 @@ check(my_leaving, spec=spec, cases=cases, hint=hint)
 # ## In production systems
 #
 # Recomputing (Chen et al. 2016) is an option of every trainer. vDNN (Rhu et
-# al. 2016) moved whole layers to the host, as `swap` does. Allocators of
-# PyTorch map pages under growing tensors, against fragmentation: paging by
-# the driver, with no table in any kernel. `paged-ref train --memory page`
-# trains the model of this course as above.
+# al. 2016) moved whole layers to the host, as `swap` does. PyTorch can map
+# pages under a growing pool: paging by the driver, with no table in any
+# kernel. `paged-ref train --memory page` trains a model as above.
 
 # ## Next
 #

@@ -111,10 +111,10 @@ false.grade(words.count("false"))
 # A test of a claim must be able to fail. Which claim falls here?
 
 break_it(
-    "pages as large as the longest sequence",
+    "pages as large as the longest sequence: how many run at once",
     where=(setup.Setup, "make_manager"), caught_by="contract",
     bug=lambda real: lambda self: real(replace(self, block_size=2048)),
-    run=lambda: simulate.Simulation(WAYS[2], MIXED).run().shares,
+    run=lambda: [simulate.Simulation(WAYS[2], MIXED).run().running_peak],
 )  # fmt: skip
 
 # ## Exercise

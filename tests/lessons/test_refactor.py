@@ -103,6 +103,7 @@ def test_the_runner_refuses_in_one_sentence(run: Any, capsys: pytest.CaptureFixt
 
 def hugging_face_model(kind: str, request: pytest.FixtureRequest) -> Any:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.set_num_threads(1)  # so small a model gains nothing by more, and they wait for a core by spinning
     if kind == "stories260K":
         directory = request.getfixturevalue("stories260k")
         return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
