@@ -115,8 +115,8 @@ def test_a_group_of_8_costs_what_a_group_of_4_does() -> None:
 
 
 def test_the_kernel_that_merges_parts() -> None:
-    types = ("uint16*", "float32*", "float32*", "float32*", "int64", "int64", "float32*")
-    code = compile_kernel(combine_kernel("float16", 128, True), types, (NUM_THREADS, 8), (9, 0))
+    types = ("uint16*", "float32*", "float32*", "float32*", "int32*", "int64", "int64", "float32*")
+    code = compile_kernel(combine_kernel("float16", 128, True, True), types, (NUM_THREADS, 8), (9, 0))
     assert (code.stack_bytes, code.spill_stores, code.spill_loads) == (0, 0, 0)
     assert ".f64" not in code.ptx
     assert code.registers <= 64
