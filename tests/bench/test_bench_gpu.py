@@ -19,6 +19,7 @@ from paged_ref.bench.gpu_shapes import BATCHES, BLOCK_SIZES, KEYS, MODELS, GpuSh
 from paged_ref.cli import main
 from paged_ref.config import ModelConfig
 from paged_ref.device import on_gpu
+from paged_ref.kernels import paged_attention
 
 pytestmark = pytest.mark.skipif(on_gpu, reason="a GPU is in use: the benchmark itself can run")
 TOY = "toy"
@@ -102,7 +103,7 @@ def test_peers_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_answer_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = gpu_kernels.paged_attention
+    plain = paged_attention
 
     def wrong(*args: Any, backend: str, **more: Any) -> Any:
         out = plain(*args, backend=backend, **more)

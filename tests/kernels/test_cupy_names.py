@@ -28,6 +28,14 @@ def is_xp(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id == "xp"
 
 
+def path_from_xp(node: ast.Attribute) -> list[str]:
+    """The names after `xp` in xp.cuda.Stream and the like; [] where something else stands in front."""
+    if is_xp(node.value):
+        return [node.attr]
+    before = path_from_xp(node.value) if isinstance(node.value, ast.Attribute) else []
+    return [*before, node.attr] if before else []
+
+
 def keywords_of(function: Any) -> set[str] | None:
     """What it takes by keyword; None for anything. Cython's functions say it in the first line of their words."""
     try:
@@ -43,8 +51,11 @@ def keywords_of(function: Any) -> set[str] | None:
 def test_cupy_has_it(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and is_xp(node.value):
-            assert hasattr(cupy, node.attr), f"line {node.lineno}: cupy.{node.attr}"
+        if isinstance(node, ast.Attribute):
+            found: Any = cupy
+            for step in path_from_xp(node):
+                assert hasattr(found, step), f"line {node.lineno}: {step} in {ast.unparse(node)}"
+                found = getattr(found, step)
     for call, name in calls(tree):
         if is_xp(name.value):
             known = keywords_of(getattr(cupy, name.attr))

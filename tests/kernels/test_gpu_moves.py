@@ -89,7 +89,7 @@ def test_write_kv(source: str, target: str) -> None:
     if source == "float64" and target != "float32":
         pytest.skip("float64 goes by array code")
     slots = np.array([9, -1, 0, 700, 11, -5], np.int32)
-    scales: dict[str, Array] = {}
+    scales: dict[str, Any] = {}
     for row, form in (((2, 7), "blocks"), ((8, 128), "blocks"), ((1, 16), "slots"), ((2, 8), "strided key")):
         key, value = (numbers((6, row[0] * 3, row[1]), source, seed)[:, : row[0]] for seed in (0, 1))
         if target in ("int8", "uint8"):
@@ -139,7 +139,7 @@ def test_fused_kernels_agree_with_the_array_code(dtype: str) -> None:
     angles = cupy.random.standard_normal((33, 1, 64), dtype=np.float32)
     cos, sin = cupy.cos(angles).astype(dtype), cupy.sin(angles).astype(dtype)
     assert fused.usable(x, weight)
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: llama.rms_norm(x, weight, 1e-5), lambda: llama.rotate(qkv[:, :8], cos, sin),
         lambda: llama.rotate(qkv[:, 8:10], cos, sin), lambda: llama.gated(x),
     ]  # fmt: skip

@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..device import Array, describe, xp
+from ..device import Array, describe, on_gpu, xp
 from ..kernels import backends, naive_attention, paged_attention
 from ..kernels.quantize import decode, encode
 from ..terminal.info import versions
@@ -245,6 +245,7 @@ def header() -> dict[str, Any]:
     """Device, date and versions: what every recorded result begins with."""
     return {
         "device": describe(),
+        "driver_cuda_version": xp.cuda.runtime.driverGetVersion() if on_gpu else None,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": versions(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..device import Array
@@ -93,9 +94,7 @@ def sdpa(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str,
     ways = {f"{SDPA}, enable_gqa": shared} | ({f"{SDPA}, grouped": grouped} if num_heads > num_kv_heads else {})
     for name, way in ways.items():
         check(name, shape, way(ks[0], vs[0])[0], plain(q[0], ks[0, 0], vs[0, 0]))
-    return {
-        name: [lambda way=way, k=k, v=v: way(k, v) for k, v in zip(ks, vs, strict=True)] for name, way in ways.items()
-    }  # type: ignore[misc]
+    return {name: [partial(way, k, v) for k, v in zip(ks, vs, strict=True)] for name, way in ways.items()}
 
 
 def flex(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str, list[Call]]:
@@ -134,7 +133,7 @@ def flex(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str,
         for c in (ks, vs)
     )
     check(FLEX, shape, call(ks[0], vs[0])[0], plain(q[0], *gathered))
-    return {FLEX: [lambda k=k, v=v: call(k, v) for k, v in zip(ks, vs, strict=True)]}  # type: ignore[misc]
+    return {FLEX: [partial(call, k, v) for k, v in zip(ks, vs, strict=True)]}
 
 
 def triton_paged(shape: GpuShape, query: Array, keys: Array, values: Array, tables: Array) -> dict[str, list[Call]]:
@@ -160,4 +159,4 @@ def triton_paged(shape: GpuShape, query: Array, keys: Array, values: Array, tabl
     rows = tensors[0, 0].long()
     k, v = (c[0][rows].reshape(-1, num_kv_heads, head_size)[: int(lens[0])].transpose(0, 1) for c in (ks, vs))
     check(TRITON, shape, call(ks[0], vs[0], tensors[0])[0], plain(q[0], k, v))
-    return {TRITON: [lambda k=k, v=v, t=t: call(k, v, t) for k, v, t in zip(ks, vs, tensors, strict=True)]}  # type: ignore[misc]
+    return {TRITON: [partial(call, k, v, t) for k, v, t in zip(ks, vs, tensors, strict=True)]}

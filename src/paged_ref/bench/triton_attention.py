@@ -6,6 +6,8 @@ Written as Triton's own tutorials would have it: a tile of keys by tl.dot, the h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -69,7 +71,7 @@ def combine_kernel(out, part_out, part_lse, num_splits, head_size: tl.constexpr,
     tl.store(out + pair * head_size + dim, tl.sum(parts * weights[:, None], 0))
 
 
-def paged_decode(query, keys, values, tables, seq_lens, num_splits):
+def paged_decode(query: Any, keys: Any, values: Any, tables: Any, seq_lens: Any, num_splits: int) -> Any:
     """Attention of `query [batch, num_heads, head_size]` over blocks, as paged_attention has them."""
     batch, num_heads, head_size = query.shape
     block_size, num_kv_heads = keys.shape[1:3]

@@ -21,7 +21,6 @@ from ..model.llama import Llama, StepInputs, attend
 from ..model.tokenizer import Tokenizer
 from .beam import Hypothesis
 from .outputs import FinishReason, RequestOutput, SequenceOutput, StepRecord, TokenOutput
-from .recorded import RecordedDecode
 from .request import Request, Sample
 from .sampling import SamplingParams, draw, hooked
 from .scheduler import Scheduler, StepPlan
@@ -35,7 +34,7 @@ class EngineCore:
         self,
         config: ModelConfig,
         tokenizer: Tokenizer,
-        model: Llama | RecordedDecode,
+        model: Llama,
         manager: KVCacheManager,
         scheduler: Scheduler,
         storage: KVStorage,

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -120,9 +120,9 @@ class LLM(EngineCore):
         )
         unit = block_size if kv_manager.paged else 1
         shape = (config.num_layers, num_slots // unit, unit, config.num_kv_heads, config.head_size)
-        decoder: Llama | RecordedDecode = Llama(config, checkpoint.weights, dtype)
+        decoder = Llama(config, checkpoint.weights, dtype)
         if cuda_graphs:
-            decoder = RecordedDecode(decoder)
+            decoder = cast(Llama, RecordedDecode(decoder))  # it has `forward`, which is all that a step asks for
         super().__init__(
             config,
             checkpoint.tokenizer,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class KVStorage:
         # (key_cache, value_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_size]
         self.layers: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in self.device]
         self.host = _pinned((num_layers, 2, num_host_blocks, *shape[3:]), dtype)
-        self._swaps = xp.cuda.Stream(non_blocking=True) if on_gpu else None
+        self._swaps: Any = xp.cuda.Stream(non_blocking=True) if on_gpu else None
 
     def apply(self, transfers: Iterable[Transfer]) -> None:
         """Carry out this step's transfers, in their order, before anything is written."""
