@@ -68,7 +68,7 @@ def variants() -> dict[str, Variant]:
         "Llama-3-8B 32/8": llama,
         "- contiguous": replace(llama, block_size=None),
         "- blocks of 8": replace(llama, block_size=8),
-        "- prefill": replace(llama, split=False, prefill=True),
+        "- prefill": replace(llama, split=False, prefill=True, mixed=True),
         "- all features": replace(llama, window=True, softcap=True, alibi=True, sinks=True),
         "Llama-2-7B 32/32": replace(llama, group_size=1),
         "Llama-3-70B/8 8/1": replace(llama, group_size=8),

@@ -18,14 +18,18 @@ So float16 fills 15 % of the issue slots, float8 57 %, and memory is the bound; 
 for each 8 heads. In flight at a time must be what memory takes to answer, about a microsecond: 4.8 MB, 36 KiB for
 each multiprocessor. The kernels keep 48 to 96 there.
 
-float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers.
+The first call of a variant compiles it, for seconds (machine_code.py); CuPy launches it, from pointers and numbers
+alone, so the host waits for nothing and a CUDA graph may hold it. All that decides a launch is in the shapes.
+
+float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers. Float32 queries over a
+16-bit or 8-bit cache are multiplied in the operands' range: up to 65504, unless the cache is bfloat16.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,13 +96,16 @@ def unsupported_by_kernels(call: AttentionCall) -> str | None:
             return f"the numbers of a head do not follow one another in the memory of the {name}"
         if any(stride % ITEM_BYTES for stride in (_address(cache_array), *cache_array.strides[:-1])):
             return f"the rows of the {name} do not begin at multiples of {ITEM_BYTES} bytes"
-        if min(cache_array.strides) < 0 or _span(cache_array) > ITEM_BYTES << 31:
-            return f"the {name} span more than 32 GiB, or run backwards"
+        if min(cache_array.strides) < 0 or _span(cache_array) > ITEM_BYTES << 32:
+            return f"the {name} span more than 64 GiB, or run backwards"
     return None
 
 
-def variant_of(call: AttentionCall, split: bool = False) -> Any:
-    """The kernel's `Variant` for this call: prefill where there are more tokens than sequences."""
+def variant_of(call: AttentionCall) -> Any:
+    """The kernel's `Variant` for this call, not split: mixed where there are more tokens than sequences.
+
+    A mixed batch is run by two kernels: this one, for sequences with few queries, and the same with `prefill`.
+    """
     from .flash_variant import Variant
 
     return Variant(
@@ -107,8 +114,7 @@ def variant_of(call: AttentionCall, split: bool = False) -> Any:
         head_size=call.head_size,
         group_size=call.num_heads // call.num_kv_heads,
         block_size=call.block_size if call.paged else None,
-        prefill=call.query.shape[0] > call.num_seqs,
-        split=split,
+        mixed=call.query.shape[0] > call.num_seqs,
         window=call.sliding_window is not None,
         softcap=call.softcap is not None,
         alibi=call.alibi_slopes is not None,
@@ -116,6 +122,7 @@ def variant_of(call: AttentionCall, split: bool = False) -> Any:
     )
 
 
+@lru_cache(maxsize=1024)
 def number_of_splits(blocks: int, max_keys: int, places: int) -> int:
     """Into how many parts to split each sequence, so that the GPU is busy to the end.
 
@@ -140,64 +147,85 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
     """
     from .flash_combine import combine_kernel
     from .flash_kernels import attention_kernel
-    from .flash_variant import NUM_THREADS, ROWS
+    from .flash_variant import FEW, NUM_THREADS
 
     xp, variant = module_of(call.query), variant_of(call)
-    num_tokens, num_heads, num_kv_heads = call.query.shape[0], call.num_heads, call.num_kv_heads
-    if num_tokens == 0 or call.num_seqs == 0:
+    num_tokens, num_seqs, num_heads, num_kv_heads = (
+        call.query.shape[0],
+        call.num_seqs,
+        call.num_heads,
+        call.num_kv_heads,
+    )
+    if num_tokens == 0 or num_seqs == 0:
         return []
-    if variant.prefill:
-        blocks = num_tokens * variant.group_size // variant.rows_per_block + call.num_seqs
-        num_splits = 1
-    else:
-        blocks = num_tokens * -(-variant.group_size // ROWS)
-    blocks *= num_kv_heads
     if num_splits is None:
-        max_keys = call.keys.shape[0] // call.num_seqs  # contiguous: a guess, that regions are about equal
-        if call.block_tables is not None:
-            max_keys = call.block_tables.shape[1] * call.block_size
-        num_splits = number_of_splits(blocks, max_keys, processors * variant.blocks_per_multiprocessor)
+        blocks = min(num_tokens, num_seqs) * num_kv_heads * -(-variant.group_size // variant.rows_per_block)
+        places = processors * variant.blocks_per_multiprocessor
+        num_splits = number_of_splits(blocks, _longest(call), places)
     variant = replace(variant, split=num_splits > 1)
 
     lse = call.lse if call.lse is not None else xp.empty((num_tokens, num_heads), dtype=np.float32)
-    out = _bits(call.out)
-    part_out, part_lse = out, lse
-    if variant.split:
-        part_out = xp.empty((num_tokens, num_heads, num_splits, call.head_size), dtype=np.float32)
-        part_lse = xp.empty((num_tokens, num_heads, num_splits), dtype=np.float32)
+    out, lse = _bits(call.out), lse.ravel()
+    args, sinks = _arguments(call, variant, lse)
+    bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
+    answer = []
+    if variant.mixed:
+        prefill = replace(variant, prefill=True, split=False)
+        blocks = num_tokens * variant.group_size // prefill.rows_per_block + num_seqs
+        answer.append(Launch(attention_kernel(prefill), (blocks * num_kv_heads, 1, 1), bounds, (out, lse, *args)))
+    items = num_seqs if variant.mixed else num_tokens
+    grid = (items * variant.blocks_per_item * num_kv_heads, num_splits, 1)
+    if not variant.split:
+        answer.append(Launch(attention_kernel(variant), grid, bounds, (out, lse, *args)))
+        return answer
+    items *= FEW if variant.mixed else 1
+    part_out = xp.empty(items * num_heads * num_splits * call.head_size, dtype=np.float32)
+    part_lse = xp.empty(items * num_heads * num_splits, dtype=np.float32)
+    answer.append(Launch(attention_kernel(variant), grid, bounds, (part_out, part_lse, *args)))
+    combine = combine_kernel(variant.query, variant.head_size, variant.sinks, variant.mixed)
+    loc = xp.ascontiguousarray(call.query_start_loc)
+    parts = (out, lse, part_out, part_lse, loc, np.int64(num_heads), np.int64(num_splits), sinks)
+    answer.append(Launch(combine, (items * num_heads, 1, 1), (NUM_THREADS, 8), parts))
+    return answer
+
+
+def _longest(call: AttentionCall) -> int:
+    """Keys that a sequence may have, from shapes."""
+    if call.block_tables is not None:
+        return int(call.block_tables.shape[1]) * call.block_size
+    return int(call.keys.shape[0]) // call.num_seqs  # a guess, that the regions are about equal
+
+
+def _arguments(call: AttentionCall, variant: Any, none: Array) -> tuple[tuple[Any, ...], Array]:
+    """The attention kernel's arguments after `out` and `lse`, and the sinks. `none` stands for arrays not read."""
+    xp = module_of(call.query)
     query = _bits(xp.ascontiguousarray(call.query))
     if variant.exact:
         if _address(query) % ITEM_BYTES:
             query = query.copy()
         query = query.view(np.uint32)
-    tables, starts = call.block_tables, call.starts
-    if tables is not None and tables.strides[1] != tables.dtype.itemsize:
-        tables = xp.ascontiguousarray(tables)
-    where = _span_of(tables, tables.dtype) if tables is not None else xp.ascontiguousarray(starts)
-    where_stride = tables.strides[0] // tables.dtype.itemsize if tables is not None else 1
-    none = lse.ravel()  # stands for arrays that the variant does not read
+    tables, where_stride = call.block_tables, 1
+    if tables is not None:
+        if tables.strides[1] != tables.dtype.itemsize:
+            tables = xp.ascontiguousarray(tables)
+        where, where_stride = _span_of(tables, tables.dtype), tables.strides[0] // tables.dtype.itemsize
+    else:
+        where = xp.ascontiguousarray(call.starts)
 
     def per_head(array: Array | None) -> Array:
         return none if array is None else xp.ascontiguousarray(array)
 
     sinks = per_head(call.sinks)
     args = (
-        part_out.ravel(), part_lse.ravel(), query,
-        _span_of(call.keys, np.uint32), _span_of(call.values, np.uint32),
+        query, _span_of(call.keys, np.uint32), _span_of(call.values, np.uint32),
         where, np.int64(where_stride),
         xp.ascontiguousarray(call.seq_lens), xp.ascontiguousarray(call.query_start_loc),
-        np.int64(call.num_seqs), np.int64(num_kv_heads),
+        np.int64(call.num_seqs), np.int64(call.num_kv_heads),
         *_strides(call.keys, call.paged), *_strides(call.values, call.paged),
         np.float32(call.scale), np.int64(call.sliding_window or 0), np.float32(call.softcap or 0),
         per_head(call.alibi_slopes), sinks, per_head(call.key_scales), per_head(call.value_scales),
     )  # fmt: skip
-    bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
-    answer = [Launch(attention_kernel(variant), (blocks, num_splits, 1), bounds, args)]
-    if variant.split:
-        combine = combine_kernel(variant.query, variant.head_size, variant.sinks)
-        parts = (out, lse.ravel(), *args[:2], np.int64(num_heads), np.int64(num_splits), sinks)
-        answer.append(Launch(combine, (num_tokens * num_heads, 1, 1), (NUM_THREADS, 8), parts))
-    return answer
+    return args, sinks
 
 
 def attention(call: AttentionCall) -> None:

@@ -11,10 +11,11 @@ takes eight rows of a group at a time, and tiles of TILE keys (16; 8 in float32)
     softmax  P from S, online, in registers: lanes 4·g to 4·g + 3 hold row g
     values   Oᵀ [head, 8 rows] += Vᵀ · Pᵀ    on the tensor cores; O stays in registers
 
-`decode` (a query of each sequence): the four warps of a CUDA block share its rows and take every fourth tile;
-they are merged in shared memory at the end. A long sequence is split over several CUDA blocks, whose parts
-`combine_kernel` merges. `prefill` (many queries): each warp has rows of its own, and all keys that they see;
-the warps of a CUDA block read the same tiles at about the same time, so all but the first find them in the L1.
+Decode (few queries): the four warps of a CUDA block share its rows and take every fourth tile; they are merged
+in shared memory at the end. A long sequence is split over several CUDA blocks, whose parts `combine_kernel`
+merges. Prefill (many queries): each warp has rows of its own, and all keys that they see; the warps of a CUDA
+block read the same tiles at about the same time, so all but the first find them in the L1. A mixed batch gets
+both kernels, and each leaves the other its sequences.
 
 Four things that are easy to miss:
 * The tensor core multiplies 16 rows by 8 columns. Q · Kᵀ fills eight of the rows, so the other eight hold what
@@ -40,7 +41,7 @@ from numba.types import float32, int32, int64, uint32
 
 from .flash_elements import ELEMENTS
 from .flash_intrinsics import exp2, load16
-from .flash_variant import EVERY_LANE, FROM, NUM_THREADS, NUM_WARPS, ROWS, TO, Variant
+from .flash_variant import EVERY_LANE, FEW, FROM, NUM_THREADS, NUM_WARPS, ROWS, TO, Variant
 
 device = cuda.jit(device=True, inline="always")
 
@@ -104,8 +105,7 @@ def attention_kernel(variant: Variant):
     ONE_BLOCK, EIGHTS = BLOCK_SIZE % TILE == 0, BLOCK_SIZE % 8 == 0
     LOOKUPS = 1 if ONE_BLOCK or not PAGED else PER_WORD if EIGHTS else K_ROWS + V_ROWS
     WIDE = variant.wide
-    BLOCKS_PER_TOKEN = -(-GROUP // ROWS)  # CUDA blocks for the heads of a group
-    ROWS_PER_BLOCK = variant.rows_per_block
+    BLOCKS_PER_ITEM, ROWS_PER_BLOCK, MIXED = variant.blocks_per_item, variant.rows_per_block, variant.mixed
     SHARED_ROWS = NUM_WARPS * ROWS
     SHARED_SIZE = SHARED_ROWS * STRIDE
     PARTS = 1 if PREFILL else NUM_WARPS  # warps that hold parts of a row
@@ -242,8 +242,9 @@ def attention_kernel(variant: Variant):
     ):  # fmt: skip
         """All arrays are flat.
 
-        out    [num_tokens, num_heads, head_size], or parts [num_tokens, num_heads, num_splits, head_size] float32
-        lse    [num_tokens, num_heads], or [num_tokens, num_heads, num_splits] to base 2
+        out    [num_tokens, num_heads, head_size], or parts [num_items, num_heads, num_splits, head_size] float32
+               an item is a token; mixed: place FEW * seq + i is for query i of sequence seq
+        lse    [num_tokens, num_heads], or [num_items, num_heads, num_splits] to base 2
         query  [num_tokens, num_heads, head_size]; words, from a multiple of 16 bytes, if the variant is `exact`
         keys, values       words; their strides are chunks of 16 bytes
         where              block table [num_seqs, where_stride]; without blocks: starts [num_seqs]
@@ -257,17 +258,24 @@ def attention_kernel(variant: Variant):
 
         # Rows of this CUDA block: row r is head r % GROUP of the group, of query `first_token + r // GROUP`.
         if PREFILL:
+            block = int32(cuda.gridDim.x // heads - 1 - block)  # the last queries, which see most, begin first
             seq = sequence_of_block(query_start_loc, num_seqs, block)
-            first_token = int32(query_start_loc[seq])
             first_row = (block - first_block_of(query_start_loc, seq, GROUP, ROWS_PER_BLOCK)) * ROWS_PER_BLOCK
-            num_rows = (query_start_loc[seq + 1] - first_token) * GROUP
             warp_row = first_row + ROWS * warp
         else:
-            first_token = int32(block // BLOCKS_PER_TOKEN)
-            seq = sequence_of_token(query_start_loc, num_seqs, first_token)
-            first_row = block % BLOCKS_PER_TOKEN * ROWS
-            num_rows = GROUP
+            seq = int64(block // BLOCKS_PER_ITEM)
+            if not MIXED:
+                seq = sequence_of_token(query_start_loc, num_seqs, seq)
+            first_row = block % BLOCKS_PER_ITEM * ROWS
             warp_row = first_row
+        first_token, num_queries = int32(query_start_loc[seq]), query_start_loc[seq + 1] - query_start_loc[seq]
+        if MIXED and (num_queries <= FEW) == PREFILL:
+            return  # all threads do: the other kernel has this sequence
+        if not PREFILL and not MIXED:  # a token for each CUDA block
+            first_token, num_queries = int32(block // BLOCKS_PER_ITEM), 1
+        num_rows = num_queries * GROUP
+        if first_row >= num_rows:
+            return
         # A token's position: causal, aligned at the end of the sequence.
         to_position = seq_lens[seq] - query_start_loc[seq + 1]
         row = warp_row + g
@@ -458,6 +466,8 @@ def attention_kernel(variant: Variant):
             if QUANTIZED:
                 norm = norm * value_scales[kv_head] * FACTOR
             here = token * (num_kv_heads * GROUP) + head
+            if SPLIT and MIXED:
+                here = (seq * FEW + token - first_token) * (num_kv_heads * GROUP) + head
             logarithm = MINUS_INFINITY
             if total > ZERO or total != total:
                 logarithm = highest + math.log2(total)

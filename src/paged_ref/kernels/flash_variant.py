@@ -13,6 +13,7 @@ from .flash_intrinsics import float_of, unpack_float16
 NUM_WARPS = 4
 NUM_THREADS = 32 * NUM_WARPS
 ROWS = 8  # of a warp: a row is one query of one head
+FEW = 4  # queries of a sequence that are better split over the keys, as one is, than over warps
 EVERY_LANE = 0xFFFFFFFF
 
 device = cuda.jit(device=True, inline="always")
@@ -27,8 +28,9 @@ class Variant:
     head_size: int
     group_size: int  # query heads that share a KV head
     block_size: int | None  # None: contiguous
-    prefill: bool = False
-    split: bool = False  # write parts for `combine_kernel`
+    prefill: bool = False  # each warp has rows of its own; else the warps of a CUDA block share rows
+    mixed: bool = False  # prefill leaves sequences with FEW queries or less to the other kernel, which takes only these
+    split: bool = False  # write parts for `combine_kernel`; not in a prefill
     window: bool = False
     softcap: bool = False
     alibi: bool = False
@@ -38,6 +40,11 @@ class Variant:
     def rows_per_block(self) -> int:
         """Rows of a CUDA block."""
         return ROWS * NUM_WARPS if self.prefill else ROWS
+
+    @property
+    def blocks_per_item(self) -> int:
+        """CUDA blocks, not in a prefill, for a token; mixed: for a sequence."""
+        return -(-self.group_size * (FEW if self.mixed else 1) // ROWS)
 
     @property
     def exact(self) -> bool:
