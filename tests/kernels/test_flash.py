@@ -22,7 +22,7 @@ from paged_ref.kernels.arguments import AttentionCall, build_call
 from paged_ref.kernels.quantize import decode, from_float8
 
 Array = np.ndarray[Any, np.dtype[Any]]
-DECODE = Case(seq_lens=(5, 0, 70), num_heads=2, num_kv_heads=1, head_size=32, cache_dtype="float16")
+DECODE = Case(seq_lens=(5, 0, 66), num_heads=2, num_kv_heads=1, head_size=32, cache_dtype="float16")
 EVERYTHING: dict[str, Any] = {"sliding_window": 20, "softcap": 3.0, "scale": 0.7}
 
 
@@ -55,13 +55,15 @@ def run(problem: Problem, form: str, num_splits: int = 1) -> tuple[Array, Array,
 
 
 def cases() -> list[tuple[Case, int]]:
-    """Cases, and into how many parts a sequence is split. Prefill, with more tokens than sequences, is not split."""
+    """Cases, and into how many parts a sequence is split; in a mixed batch, one with few queries."""
     formats = ("float16", "uint16", "float32", "int8", "uint8")
-    found = [(replace(DECODE, cache_dtype=cache), splits) for cache in formats for splits in (1, 3)]
+    found = [(replace(DECODE, cache_dtype=cache), 3) for cache in formats]
+    found.append((DECODE, 1))
     found += [(replace(DECODE, cache_dtype=cache, query_dtype=cache), 2) for cache in ("float16", "uint16")]
     found.append((replace(DECODE, cache_dtype="float32", query_dtype="float16"), 1))
-    prefill = replace(DECODE, seq_lens=(2, 40, 0), query_lens=(4, 17, 2))
+    prefill = replace(DECODE, seq_lens=(2, 24, 0), query_lens=(4, 9, 2))
     found += [(replace(prefill, cache_dtype=cache), 1) for cache in formats]
+    found.append((replace(DECODE, seq_lens=(60,), query_lens=(50,)), 1))  # rows for four CUDA blocks
     features = replace(DECODE, seq_lens=(1, 45), per_head=("alibi_slopes", "sinks"), options=EVERYTHING)
     for block_size in (3, 8, 24, 64):
         found.append((replace(features, block_size=block_size, cache_dtype="uint16"), 2))
@@ -79,6 +81,8 @@ def cases() -> list[tuple[Case, int]]:
     for layout in ("k_and_v_in_one", "layers_last", "heads_first"):
         found.append((replace(DECODE, seq_lens=(20,), layout=layout), 1))
     found.append((replace(DECODE, query_lens=(0, 1, 1), integer="int64"), 2))  # a sequence that asks nothing
+    few = replace(DECODE, seq_lens=(40, 2, 9, 0), num_heads=3, query_lens=(4, 3, 0, 1), per_head=("sinks",))
+    found += [(few, 1), (replace(few, query_lens=(5, 3, 2, 1)), 2)]
     found += [(Case(seq_lens=(0, 0), query_lens=(0, 0)), 1), (Case(seq_lens=()), 1)]
     return found
 
@@ -99,11 +103,15 @@ def test_matches_the_oracle(case: Case, num_splits: int) -> None:
         np.testing.assert_array_equal(paged, contiguous)  # one source: the same sums
 
 
-@pytest.mark.parametrize("case", [DECODE, replace(DECODE, cache_dtype="float32"), replace(DECODE, cache_dtype="int8")])
-@pytest.mark.parametrize("form", ["paged", "contiguous"])
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(DECODE, "paged"), (DECODE, "contiguous"), (replace(DECODE, cache_dtype="float32"), "paged"),
+     (replace(DECODE, cache_dtype="int8"), "paged")],
+    ids=str,
+)  # fmt: skip
 def test_each_visible_key_is_read_once_for_all_heads_of_a_group(case: Case, form: str) -> None:
     """And nothing else is: no other slot, no table entry past the sequence, in whatever parts it is split."""
-    problem = build(replace(case, num_heads=4, num_kv_heads=2, seq_lens=(37, 0, 90)))
+    problem = build(replace(case, num_heads=4, num_kv_heads=2, seq_lens=(37, 0, 66)))
     for num_splits in (1, 3):
         _, _, (attention, *_) = run(problem, form, num_splits)
         cache, where = problem.paged[0] if form == "paged" else problem.contiguous[0], getattr(problem, form)[2]
@@ -132,7 +140,7 @@ def test_the_twin_reads_no_table() -> None:
     problem = build(DECODE)
     _, _, (paged,) = run(problem, "paged")
     _, _, (contiguous,) = run(problem, "contiguous")
-    lanes, blocks = 32, 1 + 5  # of 16 keys: sequences of 5 and of 70
+    lanes, blocks = 32, 1 + 5  # of 16 keys: sequences of 5 and of 66
     assert paged.totals()["where"][0] == lanes * blocks
     assert contiguous.totals()["where"][0] == 128 * 3  # each thread reads where its sequence starts
     for name in ("keys", "values"):
@@ -149,6 +157,7 @@ def test_parts_merge_as_merge_states_does() -> None:
     want, want_lse = merge_states(outputs, lses * np.float32(np.log(2)))
     trace.run(combine.kernel, combine.grid, combine.bounds[0], *combine.args)
     np.testing.assert_allclose(call.out, want, rtol=1e-6, atol=1e-6)
+    assert call.lse is not None
     np.testing.assert_allclose(call.lse, want_lse, rtol=1e-6)
 
 
@@ -209,7 +218,7 @@ def test_what_it_leaves_out_it_names(case: Case, reason: str) -> None:
 
 def test_rows_that_begin_off_a_16_byte_border_are_refused() -> None:
     problem = build(Case(cache_dtype="float16"))
-    key_cache, value_cache, tables = problem.paged
+    key_cache, _, tables = problem.paged
     shifted = np.zeros(key_cache.size + 8, np.float16)[1 : key_cache.size + 1].reshape(key_cache.shape)
     problem.paged = (key_cache, shifted, tables)
     said = flash.unsupported_by_kernels(call_of(problem, "paged"))
@@ -224,7 +233,8 @@ def test_a_product_is_laid_out_as_the_ptx_manual_says() -> None:
     from paged_ref.kernels import flash_intrinsics as intrinsics
 
     rng = np.random.default_rng(0)
-    for wide, answer in ((16, intrinsics._answer_float16), (8, intrinsics._answer_tfloat32)):
+    answers: Any = ((16, intrinsics._answer_float16), (8, intrinsics._answer_tfloat32))
+    for wide, answer in answers:
         a, b, c = (rng.integers(-8, 8, shape).astype(np.float32) for shape in ((16, wide), (wide, 8), (16, 8)))
         lanes: dict[Any, Any] = {}
         for lane in range(32):
@@ -259,7 +269,7 @@ def test_8_bit_numbers_become_the_same_float16(name: str) -> None:
     element = ELEMENTS[name]
     score_operand, value_operand, factor = element.score_operand, element.value_operand, np.float32(element.factor)
 
-    @cuda.jit
+    @cuda.jit  # type: ignore[untyped-decorator]
     def convert(words, scores, values):  # type: ignore[no-untyped-def]
         for i in range(64):
             scores[2 * i], scores[2 * i + 1] = score_operand(words, i, 0)

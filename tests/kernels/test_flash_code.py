@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +13,11 @@ pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra
 pytest.importorskip("cuda.bindings.nvjitlink", reason="cuda-bindings links PTX to machine code (extra `ptx`)")
 
 from paged_ref.bench import sass
+from paged_ref.cli import main
+from paged_ref.kernels.flash_combine import combine_kernel
 from paged_ref.kernels.flash_elements import ELEMENTS
-from paged_ref.kernels.flash_kernels import NUM_THREADS, Variant, attention_kernel, combine_kernel
+from paged_ref.kernels.flash_kernels import attention_kernel
+from paged_ref.kernels.flash_variant import NUM_THREADS, Variant
 from paged_ref.kernels.machine_code import (
     Code,
     compile_kernel,
@@ -113,8 +118,8 @@ def test_a_group_of_8_costs_what_a_group_of_4_does() -> None:
 
 
 def test_the_kernel_that_merges_parts() -> None:
-    types = ("uint16*", "float32*", "float32*", "float32*", "int64", "int64", "float32*")
-    code = compile_kernel(combine_kernel("float16", 128, True), types, (NUM_THREADS, 8), (9, 0))
+    types = ("uint16*", "float32*", "float32*", "float32*", "int32*", "int64", "int64", "float32*")
+    code = compile_kernel(combine_kernel("float16", 128, True, True), types, (NUM_THREADS, 8), (9, 0))
     assert (code.stack_bytes, code.spill_stores, code.spill_loads) == (0, 0, 0)
     assert ".f64" not in code.ptx
     assert code.registers <= 64
@@ -134,3 +139,20 @@ def test_types_are_those_that_the_launch_passes() -> None:
             for num_splits in (1, 2):
                 variant = replace(flash.variant_of(call), split=num_splits > 1)
                 assert parameters(flash.launches(call, num_splits)[0].args) == sass.types_of(variant)
+
+
+@needs_disassembler
+def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "sass.json"
+    assert main(["bench", "sass", "--kernel", "Llama-3-8B", "--json", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    costs = json.loads(file.read_text())["costs"]
+    assert [each["capability"] for each in costs] == ["sm_80", "sm_90"]
+    for each, line in zip(costs, [line for line in lines if "Llama" in line], strict=True):
+        assert line.split()[2:4] == [str(each["registers"]), str(each["spills"])]
+
+
+def test_an_unknown_kernel_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "sass", "--kernel", "nonesuch"]) == 2
+    assert "--kernel is 'nonesuch'; known are: Llama-3-8B 32/8; - contiguous" in capsys.readouterr().err

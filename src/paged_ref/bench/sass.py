@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..kernels.flash_kernels import Variant
+    from ..kernels.flash_variant import Variant
 
 # NVIDIA's figures for the H200 SXM: HBM3e bytes and multiprocessors; 4 schedulers each; the base boost clock.
 BYTES_PER_SECOND, MULTIPROCESSORS, SCHEDULERS, CLOCK = 4.8e12, 132, 4, 1.755e9
@@ -30,8 +30,8 @@ LEGEND = (
     "32/8: query heads on KV heads. A line with a dash differs from the first in what",
     "it names. regs: of a thread; fit: CUDA blocks of 4 warps on a multiprocessor;",
     "flight: KiB of K and V that they keep in flight there. loads of 16 bytes, mma",
-    "and all instructions of the loop over tiles; /KiB: of K and V read. issue: of the",
-    f"{ISSUE_PER_KIB:.0f} warp instructions that an H200 can issue while it reads a KiB.",
+    "and all instructions of the loop over tiles; /KiB: of K and V read. issue: of",
+    f"the {ISSUE_PER_KIB:.0f} warp instructions that an H200 can issue while it reads a KiB.",
 )
 PACKAGES = ("numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvdisasm")
 
@@ -61,14 +61,14 @@ class Cost:
 
 def variants() -> dict[str, Variant]:
     """The kernels of the table: shapes of known models, kinds of cache, what paging and features add."""
-    from ..kernels.flash_kernels import Variant
+    from ..kernels.flash_variant import Variant
 
     llama = Variant("float16", "float16", 128, 4, 16, split=True)
     return {
         "Llama-3-8B 32/8": llama,
         "- contiguous": replace(llama, block_size=None),
         "- blocks of 8": replace(llama, block_size=8),
-        "- prefill": replace(llama, split=False, prefill=True),
+        "- prefill": replace(llama, split=False, prefill=True, mixed=True),
         "- all features": replace(llama, window=True, softcap=True, alibi=True, sinks=True),
         "Llama-2-7B 32/32": replace(llama, group_size=1),
         "Llama-3-70B/8 8/1": replace(llama, group_size=8),
@@ -95,7 +95,8 @@ def types_of(variant: Variant) -> tuple[str, ...]:
 def cost(name: str, variant: Variant, capability: tuple[int, int]) -> Cost:
     """Compile the variant, and count."""
     from ..kernels.flash_elements import ELEMENTS
-    from ..kernels.flash_kernels import NUM_THREADS, NUM_WARPS, attention_kernel
+    from ..kernels.flash_kernels import attention_kernel
+    from ..kernels.flash_variant import NUM_THREADS, NUM_WARPS
     from ..kernels.machine_code import compile_kernel, disassemble, loop_with_most, operation
 
     bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
@@ -143,8 +144,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     try:
-        import numba_cuda  # noqa: F401
-
         known = variants()
     except ImportError as error:
         raise ValueError(f"the package {error.name} is not installed: the extra `ptx` brings it") from None

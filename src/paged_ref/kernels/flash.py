@@ -1,26 +1,31 @@
 """Backend `cuda-flash`: the tuned kernels of `flash_kernels.py`, chosen, launched and explained.
 
-Decode is one read of K and V and little else, so the yardstick is a copy of the same bytes. Four ideas bring
-the kernel to it (the kernels' own docstring has the details):
+Decoding reads K and V once and does little else, so the yardstick is a copy of the same bytes. Four ideas bring
+the kernel to it (the kernel's own docstring has the details):
 
-  16-byte loads, 8 KiB of K and V in flight for each warp, 12 warps on a multiprocessor, straight to registers;
-  the heads of a group share each load, and the tensor cores do their products: groups of 1 to 8 cost the same;
-  long sequences are split over CUDA blocks, so that one sequence fills the GPU (flash-decoding, Dao et al. 2023);
-  the price of paging is one table entry for each tile, read a tile ahead.
+* loads of 16 bytes, straight to registers; up to 8 KiB of K and V in flight for each of 12 warps;
+* the heads of a group share each load, and the tensor cores do their products: groups of 1 to 8 cost the same;
+* long sequences are split over CUDA blocks, so that one sequence fills the GPU (flash-decoding, Dao et al. 2023);
+* paging costs one table entry for each tile, read two tiles ahead.
 
-Why tensor cores, for one query? A group of 8 heads has 16 multiplications and additions for each number of K or
-V. On the ordinary units that alone is 8 * 512 / 32 = 128 warp instructions for each KiB of float16, and then come
-conversions and shuffles. `paged-ref bench sass` counts what this kernel needs: about 40 for float16, whatever the
-group, 90 for int8 and 100 for float8. And what a GPU can issue: an H200 reads 4.8 TB/s = 4.7e9 KiB/s, and
-132 multiprocessors * 4 schedulers * 1.755 GHz issue 927e9 warp instructions a second: 198 for each KiB. So a
-float16 decode fills a fifth of the issue slots, and an int8 one half; memory is the bound.
+Why tensor cores for a single query? The 8 heads of a group have 8 multiply-adds for each number of K and of V. A
+warp does 32 at once, so a KiB of float16 (512 numbers) would take 8 * 512 / 32 = 128 instructions before any
+conversion, shuffle or exponential. What a GPU can issue: an H200 reads 4.8 TB/s = 4.69e9 KiB/s; its 132
+multiprocessors * 4 schedulers * 1.755 GHz issue 927e9 warp instructions a second, so 198 for each KiB. More, and
+memory waits for instructions. With tensor cores a KiB takes 30 in float16 with heads of 128 (45 with heads of 64),
+whatever the group, 54 in float32, 99 in int8, 112 in float8: counted from machine code by `paged-ref bench sass`.
+So float16 fills 15 % of the issue slots, float8 57 %, and memory is the bound; groups over 8 read K and V again
+for each 8 heads. In flight at a time must be what memory takes to answer, about a microsecond: 4.8 MB, 36 KiB for
+each multiprocessor. The kernels keep 48 to 96 there.
+
+float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,9 +97,12 @@ def unsupported_by_kernels(call: AttentionCall) -> str | None:
     return None
 
 
-def variant_of(call: AttentionCall, split: bool = False) -> Any:
-    """The kernel's `Variant` for this call: prefill where there are more tokens than sequences."""
-    from .flash_kernels import Variant
+def variant_of(call: AttentionCall) -> Any:
+    """The kernel's `Variant` for this call, not split: mixed where there are more tokens than sequences.
+
+    A mixed batch is run by two kernels: this one, for sequences with few queries, and the same with `prefill`.
+    """
+    from .flash_variant import Variant
 
     return Variant(
         cache=NAMES[call.keys.dtype],
@@ -102,8 +110,7 @@ def variant_of(call: AttentionCall, split: bool = False) -> Any:
         head_size=call.head_size,
         group_size=call.num_heads // call.num_kv_heads,
         block_size=call.block_size if call.paged else None,
-        prefill=call.query.shape[0] > call.num_seqs,
-        split=split,
+        mixed=call.query.shape[0] > call.num_seqs,
         window=call.sliding_window is not None,
         softcap=call.softcap is not None,
         alibi=call.alibi_slopes is not None,
@@ -111,6 +118,7 @@ def variant_of(call: AttentionCall, split: bool = False) -> Any:
     )
 
 
+@lru_cache(maxsize=1024)
 def number_of_splits(blocks: int, max_keys: int, places: int) -> int:
     """Into how many parts to split each sequence, so that the GPU is busy to the end.
 
@@ -133,64 +141,87 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
 
     `num_splits=None` chooses for a GPU with so many multiprocessors. Prefill is never split.
     """
-    from .flash_kernels import NUM_THREADS, ROWS, attention_kernel, combine_kernel
+    from .flash_combine import combine_kernel
+    from .flash_kernels import attention_kernel
+    from .flash_variant import FEW, NUM_THREADS
 
     xp, variant = module_of(call.query), variant_of(call)
-    num_tokens, num_heads, num_kv_heads = call.query.shape[0], call.num_heads, call.num_kv_heads
-    if num_tokens == 0 or call.num_seqs == 0:
+    num_tokens, num_seqs, num_heads, num_kv_heads = (
+        call.query.shape[0],
+        call.num_seqs,
+        call.num_heads,
+        call.num_kv_heads,
+    )
+    if num_tokens == 0 or num_seqs == 0:
         return []
-    if variant.prefill:
-        blocks = num_tokens * variant.group_size // variant.rows_per_block + call.num_seqs
-        num_splits = 1
-    else:
-        blocks = num_tokens * -(-variant.group_size // ROWS)
-    blocks *= num_kv_heads
     if num_splits is None:
-        max_keys = call.keys.shape[0] // call.num_seqs  # contiguous: a guess, that regions are about equal
-        if call.block_tables is not None:
-            max_keys = call.block_tables.shape[1] * call.block_size
-        num_splits = number_of_splits(blocks, max_keys, processors * variant.blocks_per_multiprocessor)
+        blocks = min(num_tokens, num_seqs) * num_kv_heads * -(-variant.group_size // variant.rows_per_block)
+        places = processors * variant.blocks_per_multiprocessor
+        num_splits = number_of_splits(blocks, _longest(call), places)
     variant = replace(variant, split=num_splits > 1)
 
     lse = call.lse if call.lse is not None else xp.empty((num_tokens, num_heads), dtype=np.float32)
-    out = _bits(call.out)
-    part_out, part_lse = out, lse
-    if variant.split:
-        part_out = xp.empty((num_tokens, num_heads, num_splits, call.head_size), dtype=np.float32)
-        part_lse = xp.empty((num_tokens, num_heads, num_splits), dtype=np.float32)
+    out, lse = _bits(call.out), lse.ravel()
+    args, sinks = _arguments(call, variant, lse)
+    bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
+    answer = []
+    if variant.mixed:
+        prefill = replace(variant, prefill=True, split=False)
+        blocks = num_tokens * variant.group_size // prefill.rows_per_block + num_seqs
+        answer.append(Launch(attention_kernel(prefill), (blocks * num_kv_heads, 1, 1), bounds, (out, lse, *args)))
+    items = num_seqs if variant.mixed else num_tokens
+    grid = (items * variant.blocks_per_item * num_kv_heads, num_splits, 1)
+    if not variant.split:
+        answer.append(Launch(attention_kernel(variant), grid, bounds, (out, lse, *args)))
+        return answer
+    items *= FEW if variant.mixed else 1
+    part_out = xp.empty(items * num_heads * num_splits * call.head_size, dtype=np.float32)
+    part_lse = xp.empty(items * num_heads * num_splits, dtype=np.float32)
+    answer.append(Launch(attention_kernel(variant), grid, bounds, (part_out, part_lse, *args)))
+    combine = combine_kernel(variant.query, variant.head_size, variant.sinks, variant.mixed)
+    loc = xp.ascontiguousarray(call.query_start_loc)
+    parts = (out, lse, part_out, part_lse, loc, np.int64(num_heads), np.int64(num_splits), sinks)
+    answer.append(Launch(combine, (items * num_heads, 1, 1), (NUM_THREADS, 8), parts))
+    return answer
+
+
+def _longest(call: AttentionCall) -> int:
+    """Keys that a sequence may have, from shapes."""
+    if call.block_tables is not None:
+        return int(call.block_tables.shape[1]) * call.block_size
+    return int(call.keys.shape[0]) // call.num_seqs  # a guess, that the regions are about equal
+
+
+def _arguments(call: AttentionCall, variant: Any, none: Array) -> tuple[tuple[Any, ...], Array]:
+    """The attention kernel's arguments after `out` and `lse`, and the sinks. `none` stands for arrays not read."""
+    xp = module_of(call.query)
     query = _bits(xp.ascontiguousarray(call.query))
     if variant.exact:
         if _address(query) % ITEM_BYTES:
             query = query.copy()
         query = query.view(np.uint32)
-    tables, starts = call.block_tables, call.starts
-    if tables is not None and tables.strides[1] != tables.dtype.itemsize:
-        tables = xp.ascontiguousarray(tables)
-    where = _span_of(tables, tables.dtype) if tables is not None else xp.ascontiguousarray(starts)
-    where_stride = tables.strides[0] // tables.dtype.itemsize if tables is not None else 1
-    none = lse.ravel()  # stands for arrays that the variant does not read
+    tables, where_stride = call.block_tables, 1
+    if tables is not None:
+        if tables.strides[1] != tables.dtype.itemsize:
+            tables = xp.ascontiguousarray(tables)
+        where, where_stride = _span_of(tables, tables.dtype), tables.strides[0] // tables.dtype.itemsize
+    else:
+        where = xp.ascontiguousarray(call.starts)
 
     def per_head(array: Array | None) -> Array:
         return none if array is None else xp.ascontiguousarray(array)
 
     sinks = per_head(call.sinks)
     args = (
-        part_out.ravel(), part_lse.ravel(), query,
-        _span_of(call.keys, np.uint32), _span_of(call.values, np.uint32),
+        query, _span_of(call.keys, np.uint32), _span_of(call.values, np.uint32),
         where, np.int64(where_stride),
         xp.ascontiguousarray(call.seq_lens), xp.ascontiguousarray(call.query_start_loc),
-        np.int64(call.num_seqs), np.int64(num_kv_heads),
+        np.int64(call.num_seqs), np.int64(call.num_kv_heads),
         *_strides(call.keys, call.paged), *_strides(call.values, call.paged),
         np.float32(call.scale), np.int64(call.sliding_window or 0), np.float32(call.softcap or 0),
         per_head(call.alibi_slopes), sinks, per_head(call.key_scales), per_head(call.value_scales),
     )  # fmt: skip
-    bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
-    answer = [Launch(attention_kernel(variant), (blocks, num_splits, 1), bounds, args)]
-    if variant.split:
-        combine = combine_kernel(variant.query, variant.head_size, variant.sinks)
-        args = (out, lse.ravel(), *args[:2], np.int64(num_heads), np.int64(num_splits), sinks)
-        answer.append(Launch(combine, (num_tokens * num_heads, 1, 1), (NUM_THREADS, 8), args))
-    return answer
+    return args, sinks
 
 
 def attention(call: AttentionCall) -> None:
@@ -242,7 +273,7 @@ def _address(array: Array) -> int:
 def _span(array: Array) -> int:
     """Bytes from the first to past the last element."""
     size = array.dtype.itemsize
-    return size + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    return int(size + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)))
 
 
 def _span_of(array: Array, dtype: Any) -> Array:

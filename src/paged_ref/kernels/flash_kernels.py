@@ -11,15 +11,17 @@ takes eight rows of a group at a time, and tiles of TILE keys (16; 8 in float32)
     softmax  P from S, online, in registers: lanes 4·g to 4·g + 3 hold row g
     values   Oᵀ [head, 8 rows] += Vᵀ · Pᵀ    on the tensor cores; O stays in registers
 
-`decode` (a query of each sequence): the four warps of a CUDA block share its rows and take every fourth tile;
-they are merged in shared memory at the end. A long sequence is split over several CUDA blocks, whose parts
-`combine_kernel` merges. `prefill` (many queries): each warp has rows of its own, and all keys that they see;
-the warps of a CUDA block read the same tiles at about the same time, so all but the first find them in the L1.
+Decode (few queries): the four warps of a CUDA block share its rows and take every fourth tile; they are merged
+in shared memory at the end. A long sequence is split over several CUDA blocks, whose parts `combine_kernel`
+merges. Prefill (many queries): each warp has rows of its own, and all keys that they see; the warps of a CUDA
+block read the same tiles at about the same time, so all but the first find them in the L1. A mixed batch gets
+both kernels, and each leaves the other its sequences.
 
 Four things that are easy to miss:
 * The tensor core multiplies 16 rows by 8 columns. Q · Kᵀ fills eight of the rows, so the other eight hold what
-  rounding Q to 16 bits lost, and the halves of the result are added. P is multiplied twice, rounded and what
-  that lost. So the answer has nearly float32's accuracy, at 8 instructions more for each tile.
+  rounding Q to 16 bits lost, and the halves of the result are added. (A Q that loses nothing fills them with its
+  own other half: see `add_scores`.) P is multiplied twice, rounded and what that lost. So the answer has nearly
+  float32's accuracy, at 8 instructions more for each tile.
 * S = Q · Kᵀ, but Oᵀ = Vᵀ · Pᵀ: then the lane that computed a score holds it where the next product wants it.
 * Which key or which number of a head stands in which place of a fragment is free, as long as both operands
   agree. The order here is the one in which a lane's operands are 16 consecutive bytes of the cache. So K and V
@@ -32,98 +34,16 @@ Four things that are easy to miss:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 from numba import cuda
-from numba.types import float32, int32, int64, uint16, uint32
+from numba.types import float32, int32, int64, uint32
 
-from .flash_elements import ELEMENTS, split_bfloat16, split_float16
-from .flash_intrinsics import exp2, float_of, load16, unpack_float16
-
-NUM_WARPS = 4
-NUM_THREADS = 32 * NUM_WARPS
-ROWS = 8  # of a warp
-EVERY_LANE = 0xFFFFFFFF
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+from .flash_elements import ELEMENTS
+from .flash_intrinsics import exp2, load16
+from .flash_variant import EVERY_LANE, FEW, FROM, NUM_THREADS, NUM_WARPS, ROWS, TO, Variant
 
 device = cuda.jit(device=True, inline="always")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is fixed when a kernel is compiled."""
-
-    cache: str  # a name in ELEMENTS
-    query: str  # "float16", "bfloat16" or "float32"; the output is of the same kind
-    head_size: int
-    group_size: int  # query heads that share a KV head
-    block_size: int | None  # None: contiguous
-    prefill: bool = False
-    split: bool = False  # write parts for `combine_kernel`
-    window: bool = False
-    softcap: bool = False
-    alibi: bool = False
-    sinks: bool = False
-
-    @property
-    def rows_per_block(self) -> int:
-        """Rows of a CUDA block."""
-        return ROWS * NUM_WARPS if self.prefill else ROWS
-
-    @property
-    def exact(self) -> bool:
-        """Q is read as the tensor cores take it, and rounding loses nothing. The kernel then takes it in words."""
-        return self.query == ELEMENTS[self.cache].operand and self.query != "float32"
-
-    @property
-    def wide(self) -> bool:
-        """K and V of a tile do not fit into the registers together."""
-        return self.head_size > 128 and ELEMENTS[self.cache].bits == 16
-
-    @property
-    def blocks_per_multiprocessor(self) -> int:
-        """CUDA blocks that must fit on a multiprocessor, with 4 warps each: it bounds the registers of a thread.
-
-        2: 255 registers, 3: 168, 4: 128.
-        """
-        row_bytes = self.head_size * ELEMENTS[self.cache].bits // 8
-        scattered = self.block_size is not None and self.block_size % 8 != 0  # a table entry for each row
-        if row_bytes > 256 or self.head_size > 128 or scattered or not self.exact:
-            return 2
-        return 3 if row_bytes > 128 or self.head_size > 64 else 4
-
-
-# ---- a query's numbers in and out, as bits
-
-
-@device
-def from_float16(bits):
-    return unpack_float16(uint32(bits))[0]
-
-
-@device
-def from_bfloat16(bits):
-    return float_of(uint32(uint32(bits) << 16))
-
-
-@device
-def from_float32(number):
-    return number
-
-
-@device
-def to_float16(number):
-    return uint16(split_float16(number, number)[0] & 0xFFFF)
-
-
-@device
-def to_bfloat16(number):
-    return uint16(split_bfloat16(number, number)[0] & 0xFFFF)
-
-
-FROM = {"float16": from_float16, "bfloat16": from_bfloat16, "float32": from_float32}
-TO = {"float16": to_float16, "bfloat16": to_bfloat16, "float32": from_float32}
 
 
 # ---- whose rows are these
@@ -176,6 +96,7 @@ def attention_kernel(variant: Variant):
     PAIRS = 4 if QUANTIZED else 2  # operands (pairs of words) in a chunk of K
     Q_WORDS = K_LOADS * 2 * PAIRS
     K_WORDS, V_WORDS = 4 * K_ROWS * K_LOADS, 4 * V_ROWS * V_LOADS
+    HALF_V = V_WORDS // 2
     PAIRS_OUT = PER_CHUNK // 2  # a fragment of O is two numbers of each lane's chunk
     O_SIZE, S_SIZE = 4 * V_LOADS * PAIRS_OUT, 4 * K_ROWS
     STRIDE = 8 * V_LOADS * PER_CHUNK + 4  # between rows in shared memory: no two lanes of a store meet in a bank
@@ -184,15 +105,14 @@ def attention_kernel(variant: Variant):
     ONE_BLOCK, EIGHTS = BLOCK_SIZE % TILE == 0, BLOCK_SIZE % 8 == 0
     LOOKUPS = 1 if ONE_BLOCK or not PAGED else PER_WORD if EIGHTS else K_ROWS + V_ROWS
     WIDE = variant.wide
-    BLOCKS_PER_TOKEN = -(-GROUP // ROWS)  # CUDA blocks for the heads of a group
-    ROWS_PER_BLOCK = variant.rows_per_block
+    BLOCKS_PER_ITEM, ROWS_PER_BLOCK, MIXED = variant.blocks_per_item, variant.rows_per_block, variant.mixed
     SHARED_ROWS = NUM_WARPS * ROWS
     SHARED_SIZE = SHARED_ROWS * STRIDE
     PARTS = 1 if PREFILL else NUM_WARPS  # warps that hold parts of a row
     STEP = 1 if PREFILL else NUM_WARPS  # from a warp's tile to its next
     UNSIGNED_BLOCK_SIZE, TILES_PER_BLOCK = uint32(BLOCK_SIZE), uint32(max(1, BLOCK_SIZE // TILE))
     MINUS_INFINITY, ZERO, ONE = float32(-math.inf), float32(0), float32(1)
-    TO_BASE_2, TO_BASE_E, FACTOR = float32(LOG2_E), float32(LN_2), float32(element.factor)
+    TO_BASE_2, TO_BASE_E, FACTOR = float32(math.log2(math.e)), float32(math.log(2)), float32(element.factor)
 
     @device
     def sequence_of_block(query_start_loc, num_seqs, block):
@@ -264,6 +184,53 @@ def attention_kernel(variant: Variant):
                 else:
                     v[at], v[at + 1], v[at + 2], v[at + 3] = uint32(0), uint32(0), uint32(0), uint32(0)
 
+    @device
+    def add_scores(s, s_other, q, q_lost, k):
+        """S += Q · Kᵀ. Columns 2t and 2t + 1 of fragment i are keys 8i + 2t and 8i + 2t + 1 of the tile.
+
+        If Q is EXACT, rounding lost nothing, and it would be a waste to hold zeros in registers. Then rows 0 to 7
+        of A are one half of a chunk of Q, and rows 8 to 15 the other. Multiplied by one half of the chunk of K
+        the upper rows of the result count (in `s`), by the other half the lower ones (in `s_other`).
+        """
+        for i in range(0, S_SIZE, 4):
+            for c in range(K_LOADS):
+                for j in range(PAIRS):
+                    b0, b1 = score_operand(k, i * K_LOADS + 4 * c, j)
+                    at = 2 * (c * PAIRS + j)
+                    if not EXACT:
+                        sums = multiply_keys(
+                            q[at], q_lost[at], q[at + 1], q_lost[at + 1], b0, b1, s[i], s[i + 1], s[i + 2], s[i + 3]
+                        )
+                        s[i], s[i + 1], s[i + 2], s[i + 3] = sums
+                    elif j % 2 == 0:
+                        sums = multiply_keys(
+                            q[at], q[at + 2], q[at + 1], q[at + 3], b0, b1, s[i], s[i + 1], s[i + 2], s[i + 3]
+                        )
+                        s[i], s[i + 1], s[i + 2], s[i + 3] = sums
+                    else:
+                        sums = multiply_keys(
+                            q[at - 2], q[at], q[at - 1], q[at + 1], b0, b1,
+                            s_other[i], s_other[i + 1], s_other[i + 2], s_other[i + 3],
+                        )  # fmt: skip
+                        s_other[i], s_other[i + 1], s_other[i + 2], s_other[i + 3] = sums
+
+    @device
+    def add_values(o, v, weights):
+        """Oᵀ += Vᵀ · Pᵀ. The lane's weights are of the keys whose V it holds: its P is an operand as it stands."""
+        p0, p0_lost = split(weights[0], weights[PER_WORD - 1])
+        p1, p1_lost = split(weights[PER_WORD], weights[2 * PER_WORD - 1])
+        for c in range(V_LOADS):
+            row, next_row = 4 * c, 4 * ((PER_WORD - 1) * V_LOADS + c)  # the two keys of a word of P; or one, twice
+            for i in range(PAIRS_OUT):
+                a0 = value_operand(v, row, next_row, 2 * i)
+                a1 = value_operand(v, row, next_row, 2 * i + 1)
+                a2 = value_operand(v, row + HALF_V, next_row + HALF_V, 2 * i)
+                a3 = value_operand(v, row + HALF_V, next_row + HALF_V, 2 * i + 1)
+                at = 4 * (c * PAIRS_OUT + i)
+                o[at], o[at + 1], o[at + 2], o[at + 3] = multiply_values(
+                    a0, a1, a2, a3, p0, p1, p0_lost, p1_lost, o[at], o[at + 1], o[at + 2], o[at + 3]
+                )
+
     @cuda.jit
     def flash_attention(
         out, lse, query, keys, values,
@@ -275,8 +242,9 @@ def attention_kernel(variant: Variant):
     ):  # fmt: skip
         """All arrays are flat.
 
-        out    [num_tokens, num_heads, head_size], or parts [num_tokens, num_heads, num_splits, head_size] float32
-        lse    [num_tokens, num_heads], or [num_tokens, num_heads, num_splits] to base 2
+        out    [num_tokens, num_heads, head_size], or parts [num_items, num_heads, num_splits, head_size] float32
+               an item is a token; mixed: place FEW * seq + i is for query i of sequence seq
+        lse    [num_tokens, num_heads], or [num_items, num_heads, num_splits] to base 2
         query  [num_tokens, num_heads, head_size]; words, from a multiple of 16 bytes, if the variant is `exact`
         keys, values       words; their strides are chunks of 16 bytes
         where              block table [num_seqs, where_stride]; without blocks: starts [num_seqs]
@@ -290,17 +258,24 @@ def attention_kernel(variant: Variant):
 
         # Rows of this CUDA block: row r is head r % GROUP of the group, of query `first_token + r // GROUP`.
         if PREFILL:
+            block = int32(cuda.gridDim.x // heads - 1 - block)  # the last queries, which see most, begin first
             seq = sequence_of_block(query_start_loc, num_seqs, block)
-            first_token = int32(query_start_loc[seq])
             first_row = (block - first_block_of(query_start_loc, seq, GROUP, ROWS_PER_BLOCK)) * ROWS_PER_BLOCK
-            num_rows = (query_start_loc[seq + 1] - first_token) * GROUP
             warp_row = first_row + ROWS * warp
         else:
-            first_token = int32(block // BLOCKS_PER_TOKEN)
-            seq = sequence_of_token(query_start_loc, num_seqs, first_token)
-            first_row = block % BLOCKS_PER_TOKEN * ROWS
-            num_rows = GROUP
+            seq = int64(block // BLOCKS_PER_ITEM)
+            if not MIXED:
+                seq = sequence_of_token(query_start_loc, num_seqs, seq)
+            first_row = block % BLOCKS_PER_ITEM * ROWS
             warp_row = first_row
+        first_token, num_queries = int32(query_start_loc[seq]), query_start_loc[seq + 1] - query_start_loc[seq]
+        if MIXED and (num_queries <= FEW) == PREFILL:
+            return  # all threads do: the other kernel has this sequence
+        if not PREFILL and not MIXED:  # a token for each CUDA block
+            first_token, num_queries = int32(block // BLOCKS_PER_ITEM), 1
+        num_rows = num_queries * GROUP
+        if first_row >= num_rows:
+            return
         # A token's position: causal, aligned at the end of the sequence.
         to_position = seq_lens[seq] - query_start_loc[seq + 1]
         row = warp_row + g
@@ -387,29 +362,9 @@ def attention_kernel(variant: Variant):
         s_other = cuda.local.array(S_SIZE, float32)
         weights = cuda.local.array(V_ROWS, float32)
         while tile < end:
-            # Scores. Columns 2t and 2t + 1 of fragment i are keys 8i + 2t and 8i + 2t + 1 of the tile.
             for i in range(S_SIZE):
                 s[i], s_other[i] = ZERO, ZERO
-            for i in range(K_ROWS):
-                for c in range(K_LOADS):
-                    for j in range(PAIRS):
-                        b0, b1 = score_operand(k, 4 * (i * K_LOADS + c), j)
-                        at = 2 * (c * PAIRS + j)
-                        if EXACT and j % 2 == 0:
-                            s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3] = multiply_keys(
-                                q[at], q[at + 2], q[at + 1], q[at + 3], b0, b1,
-                                s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3],
-                            )  # fmt: skip
-                        elif EXACT:
-                            s_other[4 * i], s_other[4 * i + 1], s_other[4 * i + 2], s_other[4 * i + 3] = multiply_keys(
-                                q[at - 2], q[at], q[at - 1], q[at + 1], b0, b1,
-                                s_other[4 * i], s_other[4 * i + 1], s_other[4 * i + 2], s_other[4 * i + 3],
-                            )  # fmt: skip
-                        else:
-                            s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3] = multiply_keys(
-                                q[at], q_lost[at], q[at + 1], q_lost[at + 1], b0, b1,
-                                s[4 * i], s[4 * i + 1], s[4 * i + 2], s[4 * i + 3],
-                            )  # fmt: skip
+            add_scores(s, s_other, q, q_lost, k)
             following = int32(tile + STEP)
             if WIDE:
                 load_values(
@@ -456,25 +411,7 @@ def attention_kernel(variant: Variant):
                 weights[i] = exp2(weights[i] - shift)
                 total += weights[i]
 
-            # Values. The lane's scores are of the keys whose V it holds: its P is an operand as it stands.
-            if PER_WORD == 2:
-                p0, p0_lost = split(weights[0], weights[1])
-                p1, p1_lost = split(weights[2], weights[3])
-            else:
-                p0, p0_lost = split(weights[0], weights[0])
-                p1, p1_lost = split(weights[1], weights[1])
-            for c in range(V_LOADS):
-                for i in range(PAIRS_OUT):
-                    first, last = 4 * c, 4 * ((PER_WORD - 1) * V_LOADS + c)
-                    a0 = value_operand(v, first, last, 2 * i)
-                    a1 = value_operand(v, first, last, 2 * i + 1)
-                    first, last = first + 4 * PER_WORD * V_LOADS, last + 4 * PER_WORD * V_LOADS
-                    a2 = value_operand(v, first, last, 2 * i)
-                    a3 = value_operand(v, first, last, 2 * i + 1)
-                    at = 4 * (c * PAIRS_OUT + i)
-                    o[at], o[at + 1], o[at + 2], o[at + 3] = multiply_values(
-                        a0, a1, a2, a3, p0, p1, p0_lost, p1_lost, o[at], o[at + 1], o[at + 2], o[at + 3]
-                    )
+            add_values(o, v, weights)
             if following < end:
                 if WIDE:
                     load_keys(
@@ -529,6 +466,8 @@ def attention_kernel(variant: Variant):
             if QUANTIZED:
                 norm = norm * value_scales[kv_head] * FACTOR
             here = token * (num_kv_heads * GROUP) + head
+            if SPLIT and MIXED:
+                here = (seq * FEW + token - first_token) * (num_kv_heads * GROUP) + head
             logarithm = MINUS_INFINITY
             if total > ZERO or total != total:
                 logarithm = highest + math.log2(total)
@@ -543,40 +482,3 @@ def attention_kernel(variant: Variant):
                     lse[here] = logarithm * TO_BASE_E
 
     return flash_attention
-
-
-@cache
-def combine_kernel(query: str, head_size: int, with_sinks: bool):
-    """The kernel that merges the parts of split sequences. Grid: num_tokens * num_heads; NUM_THREADS threads."""
-    to_out, HEAD_SIZE, SINKS = TO[query], head_size, with_sinks
-    MINUS_INFINITY, ZERO, ONE = float32(-math.inf), float32(0), float32(1)
-    TO_BASE_2, TO_BASE_E = float32(LOG2_E), float32(LN_2)
-
-    @cuda.jit
-    def flash_combine(out, lse, part_out, part_lse, num_heads, num_splits, sinks):
-        """As `merge_states`: each part counts by its sum of exponentials.
-
-        out, lse            as the attention kernel's without splits, flat
-        part_out, part_lse  [num_tokens, num_heads, num_splits, head_size] and [..., num_splits], to base 2
-        """
-        here = int64(cuda.blockIdx.x)
-        highest = MINUS_INFINITY
-        if SINKS:
-            highest = sinks[here % num_heads] * TO_BASE_2
-        for i in range(num_splits):
-            highest = max(highest, part_lse[here * num_splits + i])
-        shift = highest if highest > MINUS_INFINITY else ZERO
-        for number in range(cuda.threadIdx.x, HEAD_SIZE, NUM_THREADS):
-            total, mixed = ZERO, ZERO
-            if SINKS:
-                total = exp2(sinks[here % num_heads] * TO_BASE_2 - shift)
-            for i in range(num_splits):
-                weight = exp2(part_lse[here * num_splits + i] - shift)
-                total += weight
-                mixed += weight * part_out[(here * num_splits + i) * HEAD_SIZE + number]
-            empty = total == ZERO
-            out[here * HEAD_SIZE + number] = to_out(ZERO if empty else mixed * (ONE / total))
-            if number == 0:
-                lse[here] = MINUS_INFINITY if empty else (highest + math.log2(total)) * TO_BASE_E
-
-    return flash_combine

@@ -41,9 +41,11 @@ def parameters(args: tuple[Any, ...]) -> Parameters:
 def compile_kernel(kernel: Any, types: Parameters, bounds: tuple[int, int], capability: tuple[int, int]) -> Code:
     """Compile for GPUs of this compute capability.
 
-    `bounds`: threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor. Raises ImportError where numba-cuda or nvJitLink is missing."""
+    `bounds`: threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor. Raises ImportError
+    where numba-cuda or nvJitLink is missing.
+    """
     from numba import cuda
-    from numba.core import types as numba_types
+    from numba import types as numba_types
     from numba.np.numpy_support import from_dtype
 
     def numba_type(name: str) -> Any:
@@ -77,7 +79,8 @@ def link(ptx: str, name: str, capability: tuple[int, int]) -> Code:
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     used = re.search(r"[Uu]sed (\d+) registers", said)
     shared = re.search(r"(\d+) bytes smem", said)
-    assert stack is not None and used is not None, said
+    if stack is None or used is None:
+        raise RuntimeError(f"nvJitLink does not say what the kernel needs: {said}")
     return Code(
         name, ptx, bytes(binary), int(used[1]), int(shared[1]) if shared else 0, *(int(n) for n in stack.groups())
     )
@@ -116,7 +119,7 @@ def operation(instruction: str) -> str:
 
 
 def loop_with_most(lines: list[str], name: str) -> list[str]:
-    """The instructions of the loop that has the most operations whose name begins so: from a label to the jump back."""
+    """The instructions of the loop with the most operations that begin so: from a label to the jump back to it."""
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
     loops = []
     for i, line in enumerate(lines):

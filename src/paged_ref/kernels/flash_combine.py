@@ -1,0 +1,57 @@
+"""The kernel that merges the parts of split sequences: `merge_states` in CUDA, with the sinks."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+from numba import cuda
+from numba.types import float32, int64, uint32
+
+from .flash_intrinsics import exp2
+from .flash_variant import FEW, NUM_THREADS, TO
+
+
+@cache
+def combine_kernel(query: str, head_size: int, with_sinks: bool, mixed: bool):
+    """The kernel for outputs of the kind `query`. Launch it with NUM_THREADS threads for each item and head."""
+    to_out, HEAD_SIZE, SINKS, MIXED = TO[query], head_size, with_sinks, mixed
+    MINUS_INFINITY, ZERO, ONE = float32(-math.inf), float32(0), float32(1)
+    TO_BASE_2, TO_BASE_E = float32(math.log2(math.e)), float32(math.log(2))
+
+    @cuda.jit
+    def flash_combine(out, lse, part_out, part_lse, query_start_loc, num_heads, num_splits, sinks):
+        """Each part counts by its sum of exponentials. All arrays are flat.
+
+        out, lse            [num_tokens, num_heads, head_size] and [num_tokens, num_heads]
+        part_out, part_lse  [num_items, num_heads, num_splits, head_size] and [..., num_splits], to base 2
+        """
+        block, heads = uint32(cuda.blockIdx.x), uint32(num_heads)
+        item, head = int64(block // heads), int64(block % heads)
+        here, to = int64(block), int64(block)  # which parts, and where their sum goes
+        if MIXED:
+            seq = item // FEW
+            token = query_start_loc[seq] + item % FEW
+            if token >= query_start_loc[seq + 1] or query_start_loc[seq + 1] - query_start_loc[seq] > FEW:
+                return
+            to = token * num_heads + head
+        highest = MINUS_INFINITY
+        if SINKS:
+            highest = sinks[head] * TO_BASE_2
+        for i in range(num_splits):
+            highest = max(highest, part_lse[here * num_splits + i])
+        shift = highest if highest > MINUS_INFINITY else ZERO
+        for number in range(cuda.threadIdx.x, HEAD_SIZE, NUM_THREADS):
+            total, mixed = ZERO, ZERO
+            if SINKS:
+                total = exp2(sinks[head] * TO_BASE_2 - shift)
+            for i in range(num_splits):
+                weight = exp2(part_lse[here * num_splits + i] - shift)
+                total += weight
+                mixed += weight * part_out[(here * num_splits + i) * HEAD_SIZE + number]
+            empty = total == ZERO
+            out[to * HEAD_SIZE + number] = to_out(ZERO if empty else mixed * (ONE / total))
+            if number == 0:
+                lse[to] = MINUS_INFINITY if empty else (highest + math.log2(total)) * TO_BASE_E
+
+    return flash_combine
