@@ -114,14 +114,20 @@ def test_a_wrong_answer_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_kernels, "paged_attention", wrong)
     with pytest.raises(RuntimeError, match=r"cpu is off from the reference by 1.* on toy: 2 x 50 keys"):
         bench(GpuShape(TOY, 2, 50), FakeClock(), "cpu", None)
+    saved: list[int] = []
+    records, notes, failed = run(
+        [GpuShape(TOY, 2, 50), GpuShape(TOY, 1, 20)], FakeClock(), "cpu", None, 5, lambda r, n: saved.append(len(n))
+    )
+    assert (records, failed, saved) == ([], 2, [1, 2])
+    assert notes[1].startswith("toy: 1 x 20 keys, blocks of 16, float16 failed: RuntimeError: cpu is off from")
 
 
 def test_what_does_not_fit_and_what_comes_too_late_is_said() -> None:
     large = GpuShape(TOY, 1000, 4096)
-    records, notes = run([GpuShape(TOY, 1, 20), large, large], FakeClock(), "cpu", None, minutes=5)
+    records, notes, _ = run([GpuShape(TOY, 1, 20), large, large], FakeClock(), "cpu", None, minutes=5)
     assert len(records) == 1
     assert notes == [f"2 shapes need more memory than is free, such as {large}"]
-    records, notes = run([GpuShape(TOY, 1, 20), large], FakeClock(), "cpu", None, minutes=1e-9)
+    records, notes, _ = run([GpuShape(TOY, 1, 20), large], FakeClock(), "cpu", None, minutes=1e-9)
     assert records == []
     assert notes == ["2 shapes were left out: the 1e-09 minutes were spent (--minutes)"]
     assert "left out" in rendered([], notes)
