@@ -243,7 +243,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("no CUDA backend works on this machine; paged-ref info says why")
     wanted = [shape for shape in shapes() if not args.shape or any(words in str(shape) for words in args.shape)]
     if not wanted:
-        raise ValueError(f"--shape is {' '.join(args.shape)!r}; no shape has these words, such as: {next(shapes())}")
+        raise ValueError(f"--shape is {' '.join(args.shape)}; no shape has these words, such as: {next(shapes())}")
     teaching = TEACHING if tuned != TEACHING and TEACHING in backends() else None
 
     def save(records: list[dict[str, Any]], notes: list[str]) -> None:
