@@ -269,7 +269,7 @@ def test_8_bit_numbers_become_the_same_float16(name: str) -> None:
     element = ELEMENTS[name]
     score_operand, value_operand, factor = element.score_operand, element.value_operand, np.float32(element.factor)
 
-    @cuda.jit  # type: ignore[untyped-decorator]
+    @cuda.jit
     def convert(words, scores, values):  # type: ignore[no-untyped-def]
         for i in range(64):
             scores[2 * i], scores[2 * i + 1] = score_operand(words, i, 0)

@@ -18,7 +18,11 @@ So float16 fills 15 % of the issue slots, float8 57 %, and memory is the bound; 
 for each 8 heads. In flight at a time must be what memory takes to answer, about a microsecond: 4.8 MB, 36 KiB for
 each multiprocessor. The kernels keep 48 to 96 there.
 
-float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers.
+The first call of a variant compiles it, for seconds (machine_code.py); CuPy launches it, from pointers and numbers
+alone, so the host waits for nothing and a CUDA graph may hold it. All that decides a launch is in the shapes.
+
+float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers. Float32 queries over a
+16-bit or 8-bit cache are multiplied in the operands' range: up to 65504, unless the cache is bfloat16.
 """
 
 from __future__ import annotations
@@ -92,8 +96,8 @@ def unsupported_by_kernels(call: AttentionCall) -> str | None:
             return f"the numbers of a head do not follow one another in the memory of the {name}"
         if any(stride % ITEM_BYTES for stride in (_address(cache_array), *cache_array.strides[:-1])):
             return f"the rows of the {name} do not begin at multiples of {ITEM_BYTES} bytes"
-        if min(cache_array.strides) < 0 or _span(cache_array) > ITEM_BYTES << 31:
-            return f"the {name} span more than 32 GiB, or run backwards"
+        if min(cache_array.strides) < 0 or _span(cache_array) > ITEM_BYTES << 32:
+            return f"the {name} span more than 64 GiB, or run backwards"
     return None
 
 
