@@ -6,7 +6,7 @@ CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA \(UMD \)\{0,1\}V
 CUDA := $(if $(filter 12,$(CUDA_MAJOR)),cuda12,$(if $(CUDA_MAJOR),cuda13))
 # `make gpu`: where it leaves its results, how long the kernel benchmark may start shapes, the tests with a `gpu` mark.
 OUT ?= build/gpu
-MINUTES ?= 8
+MINUTES ?= 6
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 # Compiling the kernels takes most of the tests' time; where pytest-xdist is there, several processes do it.
 XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 4)

@@ -7,12 +7,13 @@ import io
 import json
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from paged_ref.bench import gpu_kernels, gpu_shapes, model
+from paged_ref.bench import gpu_clock, gpu_kernels, gpu_shapes, model
 from paged_ref.bench.gpu_clock import Timing
 from paged_ref.bench.gpu_kernels import bench, report, run
 from paged_ref.bench.gpu_shapes import BATCHES, BLOCK_SIZES, KEYS, MODELS, GpuShape, shapes
@@ -114,17 +115,39 @@ def test_a_wrong_answer_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_kernels, "paged_attention", wrong)
     with pytest.raises(RuntimeError, match=r"cpu is off from the reference by 1.* on toy: 2 x 50 keys"):
         bench(GpuShape(TOY, 2, 50), FakeClock(), "cpu", None)
+    saved: list[int] = []
+    records, notes, failed = run(
+        [GpuShape(TOY, 2, 50), GpuShape(TOY, 1, 20)], FakeClock(), "cpu", None, 5, lambda r, n: saved.append(len(n))
+    )
+    assert (records, failed, saved) == ([], 2, [1, 2])
+    assert notes[1].startswith("toy: 1 x 20 keys, blocks of 16, float16 failed: RuntimeError: cpu is off from")
 
 
 def test_what_does_not_fit_and_what_comes_too_late_is_said() -> None:
     large = GpuShape(TOY, 1000, 4096)
-    records, notes = run([GpuShape(TOY, 1, 20), large, large], FakeClock(), "cpu", None, minutes=5)
+    records, notes, _ = run([GpuShape(TOY, 1, 20), large, large], FakeClock(), "cpu", None, minutes=5)
     assert len(records) == 1
     assert notes == [f"2 shapes need more memory than is free, such as {large}"]
-    records, notes = run([GpuShape(TOY, 1, 20), large], FakeClock(), "cpu", None, minutes=1e-9)
+    records, notes, _ = run([GpuShape(TOY, 1, 20), large], FakeClock(), "cpu", None, minutes=1e-9)
     assert records == []
     assert notes == ["2 shapes were left out: the 1e-09 minutes were spent (--minutes)"]
     assert "left out" in rendered([], notes)
+
+
+def test_the_command_writes_what_it_prints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_kernels, "TUNED", "cpu")
+    monkeypatch.setattr(gpu_clock, "Clock", FakeClock)
+    monkeypatch.setattr(gpu_kernels, "shapes", lambda: iter([GpuShape(TOY, 2, 50), GpuShape(TOY, 1, 20, 8)]))
+    args = argparse.Namespace(shape=["blocks of 8"], minutes=5, json=str(tmp_path / "k.json"))
+    assert gpu_kernels.main(args) == 0
+    written = json.loads((tmp_path / "k.json").read_text(encoding="utf-8"))
+    assert {"device", "date", "versions", "python", "backend", "notes"} <= written.keys()
+    assert [record["shape"]["block_size"] for record in written["records"]] == [8]
+    assert "copy bandwidth 1 GB/s" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--shape is nothing; no shape has these words, such as: toy: 2 x 50 keys"):
+        gpu_kernels.main(argparse.Namespace(shape=["nothing"], minutes=5, json=None))
 
 
 TOY_MODEL: dict[str, Any] = {

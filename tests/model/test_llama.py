@@ -18,7 +18,7 @@ from paged_ref.model.loading import load, random_weights, weight_shapes
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
-    for name in ("reference", "cpu", "cuda", "cuda-flash")
+    for name in ("reference", "cpu", "cuda")
     if name in backends()
 ]
 
@@ -118,6 +118,8 @@ def test_logits_agree_with_a_decoder_that_keeps_no_cache(
     name: str, layout: str, chunk: int | None, backend: str
 ) -> None:
     config = CONFIGS[name]
+    if backend == "cuda" and any(config.sliding_windows):
+        pytest.skip("the teaching kernels have no sliding window")
     weights = random_weights(config, seed=3)
     answers = logits_of(Llama(config, weights), SEQUENCES, chunk=chunk, layout=layout, backend=backend)
     for tokens, logits in zip(SEQUENCES, answers, strict=True):

@@ -170,10 +170,16 @@ def bench(shape: GpuShape, timer: Timer, tuned: str, teaching: str | None) -> tu
 
 
 def run(
-    wanted: Iterable[GpuShape], timer: Timer, tuned: str, teaching: str | None, minutes: float
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure shapes in their order until the time is spent. The records, and what the reader should know."""
-    began, records, notes, too_large, left_out = time.perf_counter(), [], [], [], 0
+    wanted: Iterable[GpuShape],
+    timer: Timer,
+    tuned: str,
+    teaching: str | None,
+    minutes: float,
+    save: Callable[[list[dict[str, Any]], list[str]], None] = lambda records, notes: None,
+) -> tuple[list[dict[str, Any]], list[str], int]:
+    """Measure shapes in their order until the time is spent. The records, what the reader should know, and how many
+    shapes failed: an error ends its shape only. `save` is called after each shape."""
+    began, records, notes, too_large, left_out, failed = time.perf_counter(), [], [], [], 0, 0
     for shape in wanted:
         if time.perf_counter() - began > 60 * minutes:
             left_out += 1
@@ -181,14 +187,20 @@ def run(
         if shape.bytes_held > RESERVE * timer.free_bytes():
             too_large.append(shape)
             continue
-        record, failures = bench(shape, timer, tuned, teaching)
-        records.append(record)
+        try:
+            record, failures = bench(shape, timer, tuned, teaching)
+        except Exception as error:
+            failed += 1
+            failures = [f"{shape} failed: {type(error).__name__}: {error}"]
+        else:
+            records.append(record)
         notes += failures
+        save(records, notes)
     if too_large:
         notes.append(f"{len(too_large)} shapes need more memory than is free, such as {too_large[0]}")
     if left_out:
         notes.append(f"{left_out} shapes were left out: the {minutes:g} minutes were spent (--minutes)")
-    return records, notes
+    return records, notes, failed
 
 
 def table_of(records: list[dict[str, Any]], model: str) -> Table:
@@ -231,14 +243,19 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("no CUDA backend works on this machine; paged-ref info says why")
     wanted = [shape for shape in shapes() if not args.shape or any(words in str(shape) for words in args.shape)]
     if not wanted:
-        raise ValueError(f"--shape is {' '.join(args.shape)!r}; no shape has these words, such as: {next(shapes())}")
+        raise ValueError(f"--shape is {' '.join(args.shape)}; no shape has these words, such as: {next(shapes())}")
     teaching = TEACHING if tuned != TEACHING and TEACHING in backends() else None
-    records, notes = run(wanted, Clock(), tuned, teaching, args.minutes)
+
+    def save(records: list[dict[str, Any]], notes: list[str]) -> None:
+        if args.json:
+            record = about | {"backend": tuned, "records": records, "notes": notes}
+            Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    about = header()
+    records, notes, failed = run(wanted, Clock(), tuned, teaching, args.minutes, save)
     report(Console(), records, notes, tuned)
-    if args.json:
-        record = header() | {"backend": tuned, "records": records, "notes": notes}
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0
+    save(records, notes)
+    return 1 if failed else 0
 
 
 def header() -> dict[str, Any]:

@@ -120,7 +120,10 @@ def flex(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str,
     )
     mask = pages.convert_logical_block_mask(mask)
     score_mod = pages.get_score_mod(None)
-    function = torch.compile(flex_attention) if q.is_cuda else flex_attention
+    function = flex_attention
+    if q.is_cuda:
+        torch._dynamo.reset()  # after eight shapes it would compile no more, and run something slow instead
+        function = torch.compile(flex_attention)
 
     def call(k: Any, v: Any) -> Any:
         with torch.inference_mode():

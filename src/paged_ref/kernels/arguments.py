@@ -81,7 +81,10 @@ _BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
 
 def _bits_of(array: Any) -> str | None:
     """The dtype that holds the bits of such an array; None for all others."""
-    return _BITS.get(str(getattr(array, "dtype", "")).rpartition(".")[2])
+    dtype = getattr(array, "dtype", None)
+    if getattr(dtype, "isbuiltin", 0) == 1:  # NumPy's own: a name takes longer to make than all other checks
+        return None
+    return _BITS.get(str(dtype).rpartition(".")[2])
 
 
 def adopt(array: Any, name: str) -> Array:
@@ -112,9 +115,8 @@ def like_caller(result: Array, caller: Any) -> Any:
         library = _library(caller)
         from_dlpack = getattr(library, "from_dlpack", None) or library.numpy.from_dlpack
         result = from_dlpack(result)
-    if str(result.dtype).rpartition(".")[2] == _bits_of(caller):
-        result = result.view(caller.dtype)
-    return result
+    bits = _bits_of(caller)
+    return result if bits is None or str(result.dtype).rpartition(".")[2] != bits else result.view(caller.dtype)
 
 
 def _library(array: Any) -> Any:
@@ -274,6 +276,8 @@ def scales_of(
     dtype: np.dtype[Any], name: str, num_kv_heads: int, key_scales: Any, value_scales: Any
 ) -> tuple[Array | None, Array | None]:
     """The scales of K and V as float32 [num_kv_heads], for the caches that need them, and None for the others."""
+    if key_scales is None and value_scales is None and dtype not in LARGEST:
+        return None, None
     scales = {"key_scales": key_scales, "value_scales": value_scales}
     for scales_name, given in scales.items():
         if dtype in LARGEST and given is None:

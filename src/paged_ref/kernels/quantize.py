@@ -87,9 +87,9 @@ def encode(numbers: Array, dtype: DTypeLike, scales: Array | None = None) -> Arr
     int8 and uint8 need `scales`. Numbers in uint16 are bfloat16. NaN stays NaN; in int8, which has none, it
     becomes 0.
     """
-    dtype, xp = np.dtype(dtype), module_of(numbers)
-    if numbers.dtype == dtype == BFLOAT16:
+    if numbers.dtype == dtype and scales is None:
         return numbers
+    dtype, xp = np.dtype(dtype), module_of(numbers)
     numbers = decode(numbers)
     if dtype == BFLOAT16:
         return to_bfloat16(numbers)
@@ -104,7 +104,9 @@ def encode(numbers: Array, dtype: DTypeLike, scales: Array | None = None) -> Arr
 
 def decode(stored: Array, scales: Array | None = None, dtype: DTypeLike | None = None) -> Array:
     """What `stored [..., num_kv_heads, head_size]` is worth, in `dtype` (None: float32, or its own float)."""
-    if stored.dtype == BFLOAT16:
+    if stored.dtype.kind == "f":
+        pass
+    elif stored.dtype == BFLOAT16:
         stored = from_bfloat16(stored)
     elif stored.dtype == FLOAT8:
         stored = from_float8(stored)

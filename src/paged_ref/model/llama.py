@@ -216,8 +216,9 @@ class Llama:
             qk, value = qkv[:, :num_qk], qkv[:, num_qk:]  # [num_tokens, num_qk and num_kv_heads, head_size]
             if layer.qk_norm is not None:
                 qk = rms_norm(qk, layer.qk_norm, eps)  # [num_tokens, num_qk, head_size]
-            query = rotate(qk[:, :num_heads], cos, sin)  # [num_tokens, num_heads, head_size]
-            key = rotate(qk[:, num_heads:], cos, sin)  # [num_tokens, num_kv_heads, head_size]
+            qk = rotate(qk, cos, sin)  # [num_tokens, num_qk, head_size]
+            query = xp.ascontiguousarray(qk[:, :num_heads])  # [num_tokens, num_heads, head_size]
+            key = qk[:, num_heads:]  # [num_tokens, num_kv_heads, head_size]
             write_kv(key, value, key_cache, value_cache, inputs.slot_mapping, validate=False)
             mixed = attend(query, key_cache, value_cache, inputs, sliding_window=layer.sliding_window)
             mixed = mixed.reshape(num_tokens, -1)  # [num_tokens, num_heads * head_size]
