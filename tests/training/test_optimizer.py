@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_the_rate_goes_up_in_a_line_and_down_as_a_cosine() -> None:
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 5)
     assert rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0)
-    assert all(before > after for before, after in zip(rates[10:], rates[11:], strict=False))
+    assert all(before > after for before, after in pairwise(rates[10:]))
     assert 0 < rates[-1] < 0.01
     assert learning_rate(0, 1, 0, 2.0) == 2.0
 
