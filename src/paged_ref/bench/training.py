@@ -181,7 +181,10 @@ class Timed(np.ndarray):
 
 
 def profile(weights: Parameters, tokens: np.ndarray, rounds: int) -> dict[str, float]:
-    """The share of a step's time in each kind of NumPy operation; what is left over is `other`."""
+    """The share of a step's time in each kind of NumPy operation; what is left over is `other`.
+
+    Of the time of a step that nobody watches: watching takes time as well, and that is no part of a step.
+    """
     timed, gradient = Parameters(weights.config), Parameters(weights.config)
     timed.flat[:] = weights.flat
     for its in (timed, gradient):
@@ -189,15 +192,16 @@ def profile(weights: Parameters, tokens: np.ndarray, rounds: int) -> dict[str, f
         its.layers = [
             type(layer)(**{name: getattr(layer, name).view(Timed) for name in layer.__slots__}) for layer in its.layers
         ]
-    batch, best, shares = Batch.of(list(tokens)), math.inf, {}
+    batch, best, whole = Batch.of(list(tokens)), math.inf, math.inf
+    spent: Counter[str] = Counter()
     for _ in range(rounds + 1):
         Timed.seconds.clear()
         seconds = _seconds(lambda: loss_and_gradient(timed, gradient, batch, Keep()))
         if seconds < best:
-            best = seconds
-            shares = {name: spent / seconds for name, spent in Timed.seconds.most_common(8)}
-            shares["other"] = 1 - sum(shares.values())
-    return shares
+            best, spent = seconds, Timed.seconds.copy()
+        whole = min(whole, _seconds(lambda: loss_and_gradient(weights, gradient, batch, Keep())))
+    shares = {name: its / whole for name, its in spent.most_common(8)}
+    return {**shares, "other": 1 - sum(shares.values())}
 
 
 def against_torch(weights: Parameters, tokens: np.ndarray, rounds: int) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from ..device import Array, on_gpu, xp
 from ..model.llama import rotate
 
-QUERY_CHUNK = 128  # queries whose scores exist at a time; the keys behind them all are never looked at
+QUERY_CHUNK = 64  # queries whose scores exist at a time; the keys behind them all are never looked at
 SCORES = 2**27 if on_gpu else 2**18  # scores that exist at a time: what stays in a core's cache, on a CPU
 ROWS = 2**20 if on_gpu else 2**7  # tokens that elementwise chains work on at a time
 LOGIT_ROWS = 2**15 if on_gpu else 2**9  # tokens whose logits exist at a time

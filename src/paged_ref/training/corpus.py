@@ -73,7 +73,7 @@ def train_tokenizer(stories: Sequence[str], vocab_size: int, whole: str = "") ->
     if vocab_size <= NUM_BYTES:
         raise ValueError(f"--vocab-size is {vocab_size}; more than the {NUM_BYTES} bytes is needed")
     times = 1
-    while times <= 2**20:
+    while times <= 4**6:
         tokenizer = _bpe([*stories, *[whole] * times] if whole else stories, vocab_size)
         if tokenizer.get_vocab_size() < vocab_size:
             raise ValueError(
@@ -125,7 +125,7 @@ def sequences(stories: Sequence[np.ndarray], context: int, seed: int, epoch: int
             parts = [end] * int(rng.integers(2))
         while len(story) > context + 1:
             yield story[: context + 1]
-            story = story[context:]
+            story, parts = story[context:], []  # the rest has no END before it
         parts.append(story)
     if sum(map(len, parts)) > 1:
         yield np.concatenate(parts)

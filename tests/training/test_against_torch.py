@@ -1,0 +1,59 @@
+"""The same weights in torch: gradients by its autograd, and the files in transformers. Needs the extra `compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+
+from paged_ref.training.activations import Keep
+from paged_ref.training.checkpoint import hf_config, save_model
+from paged_ref.training.corpus import train_tokenizer
+from paged_ref.training.network import Batch, loss_and_gradient
+from paged_ref.training.parameters import Parameters
+
+torch = pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra `compare` is not installed")
+
+pytestmark = pytest.mark.compare
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_heads": 6, "num_kv_heads": 1, "head_size": 8}])
+def test_gradients_agree_with_autograd(sizes: dict[str, int]) -> None:
+    config = small.config(vocab_size=96, hidden_size=48, intermediate_size=80, max_position_embeddings=256, **sizes)
+    weights, gradient = small.weights(config), Parameters(config)
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(96, size=length) for length in (200, 200, 37, 2, 130)]  # several chunks of queries
+    loss = loss_and_gradient(weights, gradient, Batch.of(sequences), Keep())
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_config(config, np.float32)))
+    exported = {name: torch.tensor(array) for name, array in weights.export(np.float32).items()}
+    missing, unexpected = model.load_state_dict(exported, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    total = sum(len(ids) - 1 for ids in sequences)
+    theirs = torch.zeros(())
+    for ids in sequences:
+        logits = model(torch.tensor(ids[None, :-1])).logits[0]
+        theirs = theirs + torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum") / total
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), rel=1e-5)
+    found = gradient.export(np.float32)
+    for name, parameter in model.named_parameters():
+        wanted = parameter.grad.numpy()
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+
+
+def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["some text to learn from"], 270)
+    config = small.config(vocab_size=270)
+    save_model(tmp_path, small.weights(config), tokenizer, np.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokenizer.encode("some text")
+    with torch.no_grad():
+        loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    ours = loss_and_gradient(small.weights(config), Parameters(config), Batch.of([ids]), Keep())
+    assert ours == pytest.approx(loss, rel=1e-5)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert fast("some text")["input_ids"] == ids
