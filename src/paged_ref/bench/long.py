@@ -23,7 +23,8 @@ from rich.table import Table
 
 from ..config import ModelConfig
 from ..device import Array, describe, on_gpu, synchronize, xp
-from ..engine.long_context import STAGING_BYTES, LongContext, LongOptions
+from ..engine.long_context import LongContext
+from ..engine.long_options import STAGING_BYTES, LongOptions
 from ..kernels import paged_attention
 from ..kernels.out_of_core import TwoCaches, streamed_attention
 from ..memory.relevance import Attend
