@@ -4,12 +4,15 @@ BIN := .venv/bin
 # The CUDA extra that fits the NVIDIA driver, or nothing where there is none.
 CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA \(UMD \)\{0,1\}Version: *\([0-9]*\).*/\2/p' | head -n 1)
 CUDA := $(if $(filter 12,$(CUDA_MAJOR)),cuda12,$(if $(CUDA_MAJOR),cuda13))
-# Where `make gpu` leaves its results.
+# `make gpu`: where it leaves its results, how long the kernel benchmark may start shapes, the tests with a `gpu` mark.
 OUT ?= build/gpu
-GPU_TESTS := tests/kernels/test_gpu.py tests/kernels/test_attention.py tests/model/test_llama.py tests/engine/test_llm.py
+MINUTES ?= 8
+GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
+# Compiling the kernels takes most of the tests' time; where pytest-xdist is there, several processes do it.
+XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 4)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint compare pictures gpu clean
+.PHONY: help demo test lint compare pictures gpu gpu-here gpu-tests gpu-check gpu-bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -37,10 +40,36 @@ pictures: .venv/run.stamp  ## lessons/pictures/*.svg, from real runs
 	done
 	$(BIN)/paged-ref walk --svg lessons/pictures/walk.svg
 
-gpu:  ## all GPU tests and the GPU benchmark, from the source tree, with PYTHON's own packages
-	mkdir -p $(OUT)
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu -rs --junitxml=$(OUT)/tests.xml $(GPU_TESTS)
-	PYTHONPATH=src $(PYTHON) -m paged_ref bench kernels --json $(OUT)/kernels.json
+gpu:  ## all GPU tests, memory and race checks, GPU benchmarks, with PYTHON's own packages; JSON in OUT
+	@$(MAKE) --no-print-directory gpu-here
+	@status=0; \
+	for part in gpu-tests gpu-check gpu-bench; do $(MAKE) --no-print-directory $$part || status=1; done; \
+	exit $$status
+
+gpu-here:
+	@PYTHONPATH=src $(PYTHON) -c "import sys; from paged_ref import device; \
+	  sys.exit(None if device.on_gpu else 'make gpu: ' + device.reason + '; nothing was run')"
+	@mkdir -p $(OUT)
+	@PYTHONPATH=src $(PYTHON) -c "import json; from paged_ref.bench.gpu_kernels import header; \
+	  print(json.dumps(header(), indent=1))" > $(OUT)/machine.json
+
+gpu-tests: gpu-here  # a part of `gpu`
+	PYTHONPATH=src $(PYTHON) -m pytest $(XDIST) -m gpu -rs --junitxml=$(OUT)/tests.xml $(GPU_TESTS)
+
+gpu-check: gpu-here  # a part of `gpu`
+	@command -v compute-sanitizer >/dev/null || echo "compute-sanitizer is not installed: no memory and race checks"
+	@status=0; command -v compute-sanitizer >/dev/null || exit 0; \
+	for tool in memcheck racecheck; do \
+	  PYTHONPATH=src timeout 500 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) tests/kernels/sanitized.py > $(OUT)/$$tool.txt 2>&1 || status=1; \
+	  echo "$$tool:"; tail -n 4 $(OUT)/$$tool.txt; \
+	done; exit $$status
+
+gpu-bench: gpu-here  # a part of `gpu`
+	@status=0; export PYTHONPATH=src; \
+	$(PYTHON) -m paged_ref bench model --json $(OUT)/model.json || status=1; \
+	$(PYTHON) -m paged_ref bench kernels --minutes $(MINUTES) --json $(OUT)/kernels.json || status=1; \
+	exit $$status
 
 clean:  ## remove what the other targets made
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis

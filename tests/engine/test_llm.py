@@ -12,8 +12,8 @@ from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.kernels import backends
 
 BACKENDS = [
-    pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name
-    for name in ("reference", "cpu", "cuda")
+    pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
+    for name in ("reference", "cpu", "cuda", "cuda-flash")
     if name in backends()
 ]
 PAPER = "Four score and seven years ago our"

@@ -24,6 +24,11 @@ def good() -> dict[str, Any]:
     }
 
 
+def int8_caches(**scales: Any) -> dict[str, Any]:
+    cache = np.ones((6, 4, 2, 8), np.int8)
+    return {"key_cache": cache, "value_cache": cache, **scales}
+
+
 def good_contiguous() -> dict[str, Any]:
     return {
         "query": np.ones((2, 4, 8), F32),
@@ -52,7 +57,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"value_cache": np.ones((6, 4, 2, 9), F32)}, "value_cache has head_size 9; query has 8"),
     ({"value_cache": np.ones((5, 4, 2, 8), F32)}, "value_cache is float32[5, 4, 2, 8]; key_cache is float32[6, 4"),
     ({"value_cache": np.ones((6, 4, 2, 8), np.float16)}, "value_cache is float16[6, 4, 2, 8]; key_cache is float32"),
-    ({"key_cache": np.ones((6, 4, 2, 8), np.int8)}, "key_cache is int8; known are float16, float32, float64"),
+    ({"key_cache": np.ones((6, 4, 2, 8), np.int8)}, "value_cache is float32[6, 4, 2, 8]; key_cache is int8[6, 4"),
+    ({"key_cache": np.ones((6, 4, 2, 8), np.int32)}, "key_cache is int32; known are float16, float32, float64, uint16"),
+    (int8_caches(), "key_cache is int8; key_scales [2] is needed, one for each KV head"),
+    (int8_caches(key_scales=np.ones(2, F32)), "key_cache is int8; value_scales [2] is needed"),
+    (int8_caches(key_scales=np.ones(4, F32), value_scales=np.ones(2, F32)), "key_scales has shape [4]; [2], one for e"),
+    (int8_caches(key_scales=np.ones(2, F32), value_scales=np.array([1, 0], F32)), "value_scales[1] is 0.0; a positi"),
+    (int8_caches(key_scales=np.array([np.nan, 1]), value_scales=np.ones(2, F32)), "key_scales[0] is nan; a positive"),
+    ({"value_scales": np.ones(2, F32)}, "value_scales is given; key_cache is float32, and only int8 and float8 have"),
     (
         {"key_cache": np.ones((6, 0, 2, 8), F32), "value_cache": np.ones((6, 0, 2, 8), F32)},
         "key_cache has block_size 0; at least 1 is needed",
@@ -138,6 +150,26 @@ def test_write_kv_refuses(key: Any, value: Any, slots: list[float], message: str
     caches = (np.zeros((6, 4, 2, 8), F32), np.zeros((6, 4, 2, 8), F32))
     with pytest.raises(ValueError, match=re.escape(message)):
         write_kv(key, value, *caches, np.array(slots))
+    assert not caches[0].any()
+
+
+def test_write_kv_refuses_formats_that_do_not_fit() -> None:
+    caches, slots = (np.zeros((6, 4, 2, 8), np.int8), np.zeros((6, 4, 2, 8), np.int8)), np.array([0, 1])
+    with pytest.raises(ValueError, match=re.escape("key_cache is int8; key_scales [2] is needed")):
+        write_kv(rows(2), rows(2), *caches, slots)
+    with pytest.raises(ValueError, match=re.escape("value_scales[0] is -1.0; a positive number is needed")):
+        write_kv(rows(2), rows(2), *caches, slots, key_scales=np.ones(2), value_scales=np.array([-1, 1]))
+    with pytest.raises(ValueError, match=re.escape("key is int8; known are float16")):
+        write_kv(
+            rows(2).astype(np.int8),
+            rows(2).astype(np.int8),
+            *caches,
+            slots,
+            key_scales=np.ones(2),
+            value_scales=np.ones(2),
+        )
+    with pytest.raises(ValueError, match=r"key_cache is int8.* and value_cache float32.*both must be alike"):
+        write_kv(rows(2), rows(2), caches[0], caches[1].astype(F32), slots)
     assert not caches[0].any()
 
 

@@ -17,8 +17,8 @@ from paged_ref.model.llama import Llama, StepInputs, rope_frequencies
 from paged_ref.model.loading import load, random_weights, weight_shapes
 
 BACKENDS = [
-    pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name
-    for name in ("reference", "cpu", "cuda")
+    pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
+    for name in ("reference", "cpu", "cuda", "cuda-flash")
     if name in backends()
 ]
 

@@ -7,7 +7,12 @@ import importlib
 
 BENCHMARKS = {
     "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
+    "sass": ("paged_ref.bench.sass", "what the tuned GPU kernels cost, counted from machine code; needs no GPU"),
     "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
+    "model": (
+        "paged_ref.bench.model",
+        "on a GPU: whole-model decoding against the speed of memory, and a CPU's tokens",
+    ),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
     "long": ("paged_ref.bench.long", "contexts longer than the device: memory, streaming, budgets"),
 }

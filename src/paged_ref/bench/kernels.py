@@ -1,5 +1,6 @@
 """`paged-ref bench kernels`: what paging costs, and how far attention is from the speed of memory.
 
+On a GPU, gpu_kernels.py does this; here is what a CPU does.
 All contenders of a shape run in turn, round after round, and the medians are compared: a busy neighbour or a
 warming core then slows all of them alike. Each is checked against the reference before it is timed.
 Decoding reads every K and V once and does little else, so the bound is a streaming read of the same bytes
@@ -22,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..device import Array
+from ..device import Array, on_gpu
 from ..kernels import naive_attention, paged_attention
 
 Contender = Callable[[], Any]
@@ -258,13 +259,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=21, help="rounds for the medians (default 21)")
     parser.add_argument("--shape", action="append", metavar="WORDS", help="only shapes whose name has these words")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE too")
+    parser.add_argument("--minutes", type=float, default=10, help="on a GPU: start no shape after that (default 10)")
 
 
 def main(args: argparse.Namespace) -> int:
-    from ..kernels import cpu  # here, so that the command line starts without the compiler
-
     if args.rounds < 1:
         raise ValueError(f"--rounds is {args.rounds}; at least 1 is needed")
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes is {args.minutes}; a positive number is needed")
+    if on_gpu:
+        from . import gpu_kernels
+
+        return gpu_kernels.main(args)
+    from ..kernels import cpu  # here, so that the command line starts without the compiler
+
     console = Console()
     chosen = [shape for shape in SHAPES if not args.shape or any(words in shape.name for words in args.shape)]
     if not chosen:

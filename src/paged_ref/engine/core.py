@@ -135,10 +135,10 @@ class EngineCore:
             padded = np.full((len(ids), max(map(len, tables))), -1, dtype=np.int32)
             for row, table in zip(padded, tables, strict=True):
                 row[: len(table)] = table
-            block_tables = xp.asarray(padded)
+            block_tables = padded
         elif isinstance(self.manager, Contiguous):
             starts = _ints([self.manager.start(seq_id) for seq_id in ids])
-        return StepInputs(
+        return _to_device(
             token_ids=_ints(token_ids),
             positions=_ints(positions),
             slot_mapping=_ints(slot_mapping),
@@ -344,6 +344,19 @@ def _only_winner(params: SamplingParams) -> bool:
     return params.temperature == 0 and params.beam_width is None and params.logits_hook is None
 
 
-def _ints(values: list[int]) -> Array:
-    """To the device as int32, which every kernel takes."""
-    return xp.asarray(np.array(values, dtype=np.int32))
+def _ints(values: list[int]) -> np.ndarray:
+    """As int32, which every kernel takes."""
+    return np.array(values, dtype=np.int32)
+
+
+def _to_device(**arrays: np.ndarray | None) -> StepInputs:
+    """The inputs where the model is: to a GPU by one copy of all."""
+    if not on_gpu:
+        return StepInputs(**arrays)
+    given = {name: array for name, array in arrays.items() if array is not None}
+    flat, at = xp.asarray(np.concatenate([array.ravel() for array in given.values()])), 0
+    placed = {}
+    for name, array in given.items():
+        placed[name] = flat[at : at + array.size].reshape(array.shape)
+        at += array.size
+    return StepInputs(**placed)

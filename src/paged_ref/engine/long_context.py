@@ -322,6 +322,7 @@ class LongContext:
     def _mass(self, query: Array, row: _Row) -> np.ndarray:
         """[group_size, num_blocks]: the share of each block in the attention of `query [group_size, head_size]`."""
         here, away = self._device_of(row.pages), self._host_of(row.pages)
+        self.storage.synchronize()
         keys = np.empty((len(row.pages), *self._caches.host_keys.shape[1:]), dtype=np.float32)
         keys[here >= 0] = to_host(self._caches.keys[xp.asarray(here[here >= 0])])
         keys[here < 0] = self._caches.host_keys[away[here < 0]]

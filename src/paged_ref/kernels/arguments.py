@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..device import Array, module_of, to_host
+from .quantize import BFLOAT16, FLOAT8, INT8, LARGEST, word
 
-FLOATS = tuple(np.dtype(name) for name in ("float16", "float32", "float64"))
+FLOATS = (*(np.dtype(name) for name in ("float16", "float32", "float64")), BFLOAT16)
+CACHES = (*FLOATS, INT8, FLOAT8)
 INTEGERS = tuple(np.dtype(name) for name in ("int32", "int64"))
 MAX_HEAD_SIZE = 256
 
@@ -26,6 +28,7 @@ class AttentionCall:
 
     Paged:      keys, values [num_blocks, block_size, num_kv_heads, head_size], block_tables [num_seqs, max_blocks]
     Contiguous: keys, values [num_slots, num_kv_heads, head_size],              starts [num_seqs]
+    Formats that NumPy lacks are known by the dtype of their bits: see quantize.py.
     """
 
     query: Array  # [num_tokens, num_heads, head_size]
@@ -40,6 +43,8 @@ class AttentionCall:
     softcap: float | None
     alibi_slopes: Array | None  # [num_heads] float32
     sinks: Array | None  # [num_heads] float32
+    key_scales: Array | None  # [num_kv_heads] float32, with int8 and float8 caches only: value = stored * scale
+    value_scales: Array | None  # [num_kv_heads] float32
     out: Array  # [num_tokens, num_heads, head_size], the query's dtype
     lse: Array | None  # [num_tokens, num_heads] float32
     copy_tiles: bool = False  # `cpu` copies each tile before it reads it, as out_of_core.py wants
@@ -70,8 +75,22 @@ class AttentionCall:
         return int(self.query.shape[2])
 
 
+# Formats of other libraries that NumPy, CuPy and DLPack between them do not carry: taken as their bits.
+_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+
+
+def _bits_of(array: Any) -> str | None:
+    """The dtype that holds the bits of such an array; None for all others."""
+    return _BITS.get(str(getattr(array, "dtype", "")).rpartition(".")[2])
+
+
 def adopt(array: Any, name: str) -> Array:
-    """`array` as NumPy or CuPy, sharing its memory. Anything that speaks DLPack is taken."""
+    """`array` as NumPy or CuPy, sharing its memory. Anything that speaks DLPack is taken.
+
+    torch, JAX and ml_dtypes arrays of bfloat16 and float8_e4m3fn come as uint16 and uint8, without a copy.
+    """
+    if (bits := _bits_of(array)) is not None:
+        array = array.view(getattr(_library(array), bits, bits))
     module = module_of(array)
     if isinstance(array, module.ndarray):
         return array
@@ -89,11 +108,17 @@ def adopt(array: Any, name: str) -> Array:
 
 def like_caller(result: Array, caller: Any) -> Any:
     """`result` in the kind of array that `caller` is: a torch tensor for a torch tensor, and so on."""
-    if isinstance(caller, module_of(result).ndarray):
-        return result
-    library = sys.modules[type(caller).__module__.partition(".")[0]]
-    from_dlpack = getattr(library, "from_dlpack", None) or library.numpy.from_dlpack
-    return from_dlpack(result)
+    if not isinstance(caller, module_of(result).ndarray):
+        library = _library(caller)
+        from_dlpack = getattr(library, "from_dlpack", None) or library.numpy.from_dlpack
+        result = from_dlpack(result)
+    if str(result.dtype).rpartition(".")[2] == _bits_of(caller):
+        result = result.view(caller.dtype)
+    return result
+
+
+def _library(array: Any) -> Any:
+    return sys.modules[type(array).__module__.partition(".")[0]]
 
 
 def build_call(
@@ -111,6 +136,8 @@ def build_call(
     softcap: float | None,
     alibi_slopes: Any,
     sinks: Any,
+    key_scales: Any,
+    value_scales: Any,
     return_lse: bool,
     out: Any,
     validate: bool | None,
@@ -125,7 +152,7 @@ def build_call(
     keys, values, seq_lens = adopt(keys, names[0]), adopt(values, names[1]), adopt(seq_lens, "seq_lens")
     _require(query.ndim == 3, "query", query, "[num_tokens, num_heads, head_size]")
     num_tokens, num_heads, head_size = query.shape
-    _require_dtype(query, "query", FLOATS)
+    require_dtype(query, "query", FLOATS)
     if not 1 <= head_size <= MAX_HEAD_SIZE:
         raise ValueError(f"query has head_size {head_size}; 1 to {MAX_HEAD_SIZE} is supported")
 
@@ -133,12 +160,13 @@ def build_call(
     layout = f"[{'num_blocks, block_size' if ndim == 4 else 'num_slots'}, num_kv_heads, head_size]"
     for array, name in ((keys, names[0]), (values, names[1])):
         _require(array.ndim == ndim, name, array, layout)
-        _require_dtype(array, name, FLOATS)
+        require_dtype(array, name, CACHES)
         if array.shape[-1] != head_size:
             raise ValueError(f"{name} has head_size {array.shape[-1]}; query has {head_size}")
     if keys.shape != values.shape or keys.dtype != values.dtype:
         raise ValueError(
-            f"{names[1]} is {values.dtype}{list(values.shape)}; {names[0]} is {keys.dtype}{list(keys.shape)}, "
+            f"{names[1]} is {word(values.dtype)}{list(values.shape)}; "
+            f"{names[0]} is {word(keys.dtype)}{list(keys.shape)}, "
             "and the two must agree"
         )
     num_kv_heads = keys.shape[-2]
@@ -168,7 +196,7 @@ def build_call(
         _require(starts.shape == (num_seqs,), "starts", starts, f"[{num_seqs}]")
         integers.append((starts, "starts"))
     for array, name in integers:
-        _require_dtype(array, name, INTEGERS)
+        require_dtype(array, name, INTEGERS)
 
     if scale is None:
         scale = 1.0 / math.sqrt(head_size)
@@ -178,13 +206,15 @@ def build_call(
         raise ValueError(f"softcap is {softcap}; a positive number is needed")
     alibi_slopes = _per_head(alibi_slopes, "alibi_slopes", num_heads)
     sinks = _per_head(sinks, "sinks", num_heads)
+    key_scales, value_scales = scales_of(keys.dtype, names[0], num_kv_heads, key_scales, value_scales)
     if out is None:
         out = xp.empty(query.shape, dtype=query.dtype)
     else:
         out = adopt(out, "out")
         if out.shape != query.shape or out.dtype != query.dtype:
             raise ValueError(
-                f"out is {out.dtype}{list(out.shape)}; {query.dtype}{list(query.shape)} is needed, as query is"
+                f"out is {word(out.dtype)}{list(out.shape)}; {word(query.dtype)}{list(query.shape)} is needed, "
+                "as query is"
             )
         if module_of(out) is np and not out.flags.writeable:
             raise ValueError("out is read-only")
@@ -192,10 +222,11 @@ def build_call(
 
     call = AttentionCall(
         query, keys, values, block_tables, starts, seq_lens, query_start_loc, float(scale),
-        sliding_window, softcap, alibi_slopes, sinks, out, lse,
+        sliding_window, softcap, alibi_slopes, sinks, key_scales, value_scales, out, lse,
     )  # fmt: skip
     for array, name in (*integers, (keys, names[0]), (values, names[1]), (alibi_slopes, "alibi_slopes"),
-                        (sinks, "sinks"), (out, "out")):  # fmt: skip
+                        (sinks, "sinks"), (key_scales, "key_scales"), (value_scales, "value_scales"),
+                        (out, "out")):  # fmt: skip
         if array is not None and module_of(array) is not xp:
             raise ValueError(f"{name} is a {module_of(array).__name__} array; query is a {xp.__name__} array")
     if validate or (validate is None and xp is np):
@@ -215,6 +246,7 @@ def check_values(call: AttentionCall) -> None:
             f"query_start_loc must rise from 0 to the {num_tokens} tokens of query; it is {loc[:8].tolist()}"
             + ("..." if loc.size > 8 else "")
         )
+    check_scales(call.key_scales, call.value_scales)
     if call.block_tables is not None:
         tables, block_size, num_blocks = to_host(call.block_tables), call.block_size, call.keys.shape[0]
         needed = -(-seq_lens.astype(np.int64) // block_size)  # blocks of each sequence
@@ -238,11 +270,33 @@ def check_values(call: AttentionCall) -> None:
         )
 
 
-def _per_head(values: Any, name: str, num_heads: int) -> Array | None:
+def scales_of(
+    dtype: np.dtype[Any], name: str, num_kv_heads: int, key_scales: Any, value_scales: Any
+) -> tuple[Array | None, Array | None]:
+    """The scales of K and V as float32 [num_kv_heads], for the caches that need them, and None for the others."""
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    for scales_name, given in scales.items():
+        if dtype in LARGEST and given is None:
+            raise ValueError(f"{name} is {word(dtype)}; {scales_name} [{num_kv_heads}] is needed, one for each KV head")
+        if dtype not in LARGEST and given is not None:
+            raise ValueError(f"{scales_name} is given; {name} is {word(dtype)}, and only int8 and float8 have scales")
+    return tuple(_per_head(given, name, num_kv_heads, "KV head") for name, given in scales.items())  # type: ignore[return-value]
+
+
+def check_scales(key_scales: Array | None, value_scales: Array | None) -> None:
+    """Looks at values: not for arrays on a GPU, unless asked to."""
+    for scales, name in ((key_scales, "key_scales"), (value_scales, "value_scales")):
+        scales = None if scales is None else to_host(scales)
+        if scales is not None and not (np.isfinite(scales) & (scales > 0)).all():
+            head = int(np.argmin(np.isfinite(scales) & (scales > 0)))
+            raise ValueError(f"{name}[{head}] is {scales[head]}; a positive number is needed")
+
+
+def _per_head(values: Any, name: str, num_heads: int, what: str = "head") -> Array | None:
     if values is None:
         return None
     values = adopt(values, name)
-    _require(values.shape == (num_heads,), name, values, f"[{num_heads}], one for each head")
+    _require(values.shape == (num_heads,), name, values, f"[{num_heads}], one for each {what}")
     return values.astype(np.float32, copy=False)
 
 
@@ -251,6 +305,7 @@ def _require(ok: bool, name: str, array: Array, shape: str) -> None:
         raise ValueError(f"{name} has shape {list(array.shape)}; {shape} is needed")
 
 
-def _require_dtype(array: Array, name: str, known: tuple[np.dtype[Any], ...]) -> None:
+def require_dtype(array: Array, name: str, known: tuple[np.dtype[Any], ...]) -> None:
     if array.dtype not in known:
-        raise ValueError(f"{name} is {array.dtype}; known are {', '.join(dtype.name for dtype in known)}")
+        words = (f"{dtype} ({word(dtype)})" if word(dtype) != dtype.name else dtype.name for dtype in known)
+        raise ValueError(f"{name} is {array.dtype}; known are {', '.join(words)}")

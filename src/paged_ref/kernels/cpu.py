@@ -19,6 +19,7 @@ from llvmlite import binding as llvm
 
 from .arguments import AttentionCall
 from .cpu_loop import FLOAT, attend_share, merge, plan
+from .quantize import BFLOAT16, FLOAT8, decode, encode
 
 ROWS = 64  # (query, head) rows of an item for each KV head: enough work for each K row, and still in L2
 SMALL = 1 << 18  # query-key products times head_size below which waking threads costs more than it saves
@@ -62,8 +63,9 @@ def unsupported(call: AttentionCall) -> str | None:
             return f"{name} is not in host memory"
         if array.dtype == np.float64:
             return f"{name} is float64, and this backend computes in float32"
-        if array.dtype == np.float16 and llvm.get_host_cpu_features().get("f16c") is False:
-            return f"{name} is float16, and this CPU has no conversion from it (F16C)"
+        halves = {np.dtype(np.float16): "float16", FLOAT8: "float8, which goes by way of float16"}
+        if array.dtype in halves and llvm.get_host_cpu_features().get("f16c") is False:
+            return f"{name} is {halves[array.dtype]}, and this CPU has no conversion from it (F16C)"
         if name != "query" and min(array.strides, default=0) < 0:
             return f"{name} has a negative stride"
     return None
@@ -81,7 +83,9 @@ def attention(call: AttentionCall) -> None:
     keys, key_strides = _flat(call.keys)
     values, value_strides = _flat(call.values)
     in_place = call.keys.dtype == np.float32 and key_strides[3] == value_strides[3] == 1 and not call.copy_tiles
-    query = np.multiply(call.query, FLOAT(call.scale), dtype=FLOAT)  # [num_tokens, num_heads, head_size]
+    query = np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT)  # [num_tokens, num_heads, head_size]
+    if call.key_scales is not None:  # a head's scale is a factor of all its scores: the loop need not know it
+        query *= np.repeat(call.key_scales, group_size)[:, None]
     direct = call.out.dtype == np.float32 and call.out.flags.c_contiguous
     out = call.out if direct else np.empty(call.out.shape, dtype=FLOAT)
     lse = np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse
@@ -105,8 +109,13 @@ def attention(call: AttentionCall) -> None:
     )  # fmt: skip
     if split_rows:
         merge(items, call.num_heads, call.head_size, parts_out, parts_lse, out.reshape(-1), lse.reshape(-1))
+    if call.value_scales is not None:
+        out *= np.repeat(call.value_scales, group_size)[:, None]
     if not direct:
-        call.out[...] = out
+        call.out[...] = encode(out, call.out.dtype)
+
+
+_AS = {np.dtype(np.float16): np.uint16, BFLOAT16: np.int16}
 
 
 def _frozen(array):
@@ -123,10 +132,11 @@ def _whole(array, dtype=np.int64):
 def _flat(cache):
     """The cache's memory as one row of elements, and what a block, a token, a head and a dim step over in it.
 
-    float16 goes as its bits: Numba has no float16 on a CPU. A contiguous region's slots are its tokens.
+    float16 goes as its bits, since Numba has none on a CPU, and so the bits of bfloat16 go as another type:
+    cpu_loop.to_float knows them all. A contiguous region's slots are its tokens.
     """
-    if cache.dtype == np.float16:
-        cache = cache.view(np.uint16)
+    if cache.dtype in _AS:
+        cache = cache.view(_AS[cache.dtype])
     strides = tuple(stride // cache.itemsize for stride in cache.strides)
     if cache.flags.c_contiguous:
         row = cache.reshape(-1)

@@ -34,12 +34,26 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 @intrinsic
 def to_float(typingctx, number):
-    """float32 from float32, or from the 16 bits of a float16: one instruction for a whole vector."""
+    """float32 from what a cache holds: float32, float16 as uint16, bfloat16 as int16, int8, or float8 as uint8.
+    One to six instructions for a whole vector."""
 
     def build(context, builder, signature, arguments):
+        (bits,) = arguments
+        f32, i32, half, i16 = ir.FloatType(), ir.IntType(32), ir.HalfType(), ir.IntType(16)
         if number == types.float32:
-            return arguments[0]
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+            return bits
+        if number == types.uint16:
+            return builder.fpext(builder.bitcast(bits, half), f32)
+        if number == types.int16:
+            return builder.bitcast(builder.shl(builder.zext(bits, i32), i32(16)), f32)
+        if number == types.int8:
+            return builder.sitofp(bits, f32)
+        wide = builder.zext(bits, i16)  # as in quantize.from_float8
+        size = builder.and_(wide, i16(0x7F))
+        sign = builder.shl(builder.and_(wide, i16(0x80)), i16(8))
+        small = builder.fpext(builder.bitcast(builder.or_(sign, builder.shl(size, i16(7))), half), f32)
+        is_nan = builder.icmp_unsigned("==", size, i16(0x7F))
+        return builder.select(is_nan, f32(math.nan), builder.fmul(small, f32(256.0)))
 
     return types.float32(number), build
 
@@ -159,7 +173,7 @@ def ahead(cache, at, strides, first, num_kv_heads, width):
 
 @njit(fastmath=FAST, forceinline=True)
 def unpack(rows, cache, at, offset, step, head_size):
-    """Copy one head of a tile to rows [TILE, head_size] of float32, from any type and any stride."""
+    """Copy one head of a tile to rows [TILE, head_size] of float32, from any format and any stride."""
     for t in range(TILE):
         source, target = at[t] + offset, t * head_size
         if step == 1:  # said apart, so that the compiler sees a vector

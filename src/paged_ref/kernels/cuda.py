@@ -14,6 +14,7 @@ import numpy as np
 from .. import device
 from ..device import Array, module_of
 from .arguments import AttentionCall
+from .quantize import word
 
 # kernel, grid, threads of a CUDA block, arguments
 Launch = tuple[Any, tuple[int, int], int, tuple[Any, ...]]
@@ -48,8 +49,8 @@ def unsupported_by_kernels(call: AttentionCall) -> str | None:
         if value is not None:
             return f"the teaching kernels have no {name}"
     for name, array in (("query", call.query), ("the cache", call.keys)):
-        if array.dtype == np.float64:
-            return f"{name} is float64; the teaching kernels compute in float32"
+        if array.dtype not in (np.float32, np.float16):
+            return f"{name} is {word(array.dtype)}; the teaching kernels read float32 and float16"
     for array in (call.keys, call.values):
         scattered = call.paged and array.strides[0] != array.shape[1] * array.strides[1]
         if scattered and array.shape[0] > 1 and array.shape[1] > 1:
@@ -78,9 +79,13 @@ def launch(call: AttentionCall, num_threads: int = NUM_THREADS) -> Launch:
 
 def attention(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`, in order with what CuPy's current stream does."""
+    start(*launch(call))
+
+
+def start(kernel: Any, grid: tuple[int, int], num_threads: int, args: tuple[Any, ...]) -> None:
+    """Launch a kernel on CuPy's current stream. The host does not wait."""
     from numba import cuda
 
-    kernel, grid, num_threads, args = launch(call)
     if 0 in grid:
         return
     stream = cuda.external_stream(device.xp.cuda.get_current_stream().ptr)

@@ -14,13 +14,14 @@ from .arguments import AttentionCall, build_call, like_caller
 # The fastest first. A backend is the module of its name: unavailable(), unsupported(call), attention(call).
 # It is imported when it is first asked for.
 BACKENDS = {
+    "cuda-flash": "tuned kernels on a GPU: split sequences, tensor cores, all formats",
     "cuda": "the teaching kernels on a GPU: naive.py and paged.py",
     "cpu": "the same two operations for CPU threads, compiled by Numba",
     "reference": "plain array code, NumPy or CuPy: the oracle",
     "trace": "the teaching kernels run here, thread by thread, and every access recorded",
 }
 # `auto` takes the first of these that supports the call. Never the tracer: it is a microscope.
-_AUTO = ("cuda", "cpu", "reference")
+_AUTO = ("cuda-flash", "cuda", "cpu", "reference")
 
 
 @cache
@@ -29,7 +30,7 @@ def _load(name: str) -> tuple[Any, str | None]:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; known are auto, {', '.join(BACKENDS)}")
     try:
-        module = importlib.import_module(f"paged_ref.kernels.{name}")
+        module = importlib.import_module(f"paged_ref.kernels.{name.removeprefix('cuda-')}")
     except ImportError as error:
         return None, f"it needs the package {error.name}"
     return module, module.unavailable()
@@ -55,7 +56,7 @@ def _run(call: AttentionCall, backend: str) -> None:
             raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(able)} can")
         module.attention(call)
         return
-    names = _AUTO if module_of(call.query) is not np else _AUTO[1:]
+    names = [name for name in _AUTO if module_of(call.query) is not np or not name.startswith("cuda")]
     for name in names:
         module, reason = _load(name)
         if reason is None and module.unsupported(call) is None:
@@ -82,6 +83,8 @@ def paged_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    key_scales: Any = None,
+    value_scales: Any = None,
     return_lse: bool = False,
     out: Any = None,
     backend: str = "auto",
@@ -99,6 +102,10 @@ def paged_attention(
     `sinks [num_heads]` is one more logit without a value. `return_lse` adds `lse [num_tokens, num_heads]`,
     float32, natural log. A query with no visible key gives output 0 and lse −inf (with sinks: the sink).
 
+    Formats: float16, float32, float64; bfloat16, in uint16 where the library has none; caches also int8, and
+    float8 e4m3 in uint8, with `key_scales` and `value_scales [num_kv_heads]`: the value is stored * scale.
+    quantize.py makes them.
+
     Arrays are NumPy, CuPy or DLPack; the answer is of the query's kind, dtype and device. Raises ValueError
     with the argument, the value and the bound. Values on a GPU are only checked with `validate=True`.
     The kernel of Kwon et al. 2023, §4.1, with the conventions of FlashAttention and of today's vLLM.
@@ -107,7 +114,7 @@ def paged_attention(
         query, key_cache, value_cache, seq_lens, query_start_loc,
         block_tables=block_tables, names=("key_cache", "value_cache"), scale=scale,
         sliding_window=sliding_window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        return_lse=return_lse, out=out, validate=validate,
+        key_scales=key_scales, value_scales=value_scales, return_lse=return_lse, out=out, validate=validate,
     )  # fmt: skip
     _run(call, backend)
     return _finish(call, query, out, return_lse)
@@ -126,6 +133,8 @@ def naive_attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    key_scales: Any = None,
+    value_scales: Any = None,
     return_lse: bool = False,
     out: Any = None,
     backend: str = "auto",
@@ -140,7 +149,7 @@ def naive_attention(
         query, keys, values, seq_lens, query_start_loc,
         starts=starts, names=("keys", "values"), scale=scale,
         sliding_window=sliding_window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        return_lse=return_lse, out=out, validate=validate,
+        key_scales=key_scales, value_scales=value_scales, return_lse=return_lse, out=out, validate=validate,
     )  # fmt: skip
     _run(call, backend)
     return _finish(call, query, out, return_lse)

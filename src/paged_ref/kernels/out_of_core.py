@@ -86,7 +86,8 @@ def streamed_attention(
         check(np.arange(len(seq_lens)), table, np.zeros_like(seq_lens), seq_lens)
     call = build_call(
         query, *caches.whole, seq_lens, query_start_loc, block_tables=table, names=("keys", "values"), scale=scale,
-        sliding_window=sliding_window, softcap=None, alibi_slopes=None, sinks=None, return_lse=True, out=None,
+        sliding_window=sliding_window, softcap=None, alibi_slopes=None, sinks=None, key_scales=None,
+        value_scales=None, return_lse=True, out=None,
         validate=False,
     )  # fmt: skip
     call.copy_tiles = bool(((device_tables < 0) & (host_tables >= 0)).any())  # else all is where it can be read

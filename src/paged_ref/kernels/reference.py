@@ -11,6 +11,7 @@ import numpy as np
 from ..device import module_of, to_host
 from .addressing import slot_of
 from .arguments import AttentionCall
+from .quantize import decode, encode
 
 
 def unavailable() -> str | None:
@@ -48,9 +49,10 @@ def attention(call: AttentionCall) -> None:
             assert call.starts is not None
             slots = call.starts[s] + key_position
             keys, values = call.keys[slots], call.values[slots]  # [seq_len, num_kv_heads, head_size]
-        q = call.query[rows].astype(dtype)  # [query_len, num_heads, head_size]
-        k = xp.repeat(keys.astype(dtype), group_size, axis=1)  # [seq_len, num_heads, head_size]
-        v = xp.repeat(values.astype(dtype), group_size, axis=1)  # [seq_len, num_heads, head_size]
+        keys, values = decode(keys, call.key_scales, dtype), decode(values, call.value_scales, dtype)
+        q = decode(call.query[rows], dtype=dtype)  # [query_len, num_heads, head_size]
+        k = xp.repeat(keys, group_size, axis=1)  # [seq_len, num_heads, head_size]
+        v = xp.repeat(values, group_size, axis=1)  # [seq_len, num_heads, head_size]
 
         scores = xp.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0)) * dtype(call.scale)
         # [num_heads, query_len, seq_len], here and to the softmax
@@ -64,7 +66,8 @@ def attention(call: AttentionCall) -> None:
             visible &= distance > -call.sliding_window
         scores = xp.where(visible, scores, -np.inf)
 
-        highest = xp.max(scores, axis=-1, initial=-np.inf)  # [num_heads, query_len]
+        nothing = xp.full(scores.shape[:2], -np.inf, dtype)  # CuPy's max has no `initial`
+        highest = scores.max(axis=-1) if seq_len else nothing  # [num_heads, query_len]
         if call.sinks is not None:
             highest = xp.maximum(highest, call.sinks.astype(dtype)[:, None])
         shift = xp.where(xp.isfinite(highest), highest, dtype(0))  # no visible key: -inf - -inf would be NaN
@@ -74,7 +77,7 @@ def attention(call: AttentionCall) -> None:
             total = total + xp.exp(call.sinks.astype(dtype)[:, None] - shift)
         out = xp.matmul(weights, v.transpose(1, 0, 2))  # [num_heads, query_len, head_size]
         out = out / xp.where(total > 0, total, dtype(1))[..., None]
-        call.out[rows] = out.transpose(1, 0, 2)
+        call.out[rows] = encode(out.transpose(1, 0, 2), call.out.dtype)
         if call.lse is not None:
             with np.errstate(divide="ignore"):  # log(0) = -inf is the answer where no key is visible
                 call.lse[rows] = (xp.log(total) + shift).T

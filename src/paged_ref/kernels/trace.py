@@ -27,7 +27,7 @@ from ..device import module_of
 from . import cuda as launcher
 from .access_record import WARP_SIZE, Access, ArrayInfo, Trace, WarpAccess
 from .traced_cuda import Cuda, Index, Integer, Rebuilder
-from .traced_memory import Fault, LocalGuard, SharedGuard, TracedArray
+from .traced_memory import Fault, LocalGuard, SharedGuard, traced_array
 
 __all__ = ["Access", "KernelError", "Trace", "WarpAccess", "recording", "run"]
 
@@ -249,7 +249,7 @@ class _Machine:
     def _argument(self, name, value):
         if isinstance(value, np.ndarray):
             self.arrays.append(ArrayInfo(name, "global", value.shape, value.strides, value.dtype))
-            return TracedArray(self, len(self.arrays) - 1, self.arrays[-1], value, None)
+            return traced_array(self, len(self.arrays) - 1, self.arrays[-1], value, None)
         return int(value) if isinstance(value, np.integer) else value
 
     def shared_array(self, shape, dtype, alignment=None):
@@ -274,7 +274,7 @@ class _Machine:
             self.arrays.append(ArrayInfo(name, space, data.shape, data.strides, data.dtype))
         number = self.array_at[site]
         guard = SharedGuard(data.size, self) if space == "shared" else LocalGuard(data.size)
-        return TracedArray(self, number, self.arrays[number], data, guard)
+        return traced_array(self, number, self.arrays[number], data, guard)
 
     # ---- the record
 

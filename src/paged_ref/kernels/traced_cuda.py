@@ -127,15 +127,20 @@ class Cuda:
 
         return self._meet("ballot_sync", mask, bool(predicate), answer)
 
+    def together(self, kind: str, value: Any, answer: Callable[[int, Lanes], Any]) -> Any:
+        """For the twin of an intrinsic: all lanes of the warp meet, and each gets `answer(lane, values)`."""
+        return self._meet(kind, 0xFFFFFFFF, value, answer, depth=3)
+
     def _meet(
         self,
         kind: str,
         mask: int | None,
         value: Any = None,
         answer: Callable[[int, Lanes], Any] = lambda *_: None,
+        depth: int = 2,
     ) -> Any:
         """Let the other threads run until all that meet here have come; return this thread's answer."""
-        site = self._machine.site_of(sys._getframe(2))
+        site = self._machine.site_of(sys._getframe(depth))
         mask = None if mask is None else int(mask) & 0xFFFFFFFF
         return self._machine.hub.switch(Stop(kind, site, mask, value, answer))
 

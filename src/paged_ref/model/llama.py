@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 
 from ..config import ModelConfig
 from ..device import Array, xp
-from ..kernels import naive_attention, paged_attention, write_kv
+from ..kernels import fused, naive_attention, paged_attention, write_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ def attend(
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """`x` over its root mean square, times `weight`; last axis, in float32 (Zhang & Sennrich 2019)."""
+    if weight.ndim == 1 and fused.usable(x, weight):
+        return fused.rms_norm(x, weight, eps)
     wide = x.astype(np.float32, copy=False)
     mean_square = (wide * wide).sum(axis=-1, keepdims=True) / x.shape[-1]  # half the calls of xp.mean
     return (wide / xp.sqrt(mean_square + np.float32(eps))).astype(x.dtype, copy=False) * weight
@@ -106,6 +108,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     first half and of the angle for the second, so that one expression serves both. Hugging Face's pairing;
     Meta's own files pair neighbours, which conversion to Hugging Face permutes away.
     """
+    if fused.usable(x, cos, sin) and x[0].flags.c_contiguous:
+        return fused.rotate(x, cos, sin)
     half = x.shape[-1] // 2
     partner = xp.concatenate([x[..., half:], x[..., :half]], axis=-1)  # [num_tokens, heads, head_size]
     return x * cos + partner * sin
@@ -115,6 +119,15 @@ def silu(x: Array) -> Array:
     """x · sigmoid(x)."""
     with np.errstate(over="ignore"):  # exp(-x) = inf is right: x / inf is 0
         return x / (1 + xp.exp(-x))
+
+
+def gated(gate_up: Array) -> Array:
+    """silu(gate) · up, where `gate_up [num_tokens, 2 * intermediate_size]` holds both side by side."""
+    if fused.usable(gate_up):
+        return fused.gate(gate_up)
+    size = gate_up.shape[1] // 2
+    gate, up = gate_up[:, :size], gate_up[:, size:]  # [num_tokens, intermediate_size] each
+    return silu(gate) * up
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +202,6 @@ class Llama:
         config, eps = self.config, self.config.rms_norm_eps
         num_tokens, num_heads, head_size = inputs.token_ids.shape[0], config.num_heads, config.head_size
         num_qk = num_heads + config.num_kv_heads  # the heads that RoPE turns
-        gate_size = config.intermediate_size
         angles = inputs.positions.astype(np.float32)[:, None, None] * self.frequencies
         cos = xp.cos(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size]
         sin = xp.sin(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size]
@@ -204,9 +216,8 @@ class Llama:
             qk, value = qkv[:, :num_qk], qkv[:, num_qk:]  # [num_tokens, num_qk and num_kv_heads, head_size]
             if layer.qk_norm is not None:
                 qk = rms_norm(qk, layer.qk_norm, eps)  # [num_tokens, num_qk, head_size]
-            qk = rotate(qk, cos, sin)  # [num_tokens, num_qk, head_size]
-            query = xp.ascontiguousarray(qk[:, :num_heads])  # [num_tokens, num_heads, head_size]
-            key = qk[:, num_heads:]  # [num_tokens, num_kv_heads, head_size]
+            query = rotate(qk[:, :num_heads], cos, sin)  # [num_tokens, num_heads, head_size]
+            key = rotate(qk[:, num_heads:], cos, sin)  # [num_tokens, num_kv_heads, head_size]
             write_kv(key, value, key_cache, value_cache, inputs.slot_mapping, validate=False)
             mixed = attend(query, key_cache, value_cache, inputs, sliding_window=layer.sliding_window)
             mixed = mixed.reshape(num_tokens, -1)  # [num_tokens, num_heads * head_size]
@@ -214,8 +225,7 @@ class Llama:
 
             h = rms_norm(x, layer.mlp_norm, eps)  # [num_tokens, hidden_size]
             gate_up = h @ layer.gate_up.T  # [num_tokens, 2 * intermediate_size]
-            gate, up = gate_up[:, :gate_size], gate_up[:, gate_size:]  # [num_tokens, intermediate_size] each
-            x = x + (silu(gate) * up) @ layer.down.T  # [num_tokens, hidden_size]
+            x = x + gated(gate_up) @ layer.down.T  # [num_tokens, hidden_size]
 
         x = rms_norm(x[inputs.logits_rows], self.final_norm, eps)  # [num_rows, hidden_size]
         return (x @ self.head.T).astype(np.float32, copy=False)  # [num_rows, vocab_size]

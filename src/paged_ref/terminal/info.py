@@ -15,7 +15,7 @@ from ..kernels.dispatch import BACKENDS, why_not
 
 PACKAGES = (
     "numpy", "numba", "llvmlite", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x",
-    "safetensors", "tokenizers", "rich", "torch", "transformers",
+    "safetensors", "tokenizers", "rich", "torch", "triton", "transformers",
 )  # fmt: skip
 
 
@@ -32,10 +32,18 @@ def main(args: argparse.Namespace) -> int:
         backends.add_row(name, "yes" if why_not(name) is None else f"no: {why_not(name)}", what)
     console.print(backends)
     packages = Table("package", "version", box=box.SIMPLE)
-    for name in PACKAGES:
-        try:
-            packages.add_row(name, version(name))
-        except PackageNotFoundError:
-            packages.add_row(name, "-")
+    for name, number in versions().items():
+        packages.add_row(name, number or "-")
     console.print(packages)
     return 0
+
+
+def versions() -> dict[str, str | None]:
+    """The version of each package that matters here; None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

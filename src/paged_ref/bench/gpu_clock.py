@@ -1,0 +1,117 @@
+"""How long work takes on a GPU, by its own clock.
+
+Many calls are recorded as one CUDA graph, so that the time between two launches, which is the host's, stays out
+of the kernel's time; what cannot be recorded is launched one by one. How long the host takes for a call is
+measured beside it: that is the launch overhead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+from ..device import xp
+
+Call = Callable[[], Any]
+COPY_BYTES = 1 << 30  # several times any L2
+TOTAL = 2e-3  # seconds of work in one graph, about: an event's own half microsecond is then nothing
+
+
+@dataclass(frozen=True)
+class Timing:
+    seconds: float  # of one call on the device, median
+    launch_seconds: float  # of one call on the host, without waiting for the device
+    graph: bool  # False where launches are in `seconds`
+
+
+class Clock:
+    """Times calls that work on CuPy's or torch's current stream."""
+
+    def __init__(self) -> None:
+        properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
+        self.l2_bytes = int(properties["l2CacheSize"])
+
+    def free_bytes(self) -> int:
+        """Device memory that is left."""
+        xp.get_default_memory_pool().free_all_blocks()
+        return int(xp.cuda.Device().mem_info[0])
+
+    def time(self, calls: Sequence[Call], library: Literal["cupy", "torch"] = "cupy", rounds: int = 15) -> Timing:
+        """One call's time, from rounds over `calls`, which do the same on different memory."""
+        for call in calls:
+            call()  # compiles
+        launch = self._launch_seconds(calls)
+        once = self._elapsed(lambda: [call() for call in calls], library) / len(calls)
+        work = list(calls) * max(1, min(200, round(TOTAL / max(once, 1e-7))) // len(calls))
+        run = self._recorded(work, library)
+        graph = run is not None
+        if run is None:
+            run = lambda: [call() for call in work]  # noqa: E731
+        run()
+        rounds = max(3, min(rounds, round(1 / max(once * len(work), 1e-9))))  # no more than about a second
+        return Timing(median(self._elapsed(run, library) for _ in range(rounds)) / len(work), launch, graph)
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second, read and written together, of a device-to-device copy."""
+        source, target = (xp.full(COPY_BYTES // 4, value, dtype="uint32") for value in (1, 2))
+        timing = self.time([lambda: target.data.copy_from_device_async(source.data, COPY_BYTES)])
+        return 2 * COPY_BYTES / timing.seconds
+
+    def _launch_seconds(self, calls: Sequence[Call]) -> float:
+        times = []
+        for i in range(10):
+            xp.cuda.Device().synchronize()  # an empty queue: a full one would make the host wait for room
+            began = time.perf_counter()
+            calls[i % len(calls)]()
+            times.append(time.perf_counter() - began)
+        return median(times)
+
+    def _elapsed(self, run: Call, library: str) -> float:
+        """Seconds between two events around `run`."""
+        if library == "torch":
+            import torch
+
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+        begin, end = xp.cuda.Event(), xp.cuda.Event()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(xp.cuda.get_elapsed_time(begin, end)) / 1e3
+
+    def _recorded(self, work: Sequence[Call], library: str) -> Call | None:
+        """All calls as one graph; None where recording fails, since some calls look at what the device computed."""
+        if library == "torch":
+            import torch
+
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    for call in work:
+                        call()
+            except Exception:
+                torch.cuda.synchronize()
+                return None
+            return graph.replay  # type: ignore[no-any-return]
+        stream = xp.cuda.Stream(non_blocking=True)
+        xp.cuda.Device().synchronize()
+        try:
+            with stream:
+                stream.begin_capture()
+                try:
+                    for call in work:
+                        call()
+                finally:
+                    recorded = stream.end_capture()
+        except Exception:
+            xp.cuda.Device().synchronize()
+            return None
+        return lambda: recorded.launch()  # on the current stream

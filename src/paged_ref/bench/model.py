@@ -1,0 +1,214 @@
+"""`paged-ref bench model`: whole-model decoding on a GPU, against the speed of its memory and against a CPU run.
+
+First the embedded model: greedy tokens in float16 on the GPU beside those in float32 on the CPU. Then a Llama of
+about a billion random parameters, float16, a batch of equal prompts: each decode step must read all weights and
+all K and V once, and a step's bound is these bytes over the bandwidth of a copy, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..config import ModelConfig, kv_bytes_per_token
+from ..device import describe, on_gpu, reason
+from ..engine.llm import LLM
+from ..engine.outputs import StepRecord
+from ..engine.sampling import SamplingParams
+from ..model.loading import TINY, weight_shapes
+
+# The sizes of Llama 3.2 1B: 1.24 billion parameters.
+ONE_BILLION: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+PROMPTS = (
+    "Four score and seven years ago our",
+    "Once upon a time, there was a little girl named",
+    "Tom and Lily went to the park. They saw",
+    "The dog was very happy because",
+    "One day, a big bear",
+    "It was raining, so",
+)
+NEW_TOKENS = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="sequences at once (default 32)")
+    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="default 1024")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+
+
+def main(args: argparse.Namespace) -> int:
+    for name in ("batch", "prompt_tokens", "new_tokens"):
+        least = 3 if name == "new_tokens" else 1  # the first steps of decoding are not counted
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} is {getattr(args, name)}; at least {least} is needed")
+    if not on_gpu:
+        raise ValueError(f"this benchmark needs a GPU: {reason}")
+    from .gpu_clock import Clock
+    from .gpu_kernels import header
+
+    same = {
+        f"float16, {'CUDA graphs' if graphs else 'plain launches'}": same_tokens(graphs, cpu_tokens())
+        for graphs in (False, True)
+    }
+    bandwidth = Clock().copy_bandwidth()
+    results = decode_speed(ONE_BILLION, "float16", args, bandwidth, graphs=(False, True))
+    report(Console(), same, results, bandwidth)
+    if args.json:
+        record = header() | {"copy_bytes_per_second": bandwidth, "same_tokens_as_cpu_float32": same, "decode": results}
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+# ---- the embedded model: the same tokens as on a CPU
+
+
+def greedy_tokens(dtype: str, cuda_graphs: bool = False) -> list[list[int]]:
+    """The embedded model's continuations of PROMPTS."""
+    llm = LLM("tiny", dtype=dtype, cuda_graphs=cuda_graphs)
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    return [output.outputs[0].token_ids for output in llm.generate(list(PROMPTS), params)]
+
+
+def cpu_tokens() -> list[list[int]]:
+    """The same in float32 on the CPU: another process, for the device is chosen at import."""
+    code = f"import json; from {__name__} import greedy_tokens; print(json.dumps(greedy_tokens('float32')))"
+    environment = {**os.environ, "PAGED_REF_DEVICE": "cpu"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"the run on the CPU failed: {run.stderr.strip().splitlines()[-1]}")
+    tokens: list[list[int]] = json.loads(run.stdout)
+    return tokens
+
+
+def same_tokens(graphs: bool, want: list[list[int]]) -> list[int]:
+    """For each prompt, how many tokens agree before the first that does not."""
+    return [
+        next((i for i, (a, b) in enumerate(zip(mine, its, strict=True)) if a != b), len(its))
+        for mine, its in zip(greedy_tokens("float16", graphs), want, strict=True)
+    ]
+
+
+# ---- a large model: the speed of memory
+
+
+def decode_speed(
+    hf_config: Mapping[str, Any], dtype: str, args: argparse.Namespace, bandwidth: float, graphs: tuple[bool, ...]
+) -> list[dict[str, Any]]:
+    """Decode a batch of random prompts with and without graphs: the median step, and its share of the bound."""
+    config = ModelConfig.from_hf(hf_config)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, config.vocab_size, size=(args.batch, args.prompt_tokens)).tolist()
+    length = args.prompt_tokens + args.new_tokens
+    weights_bytes = weights_read(config) * np.dtype(dtype).itemsize
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_random(hf_config, config, dtype, Path(folder))
+        for with_graphs in graphs:
+            steps: list[StepRecord] = []
+            llm = LLM(
+                folder, dtype=dtype, cuda_graphs=with_graphs, max_model_len=length, max_batch_tokens=4096,
+                kv_cache_tokens=args.batch * (length + 16), on_step=steps.append,
+            )  # fmt: skip
+            llm.generate(prompts, SamplingParams(max_tokens=args.new_tokens, ignore_eos=True))
+            decode = [step for step in steps if len(step.chunks) == args.batch == sum(n for _, n in step.chunks)]
+            seconds = median(step.seconds for step in decode[1:])  # the first records the graph
+            keys = args.prompt_tokens + args.new_tokens // 2
+            kv_bytes = args.batch * keys * kv_bytes_per_token(config, dtype)
+            results.append(
+                {
+                    "cuda_graphs": with_graphs,
+                    "seconds_per_step": seconds,
+                    "tokens_per_second": args.batch / seconds,
+                    "weights_bytes": weights_bytes,
+                    "kv_bytes": kv_bytes,
+                    "share_of_bound": (weights_bytes + kv_bytes) / bandwidth / seconds,
+                    "batch": args.batch,
+                    "keys": keys,
+                    "steps": len(decode) - 1,
+                }
+            )
+            del llm
+    return results
+
+
+def weights_read(config: ModelConfig) -> int:
+    """Numbers that a decode step reads of the weights: all, but of a table of embeddings that is not the head
+    only the few rows of its tokens."""
+    count = sum(int(np.prod(shape)) for shape in weight_shapes(config).values())
+    return count - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+
+
+def save_random(hf_config: Mapping[str, Any], config: ModelConfig, dtype: str, folder: Path) -> None:
+    """A model directory with random weights, scaled so that activations stay near size 1."""
+    from safetensors.numpy import save_file
+
+    drawn = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
+    weights = {}
+    for name, shape in weight_shapes(config).items():
+        if len(shape) == 1:
+            weights[name] = np.ones(shape, dtype)
+        else:
+            weights[name] = np.resize((drawn / np.float32(np.sqrt(shape[1]))).astype(dtype), shape)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(hf_config)), encoding="utf-8")
+    shutil.copy(TINY / "tokenizer.json", folder)  # prompts are token ids, so any tokenizer will do
+
+
+# ---- words
+
+
+def report(console: Console, same: dict[str, list[int]], results: list[dict[str, Any]], bandwidth: float) -> None:
+    """What was found, for people."""
+    for name, counts in same.items():
+        whole = sum(count == NEW_TOKENS for count in counts)
+        console.print(
+            f"Embedded model, {name}: {whole} of {len(counts)} continuations of {NEW_TOKENS} tokens are those of "
+            "float32 on the CPU" + ("" if whole == len(counts) else f"; tokens that agree: {counts}")
+        )
+    first = results[0]
+    table = Table(
+        title=f"Decoding, batch {first['batch']}, {first['keys']} keys, {describe()}", box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )  # fmt: skip
+    for column in ("", "ms per step", "tokens/s", "of the bound"):
+        table.add_column(column, justify="right" if column else "left")
+    for result in results:
+        table.add_row(
+            "CUDA graphs" if result["cuda_graphs"] else "plain launches", f"{1e3 * result['seconds_per_step']:.2f}",
+            f"{result['tokens_per_second']:.0f}", f"{result['share_of_bound']:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"The bound: {first['weights_bytes'] / 1e9:.2f} GB of weights and {first['kv_bytes'] / 1e9:.2f} GB of K and V "
+        f"for each step, at {bandwidth / 1e9:.0f} GB/s, which a copy reaches. Steps are timed from schedule to tokens."
+    )

@@ -1,0 +1,171 @@
+"""`paged-ref bench sass`: what the tuned kernels cost, counted from their machine code. Needs no GPU.
+
+A kernel at the speed of memory must issue its instructions in the time in which memory brings their bytes. So
+the unit is warp instructions for each KiB of K and V read, counted in the loop over tiles. The loop's rare part
+(a new largest score) is counted as if it always ran. `issue` is the share of what an H200 can issue meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..kernels.flash_kernels import Variant
+
+# NVIDIA's figures for the H200 SXM: HBM3e bytes and multiprocessors; 4 schedulers each; the base boost clock.
+BYTES_PER_SECOND, MULTIPROCESSORS, SCHEDULERS, CLOCK = 4.8e12, 132, 4, 1.755e9
+ISSUE_PER_KIB = MULTIPROCESSORS * SCHEDULERS * CLOCK / (BYTES_PER_SECOND / 1024)
+
+CAPABILITIES = ((8, 0), (9, 0))
+LEGEND = (
+    "32/8: query heads on KV heads. A line with a dash differs from the first in what",
+    "it names. regs: of a thread; fit: CUDA blocks of 4 warps on a multiprocessor;",
+    "flight: KiB of K and V that they keep in flight there. loads of 16 bytes, mma",
+    "and all instructions of the loop over tiles; /KiB: of K and V read. issue: of the",
+    f"{ISSUE_PER_KIB:.0f} warp instructions that an H200 can issue while it reads a KiB.",
+)
+PACKAGES = ("numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvdisasm")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A compiled kernel, in numbers."""
+
+    name: str
+    capability: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spills: int
+    blocks: int  # of 128 threads that fit on a multiprocessor
+    kib_in_flight: float  # of K and V for each multiprocessor
+    loads: int  # of 16 bytes, in the loop
+    tensor: int  # tensor core instructions in the loop
+    instructions: int  # in the loop
+    per_kib: float  # warp instructions for each KiB of K and V
+
+    @property
+    def issue(self) -> float:
+        """Share of an H200's issue slots, at its full bandwidth."""
+        return self.per_kib / ISSUE_PER_KIB
+
+
+def variants() -> dict[str, Variant]:
+    """The kernels of the table: shapes of known models, kinds of cache, what paging and features add."""
+    from ..kernels.flash_kernels import Variant
+
+    llama = Variant("float16", "float16", 128, 4, 16, split=True)
+    return {
+        "Llama-3-8B 32/8": llama,
+        "- contiguous": replace(llama, block_size=None),
+        "- blocks of 8": replace(llama, block_size=8),
+        "- prefill": replace(llama, split=False, prefill=True),
+        "- all features": replace(llama, window=True, softcap=True, alibi=True, sinks=True),
+        "Llama-2-7B 32/32": replace(llama, group_size=1),
+        "Llama-3-70B/8 8/1": replace(llama, group_size=8),
+        "Qwen2.5-0.5B 14/2": replace(llama, group_size=7, head_size=64),
+        "head size 256": replace(llama, head_size=256),
+        "- bfloat16": replace(llama, cache="bfloat16", query="bfloat16"),
+        "- query float32": replace(llama, query="float32"),
+        "- float32": replace(llama, cache="float32", query="float32"),
+        "- int8": replace(llama, cache="int8"),
+        "- float8": replace(llama, cache="e4m3"),
+    }
+
+
+def types_of(variant: Variant) -> tuple[str, ...]:
+    """The kernel's parameters, as `flash.launches` passes them, with tables and lengths in int32."""
+    query = "float32*" if variant.query == "float32" else "uint16*"
+    return (
+        "float32*" if variant.split else query, "float32*", "uint32*" if variant.exact else query,
+        "uint32*", "uint32*", "int32*", "int64", "int32*", "int32*", "int64", "int64", *["uint32"] * 6,
+        "float32", "int64", "float32", *["float32*"] * 4,
+    )  # fmt: skip
+
+
+def cost(name: str, variant: Variant, capability: tuple[int, int]) -> Cost:
+    """Compile the variant, and count."""
+    from ..kernels.flash_elements import ELEMENTS
+    from ..kernels.flash_kernels import NUM_THREADS, NUM_WARPS, attention_kernel
+    from ..kernels.machine_code import compile_kernel, disassemble, loop_with_most, operation
+
+    bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
+    code = compile_kernel(attention_kernel(variant), types_of(variant), bounds, capability)
+    loop = [operation(line) for line in loop_with_most(disassemble(code), "HMMA")]
+    loads = sum(name.startswith("LDG") and ".128" in name for name in loop)
+    kib = loads * 32 * 16 / 1024  # each lane of the warp reads 16 bytes
+    blocks = 65536 // (NUM_THREADS * -(-code.registers // 8) * 8)
+    tile_kib = 2 * 8 * ELEMENTS[variant.cache].per_word * variant.head_size * ELEMENTS[variant.cache].bits / 8 / 1024
+    ahead = 0.5 if variant.wide else 1.0  # wide: K and V of a tile take turns
+    return Cost(
+        name=name, capability=f"sm_{capability[0]}{capability[1]}",
+        registers=code.registers, shared_bytes=code.shared_bytes, stack_bytes=code.stack_bytes,
+        spills=code.spill_stores + code.spill_loads,
+        blocks=blocks, kib_in_flight=blocks * NUM_WARPS * tile_kib * ahead,
+        loads=loads, tensor=sum(name.startswith("HMMA") for name in loop),
+        instructions=len(loop), per_kib=len(loop) / kib,
+    )  # fmt: skip
+
+
+def table_of(costs: Iterable[Cost], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("kernel", no_wrap=True)
+    for heading in ("regs", "spill", "fit", "flight", "loads", "mma", "loop", "/KiB", "issue"):
+        table.add_column(heading, justify="right")
+    for each in costs:
+        table.add_row(
+            each.name, str(each.registers), str(each.spills), str(each.blocks), f"{each.kib_in_flight:.0f}",
+            str(each.loads), str(each.tensor), str(each.instructions), f"{each.per_kib:.0f}", f"{each.issue:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernel", action="append", metavar="WORDS", help="only kernels whose name has these words")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE too")
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        import numba_cuda  # noqa: F401
+
+        known = variants()
+    except ImportError as error:
+        raise ValueError(f"the package {error.name} is not installed: the extra `ptx` brings it") from None
+    chosen = {
+        name: variant
+        for name, variant in known.items()
+        if not args.kernel or any(words in name for words in args.kernel)
+    }
+    if not chosen:
+        raise ValueError(f"--kernel is {' '.join(args.kernel)!r}; known are: {'; '.join(known)}")
+    console, costs = Console(), []
+    for capability in CAPABILITIES:
+        rows = [cost(name, variant, capability) for name, variant in chosen.items()]
+        console.print(table_of(rows, f"Tuned kernels for {rows[0].capability}"))
+        costs += rows
+    for line in LEGEND:
+        console.print(line)
+    for package in PACKAGES:
+        console.print(f"{package} {version_of(package)}")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            tools = {package: version_of(package) for package in PACKAGES}
+            json.dump({"tools": tools, "costs": [asdict(each) for each in costs]}, file, indent=1)
+    return 0

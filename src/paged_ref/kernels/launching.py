@@ -1,0 +1,57 @@
+"""Launching a compiled kernel on CuPy arrays with as little host work as CuPy can: pointers and scalars only.
+
+Numba's own launch describes each array to the kernel by eight numbers or more, and takes tens of microseconds; a
+decode step has hundreds of launches. What is loaded is what machine_code.py compiles, so nothing differs from what
+the tests read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any, NamedTuple
+
+from .. import device
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it needs. Arrays go as the address of their first element, NumPy scalars by value."""
+
+    kernel: Any  # what cuda.jit made
+    grid: tuple[int, int]
+    num_threads: int
+    args: tuple[Any, ...]
+
+
+@cache
+def unavailable() -> str | None:
+    """Why no kernel can be launched so on this machine; None where it can."""
+    if not device.on_gpu:
+        return device.reason
+    for module, package in (("numba_cuda", "numba-cuda"), ("cuda.bindings", "cuda-bindings")):
+        if importlib.util.find_spec(module) is None:
+            return f"it needs the package {package}"
+    return None
+
+
+def start(launch: Launch) -> None:
+    """Launch on CuPy's current stream. The host waits for nothing."""
+    kernel, grid, num_threads, args = launch
+    if 0 in grid:
+        return
+    from .machine_code import parameters
+
+    number = int(device.xp.cuda.Device().id)
+    _loaded(kernel, parameters(args), num_threads, number)((*grid, 1), (num_threads, 1, 1), args)
+
+
+@cache
+def _loaded(kernel: Any, types: tuple[str, ...], num_threads: int, number: int) -> Any:
+    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function."""
+    from .machine_code import compile_kernel
+
+    properties = device.xp.cuda.runtime.getDeviceProperties(number)
+    code = compile_kernel(kernel, types, (num_threads, 1), (int(properties["major"]), int(properties["minor"])))
+    module = device.xp.cuda.Module()
+    module.load(code.binary)
+    return module.get_function(code.name)
