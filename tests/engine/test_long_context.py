@@ -131,6 +131,25 @@ def test_sliding_windows(windowed: str, options: dict[str, Any]) -> None:
     assert run.tokens == expected.tokens
 
 
+def test_a_window_is_all_that_is_read_and_all_the_mass(windowed: str) -> None:
+    engine = Engine(windowed, device_blocks=2, block_size=4)
+    long_context = engine.llm.long_context
+    assert long_context is not None
+    seen: list[Observation] = []
+    long_context.observe = seen.append
+    engine.add(PROMPTS[0], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.step()
+    length = engine.manager.length(0)
+    before = long_context.counters.attended
+    engine.step()
+    assert long_context.counters.attended - before == PER_BLOCK * (length // 4 - (length - 24 + 1) // 4 + 1)
+    assert len(seen) == 2 * CONFIG.num_layers
+    for each in seen:
+        np.testing.assert_allclose(each.mass.sum(axis=-1), 1, atol=1e-5)
+        assert not each.mass[:, :, : each.chosen[0][0]].any()
+    engine.finish()
+
+
 def test_a_window_that_cannot_be_staged_is_refused_at_once(windowed: str) -> None:
     words = "11 pages are for staging; a sliding window of 24 tokens, and steps of up to 16, need 12 at once"
     with pytest.raises(ValueError, match=words):

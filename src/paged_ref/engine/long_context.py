@@ -220,13 +220,15 @@ class LongContext:
     # --- choosing ------------------------------------------------------------------------------------
 
     def _all_rows(self) -> list[_Row]:
-        """Every page of every sequence: [num_kv_heads * num_seqs], one KV head after another."""
-        return [
-            _Row(np.arange(len(pages)), np.array(pages, dtype=np.int64), first + count)
-            for head in range(self.config.num_kv_heads)
-            for seq_id, first, count in self._chunks
-            for pages in (self.manager.tables[seq_id].pages[self._layer][head],)
-        ]
+        """Every page of every sequence that the layer sees: [num_kv_heads * num_seqs], one KV head after another."""
+        window, size = self.config.sliding_windows[self._layer], self._caches.block_size
+        rows = []
+        for head in range(self.config.num_kv_heads):
+            for seq_id, first, count in self._chunks:
+                pages = np.array(self.manager.tables[seq_id].pages[self._layer][head], dtype=np.int64)
+                begin = 0 if window is None else max(0, first - window + 1) // size
+                rows.append(_Row(np.arange(begin, len(pages)), pages[begin:], first + count - begin * size))
+        return rows
 
     def _rows(self, query: Array) -> list[_Row]:
         """What each KV head of each sequence reads. What was chosen is brought to the device, if it fits there.
@@ -255,7 +257,7 @@ class LongContext:
         self.counters.resident += sum(int((self._device_of(row.pages) >= 0).sum()) for row in rows)
         if self.observe or (self.log and self.watch and self.watch[0] == self._layer):
             self._tell(query, every, rows)
-        if self.manager.evict == "relevance":
+        if wanted and self.manager.evict == "relevance":
             wanted = self._worth_their_room(np.array(wanted, dtype=np.int64))
         if len(wanted) <= self.manager.residency.device.num_blocks:  # else all of it streams
             self._apply(self.manager.residency.need(wanted))
@@ -308,7 +310,7 @@ class LongContext:
         for s, (seq_id, _, _) in enumerate(self._chunks):
             last = query[int(self._loc[s + 1]) - 1]  # [num_kv_heads, group_size, head_size]
             mass = np.stack([self._mass(last[head], row) for head, row in enumerate(every[s::num_seqs])])
-            resident = [np.flatnonzero(self._device_of(row.pages) >= 0) for row in every[s::num_seqs]]
+            resident = [row.blocks[self._device_of(row.pages) >= 0] for row in every[s::num_seqs]]
             chosen = [row.blocks for row in rows[s::num_seqs]]
             if self.observe:
                 scores = self._scores(seq_id, last) if self._chooses else mass.mean(axis=1)
@@ -320,7 +322,8 @@ class LongContext:
                 self.log(PagesAttended(seq_id, *self.watch, *map(tuple, about)))
 
     def _mass(self, query: Array, row: _Row) -> np.ndarray:
-        """[group_size, num_blocks]: the share of each block in the attention of `query [group_size, head_size]`."""
+        """[group_size, num_blocks]: the share of each block in the attention of `query [group_size, head_size]`, the
+        sequence's last, over the consecutive blocks of `row`."""
         here, away = self._device_of(row.pages), self._host_of(row.pages)
         self.storage.synchronize()
         keys = np.empty((len(row.pages), *self._caches.host_keys.shape[1:]), dtype=np.float32)
@@ -328,8 +331,11 @@ class LongContext:
         keys[here < 0] = self._caches.host_keys[away[here < 0]]
         keys = keys.reshape(-1, keys.shape[-1])  # [num_blocks * block_size, head_size]
         scores = to_host(query).astype(np.float32) @ keys.T * np.float32(self.config.head_size**-0.5)
-        scores[:, row.num_keys :] = -np.inf
-        weights = np.exp(scores - scores[:, : row.num_keys].max(axis=1, keepdims=True))
+        window = self.config.sliding_windows[self._layer] or row.num_keys
+        seen = slice(max(0, row.num_keys - window), row.num_keys)
+        weights = np.zeros_like(scores)
+        weights[:, seen] = np.exp(scores[:, seen] - scores[:, seen].max(axis=1, keepdims=True))
         weights = (weights / weights.sum(axis=1, keepdims=True)).reshape(len(query), len(row.pages), -1)
-        mass: np.ndarray = weights.sum(axis=2)
+        mass = np.zeros((len(query), int(row.blocks[-1]) + 1), dtype=np.float32)
+        mass[:, row.blocks] = weights.sum(axis=2)
         return mass
