@@ -10,8 +10,8 @@ Every block of a sequence lies in the device's cache or in the host's. There are
           compiled loop (cpu_loop.py) copies a tile of 16 tokens beside the core that needs it, and prefetches
           the next one meanwhile. Its softmax is online, which is the same merge. The two caches must be one array.
 
-Measured on a CPU with a copying thread, whole pieces cost 1.7 to 1.9 times a resident run in core time, since every
-byte is moved twice through caches that are too small for it; tiles cost 0.9 to 1.25 (`paged-ref bench long`).
+On a CPU pieces cost about 3 times the core time of a resident run for one new token, since every byte goes through
+the caches twice, and through Python once for each piece; tiles cost 0.9 to 1.3 times (`paged-ref bench long`).
 """
 
 from __future__ import annotations
