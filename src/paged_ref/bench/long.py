@@ -2,7 +2,8 @@
 
 The keys and values are random: what is timed and counted does not depend on them. Three questions, each a table: does
 device memory stay constant while the context grows; what does streaming cost beside a run that holds everything; and
-what does a budget save. Contenders take turns, and the shortest times are compared: by the clock, and in the time that all cores spent.
+what does a budget save. Contenders take turns, and the shortest times are compared: by the clock, and in the time
+that all cores spent.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..memory.relevance import Attend
 
 BLOCK_SIZE = 16
 CHUNK = 4096  # tokens written at once
-SHAPES = {"Llama 3 8B": (32, 8, 128), "TinyLlama": (32, 4, 64), "the embedded model": (8, 4, 16)}  # of one layer
+SHAPES = {"Llama 3 8B": (32, 8, 128), "TinyLlama": (32, 4, 64), "embedded": (8, 4, 16)}  # of one layer
 SMALL = (8, 2, 64)  # of the table that grows to a million tokens: 1 GiB of K and V there, in float32
 
 
@@ -162,7 +163,7 @@ def streaming(tokens: int, rounds: int) -> list[Ratio]:
                 resident = partial(paged_attention, query, caches.keys, caches.values, *on_device, validate=False)
                 streamed = partial(streamed_attention, query, caches, nowhere, table, lens, loc)
                 found.append(
-                    _ratio(f"{name}, {queries} new: in {way} / resident", *_shortest([streamed, resident], rounds))
+                    _ratio(f"{name}, {queries} new: {way} / resident", *_shortest([streamed, resident], rounds))
                 )
     return found
 
@@ -199,7 +200,7 @@ def budgets(tokens: int, rounds: int) -> list[Ratio]:
         layers[attend] = layer.step
     times = _shortest(list(layers.values()), rounds)
     return [
-        _ratio(f"Llama 3 8B, 10% resident: attend all / {attend}", times[0], its)
+        _ratio(f"Llama 3 8B, 1 new: attend all / {attend}", times[0], its)
         for attend, its in zip(list(layers)[1:], times[1:], strict=True)
     ]
 
@@ -257,8 +258,12 @@ def _growth_table(growth: list[Growth], device_blocks: int) -> Table:
 
 
 def _ratio_table(ratios: list[Ratio], tokens: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=f"One layer of the shape of a model, {tokens:,} tokens of context")
-    table.add_column("", no_wrap=True)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"One layer of the shape of a model, {tokens:,} tokens of context.\n"
+        "Streamed, nothing is on the device; with a budget, 10% of the pages can be",
+    )
+    table.add_column("")
     table.add_column("ms", justify="right", no_wrap=True)
     for name in ("ratio", "of cores"):
         table.add_column(name, justify="right", no_wrap=True)
