@@ -6,9 +6,11 @@ the events tell the same as the manager.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from driving import Engine, Run, assert_nothing_held, furthest
 
 from paged_ref import SamplingParams
 from paged_ref.config import kv_bytes_per_token
+from paged_ref.device import on_gpu
 from paged_ref.engine import long_context as module
 from paged_ref.engine.long_context import LongContext, Observation
 from paged_ref.kernels import backends
@@ -27,6 +30,7 @@ from paged_ref.memory.replay import replay
 from paged_ref.memory.sanitizer import SanitizerError
 from paged_ref.memory.storage import PageStorage
 from paged_ref.memory.streaming import StreamingManager
+from paged_ref.model import loading
 from paged_ref.model.loading import load
 
 PROMPTS = [
@@ -69,7 +73,7 @@ DEVICES = [
     {"device_blocks": 1, "block_size": 16, "evict": "sliding"},
     {"device_blocks": 9, "block_size": 4, "max_batch_tokens": 7},
     {"device_blocks": 20, "block_size": 4, "evict": "relevance"},
-    {"device_blocks": 10, "block_size": 16, "host_blocks": 0},  # all of it fits: nothing moves
+    {"device_blocks": 14, "block_size": 16, "host_blocks": 0},  # all of it fits: nothing moves
     {"device_blocks": 1, "block_size": 16, "staging_pages": 1},
     {"device_blocks": 1, "block_size": 8, "staging_pages": 11, "max_batch_tokens": 16},
     {"device_blocks": 5, "block_size": 3, "staging_pages": 8, "backend": "reference"},
@@ -95,13 +99,69 @@ def test_no_token_changes_however_small_the_device(model: str, options: dict[str
     assert long_context.storage.device.nbytes == options["device_blocks"] * options["block_size"] * per_token
 
 
-@pytest.mark.skipif("cpu" not in backends(), reason="the backend cpu does not work here")
+@pytest.mark.skipif(on_gpu or "cpu" not in backends(), reason="only the backend cpu has tiles")
 def test_tiles_change_no_bit() -> None:
     """One sequence: each step has the same rows, so that no product of the weights is summed in another order."""
     prompt, params = PROMPTS[:1], GREEDY[:1]
     expected = Engine("tiny", kv_cache_tokens=2048, backend="cpu").run(prompt, params)
     run = Engine("tiny", device_blocks=1, block_size=4, backend="cpu").run(prompt, params)
     assert furthest(run.logits[0], expected.logits[0]) == 0
+
+
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded model, each layer of which sees a window of 24 tokens: a Mistral."""
+    directory = tmp_path_factory.mktemp("windowed")
+    for file in (Path(loading.__file__).parent / "tiny").iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mistral", "sliding_window": 24}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"backend": "reference", "staging_pages": 14, "max_batch_tokens": 16}, {"attend": 2}]
+)
+def test_sliding_windows(windowed: str, options: dict[str, Any]) -> None:
+    max_batch_tokens = options.get("max_batch_tokens", 512)
+    expected = Engine(windowed, kv_cache_tokens=2048, max_batch_tokens=max_batch_tokens).run(PROMPTS, GREEDY)
+    assert expected.tokens != resident("tiny").tokens
+    run, _, _ = streamed(windowed, device_blocks=1, block_size=4, **options)
+    assert run.tokens == expected.tokens
+
+
+def test_a_window_is_all_that_is_read_and_all_the_mass(windowed: str) -> None:
+    engine = Engine(windowed, device_blocks=2, block_size=4)
+    long_context = engine.llm.long_context
+    assert long_context is not None
+    seen: list[Observation] = []
+    long_context.observe = seen.append
+    engine.add(PROMPTS[0], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.step()
+    length = engine.manager.length(0)
+    before = long_context.counters.attended
+    engine.step()
+    assert long_context.counters.attended - before == PER_BLOCK * (length // 4 - (length - 24 + 1) // 4 + 1)
+    assert len(seen) == 2 * CONFIG.num_layers
+    for each in seen:
+        np.testing.assert_allclose(each.mass.sum(axis=-1), 1, atol=1e-5)
+        assert not each.mass[:, :, : each.chosen[0][0]].any()
+    engine.finish()
+
+
+def test_a_window_that_cannot_be_staged_is_refused_at_once(windowed: str) -> None:
+    words = "11 pages are for staging; a sliding window of 24 tokens, and steps of up to 16, need 12 at once"
+    with pytest.raises(ValueError, match=words):
+        Engine(windowed, device_blocks=1, block_size=4, staging_pages=11, max_batch_tokens=16)
+
+
+def test_float16() -> None:
+    prompts, params = PROMPTS[1:], GREEDY[1:]
+    expected = Engine("tiny", kv_cache_tokens=2048, dtype="float16").run(prompts, params)
+    for options in ({}, {"staging_pages": 6}):
+        run = Engine("tiny", device_blocks=1, block_size=4, dtype="float16", **options).run(prompts, params)
+        assert max(furthest(a, b) for a, b in zip(run.logits, expected.logits, strict=True)) < 0.1
 
 
 def test_a_prompt_longer_than_the_device_is_computed_in_chunks() -> None:

@@ -10,7 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from paged_ref.config import ModelConfig
 from paged_ref.device import to_host, xp
-from paged_ref.engine.long_context import LongContext, LongOptions, Observation
+from paged_ref.engine.long_context import LongContext, Observation
+from paged_ref.engine.long_options import LongOptions
 from paged_ref.memory.relevance import Attend, Extremes, budget_of, check_attend, choose, shares
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -26,7 +26,8 @@ from ..model.llama import Llama
 from ..model.loading import load
 from .beam import BeamSearch
 from .core import EngineCore
-from .long_context import LongContext, LongOptions
+from .long_context import LongContext
+from .long_options import LongOptions
 from .outputs import RequestOutput, SequenceOutput, StepRecord, TokenOutput
 from .recorded import RecordedDecode
 from .request import Request, Sample

@@ -18,18 +18,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import ModelConfig
-from ..device import Array, on_gpu, to_host, xp
-from ..kernels import why_not
+from ..device import Array, to_host, xp
 from ..kernels.out_of_core import TwoCaches, streamed_attention
 from ..memory.events import Log, PagesAttended
 from ..memory.managers import Transfer
 from ..memory.page_sanitizer import PageSanitizer
 from ..memory.relevance import Attend, Extremes, budget_of, check_attend, choose, shares
 from ..memory.storage import PageStorage
-from ..memory.streaming import Eviction, StreamingManager
+from ..memory.streaming import StreamingManager
 from ..model.llama import StepInputs
-
-STAGING_BYTES = 8 << 20  # two pieces of 4 MiB: long enough for the bus
 
 
 @dataclass(slots=True)
@@ -45,62 +42,6 @@ class Counters:
     @property
     def hit_rate(self) -> float:
         return self.resident / max(1, self.attended)
-
-
-@dataclass(frozen=True, slots=True)
-class LongOptions:
-    """How to keep contexts longer than the device. Blocks are of all layers and KV heads, as everywhere; a page is
-    one layer's and one head's part of a block."""
-
-    device_blocks: int
-    host_blocks: int
-    staging_pages: int | None = None  # of the device's; None: none where the host can be read in tiles, else a quarter
-    attend: Attend = "all"
-    evict: Eviction | None = None  # None: "relevance" with a budget, else "lru"
-    full_layers: int | None = None
-
-    def make(
-        self, config: ModelConfig, block_size: int, dtype: str, max_batch_tokens: int, backend: str, sanitize: bool,
-        log: Log | None,
-    ) -> LongContext:  # fmt: skip
-        """The manager, the storage and the attention. Raises ValueError with the argument, the value and the bound."""
-        for name, value, least in (("device_blocks", self.device_blocks, 1), ("host_blocks", self.host_blocks, 0)):
-            if value < least:
-                raise ValueError(f"{name} is {value}; at least {least} is needed")
-        check_attend(self.attend)
-        per_block = config.num_layers * config.num_kv_heads
-        num_pages = self.device_blocks * per_block
-        tiles = not on_gpu and backend in ("auto", "cpu") and why_not("cpu") is None
-        staging = self.staging_pages
-        if staging is None:
-            page_bytes = 2 * block_size * config.head_size * np.dtype(dtype).itemsize
-            staging = 0 if tiles else max(1, min(num_pages // 4, STAGING_BYTES // page_bytes))
-        elif staging < 1:
-            raise ValueError(
-                f"staging_pages is {staging}; at least 1 is needed, a page of {block_size} tokens "
-                "of one layer and KV head"
-            )
-        if staging >= num_pages:
-            raise ValueError(
-                f"device_blocks is {self.device_blocks}, which is {num_pages} pages; with {staging} of them for "
-                "staging, none is left to write new tokens to"
-            )
-        evict = self.evict or ("lru" if self.attend == "all" else "relevance")
-        manager = StreamingManager(
-            config.num_layers,
-            config.num_kv_heads,
-            block_size,
-            num_pages - staging,
-            self.host_blocks * per_block,
-            evict,
-            log,
-        )
-        storage = PageStorage(num_pages, self.host_blocks * per_block, block_size, config.head_size, dtype)
-        return LongContext(
-            config, manager, storage, max_batch_tokens=max_batch_tokens, num_staging=staging, attend=self.attend,
-            full_layers=self.full_layers, backend=backend, log=log,
-            sanitizer=PageSanitizer(manager, storage) if sanitize else None,
-        )  # fmt: skip
 
 
 class _Row(NamedTuple):
@@ -279,13 +220,15 @@ class LongContext:
     # --- choosing ------------------------------------------------------------------------------------
 
     def _all_rows(self) -> list[_Row]:
-        """Every page of every sequence: [num_kv_heads * num_seqs], one KV head after another."""
-        return [
-            _Row(np.arange(len(pages)), np.array(pages, dtype=np.int64), first + count)
-            for head in range(self.config.num_kv_heads)
-            for seq_id, first, count in self._chunks
-            for pages in (self.manager.tables[seq_id].pages[self._layer][head],)
-        ]
+        """Every page of every sequence that the layer sees: [num_kv_heads * num_seqs], one KV head after another."""
+        window, size = self.config.sliding_windows[self._layer], self._caches.block_size
+        rows = []
+        for head in range(self.config.num_kv_heads):
+            for seq_id, first, count in self._chunks:
+                pages = np.array(self.manager.tables[seq_id].pages[self._layer][head], dtype=np.int64)
+                begin = 0 if window is None else max(0, first - window + 1) // size
+                rows.append(_Row(np.arange(begin, len(pages)), pages[begin:], first + count - begin * size))
+        return rows
 
     def _rows(self, query: Array) -> list[_Row]:
         """What each KV head of each sequence reads. What was chosen is brought to the device, if it fits there.
@@ -314,7 +257,7 @@ class LongContext:
         self.counters.resident += sum(int((self._device_of(row.pages) >= 0).sum()) for row in rows)
         if self.observe or (self.log and self.watch and self.watch[0] == self._layer):
             self._tell(query, every, rows)
-        if self.manager.evict == "relevance":
+        if wanted and self.manager.evict == "relevance":
             wanted = self._worth_their_room(np.array(wanted, dtype=np.int64))
         if len(wanted) <= self.manager.residency.device.num_blocks:  # else all of it streams
             self._apply(self.manager.residency.need(wanted))
@@ -367,7 +310,7 @@ class LongContext:
         for s, (seq_id, _, _) in enumerate(self._chunks):
             last = query[int(self._loc[s + 1]) - 1]  # [num_kv_heads, group_size, head_size]
             mass = np.stack([self._mass(last[head], row) for head, row in enumerate(every[s::num_seqs])])
-            resident = [np.flatnonzero(self._device_of(row.pages) >= 0) for row in every[s::num_seqs]]
+            resident = [row.blocks[self._device_of(row.pages) >= 0] for row in every[s::num_seqs]]
             chosen = [row.blocks for row in rows[s::num_seqs]]
             if self.observe:
                 scores = self._scores(seq_id, last) if self._chooses else mass.mean(axis=1)
@@ -379,15 +322,20 @@ class LongContext:
                 self.log(PagesAttended(seq_id, *self.watch, *map(tuple, about)))
 
     def _mass(self, query: Array, row: _Row) -> np.ndarray:
-        """[group_size, num_blocks]: the share of each block in the attention of `query [group_size, head_size]`."""
+        """[group_size, num_blocks]: the share of each block in the attention of `query [group_size, head_size]`, the
+        sequence's last, over the consecutive blocks of `row`."""
         here, away = self._device_of(row.pages), self._host_of(row.pages)
+        self.storage.synchronize()
         keys = np.empty((len(row.pages), *self._caches.host_keys.shape[1:]), dtype=np.float32)
         keys[here >= 0] = to_host(self._caches.keys[xp.asarray(here[here >= 0])])
         keys[here < 0] = self._caches.host_keys[away[here < 0]]
         keys = keys.reshape(-1, keys.shape[-1])  # [num_blocks * block_size, head_size]
         scores = to_host(query).astype(np.float32) @ keys.T * np.float32(self.config.head_size**-0.5)
-        scores[:, row.num_keys :] = -np.inf
-        weights = np.exp(scores - scores[:, : row.num_keys].max(axis=1, keepdims=True))
+        window = self.config.sliding_windows[self._layer] or row.num_keys
+        seen = slice(max(0, row.num_keys - window), row.num_keys)
+        weights = np.zeros_like(scores)
+        weights[:, seen] = np.exp(scores[:, seen] - scores[:, seen].max(axis=1, keepdims=True))
         weights = (weights / weights.sum(axis=1, keepdims=True)).reshape(len(query), len(row.pages), -1)
-        mass: np.ndarray = weights.sum(axis=2)
+        mass = np.zeros((len(query), int(row.blocks[-1]) + 1), dtype=np.float32)
+        mass[:, row.blocks] = weights.sum(axis=2)
         return mass

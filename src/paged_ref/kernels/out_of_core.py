@@ -10,8 +10,8 @@ Every block of a sequence lies in the device's cache or in the host's. There are
           compiled loop (cpu_loop.py) copies a tile of 16 tokens beside the core that needs it, and prefetches
           the next one meanwhile. Its softmax is online, which is the same merge. The two caches must be one array.
 
-Measured on a CPU with a copying thread, whole pieces cost 1.7 to 1.9 times a resident run in core time, since every
-byte is moved twice through caches that are too small for it; tiles cost 0.9 to 1.25 (`paged-ref bench long`).
+On a CPU pieces cost about 3 times the core time of a resident run for one new token, since every byte goes through
+the caches twice, and through Python once for each piece; tiles cost 0.9 to 1.3 times (`paged-ref bench long`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -198,30 +199,33 @@ class _Staged:
         return out.astype(self.query.dtype, copy=False), lse
 
     def window(self, sliding_window: int) -> tuple[Array, Array]:
-        """A layer that sees only a window needs no more than its blocks, and they are staged at once, since where
-        the window begins differs from query to query."""
-        xp, size = module_of(self.query), self.caches.block_size
-        begin = np.maximum(0, self.seq_lens - np.diff(self.query_start_loc) - sliding_window + 1) // size
-        piece = _Piece(0, len(self.seq_lens) - 1, begin, -(-self.seq_lens // size))
-        bounds = zip(self.device_tables, piece.begin, piece.end, strict=True)
-        num_away = sum(int((row[b:e] < 0).sum()) for row, b, e in bounds)
+        """A layer that sees only a window needs no more than its blocks. They are staged at once, one sequence after
+        another, since where the window begins differs from query to query."""
+        xp, size, loc = module_of(self.query), self.caches.block_size, self.query_start_loc
+        out, lse = xp.empty_like(self.query), xp.empty(self.query.shape[:2], dtype=np.float32)
         stager = self.caches.stager(halves=1)
-        if num_away > stager.room:
-            raise ValueError(
-                f"a layer with a sliding window of {sliding_window} tokens needs {num_away} blocks from the host at "
-                f"once; there are {stager.room} staging blocks"
-            )
-        table, half = stager.fetch(piece, self.device_tables, self.host_tables)
-        stager.wait(half)
-        lens = self.seq_lens - begin * size
-        if self.check:
-            self.check(np.arange(len(lens)), table, begin * size, lens)
-        out, lse = paged_attention(
-            self.query, self.caches.keys, self.caches.values, xp.asarray(table), xp.asarray(lens),
-            xp.asarray(self.query_start_loc), scale=self.scale, sliding_window=sliding_window, return_lse=True,
-            backend=self.backend, validate=False,
-        )  # fmt: skip
-        stager.done(half)
+        first_blocks = np.maximum(0, self.seq_lens - np.diff(loc) - sliding_window + 1) // size
+        for seq, begin in enumerate(first_blocks.tolist()):
+            end = -(-int(self.seq_lens[seq]) // size)
+            num_away = int((self.device_tables[seq, begin:end] < 0).sum())
+            if num_away > stager.room:
+                raise ValueError(
+                    f"a layer with a sliding window of {sliding_window} tokens needs {num_away} blocks from the host "
+                    f"at once; there are {stager.room} staging blocks"
+                )
+            piece = _Piece(seq, seq, np.array([begin]), np.array([end]))
+            table, half = stager.fetch(piece, self.device_tables, self.host_tables)
+            lens = self.seq_lens[seq : seq + 1] - begin * size
+            stager.wait(half)
+            if self.check:
+                self.check(np.array([seq]), table, piece.begin * size, lens)
+            rows = slice(int(loc[seq]), int(loc[seq + 1]))
+            out[rows], lse[rows] = paged_attention(
+                self.query[rows], self.caches.keys, self.caches.values, xp.asarray(table), xp.asarray(lens),
+                xp.asarray(np.array([0, rows.stop - rows.start])), scale=self.scale, sliding_window=sliding_window,
+                return_lse=True, backend=self.backend, validate=False,
+            )  # fmt: skip
+            stager.done(half)
         return out, lse
 
 
@@ -244,14 +248,19 @@ class _Stager:
         return table, half
 
     def _copy(self, host_blocks: np.ndarray, first: int, half: int) -> None:
-        for cache, host in self._pairs:
-            np.take(host, host_blocks, axis=0, out=cache[first : first + len(host_blocks)], mode="clip")
+        for device, host in self._pairs:
+            np.take(host, host_blocks, axis=0, out=device[first : first + len(host_blocks)], mode="clip")
 
     def wait(self, half: int) -> None:
         """What follows is computed after the half has arrived."""
 
     def done(self, half: int) -> None:
         """Nothing that follows is computed on this half: it may be written again."""
+
+
+@cache
+def _copy_stream(cuda: Any) -> Any:
+    return cuda.Stream(non_blocking=True)
 
 
 class _StreamStager(_Stager):
@@ -261,7 +270,7 @@ class _StreamStager(_Stager):
         super().__init__(caches, halves)
         cuda: Any = module_of(caches.keys).cuda
         self._compute = cuda.get_current_stream()
-        self._stream = cuda.Stream(non_blocking=True)
+        self._stream = _copy_stream(cuda)
         self._arrived = [cuda.Event(disable_timing=True) for _ in range(halves)]
         self._free = [cuda.Event(disable_timing=True) for _ in range(halves)]
         for event in self._free:  # what was computed before may still read the staging blocks
@@ -273,8 +282,8 @@ class _StreamStager(_Stager):
         starts = np.flatnonzero(np.diff(host_blocks, prepend=-2) != 1).tolist()
         for begin, end in pairwise([*starts, len(host_blocks)]):
             source = int(host_blocks[begin])
-            for cache, host in self._pairs:
-                cache[first + begin : first + end].set(host[source : source + end - begin], self._stream)
+            for device, host in self._pairs:
+                device[first + begin : first + end].set(host[source : source + end - begin], self._stream)
         self._arrived[half].record(self._stream)
 
     def wait(self, half: int) -> None:

@@ -50,6 +50,7 @@ class PageSanitizer:
     def _poison(self) -> None:
         """NaN wherever there is no page: staging blocks, and blocks that were given back."""
         residency = self._manager.residency
+        self._storage.synchronize()
         for cache, place in ((self._storage.device, residency.device_of), (self._storage.host, residency.host_of)):
             unused = np.ones(cache.shape[2], dtype=bool)
             used = np.frombuffer(place, dtype=np.int64)
@@ -114,6 +115,7 @@ class PageSanitizer:
     def _checksums(self, places: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """[len(places)]: of the bits of K and V there, in whole numbers, so that no order of adding matters."""
         num_device = self._storage.device.shape[2]
+        self._storage.synchronize()
         here = places < num_device
         kv = np.empty((2, len(places), *self._storage.host.shape[4:]), dtype=self._storage.host.dtype)
         kv[:, here] = to_host(self._storage.device[0][:, xp.asarray(places[here]), xp.asarray(offsets[here])])
