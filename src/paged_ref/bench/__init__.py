@@ -8,6 +8,7 @@ import importlib
 BENCHMARKS = {
     "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
     "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
+    "simulate": ("paged_ref.bench.simulate", "how fast a trace goes through the schedulers and managers"),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
 }
 

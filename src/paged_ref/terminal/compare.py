@@ -20,7 +20,8 @@ from ..workload.setup import Setup
 from ..workload.sweep import RUNS_OF_A_CURVE, checked_jobs, curves_of
 from ..workload.trace_files import read_trace
 from ..workload.traces import MEANS, Trace, first, generated, scaled
-from .compare_report import Cost, picture, print_checked, print_report, print_setting
+from .compare_plots import picture
+from .compare_report import Cost, print_checked, print_report, print_setting
 from .plots import write_svg
 
 BOUND = 0.2  # seconds per token: a person reads four words a second, about five tokens

@@ -15,7 +15,8 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..workload.paper import FIGURES, Figure, Finding, Lab
+from ..workload.findings import Figure, Finding, Lab
+from ..workload.paper import FIGURES
 from ..workload.sweep import checked_jobs, on_cores
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..engine.llm import LLM
 from ..engine.outputs import StepRecord
 from ..engine.sampling import SamplingParams
+from ..engine.scheduler import StepPlan
 from ..memory.managers import MemoryUsage, Transfer
 from .metrics import Looks, Shares
 from .setup import Setup
@@ -37,25 +38,14 @@ def simulated_steps(setup: Setup, trace: Trace) -> tuple[list[Step], list[int]]:
     steps: list[Step] = []
     arrived: list[int] = []
     looks: list[MemoryUsage] = []
-    simulation = Simulation(
-        setup,
-        trace,
-        look_every=1,
-        on_look=looks.append,
-        on_step=lambda plan: (
-            arrived.append(simulation.num_arrived),
-            steps.append(
-                Step(
-                    [(seq.seq_id, count) for seq, count in plan.chunks],
-                    len(plan.preempted),
-                    plan.transfers,
-                    len(simulation.scheduler.running),
-                    len(simulation.scheduler.waiting),
-                    looks[-1],
-                )
-            ),
-        ),
-    )
+
+    def watch(plan: StepPlan) -> None:
+        arrived.append(simulation.num_arrived)
+        chunks = [(seq.seq_id, count) for seq, count in plan.chunks]
+        num_running, num_waiting = len(simulation.scheduler.running), len(simulation.scheduler.waiting)
+        steps.append(Step(chunks, len(plan.preempted), plan.transfers, num_running, num_waiting, looks[-1]))
+
+    simulation = Simulation(setup, trace, look_every=1, on_look=looks.append, on_step=watch)
     simulation.run()
     return steps, arrived
 
