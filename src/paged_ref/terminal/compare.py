@@ -26,7 +26,7 @@ from .plots import write_svg
 
 BOUND = 0.2  # seconds per token: a person reads four words a second, about five tokens
 REQUESTS = 1000
-BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 11
+BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 31
 KERNEL = bench_kernels.Shape("decode", 4, 1, 1024, 32, 8, 128)
 
 

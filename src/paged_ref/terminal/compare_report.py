@@ -73,9 +73,12 @@ def print_report(console: Console, rows: Sequence[Row], cost: Cost) -> None:
     "Of used: what holds tokens, of what a newcomer cannot have: the paper's measure (Fig. 2).")  # fmt: skip
     _heading(console, "Scalability")
     console.print(_scalability(rows))
-    _wrapped(console, f"Mean, most: sequences that run while others wait, all requests coming at once. Longest: the "
-    f"longest request that can be held at all. Req/s: requests per second at a mean latency of {bound:g} s for each "
-    "output token; on paper: predicted from mean lengths and the roofline, memory always full. Preempted: when all come at once.")  # fmt: skip
+    _wrapped(
+        console,
+        "Mean, most: sequences that run while others wait, all requests coming at once. Longest: the longest request "
+        f"that can be held at all. Req/s: requests per second at a mean latency of {bound:g} s for each output token; "
+        "on paper: predicted from mean lengths and the roofline, memory always full. Preempted: when all come at once.",
+    )
     console.print(latency_plot(rows, console.width), no_wrap=True)
     _heading(console, "Complexity")
     console.print(_complexity(rows, cost))
