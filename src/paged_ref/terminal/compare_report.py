@@ -68,9 +68,12 @@ def print_report(console: Console, rows: Sequence[Row], cost: Cost) -> None:
     console.print(memory_plot(rows, console.width), no_wrap=True)
     _heading(console, "Utilization")
     console.print(_utilization(rows))
-    _wrapped(console, "Shares of the pool, mean over the time in which somebody waits. Reserved: the sequence will use "
-    "it. Inside: it never will. Between: holes too small for the next, and what the buddy allocator rounds up. "
-    "Of used: what holds tokens, of what a newcomer cannot have: the paper's measure (Fig. 2).")  # fmt: skip
+    _wrapped(
+        console,
+        "Shares of the pool, mean over the time in which somebody waits (over all if nobody ever does). Reserved: the "
+        "sequence will use it. Inside: it never will. Between: holes too small for the next, and what the buddy "
+        "allocator rounds up. Of used: what holds tokens, of what a newcomer cannot have: the paper's measure (Fig. 2).",
+    )
     _heading(console, "Scalability")
     console.print(_scalability(rows))
     _wrapped(
