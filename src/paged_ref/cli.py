@@ -15,6 +15,7 @@ COMMANDS = {
     "viz": ("paged_ref.terminal.viz", "the page table of a real run, step by step, forwards and backwards"),
     "walk": ("paged_ref.terminal.kernel_walk", "inside the kernel: which thread reads which slot, access by access"),
     "assess": ("paged_ref.terminal.assess", "what paging would buy: a model on a GPU in numbers, and the settings"),
+    "monitor": ("paged_ref.terminal.monitor", "a run as it goes: memory, sequences, speed, swapping; JSON, Prometheus"),
     "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
     "compare": ("paged_ref.terminal.compare", "what paging would buy: standard, swapping and paged on real traffic"),
     "paper": ("paged_ref.terminal.paper", "the figures of the PagedAttention paper, measured here, beside its numbers"),

@@ -30,11 +30,28 @@ def test_the_report_fits_the_window(
         "12,853,473,280 x 16 bits = 23.9 GiB",
         "standard max",
         "The bottleneck: capacity",
-        "the GPU's time goes to",
+        "the slower of the two counts, which is reading",
         "To compute a sequence of 376 tokens again takes",
         "bandwidth_share",
     ):
         assert expected in words, expected
+
+
+def test_lengths_from_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "two.csv"
+    trace.write_text("100,10\n200,30\n2000,49\n", encoding="utf-8")
+    assert main(["assess", "--model", "OPT-13B", *GPU, "--trace", str(trace)]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "two.csv: 3 requests, mean 766.7 tokens in, 29.7 out, no times." in words
+    assert "Left out: 1 longer request." in words
+    assert main(["assess", "--model", "OPT-13B", *GPU, "--trace", "sharegpt", "--json", "-"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["requests"].startswith("sharegpt: 10000 requests, ")
+    assert "drawn: geometric lengths" in numbers["requests"]
+    # The paper's Fig. 13 batches 7.00 with Orca (Max), 30.42 with vLLM; lengths that are drawn hold about as many.
+    sequences = {plan["name"]: plan["sequences"] for plan in numbers["plans"]}
+    assert sequences["standard max"] == 7
+    assert 27 <= sequences["paged 16"] <= 34
 
 
 def test_json_alone_or_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +105,8 @@ def test_the_lists_name_all(capsys: pytest.CaptureFixture[str]) -> None:
         (["--num-gpus", "3"], "--num-gpus is 3; a divisor of the 32 heads"),
         (["--num-gpus", "0"], "--num-gpus is 0; a divisor"),
         (["--model", "Llama-3-70B"], "131.4 GiB of weights; A100-80GB has 72.0 GiB for them"),
+        (["--trace", "nowhere.csv"], "trace nowhere.csv cannot be read: No such file"),
+        (["--trace", "sharegpt", "--context", "5"], "--context is 5; --trace sharegpt says the lengths"),
         (["--json", "no/such/place.json"], "--json no/such/place.json cannot be written"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from paged_ref import LLM, SamplingParams
 from paged_ref.engine.outputs import StepRecord
 from paged_ref.memory.block_pool import OutOfBlocks
-from paged_ref.memory.events import Event, ModelOpened, TokenNamed, to_json, write_events
+from paged_ref.memory.events import Event, ModelOpened, StepTimed, TokenNamed, to_json, write_events
 from paged_ref.memory.managers import MemoryUsage
 from paged_ref.memory.paged import PagedManager
 from paged_ref.memory.replay import MemoryState, state_of
@@ -49,7 +49,7 @@ def test_every_state_shown_is_the_managers_own(setup: dict[str, Any]) -> None:
             outputs.append(llm.output_of(llm.add_request(coming[0][1], coming.pop(0)[2])))
         llm.step()
         step += 1
-        shown = sum(not isinstance(event, (ModelOpened, TokenNamed)) for event in events)
+        shown = sum(not isinstance(event, (ModelOpened, StepTimed, TokenNamed)) for event in events)
         groups = [*llm.scheduler.running, *llm.scheduler.waiting]
         tokens = {seq.seq_id: seq.tokens.copy() for group in groups for seq in group.seqs}
         seen.append((shown - 1, state_of(llm.manager), tokens))

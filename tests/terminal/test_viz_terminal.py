@@ -24,9 +24,11 @@ ENTER, LEAVE = "\x1b[?1049h", "\x1b[?1049l"  # the alternate screen
 
 
 class Terminal:
-    """`paged-ref viz LOG` on a pseudo terminal of a given size."""
+    """`paged-ref viz LOG`, or another command, on a pseudo terminal of a given size."""
 
-    def __init__(self, log: Path, *argv: str, size: tuple[int, int] = (80, 24), **environment: str) -> None:
+    def __init__(
+        self, log: Path | str, *argv: str, command: str = "viz", size: tuple[int, int] = (80, 24), **environment: str
+    ) -> None:
         self.main, self.side = pty.openpty()
         self.screen = pyte.Screen(*size)
         self.stream = pyte.Stream(self.screen)
@@ -37,7 +39,7 @@ class Terminal:
         env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR")}
         env |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", "PAGED_REF_DEVICE": "cpu", **environment}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "paged_ref", "viz", str(log), *argv],
+            [sys.executable, "-m", "paged_ref", command, str(log), *argv],
             stdin=self.side,
             stdout=self.side,
             stderr=self.side,

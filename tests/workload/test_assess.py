@@ -16,13 +16,14 @@ from paged_ref.workload.assess import (
     Request,
     _held_in_blocks,
     assess,
-    recompute_seconds,
-    swap_seconds,
 )
 from paged_ref.workload.hardware import GPUS, several
 from paged_ref.workload.models import MODELS
-from paged_ref.workload.roofline import Constants
+from paged_ref.workload.predict import predict
+from paged_ref.workload.roofline import Constants, recompute_seconds, step_time, swap_seconds
 from paged_ref.workload.settings import servers
+from paged_ref.workload.setup import Setup
+from paged_ref.workload.traces import generated
 
 SHAREGPT = [Request(161, 338)]  # the published means, rounded
 OPT = assess(GPUS["A100-40GB"], MODELS["OPT-13B"], SHAREGPT)
@@ -72,13 +73,38 @@ def test_the_paper_s_server_holds_seven_sequences_that_reserve_the_maximum() -> 
 
 
 def test_requests_per_second_by_hand() -> None:
-    """B requests cost their prompts' arithmetic and `output` steps of B sequences."""
-    plan, output = OPT.paged, 338
-    prefill = recompute_seconds(OPT.gpu, OPT.model, 161)
-    expected = plan.sequences / (plan.sequences * prefill + output * plan.step.seconds)
-    assert plan.requests_per_second == pytest.approx(expected)
-    assert sum(plan.shares.values()) == pytest.approx(1)
+    """In each step every sequence decodes, and for each that ends, one in 338, a prompt of 161 is computed."""
+    plan = OPT.paged
+    begin = plan.sequences / 338
+    length = 161 + 339 / 2
+    step = step_time(
+        OPT.gpu,
+        OPT.model,
+        round(plan.sequences + begin * 161),
+        round(plan.sequences * length + begin * 161),
+        round(plan.sequences * length + begin * 161 * 162 / 2),
+        plan.sequences,
+    )
+    assert plan.step == step
+    assert plan.requests_per_second == pytest.approx(begin / step.seconds)
+    assert plan.tokens_per_second == pytest.approx(338 * plan.requests_per_second)
     assert OPT.gain["standard max"] == pytest.approx(plan.requests_per_second / OPT.plans[0].requests_per_second)
+
+
+@pytest.mark.parametrize("name", ["OPT-13B", "Llama-3-8B"])
+def test_the_prediction_of_compare_agrees(name: str) -> None:
+    """Written apart from each other: it takes no whole sequences, and half a block for the last one."""
+    gpu = GPUS["A100-40GB"]
+    trace = generated("alpaca", 300)
+    found = assess(gpu, MODELS[name], [Request(each.prompt_len, each.output_len) for each in trace.requests])
+    for plan in found.plans:
+        manager, _, kind = plan.name.partition(" ")
+        setup = Setup("", gpu, MODELS[name], max_batch_seqs=10**6)
+        if manager == "standard":
+            setup = replace(setup, manager="standard", reserve=kind)  # type: ignore[arg-type]
+        predicted = predict(setup, trace)
+        assert plan.slots == pytest.approx(predicted.slots_each, rel=0.02)
+        assert plan.requests_per_second == pytest.approx(predicted.rate, rel=0.05)
 
 
 def test_the_bottleneck_is_where_the_time_goes() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..device import Array, on_gpu, synchronize, to_host, xp
-from ..memory.events import BeamsReordered, Log, SequenceFinished, StepPlanned, TokenNamed, TokenSampled
+from ..memory.events import BeamsReordered, Log, SequenceFinished, StepPlanned, StepTimed, TokenNamed, TokenSampled
 from ..memory.managers import BlockTables, Contiguous, KVCacheManager, Snapshot, Transfer
 from ..memory.sanitizer import KVSanitizer
 from ..memory.storage import KVStorage
@@ -100,6 +100,9 @@ class EngineCore:
         if self.on_step and record:
             synchronize()
             self.on_step(StepRecord(*record, time.perf_counter() - began))
+        if self.log:
+            synchronize()
+            self.log(StepTimed(self._num_steps, round(1e6 * (time.perf_counter() - began))))
         self._num_steps += 1
         return tokens
 

@@ -190,6 +190,14 @@ class TokenSampled(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimed(Event):
+    """A step is over, and took so long from its plan to its tokens. The only event that no two runs share."""
+
+    step: int
+    microseconds: int
+
+
+@dataclass(frozen=True, slots=True)
 class BeamsReordered(Event):
     """Beam search chose: pairs of (old sequence, sequence that goes on from it)."""
 

@@ -16,9 +16,12 @@ from ..workload.assess import Assessment, Request, assess
 from ..workload.hardware import DEFAULT_GPU, gpu_named, several
 from ..workload.models import DEFAULT_MODEL, ModelSpec, model_named
 from ..workload.settings import servers
+from ..workload.trace_files import read_trace
+from ..workload.traces import MEANS, generated
 from .assess_report import print_known, print_report
 
 DEFAULT_CONTEXT = 2048
+DRAWN = 10_000  # requests of sharegpt or alpaca
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +97,9 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[list[Request]
 
 
 def _from_trace(name: str) -> tuple[list[Request], str]:
-    raise ValueError(f"--trace is {name}; not yet")
+    trace = generated(name, DRAWN) if name in MEANS else read_trace(name)
+    words = "; ".join([trace.describe(), *trace.notes])
+    return [Request(each.prompt_len, each.output_len) for each in trace.requests], words
 
 
 # --- JSON --------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def as_json(found: Assessment, source: str) -> dict[str, Any]:
     numbers = asdict(found)
     for plan, given in zip(found.plans, numbers["plans"], strict=True):
         given["step"] = plan.step._asdict() | {"seconds": plan.step.seconds, "bound": plan.step.bound}
-        given["step_tokens_per_second"] = plan.step_tokens_per_second
+        given["tokens_per_second"] = plan.tokens_per_second
     numbers["requests"] = source
     numbers["model"] |= {"weight_bytes": found.model.weight_bytes, "kv_bytes_per_token": found.model.kv_bytes_per_token}
     numbers["gain"] = {name: gain if gain < float("inf") else None for name, gain in found.gain.items()}

@@ -12,19 +12,15 @@ from ..workload.hardware import GIB, GPUS
 from ..workload.models import MODELS
 from ..workload.roofline import explain
 from ..workload.settings import servers
+from .frames.canvas import count, size_of
 
 _WHY = {
-    "capacity": "They are spent once for all sequences of a batch, so more sequences at once make each cheaper. Memory "
-    "for K and V is what they lack: paging buys this, and beyond it smaller K and V (8 bits) or more memory.",
-    "bandwidth": "Each sequence adds its own. Room for more sequences, which is what paging gives, adds less and less; "
-    "fewer bytes a token (grouped queries, K and V in 8 bits) or a faster memory help more.",
-    "compute": "Most of it is for prompts. Room for more sequences, which is what paging gives, adds little; not "
-    "computing what many prompts begin with (the prefix cache) or more arithmetic helps more.",
-}
-_PARTS = {
-    "capacity": ("reading weights", "overhead"),
-    "bandwidth": ("reading K and V",),
-    "compute": ("arithmetic",),
+    "capacity": "Weights are read, and a step begins, once for all sequences of a batch: more of them at once make "
+    "each cheaper. What they lack is memory. Paging gives it, and beyond it K and V in 8 bits, or a larger GPU.",
+    "bandwidth": "Each sequence adds its own K and V to every step. Room for more of them, which is what paging gives, "
+    "adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
+    "compute": "Prompts keep the arithmetic busy. Room for more sequences, which is what paging gives, adds little; "
+    "not computing what many prompts begin with (the prefix cache) or more arithmetic helps more.",
 }
 
 
@@ -33,14 +29,14 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
     console.print(f"[bold]{model.name}[/bold] on [bold]{gpu.name}[/bold]: {source}.")
     _wrapped(console, f"The longest that may come has {found.max_model_len:,}; `standard max` reserves this for each.")
     if found.num_refused:
-        _wrapped(console, f"{found.num_refused:,} requests are longer, and left out.")
+        _wrapped(console, f"Left out: {count(found.num_refused, 'longer request')}.")
     _heading(console, "Memory")
     rows = Table.grid(padding=(0, 2))
-    rows.add_row("K, V of a token", model.kv_arithmetic)
-    rows.add_row(f"of {found.longest:,} tokens", size(found.longest * model.kv_bytes_per_token))
-    rows.add_row("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {size(model.weight_bytes)}")
-    share = f"{found.constants.memory_share:.0%} of {size(gpu.memory_bytes)}, less the weights"
-    rows.add_row("left for K, V", f"{share} = {size(found.kv_bytes)} = {found.num_tokens:,} tokens")
+    rows.add_row("K, V a token", model.kv_arithmetic)
+    rows.add_row(f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token))
+    rows.add_row("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}")
+    share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
+    rows.add_row("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens")
     console.print(Padding(rows, (0, 0, 0, 1)))
     if model.num_windowed_layers:
         _wrapped(console, f"{model.num_windowed_layers} layers see only a window; their K and V are counted in full.")
@@ -49,11 +45,8 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
     _heading(console, "How many sequences at once, and how fast")
     console.print(_plans(found))
     _wrapped(console, _gain(found))
-    shares = found.paged.shares
-    spent = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-    most = " and ".join(_PARTS[found.bottleneck])
     _heading(console, f"The bottleneck: {found.bottleneck}")
-    _wrapped(console, f"Paged, the GPU's time goes to: {spent}. Most is {most}. {_WHY[found.bottleneck]}")
+    _wrapped(console, f"{_roofline(found)} {_WHY[found.bottleneck]}")
     _heading(console, f"Block size: {found.block_size}, and swap or compute again")
     console.print(_block_sizes(found))
     _wrapped(console, _block_advice(found))
@@ -83,10 +76,10 @@ def _wrapped(console: Console, text: str) -> None:
 
 def _plans(found: Assessment) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("", "slots", "in use", "at once", "step", "tokens/s", "requests/s"):
+    for column in ("", "slots", "in use", "at once", "step", "tokens/s", "req/s"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     for plan in found.plans:
-        timed = (f"{1000 * plan.step.seconds:.1f} ms", f"{plan.step_tokens_per_second:,.0f}")
+        timed = (f"{1000 * plan.step.seconds:.1f} ms", f"{plan.tokens_per_second:,.0f}")
         last = f"{plan.requests_per_second:.2f}"
         cells = (*timed, last) if plan.sequences else ("-", "-", "-")
         table.add_row(plan.name, f"{plan.slots:,.0f}", f"{plan.used:.1%}", f"{plan.sequences:,}", *cells)
@@ -98,8 +91,20 @@ def _gain(found: Assessment) -> str:
         f"{gain:.3g}x {name}" if gain < float("inf") else f"{name} holds none" for name, gain in found.gain.items()
     )
     return (
-        f"Requests per second, paged: {gains}. With memory always full, prompts included. If every sequence "
+        f"Requests per second, paged: {gains}. Memory is full all the time; as many begin as end. If every sequence "
         f"were as long as the longest at the same moment, {found.sequences_at_worst:,} would fit in blocks."
+    )
+
+
+def _roofline(found: Assessment) -> str:
+    """The two sides of a step with paged memory, and which of them counts."""
+    plan, step = found.paged, found.paged.step
+    weights, kv, compute, overhead = (f"{1000 * seconds:.1f} ms" for seconds in step)
+    reads = step.weights + step.kv >= step.compute
+    return (
+        f"Paged, a step decodes {plan.sequences:,} sequences and computes {plan.prompt_tokens:,.0f} tokens of prompts. "
+        f"Reading takes {weights} for the weights and {kv} for K and V, arithmetic {compute}; the slower of the two "
+        f"counts, which is {'reading' if reads else 'arithmetic'}, and {overhead} of overhead."
     )
 
 
@@ -111,8 +116,8 @@ def _block_sizes(found: Assessment) -> Table:
         style = "bold" if each.block_size == found.block_size else ""
         cells = (
             f"{each.waste:.1%}",
-            size(each.table_bytes),
-            size(each.run_bytes),
+            _size(each.table_bytes),
+            _size(each.run_bytes),
             f"{1000 * each.swap_seconds:.1f} ms",
         )
         table.add_row(str(each.block_size), *cells, style=style)
@@ -125,9 +130,9 @@ def _block_advice(found: Assessment) -> str:
         why = f"the largest that leaves at most {WASTE_LIMIT:.0%} of the slots empty"
     else:
         why = f"smaller blocks cost kernels time, larger ones leave more than {advised.waste:.1%} of the slots empty"
-    kv = size(round(found.mean_length) * found.model.kv_bytes_per_token)
+    kv = _size(round(found.mean_length) * found.model.kv_bytes_per_token)
     return (
-        f"{found.block_size}: {why}. Its table is {size(advised.table_bytes)} beside {kv} of K and V; what a kernel "
+        f"{found.block_size}: {why}. Its table is {_size(advised.table_bytes)} beside {kv} of K and V; what a kernel "
         f"feels is the jump after each piece (paged-ref bench kernels measures that here). Larger blocks are fewer "
         f"copies to swap; of a common beginning, only whole blocks are shared."
     )
@@ -170,9 +175,5 @@ def print_known(console: Console) -> None:
     console.print(gpus)
 
 
-def size(num_bytes: float) -> str:
-    """Bytes as people say them."""
-    for unit, each in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= each:
-            return f"{num_bytes / each:,.1f} {unit}"
-    return f"{num_bytes:,.0f} bytes"
+def _size(num_bytes: int) -> str:
+    return size_of(num_bytes, least=1)

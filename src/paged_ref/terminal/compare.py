@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..bench import kernels as bench_kernels
 from ..bench import memory as bench_memory
+from ..memory.events import Log, write_events
 from ..workload.comparison import Checked, Row, check, row_of, setups, small
 from ..workload.hardware import gpu_named
 from ..workload.models import model_named
@@ -23,6 +24,7 @@ from ..workload.traces import MEANS, Trace, first, generated, scaled
 from .compare_plots import picture
 from .compare_report import Cost, print_checked, print_report, print_setting
 from .plots import write_svg
+from .recording import record_to
 
 NARROWEST = 78  # columns: a narrower terminal wraps, and no number is cut
 BOUND = 0.2  # seconds per token: a person reads four words a second, about five tokens
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"bound on the mean latency per output token, in seconds (default {BOUND})",
     )  # fmt: skip
     parser.add_argument("--run", action="store_true", help="also run the embedded model on the shortened requests")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="with --run: write those runs as JSON lines")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the plots here")
@@ -66,6 +69,8 @@ def main(args: argparse.Namespace) -> int:
         path = getattr(args, name)
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--{name} {path} cannot be written: there is no directory {path.parent}")
+    if args.record is not None and not args.run:
+        raise ValueError(f"--record {args.record} writes runs of the embedded model; --run makes them")
     if not 0 < args.latency < float("inf"):
         raise ValueError(f"--latency is {args.latency}; a number of seconds above 0 is needed")
     trace = trace_of(args)
@@ -78,7 +83,8 @@ def main(args: argparse.Namespace) -> int:
     print_setting(console, base, trace, args.latency)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     checked: list[Checked] = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    with record_to(args.record) as file, bars as progress:
         task = progress.add_task("timing bookkeeping and kernels", total=2)
         cost = _cost(lambda: progress.advance(task))
         task = progress.add_task("simulating", total=len(rows) * RUNS_OF_A_CURVE)
@@ -88,7 +94,8 @@ def main(args: argparse.Namespace) -> int:
         if args.run:
             short = small(trace)
             task = progress.add_task("running the embedded model", total=len(rows))
-            checked = check(rows, short, on_run=lambda _: progress.advance(task))
+            log: Log | None = None if file is None else lambda event: write_events([event], file)
+            checked = check(rows, short, on_run=lambda _: progress.advance(task), log=log)
     print_report(console, found, cost)
     if args.run:
         print_checked(console, short, checked)

@@ -72,7 +72,7 @@ def print_report(console: Console, rows: Sequence[Row], cost: Cost) -> None:
         console,
         "Shares of the pool, mean over the time in which somebody waits (over all if nobody ever does). Reserved: the "
         "sequence will use it. Inside: it never will. Between: holes too small for the next, and what the buddy "
-        "allocator rounds up. Of used: what holds tokens, of what a newcomer cannot have: the paper's measure (Fig. 2).",
+        "allocator rounds up. Of used: what holds tokens, of what a newcomer cannot have: the measure of Fig. 2.",
     )
     _heading(console, "Scalability")
     console.print(_scalability(rows))

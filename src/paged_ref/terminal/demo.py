@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -26,7 +25,7 @@ from ..engine.llm import LLM
 from ..engine.outputs import RequestOutput, StepRecord
 from ..engine.sampling import SamplingParams
 from ..engine.sequence import Status
-from ..memory.events import Event, Log, write_events
+from ..memory.events import Log, write_events
 from ..memory.paged import PagedManager
 from ..model.loading import load
 from .recording import record_to
@@ -103,7 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default 16)")
     parser.add_argument("--kv-tokens", type=int, default=1024, metavar="N", help="KV budget (default 1024 tokens)")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write both runs as JSON lines, for paged-ref viz")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write both runs as JSON lines, for viz and monitor"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -134,12 +135,11 @@ def main(args: argparse.Namespace) -> int:
             llm.generate([prompt for prompt, _ in REQUESTS], SamplingParams(max_tokens=2))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with record_to(args.record) as file, Progress(*columns, console=console) as progress:
-        if file:  # a log begins with an engine, and not with its warm-up
-            logs: list[list[Event]] = [[] for _ in names]
-            engines = [make(name, log.append) for name, log in zip(names, logs, strict=True)]
-        runs = [_run(name, llm, progress) for name, llm in zip(names, engines, strict=True)]
-        if file:
-            write_events(chain.from_iterable(logs), file)
+        runs = []
+        for i, name in enumerate(names):
+            if file:  # a log begins with an engine, and not with its warm-up; whoever follows it sees it at once
+                engines[i] = make(name, lambda event: write_events([event], file))
+            runs.append(_run(name, engines[i], progress))
 
     token_ids = [[output.outputs[0].token_ids for output in run.outputs] for run in runs]
     same = token_ids[0] == token_ids[1]

@@ -26,6 +26,7 @@ from ..memory.events import (
     SequenceFinished,
     SequenceForked,
     StepPlanned,
+    StepTimed,
     SwappedIn,
     SwappedOut,
     TokenNamed,
@@ -204,6 +205,8 @@ class History:
         if isinstance(event, TokenNamed):
             self.token_texts[event.token_id] = event.text
             return
+        if isinstance(event, StepTimed):
+            return  # for the monitor: it changes nothing that frames show
         if isinstance(event, ModelOpened):
             self.model, self.bytes_per_token = event.model, event.kv_bytes_per_token
             return

@@ -1,4 +1,4 @@
-"""`--record FILE`: where a command writes what happens, as JSON lines for `paged-ref viz FILE`."""
+"""`--record FILE`: where a command writes what happens, as JSON lines for `viz FILE` and `monitor FILE`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def record_to(path: Path | None) -> Iterator[TextIO | None]:
         yield None
         return
     try:
-        file = path.open("w", encoding="utf-8")
+        file = path.open("w", encoding="utf-8", buffering=1)  # whole lines, for who follows it (paged-ref monitor)
     except OSError as error:
         raise ValueError(f"--record {path} cannot be written: {error.strerror}") from None
     with file:

@@ -20,8 +20,10 @@ from .roofline import (
     chunk_pairs,
     kv_cache_bytes,
     num_kv_tokens,
+    recompute_seconds,
     step_time,
-    transfer_seconds,
+    swap_from,
+    swap_seconds,
 )
 
 RESERVES: tuple[Reserve, ...] = ("max", "pow2", "exact")
@@ -29,7 +31,6 @@ RESERVES: tuple[Reserve, ...] = ("max", "pow2", "exact")
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 WASTE_LIMIT = 0.01  # of the slots, empty in last blocks: what a larger block may cost
 TABLE_ENTRY = 4  # bytes of a block id
-
 Bottleneck = Literal["capacity", "bandwidth", "compute"]
 
 
@@ -42,18 +43,19 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One way to manage the memory, filled with sequences."""
+    """One way to manage the memory, filled with sequences, and a step in that steady state."""
 
     name: str
     slots: float  # that a running sequence holds, mean over its time
     sequences: int  # that fit at once
     used: float  # share of the held slots that hold a token
-    step: StepTime  # a decode of all of them
-    shares: dict[str, float]  # of the GPU's time: arithmetic, reading weights, reading K and V, overhead
-    requests_per_second: float  # prompts computed and outputs generated, memory always full
+    prompt_tokens: float  # that a step computes beside the decodes: as many sequences begin as end
+    step: StepTime
+    requests_per_second: float
 
     @property
-    def step_tokens_per_second(self) -> float:
+    def tokens_per_second(self) -> float:
+        """New tokens: one of each sequence in each step."""
         return self.sequences / self.step.seconds
 
 
@@ -154,11 +156,11 @@ def assess(
         num_tokens=num_tokens,
         plans=(*plans, paged),
         sequences_at_worst=num_tokens // block_size // -(-longest // block_size),
-        bottleneck=_bottleneck(paged),
+        bottleneck=_bottleneck(paged.step),
         block_sizes=block_sizes,
         block_size=block_size,
         recompute_seconds=recompute_seconds(gpu, model, round(length), constants),
-        swap_from=_swap_from(gpu, model, block_size, constants),
+        swap_from=swap_from(gpu, model, block_size, constants),
     )
 
 
@@ -202,44 +204,38 @@ def _held_in_blocks(requests: Sequence[Request], block_size: int) -> float:
 def _plan(
     name: str, slots: float, gpu: GPU, model: ModelSpec, requests: Sequence[Request], constants: Constants
 ) -> Plan:
-    """Memory filled with sequences that hold `slots` each, and the time of serving them all to their end."""
-    tokens = _mean_length(requests)
+    """Memory filled with sequences that hold `slots` each: in each step all decode, and as many begin as end."""
     sequences = int(num_kv_tokens(gpu, model, constants) / slots)
-    step = step_time(gpu, model, sequences, round(sequences * tokens), constants=constants)
-    steps = sum(each.output for each in requests) / len(requests)
-    # Prompts ride in steps that read the weights anyway, so a prompt costs its arithmetic alone.
-    prefill = sum(
-        step_time(gpu, model, p, p, query_key_pairs=chunk_pairs(p, p), num_logits=1, constants=constants).compute
-        for p, _ in requests
-    ) / len(requests)
-    reads = step.weights + step.kv >= step.compute
-    seconds = {
-        "arithmetic": sequences * prefill + (0 if reads else steps * step.compute),
-        "reading weights": steps * step.weights if reads else 0.0,
-        "reading K and V": steps * step.kv if reads else 0.0,
-        "overhead": steps * step.overhead,
-    }
-    total = sum(seconds.values())
+    length, outputs = _mean_length(requests), sum(each.output for each in requests)
+    prompt_tokens = sequences * sum(each.prompt for each in requests) / outputs
+    prompt_pairs = sequences * sum(chunk_pairs(each.prompt, each.prompt) for each in requests) / outputs
+    step = step_time(
+        gpu,
+        model,
+        round(sequences + prompt_tokens),
+        round(sequences * length + prompt_tokens),
+        query_key_pairs=round(sequences * length + prompt_pairs),
+        num_logits=sequences,
+        constants=constants,
+    )
+    steps_each = outputs / len(requests)
     return Plan(
         name=name,
         slots=slots,
         sequences=sequences,
-        used=tokens / slots,
+        used=length / slots,
+        prompt_tokens=prompt_tokens,
         step=step,
-        shares={part: value / total for part, value in seconds.items()},
-        requests_per_second=sequences / total,
+        requests_per_second=sequences / steps_each / step.seconds,
     )
 
 
-def _bottleneck(plan: Plan) -> Bottleneck:
-    """What most of the time goes to. Weights are read, and a step begins, once for all sequences of the batch:
-    where that is most of the time, more sequences at once would make each cheaper, and memory is what lacks."""
-    of: dict[Bottleneck, float] = {
-        "capacity": plan.shares["reading weights"] + plan.shares["overhead"],
-        "bandwidth": plan.shares["reading K and V"],
-        "compute": plan.shares["arithmetic"],
-    }
-    return max(of, key=of.__getitem__)
+def _bottleneck(step: StepTime) -> Bottleneck:
+    """What a step waits for. Weights are read, and a step begins, once for all sequences of the batch: where that
+    is most of it, more sequences at once would make each cheaper, and memory to hold them is what lacks."""
+    if step.compute > max(step.weights + step.kv, step.overhead):
+        return "compute"
+    return "bandwidth" if step.kv > max(step.weights, step.overhead) else "capacity"
 
 
 # --- blocks, swapping --------------------------------------------------------------------------------------
@@ -255,27 +251,3 @@ def _block_size(
         run_bytes=block_size * model.num_kv_heads * model.head_size * model.kv_bits // 8,
         swap_seconds=swap_seconds(gpu, model, round(length), block_size, constants),
     )
-
-
-def swap_seconds(
-    gpu: GPU, model: ModelSpec, num_tokens: int, block_size: int, constants: Constants = CONSTANTS
-) -> float:
-    """Out and in again. K and V of each layer are arrays of their own, as in vLLM: 2 copies a layer and block."""
-    blocks = -(-num_tokens // block_size)
-    copies = 2 * model.num_layers * blocks
-    return 2 * transfer_seconds(gpu, blocks * block_size * model.kv_bytes_per_token, copies, constants)
-
-
-def recompute_seconds(gpu: GPU, model: ModelSpec, num_tokens: int, constants: Constants = CONSTANTS) -> float:
-    """All tokens once more, as one prompt, in a step that others share: its arithmetic."""
-    pairs = chunk_pairs(num_tokens, num_tokens)
-    return step_time(gpu, model, num_tokens, num_tokens, pairs, 1, constants).compute
-
-
-def _swap_from(gpu: GPU, model: ModelSpec, block_size: int, constants: Constants) -> int | None:
-    """The length from which on swapping is faster. Recomputing grows with the square, swapping does not."""
-    for num_tokens in range(block_size, model.max_context + 1, block_size):
-        swap = swap_seconds(gpu, model, num_tokens, block_size, constants)
-        if swap < recompute_seconds(gpu, model, num_tokens, constants):
-            return num_tokens
-    return None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..memory.events import Log
 from ..memory.managers import KVCacheManager
 from .engine_run import engine_steps, shares_of, simulated_steps
 from .hardware import gpu_named
@@ -105,15 +106,18 @@ def small(trace: Trace) -> Trace:
     return at_rate(clipped(scaled(part, factor), RUN_CONTEXT), float("inf"))
 
 
-def check(rows: Sequence[Setup], trace: Trace, on_run: Callable[[str], None] | None = None) -> list[Checked]:
-    """Each setup with the embedded model: simulated, and run. `trace` is as `small` makes it."""
+def check(
+    rows: Sequence[Setup], trace: Trace, on_run: Callable[[str], None] | None = None, log: Log | None = None
+) -> list[Checked]:
+    """Each setup with the embedded model: simulated, and run. `trace` is as `small` makes it. `log` is told of the
+    engines, one after another."""
     checked = []
     for row in rows:
         setup = replace(
             row, gpu=gpu_named("T4"), model=model_named("tiny"), kv_tokens=RUN_POOL, max_model_len=RUN_CONTEXT
         )
         simulated, arrived = simulated_steps(setup, trace)
-        ran = engine_steps(setup, trace, arrived)
+        ran = engine_steps(setup, trace, arrived, log=log)
         checked.append(
             Checked(setup.label, shares_of(simulated), shares_of(ran), len(ran), same=simulated == ran)
         )  # fmt: skip

@@ -7,13 +7,13 @@ before the same steps as they came to the simulation, whose clock says when; the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..engine.llm import LLM
 from ..engine.outputs import StepRecord
 from ..engine.sampling import SamplingParams
 from ..engine.scheduler import StepPlan
+from ..memory.events import Log
 from ..memory.managers import MemoryUsage, Transfer
 from .metrics import Looks, Shares
 from .setup import Setup
@@ -55,23 +55,16 @@ def engine_steps(
     trace: Trace,
     arrived: list[int],
     *,
-    model: str = "tiny",
     backend: str = "auto",
-    on_step: Callable[[StepRecord], None] | None = None,
+    log: Log | None = None,
 ) -> list[Step]:
-    """Every step of the engine, when before step i the first `arrived[i]` requests have come.
+    """Every step of the engine with the embedded model, when before step i the first `arrived[i]` requests have come.
 
-    Requests that the engine refuses keep their place in the count. `on_step` is the engine's own.
+    Requests that the engine refuses keep their place in the count. `log` is the engine's.
     """
     records: list[StepRecord] = []
-
-    def watch(record: StepRecord) -> None:
-        records.append(record)
-        if on_step:
-            on_step(record)
-
     llm = LLM(
-        model,
+        "tiny",
         manager=setup.manager,
         block_size=setup.block_size,
         kv_cache_tokens=setup.num_slots,
@@ -85,7 +78,8 @@ def engine_steps(
         prefix_cache=setup.prefix_cache,
         watermark=setup.watermark,
         backend=backend,
-        on_step=watch,
+        log=log,
+        on_step=records.append,
     )
     place_of: dict[int, int] = {}  # the engine's seq_id -> the request's place in the trace
     final: dict[int, int] = {}

@@ -49,9 +49,9 @@ GPUS = {
         _gpu("H200", 141, 4800, 989.5, PCIE5, "H200"),
         # NVIDIA DGX B200 datasheet, an eighth of it: 1,440 GB, 64 TB/s, 36 PFLOPS with sparsity.
         _gpu("B200", 180, 8000, 2250, PCIE5, "B200"),
-        # NVIDIA L4 and L40S datasheets: 300 and 864 GB/s; 242 and 733 TFLOPS with sparsity.
+        # NVIDIA L4 datasheet: 300 GB/s, 242 TFLOPS with sparsity. L40S datasheet: 864 GB/s, 362 dense.
         _gpu("L4", 24, 300, 121, PCIE4, "L4"),
-        _gpu("L40S", 48, 864, 366.5, PCIE4, "L40S"),
+        _gpu("L40S", 48, 864, 362, PCIE4, "L40S"),
         # NVIDIA A10G, made for AWS G5: 600 GB/s, 70 TFLOPS (its relative A10 has 125).
         _gpu("A10G", 24, 600, 70, PCIE4, "A10G"),
         # NVIDIA V100 datasheet (SXM2): 900 GB/s, 125 TFLOPS. T4 datasheet: 320 GB/s, 65 TFLOPS.

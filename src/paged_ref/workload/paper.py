@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from .assess import swap_seconds
 from .findings import Figure, Finding, Lab
 from .hardware import gpu_named
 from .metrics import Outcome
 from .models import model_named
+from .roofline import swap_seconds
 from .setup import Setup
 from .sharing import beams_saving, samples_saving
 from .sweep import AT_ONCE, run_once

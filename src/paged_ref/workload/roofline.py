@@ -124,6 +124,37 @@ def transfer_seconds(gpu: GPU, num_bytes: float, num_copies: int = 1, constants:
     return num_bytes / (gpu.link * constants.link_share) + num_copies * constants.copy_overhead
 
 
+def swap_seconds(
+    gpu: GPU, model: ModelSpec, num_tokens: int, block_size: int, constants: Constants = CONSTANTS
+) -> float:
+    """Out and in again. K and V of each layer are arrays of their own, as in vLLM: 2 copies a layer and block."""
+    blocks = -(-num_tokens // block_size)
+    copies = 2 * model.num_layers * blocks
+    return 2 * transfer_seconds(gpu, blocks * block_size * model.kv_bytes_per_token, copies, constants)
+
+
+def recompute_seconds(gpu: GPU, model: ModelSpec, num_tokens: int, constants: Constants = CONSTANTS) -> float:
+    """All tokens once more, as one prompt, in a step that others share: its arithmetic."""
+    pairs = chunk_pairs(num_tokens, num_tokens)
+    return step_time(gpu, model, num_tokens, num_tokens, pairs, 1, constants).compute
+
+
+def swap_from(gpu: GPU, model: ModelSpec, block_size: int, constants: Constants = CONSTANTS) -> int | None:
+    """The length from which on swapping is faster than computing again; None: not up to the model's context.
+
+    Computing again grows with the square of the length, swapping does not: the last length at which it does not
+    pay is looked for from the top.
+    """
+    lengths = range(block_size, model.max_context + 1, block_size)
+    slower = (
+        length
+        for length in reversed(lengths)
+        if swap_seconds(gpu, model, length, block_size, constants) >= recompute_seconds(gpu, model, length, constants)
+    )
+    last = next(slower, 0)
+    return last + block_size if last + block_size in lengths else None
+
+
 def kv_copies(gpu: GPU, model: ModelSpec) -> float:
     """How often K and V are kept: more than once where GPUs outnumber the KV heads that they share out."""
     return max(1.0, gpu.count / model.num_kv_heads)

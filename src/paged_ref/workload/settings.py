@@ -1,7 +1,10 @@
 """The same decisions in the words of other servers: what to write into their options, and what they can do.
 
-Names and defaults were looked up in the documentation or source of the version that each entry states; a later
-version may have others.
+Names and defaults were looked up in the version that each entry states, here; a later one may have others:
+  vLLM          docs.vllm.ai/en/v0.29.0/api/vllm/config/cache (CacheConfig), its V1 guide for preemption
+  SGLang        docs.sglang.io, advanced_features: server_arguments, hyperparameter_tuning, hicache_best_practices
+  TensorRT-LLM  nvidia.github.io/TensorRT-LLM/1.3.0rc27/llm-api/reference: KvCacheConfig, SchedulerConfig
+  transformers  generation/configuration_utils.py, ContinuousBatchingConfig
 """
 
 from __future__ import annotations

@@ -159,10 +159,10 @@ def in_words(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
-def size_of(num_bytes: int) -> str:
-    """A number of bytes as people say it."""
+def size_of(num_bytes: int, least: int = 10) -> str:
+    """A number of bytes as people say it, in a unit of which there are at least so many."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= 10 * size:
+        if num_bytes >= least * size:
             return f"{num_bytes / size:,.1f} {unit}"
     return f"{num_bytes:,} bytes"
 

@@ -38,7 +38,7 @@ FRAMES = (
 def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
     """Frame `frame` (from 0) in exactly `width` x `height` cells."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
-        return _too_small(width, height)
+        return too_small(width, height)
     head = [_title(scene, width), _tabs(frame, width)]
     foot = _foot(scene, width, 3 if height >= 22 else 2)
     room = height - len(head) - len(foot)
@@ -70,7 +70,8 @@ def _stacked(scene: Scene, frame: int, width: int, height: int) -> Lines:
     return [*rows, *[line("")] * (height - below - len(rows)), *second(scene, width, below)]
 
 
-def _too_small(width: int, height: int) -> Text:
+def too_small(width: int, height: int) -> Text:
+    """What a window below MIN_WIDTH x MIN_HEIGHT shows."""
     needed = f"This window is {width}x{height}; at least {MIN_WIDTH}x{MIN_HEIGHT} is needed. Enlarge it, or press q."
     rows = [fit(row, width) for row in wrap(needed, max(1, width))][: max(1, height)]
     return Text("\n".join(rows + [" " * width] * (height - len(rows))), no_wrap=True)

@@ -8,6 +8,7 @@ from itertools import islice
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from ..history import Moment
 from ..run_state import holes
 from .blocks import block_row, overview
 from .canvas import (
@@ -170,7 +171,7 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
     each = 2 if 2 * len(pieces) <= room else 1
     first, last = window(len(pieces), room // each, wanted) if each * len(pieces) > room else (0, len(pieces))
     rows = [row for piece in pieces[first:last] for row in _piece(scene, *piece, width)[:each]]
-    return [head, *rows, *[line("")] * (room - len(rows)), below[0], below[1], *_slot_map(scene, width, map_height)]
+    return [head, *rows, *[line("")] * (room - len(rows)), below[0], below[1], *slot_map(moment, width, map_height)]
 
 
 def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) -> Lines:
@@ -198,20 +199,18 @@ def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) 
     return [exactly(head, width), line(" " * 14, (text, style))]
 
 
-def _slot_map(scene: Scene, width: int, height: int) -> Lines:
-    moment = scene.moment
+def slot_map(moment: Moment, width: int, height: int) -> Lines:
+    """All slots; a cell stands for the first of so many. A letter holds a token, ░ is given out and empty."""
     memory = moment.state.memory
-    cells: list[tuple[str, str]] = [(".", DIM)] * memory.num_blocks
+    each = max(1, -(-memory.num_blocks // (width * height)))
+    cells: list[tuple[str, str]] = [(".", DIM)] * -(-memory.num_blocks // each)
     for seq_id, place in memory.sequences.items():
         if not place.on_host:
-            style = colour(moment.history, moment, seq_id)
-            name = moment.history.name(seq_id)[0]
-            cells[place.start : place.start + place.size] = [(name, style)] * place.length + [("░", WARM)] * (
-                place.size - place.length
-            )
-    each = max(1, -(-memory.num_blocks // (width * height)))  # a cell stands for the first of so many slots
-    shown = cells[::each]
-    return [Text.assemble(*shown[top : top + width]) for top in range(0, len(shown), width)]
+            slots = (place.start, place.start + place.length, place.start + place.size)
+            first, full, last = (-(-slot // each) for slot in slots)
+            name, style = moment.history.name(seq_id)[0], colour(moment.history, moment, seq_id)
+            cells[first:last] = [(name, style)] * (full - first) + [("░", WARM)] * (last - full)
+    return [Text.assemble(*cells[top : top + width]) for top in range(0, len(cells), width)]
 
 
 if __name__ == "__main__":
