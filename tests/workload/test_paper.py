@@ -13,7 +13,8 @@ from paged_ref.engine.llm import LLM
 from paged_ref.engine.sampling import SamplingParams
 from paged_ref.workload import paper, sharing
 from paged_ref.workload.engine_run import token_ids
-from paged_ref.workload.paper import COUNT, ORCA, PAGED, POINTS, Figure, Finding, Lab
+from paged_ref.workload.findings import Figure, Finding, Lab
+from paged_ref.workload.paper import COUNT, ORCA, PAGED, POINTS
 from paged_ref.workload.sharing import Saving, beams_saving, samples_saving
 from paged_ref.workload.simulate import Simulation
 from paged_ref.workload.traces import MEANS, Trace, TraceRequest, at_rate, clipped, generated

@@ -14,7 +14,7 @@ from paged_ref.workload.hardware import gpu_named
 from paged_ref.workload.models import model_named
 from paged_ref.workload.setup import Setup
 from paged_ref.workload.simulate import Simulation
-from paged_ref.workload.traces import Trace, TraceRequest, at_rate, generated, scaled
+from paged_ref.workload.traces import Trace, TraceRequest, at_rate, generated
 
 TINY = Setup("tiny", gpu_named("T4"), model_named("tiny"), kv_tokens=256, max_model_len=128, max_batch_tokens=64)
 OPT = Setup("opt", gpu_named("A100-40GB"), model_named("OPT-13B"))

@@ -13,6 +13,7 @@ BENCHMARKS = {
         "paged_ref.bench.model",
         "on a GPU: whole-model decoding against the speed of memory, and a CPU's tokens",
     ),
+    "simulate": ("paged_ref.bench.simulate", "how fast a trace goes through the schedulers and managers"),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
     "training": ("paged_ref.bench.training", "activations kept, swapped, paged, recomputed; a step's time; torch"),
     "long": ("paged_ref.bench.long", "contexts longer than the device: memory, streaming, budgets"),

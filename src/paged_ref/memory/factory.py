@@ -32,8 +32,8 @@ def make_manager(
 ) -> KVCacheManager:
     """`num_slots` on the device and `num_host_slots` on the host, rounded down to whole blocks.
 
-    `reserve` and `allocator` are for the standard manager; `block_size`, `free_order`, `watermark` (a share of the blocks) and
-    `prefix_cache` for the paged one. Raises ValueError with the argument, the value and the bound.
+    `reserve` and `allocator` are for the standard manager; `block_size`, `free_order`, `watermark` (a share of
+    the blocks) and `prefix_cache` for the paged one. Raises ValueError with the argument, the value and the bound.
     """
     if name not in MANAGERS:
         raise ValueError(f"manager is {name!r}; known are {', '.join(MANAGERS)}")

@@ -18,6 +18,7 @@ __all__ = [
     "Contiguous",
     "Forkable",
     "KVCacheManager",
+    "KnowsRoom",
     "MemoryUsage",
     "OpenPiece",
     "OutOfBlocks",
@@ -131,9 +132,6 @@ class KVCacheManager(Protocol):
     def length(self, seq_id: int) -> int:
         """Tokens of the sequence that have a slot."""
 
-    def room(self, seq_id: int) -> int:
-        """How many more tokens fit in what the sequence holds: with these, `append` asks for nothing."""
-
     def slots(self, seq_id: int, first: int, count: int) -> list[int]:
         """The slots of positions `first` to `first + count - 1`."""
 
@@ -161,6 +159,14 @@ class Contiguous(Protocol):
 
     def start(self, seq_id: int) -> int:
         """The first slot of the sequence's region."""
+
+
+@runtime_checkable
+class KnowsRoom(Protocol):
+    """A manager that can be told later of tokens that need no room, and of several sequences at once."""
+
+    def room(self, seq_id: int) -> int:
+        """How many more tokens fit in what the sequence holds: with these, `append` asks for nothing."""
 
 
 @runtime_checkable

@@ -35,7 +35,8 @@ class StandardManager:
     ) -> None:
         """`max_model_len` is the longest sequence; `max` reserves that many slots for each.
 
-        `allocator`: how it finds the place of a region. "buddy" is what the paper assumes of others; "first fit" wastes less.
+        `allocator`: how it finds a region's place. "buddy" is what the paper assumes of others; "first fit"
+        wastes less.
         """
         if allocator not in ("first fit", "buddy"):
             raise ValueError(f"allocator is {allocator!r}; known are first fit, buddy")

@@ -133,10 +133,6 @@ class SwappingManager:
         """The first slot of the sequence's region."""
         return self.regions[seq_id].start
 
-    def room(self, seq_id: int) -> int:
-        region = self.regions[seq_id]
-        return region.size - region.length
-
     def slots(self, seq_id: int, first: int, count: int) -> list[int]:
         start = self.regions[seq_id].start + first
         return list(range(start, start + count))

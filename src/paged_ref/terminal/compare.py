@@ -21,13 +21,15 @@ from ..workload.setup import Setup
 from ..workload.sweep import RUNS_OF_A_CURVE, checked_jobs, curves_of
 from ..workload.trace_files import read_trace
 from ..workload.traces import MEANS, Trace, first, generated, scaled
-from .compare_report import Cost, picture, print_checked, print_report, print_setting
+from .compare_plots import picture
+from .compare_report import Cost, print_checked, print_report, print_setting
 from .plots import write_svg
 from .recording import record_to
 
+NARROWEST = 78  # columns: a narrower terminal wraps, and no number is cut
 BOUND = 0.2  # seconds per token: a person reads four words a second, about five tokens
 REQUESTS = 1000
-BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 11
+BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 31
 KERNEL = bench_kernels.Shape("decode", 4, 1, 1024, 32, 8, 128)
 
 
@@ -77,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     for row in rows:
         row.make_scheduler(row.make_manager())  # what cannot be is refused before anything runs
     checked_jobs(args.jobs)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(Console().width, NARROWEST))
     print_setting(console, base, trace, args.latency)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     checked: list[Checked] = []

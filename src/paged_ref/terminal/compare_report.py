@@ -16,11 +16,10 @@ from ..workload.complexity import lines_of
 from ..workload.roofline import explain
 from ..workload.setup import Setup
 from ..workload.traces import Trace
-from .plots import Bar, Line, bars_text, lines_text, svg
+from .compare_plots import latency_plot, memory_plot
 
 GIB = 2**30
 FEW = 500  # requests, below which a rate says little
-Y_MOST = 2.0  # times the bound: how high the plot of latency goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +65,29 @@ def print_setting(console: Console, base: Setup, trace: Trace, bound: float) -> 
 def print_report(console: Console, rows: Sequence[Row], cost: Cost) -> None:
     bound = rows[0].curve.bound
     _heading(console, "Where the K/V memory is, while requests wait (all come at once)")
-    console.print(bars_text(_bars(rows), console.width), no_wrap=True)
+    console.print(memory_plot(rows, console.width), no_wrap=True)
     _heading(console, "Utilization")
     console.print(_utilization(rows))
-    _wrapped(console, "Shares of the pool, mean over the time in which somebody waits. Reserved: the sequence will use "
-    "it. Inside: it never will. Between: holes too small for the next, and what the buddy allocator rounds up. "
-    "Of used: what holds tokens, of what a newcomer cannot have: the paper's measure (Fig. 2).")  # fmt: skip
+    _wrapped(
+        console,
+        "Shares of the pool, mean over the time in which somebody waits (over all if nobody ever does). Reserved: the "
+        "sequence will use it. Inside: it never will. Between: holes too small for the next, and what the buddy "
+        "allocator rounds up. Of used: what holds tokens, of what a newcomer cannot have: the measure of Fig. 2.",
+    )
     _heading(console, "Scalability")
     console.print(_scalability(rows))
-    _wrapped(console, f"Mean, most: sequences that run while others wait, all requests coming at once. Longest: the longest request that "
-    f"can be held at all. Req/s: requests per second at a mean latency of {bound:g} s for each output token; on paper: "
-    "predicted from mean lengths and the roofline, memory always full. Preempted: when all come at once.")  # fmt: skip
-    console.print(_latency(rows, console.width), no_wrap=True)
+    _wrapped(
+        console,
+        "Mean, most: sequences that run while others wait, all requests coming at once. Longest: the longest request "
+        f"that can be held at all. Req/s: requests per second at a mean latency of {bound:g} s for each output token; "
+        "on paper: predicted from mean lengths and the roofline, memory always full. Preempted: when all come at once.",
+    )
+    console.print(latency_plot(rows, console.width), no_wrap=True)
     _heading(console, "Complexity")
     console.print(_complexity(rows, cost))
     _wrapped(console, f"Lines: of code, counted from this package. Step: the bookkeeping of {cost.num_seqs} decoding "
-    "sequences, timed now on this machine. Kernel: the paged CPU kernel's time against the contiguous one's, timed now. "
-    "Moved: K and V copied on the device or over the link, for each generated token.")  # fmt: skip
+    "sequences, timed now on this machine. Kernel: the paged CPU kernel's time against the contiguous one's, timed "
+    "now. Moved: K and V copied on the device or over the link, for each generated token.")  # fmt: skip
     _heading(console, "The article's table, measured")
     console.print(_article(rows, cost))
     for sentence in conclusions(rows):
@@ -221,39 +226,6 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
     else:
         sentences.append("The prefix cache found nothing: no two of these requests begin alike, as far as is known.")
     return sentences
-
-
-# --- plots ---------------------------------------------------------------------------------------------
-
-
-def _bars(rows: Sequence[Row]) -> list[Bar]:
-    bars = []
-    for row in rows:
-        shares = asdict(row.curve.at_once.shares)
-        shares["free"] += shares.pop("cached")
-        bars.append(Bar(row.curve.setup.label, shares))
-    return bars
-
-
-def _lines(rows: Sequence[Row]) -> list[Line]:
-    return [
-        Line(row.curve.setup.label, [(point.rate, point.outcome.normalised) for point in row.curve.points])
-        for row in rows
-    ]
-
-
-X_LABEL, Y_LABEL = "requests per second", "seconds per output token, mean"
-
-
-def _latency(rows: Sequence[Row], columns: int) -> Any:
-    bound = rows[0].curve.bound
-    return lines_text(_lines(rows), columns, 17, Y_MOST * bound, X_LABEL, Y_LABEL, bound)
-
-
-def picture(rows: Sequence[Row]) -> str:
-    setup, bound = rows[0].curve.setup, rows[0].curve.bound
-    title = f"{setup.model.name} on {setup.gpu.name}: K/V memory while requests wait, and latency"
-    return svg(title, _bars(rows), _lines(rows), Y_MOST * bound, X_LABEL, Y_LABEL, bound)
 
 
 # --- the embedded model --------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..workload.paper import FIGURES, Figure, Finding, Lab
+from ..workload.findings import Figure, Finding, Lab
+from ..workload.paper import FIGURES
 from ..workload.sweep import checked_jobs, on_cores
+from .compare import NARROWEST
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     checked_jobs(args.jobs)
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json} cannot be written: there is no directory {args.json.parent}")
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(Console().width, NARROWEST))
     console.print(
         "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023."
     )

@@ -85,10 +85,10 @@ def lines_text(
                     row, column = place(x, y)
                     grid[row][column] = letter if grid[row][column] in " ·" else grid[row][column]
     text = Text(f" {y_label}\n")
-    for number, row in enumerate(grid):
+    for number, cells in enumerate(grid):
         y = y_most * (rows - 1 - number) / (rows - 1)
         shown = f"{y:.3g}" if number % 4 == 0 or number == rows - 1 else ""
-        text.append(f"{shown:>{margin - 1}}│{''.join(row).rstrip()}\n")
+        text.append(f"{shown:>{margin - 1}}│{''.join(cells).rstrip()}\n")
     text.append(" " * (margin - 1) + "└" + "─" * width + "\n")
     middle, end = f"{x_most / 2:.3g}", f"{x_most:.3g}"
     axis = f"0{middle:^{width - 2}}"[: width - len(end)] + end

@@ -7,12 +7,12 @@ before the same steps as they came to the simulation, whose clock says when; the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..engine.llm import LLM
 from ..engine.outputs import StepRecord
 from ..engine.sampling import SamplingParams
+from ..engine.scheduler import StepPlan
 from ..memory.events import Log
 from ..memory.managers import MemoryUsage, Transfer
 from .metrics import Looks, Shares
@@ -38,25 +38,14 @@ def simulated_steps(setup: Setup, trace: Trace) -> tuple[list[Step], list[int]]:
     steps: list[Step] = []
     arrived: list[int] = []
     looks: list[MemoryUsage] = []
-    simulation = Simulation(
-        setup,
-        trace,
-        look_every=1,
-        on_look=looks.append,
-        on_step=lambda plan: (
-            arrived.append(simulation.num_arrived),
-            steps.append(
-                Step(
-                    [(seq.seq_id, count) for seq, count in plan.chunks],
-                    len(plan.preempted),
-                    plan.transfers,
-                    len(simulation.scheduler.running),
-                    len(simulation.scheduler.waiting),
-                    looks[-1],
-                )
-            ),
-        ),
-    )
+
+    def watch(plan: StepPlan) -> None:
+        arrived.append(simulation.num_arrived)
+        chunks = [(seq.seq_id, count) for seq, count in plan.chunks]
+        num_running, num_waiting = len(simulation.scheduler.running), len(simulation.scheduler.waiting)
+        steps.append(Step(chunks, len(plan.preempted), plan.transfers, num_running, num_waiting, looks[-1]))
+
+    simulation = Simulation(setup, trace, look_every=1, on_look=looks.append, on_step=watch)
     simulation.run()
     return steps, arrived
 
@@ -66,24 +55,16 @@ def engine_steps(
     trace: Trace,
     arrived: list[int],
     *,
-    model: str = "tiny",
     backend: str = "auto",
     log: Log | None = None,
-    on_step: Callable[[StepRecord], None] | None = None,
 ) -> list[Step]:
-    """Every step of the engine, when before step i the first `arrived[i]` requests have come.
+    """Every step of the engine with the embedded model, when before step i the first `arrived[i]` requests have come.
 
-    Requests that the engine refuses keep their place in the count. `log` and `on_step` are the engine's own.
+    Requests that the engine refuses keep their place in the count. `log` is the engine's.
     """
     records: list[StepRecord] = []
-
-    def watch(record: StepRecord) -> None:
-        records.append(record)
-        if on_step:
-            on_step(record)
-
     llm = LLM(
-        model,
+        "tiny",
         manager=setup.manager,
         block_size=setup.block_size,
         kv_cache_tokens=setup.num_slots,
@@ -98,7 +79,7 @@ def engine_steps(
         watermark=setup.watermark,
         backend=backend,
         log=log,
-        on_step=watch,
+        on_step=records.append,
     )
     place_of: dict[int, int] = {}  # the engine's seq_id -> the request's place in the trace
     final: dict[int, int] = {}

@@ -11,18 +11,17 @@ band, chosen from what is not known, and a value outside it is shown as such.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
+from .findings import Figure, Finding, Lab
 from .hardware import gpu_named
 from .metrics import Outcome
 from .models import model_named
 from .roofline import swap_seconds
 from .setup import Setup
 from .sharing import beams_saving, samples_saving
-from .sweep import AT_ONCE, Call, T, run_once
+from .sweep import AT_ONCE, run_once
 from .traces import Trace, drawn, first, generated, with_prefix
 
 POINTS = 8.0  # percentage points that a share may be off
@@ -37,59 +36,6 @@ ORCA = {
 }
 SHAREGPT, ALPACA = "sharegpt", "alpaca"
 NUM_REQUESTS = {SHAREGPT: 1500, ALPACA: 3000}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One number. Without a band it is shown and not judged."""
-
-    what: str
-    ours: float
-    paper: float | str  # a word where the paper prints no number
-    unit: str
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        if self.low is None and self.high is None:
-            return None
-        return (self.low is None or self.ours >= self.low) and (self.high is None or self.ours <= self.high)
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One figure: the findings, what was run, why the bands, and where ours differs, why."""
-
-    key: str
-    title: str
-    findings: list[Finding]
-    setting: str
-    why: list[str]
-
-
-class Lab:
-    """Where the figures have their runs made: on all cores, and each only once."""
-
-    def __init__(self, call: Call, threads: ThreadPoolExecutor, on_run: Callable[[], None] | None = None) -> None:
-        self._call, self._threads, self._on_run = call, threads, on_run
-        self._known: dict[tuple[Any, ...], Future[Any]] = {}
-
-    def all(self, function: Callable[..., T], jobs: Iterable[tuple[Any, ...]]) -> list[T]:
-        """What `function` returns for the arguments of each job, in order."""
-        waiting = []
-        for job in jobs:
-            key = (function, *job)
-            if key not in self._known:
-                self._known[key] = self._threads.submit(self._one, function, job)
-            waiting.append(self._known[key])
-        return [future.result() for future in waiting]
-
-    def _one(self, function: Callable[..., T], job: tuple[Any, ...]) -> T:
-        result = self._call(function, *job)
-        if self._on_run:
-            self._on_run()
-        return result
 
 
 def requests(name: str, seed: int = 0) -> Trace:
@@ -126,8 +72,8 @@ def figure_2(lab: Lab) -> Figure:
     findings.append(Finding("paged 16: holds tokens", 100 * outcomes[-1].shares.tokens_of_used, 96.3, "%", 95.0, 100.0))
     return Figure(
         "2", "where the K/V memory is", findings,
-        f"OPT-13B on an A100 40GB, {NUM_REQUESTS[SHAREGPT]} requests with ShareGPT's means, more than can run; the mean "
-        "over the time in which somebody waits. Of paged memory, the share of the blocks in use.",
+        f"OPT-13B on an A100 40GB, {NUM_REQUESTS[SHAREGPT]} requests with ShareGPT's means, more than can run; the "
+        "mean over the time in which somebody waits. Of paged memory, the share of the blocks in use.",
         [f"Band: {POINTS:g} points, as far as other lengths with the same means move a share; paged: 95 % or more.",
          "Orca places its regions with a buddy allocator, as the paper assumes; what it rounds up is wasted between. "
          "First fit in its place wastes half of that (paged-ref compare shows both)."],
@@ -156,9 +102,9 @@ def figure_13(lab: Lab) -> Figure:
         f"As Fig. 2, and with Alpaca's means ({NUM_REQUESTS[ALPACA]} requests): more requests than can run.",
         [f"Band: {COUNT:.0%}, as far as other lengths with the same means move a count; of max 0.05, since its count "
          "is that of regions of 2048.",
-         "Paged on Alpaca: at the paper's 30 requests per second memory is not short, so its 132 are what arrives times "
-         "how long it stays. Ours stay shorter, since steps take a datasheet's time; what memory can hold is more than "
-         "132, which is the band."],
+         "Paged on Alpaca: at the paper's 30 requests per second memory is not short, so its 132 are what arrives "
+         "times how long it stays. Ours stay shorter, since steps take a datasheet's time; what memory can hold is "
+         "more than 132, which is the band."],
     )  # fmt: skip
 
 
@@ -222,8 +168,8 @@ def figure_18b(lab: Lab) -> Figure:
         [f"The paper says good or much worse in words: up to {GOOD:g}x, and from {WORSE:g}x on.",
          "Blocks of 1: the paper's kernel is slow there. Our clock knows no block size, so ours shows only what memory "
          "does: the smaller the better. paged-ref bench kernels times the rest.",
-         "ShareGPT, 128: a tenth of the memory is empty in last blocks, and so near to the limit that is felt. The paper "
-         "does not say at which rate it measured.",
+         "ShareGPT, 128: a tenth of the memory is empty in last blocks, and so near to the limit that is felt. The "
+         "paper does not say at which rate it measured.",
          "Alpaca, 64: a block holds most requests whole, and half of it is empty, but memory is not short yet at this "
          "rate; the paper's engine keeps requests longer, so it is."],
     )  # fmt: skip
@@ -248,8 +194,8 @@ def figure_19(lab: Lab) -> Figure:
     findings.append(Finding("lost when recomputed, 1 / 64", lost[0] / lost[-1], "the same", "x", 1 / TIME, TIME))
     return Figure(
         "19", "swap against recompute", findings,
-        "Paged, ShareGPT's means, at the rate that blocks of 16 sustain, so that many are preempted. Normalised latency "
-        "with swap against recompute; the time to swap 256 tokens; tokens that a preemption loses.",
+        "Paged, ShareGPT's means, at the rate that blocks of 16 sustain, so that many are preempted. Normalised "
+        "latency with swap against recompute; the time to swap 256 tokens; tokens that a preemption loses.",
         [f"Comparable: within {TIME:g}x. Each block is a copy for K and for V of each layer, as in the paper; a step "
          "waits for its copies."],
     )  # fmt: skip

@@ -7,17 +7,16 @@ therefore what an engine counts on the same requests, and a test holds it to tha
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 from ..engine.scheduler import StepPlan
 from ..engine.sequence import Group, Sequence, Status
-from ..memory.block_pool import OutOfBlocks
-from ..memory.managers import MemoryUsage
+from ..memory.managers import KnowsRoom, MemoryUsage
 from .clock import Clock
 from .metrics import Outcome, Tally
+from .quiet import skip_quiet_steps
 from .roofline import chunk_pairs
 from .setup import Setup
 from .traces import Trace, TraceRequest
@@ -52,7 +51,7 @@ class Simulation:
         on_look: Callable[[MemoryUsage], None] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """`skip` takes quiet steps together (`_skip`), which changes nothing that is counted. `on_step` gets the
+        """`skip` takes quiet steps together (quiet.py), which changes nothing that is counted. `on_step` gets the
         plan of each step when it is computed and before sequences end, and needs every step: no skipping.
         `on_look` gets the memory's usage just before, every `look_every` steps; `on_progress` the number of
         requests done. Raises ValueError where the setup cannot be."""
@@ -68,8 +67,9 @@ class Simulation:
         self._final: dict[int, int] = {}  # seq_id -> the most slots that it will hold
         self._longest = setup.longest
         self._row_tokens = setup.block_size if self.manager.paged else 1
-        self._skips = skip and on_step is None
-        self._look_every, self._on_look = look_every, on_look
+        can_skip = skip and on_step is None and isinstance(self.manager, KnowsRoom)
+        self._skips = cast(KnowsRoom, self.manager) if can_skip else None
+        self.look_every, self._on_look = look_every, on_look
         self._on_step, self._on_progress = on_step, on_progress
 
     def run(self) -> Outcome:
@@ -80,13 +80,13 @@ class Simulation:
                 if self.num_arrived == len(self.requests):
                     return self.tally.outcome(self.setup.label, self.now)
                 self.now = max(self.now, self.requests[self.num_arrived].arrival)  # idle until then
-            self._arrive()
-            if (scheduler.running or scheduler.waiting) and self._step() and self._skips:
-                self._skip()
+            self.arrive()
+            if (scheduler.running or scheduler.waiting) and self._step() and self._skips is not None:
+                skip_quiet_steps(self, self._skips)
 
     # --- requests in and out -----------------------------------------------------------------------
 
-    def _arrive(self) -> None:
+    def arrive(self) -> None:
         """Queue who has come by now. Who can never fit is refused, as LLM.add_request does, and counted."""
         while self.num_arrived < len(self.requests) and self.requests[self.num_arrived].arrival <= self.now:
             seq_id, request = self.num_arrived, self.requests[self.num_arrived]
@@ -113,7 +113,7 @@ class Simulation:
         seq = Sequence(seq_id, tokens, prompt, min(prompt + request.output_len, context))
         return Job(request, Group([seq]), seq, filler)
 
-    def _finish(self, seq_id: int) -> None:
+    def finish(self, seq_id: int) -> None:
         job = self.jobs.pop(seq_id)
         del self._final[seq_id]
         self.scheduler.finish(job.group, job.seq)
@@ -153,7 +153,7 @@ class Simulation:
         tally.preemptions += len(plan.preempted)
         tally.bytes_moved += moved
         tally.bytes_swapped += swapped
-        self._count(num_tokens, seconds)
+        self.count(num_tokens, seconds)
         if self._on_step:
             self._on_step(plan)
         in_prefill = len(plan.chunks) - len(ready)
@@ -183,91 +183,18 @@ class Simulation:
             if len(seq.tokens) >= seq.max_tokens:
                 ended.append(seq.seq_id)
         for seq_id in ended:
-            self._finish(seq_id)
+            self.finish(seq_id)
         return len(ended)
 
-    def _count(self, num_tokens: int, seconds: float) -> None:
+    def count(self, num_tokens: int, seconds: float) -> None:
         """A step was computed, and nobody has ended yet."""
         scheduler, tally = self.scheduler, self.tally
         waiting = bool(scheduler.waiting)
         tally.step(num_tokens, seconds, len(scheduler.running), waiting)
-        if tally.steps % self._look_every == 0:
+        if tally.steps % self.look_every == 0:
             head = scheduler.waiting[0].leader if waiting else None
             snapshot = self.manager.snapshot((len(head.tokens), head.max_slots) if head else None)
             usage = snapshot.usage(self._final)
             tally.look(usage, seconds, waiting)
             if self._on_look:
                 self._on_look(usage)
-
-    # --- many steps at once ------------------------------------------------------------------------
-
-    def _skip(self) -> None:
-        """Take quiet steps: each sequence that runs computes one token, and the scheduler has nothing to decide.
-
-        In such a step `schedule` would append one token to each sequence, in order of arrival. Most of them
-        have room for it in what they hold, and the manager need not be told before somebody asks; only those
-        that need a new block are told in their step. It ends when somebody comes who could be admitted, when
-        somebody leaves and another waits, or when a block is asked for and none is there: then `schedule`
-        decides. So the cost of a step is that of the blocks it asks for. A test holds it to the plain loop.
-        """
-        scheduler, manager = self.scheduler, self.manager
-        running, waiting = scheduler.running, scheduler.waiting
-        needs_room, ends = defaultdict[int, list[Sequence]](list), defaultdict[int, list[Sequence]](list)  # by step
-        told = {}  # seq_id -> steps that manager and sequence know of
-        step = kv = 0
-        for group in running:
-            seq = group.leader
-            needs_room[manager.room(seq.seq_id)].append(seq)
-            ends[seq.max_tokens - len(seq.tokens)].append(seq)
-            told[seq.seq_id] = 0
-            kv += seq.num_computed
-
-        def tell(seqs: list[Sequence], upto: int) -> None:
-            """Bring manager and sequences up to date. Raises OutOfBlocks, and changes nothing."""
-            appends = [(seq.seq_id, upto - told[seq.seq_id]) for seq in seqs]
-            for batch in [appends] if manager.paged else [[pair] for pair in appends]:  # swapping takes one by one
-                manager.append(batch)
-            for seq, (seq_id, count) in zip(seqs, appends, strict=True):
-                seq.num_computed += count
-                seq.tokens.extend([self.jobs[seq_id].filler] * count)
-                told[seq_id] = upto
-                if self.setup.prefix_cache:
-                    manager.commit(seq_id, seq.tokens, seq.num_computed)
-
-        while running:
-            if self.num_arrived < len(self.requests) and self.requests[self.num_arrived].arrival <= self.now:
-                nobody_waited = not waiting
-                self._arrive()
-                if waiting and nobody_waited:
-                    break
-            asking = sorted((seq for seq in needs_room.pop(step, ()) if seq.seq_id in told), key=_seq_id)
-            if asking:
-                if not manager.paged:
-                    break  # a region grows or moves
-                try:
-                    tell(asking, step + 1)
-                except OutOfBlocks:
-                    break
-                for seq in asking:
-                    needs_room[step + 1 + manager.room(seq.seq_id)].append(seq)
-            step += 1
-            kv += len(running)
-            seconds = self.clock.decode(len(running), kv)
-            self.now += seconds
-            if (self.tally.steps + 1) % self._look_every == 0:
-                tell([group.leader for group in running], step)
-            self._count(len(running), seconds)
-            if step in ends:
-                ending = sorted(ends.pop(step), key=_seq_id)
-                tell(ending, step)
-                for seq in ending:
-                    kv -= seq.num_computed
-                    del told[seq.seq_id]
-                    self._finish(seq.seq_id)
-                if waiting:
-                    break
-        tell([group.leader for group in running], step)
-
-
-def _seq_id(seq: Sequence) -> int:
-    return seq.seq_id

@@ -130,6 +130,7 @@ def _json_lines(lines: list[Line]) -> Iterator[tuple[int, TraceRequest]]:
         blocks = -(-row["input_length"] // HASH_BLOCK)
         if ids and len(ids) != blocks:
             raise ValueError(
-                f"line {number} has {len(ids)} hash_ids; {row['input_length']} tokens are {blocks} blocks of {HASH_BLOCK}"
+                f"line {number} has {len(ids)} hash_ids; {row['input_length']} tokens are {blocks} blocks "
+                f"of {HASH_BLOCK}"
             )
         yield number, TraceRequest(row["timestamp"] / 1000, row["input_length"], row["output_length"], tuple(ids))

@@ -110,7 +110,7 @@ def clipped(trace: Trace, longest: int) -> Trace:
         if (prompt, output) != (each.prompt_len, each.output_len):
             cut += 1
             ids = each.hash_ids[: -(-prompt // trace.hash_block)]
-            each = TraceRequest(each.arrival, prompt, output, ids)  # noqa: PLW2901
+            each = TraceRequest(each.arrival, prompt, output, ids)
         requests.append(each)
     if not cut:
         return trace

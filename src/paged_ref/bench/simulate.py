@@ -1,0 +1,86 @@
+"""`paged-ref bench simulate`: how fast a trace goes through the real scheduler and managers, in one process.
+
+Each manager takes the whole trace in turn. CPU time is counted, so that a busy neighbour matters less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import process_time
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..device import describe
+from ..workload.hardware import gpu_named
+from ..workload.models import model_named
+from ..workload.setup import Setup
+from ..workload.simulate import Simulation
+from ..workload.trace_files import read_trace
+from ..workload.traces import MEANS, at_rate, first, generated
+
+RATE = 2.0  # requests per second, of a drawn trace
+
+
+@dataclass(frozen=True)
+class Result:
+    """One manager's run."""
+
+    name: str
+    seconds: float
+    steps: int
+    output_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trace", default="sharegpt", metavar="FILE", help="as of compare (default sharegpt)")
+    parser.add_argument("--requests", type=int, default=0, metavar="N", help="the first N (default: all, or 2000)")
+    parser.add_argument("--model", default="OPT-13B", metavar="NAME", help="default OPT-13B")
+    parser.add_argument("--gpu", default="A100-40GB", metavar="NAME", help="default A100-40GB")
+    parser.add_argument("--plain", action="store_true", help="also step by step, without skipping quiet steps")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.requests < 0:
+        raise ValueError(f"requests is {args.requests}; at least 1 is needed, or 0 for all")
+    drawn = args.trace in MEANS
+    trace = at_rate(generated(args.trace, args.requests or 2000), RATE) if drawn else read_trace(args.trace)
+    if args.requests:
+        trace = first(trace, args.requests)
+    if not trace.timed:
+        trace = at_rate(trace, RATE)
+    paged = Setup("paged", gpu_named(args.gpu), model_named(args.model))
+    setups = [
+        paged,
+        replace(paged, label="standard exact", manager="standard", reserve="exact"),
+        replace(paged, label="swapping", manager="swapping", preemption="swap"),
+    ]
+    results = []
+    for setup in setups:
+        for skip in (True, False) if args.plain else (True,):
+            began = process_time()
+            outcome = Simulation(setup, trace, skip=skip).run()
+            name = setup.label if skip else f"{setup.label}, every step"
+            results.append(Result(name, process_time() - began, outcome.steps, outcome.output_tokens))
+    console = Console(highlight=False)
+    console.print(f"{trace.describe()}; {describe()}")
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "CPU seconds", "steps", "output tokens/s"):
+        table.add_column(column, justify="right" if column else "left")
+    for result in results:
+        table.add_row(result.name, f"{result.seconds:.2f}", f"{result.steps:,}", f"{result.tokens_per_second:,.0f}")
+    console.print(table)
+    if args.json:
+        rows = [{**result.__dict__, "tokens_per_second": result.tokens_per_second} for result in results]
+        numbers = {"trace": trace.describe(), "results": rows}
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    return 0
