@@ -113,6 +113,7 @@ REFUSED = [
     (["--tokens", "90", "--full-layers", "-1"], "full_layers is -1; at least 0"),
     (["--tokens", "90", "--watch", "x"], "--watch is 'x'; LAYER:HEAD is needed"),
     (["--tokens", "90", "--watch", "99:0"], "--watch is 99:0; the model has layers 0 to"),
+    (["--tokens", "90", "--watch", "0:0"], "--watch is 0:0; --record FILE is needed"),
     (["--tokens", "90", "--backend", "abacus"], "backend is 'abacus'; known are"),
     (["--tokens", "90", "--text", "/nowhere/text"], "--text /nowhere/text cannot be read"),
 ]

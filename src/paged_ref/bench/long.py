@@ -165,7 +165,15 @@ def streaming(tokens: int, rounds: int) -> list[Ratio]:
                 found.append(
                     _ratio(f"{name}, {queries} new: {way} / resident", *_shortest([streamed, resident], rounds))
                 )
+                if on_gpu and queries == 1:  # the bus sets the pace: how near is this to nothing but a copy?
+                    times = _shortest([streamed, partial(_copy, caches, table.size)], rounds)
+                    found.append(_ratio(f"{name}, 1 new: {way} / a plain copy", *times))
     return found
+
+
+def _copy(caches: TwoCaches, num_blocks: int) -> None:
+    for device, host in ((caches.keys, caches.host_keys), (caches.values, caches.host_values)):
+        device[:num_blocks].set(host[:num_blocks])
 
 
 def _both(tokens: int, kv_heads: int, head_size: int, way: str) -> tuple[TwoCaches, np.ndarray]:

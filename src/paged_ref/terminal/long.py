@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..config import ModelConfig
 from ..device import describe
 from ..engine.llm import LLM
 from ..engine.long_context import Counters, Observation
@@ -22,6 +23,7 @@ from ..engine.sampling import SamplingParams
 from ..memory.events import write_events
 from ..memory.relevance import Attend, check_attend
 from ..memory.streaming import EVICTIONS
+from ..model.loading import load
 from .long_recall import BUDGETS, CHOICES, recall
 from .long_text import text_of
 from .recording import record_to
@@ -42,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all, a number of blocks, or a share such as 0.1; may be given several times (default: all, 0.1, 0.25)",
     )  # fmt: skip
     parser.add_argument("--evict", choices=EVICTIONS, help="who leaves first (default: lru; with a budget: relevance)")
-    parser.add_argument("--full-layers", type=int, metavar="N", help="first layers that attend to all (default 1)")
+    parser.add_argument(
+        "--full-layers", type=int, metavar="N", help="first layers that attend to all (default: 1 in 16, at least 1)"
+    )
     parser.add_argument("--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the text that the model writes")
     parser.add_argument("--recall", action="store_true", help="instead: what share of attention each choice catches")
@@ -56,12 +60,14 @@ def main(args: argparse.Namespace) -> int:
     for name, least in (("tokens", 2), ("new_tokens", 1), ("block_size", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least {least} is needed")
+    watch = _watch(args.watch, load(args.model).config) if args.watch or args.record else None
+    if args.watch and not args.record:
+        raise ValueError(f"--watch is {args.watch}; --record FILE is needed, the log for `paged-ref viz`")
     console = Console(soft_wrap=True)
     with Console(stderr=True).status("reading, or writing, the text ..."):
         ids = text_of(args.model, args.text, args.tokens, args.seed)
     if args.recall:
         return _recall(console, args, ids)
-    watch = _watch(args.watch) if args.watch or args.record else None
     attends: list[Attend] = args.attend or ["all", 0.1, 0.25]
     needed = -(-(args.tokens + args.new_tokens + OBSERVED) // args.block_size)
     device_blocks = max(1, needed // 10) if args.device_blocks is None else args.device_blocks
@@ -83,7 +89,6 @@ def main(args: argparse.Namespace) -> int:
             }  # fmt: skip
             run = Run(str(attend), _llm(args.model, options))
             if watch:
-                _check_watch(watch, run.llm)
                 assert run.llm.long_context is not None
                 run.llm.long_context.watch = watch
             run.go(ids, args.new_tokens, exact)
@@ -237,16 +242,14 @@ def _attend(text: str) -> Attend:
     return attend
 
 
-def _watch(text: str | None) -> tuple[int, int]:
-    layer, _, head = (text or "1:0").partition(":")
+def _watch(text: str | None, config: ModelConfig) -> tuple[int, int]:
+    """(layer, query head) that --watch says; without it, the first head of the first layer that chooses."""
+    layer, _, head = (text or f"{min(1, config.num_layers - 1)}:0").partition(":")
     if not (layer.isascii() and layer.isdigit() and head.isascii() and head.isdigit()):
         raise ValueError(f"--watch is {text!r}; LAYER:HEAD is needed, such as 1:0")
-    return int(layer), int(head)
-
-
-def _check_watch(watch: tuple[int, int], llm: LLM) -> None:
-    layers, heads = llm.config.num_layers, llm.config.num_heads
-    if watch[0] >= layers or watch[1] >= heads:
+    if int(layer) >= config.num_layers or int(head) >= config.num_heads:
         raise ValueError(
-            f"--watch is {watch[0]}:{watch[1]}; the model has layers 0 to {layers - 1} and query heads 0 to {heads - 1}"
+            f"--watch is {text}; the model has layers 0 to {config.num_layers - 1} and query heads 0 to "
+            f"{config.num_heads - 1}"
         )
+    return int(layer), int(head)
