@@ -170,8 +170,8 @@ def figure_18b(lab: Lab) -> Figure:
          "does: the smaller the better. paged-ref bench kernels times the rest.",
          "ShareGPT, 128: a tenth of the memory is empty in last blocks, and so near to the limit that is felt. The "
          "paper does not say at which rate it measured.",
-         "Alpaca, 64: a block holds most requests whole, and half of it is empty, but memory is not short yet at this "
-         "rate; the paper's engine keeps requests longer, so it is."],
+         "Alpaca, 64: a block holds most requests whole, and much of it is empty, so fewer fit; but at this rate, "
+         "on a datasheet's clock, not so few that any waits long."],
     )  # fmt: skip
 
 
@@ -222,9 +222,9 @@ def shared_prefix(lab: Lab) -> Figure:
         "prefix", "a prefix that all requests share", findings,
         f"Llama-2-13B (the shape of the paper's LLaMA-13B) on an A100 40GB; sentences of mean {WMT[0]} tokens, "
         f"translations of {WMT[1]}: an assumption. Requests per second, all coming at once.",
-        [f"Band: a factor of {TIME:g}. Beside memory, the cache saves the prefix's arithmetic. Its steps then have so "
-         "little to do that the overhead of a step decides, which was larger in the paper's engine, in Python, than in "
-         "our constants: the less other work a step has, the more ours gains."],
+        [f"Band: a factor of {TIME:g}. Beside memory, the cache saves the prefix's arithmetic.",
+         "Why ours gains more is not known. The lengths are an assumption, and the end of a run, when few are left, "
+         "counts too; ten times the overhead of a step was tried and changes little."],
     )  # fmt: skip
 
 
