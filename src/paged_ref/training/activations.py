@@ -8,6 +8,32 @@ the lowest layer, which is needed last (Belady 1966), and what comes back is fet
 
 The budget is for saved activations. The layer that is computed just now has its arrays beside it, in all
 four. All give the same gradients to the bit: bytes are moved, and never changed.
+
+What paging is worth in training
+--------------------------------
+The paper's problem is not there. A KV cache grows by a token at a time to a length that nobody knows, so a
+reservation wastes most of what it reserves. A training step knows the size of every tensor before it begins,
+frees in the opposite order of allocation, and reads each tensor once: a stack has no holes to close. In the
+table that `paged-ref bench training` prints:
+
+* Pages use a budget to its last page, whole layers only to the last layer that fits. With the budget at half
+  of what five layers save, swapping holds 2 layers and moves 3; pages hold 2.5 and move 2.5, a sixth less. At
+  three quarters it is 2 against 1.25 layers. With a page as large as a layer the two move the same bytes. The
+  gain is at most one layer out and in, whatever the depth: it matters for few and large layers.
+* Pages cost a copy that swapping does not have. Products of matrices want a tensor in one piece, so it is
+  copied into its pages and out of them, also where nothing leaves the device, and for one layer there are
+  both copies. An attention kernel reads through a block table; BLAS does not.
+* Recompute holds least, a tenth of all here, and moves nothing, for one more forward: a third more products.
+  Where a link moves bytes more slowly than the device makes them again, it wins. The bytes that a layer saves
+  for each token grow with hidden_size, its work with hidden_size squared: so wide layers are cheap to move
+  beside their work, and narrow ones, as here, are cheap to run again.
+
+What is used in practice says the same. Checkpointing (Chen et al. 2016) is in every framework; vDNN (Rhu et
+al. 2016) moved whole layers; ZeRO-Offload (Ren et al. 2021) moves gradients and optimizer state, of which
+there is more, and which are touched once in a step. Pages in training are there for the optimizer: QLoRA
+(Dettmers et al. 2023) lets the driver page its state out when a long sequence makes a peak, for the reason
+that inference has: nobody knows when it comes. So, of an article that says PagedAttention manages data
+"during model training": it can, this module does, and there is little to win.
 """
 
 from __future__ import annotations
