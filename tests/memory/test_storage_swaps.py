@@ -67,7 +67,7 @@ def compute(monkeypatch: pytest.MonkeyPatch) -> Stream:
     gpu = SimpleNamespace(cuda=cuda, full=np.full, nan=np.nan, asarray=np.asarray)
     monkeypatch.setattr(module, "xp", gpu)
     monkeypatch.setattr(module, "on_gpu", True)
-    monkeypatch.setattr(module, "_pinned", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    monkeypatch.setattr(module, "pinned", lambda shape, dtype: np.full(shape, np.nan, dtype))
     return stream
 
 

@@ -387,12 +387,12 @@ class Session:
     def read_until(self, text: str, seconds: float = 30) -> str:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if text in self.shown():
-                return self.shown()
             if select.select([self.main], [], [], 0.1)[0]:
                 data = os.read(self.main, 65536)
                 self.raw += data
                 self.stream.feed(data)
+            elif text in self.shown():  # and nothing more comes: the whole screen is drawn
+                return self.shown()
         raise AssertionError(f"{text!r} never came; the screen is\n{self.shown()}")
 
     def shown(self) -> str:
