@@ -140,7 +140,7 @@ def test_the_memory_pool_of_a_gpu_bears_the_counts_out() -> None:
     config = small.config(num_layers=8, hidden_size=256, intermediate_size=512, head_size=64)
     from paged_ref.training.network import Batch
 
-    class Peak(xp.cuda.MemoryHook):  # type: ignore[misc, name-defined]
+    class Peak(xp.cuda.MemoryHook):  # type: ignore[misc]
         name, now, most = "peak", 0, 0
 
         def malloc_postprocess(self, **of: int) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tracemalloc
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -140,7 +140,7 @@ def _peak() -> Iterator[list[int]]:
     peak = [0]
     if on_gpu:
 
-        class Hook(xp.cuda.MemoryHook):  # type: ignore[misc, name-defined]
+        class Hook(xp.cuda.MemoryHook):  # type: ignore[misc]
             name, now = "peak", 0
 
             def malloc_postprocess(self, **of: int) -> None:
@@ -164,7 +164,7 @@ def _peak() -> Iterator[list[int]]:
 class Timed(np.ndarray):
     """An array whose operations, and those of all that comes from it, are timed by name in `Timed.seconds`."""
 
-    seconds: ClassVar[Counter[str]] = Counter()
+    seconds: ClassVar[dict[str, float]] = defaultdict(float)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
         plain = [x.view(np.ndarray) if isinstance(x, Timed) else x for x in inputs]
@@ -193,14 +193,14 @@ def profile(weights: Parameters, tokens: np.ndarray, rounds: int) -> dict[str, f
             type(layer)(**{name: getattr(layer, name).view(Timed) for name in layer.__slots__}) for layer in its.layers
         ]
     batch, best, whole = Batch.of(list(tokens)), math.inf, math.inf
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = {}
     for _ in range(rounds + 1):
         Timed.seconds.clear()
         seconds = _seconds(lambda: loss_and_gradient(timed, gradient, batch, Keep()))
         if seconds < best:
-            best, spent = seconds, Timed.seconds.copy()
+            best, spent = seconds, dict(Timed.seconds)
         whole = min(whole, _seconds(lambda: loss_and_gradient(weights, gradient, batch, Keep())))
-    shares = {name: its / whole for name, its in spent.most_common(8)}
+    shares = {name: its / whole for name, its in sorted(spent.items(), key=lambda its: -its[1])[:8]}
     return {**shares, "other": 1 - sum(shares.values())}
 
 

@@ -48,7 +48,7 @@ class Batch:
     targets: Array  # [num_tokens] the token that follows each
 
     @staticmethod
-    def of(sequences: Sequence[Sequence[int]]) -> Batch:
+    def of(sequences: Sequence[Sequence[int] | np.ndarray]) -> Batch:
         """Of token ids: each predicts the next of its sequence, so a sequence has at least two."""
         inputs = np.concatenate([np.asarray(ids[:-1]) for ids in sequences])
         targets = np.concatenate([np.asarray(ids[1:]) for ids in sequences])

@@ -136,8 +136,10 @@ def _optimizers(settings: Settings, weights: Parameters, gradient: Parameters) -
     if settings.optimizer == "adamw":
         return [AdamW(weights.flat[:ends], gradient.flat[:ends], decay), norms]
     embedding = AdamW(weights.embedding.reshape(-1), gradient.embedding.reshape(-1), decay)
-    matrices = [[view for name, view in its.by_name().items() if "_proj" in name] for its in (weights, gradient)]
-    return [Muon(*matrices, decay), embedding, norms]
+    matrices, gradients = (
+        [view for name, view in its.by_name().items() if "_proj" in name] for its in (weights, gradient)
+    )
+    return [Muon(matrices, gradients, decay), embedding, norms]
 
 
 def micro_batches(batch: Sequence[np.ndarray], micro_tokens: int) -> list[list[np.ndarray]]:
