@@ -75,7 +75,7 @@ DEVICES = [
     {"device_blocks": 20, "block_size": 4, "evict": "relevance"},
     {"device_blocks": 14, "block_size": 16, "host_blocks": 0},  # all of it fits: nothing moves
     {"device_blocks": 1, "block_size": 16, "staging_pages": 1},
-    {"device_blocks": 1, "block_size": 8, "staging_pages": 11, "max_batch_tokens": 16},
+    {"device_blocks": 1, "block_size": 8, "staging_pages": PER_BLOCK - 1, "max_batch_tokens": 16},
     {"device_blocks": 5, "block_size": 3, "staging_pages": 8, "backend": "reference"},
     {"device_blocks": 12, "block_size": 8, "backend": "reference"},
 ]
@@ -121,13 +121,18 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"backend": "reference", "staging_pages": 14, "max_batch_tokens": 16}, {"attend": 2}]
+    "options",
+    [
+        {},
+        {"device_blocks": 2, "backend": "reference", "staging_pages": 14, "max_batch_tokens": 16},
+        {"attend": 2},
+    ],
 )
 def test_sliding_windows(windowed: str, options: dict[str, Any]) -> None:
     max_batch_tokens = options.get("max_batch_tokens", 512)
     expected = Engine(windowed, kv_cache_tokens=2048, max_batch_tokens=max_batch_tokens).run(PROMPTS, GREEDY)
     assert expected.tokens != resident("tiny").tokens
-    run, _, _ = streamed(windowed, device_blocks=1, block_size=4, **options)
+    run, _, _ = streamed(windowed, **{"device_blocks": 1, "block_size": 4, **options})
     assert run.tokens == expected.tokens
 
 
@@ -153,7 +158,7 @@ def test_a_window_is_all_that_is_read_and_all_the_mass(windowed: str) -> None:
 def test_a_window_that_cannot_be_staged_is_refused_at_once(windowed: str) -> None:
     words = "11 pages are for staging; a sliding window of 24 tokens, and steps of up to 16, need 12 at once"
     with pytest.raises(ValueError, match=words):
-        Engine(windowed, device_blocks=1, block_size=4, staging_pages=11, max_batch_tokens=16)
+        Engine(windowed, device_blocks=2, block_size=4, staging_pages=11, max_batch_tokens=16)
 
 
 def test_float16() -> None:

@@ -95,7 +95,7 @@ def test_the_example_makes_the_pool_work(runs: list[History]) -> None:
     assert {mark for _, mark in paged.marks} == {"F", "C", "H", "E", "S", "R", "N"}
     totals = paged.moment(len(paged)).state.totals
     assert totals.rows_out == totals.rows_in > 0
-    assert totals.hits >= 12
+    assert totals.hits >= 8  # tokens: two blocks
     assert {mark for run in runs for _, mark in run.marks} <= set(MARKS)
     # Figure 6 of the paper: the first request begins in blocks 7 and 1, and opens block 3.
     first = [place.blocks.copy() for i in range(20) if (place := paged.moment(i).state.memory.sequences.get(0))]
