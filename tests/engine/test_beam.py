@@ -144,7 +144,7 @@ def test_beams_survive_preemption(preemption: str, block_size: int, max_batch_to
     engine = Engine(
         block_size=block_size, kv_cache_tokens=small, preemption=preemption, max_batch_tokens=max_batch_tokens
     )
-    before = engine.add("The cat", SamplingParams(max_tokens=40, ignore_eos=True))  # it came first, so it stays
+    before = engine.add("The cat", SamplingParams(max_tokens=44, ignore_eos=True))  # it came first, so it stays
     params = SamplingParams(max_tokens=14, beam_width=4, length_penalty=1.0)
     outputs = [engine.add(prompt, params) for prompt in PROMPTS[:2]]
     engine.finish()
@@ -207,7 +207,7 @@ def test_the_papers_figure_8_on_the_real_engine() -> None:
     manager, storage = engine.manager, engine.llm.storage
     assert isinstance(manager, PagedManager)
     encode = engine.llm.tokenizer.encode
-    words = iter(encode(word)[0] for word in (" fathers", " mothers", " brought", " brought"))
+    words = iter(encode(word)[0] for word in (" fathers", " mother", " brought", " brought"))
 
     def say_the_next_word(tokens: object, logits: np.ndarray) -> np.ndarray:
         logits[next(words)] = 1000.0
@@ -225,12 +225,12 @@ def test_the_papers_figure_8_on_the_real_engine() -> None:
     assert {block: manager.pool.ref_count[block] for block in (7, 1, 3)} == {7: 2, 1: 1, 3: 1}
     engine.llm.scheduler.schedule = lambda: plan  # type: ignore[method-assign]
     engine.step()
-    assert [sample.text for sample in output.outputs] == [" fathers brought", " mothers brought"]
+    assert [sample.text for sample in output.outputs] == [" fathers brought", " mother brought"]
     for block in (3, 1):
         assert (storage.device[:, :, block, :3] == prompt).all()
-    fathers, mothers = storage.device[:, :, 3, 3], storage.device[:, :, 1, 3]
+    fathers, mother = storage.device[:, :, 3, 3], storage.device[:, :, 1, 3]
     assert not np.isnan(fathers).any()
-    assert (fathers != mothers).any()
+    assert (fathers != mother).any()
     assert manager.pool.num_free == 9
 
 

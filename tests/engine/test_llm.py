@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, RequestOutput, SamplingParams
+from paged_ref.config import kv_bytes_per_token
 from paged_ref.kernels import backends
+from paged_ref.model.loading import load
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name
     for name in ("reference", "cpu", "cuda")
     if name in backends()
 ]
+TINY = load("tiny").config
+KV_BYTES = kv_bytes_per_token(TINY, "float32")
 PAPER = "Four score and seven years ago our"
 MIXED = [PAPER, "Once upon a time", "The cat", "One day, Ben found a red box under the tree. " * 4]
 
@@ -199,7 +203,7 @@ def test_abort_in_the_middle(tiny: LLM) -> None:
     [
         ("", {}, "the prompt is empty"),
         ([], {}, "the prompt is empty"),
-        ([1, 5000], {}, "token id 5000; known are 0 to 1023"),
+        ([1, 5000], {}, f"token id 5000; known are 0 to {TINY.vocab_size - 1}"),
         ([-1], {}, "token id -1"),
         ([5] * 512, {}, "512 tokens; the context of 512"),
         ("Once", {"max_tokens": 0}, "max_tokens is 0"),
@@ -237,7 +241,7 @@ def test_a_request_that_the_cache_can_never_hold() -> None:
         ({"manager": "buddy"}, "manager is 'buddy'; known are"),
         ({"kv_cache_tokens": 10}, "room for 10 tokens; at least one block of 16"),
         ({"kv_cache_tokens": 0, "manager": "standard"}, "room for 0 tokens"),
-        ({"kv_cache_bytes": 3072 * 16 - 1}, "room for 15 tokens; at least one block of 16"),
+        ({"kv_cache_bytes": KV_BYTES * 16 - 1}, "room for 15 tokens; at least one block of 16"),
         ({"kv_cache_bytes": 1, "kv_cache_tokens": 1}, "both given"),
         ({"max_model_len": 513}, "max_model_len is 513; 1 to the model's context of 512"),
         ({"max_batch_tokens": 0}, "max_batch_tokens is 0"),
@@ -253,7 +257,7 @@ def test_engines_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 
 def test_bytes_and_tokens_give_the_same_pool() -> None:
-    assert LLM("tiny", kv_cache_bytes=3072 * 100).manager.num_slots == 96
+    assert LLM("tiny", kv_cache_bytes=KV_BYTES * 100).manager.num_slots == 96
     assert LLM("tiny", kv_cache_tokens=100).manager.num_slots == 96
 
 
