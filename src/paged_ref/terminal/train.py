@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="train nothing: the bits per byte of that model on the stories held out")  # fmt: skip
     text = parser.add_argument_group("text")
     text.add_argument("--held-out", type=float, default=0.05, metavar="SHARE",
-                      help="of the stories, drawn by chance: measured, never learned (default 0.05)")  # fmt: skip
+                      help="of the stories, the last ones: measured, never learned (default 0.05)")  # fmt: skip
     text.add_argument("--by-heart", type=Path, metavar="FILE",
                       help=f"a text to learn by heart: read {HEARD} times in each epoch")  # fmt: skip
     text.add_argument("--words", default="", metavar="TEXT", help="each word of this becomes one token")
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
     if not 0 < args.held_out < 1:
         raise ValueError(f"--held-out is {args.held_out}; a share between 0 and 1 is needed")
     stories = [story for path in args.text for story in read_stories(path)]
-    learned, held = hold_out(stories, args.held_out, args.seed)
+    learned, held = hold_out(stories, args.held_out)
     if args.measure is not None:
         return _measure(args.measure, held)
     if args.out is None:

@@ -48,20 +48,18 @@ def _pieces(text: str) -> Iterator[str]:
     yield "".join(piece)
 
 
-def hold_out(stories: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Stories to learn from, and some drawn by chance to measure on, which training must not see.
+def hold_out(stories: list[str], share: float) -> tuple[list[str], list[str]]:
+    """Stories to learn from, and the last `share` of them to measure on, which training must not see.
 
     At least one is held out. Raises ValueError where none would be left to learn from.
     """
-    order = np.random.default_rng(seed).permutation(len(stories))
-    held = set(order[: max(1, round(share * len(stories)))].tolist())
-    if len(held) >= len(stories):
+    num_held = max(1, round(share * len(stories)))
+    if num_held >= len(stories):
         raise ValueError(
-            f"the text is too short: {len(stories)} stories, or pieces of {PIECE} characters, of which {len(held)} "
+            f"the text is too short: {len(stories)} stories, or pieces of {PIECE} characters, of which {num_held} "
             "are held out; at least one must be left to learn from"
         )
-    learned = [story for index, story in enumerate(stories) if index not in held]
-    return learned, [stories[index] for index in sorted(held)]
+    return stories[:-num_held], stories[-num_held:]
 
 
 def train_tokenizer(stories: Sequence[str], vocab_size: int, whole: str = "") -> Tokenizer:
