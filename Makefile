@@ -23,8 +23,9 @@ demo: .venv/run.stamp  ## the main job: standard and paged memory, side by side 
 lesson: .venv/run.stamp  ## the guided course; N=5 runs lesson 5
 	@$(BIN)/paged-ref lesson $(N)
 
+# A process for each core, and a BLAS thread for each process: more threads than cores wait for each other.
 test: .venv/test.stamp  ## all tests that this machine can run
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: .venv/test.stamp .venv/lint.stamp  ## ruff format and check, mypy strict
 	$(BIN)/ruff format --check .
@@ -32,7 +33,7 @@ lint: .venv/test.stamp .venv/lint.stamp  ## ruff format and check, mypy strict
 	$(BIN)/mypy
 
 compare: .venv/test.stamp .venv/compare.stamp  ## the tests against PyTorch and transformers (installs both)
-	$(BIN)/python -m pytest -m compare
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m compare
 
 pictures: .venv/run.stamp  ## lessons/pictures/*.svg, from real runs
 	@mkdir -p lessons/pictures build
