@@ -134,7 +134,8 @@ def test_a_session(start: Callable[..., Terminal]) -> None:
     terminal.press("6/c\r")
     assert "▶C" in terminal.see("C: its next event")
     terminal.press(END)
-    terminal.see("event 206 of 206")
+    (events,) = re.findall(r"event 1 of (\d+)", first)
+    terminal.see(f"event {events} of {events}")
     terminal.press("\t")
     terminal.see("run 2/3")
     terminal.press(HOME + "?")
@@ -155,7 +156,7 @@ def test_resizing(start: Callable[..., Terminal], size: tuple[int, int]) -> None
     terminal.resize(*size)
     terminal.wait(lambda: terminal.screen.display[-1].rstrip().endswith(("quit", "…")), "waited for the last line")
     terminal.read(0.2)
-    assert "event 1 of 206" in terminal.screen.display[0]
+    assert "event 1 of " in terminal.screen.display[0]
     assert len(terminal.screen.display[0].rstrip()) >= size[0] - 1
     terminal.resize(40, 10)
     terminal.see("at least 60x16")
