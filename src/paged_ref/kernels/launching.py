@@ -42,16 +42,25 @@ def start(launch: Launch) -> None:
     from .machine_code import parameters
 
     number = int(device.xp.cuda.Device().id)
-    _loaded(kernel, parameters(args), num_threads, number)((*grid, 1), (num_threads, 1, 1), args)
+    loaded(kernel, parameters(args), (num_threads, 1), number)((*grid, 1), (num_threads, 1, 1), args)
 
 
 @cache
-def _loaded(kernel: Any, types: tuple[str, ...], num_threads: int, number: int) -> Any:
-    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function."""
+def loaded(kernel: Any, types: tuple[str, ...], bounds: tuple[int, int], number: int) -> Any:
+    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function.
+
+    `bounds`: threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor.
+    """
     from .machine_code import compile_kernel
 
-    properties = device.xp.cuda.runtime.getDeviceProperties(number)
-    code = compile_kernel(kernel, types, (num_threads, 1), (int(properties["major"]), int(properties["minor"])))
+    code = compile_kernel(kernel, types, bounds, capability(number))
     module = device.xp.cuda.Module()
     module.load(code.binary)
     return module.get_function(code.name)
+
+
+@cache
+def capability(number: int) -> tuple[int, int]:
+    """The compute capability of GPU `number`."""
+    properties = device.xp.cuda.runtime.getDeviceProperties(number)
+    return int(properties["major"]), int(properties["minor"])
