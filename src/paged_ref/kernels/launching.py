@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from .. import device
+from ..device import Array, module_of
 
 
 class Launch(NamedTuple):
@@ -64,3 +65,11 @@ def capability(number: int) -> tuple[int, int]:
     """The compute capability of GPU `number`."""
     properties = device.xp.cuda.runtime.getDeviceProperties(number)
     return int(properties["major"]), int(properties["minor"])
+
+
+def span(array: Array) -> Array:
+    """All memory from the first element of `array` to its last, gaps included, as a flat array: no copy."""
+    steps = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    count = 1 + steps // array.itemsize if array.size else 0
+    flat: Array = module_of(array).lib.stride_tricks.as_strided(array, (count,), (array.itemsize,))
+    return flat
