@@ -173,6 +173,18 @@ def test_a_model_is_decoded_and_put_in_proportion() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_where_no_graph_can_be_recorded_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens(dtype: str, cuda_graphs: bool = False) -> list[list[int]]:
+        if cuda_graphs:
+            raise RuntimeError("the decode step cannot be recorded as a CUDA graph: cuBLAS")
+        return [[1, 2, 4]]
+
+    monkeypatch.setattr(model, "greedy_tokens", tokens)
+    same, refused = model.compared([[1, 2, 3]])
+    assert same == {"float16, plain launches": [2]}
+    assert refused == "the decode step cannot be recorded as a CUDA graph: cuBLAS"
+
+
 def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
     tied = model.weights_read(ModelConfig.from_hf(TOY_MODEL))
     apart = model.weights_read(ModelConfig.from_hf({**TOY_MODEL, "tie_word_embeddings": False}))

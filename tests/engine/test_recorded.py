@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,17 @@ def compute_anew(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         logits[...] = run()
 
     return replay, logits
+
+
+@contextmanager
+def skipped_where_refused() -> Iterator[None]:
+    """CuPy refuses to record cuBLAS: then there is nothing to test, and the reason is shown."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, NotImplementedError):
+            pytest.skip(str(error))
+        raise
 
 
 def ids(llm: LLM, *params: SamplingParams) -> list[list[int]]:
@@ -60,7 +72,8 @@ def test_cuda_graphs_give_the_same_tokens() -> None:
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (30, 9, 20, 5)]
     want = ids(LLM("tiny", block_size=4), *params)
     llm = LLM("tiny", block_size=4, cuda_graphs=True)
-    assert ids(llm, *params) == want
+    with skipped_where_refused():
+        assert ids(llm, *params) == want
     assert ids(llm, *params) == want  # every step replayed
     recorded: Any = llm.model
     assert recorded.num_replays == 2 * 29
@@ -82,6 +95,7 @@ def test_a_decode_step_makes_the_host_wait_for_nothing() -> None:
             continue
         for dtype in ("float32", "float16"):
             llm = LLM("tiny", backend=backend, dtype=dtype, cuda_graphs=True)
-            (output,) = llm.generate("Four score and seven years ago our", SamplingParams(max_tokens=4))
+            with skipped_where_refused():
+                (output,) = llm.generate("Four score and seven years ago our", SamplingParams(max_tokens=4))
             assert output.outputs[0].text.startswith(" fathers brought forth")
             assert np.all(np.array(output.outputs[0].token_ids) >= 0)

@@ -104,13 +104,22 @@ def test_a_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "100 tokens of text, then 2 new ones" in capsys.readouterr().out
 
 
+def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["long", "--tokens", "90", "--new-tokens", "2"]) == 0
+    captured = capsys.readouterr().out
+    assert "…" not in captured
+    assert "resident" in captured
+
+
 REFUSED = [
     (["--tokens", "1"], "--tokens is 1; at least 2"),
     (["--new-tokens", "0"], "--new-tokens is 0; at least 1"),
     (["--block-size", "0"], "--block-size is 0; at least 1"),
-    (["--tokens", "90", "--device-blocks", "0"], "device_blocks is 0; at least 1"),
+    (["--tokens", "90", "--device-blocks", "0"], "--device-blocks is 0; at least 1"),
+    (["--tokens", "90", "--host-blocks", "-1"], "--host-blocks is -1; at least 0"),
     (["--tokens", "90", "--host-blocks", "2"], "can need 144 slots of KV cache; there are"),
-    (["--tokens", "90", "--full-layers", "-1"], "full_layers is -1; at least 0"),
+    (["--tokens", "90", "--full-layers", "-1"], "--full-layers is -1; at least 0"),
     (["--tokens", "90", "--watch", "x"], "--watch is 'x'; LAYER:HEAD is needed"),
     (["--tokens", "90", "--watch", "99:0"], "--watch is 99:0; the model has layers 0 to"),
     (["--tokens", "90", "--watch", "0:0"], "--watch is 0:0; --record FILE is needed"),

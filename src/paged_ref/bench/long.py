@@ -277,6 +277,6 @@ def _ratio_table(ratios: list[Ratio], tokens: int) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in ratios:
         table.add_row(
-            row.name, f"{row.seconds * 1e3:.0f} / {row.against * 1e3:.0f}", f"{row.ratio:.2f}", f"{row.cores:.2f}"
+            row.name, f"{row.seconds * 1e3:.3g} / {row.against * 1e3:.3g}", f"{row.ratio:.2f}", f"{row.cores:.2f}"
         )
     return table

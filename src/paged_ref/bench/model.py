@@ -76,15 +76,16 @@ def main(args: argparse.Namespace) -> int:
     from .gpu_clock import Clock
     from .gpu_kernels import header
 
-    same = {
-        f"float16, {'CUDA graphs' if graphs else 'plain launches'}": same_tokens(graphs, cpu_tokens())
-        for graphs in (False, True)
-    }
+    same, refused = compared(cpu_tokens())
     bandwidth = Clock().copy_bandwidth()
-    results = decode_speed(ONE_BILLION, "float16", args, bandwidth, graphs=(False, True))
-    report(Console(), same, results, bandwidth)
+    results = decode_speed(ONE_BILLION, "float16", args, bandwidth, graphs=(False,) if refused else (False, True))
+    console = Console()
+    report(console, same, results, bandwidth)
+    if refused:
+        console.print(f"Without CUDA graphs: {refused}")
     if args.json:
         record = header() | {"copy_bytes_per_second": bandwidth, "same_tokens_as_cpu_float32": same, "decode": results}
+        record["cuda_graphs_refused"] = refused
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if all(count == NEW_TOKENS for counts in same.values() for count in counts) else 1
 
@@ -108,6 +109,17 @@ def cpu_tokens() -> list[list[int]]:
         raise RuntimeError(f"the run on the CPU failed: {run.stderr.strip().splitlines()[-1]}")
     tokens: list[list[int]] = json.loads(run.stdout)
     return tokens
+
+
+def compared(want: list[list[int]]) -> tuple[dict[str, list[int]], str | None]:
+    """same_tokens with plain launches and with CUDA graphs; and why there are none with graphs, where CuPy cannot
+    record the step (engine/recorded.py)."""
+    same = {"float16, plain launches": same_tokens(False, want)}
+    try:
+        same["float16, CUDA graphs"] = same_tokens(True, want)
+    except RuntimeError as error:
+        return same, str(error)
+    return same, None
 
 
 def same_tokens(graphs: bool, want: list[list[int]]) -> list[int]:

@@ -97,8 +97,9 @@ class LLM(EngineCore):
         that the model was trained for; what it says out there is its own affair.
 
         `cuda_graphs`, on a GPU with the paged manager, records each size of decode step once and replays it: less
-        host time for each step (`paged-ref bench model` measures how much). A backend that waits for the device
-        cannot be recorded; it raises RuntimeError at the first decode step.
+        host time for each step (`paged-ref bench model` measures how much). What cannot be
+        recorded raises RuntimeError at the first decode step: a backend that waits for the device, and products by
+        cuBLAS where CuPy refuses to record them, as its releases so far do (engine/recorded.py).
 
         `sanitize` checks every read of the cache; `log` is told all that happens (memory/events.py);
         `on_step` gets a StepRecord after each step. None of the three changes a token.

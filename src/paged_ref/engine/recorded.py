@@ -30,7 +30,8 @@ class CudaRecorder:
         self._pool = xp.cuda.MemoryPool()
 
     def __call__(self, run: Callable[[], Array]) -> tuple[Callable[[], None], Array]:
-        """Raises RuntimeError where the work waits for the device, which no graph can."""
+        """Raises RuntimeError where the work waits for the device, which no graph can, and where CuPy refuses to
+        record: up to this day all that calls cuBLAS, and so every product (cupy/cupy issue 6290)."""
         current = xp.cuda.get_current_stream()
         self._stream.wait_event(current.record())
         with self._stream, xp.cuda.using_allocator(self._pool.malloc):

@@ -27,7 +27,6 @@ float8: e4m3's two codes for not-a-number read as 480, so what is stored must be
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ import numpy as np
 
 from .. import device
 from ..device import Array, module_of
+from . import launching
 from .arguments import AttentionCall
 from .quantize import BFLOAT16, FLOAT8, INT8, word
 
@@ -60,14 +60,11 @@ class Launch(NamedTuple):
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine; None where it can."""
-    if not device.on_gpu:
-        return device.reason
-    for module, package in (("numba_cuda", "numba-cuda"), ("cuda.bindings", "cuda-bindings")):
-        if importlib.util.find_spec(module) is None:
-            return f"it needs the package {package}"
-    capability = _capability(int(device.xp.cuda.Device().id))
-    if capability < OLDEST:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}; {OLDEST[0]}.{OLDEST[1]} is needed"
+    if (reason := launching.unavailable()) is not None:
+        return reason
+    major, minor = launching.capability(int(device.xp.cuda.Device().id))
+    if (major, minor) < OLDEST:
+        return f"the GPU has compute capability {major}.{minor}; {OLDEST[0]}.{OLDEST[1]} is needed"
     return None
 
 
@@ -238,26 +235,9 @@ def attention(call: AttentionCall) -> None:
     for kernel, grid, bounds, args in launches(call, None, _processors(number)):
         from .machine_code import parameters
 
-        _loaded(kernel, parameters(args), bounds, number)(grid, (bounds[0], 1, 1), args)
+        launching.loaded(kernel, parameters(args), bounds, number)(grid, (bounds[0], 1, 1), args)
     if call.out is not out:
         out[...] = call.out
-
-
-@cache
-def _loaded(kernel: Any, types: tuple[str, ...], bounds: tuple[int, int], number: int) -> Any:
-    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function."""
-    from .machine_code import compile_kernel
-
-    code = compile_kernel(kernel, types, bounds, _capability(number))
-    module = device.xp.cuda.Module()
-    module.load(code.binary)
-    return module.get_function(code.name)
-
-
-@cache
-def _capability(number: int) -> tuple[int, int]:
-    properties = device.xp.cuda.runtime.getDeviceProperties(number)
-    return int(properties["major"]), int(properties["minor"])
 
 
 @cache

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..device import Array, module_of
 from . import launching
-from .launching import Launch
+from .launching import Launch, span
 
 THREADS = 256
 
@@ -50,7 +50,7 @@ def rotate_launch(out: Array, x: Array, cos: Array, sin: Array) -> Launch:
 
     num_tokens, heads, head_size = x.shape
     sizes = (np.int64(heads), np.int64(head_size // 2), np.int64(x.strides[0] // x.itemsize))
-    args = (out.ravel(), _span(x), cos.ravel(), sin.ravel(), *sizes)
+    args = (out.ravel(), span(x), cos.ravel(), sin.ravel(), *sizes)
     return Launch(rotate_kernel, (num_tokens, heads), 32, args)
 
 
@@ -68,10 +68,3 @@ def gate_launch(out: Array, gate_up: Array) -> Launch:
     num_tokens, size = out.shape
     args = (out.ravel(), gate_up.ravel(), np.int64(size))
     return Launch(gate_kernel, (num_tokens, -(-size // THREADS)), THREADS, args)
-
-
-def _span(x: Array) -> Array:
-    """From the first token of `x` to its last, as a flat array: no copy."""
-    count = (x.shape[0] - 1) * (x.strides[0] // x.itemsize) + x.shape[1] * x.shape[2] if x.size else 0
-    flat: Array = module_of(x).lib.stride_tricks.as_strided(x, (count,), (x.itemsize,))
-    return flat

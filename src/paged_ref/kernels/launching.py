@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from .. import device
+from ..device import Array, module_of
 
 
 class Launch(NamedTuple):
@@ -42,16 +43,33 @@ def start(launch: Launch) -> None:
     from .machine_code import parameters
 
     number = int(device.xp.cuda.Device().id)
-    _loaded(kernel, parameters(args), num_threads, number)((*grid, 1), (num_threads, 1, 1), args)
+    loaded(kernel, parameters(args), (num_threads, 1), number)((*grid, 1), (num_threads, 1, 1), args)
 
 
 @cache
-def _loaded(kernel: Any, types: tuple[str, ...], num_threads: int, number: int) -> Any:
-    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function."""
+def loaded(kernel: Any, types: tuple[str, ...], bounds: tuple[int, int], number: int) -> Any:
+    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function.
+
+    `bounds`: threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor.
+    """
     from .machine_code import compile_kernel
 
-    properties = device.xp.cuda.runtime.getDeviceProperties(number)
-    code = compile_kernel(kernel, types, (num_threads, 1), (int(properties["major"]), int(properties["minor"])))
+    code = compile_kernel(kernel, types, bounds, capability(number))
     module = device.xp.cuda.Module()
     module.load(code.binary)
     return module.get_function(code.name)
+
+
+@cache
+def capability(number: int) -> tuple[int, int]:
+    """The compute capability of GPU `number`."""
+    properties = device.xp.cuda.runtime.getDeviceProperties(number)
+    return int(properties["major"]), int(properties["minor"])
+
+
+def span(array: Array) -> Array:
+    """All memory from the first element of `array` to its last, gaps included, as a flat array: no copy."""
+    steps = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    count = 1 + steps // array.itemsize if array.size else 0
+    flat: Array = module_of(array).lib.stride_tricks.as_strided(array, (count,), (array.itemsize,))
+    return flat

@@ -12,7 +12,7 @@ import numpy as np
 from ..device import Array, module_of, to_host
 from . import launching
 from .arguments import CACHES, FLOATS, adopt, check_scales, like_caller, require_dtype, scales_of
-from .launching import Launch
+from .launching import Launch, span
 from .quantize import decode, encode, word
 
 
@@ -114,16 +114,9 @@ def write_launches(
             scales = module_of(key).empty(key.shape[1], dtype=np.float32)
         steps = (stride // array.itemsize for array in (new, cache) for stride in array.strides)
         sizes = (np.int64(size) for size in (*key.shape[1:], cache.shape[1], *steps))
-        args = (_span(new), _span(cache), slots, module_of(key).ascontiguousarray(scales), *sizes)
+        args = (span(new), span(cache), slots, module_of(key).ascontiguousarray(scales), *sizes)
         launches.append(Launch(kernel, (key.shape[0], 1), 128, args))
     return launches
-
-
-def _span(array: Array) -> Array:
-    """All memory from the first element of `array` to its last, gaps included, as a flat array: no copy."""
-    count = 1 + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)) // array.itemsize
-    flat: Array = module_of(array).lib.stride_tricks.as_strided(array, (count,), (array.itemsize,))
-    return flat
 
 
 def _in_chunks(array: Array) -> bool:

@@ -20,6 +20,7 @@ from ..device import describe
 from ..engine.llm import LLM
 from ..engine.long_context import Counters, Observation
 from ..engine.sampling import SamplingParams
+from ..kernels import why_not
 from ..memory.events import write_events
 from ..memory.relevance import Attend, check_attend
 from ..memory.streaming import EVICTIONS
@@ -57,9 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    for name, least in (("tokens", 2), ("new_tokens", 1), ("block_size", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least {least} is needed")
+    bounds = {"tokens": 2, "new_tokens": 1, "block_size": 1, "seed": 0}
+    bounds |= {"device_blocks": 1, "host_blocks": 0, "full_layers": 0}
+    for name, least in bounds.items():  # before the text, which takes a while
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; at least {least} is needed")
+    if args.backend != "auto" and (reason := why_not(args.backend)) is not None:
+        raise ValueError(f"--backend is {args.backend!r}, which does not work on this machine: {reason}")
     watch = _watch(args.watch, load(args.model).config) if args.watch or args.record else None
     if args.watch and not args.record:
         raise ValueError(f"--watch is {args.watch}; --record FILE is needed, the log for `paged-ref viz`")
@@ -167,9 +173,9 @@ def _show(
         title=f"{args.tokens} tokens of text, then {args.new_tokens} new ones; {describe()}\n"
         f"device: {device_blocks} of the {needed} blocks of {args.block_size} tokens that all of it needs",
     )
-    table.add_column("attend", no_wrap=True)
+    table.add_column("attend")  # narrow terminals break these words, not the numbers
     for run in runs:
-        table.add_column(run.name, justify="right")
+        table.add_column(run.name, justify="right", no_wrap=True)
     lines: list[tuple[str, list[str]]] = [
         ("device memory, KiB", [f"{run.device_bytes / 1024:,.0f}" for run in runs]),
         ("from the host, KiB/token", [_kib(run.counters.bytes_in, args.new_tokens) for run in runs]),
