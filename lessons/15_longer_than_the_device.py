@@ -28,7 +28,7 @@ day Lily and Tom went to the park to play. In the park there was a big tree.
 The ball flew up into the tree. Lily was sad, and Tom wanted to help. A boy
 came and saw that she was sad. He took the ball out of the tree. Lily"""
 NEW = 8
-moved = predict("Which share of K and V moves for each new token?")
+moved = predict("How much of K and V moves for each token?", "percent")
 
 # ## Run
 
@@ -51,7 +51,7 @@ usual, _, _ = run()
 exact, llm, _ = run(device_blocks=8, host_blocks=60, sanitize=True)
 read = llm.long_context.counters
 show(f"  pages read: {read.attended}, {read.resident} of them here\n")
-moved.grade(1 - read.hit_rate, within=0.15)
+moved.grade(100 * (1 - read.hit_rate), within=0.15)
 claim("the tokens are those of an ample device", exact == usual)
 away = (read.attended - read.resident) * llm.long_context.page_bytes
 claim("what was not here had to come", read.bytes_in >= away)
