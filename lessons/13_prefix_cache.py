@@ -47,7 +47,7 @@ def run(prompts, **options):
     llm = LLM("tiny", log=events.append, **options)
     params = SamplingParams(2, ignore_eos=True)
     outputs = llm.generate(list(prompts), params)
-    tokens = [t for its in outputs for t in its.outputs[0].token_ids]
+    tokens = [t for out in outputs for t in out.outputs[0].token_ids]
     found = [e.length for e in events if isinstance(e, SequenceAdmitted)]
     return tokens, found, events, llm
 

@@ -41,7 +41,7 @@ def run(blocks, preemption):
     llm = LLM("tiny", backend="reference", **options)
     params = SamplingParams(NEW, ignore_eos=True)
     outputs = llm.generate(PROMPTS, params)
-    tokens = [t for its in outputs for t in its.outputs[0].token_ids]
+    tokens = [t for out in outputs for t in out.outputs[0].token_ids]
     plans = [e for e in events if isinstance(e, StepPlanned)]
     return tokens, plans, records
 
