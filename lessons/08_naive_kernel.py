@@ -130,9 +130,9 @@ check(my_positions, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# FlashAttention has the same loop over tiles and the same online softmax;
-# its threads work on small matrices at a time, its loads are 16 bytes wide,
-# and the next tile is on its way while this one is computed.
+# FlashAttention has the same loop over tiles, and carries sums from one to
+# the next (lesson 10); its threads work on small matrices at a time, and
+# the next tile is on its way while this one is computed.
 
 # ## Next
 #

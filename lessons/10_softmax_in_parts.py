@@ -25,7 +25,7 @@ from paged_ref.lesson import predict, table, todo
 # with its lse is an attention state.
 
 HEAD_SIZE = 16
-share = predict("Part A has lse 2, part B 2 + ln 3. Which share is B's?")
+share = predict("Lse of A: 2, of B: 2 + ln 3. Share of B?", "percent")
 handed_on = predict(f"A head is {HEAD_SIZE} wide. Numbers in its state?")
 
 # ## Run
@@ -68,7 +68,7 @@ for part, its in enumerate(shares):
     rows.append((blocks, *its.round(3).tolist()))
 names = [f"head {head}" for head in range(HEADS)]
 table("The share of each part in the result", ("blocks", *names), rows)
-share.grade(exp(log(3)) / (1 + exp(log(3))))
+share.grade(100 * exp(log(3)) / (1 + exp(log(3))), within=0.01)
 handed_on.grade((outputs[0].size + lses[0].size) // HEADS)
 
 merged, _ = merge_states(outputs, lses)

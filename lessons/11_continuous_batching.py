@@ -46,7 +46,8 @@ def run(group_size, **options):
         group = slice(first, first + group_size)
         params = [SamplingParams(n, ignore_eos=True) for n in NEW[group]]
         outputs = llm.generate(PROMPTS[group], params)
-        tokens += [t for its in outputs for t in its.outputs[0].token_ids]
+        for output in outputs:
+            tokens += output.outputs[0].token_ids
     return steps, tokens
 
 
@@ -56,8 +57,11 @@ def run(group_size, **options):
 def picture(title, steps):
     text = f"  {title}: {len(steps)} steps (P prompt, d one more token)\n"
     for seq in range(len(NEW)):
-        counts = [step.get(seq, 0) for step in steps]
-        text += f"  {seq} {''.join('·dPPPPP'[count] for count in counts)}\n"
+        text += f"  {seq} "
+        for step in steps:
+            count = step.get(seq, 0)
+            text += "P" if count > 1 else "d" if count else "·"
+        text += "\n"
     show(text)
 
 
@@ -81,8 +85,8 @@ claim(f"{idle[0]} idle places in groups, {idle[1]} else", idle[0] > idle[1])
 chunked, same = run(len(NEW), max_batch_tokens=8)
 four = range(4)
 rows = [(i, *(chunked[i].get(seq, "") for seq in four)) for i in range(5)]
-names = [f"seq {seq}" for seq in four]
-table("Tokens of a step of at most 8", ("step", *names), rows)
+columns = ("step", *(f"seq {seq}" for seq in four))
+table("Tokens of a step of at most 8", columns, rows)
 most = max(sum(step.values()) for step in chunked)
 claim("tokens in the fullest step", most, 8)
 claim("no token changes", same, tokens)
@@ -123,14 +127,11 @@ def my_plan(behind, budget):
     return todo("5 lines")
 
 
-# The scheduler itself says what is right:
-
-
 def spec(behind, budget):
-    its = scheduler.Scheduler(PagedManager(99, 4), budget, 99)
+    real = scheduler.Scheduler(PagedManager(99, 4), budget, 99)
     for seq, n in enumerate(behind):
-        its.add(Group([Sequence(seq, [0] * n, n, n + 1)]))
-    return [(seq.seq_id, n) for seq, n in its.schedule().chunks]
+        real.add(Group([Sequence(seq, [0] * n, n, n + 1)]))
+    return [(seq.seq_id, n) for seq, n in real.schedule().chunks]
 
 
 cases = [([1, 1, 9], 8), ([9, 1, 1], 8), ([3, 3, 3], 100), ([1] * 5, 3)]

@@ -73,7 +73,7 @@ claim("slots that sharing saves", manager.snapshot().shared, 4 * 4)
 
 def tokens(*params):
     outputs = engine().generate([PROMPT] * len(params), params)
-    return [t for o in outputs for its in o.outputs for t in its.token_ids]
+    return [t for o in outputs for one in o.outputs for t in one.token_ids]
 
 
 alone = tokens(*(sampled(1, 7 + i) for i in range(N)))

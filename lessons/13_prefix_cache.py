@@ -47,7 +47,7 @@ def run(prompts, **options):
     llm = LLM("tiny", log=events.append, **options)
     params = SamplingParams(2, ignore_eos=True)
     outputs = llm.generate(list(prompts), params)
-    tokens = [t for its in outputs for t in its.outputs[0].token_ids]
+    tokens = [t for out in outputs for t in out.outputs[0].token_ids]
     found = [e.length for e in events if isinstance(e, SequenceAdmitted)]
     return tokens, found, events, llm
 
@@ -56,10 +56,9 @@ def run(prompts, **options):
 # last token must say what comes next.
 
 tokens, found, events, llm = run(REQUESTS.values())
-rows = [(name, len(prompt)) for name, prompt in REQUESTS.items()]
-rows = [
-    (*row, hit, row[1] - hit) for row, hit in zip(rows, found, strict=True)
-]
+rows = []
+for (name, prompt), hit in zip(REQUESTS.items(), found, strict=True):
+    rows.append((name, len(prompt), hit, len(prompt) - hit))
 table("Prompts", ("request", "tokens", "found", "computed"), rows)
 chat.grade(found[1])
 twice.grade(found[2])
@@ -71,14 +70,13 @@ claim("found without their beginning", found[3], 0)
 # ## How a block is found
 #
 # By a digest of its tokens, and of the digest of the block before. So one
-# key stands for all that came before, and a prompt is looked up block by
-# block, without comparing it with any other. Here are the last two prompts.
-# They end with the same eight tokens, and share no key.
+# key stands for all that came before, and no prompts are compared. Here are
+# the last two: they end with the same eight tokens, and share no key.
 
 rows = []
 for prompt in ([*SYSTEM, 20, 21], [*SYSTEM[4:], 20, 21]):
-    its = [key.hex()[:6] for key in block_digests(prompt, BLOCK_SIZE)]
-    rows.append((" ".join(map(str, prompt)), "  ".join(its)))
+    keys = [key.hex()[:6] for key in block_digests(prompt, BLOCK_SIZE)]
+    rows.append((" ".join(map(str, prompt)), "  ".join(keys)))
 table("The keys of full blocks", ("prompt", "keys"), rows)
 
 # When their sequence ends, known blocks stay, idle, in no table. They are
@@ -128,7 +126,10 @@ def my_keys(tokens, size, parent=b""):
     return todo("5 lines, in a list")
 
 
-spec = lambda *its: list(block_digests(*its))  # noqa: E731
+def spec(tokens, size, parent=b""):
+    return list(block_digests(tokens, size, parent))
+
+
 prompt = [*SYSTEM, *SYSTEM]
 cases = [(prompt, 4), (prompt[:7], 4, b"x"), ([1, 2], 4), (prompt[:8], 2)]
 hint = "Each key is the parent of the next. A block that is not full: none."

@@ -23,7 +23,6 @@ from paged_ref.memory.storage import KVStorage
 # Whoever came last gives way, so the first always gets on, and all end some
 # day. Its blocks can be **swapped** to host memory and back. Or they are
 # given up, and later its tokens are **recomputed** as one long prompt.
-#
 # Three prompts of eight tokens grow by sixteen; ten blocks of four slots.
 
 PROMPTS = [[5 + i] * 8 for i in range(3)]
@@ -36,13 +35,13 @@ victims = predict("How often does one of the three give way?", "times")
 
 def run(blocks, preemption):
     records, events, options = [], [], {"preemption": preemption}
-    options |= {"block_size": BLOCK_SIZE, "watermark": 0.0}
+    options |= {"block_size": BLOCK_SIZE, "watermark": 0.0}  # use all
     options |= {"kv_cache_tokens": blocks * BLOCK_SIZE, "sanitize": True}
     options |= {"on_step": records.append, "log": events.append}
     llm = LLM("tiny", backend="reference", **options)
     params = SamplingParams(NEW, ignore_eos=True)
     outputs = llm.generate(PROMPTS, params)
-    tokens = [t for its in outputs for t in its.outputs[0].token_ids]
+    tokens = [t for out in outputs for t in out.outputs[0].token_ids]
     plans = [e for e in events if isinstance(e, StepPlanned)]
     return tokens, plans, records
 
@@ -56,7 +55,8 @@ def picture(plans):
         text += f"  {seq} "
         for plan in plans:
             count = dict(plan.chunks).get(seq, 0)
-            text += "!" if seq in plan.preempted else "·dP"[min(count, 2)]
+            mark = "P" if count > 1 else "d" if count else "·"
+            text += "!" if seq in plan.preempted else mark
         text += "\n"
     show(text)
 
@@ -86,13 +86,13 @@ claim("swap computes each token once", swap[3], ample[3])
 claim("recompute moves nothing", recompute[4], 0)
 claim("and computes some tokens twice", recompute[3] > ample[3])
 
-# Which is better depends on the machine: bytes over the bus to the host
-# against arithmetic. For each token that comes back, this model needs
+# Which is better depends on the machine. A token that comes back costs
 
 llm = LLM("tiny")
 moved = 2 * kv_bytes_per_token(llm.config, "float32")
-layers = [(w.qkv, w.output, w.gate_up, w.down) for w in llm.model.layers]
-operations = 2 * sum(w.size for weights in layers for w in weights)
+layer = llm.model.layers[0]
+weights = layer.qkv, layer.output, layer.gate_up, layer.down
+operations = 2 * len(llm.model.layers) * sum(w.size for w in weights)
 show(f"  {moved:,} bytes there and back, or {operations:,} operations\n")
 
 # ## What must hold
@@ -125,13 +125,13 @@ def my_victims(blocks, free, needed):
 
 
 def spec(blocks, free, needed):
-    its = Scheduler(PagedManager(sum(blocks) + free, 1), 999, 99)
+    real = Scheduler(PagedManager(sum(blocks) + free, 1), 999, 99)
     for seq, count in enumerate(blocks):
-        its.add(Group([Sequence(seq, [0] * count, count, count + 1)]))
-    for seq, _ in its.schedule().chunks:
+        real.add(Group([Sequence(seq, [0] * count, count, count + 1)]))
+    for seq, _ in real.schedule().chunks:
         seq.num_computed = len(seq.tokens)
-    its.running[0].leader.tokens += [0] * needed
-    return [group.leader.seq_id for group in its.schedule().preempted]
+    real.running[0].leader.tokens += [0] * needed
+    return [group.leader.seq_id for group in real.schedule().preempted]
 
 
 cases = [([4, 3, 2], 1, 2), ([4, 3, 2, 1], 0, 5), ([2, 9, 1, 1], 1, 3)]

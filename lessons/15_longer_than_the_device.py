@@ -28,7 +28,7 @@ day Lily and Tom went to the park to play. In the park there was a big tree.
 The ball flew up into the tree. Lily was sad, and Tom wanted to help. A boy
 came and saw that she was sad. He took the ball out of the tree. Lily"""
 NEW = 8
-moved = predict("Which share of K and V moves for each new token?")
+moved = predict("How much of K and V moves for each token?", "percent")
 
 # ## Run
 
@@ -51,7 +51,7 @@ usual, _, _ = run()
 exact, llm, _ = run(device_blocks=8, host_blocks=60, sanitize=True)
 read = llm.long_context.counters
 show(f"  pages read: {read.attended}, {read.resident} of them here\n")
-moved.grade(1 - read.hit_rate, within=0.15)
+moved.grade(100 * (1 - read.hit_rate), within=0.15)
 claim("the tokens are those of an ample device", exact == usual)
 away = (read.attended - read.resident) * llm.long_context.page_bytes
 claim("what was not here had to come", read.bytes_in >= away)
@@ -64,10 +64,11 @@ claim("what was not here had to come", read.bytes_in >= away)
 
 limited, llm, seen = run(device_blocks=8, host_blocks=60, attend=0.25)
 first = llm.long_context.full_layers  # these read everything, always
-seen = [its for its in seen if its.layer >= first]
+seen = [choice for choice in seen if choice.layer >= first]
 found = []
-for its in seen:
-    for mass, chosen in zip(its.mass.mean(axis=1), its.chosen, strict=True):
+for choice in seen:
+    masses = choice.mass.mean(axis=1)  # [kv_heads, blocks]
+    for mass, chosen in zip(masses, choice.chosen, strict=True):
         count = len(chosen)
         best, recent = np.sort(mass)[-count:], mass[-count:]
         by_lot = count / len(mass)
@@ -83,9 +84,9 @@ claim("the bounds beat chance, not the truth", by_lot < bounds < best)
 # the bounds chose. The first and the last block always are.
 
 mass, chosen = seen[-1].mass[0].mean(axis=0), seen[-1].chosen[0]
-bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(40 * value))] for value in mass)
-marks = "".join(" ↑"[block in chosen] for block in range(len(mass)))
-show(f"  {bars}\n  {marks}\n")
+bars = ["▁▂▃▄▅▆▇█"[min(7, int(40 * share))] for share in mass]
+marks = ["↑" if block in chosen else " " for block in range(len(mass))]
+show(f"  {''.join(bars)}\n  {''.join(marks)}\n")
 less = llm.long_context.counters
 rows = [("all", read.bytes_in // read.tokens, exact == usual)]
 rows += [("a quarter", less.bytes_in // less.tokens, limited == usual)]
@@ -103,9 +104,9 @@ rng = np.random.default_rng(0)
 def too_low():
     keys = rng.standard_normal((4, 1, 16), dtype=np.float32)
     query = rng.standard_normal((1, 9, 16), dtype=np.float32)
-    its = Extremes(num_kv_heads=1, head_size=16, block_size=4)
-    its.write(0, xp.asarray(keys))
-    bounds = to_host(its.bounds(xp.asarray(query)))
+    block = Extremes(num_kv_heads=1, head_size=16, block_size=4)
+    block.write(0, xp.asarray(keys))
+    bounds = to_host(block.bounds(xp.asarray(query)))
     true = (query[0] @ keys[:, 0].T).max(axis=1)
     return [f"{(bounds[0, :, 0] < true).sum()} of 9 bounds are too low"]
 
@@ -128,9 +129,9 @@ def my_bound(query, keys):
 
 
 def spec(query, keys):
-    its = Extremes(1, keys.shape[1], len(keys))
-    its.write(0, xp.asarray(keys[:, None]))
-    return float(its.bounds(xp.asarray(query[None, None]))[0, 0, 0])
+    block = Extremes(1, keys.shape[1], len(keys))
+    block.write(0, xp.asarray(keys[:, None]))
+    return float(block.bounds(xp.asarray(query[None, None]))[0, 0, 0])
 
 
 draw = rng.standard_normal
@@ -140,10 +141,9 @@ check(my_bound, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# The bounds are those of Quest (Tang et al. 2024), which reports attention
-# up to 7.03 times as fast. No large server does it by default, as it
-# changes answers; they offload the K and V of sequences that wait. Here
-# `paged-ref long` measures both ways on longer texts.
+# The bounds are those of Quest (Tang et al. 2024): attention up to 7.03
+# times as fast. No large server does it by default, as it changes answers,
+# and none means it by PagedAttention. `paged-ref long` measures both ways.
 
 # ## Next
 #

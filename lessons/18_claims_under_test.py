@@ -4,105 +4,110 @@ Question: what is true of what people say about PagedAttention?
 Time: 20 minutes. Needs lesson 17.
 
 This project began with an article that recommends PagedAttention. Here are
-its claims in our words, each measured.
+eight of its claims in our words, each measured.
 """
 
+import sys
 from dataclasses import replace
-from inspect import getsource
 from pathlib import Path
 
 import numpy as np
 
-from paged_ref.kernels import naive_attention, paged_attention
-from paged_ref.kernels.trace import recording
-from paged_ref.lesson import break_it, check, claim, predict, table, todo
-from paged_ref.memory import paged, standard, swapping
-from paged_ref.training import network
+from paged_ref import LLM
+from paged_ref.kernels import paged_attention, slot_of, trace
+from paged_ref.lesson import break_it, check, claim, predict, show, todo
+from paged_ref.training import activations, network, parameters
 from paged_ref.workload import hardware, models, setup, simulate, traces
 
 # ## Predict
 #
-# Ten claims: on memory, on what is read, on what it is good for. Beside
-# each stands the command of `paged-ref` that measures it at length.
+# A verdict is "true", "true, if" (on a condition) or "false". It comes with
+# the command that tests it at length, what we find here, and why.
 
-true = predict("How many of ten are true as they stand?", "claims")
+true = predict("How many of eight are true as they stand?", "claims")
 false = predict("And how many are false?", "claims")
-COMMANDS = "compare compare compare compare generate walk compare assess"
-COMMANDS, words = [*COMMANDS.split(), "train", "lesson 17"], []
+words = []
 
 
-def judge(*claims):
-    for word, said, why, found, expected in claims:
-        said = f"{word.upper()}: {said} (test: {COMMANDS[len(words)]})."
-        claim(f"{said}\n  {why}", found, expected)
-        words.append(word)
+def verdict(word, said, command, found, holds, why):
+    test = f"Test: paged-ref {command}. Here: {found}."
+    claim(f"{word.upper()}: {said}.\n  {test}\n  Why: {why}.", holds)
+    words.append(word)
 
 
 # ## Run
 #
-# The same requests, all at once, under three managers, for OPT-13B on a GPU
-# of 40 GB. Scheduler and managers are the real ones, the clock a roofline.
+# The same requests, all at once, under each manager, for OPT-13B on a GPU
+# of 40 GB. Scheduler and managers are the real ones, the clock a forecast.
 
-GPU, OPT = hardware.GPUS["A100-40GB"], models.MODELS["OPT-13B"]
-WAYS = [setup.Setup("", GPU, OPT, way) for way in ("standard", "paged")]
-WAYS[1:1] = [replace(WAYS[0], manager="swapping", preemption="swap")]
 MIXED = traces.generated("sharegpt", 80)
-LONG = traces.Trace("", (traces.TraceRequest(0, 1024, 1024),) * 24, True)
-runs = [simulate.Simulation(way, MIXED).run() for way in WAYS]
-used = [round(run.shares.tokens_of_used, 2) for run in runs]
-mixed = [run.requests_per_second for run in runs]
-long = [simulate.Simulation(way, LONG).run() for way in WAYS]
-long = [run.requests_per_second for run in long]
-files = standard, swapping, paged
-lines = [len(getsource(file).splitlines()) for file in files]
-rows = [("held slots with a token", *used), ("lines of code", *lines)]
-rows += [("requests/s", *mixed), ("requests/s, all longest", *long)]
-table("Measured", ("", "standard", "swapping", "paged"), rows)
+LONGEST = traces.Trace("", (traces.TraceRequest(0, 1024, 1024),) * 24, True)
+GPU, OPT = hardware.GPUS["A100-40GB"], models.MODELS["OPT-13B"]
 
-gain = mixed[2] / mixed[0] > long[2] / long[0]
-judge(
-    ("true", "memory is used poorly, moderately, highly",
-     "Only a last block has empty slots", used, sorted(used)),
-    ("true, if", "paging scales best of the three",
-     "If memory is what lacks. Requests/s", max(mixed), mixed[2]),
-    ("false", "long sequences gain most",
-     "It is lengths that differ, and are not known before", gain, True),
-    ("true", "complexity is low, medium, high",
-     "Lines of the manager", lines, sorted(lines)),
-)  # fmt: skip
 
-# ## What is read
+def serve(manager, requests, preemption="recompute"):
+    way = setup.Setup("", GPU, OPT, manager, preemption=preemption)
+    return simulate.Simulation(way, requests).run()
 
+
+WAYS = {"standard": "recompute", "swapping": "swap", "paged": "recompute"}
+show(f"  In this order: {', '.join(WAYS)}.\n")
+mixed = [serve(name, MIXED, way) for name, way in WAYS.items()]
+long = [serve(name, LONGEST, way) for name, way in WAYS.items()]
+used = [round(run.shares.tokens_of_used, 2) for run in mixed]
+rate = [round(run.requests_per_second, 2) for run in mixed]
+long = [round(run.requests_per_second, 2) for run in long]
+steps = [run.steps for run in mixed]
+# fmt: off
+verdict("true", "memory use is poor, moderate, high", "compare",
+    f"{used} of held slots have a token", used == sorted(used),
+    "only the last block of a sequence has empty slots")
+verdict("true, if", "paging scales best of the three", "compare",
+    f"{rate} requests/s", rate[2] == max(rate),
+    "more sequences fit, which helps where memory is what lacks")
+verdict("true, if", "computing becomes more efficient", "compare",
+    f"{steps} steps", steps[2] == min(steps),
+    "a step reads the weights for more sequences; sums stay the same")
+verdict("false", "long sequences gain most", "compare",
+    f"{long} requests/s", long[2] / long[0] < rate[2] / rate[0],
+    "the gain is from lengths that differ and are not known before")
+
+# ## What moves, what is read, what trains
+#
+# Lessons 15 and 16 do page by need, choose keys, and train in pages. That
+# is this package's use of pages, not what servers call PagedAttention.
+
+swap = serve("paged", MIXED, "swap").bytes_swapped
+verdict("false", "data is paged in and out by need", "long",
+    f"no byte, or {swap:,} with swap", mixed[2].bytes_swapped == 0 < swap,
+    "what runs stays; swap moves who waits; `long` pages what runs")
 query, cache = np.ones((1, 4, 8), "f"), np.ones((8, 4, 2, 8), "f")
-rows, length = cache.reshape(32, 2, 8), np.array([14])
-blocks, start = np.array([[5, 2, 7, 0]]), np.array([3])
-with recording(8) as kernels:
-    naive_attention(query, rows, rows, start, length, backend="trace")
+blocks, length = np.array([[5, 2, 7, 0]]), np.array([14])
+with trace.recording(8) as kernels:
     paged_attention(query, cache, cache, blocks, length, backend="trace")
-naive, pages = (kernel.counts("keys") for kernel in kernels)
-judge(
-    ("false", "it moves data in and out by need",
-     "Who gave way was computed again. Bytes", runs[2].bytes_swapped, 0),
-    ("false", "only the most relevant is read",
-     "Lesson 15 does so. Keys of 14", (pages.sum((1, 2)) > 0).sum(), 14),
-    ("true, if", "computing is more efficient",
-     "Batches grow; reads stay", pages.sum(), naive.sum()),
-)  # fmt: skip
+read = int((kernels[0].counts("keys").sum((1, 2)) > 0).sum())
+verdict("false", "only the most relevant is read", "long --attend 0.1",
+    f"{read} of 14 keys are read", read == 14,
+    "attention is exact; `long` can choose, and changes answers")
 
-# ## What it is good for
+config, saved = LLM("tiny").config, activations.Keep()
+weights, gradient = [parameters.Parameters(config) for _ in range(2)]
+weights.initialize(seed=0)
+batch = network.Batch.of([np.arange(33)])
+network.loss_and_gradient(weights, gradient, batch, saved)
+shapes = network.saved_shapes(config, 32).values()
+planned = 4 * config.num_layers * sum(int(np.prod(s)) for s in shapes)
+verdict("false", "it manages memory in training", "train --memory page",
+    f"{planned:,} bytes, as planned", saved.counts.peak == planned,
+    "sizes are known, no cache grows; lesson 16 pages other data")
 
-room = GPU.memory_bytes - models.MODELS["OPT-66B"].weight_bytes
-calls = getsource(network).count("paged_attention")
-steps = len(list((Path(__file__).parent / "refactor").glob("step[1-5]*")))
-judge(
-    ("false", "models larger than the GPU run",
-     "Weights stay as large as they are", room < 0, True),
-    ("false", "it manages data during training",
-     "No cache to page (lesson 16). Calls of it", calls, 0),
-    ("true", "your model can be moved to it",
-     "Step by step, in lessons/refactor. Steps", steps, 5),
-)  # fmt: skip
-
+sys.path.append(str(Path(__file__).parent / "refactor"))
+import run as refactor  # noqa: E402
+before, after = (refactor.token_ids(n, "tiny", [[5, 6]], 8) for n in (0, 5))
+lines = [refactor.count_changes(refactor.diff(n))[1] for n in range(1, 6)]
+verdict("true", "models can be moved to it, with some work", "lesson 17",
+    f"the same tokens; {lines} new lines in five steps", before == after,
+    "only the cache and attention change (lessons/refactor/run.py)")
 true.grade(words.count("true"))
 false.grade(words.count("false"))
 
@@ -114,8 +119,8 @@ break_it(
     "pages as large as the longest sequence: how many run at once",
     where=(setup.Setup, "make_manager"), caught_by="contract",
     bug=lambda real: lambda self: real(replace(self, block_size=2048)),
-    run=lambda: [simulate.Simulation(WAYS[2], MIXED).run().running_peak],
-)  # fmt: skip
+    run=lambda: [serve("paged", MIXED).running_peak],
+)
 
 # ## Exercise
 #
@@ -128,17 +133,12 @@ def my_share(lengths, size):
 
 
 def spec(lengths, size):
-    manager = paged.PagedManager(99, size)
-    for seq, length in enumerate(lengths):
-        manager.admit(seq, range(length), length)
-        manager.append([(seq, length)])
-    its = manager.snapshot().usage({})
-    return its.tokens / (its.total - its.free)
+    last = [slot_of(range(99), length - 1, size) for length in lengths]
+    return sum(lengths) / sum((slot // size + 1) * size for slot in last)
 
 
 cases = [([3, 40, 17], 16), ([16, 32], 16), ([1] * 9, 4)]
-hint = "Tokens over slots, each summed first; a block is held whole."
-check(my_share, spec=spec, cases=cases, hint=hint)
+check(my_share, spec=spec, cases=cases, hint="Sum first; a block is whole.")
 
 # ## In production systems
 #
