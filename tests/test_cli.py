@@ -148,3 +148,15 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     command = f"{sys.executable} -m paged_ref generate --prompt Once --max-tokens 200 | head -c 3"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("Onc", "")
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(args: object) -> int:
+        Path("/nowhere/results.json").write_text("{}", encoding="utf-8")
+        return 0
+
+    monkeypatch.setattr("paged_ref.terminal.info.main", write)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "paged-ref: error: /nowhere/results.json: No such file or directory\n"

@@ -39,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader left, as `| head` does; nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"paged-ref: error: {error.filename}: {error.strerror}", file=sys.stderr)  # such as --json FILE
+        return 2
 
 
 def _run(argv: list[str]) -> int:

@@ -156,7 +156,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--kernel is {' '.join(args.kernel)!r}; known are: {'; '.join(known)}")
     console, costs = Console(), []
     for capability in CAPABILITIES:
-        rows = [cost(name, variant, capability) for name, variant in chosen.items()]
+        with Console(stderr=True).status("compiling, which takes a minute or two ..."):
+            rows = [cost(name, variant, capability) for name, variant in chosen.items()]
         console.print(table_of(rows, f"Tuned kernels for {rows[0].capability}"))
         costs += rows
     for line in LEGEND:
