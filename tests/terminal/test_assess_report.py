@@ -104,11 +104,13 @@ def test_the_embedded_model_and_quantization(capsys: pytest.CaptureFixture[str])
     assert "What the GPUs say to each other is not counted" in printed
 
 
-def test_the_lists_name_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lists_name_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     assert main(["assess", "--list"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in MODELS)
     assert "MI300X" in printed
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed
 
 
 @pytest.mark.parametrize(

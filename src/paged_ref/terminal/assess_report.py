@@ -154,12 +154,13 @@ def _swap_advice(found: Assessment) -> str:
 
 
 def print_known(console: Console) -> None:
-    models = Table(title="Known models", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("", "params", "layers", "heads", "KV heads", "context", "K, V bytes"):
-        models.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    padding = (0, 1) if console.width >= 80 else 0
+    models = Table(title="Known models", box=box.SIMPLE_HEAD, padding=padding, show_edge=console.width >= 80)
+    for column in ("", "params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes"):
+        models.add_column(column, justify="right" if column else "left", no_wrap=True)
     for model in MODELS.values():
         sizes = (
-            f"{model.num_parameters / 1e9:.2f} B",
+            f"{model.num_parameters / 1e9:.2f}",
             model.num_layers,
             model.num_heads,
             model.num_kv_heads,
@@ -167,9 +168,9 @@ def print_known(console: Console) -> None:
         )
         models.add_row(model.name, *map(str, sizes), f"{model.kv_bytes_per_token:,}")
     console.print(models)
-    gpus = Table(title="Known GPUs, as published", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("", "memory", "bandwidth", "fp16, dense", "link, one way"):
-        gpus.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    gpus = Table(title="Known GPUs, as published", box=box.SIMPLE_HEAD, padding=padding, show_edge=console.width >= 80)
+    for column in ("", "memory", "bandwidth", "fp16,\ndense", "link,\none way"):
+        gpus.add_column(column, justify="right" if column else "left", no_wrap=True)
     for gpu in GPUS.values():
         rates = (f"{gpu.bandwidth / 1e9:,.0f} GB/s", f"{gpu.flops / 1e12:,.1f} TFLOPS", f"{gpu.link / 1e9:.0f} GB/s")
         gpus.add_row(gpu.name, f"{gpu.memory_bytes // GIB} GiB", *rates)
