@@ -154,7 +154,7 @@ def _swap_advice(found: Assessment) -> str:
 
 
 def print_known(console: Console) -> None:
-    padding = (0, 1) if console.width >= 80 else 0
+    padding = (0, 1) if console.width >= 80 else (0, 0)
     models = Table(title="Known models", box=box.SIMPLE_HEAD, padding=padding, show_edge=console.width >= 80)
     for column in ("", "params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes"):
         models.add_column(column, justify="right" if column else "left", no_wrap=True)
