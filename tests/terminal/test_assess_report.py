@@ -37,6 +37,25 @@ def test_the_report_fits_the_window(
         assert expected in words, expected
 
 
+@pytest.mark.parametrize(
+    ("model", "gpu", "context"), [("Llama-3-8B", "A100-80GB", "2048"), ("Llama-3.1-8B", "B200", "131072")]
+)
+def test_a_narrow_window_cuts_no_number(
+    model: str, gpu: str, context: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["assess", "--model", model, "--gpu", gpu, "--context", context]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main([*command, "--json", "-"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed
+    rows = [line.split() for line in printed.splitlines()]
+    for plan in plans:
+        expected = [f"{plan['slots']:,.0f}", f"{plan['used']:.1%}", f"{plan['sequences']:,}"]
+        assert any(expected == row[i : i + 3] for row in rows for i in range(len(row))), plan["name"]
+
+
 def test_lengths_from_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "two.csv"
     trace.write_text("100,10\n200,30\n2000,49\n", encoding="utf-8")
@@ -85,11 +104,13 @@ def test_the_embedded_model_and_quantization(capsys: pytest.CaptureFixture[str])
     assert "What the GPUs say to each other is not counted" in printed
 
 
-def test_the_lists_name_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lists_name_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     assert main(["assess", "--list"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in MODELS)
     assert "MI300X" in printed
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed
 
 
 @pytest.mark.parametrize(

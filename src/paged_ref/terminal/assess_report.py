@@ -43,7 +43,7 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
     if gpu.count > 1:
         _wrapped(console, "What the GPUs say to each other is not counted: the times are too good by that.")
     _heading(console, "How many sequences at once, and how fast")
-    console.print(_plans(found))
+    console.print(_plans(found, console.width))
     _wrapped(console, _gain(found))
     _heading(console, f"The bottleneck: {found.bottleneck}")
     _wrapped(console, f"{_roofline(found)} {_WHY[found.bottleneck]}")
@@ -74,12 +74,13 @@ def _wrapped(console: Console, text: str) -> None:
     console.print(Padding(text, (0, 0, 0, 1)))
 
 
-def _plans(found: Assessment) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("", "slots", "in use", "at once", "step", "tokens/s", "req/s"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+def _plans(found: Assessment, width: int) -> Table:
+    """Numbers are never cut: in a narrow window the columns stand closer, and only a name may wrap."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1) if width >= 80 else 0)
+    for column in ("", "slots", "in\nuse", "at\nonce", "step,\nms", "tokens\n/s", "req\n/s"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for plan in found.plans:
-        timed = (f"{1000 * plan.step.seconds:.1f} ms", f"{plan.tokens_per_second:,.0f}")
+        timed = (f"{1000 * plan.step.seconds:.1f}", f"{plan.tokens_per_second:,.0f}")
         last = f"{plan.requests_per_second:.2f}"
         cells = (*timed, last) if plan.sequences else ("-", "-", "-")
         table.add_row(plan.name, f"{plan.slots:,.0f}", f"{plan.used:.1%}", f"{plan.sequences:,}", *cells)
@@ -153,12 +154,13 @@ def _swap_advice(found: Assessment) -> str:
 
 
 def print_known(console: Console) -> None:
-    models = Table(title="Known models", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("", "params", "layers", "heads", "KV heads", "context", "K, V bytes"):
-        models.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    padding = (0, 1) if console.width >= 80 else (0, 0)
+    models = Table(title="Known models", box=box.SIMPLE_HEAD, padding=padding, show_edge=console.width >= 80)
+    for column in ("", "params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes"):
+        models.add_column(column, justify="right" if column else "left", no_wrap=True)
     for model in MODELS.values():
         sizes = (
-            f"{model.num_parameters / 1e9:.2f} B",
+            f"{model.num_parameters / 1e9:.2f}",
             model.num_layers,
             model.num_heads,
             model.num_kv_heads,
@@ -166,9 +168,9 @@ def print_known(console: Console) -> None:
         )
         models.add_row(model.name, *map(str, sizes), f"{model.kv_bytes_per_token:,}")
     console.print(models)
-    gpus = Table(title="Known GPUs, as published", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("", "memory", "bandwidth", "fp16, dense", "link, one way"):
-        gpus.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    gpus = Table(title="Known GPUs, as published", box=box.SIMPLE_HEAD, padding=padding, show_edge=console.width >= 80)
+    for column in ("", "memory", "bandwidth", "fp16,\ndense", "link,\none way"):
+        gpus.add_column(column, justify="right" if column else "left", no_wrap=True)
     for gpu in GPUS.values():
         rates = (f"{gpu.bandwidth / 1e9:,.0f} GB/s", f"{gpu.flops / 1e12:,.1f} TFLOPS", f"{gpu.link / 1e9:.0f} GB/s")
         gpus.add_row(gpu.name, f"{gpu.memory_bytes // GIB} GiB", *rates)
