@@ -72,6 +72,7 @@ gpu-check: gpu-here  # a part of `gpu`
 gpu-bench: gpu-here  # a part of `gpu`
 	@status=0; export PYTHONPATH=src; \
 	$(PYTHON) -m paged_ref bench model --json $(OUT)/model.json || status=1; \
+	$(PYTHON) -m paged_ref bench long --json $(OUT)/long.json || status=1; \
 	$(PYTHON) -m paged_ref bench kernels --minutes $(MINUTES) --json $(OUT)/kernels.json || status=1; \
 	exit $$status
 

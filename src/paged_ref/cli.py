@@ -22,7 +22,7 @@ COMMANDS = {
     "lesson": ("paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check"),
     "compare": ("paged_ref.terminal.compare", "what paging would buy: standard, swapping and paged on real traffic"),
     "paper": ("paged_ref.terminal.paper", "the figures of the PagedAttention paper, measured here, beside its numbers"),
-    "bench": ("paged_ref.bench", "benchmarks: kernels, engine, memory"),
+    "bench": ("paged_ref.bench", "benchmarks: kernels, sass, engine, model, memory, simulate, training, long"),
 }
 
 

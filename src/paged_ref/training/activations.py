@@ -19,15 +19,16 @@ table that `paged-ref bench training` prints:
 * Pages use a budget to its last page, whole layers only to the last layer that fits. With the budget at half
   of what five layers save, swapping holds 2 layers and moves 3; pages hold 2.5 and move 2.5, a sixth less. At
   three quarters it is 2 against 1.25 layers. With a page as large as a layer the two move the same bytes. The
-  gain is at most one layer out and in, whatever the depth: it matters for few and large layers.
+  gain is at most one layer out and in, whatever the depth; so, by this reasoning, it matters for few and large
+  layers.
 * Pages cost a copy that swapping does not have. Products of matrices want a tensor in one piece, so it is
   copied into its pages and out of them, also where nothing leaves the device, and for one layer there are
   both copies. An attention kernel reads through a block table; BLAS does not.
   On a CPU, where moving is a copy in memory, pages took 7 to 16 % longer than `keep`, swapping as long.
 * Recompute holds least, a tenth of all here, and moves nothing, for one more forward: a fifth to a quarter longer.
-  Where a link moves bytes more slowly than the device makes them again, it wins. The bytes that a layer saves
-  for each token grow with hidden_size, its work with hidden_size squared: so wide layers are cheap to move
-  beside their work, and narrow ones, as here, are cheap to run again.
+  Reasoning, not measured: where a link moves bytes more slowly than the device makes them again, it wins. The
+  bytes that a layer saves for each token grow with hidden_size, its work with hidden_size squared: so wide layers
+  are cheap to move beside their work, and narrow ones, as here, are cheap to run again.
 
 What is used in practice says the same. Checkpointing (Chen et al. 2016) is in every framework; vDNN (Rhu et
 al. 2016) moved whole layers; ZeRO-Offload (Ren et al. 2021) moves gradients and optimizer state, of which
