@@ -24,8 +24,9 @@ table that `paged-ref bench training` prints:
 * Pages cost a copy that swapping does not have. Products of matrices want a tensor in one piece, so it is
   copied into its pages and out of them, also where nothing leaves the device, and for one layer there are
   both copies. An attention kernel reads through a block table; BLAS does not.
-  On a CPU, where moving is a copy in memory, pages took 7 to 16 % longer than `keep`, swapping as long.
-* Recompute holds least, a tenth of all here, and moves nothing, for one more forward: a fifth to a quarter longer.
+  On a CPU, where moving is a copy in memory, neither shows beside the noise of a step: 0.94 to 0.99 times the time
+  of `keep` (lessons/recorded/bench_training.txt).
+* Recompute holds least, a tenth of all here, and moves nothing, for one more forward: a fifth longer.
   Reasoning, not measured: where a link moves bytes more slowly than the device makes them again, it wins. The
   bytes that a layer saves for each token grow with hidden_size, its work with hidden_size squared: so wide layers
   are cheap to move beside their work, and narrow ones, as here, are cheap to run again.
