@@ -113,6 +113,7 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 REFUSED = [
+    (["--recall", "--attend", "0.1"], "--attend is given with --recall, which has no use for it"),
     (["--tokens", "1"], "--tokens is 1; at least 2"),
     (["--new-tokens", "0"], "--new-tokens is 0; at least 1"),
     (["--block-size", "0"], "--block-size is 0; at least 1"),

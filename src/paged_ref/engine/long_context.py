@@ -91,8 +91,10 @@ class LongContext:
         self.config, self.manager, self.storage = config, manager, storage
         self.attend = attend
         self.full_layers = max(1, config.num_layers // 16) if full_layers is None else full_layers
-        if self.full_layers < 0:
-            raise ValueError(f"full_layers is {self.full_layers}; at least 0 is needed")
+        if not 0 <= self.full_layers <= config.num_layers:
+            raise ValueError(
+                f"full_layers is {self.full_layers}; 0 to the model's {config.num_layers} layers can be had"
+            )
         self.backend = backend
         self.sanitizer = sanitizer
         self.log = log

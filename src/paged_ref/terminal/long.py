@@ -66,6 +66,10 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; at least {least} is needed")
     if args.backend != "auto" and (reason := why_not(args.backend)) is not None:
         raise ValueError(f"--backend is {args.backend!r}, which does not work on this machine: {reason}")
+    if args.recall:
+        for name in ("device_blocks", "host_blocks", "attend", "evict", "full_layers", "watch", "record"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is given with --recall, which has no use for it")
     watch = _watch(args.watch, load(args.model).config) if args.watch or args.record else None
     if args.watch and not args.record:
         raise ValueError(f"--watch is {args.watch}; --record FILE is needed, the log for `paged-ref viz`")
