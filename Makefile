@@ -9,7 +9,7 @@ OUT ?= build/gpu
 MINUTES ?= 6
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 # Compiling the kernels takes most of the tests' time; where pytest-xdist is there, several processes do it.
-XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 4)
+XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf %s "-n 4")
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lesson test lint compare pictures gpu gpu-here gpu-tests gpu-check gpu-bench clean
@@ -65,7 +65,7 @@ gpu-check: gpu-here  # a part of `gpu`
 	@status=0; command -v compute-sanitizer >/dev/null || exit 0; \
 	for tool in memcheck racecheck; do \
 	  PYTHONPATH=src timeout 500 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PYTHON) tests/kernels/sanitized.py > $(OUT)/$$tool.txt 2>&1 || status=1; \
+	    $(PYTHON) tests/support/sanitized.py > $(OUT)/$$tool.txt 2>&1 || status=1; \
 	  echo "$$tool:"; tail -n 4 $(OUT)/$$tool.txt; \
 	done; exit $$status
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 import numpy as np
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.device import xp
+from paged_ref.core.device import xp
 from paged_ref.kernels import naive_attention
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
-from paged_ref.model import llama
+from paged_ref.core.model import llama
 
 # ## Predict
 #

@@ -9,8 +9,8 @@ many sequences can run at once. So it pays to know the size of a token.
 """
 
 from paged_ref import LLM
-from paged_ref.config import ModelConfig, kv_bytes_per_token
-from paged_ref.engine import llm as engine
+from paged_ref.core.model.config import ModelConfig, kv_bytes_per_token
+from paged_ref import llm as engine
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
 

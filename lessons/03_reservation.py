@@ -11,8 +11,8 @@ knows how long an answer will get, they had to guess. What does it cost?
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
-from paged_ref.memory.regions import RegionPool
-from paged_ref.memory.standard import StandardManager
+from paged_ref.core.memory.regions import RegionPool
+from paged_ref.core.memory.standard import StandardManager
 
 # ## Predict
 #

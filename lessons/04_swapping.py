@@ -13,10 +13,10 @@ from itertools import cycle
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.memory.block_pool import OutOfBlocks
-from paged_ref.memory.regions import RegionPool
-from paged_ref.memory.storage import KVStorage
-from paged_ref.memory.swapping import SwappingManager
+from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.regions import RegionPool
+from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.swapping import SwappingManager
 
 # ## Predict
 #

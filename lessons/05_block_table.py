@@ -13,7 +13,7 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.kernels import slot_of
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
-from paged_ref.memory import paged
+from paged_ref.core.memory import paged
 
 # ## Predict
 #

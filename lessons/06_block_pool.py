@@ -10,8 +10,8 @@ numbers, and beside it, for each block, how many tables point to it.
 
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
-from paged_ref.memory.block_pool import BlockPool, OutOfBlocks
-from paged_ref.memory.paged import PagedManager
+from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
+from paged_ref.core.memory.paged import PagedManager
 
 # ## Predict
 #

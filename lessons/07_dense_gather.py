@@ -14,11 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.device import module_of
+from paged_ref.core.device import module_of
 from paged_ref.kernels import naive_attention, slot_of, write_kv
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
-from paged_ref.model import llama
+from paged_ref.core.model import llama
 
 # ## Predict
 #

@@ -14,7 +14,9 @@ import inspect
 
 import numpy as np
 
-from paged_ref.kernels import naive, naive_attention, trace
+from paged_ref.core.attention import naive
+from paged_ref.kernels import naive_attention
+from paged_ref.tracer import trace
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
 

@@ -13,8 +13,10 @@ import inspect
 
 import numpy as np
 
-from paged_ref.kernels import naive, naive_attention, paged
-from paged_ref.kernels import paged_attention, slot_of, trace
+from paged_ref.core.attention import naive, paged
+from paged_ref.kernels import naive_attention
+from paged_ref.kernels import paged_attention, slot_of
+from paged_ref.tracer import trace
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 

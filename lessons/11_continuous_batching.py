@@ -11,12 +11,12 @@ ends together, whoever is done waits for the longest.
 from dataclasses import replace
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.engine import scheduler
-from paged_ref.engine.core import EngineCore
-from paged_ref.engine.sequence import Group, Sequence
+from paged_ref.core.engine import scheduler
+from paged_ref.core.engine.engine import EngineCore
+from paged_ref.core.engine.sequence import Group, Sequence
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.memory.paged import PagedManager
+from paged_ref.core.memory.paged import PagedManager
 
 # ## Predict
 #

@@ -12,8 +12,8 @@ of K and V. The trouble begins when one of them wants to write.
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.memory.events import TokensAppended
-from paged_ref.memory.paged import PagedManager, Table
+from paged_ref.timeline.events import TokensAppended
+from paged_ref.core.memory.paged import PagedManager, Table
 
 # ## Predict
 #

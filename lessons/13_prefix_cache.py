@@ -12,9 +12,9 @@ each other. So a full block must be found by what lies in it.
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
-from paged_ref.memory import paged
-from paged_ref.memory.events import BlockCached, SequenceAdmitted
-from paged_ref.memory.prefix_cache import block_digests
+from paged_ref.core.memory import paged
+from paged_ref.timeline.events import BlockCached, SequenceAdmitted
+from paged_ref.extras.prefix_cache import block_digests
 
 # ## Predict
 #

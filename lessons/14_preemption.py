@@ -9,14 +9,14 @@ their work. Then someone must give way, and lose nothing by it but time.
 """
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.config import kv_bytes_per_token
-from paged_ref.engine.scheduler import Scheduler
-from paged_ref.engine.sequence import Group, Sequence
+from paged_ref.core.model.config import kv_bytes_per_token
+from paged_ref.core.engine.scheduler import Scheduler
+from paged_ref.core.engine.sequence import Group, Sequence
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.memory.events import StepPlanned
-from paged_ref.memory.paged import PagedManager
-from paged_ref.memory.storage import KVStorage
+from paged_ref.timeline.events import StepPlanned
+from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.kv import KVStorage
 
 # ## Predict
 #

@@ -11,11 +11,11 @@ ways are open: read all of them, piece by piece, or only those that matter.
 import numpy as np
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.device import to_host, xp
-from paged_ref.engine.long_context import Counters
+from paged_ref.core.device import to_host, xp
+from paged_ref.beyond_device.long_context import Counters
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.memory.relevance import Extremes
+from paged_ref.beyond_device.relevance import Extremes
 
 # ## Predict
 #

@@ -11,11 +11,11 @@ same residency of pages as in lesson 15 can hold that. Is it worth it?
 
 import numpy as np
 
-from paged_ref.config import ModelConfig
-from paged_ref.device import to_host
+from paged_ref.core.model.config import ModelConfig
+from paged_ref.core.device import to_host
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
-from paged_ref.memory.residency import ByPriority
+from paged_ref.beyond_device.residency import ByPriority
 from paged_ref.training.activations import MEMORY, activations_for
 from paged_ref.training.copies import CopyStream
 from paged_ref.training.network import Batch, loss_and_gradient

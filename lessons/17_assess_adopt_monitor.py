@@ -13,17 +13,17 @@ from difflib import ndiff
 from itertools import pairwise
 from pathlib import Path
 
-from paged_ref.engine import llm
+from paged_ref import llm
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.memory.paged import OutOfBlocks, PagedManager
-from paged_ref.workload.assess import Request, assess
-from paged_ref.workload.engine_run import engine_steps, simulated_steps
-from paged_ref.workload.hardware import GPUS
-from paged_ref.workload.models import MODELS, model_named
-from paged_ref.workload.settings import servers
-from paged_ref.workload.setup import Setup
-from paged_ref.workload.traces import at_rate, generated
+from paged_ref.core.memory.paged import OutOfBlocks, PagedManager
+from paged_ref.planner.assess import Request, assess
+from paged_ref.planner.engine_run import engine_steps, simulated_steps
+from paged_ref.planner.hardware import GPUS
+from paged_ref.planner.models import MODELS, model_named
+from paged_ref.planner.settings import servers
+from paged_ref.planner.setup import Setup
+from paged_ref.planner.traces import at_rate, generated
 
 # ## Predict
 #

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from paged_ref import LLM
-from paged_ref.kernels import paged_attention, slot_of, trace
+from paged_ref.kernels import paged_attention, slot_of
+from paged_ref.tracer import trace
 from paged_ref.lesson import break_it, check, claim, predict, show, todo
 from paged_ref.training import activations, network, parameters
-from paged_ref.workload import hardware, models, setup, simulate, traces
+from paged_ref.planner import hardware, models, setup, simulate, traces
 
 # ## Predict
 #

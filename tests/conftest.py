@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 
 if TYPE_CHECKING:  # a test that needs none of it should not wait for it
-    from paged_ref.memory.events import Event
-    from paged_ref.terminal.history import History
+    from paged_ref.timeline.events import Event
+    from paged_ref.timeline.history import History
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -26,8 +26,8 @@ def stories260k() -> Path:
 @pytest.fixture(scope="session")
 def logs() -> dict[str, list[Event]]:
     """The paper's requests, run once under each manager, as `paged-ref viz` runs them."""
-    from paged_ref.memory.factory import ManagerName
-    from paged_ref.terminal.viz_run import PAPER, record
+    from paged_ref.extras.managers import ManagerName
+    from paged_ref.views.viz.viz_run import PAPER, record
 
     return {name: record(PAPER, name) for name in get_args(ManagerName)}
 
@@ -35,7 +35,7 @@ def logs() -> dict[str, list[Event]]:
 @pytest.fixture(scope="session")
 def log_file(logs: dict[str, list[Event]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three in one file."""
-    from paged_ref.memory.events import write_events
+    from paged_ref.timeline.events import write_events
 
     path = tmp_path_factory.mktemp("viz") / "run.jsonl"
     with path.open("w", encoding="utf-8") as file:
@@ -47,7 +47,7 @@ def log_file(logs: dict[str, list[Event]], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def runs(logs: dict[str, list[Event]]) -> list[History]:
     """The three as timelines."""
-    from paged_ref.terminal.history import histories
+    from paged_ref.timeline.history import histories
 
     return [histories(events)[0] for events in logs.values()]
 
@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, where no GPU is in use."""
-    from paged_ref import device
+    from paged_ref.core import device
 
     if not device.on_gpu:
         for item in items:

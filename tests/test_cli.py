@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from paged_ref.cli import main
-from paged_ref.memory.events import read_events
-from paged_ref.memory.replay import replay
-from paged_ref.model.loading import TINY
+from paged_ref.core.model.loading import TINY
+from paged_ref.timeline.events import read_events
+from paged_ref.timeline.replay import replay
 
 PAPER = "Four score and seven years ago our"
 
@@ -157,6 +157,6 @@ def test_a_file_that_cannot_be_written_is_one_sentence(
         Path("/nowhere/results.json").write_text("{}", encoding="utf-8")
         return 0
 
-    monkeypatch.setattr("paged_ref.terminal.info.main", write)
+    monkeypatch.setattr("paged_ref.commands.info.main", write)
     assert main(["info"]) == 2
     assert capsys.readouterr().err == "paged-ref: error: /nowhere/results.json: No such file or directory\n"

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from paged_ref.device import on_gpu
+from paged_ref.core.device import on_gpu
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "paged_ref"
 FLOORS = [
-    {"device", "config"},
-    {"kernels"},
-    {"memory"},
-    {"model"},
-    {"engine", "training"},
-    {"workload"},
-    {"terminal", "bench"},
-    {"lesson", "cli", "__main__"},
+    {"core"},
+    {"extras"},
+    {"tuned", "interop"},
+    {"tracer", "timeline"},
+    {"beyond_device"},
+    {"views", "planner", "training"},
+    {"bench"},
+    {"commands", "lesson"},
 ]
+DOORS = {"__init__", "__main__", "cli", "kernels", "llm"}  # they put rooms together, and stand outside the floors
+# The imports that the move of the core has still to cut: file -> rooms.
+STILL_TO_CUT = json.loads((Path(__file__).parent / "still_to_cut.json").read_text(encoding="utf-8"))
 
 
 def room_of(module: str) -> str:
-    """`paged_ref.kernels.paged` stands in the room `kernels`."""
+    """`paged_ref.core.attention.paged` stands in the room `kernels`."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -50,16 +54,18 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def forbidden(path: Path) -> set[str]:
+    """The rooms that the file imports although they are on its own floor or above it."""
+    room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if room in DOORS:
+        return set()
+    targets = {room_of(module) for module in imports_of(path)} - {"", room, "__version__"} - DOORS
+    return {target for target in targets if floor_of(target) >= floor_of(room)}
+
+
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_go_down(path: Path) -> None:
-    room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    if room == "__init__":
-        return
-    for module in imports_of(path):
-        target = room_of(module)
-        if target in ("__version__", ""):
-            continue
-        assert floor_of(target) <= floor_of(room), f"{path.name} is on floor {floor_of(room)}; {module} is above"
+    assert forbidden(path) <= set(STILL_TO_CUT.get(str(path.relative_to(SOURCE)), ()))
 
 
 def loaded_by(statement: str) -> set[str]:

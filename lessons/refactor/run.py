@@ -53,7 +53,7 @@ def token_ids(step: int, directory: str, prompts: list[list[int]], max_tokens: i
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from paged_ref.model.loading import TINY
+    from paged_ref.core.model.loading import TINY
 
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(TINY if directory == "tiny" else directory, dtype="float32")

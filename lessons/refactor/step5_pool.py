@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from decoder import Decoder
 
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.kernels import paged_attention, slot_of, write_kv
-from paged_ref.memory.block_pool import BlockPool
 
 NUM_BLOCKS, BLOCK_SIZE = 256, 16
 

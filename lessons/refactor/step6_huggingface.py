@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.kernels import paged_attention, slot_of, write_kv
-from paged_ref.memory.block_pool import BlockPool
 
 NUM_BLOCKS, BLOCK_SIZE = 256, 16
 

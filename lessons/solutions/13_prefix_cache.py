@@ -1,4 +1,4 @@
-from paged_ref.memory.prefix_cache import block_digests
+from paged_ref.extras.prefix_cache import block_digests
 
 
 def my_keys(tokens, size, parent=b""):

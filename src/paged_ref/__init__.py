@@ -11,18 +11,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paged_ref.engine.llm import LLM
-    from paged_ref.engine.outputs import RequestOutput, SequenceOutput
-    from paged_ref.engine.sampling import SamplingParams
+    from paged_ref.core.engine.outputs import RequestOutput, SequenceOutput
+    from paged_ref.core.engine.sampling import SamplingParams
+    from paged_ref.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "RequestOutput", "SamplingParams", "SequenceOutput", "__version__"]
 
 _HOME = {
-    "LLM": "paged_ref.engine.llm",
-    "RequestOutput": "paged_ref.engine.outputs",
-    "SequenceOutput": "paged_ref.engine.outputs",
-    "SamplingParams": "paged_ref.engine.sampling",
+    "LLM": "paged_ref.llm",
+    "RequestOutput": "paged_ref.core.engine.outputs",
+    "SequenceOutput": "paged_ref.core.engine.outputs",
+    "SamplingParams": "paged_ref.core.engine.sampling",
 }
 
 

@@ -10,18 +10,21 @@ from collections.abc import Sequence
 
 # command -> (module with add_arguments(parser) and main(args) -> exit status, help)
 COMMANDS = {
-    "demo": ("paged_ref.terminal.demo", "the same prompts with standard and with paged memory, compared"),
-    "generate": ("paged_ref.terminal.generate", "continue prompts, streaming the text"),
-    "viz": ("paged_ref.terminal.viz", "the page table of a real run, step by step, forwards and backwards"),
-    "walk": ("paged_ref.terminal.kernel_walk", "inside the kernel: which thread reads which slot, access by access"),
-    "assess": ("paged_ref.terminal.assess", "what paging would buy: a model on a GPU in numbers, and the settings"),
-    "train": ("paged_ref.terminal.train", "a tokenizer and a small Llama from a text file"),
-    "monitor": ("paged_ref.terminal.monitor", "a run as it goes: memory, sequences, speed, swapping; JSON, Prometheus"),
-    "long": ("paged_ref.terminal.long", "a context longer than the device: exactly, or the pages that matter"),
-    "info": ("paged_ref.terminal.info", "device, attention backends, versions"),
+    "demo": ("paged_ref.commands.demo", "the same prompts with standard and with paged memory, compared"),
+    "generate": ("paged_ref.commands.generate", "continue prompts, streaming the text"),
+    "viz": ("paged_ref.commands.viz", "the page table of a real run, step by step, forwards and backwards"),
+    "walk": ("paged_ref.views.walk.walk", "inside the kernel: which thread reads which slot, access by access"),
+    "assess": ("paged_ref.commands.assess", "what paging would buy: a model on a GPU in numbers, and the settings"),
+    "train": ("paged_ref.commands.train", "a tokenizer and a small Llama from a text file"),
+    "monitor": (
+        "paged_ref.views.monitor.monitor",
+        "a run as it goes: memory, sequences, speed; JSON, Prometheus",
+    ),
+    "long": ("paged_ref.commands.long", "a context longer than the device: exactly, or the pages that matter"),
+    "info": ("paged_ref.commands.info", "device, attention backends, versions"),
     "lesson": ("paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check"),
-    "compare": ("paged_ref.terminal.compare", "what paging would buy: standard, swapping and paged on real traffic"),
-    "paper": ("paged_ref.terminal.paper", "the figures of the PagedAttention paper, measured here, beside its numbers"),
+    "compare": ("paged_ref.commands.compare", "what paging would buy: standard, swapping and paged on real traffic"),
+    "paper": ("paged_ref.commands.paper", "the figures of the PagedAttention paper, measured here, beside its numbers"),
     "bench": ("paged_ref.bench", "benchmarks: kernels, sass, engine, model, memory, simulate, training, long"),
 }
 

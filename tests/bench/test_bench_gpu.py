@@ -18,8 +18,8 @@ from paged_ref.bench.gpu_clock import Timing
 from paged_ref.bench.gpu_kernels import bench, report, run
 from paged_ref.bench.gpu_shapes import BATCHES, BLOCK_SIZES, KEYS, MODELS, GpuShape, shapes
 from paged_ref.cli import main
-from paged_ref.config import ModelConfig
-from paged_ref.device import on_gpu
+from paged_ref.core.device import on_gpu
+from paged_ref.core.model.config import ModelConfig
 from paged_ref.kernels import paged_attention
 
 pytestmark = pytest.mark.skipif(on_gpu, reason="a GPU is in use: the benchmark itself can run")
@@ -158,7 +158,7 @@ TOY_MODEL: dict[str, Any] = {
 
 def test_a_model_is_decoded_and_put_in_proportion() -> None:
     args = argparse.Namespace(batch=3, prompt_tokens=10, new_tokens=8)
-    (result,) = model.decode_speed(TOY_MODEL, "float32", args, 1e9, graphs=(False,))
+    result = model.decode_speed(TOY_MODEL, "float32", args, 1e9)
     assert result["steps"] == 6  # 8 tokens: one from the prompt, and the first step of decoding is not counted
     parameters = 300 * 32 + 32 + 2 * (2 * 32 + 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48)
     assert result["weights_bytes"] == 4 * parameters
@@ -166,23 +166,17 @@ def test_a_model_is_decoded_and_put_in_proportion() -> None:
     bound = (result["weights_bytes"] + result["kv_bytes"]) / 1e9
     assert result["share_of_bound"] == pytest.approx(bound / result["seconds_per_step"])
     console = Console(file=io.StringIO(), width=80)
-    model.report(console, {"float16, plain launches": [64, 64], "float16, CUDA graphs": [64, 20]}, [result], 1e9)
+    model.report(console, [64, 64], result, 1e9)
+    model.report(console, [64, 20], result, 1e9)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "plain launches: 2 of 2 continuations" in text
+    assert "2 of 2 continuations" in text
     assert "tokens that agree: [64, 20]" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_where_no_graph_can_be_recorded_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tokens(dtype: str, cuda_graphs: bool = False) -> list[list[int]]:
-        if cuda_graphs:
-            raise RuntimeError("the decode step cannot be recorded as a CUDA graph: cuBLAS")
-        return [[1, 2, 4]]
-
-    monkeypatch.setattr(model, "greedy_tokens", tokens)
-    same, refused = model.compared([[1, 2, 3]])
-    assert same == {"float16, plain launches": [2]}
-    assert refused == "the decode step cannot be recorded as a CUDA graph: cuBLAS"
+def test_the_tokens_that_agree_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "greedy_tokens", lambda dtype: [[1, 2, 4], [5, 6, 7]])
+    assert model.same_tokens([[1, 2, 3], [5, 6, 7]]) == [2, 3]
 
 
 def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:

@@ -100,7 +100,7 @@ def test_it_has_the_form_of_a_lesson(path: Path) -> None:
     assert lesson.number == int(path.name[:2])
     assert lesson.question.endswith("?")
     assert 15 <= lesson.minutes <= 20
-    assert 80 <= len(lines) <= 150
+    assert 80 <= len(lines) <= 170
     assert max(map(len, lines)) <= 76
     titles = [part.title for part in lesson.parts]
     assert [title for title in titles if title in HEADINGS] == HEADINGS

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small
+from support import small
 
-from paged_ref.device import Array, to_host, xp
+from paged_ref.core.device import Array, to_host, xp
 from paged_ref.training.activations import MEMORY, Keep, Paged, Recompute, Swap, activations_for
 from paged_ref.training.network import Dropout, loss_and_gradient, saved_shapes
 from paged_ref.training.parameters import Parameters

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
+from support import small
 
 from paged_ref.training.activations import Keep
 from paged_ref.training.checkpoint import hf_config, save_model

@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paged_ref.training.corpus import END, batches, encode, hold_out, read_stories, sequences, train_tokenizer
+from paged_ref.training.corpus import (
+    END,
+    batches,
+    encode,
+    hold_out,
+    read_stories,
+    sequences,
+    train_tokenizer,
+)
 
 WORDS = "Four score and seven years ago our fathers brought forth"
 STORIES = [f"The {animal} saw a {thing}. It was happy, and so the {animal} ran." for animal in

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small
+from support import small
 
-from paged_ref.device import Array, to_host, xp
-from paged_ref.model.llama import rotate
+from paged_ref.core.device import Array, to_host, xp
+from paged_ref.core.model.llama import rotate
 from paged_ref.training import backward
 from paged_ref.training.activations import Keep
 from paged_ref.training.network import Batch, Dropout, loss_and_gradient, total_loss

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from paged_ref.device import to_host, xp
+from paged_ref.core.device import to_host, xp
 from paged_ref.training.optimizer import MUON_RATE, AdamW, Muon, clip, learning_rate, orthogonal
 
 

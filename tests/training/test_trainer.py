@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small
+from support import small
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.device import to_host
+from paged_ref.core.device import to_host
 from paged_ref.training.activations import Keep, Paged
 from paged_ref.training.checkpoint import STATE, State, load_state, put, save_model, save_state
 from paged_ref.training.corpus import encode, train_tokenizer

@@ -1,4 +1,4 @@
-from paged_ref.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.block_pool import OutOfBlocks
 
 
 def my_allocate__takes_from_the_wrong_end(free, ref_count):

@@ -22,11 +22,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config import ModelConfig
-from ..device import describe
-from ..engine.llm import LLM
-from ..engine.sampling import SamplingParams
-from ..model.loading import TINY, random_weights
+from ..core.device import describe
+from ..core.engine.sampling import SamplingParams
+from ..core.model.config import ModelConfig
+from ..core.model.loading import TINY, random_weights
+from ..llm import LLM
 
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

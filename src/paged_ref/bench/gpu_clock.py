@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from ..device import xp
+from ..core.device import xp
 
 Call = Callable[[], Any]
 COPY_BYTES = 1 << 30  # several times any L2

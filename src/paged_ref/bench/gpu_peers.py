@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..device import Array
+from ..core.device import Array
 from .gpu_shapes import GpuShape
 
 Call = Callable[[], Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.quantize import BFLOAT16
+from ..extras.formats import BFLOAT16
 
 # (query heads, KV heads, head size)
 MODELS = {

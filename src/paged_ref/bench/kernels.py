@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..device import Array, on_gpu
+from ..core.device import Array, on_gpu
 from ..kernels import naive_attention, paged_attention
 
 Contender = Callable[[], Any]
@@ -127,7 +127,7 @@ def streaming_read(batch: Batch, threads: int) -> Contender:
     """Add up the bytes of K and V, seen as float32, each thread its own stretch: the fastest honest read."""
     from numba import njit
 
-    from ..kernels import cpu
+    from ..tuned import cpu_simd as cpu
 
     @njit(nogil=True, fastmath={"reassoc", "nsz"})  # type: ignore[untyped-decorator]  # sums in vectors
     def add_up(mine: int, threads: int, numbers: Array, sums: Array) -> None:
@@ -271,7 +271,7 @@ def main(args: argparse.Namespace) -> int:
         from . import gpu_kernels
 
         return gpu_kernels.main(args)
-    from ..kernels import cpu  # here, so that the command line starts without the compiler
+    from ..tuned import cpu_simd as cpu  # here, so that the command line starts without the compiler
 
     console = Console()
     chosen = [shape for shape in SHAPES if not args.shape or any(words in shape.name for words in args.shape)]

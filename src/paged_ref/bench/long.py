@@ -22,13 +22,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config import ModelConfig
-from ..device import Array, describe, on_gpu, synchronize, xp
-from ..engine.long_context import LongContext
-from ..engine.long_options import STAGING_BYTES, LongOptions
+from ..beyond_device.attention import TwoCaches, streamed_attention
+from ..beyond_device.long_context import LongContext
+from ..beyond_device.options import STAGING_BYTES, LongOptions
+from ..beyond_device.relevance import Attend
+from ..core.device import Array, describe, on_gpu, synchronize, xp
+from ..core.model.config import ModelConfig
 from ..kernels import paged_attention
-from ..kernels.out_of_core import TwoCaches, streamed_attention
-from ..memory.relevance import Attend
 
 BLOCK_SIZE = 16
 CHUNK = 4096  # tokens written at once

@@ -20,16 +20,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..device import describe
-from ..engine.scheduler import Scheduler
-from ..engine.sequence import Group
-from ..engine.sequence import Sequence as TokenSequence
-from ..memory.events import Event
-from ..memory.managers import KVCacheManager
-from ..memory.paged import PagedManager
-from ..memory.prefix_cache import block_digests
-from ..memory.standard import StandardManager
-from ..memory.swapping import SwappingManager
+from ..core.device import describe
+from ..core.engine.scheduler import Scheduler
+from ..core.engine.sequence import Group
+from ..core.engine.sequence import Sequence as TokenSequence
+from ..core.memory.manager import KVCacheManager
+from ..core.memory.paged import PagedManager
+from ..core.memory.standard import StandardManager
+from ..core.memory.swapping import SwappingManager
+from ..extras.prefix_cache import block_digests
+from ..timeline.events import Event
 
 BLOCK_SIZE = 16
 LONGEST = 2048  # tokens of context, when the steps begin

@@ -24,12 +24,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config import ModelConfig, kv_bytes_per_token
-from ..device import describe, on_gpu, reason
-from ..engine.llm import LLM
-from ..engine.outputs import StepRecord
-from ..engine.sampling import SamplingParams
-from ..model.loading import TINY, weight_shapes
+from ..core.device import describe, on_gpu, reason
+from ..core.engine.outputs import StepRecord
+from ..core.engine.sampling import SamplingParams
+from ..core.model.config import ModelConfig, kv_bytes_per_token
+from ..core.model.loading import TINY, weight_shapes
+from ..llm import LLM
 
 # The sizes of Llama 3.2 1B: 1.24 billion parameters.
 ONE_BILLION: dict[str, Any] = {
@@ -76,26 +76,23 @@ def main(args: argparse.Namespace) -> int:
     from .gpu_clock import Clock
     from .gpu_kernels import header
 
-    same, refused = compared(cpu_tokens())
+    same = same_tokens(cpu_tokens())
     bandwidth = Clock().copy_bandwidth()
-    results = decode_speed(ONE_BILLION, "float16", args, bandwidth, graphs=(False,) if refused else (False, True))
+    results = decode_speed(ONE_BILLION, "float16", args, bandwidth)
     console = Console()
     report(console, same, results, bandwidth)
-    if refused:
-        console.print(f"Without CUDA graphs: {refused}")
     if args.json:
         record = header() | {"copy_bytes_per_second": bandwidth, "same_tokens_as_cpu_float32": same, "decode": results}
-        record["cuda_graphs_refused"] = refused
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(count == NEW_TOKENS for counts in same.values() for count in counts) else 1
+    return 0 if all(count == NEW_TOKENS for count in same) else 1
 
 
 # ---- the embedded model: the same tokens as on a CPU
 
 
-def greedy_tokens(dtype: str, cuda_graphs: bool = False) -> list[list[int]]:
+def greedy_tokens(dtype: str) -> list[list[int]]:
     """The embedded model's continuations of PROMPTS."""
-    llm = LLM("tiny", dtype=dtype, cuda_graphs=cuda_graphs)
+    llm = LLM("tiny", dtype=dtype)
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     return [output.outputs[0].token_ids for output in llm.generate(list(PROMPTS), params)]
 
@@ -111,22 +108,11 @@ def cpu_tokens() -> list[list[int]]:
     return tokens
 
 
-def compared(want: list[list[int]]) -> tuple[dict[str, list[int]], str | None]:
-    """same_tokens with plain launches and with CUDA graphs; and why there are none with graphs, where CuPy cannot
-    record the step (engine/recorded.py)."""
-    same = {"float16, plain launches": same_tokens(False, want)}
-    try:
-        same["float16, CUDA graphs"] = same_tokens(True, want)
-    except RuntimeError as error:
-        return same, str(error)
-    return same, None
-
-
-def same_tokens(graphs: bool, want: list[list[int]]) -> list[int]:
-    """For each prompt, how many tokens agree before the first that does not."""
+def same_tokens(want: list[list[int]]) -> list[int]:
+    """For each prompt, how many tokens of a float16 run agree before the first that does not."""
     return [
-        next((i for i, (a, b) in enumerate(zip(mine, its, strict=True)) if a != b), len(its))
-        for mine, its in zip(greedy_tokens("float16", graphs), want, strict=True)
+        next((i for i, (a, b) in enumerate(zip(mine, wanted, strict=True)) if a != b), len(wanted))
+        for mine, wanted in zip(greedy_tokens("float16"), want, strict=True)
     ]
 
 
@@ -134,43 +120,36 @@ def same_tokens(graphs: bool, want: list[list[int]]) -> list[int]:
 
 
 def decode_speed(
-    hf_config: Mapping[str, Any], dtype: str, args: argparse.Namespace, bandwidth: float, graphs: tuple[bool, ...]
-) -> list[dict[str, Any]]:
-    """Decode a batch of random prompts with and without graphs: the median step, and its share of the bound."""
+    hf_config: Mapping[str, Any], dtype: str, args: argparse.Namespace, bandwidth: float
+) -> dict[str, Any]:
+    """Decode a batch of random prompts: the median step, and its share of the bound."""
     config = ModelConfig.from_hf(hf_config)
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, config.vocab_size, size=(args.batch, args.prompt_tokens)).tolist()
     length = args.prompt_tokens + args.new_tokens
-    weights_bytes = weights_read(config) * np.dtype(dtype).itemsize
-    results = []
+    steps: list[StepRecord] = []
     with tempfile.TemporaryDirectory() as folder:
         save_random(hf_config, config, dtype, Path(folder))
-        for with_graphs in graphs:
-            steps: list[StepRecord] = []
-            llm = LLM(
-                folder, dtype=dtype, cuda_graphs=with_graphs, max_model_len=length, max_batch_tokens=4096,
-                kv_cache_tokens=args.batch * (length + 16), on_step=steps.append,
-            )  # fmt: skip
-            llm.generate(prompts, SamplingParams(max_tokens=args.new_tokens, ignore_eos=True))
-            decode = [step for step in steps if len(step.chunks) == args.batch == sum(n for _, n in step.chunks)]
-            seconds = median(step.seconds for step in decode[1:])  # the first records the graph
-            keys = args.prompt_tokens + args.new_tokens // 2
-            kv_bytes = args.batch * keys * kv_bytes_per_token(config, dtype)
-            results.append(
-                {
-                    "cuda_graphs": with_graphs,
-                    "seconds_per_step": seconds,
-                    "tokens_per_second": args.batch / seconds,
-                    "weights_bytes": weights_bytes,
-                    "kv_bytes": kv_bytes,
-                    "share_of_bound": (weights_bytes + kv_bytes) / bandwidth / seconds,
-                    "batch": args.batch,
-                    "keys": keys,
-                    "steps": len(decode) - 1,
-                }
-            )
-            del llm
-    return results
+        llm = LLM(
+            folder, dtype=dtype, max_model_len=length, max_batch_tokens=4096,
+            kv_cache_tokens=args.batch * (length + 16), on_step=steps.append,
+        )  # fmt: skip
+        llm.generate(prompts, SamplingParams(max_tokens=args.new_tokens, ignore_eos=True))
+    decode = [step for step in steps if len(step.chunks) == args.batch == sum(n for _, n in step.chunks)]
+    seconds = median(step.seconds for step in decode[1:])  # the first compiles what is missing
+    keys = args.prompt_tokens + args.new_tokens // 2
+    weights_bytes = weights_read(config) * np.dtype(dtype).itemsize
+    kv_bytes = args.batch * keys * kv_bytes_per_token(config, dtype)
+    return {
+        "seconds_per_step": seconds,
+        "tokens_per_second": args.batch / seconds,
+        "weights_bytes": weights_bytes,
+        "kv_bytes": kv_bytes,
+        "share_of_bound": (weights_bytes + kv_bytes) / bandwidth / seconds,
+        "batch": args.batch,
+        "keys": keys,
+        "steps": len(decode) - 1,
+    }
 
 
 def weights_read(config: ModelConfig) -> int:
@@ -199,28 +178,24 @@ def save_random(hf_config: Mapping[str, Any], config: ModelConfig, dtype: str, f
 # ---- words
 
 
-def report(console: Console, same: dict[str, list[int]], results: list[dict[str, Any]], bandwidth: float) -> None:
+def report(console: Console, same: list[int], result: dict[str, Any], bandwidth: float) -> None:
     """What was found, for people."""
-    for name, counts in same.items():
-        whole = sum(count == NEW_TOKENS for count in counts)
-        console.print(
-            f"Embedded model, {name}: {whole} of {len(counts)} continuations of {NEW_TOKENS} tokens are those of "
-            "float32 on the CPU" + ("" if whole == len(counts) else f"; tokens that agree: {counts}")
-        )
-    first = results[0]
+    whole = sum(count == NEW_TOKENS for count in same)
+    console.print(
+        f"Embedded model, float16: {whole} of {len(same)} continuations of {NEW_TOKENS} tokens are those of "
+        "float32 on the CPU" + ("" if whole == len(same) else f"; tokens that agree: {same}")
+    )
     table = Table(
-        title=f"Decoding, batch {first['batch']}, {first['keys']} keys, {describe()}", box=box.SIMPLE_HEAD,
+        title=f"Decoding, batch {result['batch']}, {result['keys']} keys, {describe()}", box=box.SIMPLE_HEAD,
         title_justify="left",
     )  # fmt: skip
-    for column in ("", "ms per step", "tokens/s", "of the bound"):
-        table.add_column(column, justify="right" if column else "left")
-    for result in results:
-        table.add_row(
-            "CUDA graphs" if result["cuda_graphs"] else "plain launches", f"{1e3 * result['seconds_per_step']:.2f}",
-            f"{result['tokens_per_second']:.0f}", f"{result['share_of_bound']:.0%}",
-        )  # fmt: skip
+    for column in ("ms per step", "tokens/s", "of the bound"):
+        table.add_column(column, justify="right")
+    seconds = 1e3 * result["seconds_per_step"]
+    table.add_row(f"{seconds:.2f}", f"{result['tokens_per_second']:.0f}", f"{result['share_of_bound']:.0%}")
     console.print(table)
     console.print(
-        f"The bound: {first['weights_bytes'] / 1e9:.2f} GB of weights and {first['kv_bytes'] / 1e9:.2f} GB of K and V "
-        f"for each step, at {bandwidth / 1e9:.0f} GB/s, which a copy reaches. Steps are timed from schedule to tokens."
+        f"The bound: {result['weights_bytes'] / 1e9:.2f} GB of weights and {result['kv_bytes'] / 1e9:.2f} GB of "
+        f"K and V for each step, at {bandwidth / 1e9:.0f} GB/s, which a copy reaches. "
+        "Steps are timed from schedule to tokens."
     )

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..kernels.flash_variant import Variant
+    from ..tuned.flash_variant import Variant
 
 # NVIDIA's figures for the H200 SXM: HBM3e bytes and multiprocessors; 4 schedulers each; the base boost clock.
 BYTES_PER_SECOND, MULTIPROCESSORS, SCHEDULERS, CLOCK = 4.8e12, 132, 4, 1.755e9
@@ -61,7 +61,7 @@ class Cost:
 
 def variants() -> dict[str, Variant]:
     """The kernels of the table: shapes of known models, kinds of cache, what paging and features add."""
-    from ..kernels.flash_variant import Variant
+    from ..tuned.flash_variant import Variant
 
     llama = Variant("float16", "float16", 128, 4, 16, split=True)
     return {
@@ -94,10 +94,10 @@ def types_of(variant: Variant) -> tuple[str, ...]:
 
 def cost(name: str, variant: Variant, capability: tuple[int, int]) -> Cost:
     """Compile the variant, and count."""
-    from ..kernels.flash_elements import ELEMENTS
-    from ..kernels.flash_kernels import attention_kernel
-    from ..kernels.flash_variant import NUM_THREADS, NUM_WARPS
-    from ..kernels.machine_code import compile_kernel, disassemble, loop_with_most, operation
+    from ..tuned.flash_elements import ELEMENTS
+    from ..tuned.flash_kernels import attention_kernel
+    from ..tuned.flash_variant import NUM_THREADS, NUM_WARPS
+    from ..tuned.machine_code import compile_kernel, disassemble, loop_with_most, operation
 
     bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
     code = compile_kernel(attention_kernel(variant), types_of(variant), bounds, capability)

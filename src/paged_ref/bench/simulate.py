@@ -15,13 +15,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..device import describe
-from ..workload.hardware import gpu_named
-from ..workload.models import model_named
-from ..workload.setup import Setup
-from ..workload.simulate import Simulation
-from ..workload.trace_files import read_trace
-from ..workload.traces import MEANS, at_rate, first, generated
+from ..core.device import describe
+from ..planner.hardware import gpu_named
+from ..planner.models import model_named
+from ..planner.setup import Setup
+from ..planner.simulate import Simulation
+from ..planner.trace_files import read_trace
+from ..planner.traces import MEANS, at_rate, first, generated
 
 RATE = 2.0  # requests per second, of a drawn trace
 

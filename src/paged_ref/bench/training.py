@@ -24,8 +24,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config import ModelConfig
-from ..device import describe, on_gpu, synchronize, to_host, xp
+from ..core.device import describe, on_gpu, synchronize, to_host, xp
+from ..core.model.config import ModelConfig
 from ..training.activations import PAGE_SIZE, Keep, Paged, Recompute, Swap
 from ..training.checkpoint import hf_config
 from ..training.network import Batch, loss_and_gradient, saved_shapes

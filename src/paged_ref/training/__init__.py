@@ -1,0 +1,1 @@
+"""Training of a small Llama, with its activations in pages."""

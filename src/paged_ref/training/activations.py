@@ -45,11 +45,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..config import ModelConfig
-from ..device import Array, xp
-from ..memory.managers import Transfer
-from ..memory.residency import ByPriority, Residency
-from ..memory.storage import pinned
+from ..beyond_device.residency import ByPriority, Residency
+from ..core.device import Array, xp
+from ..core.memory.kv import pinned
+from ..core.memory.manager import Transfer
+from ..core.model.config import ModelConfig
 from .copies import CopyStream
 from .network import Saved, saved_shapes
 

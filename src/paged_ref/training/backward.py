@@ -14,8 +14,8 @@ from itertools import groupby
 
 import numpy as np
 
-from ..device import Array, on_gpu, xp
-from ..model.llama import rotate
+from ..core.device import Array, on_gpu, xp
+from ..core.model.llama import rotate
 
 QUERY_CHUNK = 64  # queries whose scores exist at a time; the keys behind them all are never looked at
 SCORES = 2**27 if on_gpu else 2**18  # scores that exist at a time: what stays in a core's cache, on a CPU

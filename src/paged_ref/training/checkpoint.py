@@ -18,8 +18,8 @@ from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..config import ModelConfig
-from ..model.tokenizer import Tokenizer
+from ..core.model.config import ModelConfig
+from ..core.model.tokenizer import Tokenizer
 from .parameters import Parameters
 
 STATE = "training_state.safetensors"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..device import Array, on_gpu, xp
+from ..core.device import Array, on_gpu, xp
 
 
 class CopyStream:

@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ..model.tokenizer import Tokenizer
+from ..core.model.tokenizer import Tokenizer
 
 END = "<|endoftext|>"  # between stories, in the text files and as a token: the usual mark of GPT-2's kind
 NUM_BYTES = 256

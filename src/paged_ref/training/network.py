@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from ..config import ModelConfig
-from ..device import Array, on_gpu, xp
-from ..model.llama import rope_frequencies
+from ..core.device import Array, on_gpu, xp
+from ..core.model.config import ModelConfig
+from ..core.model.llama import rope_frequencies
 from .backward import (
     LOGIT_ROWS,
     causal_attention,

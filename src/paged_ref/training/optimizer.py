@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..device import Array, xp
+from ..core.device import Array, xp
 
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8  # of AdamW
 MOMENTUM = 0.95  # of Muon

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..config import ModelConfig
-from ..device import Array, to_host, xp
+from ..core.device import Array, to_host, xp
+from ..core.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import ModelConfig
-from ..device import Array, to_host, xp
-from ..model.tokenizer import Tokenizer
+from ..core.device import Array, to_host, xp
+from ..core.model.config import ModelConfig
+from ..core.model.tokenizer import Tokenizer
 from .checkpoint import State
 from .corpus import batches, encode
 from .network import Activations, Batch, Dropout, loss_and_gradient, total_loss

@@ -1,0 +1,1 @@
+"""Contexts longer than the device's memory."""

@@ -1,0 +1,1 @@
+"""The commands of `paged-ref`, one file each."""

@@ -1,0 +1,247 @@
+"""What `paged-ref compare` prints: the plots, the article's three columns as tables, and what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from ..planner.comparison import Checked, Row
+from ..planner.complexity import lines_of
+from ..planner.roofline import explain
+from ..planner.setup import Setup
+from ..planner.traces import Trace
+from .compare_plots import latency_plot, memory_plot
+
+GIB = 2**30
+FEW = 500  # requests, below which a rate says little
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Timed on this machine."""
+
+    num_seqs: int  # that run, in the batch that was timed
+    micros: dict[str, float]  # a scheduling step of each manager, in microseconds
+    kernel_ratio: float  # time of the paged CPU kernel, times that of the contiguous one
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "lines": {name: lines_of(name) for name in ("standard", "swapping", "paged")}}
+
+
+def technique_of(row: Row) -> str:
+    """The row's key in complexity.FILES."""
+    setup = row.curve.setup
+    if setup.manager == "standard":
+        return "standard, buddy" if setup.allocator == "buddy" else "standard"
+    return "prefix cache" if setup.prefix_cache else setup.manager
+
+
+def print_setting(console: Console, base: Setup, trace: Trace, bound: float) -> None:
+    kv = base.num_slots * base.model.kv_bytes_per_token / GIB
+    console.print(
+        f"[bold]{base.model.name}[/bold] on [bold]{base.gpu.name}[/bold]: K and V of {base.num_slots:,} tokens in "
+        f"{kv:.1f} GiB, {base.model.kv_arithmetic}."
+    )
+    console.print(f"{trace.describe()}.")
+    for note in trace.notes:
+        console.print(Padding(f"- {note}", (0, 0, 0, 2)))
+    console.print(
+        f"Requests of up to {base.longest:,} tokens, {base.max_batch_seqs} sequences and {base.max_batch_tokens:,} "
+        "tokens in a step at most. The real schedulers and managers decide; the time of a step is computed from the "
+        "datasheet and:"
+    )
+    rows = Table.grid(padding=(0, 2))
+    for name, value, why in explain(base.constants):
+        rows.add_row(f"  {name}", f"{value:g}", why)
+    console.print(rows)
+
+
+def print_report(console: Console, rows: Sequence[Row], cost: Cost) -> None:
+    bound = rows[0].curve.bound
+    _heading(console, "Where the K/V memory is, while requests wait (all come at once)")
+    console.print(memory_plot(rows, console.width), no_wrap=True)
+    _heading(console, "Utilization")
+    console.print(_utilization(rows))
+    _wrapped(
+        console,
+        "Shares of the pool, mean over the time in which somebody waits (over all if nobody ever does). Reserved: the "
+        "sequence will use it. Inside: it never will. Between: holes too small for the next, and what the buddy "
+        "allocator rounds up. Of used: what holds tokens, of what a newcomer cannot have: the measure of Fig. 2.",
+    )
+    _heading(console, "Scalability")
+    console.print(_scalability(rows))
+    _wrapped(
+        console,
+        "Mean, most: sequences that run while others wait, all requests coming at once. Longest: the longest request "
+        f"that can be held at all. Req/s: requests per second at a mean latency of {bound:g} s for each output token; "
+        "on paper: predicted from mean lengths and the roofline, memory always full. Preempted: when all come at once.",
+    )
+    console.print(latency_plot(rows, console.width), no_wrap=True)
+    _heading(console, "Complexity")
+    console.print(_complexity(rows, cost))
+    _wrapped(console, f"Lines: of code, counted from this package. Step: the bookkeeping of {cost.num_seqs} decoding "
+    "sequences, timed now on this machine. Kernel: the paged CPU kernel's time against the contiguous one's, timed "
+    "now. Moved: K and V copied on the device or over the link, for each generated token.")  # fmt: skip
+    _heading(console, "The article's table, measured")
+    console.print(_article(rows, cost))
+    for sentence in conclusions(rows):
+        _wrapped(console, sentence)
+
+
+def _heading(console: Console, title: str) -> None:
+    console.print()
+    console.rule(f"[bold]{title}[/bold]", align="left", characters="─")
+
+
+def _wrapped(console: Console, text: str) -> None:
+    console.print(Padding(text, (0, 0, 0, 1)))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _utilization(rows: Sequence[Row]) -> Table:
+    table = _table("", "tokens", "reserved", "inside", "between", "free", "of used")
+    for row in rows:
+        shares = row.curve.at_once.shares
+        parts = (shares.tokens, shares.reserved, shares.internal, shares.external, shares.free + shares.cached)
+        cells = [f"{part:.1%}" for part in (*parts, shares.tokens_of_used)]
+        table.add_row(row.curve.setup.label, *cells)
+    return table
+
+
+def _scalability(rows: Sequence[Row]) -> Table:
+    most = rows[0].curve.rate
+    table = _table("", "mean", "most", "longest", "req/s", "x max", "on paper", "preempted")
+    for row in rows:
+        curve, at_once = row.curve, row.curve.at_once
+        table.add_row(
+            curve.setup.label,
+            f"{at_once.running_short:.1f}",
+            f"{at_once.running_peak}",
+            f"{row.longest:,}",
+            f"{curve.rate:.2f}" if curve.rate else "none",
+            f"{curve.rate / most:.2f}" if most else "",
+            f"{row.prediction.rate:.2f}",
+            f"{at_once.preemptions}",
+        )
+    return table
+
+
+def _complexity(rows: Sequence[Row], cost: Cost) -> Table:
+    table = _table("", "manager", "kernel", "step", "kernel time", "moved")
+    for row in rows:
+        setup, (manager, kernel) = row.curve.setup, lines_of(technique_of(row))
+        table.add_row(
+            setup.label,
+            f"{manager} lines",
+            f"{kernel} lines",
+            f"{cost.micros[setup.manager]:.0f} µs",
+            f"{cost.kernel_ratio:.2f}x" if setup.manager == "paged" else "1",
+            f"{row.moved_per_token / 1024:.0f} KiB",
+        )
+    return table
+
+
+def _article(rows: Sequence[Row], cost: Cost) -> Table:
+    """A line for each technique of the article: its word, and our numbers."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("technique", "memory utilization", "scalability", "complexity"):
+        table.add_column(column, no_wrap=column == "technique")
+    words = {
+        "standard": ("poor", "limited", "low"),
+        "swapping": ("moderate", "moderate", "medium"),
+        "paged": ("high", "high", "high"),
+    }
+    for manager, (used, scale, effort) in words.items():
+        mine = [row for row in rows if row.curve.setup.manager == manager]
+        lines = [sum(lines_of(technique_of(row))) for row in mine]
+        table.add_row(
+            manager,
+            f"{used}: {_range([100 * row.curve.at_once.shares.tokens_of_used for row in mine], '.0f')} % tokens",
+            f"{scale}: {_range([row.curve.at_once.running_short for row in mine], '.0f')} at once, "
+            f"{_range([row.curve.rate for row in mine], '.2f')} requests/s",
+            f"{effort}: {_range(lines, '.0f')} lines, {cost.micros[manager]:.0f} µs a step",
+        )
+    return table
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def conclusions(rows: Sequence[Row]) -> list[str]:
+    """What the numbers say, in sentences."""
+    by_label = {row.curve.setup.label: row for row in rows}
+    paged = min(
+        (row for row in rows if row.curve.setup.manager == "paged" and not row.curve.setup.prefix_cache),
+        key=lambda row: abs(row.curve.setup.block_size - 16),
+    )
+    sentences = []
+    gains = []
+    for label in ("standard max", "standard exact", "exact, first fit", "swapping"):
+        other = by_label[label]
+        if other.curve.rate and paged.curve.rate:
+            expected = paged.prediction.rate / other.prediction.rate
+            gains.append(f"{paged.curve.rate / other.curve.rate:.2f}x {label} (predicted {expected:.2f}x)")
+    if gains:
+        sentences.append(f"At the same latency, {paged.curve.setup.label} serves {', '.join(gains)}.")
+    else:
+        sentences.append("No rate keeps this latency: a longer one (--latency) compares more.")
+    if paged.prediction.bound == "compute":
+        sentences.append(
+            "Its steps wait for arithmetic, most of it for prompts: more sequences at once than the GPU can compute "
+            "for bring nothing, so better memory management cannot show here. It shows where memory is shorter "
+            "(--kv-tokens), or contexts are longer, so that fewer sequences fit."
+        )
+    else:
+        sentences.append(
+            "Its steps wait for weights and K and V to be read, and weights are read once for all: more sequences at "
+            "once are more requests per second."
+        )
+    outcome = paged.curve.at_once
+    if outcome.finished < FEW:
+        sentences.append(
+            f"{outcome.finished} requests end before a queue is long, so the rates are too high, those of paged most: "
+            "take more (--requests)."
+        )
+    if outcome.refused:
+        sentences.append(f"{outcome.refused} requests were refused; the first: {outcome.refusal}.")
+    if outcome.cut:
+        sentences.append(f"{outcome.cut} outputs were cut at the context of {paged.curve.setup.longest:,}.")
+    cached = next(row for row in rows if row.curve.setup.prefix_cache).curve.at_once
+    if cached.known_tokens:
+        sentences.append(f"The prefix cache knew {cached.hit_rate:.1%} of the prompts' tokens.")
+    else:
+        sentences.append("The prefix cache found nothing: no two of these requests begin alike, as far as is known.")
+    return sentences
+
+
+# --- the embedded model --------------------------------------------------------------------------------
+
+
+def print_checked(console: Console, trace: Trace, checked: Sequence[Checked]) -> None:
+    _heading(console, "The embedded model, for real")
+    _wrapped(console, f"{trace.describe()}; {'; '.join(trace.notes)}.")
+    table = _table("", "of used, simulated", "run", "steps", "each step the same")
+    for each in checked:
+        table.add_row(
+            each.label,
+            f"{each.simulated.tokens_of_used:.2%}",
+            f"{each.ran.tokens_of_used:.2%}",
+            f"{each.steps}",
+            "yes" if each.same else "NO",
+        )
+    console.print(table)
+    _wrapped(console, "The same: who ran, for how many tokens, who was preempted, what moved, where memory was.")

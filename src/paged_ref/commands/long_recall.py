@@ -1,0 +1,59 @@
+"""How much of the attention a choice of blocks catches: relevance beside the best choice, chance and recency.
+
+The model runs over the text exactly. For each new token, in each layer and for each KV head, the true share of every
+block is there to be seen, and so is what every way to choose would have caught of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..beyond_device.long_context import Observation
+from ..beyond_device.relevance import budget_of, choose
+from ..core.engine.sampling import SamplingParams
+from ..llm import LLM
+
+BUDGETS = (0.05, 0.10, 0.25, 0.50)
+CHOICES = ("oracle", "relevance", "random", "recent")
+
+
+def recall(
+    model: str, ids: Sequence[int], new_tokens: int, block_size: int, seed: int = 0
+) -> dict[tuple[float, str], float]:
+    """(budget, choice) to the mean share of attention mass, over tokens, heads and the layers that choose."""
+    # A budget of all blocks: every layer keeps its bounds, and nothing is left out.
+    llm = LLM(
+        model, device_blocks=-(-(len(ids) + new_tokens) // block_size) + 1, host_blocks=0, block_size=block_size,
+        attend=1.0, full_layers=0, max_model_len=len(ids) + new_tokens, beyond_context=True,
+    )  # fmt: skip
+    assert llm.long_context is not None
+    long_context = llm.long_context
+    full_layers = max(1, llm.config.num_layers // 16)
+    rng = np.random.default_rng(seed)
+    caught: dict[tuple[float, str], list[float]] = {(b, c): [] for b in BUDGETS for c in CHOICES}
+
+    def see(seen: Observation) -> None:
+        if seen.layer < full_layers:
+            return
+        num_blocks = seen.mass.shape[-1]
+        mass = seen.mass.mean(axis=1)  # [num_kv_heads, num_blocks]: a group of query heads reads the same blocks
+        random = rng.random(mass.shape)
+        for budget in BUDGETS:
+            count = budget_of(budget, num_blocks)
+            chosen = {
+                "oracle": np.argsort(-mass, axis=1)[:, :count],
+                "relevance": choose(seen.scores, count),
+                "random": choose(random, count),
+                "recent": np.tile(np.arange(num_blocks - count, num_blocks), (len(mass), 1)),
+            }
+            for name, blocks in chosen.items():
+                caught[budget, name].append(float(np.take_along_axis(mass, blocks, axis=1).sum(axis=1).mean()))
+
+    def watch_from_now_on(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        long_context.observe = see  # the prompt is over
+        return logits
+
+    llm.generate([list(ids)], SamplingParams(max_tokens=new_tokens, ignore_eos=True, logits_hook=watch_from_now_on))
+    return {key: float(np.mean(values)) for key, values in caught.items()}

@@ -1,0 +1,201 @@
+"""`paged-ref viz`: the page table of a real run, step by step, forwards and backwards."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.text import Text
+
+from ..core.engine.sampling import SamplingParams
+from ..extras.managers import MANAGERS, ManagerName
+from ..timeline.events import Event, write_events
+from ..timeline.history import MARKS, History, histories, read_histories
+from ..views.common.canvas import Scene
+from ..views.common.loop import play
+from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg
+from ..views.viz.frames.screen import (
+    FRAMES,
+    FRAMES_OF_PAGES,
+    MIN_HEIGHT,
+    MIN_WIDTH,
+    Frame,
+    frames_of,
+    screen,
+)
+from ..views.viz.player import Player
+from ..views.viz.viz_run import PAPER, Workload, record, workload
+from .recording import record_to
+
+MAX_TOKENS = 12
+SMALLEST: Size = (MIN_WIDTH, MIN_HEIGHT)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("logs", nargs="*", type=Path, metavar="FILE", help="replay logs that --record wrote")
+    show = parser.add_argument_group("what to show")
+    names = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES, start=1))
+    pages = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES_OF_PAGES, start=1))
+    show.add_argument("--frame", default="1", metavar="K", help=f"{names}; of a log of `long`: {pages} (default 1)")
+    letters = ", ".join(f"{mark} {what}" for mark, what in MARKS.items())
+    show.add_argument(
+        "--at", metavar="EVENT", help=f"begin at this event (without a terminal: only this one), or the first {letters}"
+    )
+    show.add_argument(
+        "--every", type=int, metavar="N", help="without a terminal: a frame for every N events, not steps"
+    )
+    show.add_argument("--size", metavar="WxH", help="of printed frames (default: COLUMNS and LINES, or 80x24)")
+    show.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
+    show.add_argument(
+        "--svg", type=Path, metavar="FILE", help="write the frame at --at (default: the last) as a picture"
+    )
+    run = parser.add_argument_group("what to run, in place of the paper's example")
+    run.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: embedded)")
+    run.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    run.add_argument("--n", type=int, metavar="N", help="samples of each prompt; more than 1 draws at temperature 0.8")
+    run.add_argument("--max-tokens", type=int, metavar="N", help=f"new tokens of each sample (default {MAX_TOKENS})")
+    run.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens (default 0)")
+    run.add_argument("--block-size", type=int, metavar="N", help="tokens in a block (default 4)")
+    run.add_argument("--blocks", type=int, metavar="N", help="of the pool (default: 12, or too few for all prompts)")
+    run.add_argument("--host-blocks", type=int, metavar="N", help="of host memory (default: as the pool; 0: recompute)")
+    run.add_argument("--manager", choices=(*MANAGERS, "all"), default="all", help="default: all, to compare them")
+    run.add_argument("--record", type=Path, metavar="FILE", help="write what happens as JSON lines, too")
+
+
+def main(args: argparse.Namespace) -> int:
+    if not args.logs:
+        _frame(args.frame, FRAMES)  # nonsense is refused before the model runs
+    size = parse_size(args.size, SMALLEST) if args.size else None
+    if args.every is not None and args.every < 1:
+        raise ValueError(f"--every is {args.every}; at least 1 is needed")
+    runs = _runs(args)
+    frame = _frame(args.frame, frames_of(runs[0]))
+    at = None if args.at is None else _position(args.at, runs[0])
+    if args.svg:
+        size = size or (100, 30)
+        still = _still(runs, frame, len(runs[0]) - 1 if at is None else at, size)
+        write_svg(args.svg, still, size, f"paged-ref viz: {frames_of(runs[0])[frame].name}")
+    elif is_terminal() and not (args.print or args.every or size):
+        gc.freeze()  # the events stay to the end: the collector need not walk them between two keys
+        play(Player(runs, frame, at or 0))
+    else:
+        _print(runs, frame, at, args.every, size)
+    return 0
+
+
+def show(frame: str) -> None:
+    """What `python -m paged_ref.views.viz.frames.NAME` does: the paper's example, in that frame."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    main(parser.parse_args(["--frame", frame, *sys.argv[1:]]))
+
+
+# --- what to show -----------------------------------------------------------------------------------------
+
+
+def _frame(text: str, frames: tuple[Frame, ...]) -> int:
+    for i, frame in enumerate(frames):
+        if text in (str(i + 1), frame.name):
+            return i
+    known = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(frames, start=1))
+    raise ValueError(f"--frame is {text!r}; known are {known}")
+
+
+def _position(text: str, run: History) -> int:
+    """A place in the log: the number of an event, from 1, or the first one with this mark."""
+    if text in MARKS:
+        found = next((position for position, mark in run.marks if mark == text), None)
+        if found is None:
+            raise ValueError(f"--at is {text}, {MARKS[text]}; there is none in this run")
+        return found
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:18]) <= len(run)):
+        known = ", ".join(MARKS)
+        raise ValueError(f"--at is {text!r}; this run has the events 1 to {len(run)}, and the marks {known}")
+    return int(text) - 1
+
+
+def _print(runs: list[History], frame: int, at: int | None, every: int | None, size: Size | None) -> None:
+    """Frames one after another, for pipes: of each step, of every so many events, or of one event."""
+    (first, *_) = runs
+    if at is not None:
+        positions = [at]
+    elif every is not None:
+        positions = [*range(0, len(first), every)]
+    else:
+        positions = list(first.step_positions) or [len(first) - 1]
+    print_frames(lambda at, width, height: _still(runs, frame, at, (width, height)), positions, size, SMALLEST)
+
+
+def _still(runs: list[History], frame: int, at: int, size: Size) -> Text:
+    """A frame without the hints about keys."""
+    return screen(Scene(runs[0].moment(at), runs, hints=False), frame, *size)
+
+
+# --- what to run ------------------------------------------------------------------------------------------
+
+
+def _runs(args: argparse.Namespace) -> list[History]:
+    """The runs of the logs, or of an engine here and now."""
+    chosen = ("model", "prompt", "n", "max_tokens", "seed", "block_size", "blocks", "host_blocks", "record")
+    if args.logs:
+        given = [name for name in chosen if getattr(args, name) is not None]
+        if given:
+            option = "--" + given[0].replace("_", "-")
+            raise ValueError(f"{option} is for a new run; {args.logs[0]} is a log of one that was")
+        return [run for path in args.logs for run in read_histories(path)]
+    work = _workload(args)
+    names: list[ManagerName] = list(get_args(ManagerName)) if args.manager == "all" else [args.manager]
+    events: list[Event] = []
+    with record_to(args.record) as file, Console(stderr=True).status("running the model ..."):
+        for name in names:
+            events += record(work, name)
+        if file:
+            write_events(events, file)
+    return histories(events)
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    asked = (
+        args.model,
+        args.prompt,
+        args.n,
+        args.max_tokens,
+        args.seed,
+        args.block_size,
+        args.blocks,
+        args.host_blocks,
+    )
+    if all(option is None for option in asked):
+        return PAPER
+    for option, value, least in (("--blocks", args.blocks, 1), ("--host-blocks", args.host_blocks, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{option} is {value}; at least {least} is needed")
+    n = 1 if args.n is None else args.n
+    params = SamplingParams(
+        max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens,
+        n=n,
+        temperature=0.8 if n > 1 else 0.0,
+        seed=0 if args.seed is None else args.seed,
+    )
+    if not args.prompt and params == SamplingParams(max_tokens=MAX_TOKENS, seed=0):
+        # The paper's requests in another memory, or on another model.
+        return Workload(
+            PAPER.arrivals,
+            model=args.model or PAPER.model,
+            block_size=PAPER.block_size if args.block_size is None else args.block_size,
+            num_blocks=PAPER.num_blocks if args.blocks is None else args.blocks,
+            num_host_blocks=PAPER.num_host_blocks if args.host_blocks is None else args.host_blocks,
+            first_blocks=PAPER.first_blocks,
+        )
+    return workload(
+        args.prompt or [prompt for _, prompt, _ in PAPER.arrivals],
+        params,
+        model=args.model or "tiny",
+        block_size=4 if args.block_size is None else args.block_size,
+        num_blocks=args.blocks,
+        num_host_blocks=args.host_blocks,
+    )

@@ -1,0 +1,1 @@
+"""Continuous batching: sequences, the scheduler, and one step of the engine."""

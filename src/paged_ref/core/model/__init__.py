@@ -1,0 +1,1 @@
+"""A Llama decoder, its checkpoint and its tokenizer."""

@@ -1,0 +1,1 @@
+"""Capabilities on top of the core: one file each."""

@@ -1,0 +1,1 @@
+"""Other libraries: their arrays, their layouts, their checkpoints."""

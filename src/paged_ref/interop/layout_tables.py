@@ -1,0 +1,120 @@
+"""To and from the block tables of other systems.
+
+vLLM and flash-attn take `block_tables [num_seqs, max_blocks]` as they are. FlashInfer takes the same table in
+CSR form, without padding. SGLang keeps the slot of every single token. Arrays are NumPy or CuPy.
+
+Sources: FlashInfer's documentation, "KV-Cache Layout in FlashInfer"; SGLang `srt/mem_cache/memory_pool.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..core.attention.addressing import slot_of
+from ..core.device import Array, module_of
+from .layouts import check_block_size, require
+
+
+def to_flashinfer_tables(block_tables: Array, seq_lens: Array, block_size: int) -> tuple[Array, Array, Array]:
+    """The block tables in CSR form, int32, as FlashInfer's `plan` takes them: copies.
+
+    kv_indptr         [num_seqs + 1]  where each sequence's pages begin in kv_indices; the last is their number
+    kv_indices        [kv_indptr[-1]] the pages, one sequence after the other, without padding
+    kv_last_page_len  [num_seqs]      tokens in the last page, 1 to block_size
+
+    A sequence without tokens gets no page and a last page of 0 tokens; FlashInfer's documentation asks for 1
+    at least, so leave such a sequence out of a call.
+    """
+    tables, lens = _check_tables(block_tables, seq_lens, block_size)
+    module = module_of(tables)
+    pages = -(-lens // block_size)
+    if pages.size and int(pages.max()) > tables.shape[1]:
+        s = int(pages.argmax())
+        raise ValueError(
+            f"seq_lens[{s}] is {int(lens[s])}; its block table holds {tables.shape[1]} blocks of {block_size} = "
+            f"{tables.shape[1] * block_size} tokens"
+        )
+    indptr = module.zeros(len(lens) + 1, dtype=np.int32)
+    indptr[1:] = module.cumsum(pages)
+    used = module.arange(tables.shape[1]) < pages[:, None]  # [num_seqs, max_blocks]
+    last = lens - module.maximum(pages - 1, 0) * block_size
+    return indptr, tables[used].astype(np.int32), last.astype(np.int32)
+
+
+def from_flashinfer_tables(
+    kv_indptr: Array, kv_indices: Array, kv_last_page_len: Array, block_size: int
+) -> tuple[Array, Array]:
+    """(block_tables [num_seqs, max_blocks], seq_lens [num_seqs]), int32, padded with -1: copies."""
+    check_block_size(block_size)
+    for array, name in ((kv_indptr, "kv_indptr"), (kv_indices, "kv_indices"), (kv_last_page_len, "kv_last_page_len")):
+        require(array, name, 1, "one axis")
+    if len(kv_indptr) != len(kv_last_page_len) + 1:
+        raise ValueError(f"kv_indptr has {len(kv_indptr)} entries; {len(kv_last_page_len) + 1} are needed, one more "
+                         "than kv_last_page_len")  # fmt: skip
+    module = module_of(kv_indices)
+    pages = kv_indptr[1:] - kv_indptr[:-1]
+    if int(kv_indptr[0]) != 0 or int(kv_indptr[-1]) != len(kv_indices) or bool((pages < 0).any()):
+        raise ValueError(f"kv_indptr must rise from 0 to the {len(kv_indices)} entries of kv_indices")
+    bad = (kv_last_page_len > block_size) | (kv_last_page_len < (pages > 0)) | ((pages == 0) & (kv_last_page_len != 0))
+    if bool(bad.any()):
+        s = int(bad.argmax())
+        bound = f"1 to {block_size}" if int(pages[s]) else "0, as it has no page,"
+        raise ValueError(f"kv_last_page_len[{s}] is {int(kv_last_page_len[s])}; {bound} is needed")
+    tables = module.full((len(pages), int(pages.max()) if len(pages) else 0), -1, dtype=np.int32)
+    tables[module.arange(tables.shape[1]) < pages[:, None]] = kv_indices
+    lens = module.maximum(pages - 1, 0) * block_size + kv_last_page_len
+    return tables, lens.astype(np.int32)
+
+
+def to_sglang_tables(block_tables: Array, seq_lens: Array, block_size: int) -> Array:
+    """`req_to_token [num_seqs, max_context_len]`, int32: the slot of each token; 0 past the end. A copy.
+
+    One row for each sequence, as SGLang's ReqToTokenPool keeps them; max_context_len is what the tables hold.
+    """
+    tables, lens = _check_tables(block_tables, seq_lens, block_size)
+    module = module_of(tables)
+    positions = module.arange(tables.shape[1] * block_size)
+    slots = module.zeros((len(lens), len(positions)), dtype=np.int32)
+    for s, length in enumerate(lens.tolist()):
+        if length > len(positions):
+            raise ValueError(f"seq_lens[{s}] is {length}; its block table holds {len(positions)} tokens")
+        slots[s, :length] = slot_of(tables[s], positions[:length], block_size)
+    return slots
+
+
+def from_sglang_tables(req_to_token: Array, seq_lens: Array, page_size: int = 1) -> Array:
+    """block_tables [num_seqs, max_blocks], int32, padded with -1: a copy.
+
+    With pages of one token this is req_to_token itself. Raises ValueError where the tokens of a page do not
+    lie next to one another in order.
+    """
+    slots, lens = _check_tables(req_to_token, seq_lens, page_size, "req_to_token", "page_size")
+    module = module_of(slots)
+    tables = module.full((len(lens), -(-slots.shape[1] // page_size)), -1, dtype=np.int32)
+    for s, length in enumerate(lens.tolist()):
+        if length > slots.shape[1]:
+            raise ValueError(f"seq_lens[{s}] is {length}; its row of req_to_token holds {slots.shape[1]} tokens")
+        pages = slots[s, :length:page_size] // page_size
+        positions = module.arange(length)
+        wrong = slots[s, :length] != slot_of(pages, positions, page_size)
+        if bool(wrong.any()):
+            p = int(wrong.argmax())
+            raise ValueError(
+                f"req_to_token[{s}, {p}] is {int(slots[s, p])}; {int(slot_of(pages, p, page_size))} is needed, "
+                f"as pages hold {page_size} tokens in order"
+            )
+        tables[s, : len(pages)] = pages
+    return tables
+
+
+def _check_tables(
+    tables: Array, seq_lens: Array, block_size: int, name: str = "block_tables", size_name: str = "block_size"
+) -> tuple[Array, Array]:
+    check_block_size(block_size, size_name)
+    require(tables, name, 2, "[num_seqs, ...]")
+    if tuple(seq_lens.shape) != tables.shape[:1]:
+        raise ValueError(f"seq_lens has shape {list(seq_lens.shape)}; [{tables.shape[0]}] is needed, as {name} has")
+    if seq_lens.size and int(seq_lens.min()) < 0:
+        s = int(seq_lens.argmin())
+        raise ValueError(f"seq_lens[{s}] is {int(seq_lens[s])}; at least 0 is needed")
+    return tables, seq_lens.astype(np.int64)

@@ -1,0 +1,1 @@
+"""What paging would buy: traces, simulation, comparison, assessment."""

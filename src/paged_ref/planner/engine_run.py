@@ -1,0 +1,127 @@
+"""The same requests through a simulation and through a real engine, step by step.
+
+The engine runs a real model on real tokens, on the CPU or the GPU, for as long as that takes. Requests come to it
+before the same steps as they came to the simulation, whose clock says when; then every step must be the same.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from ..core.engine.outputs import StepRecord
+from ..core.engine.sampling import SamplingParams
+from ..core.engine.scheduler import StepPlan
+from ..core.memory.manager import MemoryUsage, Transfer
+from ..llm import LLM
+from ..timeline.events import Log
+from .metrics import Looks, Shares
+from .setup import Setup
+from .simulate import Simulation
+from .traces import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did, and where the memory was when it was computed."""
+
+    chunks: list[tuple[int, int]]  # (sequence, tokens computed)
+    num_preempted: int
+    transfers: list[Transfer]
+    num_running: int
+    num_waiting: int
+    usage: MemoryUsage
+
+
+def simulated_steps(setup: Setup, trace: Trace) -> tuple[list[Step], list[int]]:
+    """Every step of a simulation, and how many requests had come before each."""
+    steps: list[Step] = []
+    arrived: list[int] = []
+    looks: list[MemoryUsage] = []
+
+    def watch(plan: StepPlan) -> None:
+        arrived.append(simulation.num_arrived)
+        chunks = [(seq.seq_id, count) for seq, count in plan.chunks]
+        num_running, num_waiting = len(simulation.scheduler.running), len(simulation.scheduler.waiting)
+        steps.append(Step(chunks, len(plan.preempted), plan.transfers, num_running, num_waiting, looks[-1]))
+
+    simulation = Simulation(setup, trace, look_every=1, on_look=looks.append, on_step=watch)
+    simulation.run()
+    return steps, arrived
+
+
+def engine_steps(
+    setup: Setup,
+    trace: Trace,
+    arrived: list[int],
+    *,
+    backend: str = "auto",
+    log: Log | None = None,
+) -> list[Step]:
+    """Every step of the engine with the embedded model, when before step i the first `arrived[i]` requests have come.
+
+    Requests that the engine refuses keep their place in the count. `log` is the engine's.
+    """
+    records: list[StepRecord] = []
+    llm = LLM(
+        "tiny",
+        manager=setup.manager,
+        block_size=setup.block_size,
+        kv_cache_tokens=setup.num_slots,
+        host_kv_tokens=setup.host_kv_tokens,
+        max_model_len=setup.longest,
+        max_batch_tokens=setup.max_batch_tokens,
+        max_batch_seqs=setup.max_batch_seqs,
+        reserve=setup.reserve,
+        allocator=setup.allocator,
+        preemption=setup.preemption,
+        prefix_cache=setup.prefix_cache,
+        watermark=setup.watermark,
+        backend=backend,
+        log=log,
+        on_step=records.append,
+    )
+    place_of: dict[int, int] = {}  # the engine's seq_id -> the request's place in the trace
+    final: dict[int, int] = {}
+    num_come = 0
+    for count in arrived:
+        while num_come < count:
+            request = trace.requests[num_come]
+            prompt = token_ids(request.prompt_len, request.hash_ids, trace.hash_block, num_come, llm.config.vocab_size)
+            try:
+                llm.add_request(prompt, SamplingParams(max_tokens=request.output_len, ignore_eos=True))
+            except ValueError:
+                pass  # the simulation refused it, too, and the steps will show it if not
+            else:
+                place_of[len(place_of)] = num_come
+                final[len(final)] = min(request.prompt_len + request.output_len, setup.longest) - 1
+            num_come += 1
+        llm.step()
+    return [
+        Step(
+            [(place_of[seq_id], count) for seq_id, count in record.chunks],
+            record.num_preempted,
+            record.transfers,
+            record.num_running,
+            record.num_waiting,
+            record.snapshot.usage(final),
+        )
+        for record in records
+    ]
+
+
+def token_ids(length: int, hash_ids: tuple[int, ...], hash_block: int, place: int, vocab_size: int) -> list[int]:
+    """Tokens for a prompt of which only its length, and what its blocks are, is known."""
+    ids: list[int] = []
+    for hash_id in hash_ids:
+        ids += random.Random(f"block {hash_id}").choices(range(vocab_size), k=hash_block)
+    ids += random.Random(f"request {place}").choices(range(vocab_size), k=max(0, length - len(ids)))
+    return ids[:length]
+
+
+def shares_of(steps: list[Step]) -> Shares:
+    """Mean over the steps in which a request waited; over all if none ever did."""
+    looks = Looks()
+    for step in [step for step in steps if step.num_waiting] or steps:
+        looks.add(step.usage, 1.0)
+    return looks.shares()

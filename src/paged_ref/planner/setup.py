@@ -1,0 +1,65 @@
+"""How requests are served: a manager, a scheduler's limits, a model and a GPU. All but the requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.engine.scheduler import Preemption, Scheduler
+from ..core.memory.manager import KVCacheManager
+from ..core.memory.standard import Allocator, Reserve
+from ..extras.managers import WATERMARK, ManagerName, make_manager
+from .hardware import GPU
+from .models import ModelSpec
+from .roofline import CONSTANTS, Constants, num_kv_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One way to serve. The defaults are vLLM's where it has such an option."""
+
+    label: str
+    gpu: GPU
+    model: ModelSpec
+    manager: ManagerName = "paged"
+    reserve: Reserve = "max"
+    allocator: Allocator = "first fit"
+    block_size: int = 16
+    prefix_cache: bool = False
+    preemption: Preemption = "recompute"
+    kv_tokens: int | None = None  # None: what is left of the GPU's memory
+    host_kv_tokens: int | None = None  # None: as many as on the GPU, for swap
+    max_model_len: int | None = None  # None: the model's context, or the pool if that is smaller
+    max_batch_tokens: int = 2048
+    max_batch_seqs: int = 256
+    watermark: float = WATERMARK
+    constants: Constants = CONSTANTS
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens whose K and V the pool holds. Raises ValueError if the weights leave no room."""
+        return num_kv_tokens(self.gpu, self.model, self.constants) if self.kv_tokens is None else self.kv_tokens
+
+    @property
+    def longest(self) -> int:
+        """Prompt and output of one request together, at most."""
+        return self.max_model_len or max(1, min(self.model.max_context, self.num_slots))
+
+    def make_manager(self) -> KVCacheManager:
+        """Raises ValueError, as make_manager of the factory does."""
+        host = self.host_kv_tokens
+        if host is None:
+            host = self.num_slots if self.preemption == "swap" else 0
+        return make_manager(
+            self.manager,
+            self.num_slots,
+            max_model_len=self.longest,
+            block_size=self.block_size,
+            num_host_slots=host,
+            reserve=self.reserve,
+            allocator=self.allocator,
+            watermark=self.watermark,
+            prefix_cache=self.prefix_cache,
+        )
+
+    def make_scheduler(self, manager: KVCacheManager) -> Scheduler:
+        return Scheduler(manager, self.max_batch_tokens, self.max_batch_seqs, self.preemption)

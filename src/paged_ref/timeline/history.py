@@ -1,0 +1,345 @@
+"""The log of one run as a timeline: any point of it at once, forwards and backwards.
+
+One pass over the log checks it and keeps a copy of the state now and then. A step forward applies one event;
+a step back takes the nearest copy before it and applies what follows. There are never more than
+`max_checkpoints` copies, so memory stays bounded, and never more than `interval` events to apply.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..core.memory.manager import MemoryUsage, Snapshot
+from .change import Change, advance_and_tell
+from .events import (
+    BeamsReordered,
+    BlockCached,
+    Event,
+    ModelOpened,
+    PagesAttended,
+    PoolOpened,
+    RegionPlaced,
+    RegionSwappedIn,
+    RegionSwappedOut,
+    RequestArrived,
+    SequenceAdmitted,
+    SequenceFinished,
+    SequenceForked,
+    StepPlanned,
+    StepTimed,
+    SwappedIn,
+    SwappedOut,
+    TokenNamed,
+    TokensAppended,
+    read_events,
+)
+from .run_state import RunState, advance, holes
+
+NumberedEvent = tuple[int, Event]  # the line of the log, and what it says
+MARKS = {
+    "F": "fork",
+    "C": "copy on write",
+    "H": "prefix hit",
+    "E": "eviction",
+    "S": "swap out",
+    "R": "return",
+    "X": "preempted by recompute",
+    "A": "attention watched",
+    "B": "beams",
+    "N": "end of a sequence",
+}
+_MARK_OF = {
+    SequenceForked: "F",
+    SwappedOut: "S",
+    RegionSwappedOut: "S",
+    RegionSwappedIn: "R",
+    BeamsReordered: "B",
+    SequenceFinished: "N",
+    PagesAttended: "A",
+}
+CHECKPOINT_BUDGET = 4_000_000  # list entries that all checkpoints of a run may hold together, roughly
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """One step of the engine."""
+
+    position: int  # of its StepPlanned
+    snapshot: Snapshot
+    head: int | None  # the sequence that waits for a region, first in the queue
+    holes: tuple[int, ...]  # their sizes
+
+
+@dataclass(slots=True)
+class Moment:
+    """One point of a run: the state after the event at `position`. It holds until the next one is asked for."""
+
+    history: History
+    position: int
+    event: Event
+    state: RunState
+    change: Change
+
+    @property
+    def next_event(self) -> Event | None:
+        events = self.history.events
+        return events[self.position + 1] if self.position + 1 < len(events) else None
+
+    @property
+    def step(self) -> int:
+        """How many steps are planned up to here, less one: the column of the timeline. -1 before the first."""
+        return bisect_right(self.history.step_positions, self.position) - 1
+
+    @property
+    def usage(self) -> MemoryUsage:
+        """Where the slots are now, knowing how long each sequence will get."""
+        state = self.state
+        order = state.plan.waiting if state.plan else ()
+        queue = [s for s in (*order, *state.sequences) if state.sequences[s].status in ("waiting", "swapped")]
+        needed = self.history.size_at(queue[0], self.position) if queue else 0
+        return state.snapshot(needed).usage(self.history.final_lengths)
+
+
+@dataclass(slots=True)
+class History:
+    """A run. Everything but the moment under way is fixed when it is made. Raises ValueError for a log that
+    contradicts itself, with the number of the line."""
+
+    events: list[Event] = field(default_factory=list)
+    model: str = ""
+    bytes_per_token: int = 0  # of K and V; 0: the log does not say
+    token_texts: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)  # of sequences: A, B, or A1, A2 for samples of a request
+    final_lengths: dict[int, int] = field(default_factory=dict)  # the most slots that each sequence came to hold
+    steps: list[StepInfo] = field(default_factory=list)
+    step_positions: list[int] = field(default_factory=list)
+    spans: dict[int, list[tuple[int, str]]] = field(default_factory=dict)  # of sequences: (first step, what it does)
+    marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS): what is worth a look
+    caches: bool = False  # a prefix cache is on
+    streams: bool = False  # pages are on the device, on the host, or on both
+    interval: int = 256  # events between two checkpoints
+    max_checkpoints: int = 128
+    num_applied: int = 0  # events, since the beginning: what stepping costs
+    _lines: list[int] = field(default_factory=list)
+    _checkpoints: list[RunState] = field(default_factory=list)  # after every `interval` events, the first after none
+    _sizes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # sequence -> (position, region size)
+    _members: dict[int, list[int]] = field(default_factory=dict)  # request -> its sequences
+    _now: RunState = field(default_factory=RunState)
+    _num_in_now: int = 0
+    _shown: Moment | None = None  # the last one, still good: drawing it again costs nothing
+
+    @classmethod
+    def of(cls, events: Iterable[NumberedEvent]) -> History:
+        self = cls()
+        state = self._now
+        for line, event in events:
+            self._take(state, line, event)
+        self._num_in_now = len(self.events)
+        for request_id, members in self._members.items():
+            for i, seq_id in enumerate(members, start=1):
+                self.names[seq_id] = letters(request_id) + (str(i) if len(members) > 1 else "")
+        self.names = dict(sorted(self.names.items()))
+        return self
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def moment(self, position: int) -> Moment:
+        """The run after the event at `position`, which is cut to what there is."""
+        position = max(0, min(position, len(self.events) - 1))
+        if self._shown is not None and self._shown.position == position:
+            return self._shown
+        if not position - self.interval <= self._num_in_now <= position:
+            nearest = min(position // self.interval, len(self._checkpoints) - 1)
+            self._now, self._num_in_now = self._checkpoints[nearest].copy(), nearest * self.interval
+        while self._num_in_now < position:
+            advance(self._now, self.events[self._num_in_now])
+            self._num_in_now += 1
+            self.num_applied += 1
+        change = advance_and_tell(self._now, self.events[position])
+        self._num_in_now += 1
+        self.num_applied += 1
+        self._shown = Moment(self, position, self.events[position], self._now, change)
+        return self._shown
+
+    def size_at(self, seq_id: int, position: int) -> int:
+        """The size of the region that the sequence gets next, as the log tells later; 0 where it gets none."""
+        sizes = self._sizes.get(seq_id, [])
+        i = bisect_left(sizes, (position + 1, 0))
+        return sizes[i][1] if i < len(sizes) else 0
+
+    def usage_of_step(self, step: int) -> MemoryUsage:
+        info = self.steps[step]
+        snapshot = info.snapshot
+        if info.head is not None:
+            needed = self.size_at(info.head, info.position)
+            external = sum(size for size in info.holes if size < needed)
+            snapshot = replace(snapshot, external=external, free=snapshot.free - external)
+        return snapshot.usage(self.final_lengths)
+
+    def code_at(self, seq_id: int, step: int) -> str:
+        """What the sequence does in a step: P prefill, R prefill again, d decode, - nothing, w waits, x preempted
+        by recompute, S by swap, s is swapped out, F has finished, blank before and after."""
+        spans = self.spans.get(seq_id, [])
+        i = bisect_right(spans, (step, "~")) - 1
+        return spans[i][1] if i >= 0 else " "
+
+    def text(self, token_id: int) -> str:
+        return self.token_texts.get(token_id, f"<{token_id}>")
+
+    def name(self, seq_id: int) -> str:
+        return self.names.get(seq_id, f"#{seq_id}")
+
+    def find(self, what: str) -> int | None:
+        """The sequence of this name (A, b2) or number (#3, 3), else the first whose name begins so."""
+        wanted = what.strip().casefold()
+        names = {seq_id: name.casefold() for seq_id, name in self.names.items()}
+        exact = (seq_id for seq_id, name in names.items() if wanted in (name, f"#{seq_id}", str(seq_id)))
+        similar = (seq_id for seq_id, name in names.items() if wanted and name.startswith(wanted))
+        return next(exact, next(similar, None))
+
+    # --- the first pass ------------------------------------------------------------------------------
+
+    def _take(self, state: RunState, line: int, event: Event) -> None:
+        if not self.events and not isinstance(event, PoolOpened):
+            raise ValueError(f"line {line}: a run begins with PoolOpened; this is {type(event).__name__}")
+        if isinstance(event, TokenNamed):
+            self.token_texts[event.token_id] = event.text
+            return
+        if isinstance(event, StepTimed):
+            return  # for the monitor: it changes nothing that frames show
+        if isinstance(event, ModelOpened):
+            self.model, self.bytes_per_token = event.model, event.kv_bytes_per_token
+            return
+        if isinstance(event, PoolOpened):
+            self.streams = event.manager == "streaming"
+            # Far fewer copies of a state with a million blocks than of one with a dozen.
+            size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
+            self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))
+        if len(self.events) % self.interval == 0:
+            if len(self._checkpoints) == self.max_checkpoints:
+                del self._checkpoints[1::2]
+                self.interval *= 2
+            if len(self.events) % self.interval == 0:
+                self._checkpoints.append(state.copy())
+        try:
+            advance(state, event, line)
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}") from None
+        self._note(state, event)
+        self.events.append(event)
+
+    def _note(self, state: RunState, event: Event) -> None:
+        """Remember what frames need of the whole run."""
+        position = len(self.events)
+        if isinstance(event, TokensAppended):
+            length = state.memory.sequences[event.seq_id].length
+            self.final_lengths[event.seq_id] = max(length, self.final_lengths.get(event.seq_id, 0))
+        elif isinstance(event, RequestArrived):
+            self._members[event.request_id] = list(event.seq_ids)
+            for seq_id in event.seq_ids:
+                self._span(seq_id, len(self.steps), "w")
+        elif isinstance(event, SequenceForked):
+            members = self._members.get(state.sequences[event.child_id].request_id)
+            if members is None:
+                self.names[event.child_id] = f"#{event.child_id}"
+            elif event.child_id not in members:
+                members.append(event.child_id)
+        elif isinstance(event, SequenceAdmitted):
+            self.names.setdefault(event.seq_id, f"#{event.seq_id}")
+        elif isinstance(event, (RegionPlaced, RegionSwappedIn)):
+            self.names.setdefault(event.seq_id, f"#{event.seq_id}")
+            self._sizes.setdefault(event.seq_id, []).append((position, event.size))
+        elif isinstance(event, StepPlanned):
+            self._note_step(state, event)
+        elif isinstance(event, SequenceFinished):
+            self._span(event.seq_id, len(self.steps), "F")
+            self._span(event.seq_id, len(self.steps) + 1, " ")
+        self.caches |= isinstance(event, BlockCached)
+        self.marks += ((position, mark) for mark in _marks(event, state))
+
+    def _note_step(self, state: RunState, event: StepPlanned) -> None:
+        step = len(self.steps)
+        # Which holes count as external depends on the size of the next region, which the log tells later.
+        head = event.waiting[0] if event.waiting and not state.paged else None
+        sizes = () if head is None else tuple(size for _, size in holes(state.memory))
+        self.steps.append(StepInfo(len(self.events), state.snapshot(), head, sizes))
+        self.step_positions.append(len(self.events))
+        computed = {seq_id for seq_id, _ in event.chunks}
+        for seq_id, count in event.chunks:
+            view, length = state.sequences[seq_id], state.memory.sequences[seq_id].length
+            begun = len(view.tokens) > view.prompt_len
+            decodes = begun and count == 1 and length == len(view.tokens)
+            self._span(seq_id, step, "d" if decodes else "R" if begun else "P")
+        for seq_id in event.preempted:
+            swapped = state.sequences[seq_id].status == "swapped"
+            self._span(seq_id, step, "S" if swapped else "x")
+            self._span(seq_id, step + 1, "s" if swapped else "w")
+        for seq_id in event.waiting:
+            if seq_id not in event.preempted:
+                self._span(seq_id, step, "s" if state.sequences[seq_id].status == "swapped" else "w")
+        for seq_id, place in state.memory.sequences.items():
+            if seq_id not in computed and not place.on_host:
+                self._span(seq_id, step, "-")
+
+    def _span(self, seq_id: int, step: int, code: str) -> None:
+        spans = self.spans.setdefault(seq_id, [])
+        while spans and spans[-1][0] >= step:
+            spans.pop()
+        if not spans or spans[-1][1] != code:
+            spans.append((step, code))
+
+
+def _marks(event: Event, state: RunState) -> str:
+    """The letters of an event that is worth a look."""
+    if isinstance(event, TokensAppended):
+        return "C" * bool(event.copied) + "E" * bool(event.evicted)
+    if isinstance(event, SwappedIn):
+        return "R" + "E" * bool(event.evicted)
+    if isinstance(event, SequenceAdmitted):
+        return "H" * bool(event.blocks)
+    if isinstance(event, StepPlanned):
+        return "X" * any(state.sequences[seq_id].status == "waiting" for seq_id in event.preempted)
+    return _MARK_OF.get(type(event), "")
+
+
+def letters(number: int) -> str:
+    """0 is A, 25 is Z, 26 is AA: how requests are named."""
+    name = ""
+    number += 1
+    while number > 0:
+        number, digit = divmod(number - 1, 26)
+        name = chr(ord("A") + digit) + name
+    return name
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def histories(events: Iterable[Event]) -> list[History]:
+    """The runs of a log, one after another: each begins with PoolOpened. Raises ValueError with the line."""
+    runs: list[list[NumberedEvent]] = []
+    for line, event in enumerate(events, start=1):
+        if isinstance(event, PoolOpened) or not runs:
+            runs.append([])
+        runs[-1].append((line, event))
+    return [History.of(run) for run in runs]
+
+
+def read_histories(path: Path) -> list[History]:
+    """The runs in a file of JSON lines. Raises ValueError: one sentence with the file and the line."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = histories(read_events(file))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a log: byte {error.start} of it is no text") from None
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
+    if not found:
+        raise ValueError(f"{path} is empty; a log of events as JSON lines is needed (--record writes one)")
+    return found

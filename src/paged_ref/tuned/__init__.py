@@ -1,0 +1,1 @@
+"""Kernels made for speed. Each is a backend of the core's attention, or takes the place of array code."""

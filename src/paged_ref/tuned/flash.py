@@ -1,0 +1,274 @@
+"""Backend `cuda-flash`: the tuned kernels of `flash_kernels.py`, chosen, launched and explained.
+
+Decoding reads K and V once and does little else, so the yardstick is a copy of the same bytes. Four ideas bring
+the kernel to it (the kernel's own docstring has the details):
+
+* loads of 16 bytes, straight to registers; up to 8 KiB of K and V in flight for each of 12 warps;
+* the heads of a group share each load, and the tensor cores do their products: groups of 1 to 8 cost the same;
+* long sequences are split over CUDA blocks, so that one sequence fills the GPU (flash-decoding, Dao et al. 2023);
+* paging costs one table entry for each tile, read two tiles ahead.
+
+Why tensor cores for a single query? The 8 heads of a group have 8 multiply-adds for each number of K and of V. A
+warp does 32 at once, so a KiB of float16 (512 numbers) would take 8 * 512 / 32 = 128 instructions before any
+conversion, shuffle or exponential. What a GPU can issue: an H200 reads 4.8 TB/s = 4.69e9 KiB/s; its 132
+multiprocessors * 4 schedulers * 1.755 GHz issue 927e9 warp instructions a second, so 198 for each KiB. More, and
+memory waits for instructions. With tensor cores a KiB takes 30 in float16 with heads of 128 (45 with heads of 64),
+whatever the group, 54 in float32, 99 in int8, 112 in float8: counted from machine code by `paged-ref bench sass`.
+So float16 fills 15 % of the issue slots, float8 57 %, and memory is the bound; groups over 8 read K and V again
+for each 8 heads. In flight at a time must be what memory takes to answer, about a microsecond: 4.8 MB, 36 KiB for
+each multiprocessor. The kernels keep 48 to 96 there.
+
+The first call of a variant compiles it, for seconds (machine_code.py); CuPy launches it, from pointers and numbers
+alone, so the host waits for nothing and a CUDA graph may hold it. All that decides a launch is in the shapes.
+
+float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers. Float32 queries over a
+16-bit or 8-bit cache are multiplied in the operands' range: up to 65504, unless the cache is bfloat16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..core import device
+from ..core.device import Array, module_of
+from ..extras.formats import BFLOAT16, FLOAT8, INT8, word
+from ..interop.arguments import AttentionCall
+from . import launching
+
+NAMES = {
+    np.dtype("float16"): "float16", np.dtype("float32"): "float32",
+    BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "e4m3",
+}  # fmt: skip
+ITEM_BYTES = 16  # of a load
+MAX_SPLITS = 128
+MIN_KEYS = 256  # of a split: fewer, and beginning and end cost more than the middle
+OLDEST = (8, 0)  # compute capability that has the `mma` shapes and bfloat16
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it needs."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    bounds: tuple[int, int]  # threads of a CUDA block, CUDA blocks that must fit on a multiprocessor
+    args: tuple[Any, ...]
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine; None where it can."""
+    if (reason := launching.unavailable()) is not None:
+        return reason
+    major, minor = launching.capability(int(device.xp.cuda.Device().id))
+    if (major, minor) < OLDEST:
+        return f"the GPU has compute capability {major}.{minor}; {OLDEST[0]}.{OLDEST[1]} is needed"
+    return None
+
+
+def unsupported(call: AttentionCall) -> str | None:
+    """Why this backend cannot run this call; None where it can."""
+    if module_of(call.query) is np:
+        return "query lies in host memory; the kernels read the GPU's (CuPy arrays)"
+    return unsupported_by_kernels(call)
+
+
+def unsupported_by_kernels(call: AttentionCall) -> str | None:
+    """What of this call the tuned kernels leave out, on whatever they run; None if nothing."""
+    if call.query.dtype not in NAMES:
+        return f"query is {word(call.query.dtype)}; the tuned kernels compute in float32"
+    if call.keys.dtype not in NAMES:
+        return f"the cache is {word(call.keys.dtype)}; the tuned kernels read {', '.join(NAMES.values())}"
+    itemsize = call.keys.dtype.itemsize
+    if call.head_size * itemsize % ITEM_BYTES:
+        return f"head_size is {call.head_size}; a row of {word(call.keys.dtype)} must be a multiple of 16 bytes"
+    if call.head_size * itemsize > 512:
+        return f"head_size is {call.head_size}; rows of the cache may have 512 bytes at most"
+    for name, cache_array in (("keys", call.keys), ("values", call.values)):
+        if cache_array.size == 0:
+            continue
+        if cache_array.strides[-1] != itemsize and call.head_size > 1:
+            return f"the numbers of a head do not follow one another in the memory of the {name}"
+        if any(stride % ITEM_BYTES for stride in (_address(cache_array), *cache_array.strides[:-1])):
+            return f"the rows of the {name} do not begin at multiples of {ITEM_BYTES} bytes"
+        if min(cache_array.strides) < 0 or _span(cache_array) > ITEM_BYTES << 32:
+            return f"the {name} span more than 64 GiB, or run backwards"
+    return None
+
+
+def variant_of(call: AttentionCall) -> Any:
+    """The kernel's `Variant` for this call, not split: mixed where there are more tokens than sequences.
+
+    A mixed batch is run by two kernels: this one, for sequences with few queries, and the same with `prefill`.
+    """
+    from .flash_variant import Variant
+
+    return Variant(
+        cache=NAMES[call.keys.dtype],
+        query=NAMES[call.query.dtype],
+        head_size=call.head_size,
+        group_size=call.num_heads // call.num_kv_heads,
+        block_size=call.block_size if call.paged else None,
+        mixed=call.query.shape[0] > call.num_seqs,
+        window=call.sliding_window is not None,
+        softcap=call.softcap is not None,
+        alibi=call.alibi_slopes is not None,
+        sinks=call.sinks is not None,
+    )
+
+
+@lru_cache(maxsize=1024)
+def number_of_splits(blocks: int, max_keys: int, places: int) -> int:
+    """Into how many parts to split each sequence, so that the GPU is busy to the end.
+
+    `blocks` CUDA blocks without splits, of at most `max_keys` keys; `places` for CUDA blocks on the GPU. They
+    run in waves, and the last wave is seldom full. Takes the fewest parts that come near the best share of full
+    places. All from shapes: a look at `seq_lens` would make the host wait.
+    """
+    most = max(1, min(MAX_SPLITS, max_keys // MIN_KEYS))
+
+    def share(splits: int) -> float:
+        waves = blocks * splits / places
+        return waves / -(-blocks * splits // places)
+
+    best = max(share(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if share(splits) >= 0.9 * best)
+
+
+def launches(call: AttentionCall, num_splits: int | None = None, processors: int = 1) -> list[Launch]:
+    """What to launch for this call, whose `out` must be contiguous. Also runs in the tracer, on NumPy arrays.
+
+    `num_splits=None` chooses for a GPU with so many multiprocessors. Prefill is never split.
+    """
+    from .flash_combine import combine_kernel
+    from .flash_kernels import attention_kernel
+    from .flash_variant import FEW, NUM_THREADS
+
+    xp, variant = module_of(call.query), variant_of(call)
+    num_tokens, num_seqs, num_heads, num_kv_heads = (
+        call.query.shape[0],
+        call.num_seqs,
+        call.num_heads,
+        call.num_kv_heads,
+    )
+    if num_tokens == 0 or num_seqs == 0:
+        return []
+    if num_splits is None:
+        blocks = min(num_tokens, num_seqs) * num_kv_heads * -(-variant.group_size // variant.rows_per_block)
+        places = processors * variant.blocks_per_multiprocessor
+        num_splits = number_of_splits(blocks, _longest(call), places)
+    variant = replace(variant, split=num_splits > 1)
+
+    lse = call.lse if call.lse is not None else xp.empty((num_tokens, num_heads), dtype=np.float32)
+    out, lse = _bits(call.out), lse.ravel()
+    args, sinks = _arguments(call, variant, lse)
+    bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
+    answer = []
+    if variant.mixed:
+        prefill = replace(variant, prefill=True, split=False)
+        blocks = num_tokens * variant.group_size // prefill.rows_per_block + num_seqs
+        answer.append(Launch(attention_kernel(prefill), (blocks * num_kv_heads, 1, 1), bounds, (out, lse, *args)))
+    items = num_seqs if variant.mixed else num_tokens
+    grid = (items * variant.blocks_per_item * num_kv_heads, num_splits, 1)
+    if not variant.split:
+        answer.append(Launch(attention_kernel(variant), grid, bounds, (out, lse, *args)))
+        return answer
+    items *= FEW if variant.mixed else 1
+    part_out = xp.empty(items * num_heads * num_splits * call.head_size, dtype=np.float32)
+    part_lse = xp.empty(items * num_heads * num_splits, dtype=np.float32)
+    answer.append(Launch(attention_kernel(variant), grid, bounds, (part_out, part_lse, *args)))
+    combine = combine_kernel(variant.query, variant.head_size, variant.sinks, variant.mixed)
+    loc = xp.ascontiguousarray(call.query_start_loc)
+    parts = (out, lse, part_out, part_lse, loc, np.int64(num_heads), np.int64(num_splits), sinks)
+    answer.append(Launch(combine, (items * num_heads, 1, 1), (NUM_THREADS, 8), parts))
+    return answer
+
+
+def _longest(call: AttentionCall) -> int:
+    """Keys that a sequence may have, from shapes."""
+    if call.block_tables is not None:
+        return int(call.block_tables.shape[1]) * call.block_size
+    return int(call.keys.shape[0]) // call.num_seqs  # a guess, that the regions are about equal
+
+
+def _arguments(call: AttentionCall, variant: Any, none: Array) -> tuple[tuple[Any, ...], Array]:
+    """The attention kernel's arguments after `out` and `lse`, and the sinks. `none` stands for arrays not read."""
+    xp = module_of(call.query)
+    query = _bits(xp.ascontiguousarray(call.query))
+    if variant.exact:
+        if _address(query) % ITEM_BYTES:
+            query = query.copy()
+        query = query.view(np.uint32)
+    tables, where_stride = call.block_tables, 1
+    if tables is not None:
+        if tables.strides[1] != tables.dtype.itemsize:
+            tables = xp.ascontiguousarray(tables)
+        where, where_stride = _span_of(tables, tables.dtype), tables.strides[0] // tables.dtype.itemsize
+    else:
+        where = xp.ascontiguousarray(call.starts)
+
+    def per_head(array: Array | None) -> Array:
+        return none if array is None else xp.ascontiguousarray(array)
+
+    sinks = per_head(call.sinks)
+    args = (
+        query, _span_of(call.keys, np.uint32), _span_of(call.values, np.uint32),
+        where, np.int64(where_stride),
+        xp.ascontiguousarray(call.seq_lens), xp.ascontiguousarray(call.query_start_loc),
+        np.int64(call.num_seqs), np.int64(call.num_kv_heads),
+        *_strides(call.keys, call.paged), *_strides(call.values, call.paged),
+        np.float32(call.scale), np.int64(call.sliding_window or 0), np.float32(call.softcap or 0),
+        per_head(call.alibi_slopes), sinks, per_head(call.key_scales), per_head(call.value_scales),
+    )  # fmt: skip
+    return args, sinks
+
+
+def attention(call: AttentionCall) -> None:
+    """Fill `call.out` and `call.lse`, in order with what CuPy's current stream does. The host waits for nothing."""
+    xp = device.xp
+    out = call.out
+    if not out.flags.c_contiguous:
+        call = replace(call, out=xp.empty(out.shape, dtype=out.dtype))
+    number = int(xp.cuda.Device().id)
+    for kernel, grid, bounds, args in launches(call, None, _processors(number)):
+        from .machine_code import parameters
+
+        launching.loaded(kernel, parameters(args), bounds, number)(grid, (bounds[0], 1, 1), args)
+    if call.out is not out:
+        out[...] = call.out
+
+
+@cache
+def _processors(number: int) -> int:
+    return int(device.xp.cuda.runtime.getDeviceProperties(number)["multiProcessorCount"])
+
+
+def _bits(array: Array) -> Array:
+    """A contiguous query or output, flat: 16-bit floats as their bits."""
+    return array.ravel().view(np.uint16) if array.dtype.itemsize == 2 else array.ravel()
+
+
+def _address(array: Array) -> int:
+    return int(array.ctypes.data if module_of(array) is np else array.data.ptr)
+
+
+def _span(array: Array) -> int:
+    """Bytes from the first to past the last element."""
+    size = array.dtype.itemsize
+    return int(size + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)))
+
+
+def _span_of(array: Array, dtype: Any) -> Array:
+    """All memory from the first element of `array` to its last, gaps included, as a flat array of this dtype."""
+    shape = (_span(array) // np.dtype(dtype).itemsize if array.size else 0,)
+    if module_of(array) is not np:
+        return module_of(array).ndarray(shape, dtype, memptr=array.data)
+    return np.lib.stride_tricks.as_strided(array.view(dtype), shape, (np.dtype(dtype).itemsize,))
+
+
+def _strides(cache_array: Array, paged: bool) -> tuple[Any, Any, Any]:
+    """From a block to the next, a slot, a KV head: in chunks of 16 bytes."""
+    strides = [stride // ITEM_BYTES for stride in cache_array.strides[:-1]]
+    return tuple(np.uint32(stride) for stride in (strides if paged else [0, *strides]))  # type: ignore[return-value]

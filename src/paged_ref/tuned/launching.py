@@ -1,0 +1,75 @@
+"""Launching a compiled kernel on CuPy arrays with as little host work as CuPy can: pointers and scalars only.
+
+Numba's own launch describes each array to the kernel by eight numbers or more, and takes tens of microseconds; a
+decode step has hundreds of launches. What is loaded is what machine_code.py compiles, so nothing differs from what
+the tests read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any, NamedTuple
+
+from ..core import device
+from ..core.device import Array, module_of
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it needs. Arrays go as the address of their first element, NumPy scalars by value."""
+
+    kernel: Any  # what cuda.jit made
+    grid: tuple[int, int]
+    num_threads: int
+    args: tuple[Any, ...]
+
+
+@cache
+def unavailable() -> str | None:
+    """Why no kernel can be launched so on this machine; None where it can."""
+    if not device.on_gpu:
+        return device.reason
+    for module, package in (("numba_cuda", "numba-cuda"), ("cuda.bindings", "cuda-bindings")):
+        if importlib.util.find_spec(module) is None:
+            return f"it needs the package {package}"
+    return None
+
+
+def start(launch: Launch) -> None:
+    """Launch on CuPy's current stream. The host waits for nothing."""
+    kernel, grid, num_threads, args = launch
+    if 0 in grid:
+        return
+    from .machine_code import parameters
+
+    number = int(device.xp.cuda.Device().id)
+    loaded(kernel, parameters(args), (num_threads, 1), number)((*grid, 1), (num_threads, 1, 1), args)
+
+
+@cache
+def loaded(kernel: Any, types: tuple[str, ...], bounds: tuple[int, int], number: int) -> Any:
+    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function.
+
+    `bounds`: threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor.
+    """
+    from .machine_code import compile_kernel
+
+    code = compile_kernel(kernel, types, bounds, capability(number))
+    module = device.xp.cuda.Module()
+    module.load(code.binary)
+    return module.get_function(code.name)
+
+
+@cache
+def capability(number: int) -> tuple[int, int]:
+    """The compute capability of GPU `number`."""
+    properties = device.xp.cuda.runtime.getDeviceProperties(number)
+    return int(properties["major"]), int(properties["minor"])
+
+
+def span(array: Array) -> Array:
+    """All memory from the first element of `array` to its last, gaps included, as a flat array: no copy."""
+    steps = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    count = 1 + steps // array.itemsize if array.size else 0
+    flat: Array = module_of(array).lib.stride_tricks.as_strided(array, (count,), (array.itemsize,))
+    return flat

@@ -1,0 +1,1 @@
+"""What the views share: a canvas, keys, plots, printing."""

@@ -1,0 +1,194 @@
+"""Lines of text of a fixed width: what every frame is made of.
+
+A frame is a list of Rich `Text` lines. Letters and marks carry the meaning; colour only repeats it. Widths
+are counted in cells of the terminal, since a token may be two cells wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich.cells import cell_len, set_cell_size
+from rich.text import Text
+
+from ...timeline.history import History, Moment
+
+Lines = list[Text]
+
+# One colour for each request, in turn: all are readable on a dark and on a light ground.
+COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+DIM = "dim"
+NEW = "bold reverse"
+TITLE = "bold"
+WARM = "yellow"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is to be drawn, and how the viewer looks at it."""
+
+    moment: Moment
+    runs: Sequence[History] = ()  # all that are there to compare; this one among them
+    selected: int | None = None  # a sequence
+    scroll: int = 0  # lines that the list of the frame is moved down
+    hints: bool = True  # show the keys
+    code: bool = True  # show the source where there is room
+    playing: bool = False
+    message: str = ""  # in place of the keys
+    extra: tuple[str, ...] = field(default=())
+
+    @property
+    def history(self) -> History:
+        return self.moment.history
+
+
+def fit(text: str, width: int) -> str:
+    """`text` in exactly `width` cells: filled with spaces, or cut with an ellipsis."""
+    if width <= 0:
+        return ""
+    if cell_len(text) <= width:
+        return set_cell_size(text, width)
+    return set_cell_size(text, width - 1) + "…"
+
+
+def token(text: str, width: int) -> str:
+    """A token in a slot of `width` cells. The mark of its leading space goes before a letter does."""
+    if cell_len(text) > width and text.startswith("·"):
+        text = text[1:]
+    return fit(text, width)
+
+
+def line(*parts: str | tuple[str, str]) -> Text:
+    """A line of plain and of styled (text, style) parts."""
+    return Text.assemble(*parts, no_wrap=True)
+
+
+def rule(title: str, width: int, note: str = "") -> Text:
+    """A heading: `── title ──── note ──`."""
+    if note and cell_len(title) + cell_len(note) + 8 > width:
+        title = title.split(":")[0]  # what comes after a colon is dropped before the note is
+    head = f"── {title} "
+    if note and cell_len(head) + cell_len(note) + 4 <= width:
+        fill = "─" * (width - cell_len(head) - cell_len(note) - 4)
+        return line(("── ", DIM), (title, TITLE), (f" {fill} ", DIM), note, (" ──", DIM))
+    if cell_len(head) > width:
+        return line((fit(title, width), TITLE))
+    return line(("── ", DIM), (title, TITLE), (" " + "─" * (width - cell_len(head)), DIM))
+
+
+def exactly(text: Text, width: int) -> Text:
+    """A line cut or filled to `width` cells."""
+    fixed = text.copy()
+    if fixed.cell_len > width:
+        fixed.truncate(width, overflow="ellipsis")
+    fixed.pad_right(width - fixed.cell_len)
+    return fixed
+
+
+def beside(left: Lines, right: Lines, left_width: int, gap: int = 1) -> Lines:
+    """Two columns of lines."""
+    rows = []
+    for i in range(max(len(left), len(right))):
+        row = exactly(left[i] if i < len(left) else line(""), left_width + gap)
+        if i < len(right):
+            row.append_text(right[i])
+        rows.append(row)
+    return rows
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Words in lines of at most `width` cells."""
+    rows, row = [], ""
+    for word in text.split():
+        if row and cell_len(row) + 1 + cell_len(word) > width:
+            rows.append(row)
+            row = word
+        else:
+            row = f"{row} {word}" if row else word
+        while cell_len(row) > width:
+            rows.append(set_cell_size(row, width))
+            row = row[len(rows[-1]) :]
+    return [*rows, row] if row else rows
+
+
+def pack(items: Iterable[str], width: int, gap: str = "   ") -> list[str]:
+    """Items side by side, in as few lines as hold them whole."""
+    rows: list[str] = []
+    for item in items:
+        if rows and cell_len(rows[-1]) + len(gap) + cell_len(item) <= width:
+            rows[-1] += gap + item
+        else:
+            rows.append(item)
+    return rows
+
+
+def window(count: int, room: int, wanted: int) -> tuple[int, int]:
+    """Which `room` of `count` lines to show so that line `wanted` is among them, near the middle."""
+    first = max(0, min(wanted - room // 2, count - room))
+    return first, min(count, first + room)
+
+
+def listing(title: str, items: Iterable[object], width: int, total: int | None = None) -> Text:
+    """A title, then as many items as fit, and how many more there are of `total` (default: of the items)."""
+    shown = list(map(str, items))
+    total = len(shown) if total is None else total
+    if not shown:
+        return line((title, TITLE), (" none", DIM))
+    text = ""
+    for i, item in enumerate(shown):
+        left = total - i - 1
+        more = f" … {left:,} more" if left else ""
+        if cell_len(title) + cell_len(text) + 1 + len(item) + len(more) > width:
+            text += f" … {total - i:,} more"
+            break
+        text += f" {item}"
+        if i + 1 == len(shown) and left:
+            text += more
+    return line((title, TITLE), text)
+
+
+def count(number: int, thing: str) -> str:
+    """`1 block`, `2 blocks`."""
+    plural = thing[:-1] + "ies" if thing.endswith("y") else thing + "s"
+    return f"{number:,} {thing if number == 1 else plural}"
+
+
+def in_words(names: Sequence[str]) -> str:
+    """`A`, `A and B`, `A, B and C`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def size_of(num_bytes: int, least: int = 10) -> str:
+    """A number of bytes as people say it, in a unit of which there are at least so many."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= least * size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,} bytes"
+
+
+def colour(history: History, moment: Moment, seq_id: int) -> str:
+    """The colour of the sequence's request."""
+    view = moment.state.sequences.get(seq_id)
+    number = seq_id if view is None or view.request_id < 0 else view.request_id
+    return COLOURS[number % len(COLOURS)]
+
+
+def owners(moment: Moment, on_host: bool = False) -> dict[int, list[int]]:
+    """Block to the sequences whose tables have it, in one of the pools."""
+    found: dict[int, list[int]] = {}
+    for seq_id, place in sorted(moment.state.memory.sequences.items()):
+        if place.on_host == on_host:
+            for block_id in place.blocks:
+                found.setdefault(block_id, []).append(seq_id)
+    return found
+
+
+def brief(names: Sequence[str], width: int) -> str:
+    """Names in `width` cells: all, or the first and how many more."""
+    for shown in range(len(names), 0, -1):
+        more = f"+{len(names) - shown}" if shown < len(names) else ""
+        text = " ".join(names[:shown]) + more
+        if len(text) <= width:
+            return text
+    return fit(f"{len(names)}", width)

@@ -1,0 +1,86 @@
+"""A log as it grows: the events of its whole lines, as far as they are written.
+
+Who writes may be in the middle of a line, so what comes after the last line break waits for the rest. A file
+that is shorter than what was read of it was begun anew, and is read from its beginning.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+from ...timeline.events import Event, PoolOpened, from_json
+
+CHUNK = 1 << 16  # bytes that are read at once
+
+
+class Follower:
+    """Reads a log in pieces. Nothing waits here: a file that is not there, or has nothing new, gives nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_lines = 0  # read, since the beginning of the file
+        self.num_bytes = 0  # by the last poll
+        self.restarted = False  # found by the last poll: forget what came before
+        self._file: BinaryIO | None = None
+        self._rest = b""  # of a line that is not whole yet
+
+    @property
+    def exists(self) -> bool:
+        """The file was there at the last poll."""
+        return self._file is not None
+
+    @property
+    def in_a_line(self) -> bool:
+        """The log ends in the middle of a line: someone writes it, or was cut off."""
+        return bool(self._rest)
+
+    def poll(self, max_bytes: int = 1 << 20) -> list[Event]:
+        """The next events, out of at most `max_bytes`. `num_bytes` is 0 when there was nothing new.
+
+        Raises ValueError, one sentence with file and line, for a whole line that is no event, or a log that
+        does not begin as one.
+        """
+        self.restarted = False
+        try:
+            self._open()
+            data = self._read(max_bytes)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be read: {error.strerror}") from None
+        self.num_bytes = len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        events = []
+        for line in lines:
+            self.num_lines += 1
+            try:
+                events.append(from_json(line.decode("utf-8")))
+            except UnicodeDecodeError:
+                raise ValueError(f"{self.path} is not a log: line {self.num_lines} is no text") from None
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {self.num_lines}: {error}") from None
+            if self.num_lines == 1 and not isinstance(events[0], PoolOpened):
+                name = type(events[0]).__name__
+                raise ValueError(f"{self.path}, line 1: a run begins with PoolOpened; this is {name}")
+        return events
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> None:
+        if self._file is not None and self.path.exists() and self.path.stat().st_size < self._file.tell():
+            self.close()
+            self.num_lines, self._rest, self.restarted = 0, b"", True
+        if self._file is None and self.path.exists():
+            self._file = self.path.open("rb")
+
+    def _read(self, max_bytes: int) -> bytes:
+        pieces: list[bytes] = []
+        while self._file is not None and max_bytes > 0:
+            piece = self._file.read(min(CHUNK, max_bytes))
+            if not piece:
+                break
+            pieces.append(piece)
+            max_bytes -= len(piece)
+        return b"".join(pieces)

@@ -1,0 +1,196 @@
+"""`paged-ref monitor`: a run as it goes, live on a terminal, or its numbers for programs.
+
+It follows a log that `--record` writes. With `--run` it starts the command itself, lets it record into a
+temporary file, and follows that: one way for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from rich.text import Text
+
+from ...timeline.events import Event
+from ..common.loop import SPEEDS, play
+from ..common.printing import Size, is_terminal, parse_size, print_frames
+from ..viz.frames.screen import MIN_HEIGHT, MIN_WIDTH
+from .following import Follower
+from .gpu_meter import GPUMeter, GPUReading
+from .report import as_json, as_prometheus
+from .screen import screen
+from .state import Monitor
+
+RUNS = ("demo", "generate", "compare")  # commands that --run starts: they take --record
+PIECE = 1 << 18  # bytes of the log between two pictures: some thousand events
+SMALLEST: Size = (MIN_WIDTH, MIN_HEIGHT)
+KEYS = "space pause   + - faster, slower   q quit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a log that --record writes, or will write")
+    parser.add_argument(
+        "--run", nargs=argparse.REMAINDER, metavar="COMMAND",
+        help="start demo, generate or compare --run and watch it; the rest of the line is its own",
+    )  # fmt: skip
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--once", action="store_true", help="print the numbers up to the log's end as JSON")
+    how.add_argument("--prometheus", action="store_true", help="the same as Prometheus text, for scrapers")
+    how.add_argument(
+        "--print", action="store_true", help="print the screen at the log's end, though this is a terminal"
+    )
+    parser.add_argument("--size", metavar="WxH", help="of a printed screen (default: COLUMNS and LINES, or 80x24)")
+
+
+def main(args: argparse.Namespace) -> int:
+    size = parse_size(args.size, SMALLEST) if args.size else None
+    if (args.file is None) == (args.run is None):
+        raise ValueError("one of FILE and --run COMMAND is needed: a log to follow, or a command to start")
+    live = is_terminal() and not (args.once or args.prometheus or args.print or size)
+    if args.run is None:
+        if live:
+            play(Live(args.file))
+        else:
+            _report(args, args.file, size)
+        return 0
+    _check_run(args.run)
+    with _started(args.run) as run:
+        if live:
+            play(Live(run.log, run.process))
+            if run.process.poll() is None:  # the viewer left before its end, and it ends with this block
+                print(f"{args.run[0]} was not at its end, and is stopped", file=sys.stderr)
+                return 0
+        status = run.process.wait()
+        if live or status:  # what it said, where it no longer is in the way
+            run.output.seek(0)
+            sys.stderr.write(run.output.read())
+        if not (live or status):
+            _report(args, run.log, size)
+    return status
+
+
+def show() -> None:
+    """What `python -m paged_ref.views.monitor.screen` does: the same as `paged-ref monitor`."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    main(parser.parse_args())
+
+
+class Live:
+    """The screen of a log that grows (loop.Shown)."""
+
+    def __init__(self, path: Path, process: subprocess.Popen[str] | None = None) -> None:
+        self.playing = True
+        self.speed = SPEEDS.index(4)
+        self.monitor = Monitor()
+        self._follower = Follower(path)
+        self._process = process
+        self._meter = GPUMeter()
+        self._behind = False
+        self.tick()
+
+    def tick(self) -> None:
+        """Read on. Raises ValueError for what is no log; a file that is not there may still come."""
+        events = self._follower.poll(PIECE)
+        if self._follower.restarted:
+            self.monitor = Monitor()
+        _take(self.monitor, events, self._follower.path)
+        self._behind = self._follower.num_bytes >= PIECE
+
+    def draw(self, width: int, height: int) -> Text:
+        gpu = self._meter.read() or self._meter.why_not
+        return screen(self.monitor, width, height, gpu=gpu, status=self._status(), keys=KEYS)
+
+    def _status(self) -> str:
+        if not self.playing:
+            return "paused"
+        if self._process is not None:
+            status = self._process.poll()
+            return "running" if status is None else "ended" if not status else f"ended with status {status}"
+        if not self._follower.exists:
+            return f"waiting for {self._follower.path}"
+        return "catching up" if self._behind else f"following {self._follower.path.name}"
+
+    def press(self, key: str) -> bool:
+        if key == " ":
+            self.playing = not self.playing
+        elif key in "+=-":
+            self.speed = max(0, min(self.speed + (1 if key != "-" else -1), len(SPEEDS) - 1))
+        return key != "q"
+
+
+# --- once --------------------------------------------------------------------------------------------------
+
+
+def _report(args: argparse.Namespace, path: Path, size: Size | None) -> None:
+    """The log up to its end, in the form that was asked for. Raises ValueError for what is no log."""
+    follower, monitor = Follower(path), Monitor()
+    while True:
+        _take(monitor, follower.poll(), path)
+        if not follower.num_bytes:
+            break
+    if not follower.exists:
+        raise ValueError(f"{path} cannot be read: there is no such file")
+    if monitor.opened is None:
+        what = "has no whole line" if follower.in_a_line else "is empty"
+        raise ValueError(f"{path} {what}; a log of events as JSON lines is needed (--record writes one)")
+    meter = GPUMeter()
+    gpu: GPUReading | None = meter.read()
+    if args.once:
+        json.dump(as_json(monitor, gpu, complete=not follower.in_a_line), sys.stdout, indent=1)
+        print()
+    elif args.prometheus:
+        print(as_prometheus(monitor, gpu), end="")
+    else:
+        status = "the last line is cut off" if follower.in_a_line else f"the end of {path.name}"
+        shown = partial(screen, monitor, gpu=gpu or meter.why_not, status=status)
+        print_frames(lambda _, width, height: shown(width, height), [0], size, SMALLEST)
+
+
+def _take(monitor: Monitor, events: list[Event], path: Path) -> None:
+    try:
+        monitor.take_all(events)
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from None
+
+
+# --- a command of its own ----------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A command under way."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    output: TextIO  # what it prints
+
+
+def _check_run(argv: list[str]) -> None:
+    if not argv or argv[0] not in RUNS:
+        raise ValueError(f"--run is {' '.join(argv)!r}; it begins with one of {', '.join(RUNS)}")
+    if any(argument.split("=")[0] == "--record" for argument in argv):
+        raise ValueError("--run has --record of its own; start the command without monitor, and follow its FILE")
+
+
+@contextmanager
+def _started(argv: list[str]) -> Iterator[Run]:
+    """The command, recording into a file for a while. It ends with this block at the latest."""
+    with tempfile.TemporaryDirectory(prefix="paged_ref_") as place:
+        log, output = Path(place) / "run.jsonl", Path(place) / "output"
+        command = [sys.executable, "-m", "paged_ref", *argv, "--record", str(log)]
+        with output.open("w+", encoding="utf-8") as file:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, text=True)
+            try:
+                yield Run(process, log, file)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()

@@ -1,0 +1,206 @@
+"""The monitor's screen: the pool now, memory over the last steps, who runs, how fast, and what travels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from ..common.canvas import DIM, Lines, count, exactly, fit, line, owners, rule, size_of
+from ..viz.frames.blocks import overview
+from ..viz.frames.screen import MIN_HEIGHT, MIN_WIDTH, too_small
+from ..viz.frames.tables import slot_map
+from .gpu_meter import GPUReading
+from .state import WINDOW, Monitor, Sample
+
+# part of a Sample, mark, style, what it is. What is empty and given out may be filled later: only the end tells.
+PARTS = (
+    ("tokens", "█", "green", "hold tokens"),
+    ("empty", "▒", "cyan", "given out, empty"),
+    ("cached", "c", "yellow", "known, in no table"),
+    ("free", "·", "dim", "free"),
+)
+LEVELS = "▁▂▃▄▅▆▇█"
+_TEXT_ROWS = 5  # of numbers, below the chart
+_FIXED = 7 + _TEXT_ROWS  # rows that are neither map nor chart
+
+
+def screen(
+    monitor: Monitor, width: int, height: int, *, gpu: GPUReading | str = "", status: str = "", keys: str = ""
+) -> Text:
+    """The run in exactly `width` x `height` cells. `gpu` is a reading, or why there is none; `keys` goes below."""
+    if width < MIN_WIDTH or height < MIN_HEIGHT:
+        return too_small(width, height)
+    if monitor.opened is None:
+        rows = [_title(monitor, width, status), line(""), line(f" {status or 'No event yet.'}")]
+    else:
+        room = height - _FIXED
+        blocks = _map(monitor, width - 2, min(6, room // 2))
+        rows = [
+            _title(monitor, width, status),
+            _pool_rule(monitor, width),
+            *(Text.assemble(" ", row) for row in blocks),
+            rule("Memory", width, "  ".join(f"{mark} {what}" for _, mark, _, what in PARTS)),
+            *_memory(monitor, width),
+            *_chart(list(monitor.samples), width, room - len(blocks)),
+            rule("Run", width, f"times: the last {WINDOW} steps"),
+            *_numbers(monitor, width, gpu),
+        ]
+    rows = rows[: height - 1] + [line("")] * (height - 1 - len(rows))
+    return Text("\n").join(exactly(row, width) for row in [*rows, line((f" {keys}", DIM))])
+
+
+def _title(monitor: Monitor, width: int, status: str) -> Text:
+    parts = [f"{monitor.state.memory.manager} manager"] if monitor.opened else ["monitor"]
+    if monitor.history.model:
+        parts.append(monitor.history.model)
+    if monitor.num_runs > 1:
+        parts.append(f"run {monitor.num_runs}")
+    if status and monitor.opened:
+        parts.append(status)
+    step = f"step {monitor.last.step:,}" if monitor.last else "no step yet"
+    right = f"  {step}, {count(monitor.num_events, 'event')} "
+    return line((" paged_ref ", "bold reverse"), " ", fit(", ".join(parts), width - 12 - len(right)), (right, "bold"))
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def _pool_rule(monitor: Monitor, width: int) -> Text:
+    memory = monitor.state.memory
+    if not monitor.state.paged:
+        return rule(f"Pool: {memory.num_blocks:,} slots", width, "a letter holds a token, ░ is given out and empty")
+    used = memory.num_blocks - len(memory.free) - len(memory.idle)
+    idle = f"{len(memory.idle):,} idle, " if memory.idle else ""
+    note = f"{used:,} used, {idle}{len(memory.free):,} free"
+    return rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
+
+
+def _map(monitor: Monitor, width: int, height: int) -> Lines:
+    moment = monitor.moment()
+    height = max(1, min(height, -(-monitor.state.memory.num_blocks // width)))
+    if monitor.state.paged:
+        return overview(moment, owners(moment), width, height)
+    return slot_map(moment, width, height)
+
+
+def _memory(monitor: Monitor, width: int) -> Lines:
+    """The pool in the last step as one bar, and in numbers."""
+    last = monitor.last
+    if last is None:
+        return [line((" No step is planned yet.", DIM)), line("")]
+    total = max(1, monitor.num_slots)
+    bar, numbers = line(" "), line(" ")
+    done = cells = 0
+    for part, mark, style, _ in PARTS:
+        slots = getattr(last, part)
+        done += slots
+        upto = round((width - 2) * done / total)
+        bar.append(mark * (upto - cells), style)
+        cells = upto
+        numbers.append(f"{mark} ", style)
+        numbers.append(f"{100 * slots / total:.0f} % {part}  ")
+    return [bar, numbers]
+
+
+def _chart(samples: Sequence[Sample], width: int, height: int) -> Lines:
+    """A column for each of the last steps, the pool from the bottom up."""
+    if height < 2 or not samples:
+        return [line("")] * max(0, height)
+    shown = samples[-(width - 2) :]
+    wide = max(1, min(3, (width - 2) // len(shown)))
+    height -= 1  # the line of the steps
+    columns = []
+    for sample in shown:
+        total = max(1, sum(getattr(sample, part) for part, *_ in PARTS))
+        column: list[tuple[str, str]] = []
+        done = 0
+        for part, mark, style, _ in PARTS:
+            done += getattr(sample, part)
+            column += [(mark, style)] * (round(height * done / total) - len(column))
+        columns.append(column)
+    rows = []
+    for level in reversed(range(height)):
+        marks = (column[level] for column in columns)
+        rows.append(Text.assemble(" ", *((mark * wide, style) for mark, style in marks)))
+    return [*rows, line((f" steps {shown[0].step:,} to {shown[-1].step:,}", DIM))]
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def _numbers(monitor: Monitor, width: int, gpu: GPUReading | str) -> Lines:
+    rows = [_sequences(monitor), _speed(monitor, width), _traffic(monitor), _prefix(monitor), _gpu(gpu)]
+    assert len(rows) == _TEXT_ROWS
+    return [line(" ", (f"{name:<10}", "bold"), fit(text, width - 12)) for name, text in rows]
+
+
+def _sequences(monitor: Monitor) -> tuple[str, str]:
+    last = monitor.last
+    if last is None:
+        return "sequences", f"{len(monitor.state.sequences)} wait"
+    return "sequences", (
+        f"{last.running} running, {last.waiting} waiting, {last.swapped} swapped, {monitor.finished:,} finished; "
+        f"a batch of {count(last.computed, 'token')}"
+    )
+
+
+def _speed(monitor: Monitor, width: int) -> tuple[str, str]:
+    timed = monitor.timed()
+    if not timed:
+        return "speed", f"{monitor.sampled:,} new tokens; this log tells no times"
+    times = [sample.microseconds / 1000 for sample in timed]
+    text = (
+        f"{monitor.tokens_per_second:,.0f} tokens/s, a step takes {sum(times) / len(times):.1f} ms "
+        f"(longest {max(times):.1f}) "
+    )
+    return "speed", text + sparkline(times, width - 12 - len(text))
+
+
+def _traffic(monitor: Monitor) -> tuple[str, str]:
+    totals, row = monitor.totals, "block" if monitor.state.paged else "slot"
+    rows = totals.rows_out + totals.rows_in
+    size = f" ({size_of(rows * monitor.row_bytes)})" if rows and monitor.row_bytes else ""
+    parts = [f"{count(totals.rows_out, row)} out, {totals.rows_in:,} in{size}", f"{totals.preemptions:,} preempted"]
+    if totals.rows_moved:
+        parts.append(f"{totals.rows_moved:,} moved on the device")
+    if totals.copies:
+        parts.append(f"{totals.copies:,} copied on write")
+    return "swap", ", ".join(parts)
+
+
+def _prefix(monitor: Monitor) -> tuple[str, str]:
+    totals, rate = monitor.totals, monitor.hit_rate
+    if rate is None or not (totals.hits or totals.evicted or monitor.state.known):
+        return "prefix", "nothing found: no prefix cache, or no prompt that begins as another"
+    return "prefix", (
+        f"{rate:.0%} of {count(totals.asked, 'token')} found, {count(len(monitor.state.known), 'block')} known, "
+        f"{totals.evicted:,} given up"
+    )
+
+
+def _gpu(gpu: GPUReading | str) -> tuple[str, str]:
+    if isinstance(gpu, str):
+        return "GPU", gpu or "not read"
+    parts = []  # the name comes last: in a narrow window it is what can be spared
+    if gpu.busy is not None and gpu.memory_busy is not None:
+        parts.append(f"{gpu.busy} % busy, its memory {gpu.memory_busy} %")
+    if gpu.memory_used is not None and gpu.memory_total:
+        parts.append(f"{gpu.memory_used / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB")
+    if gpu.to_gpu is not None and gpu.from_gpu is not None:
+        parts.append(f"link {gpu.to_gpu / 1e9:.1f} in, {gpu.from_gpu / 1e9:.1f} GB/s out")
+    return "GPU", ", ".join([*parts, gpu.name])
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last values as a row of bars, the highest as high as a cell."""
+    if width < 1 or not values:
+        return ""
+    top = max(values) or 1
+    return "".join(LEVELS[min(len(LEVELS) - 1, int(len(LEVELS) * value / top))] for value in values[-width:])
+
+
+if __name__ == "__main__":
+    from .monitor import show
+
+    show()

@@ -1,0 +1,163 @@
+"""What the monitor knows: the state of the run after the last event, and a sample of each step.
+
+It takes events one at a time and keeps no log, so a run may be as long as it likes. The state is run_state.py's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...timeline.change import Change
+from ...timeline.events import (
+    Event,
+    ModelOpened,
+    PoolOpened,
+    RequestArrived,
+    SequenceFinished,
+    StepPlanned,
+    StepTimed,
+    TokenNamed,
+    TokenSampled,
+)
+from ...timeline.history import History, Moment, letters
+from ...timeline.run_state import RunState, Totals, advance
+
+KEPT = 1024  # samples: more steps than a screen has columns
+WINDOW = 32  # steps over which rates are taken
+
+
+@dataclass(slots=True)
+class Sample:
+    """One step, as it was planned; what came of it is filled in after."""
+
+    step: int
+    tokens: int  # slots that hold one
+    empty: int  # slots that are given out and hold none yet
+    cached: int
+    free: int
+    running: int  # sequences with K and V on the device
+    waiting: int
+    swapped: int
+    computed: int  # tokens of this step
+    rows_out: int  # by this step, to the host
+    rows_in: int
+    sampled: int = 0  # new tokens
+    microseconds: int = 0  # 0: the log does not say
+
+
+class Monitor:
+    """One run after another. `take` raises ValueError where an event contradicts what came before."""
+
+    def __init__(self) -> None:
+        self.num_runs = 0
+        self.num_events = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.state = RunState()
+        self.history = History()  # of its fields only the names: what frames know sequences by
+        self.samples: deque[Sample] = deque(maxlen=KEPT)
+        self.opened: PoolOpened | None = None
+        self.num_steps = 0
+        self.computed = 0  # tokens, since the run began
+        self.sampled = 0
+        self.finished = 0  # sequences
+        self.microseconds = 0  # of all steps that say
+        self._rows = (0, 0)  # out and in, before this step
+
+    def take_all(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.take(event)
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, PoolOpened):
+            self._begin()
+            self.num_runs += 1
+            self.opened = event
+        self.num_events += 1
+        if isinstance(event, (TokenNamed, ModelOpened)):
+            if isinstance(event, ModelOpened):
+                self.history.model, self.history.bytes_per_token = event.model, event.kv_bytes_per_token
+            return
+        advance(self.state, event, self.num_events)
+        if isinstance(event, RequestArrived):
+            several = len(event.seq_ids) > 1
+            for i, seq_id in enumerate(event.seq_ids, start=1):
+                self.history.names[seq_id] = letters(event.request_id) + (str(i) if several else "")
+        elif isinstance(event, StepPlanned):
+            self._sample(event)
+        elif isinstance(event, TokenSampled):
+            self.sampled += 1
+            if self.samples:
+                self.samples[-1].sampled += 1
+        elif isinstance(event, StepTimed) and self.samples:
+            self.samples[-1].microseconds = event.microseconds
+            self.microseconds += event.microseconds
+        elif isinstance(event, SequenceFinished):
+            self.finished += 1
+            del self.state.sequences[event.seq_id]  # nothing comes of it any more, and a run may be long
+            self.history.names.pop(event.seq_id, None)
+
+    def _sample(self, event: StepPlanned) -> None:
+        snapshot, totals = self.state.snapshot(), self.state.totals
+        in_open = sum(piece.tokens for piece in snapshot.open)
+        on_host = [place.on_host for place in self.state.memory.sequences.values()]
+        computed = sum(count for _, count in event.chunks)
+        self.samples.append(
+            Sample(
+                step=event.step,
+                tokens=snapshot.full + in_open,
+                empty=sum(piece.slots for piece in snapshot.open) - in_open,
+                cached=snapshot.cached,
+                free=snapshot.free + snapshot.external,
+                running=on_host.count(False),
+                waiting=len(event.waiting) - on_host.count(True),
+                swapped=on_host.count(True),
+                computed=computed,
+                rows_out=totals.rows_out - self._rows[0],
+                rows_in=totals.rows_in - self._rows[1],
+            )
+        )
+        self._rows = (totals.rows_out, totals.rows_in)
+        self.num_steps += 1
+        self.computed += computed
+
+    # --- to be shown ---------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> Sample | None:
+        return self.samples[-1] if self.samples else None
+
+    @property
+    def totals(self) -> Totals:
+        return self.state.totals
+
+    @property
+    def num_slots(self) -> int:
+        return self.state.memory.num_blocks * self.state.memory.block_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row that travels: a block, or a slot of a manager without blocks. 0: the log does not say."""
+        return self.history.bytes_per_token * self.state.memory.block_size
+
+    def timed(self) -> list[Sample]:
+        """Those of the last steps that say how long they took."""
+        return [sample for sample in list(self.samples)[-WINDOW:] if sample.microseconds]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """New tokens over the last steps' time; None where the log tells no times."""
+        timed = self.timed()
+        return 1e6 * sum(s.sampled for s in timed) / sum(s.microseconds for s in timed) if timed else None
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the admitted tokens that the prefix cache found; None where nothing was asked."""
+        return self.totals.hits / self.totals.asked if self.totals.asked and self.state.paged else None
+
+    def moment(self) -> Moment:
+        """The state as frames take it, with nothing marked as changed."""
+        return Moment(self.history, 0, self.opened or PoolOpened("", 0, 1, 0, ()), self.state, Change())

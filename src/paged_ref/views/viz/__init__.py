@@ -1,0 +1,1 @@
+"""The page table of a run, step by step."""

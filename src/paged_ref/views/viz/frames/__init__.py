@@ -1,0 +1,1 @@
+"""The screens of `paged-ref viz`, one file each."""

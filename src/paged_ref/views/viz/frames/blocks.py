@@ -1,0 +1,172 @@
+"""Blocks as rows: number, reference count, owners, and the tokens in their slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from ....timeline.history import Moment
+from ...common.canvas import DIM, NEW, WARM, brief, colour, fit, line, token
+
+EMPTY = "_"  # a slot that was given out and holds nothing yet
+UNKNOWN = "#"  # a slot that holds a token of which the log does not tell
+WRITTEN = "▸"  # before a slot that this event gave out
+MARKS = {  # what an event did to a block
+    "+": "taken",
+    "-": "given back",
+    "↑": "one table more",
+    "↓": "one table less",
+    "C": "copy on write",
+    "i": "idle now: known, in no table",
+    "K": "known now to the prefix cache",
+    "H": "found by the prefix cache",
+    "E": "given up by the prefix cache, and taken",
+}
+
+
+def contents(moment: Moment, seq_id: int, index: int) -> list[str]:
+    """The tokens in a logical block of a sequence, as they are shown."""
+    size, place = moment.state.memory.block_size, moment.state.memory.sequences[seq_id]
+    view = moment.state.sequences[seq_id]
+    held = max(0, min(place.length - index * size, size))
+    texts = [moment.history.text(t) for t in view.tokens[index * size : index * size + held]]
+    return texts + [UNKNOWN] * (held - len(texts))
+
+
+def block_texts(moment: Moment, block_id: int, in_tables: Sequence[int]) -> list[str]:
+    """The tokens in a device block: of one of the tables that have it, or of the prefix cache."""
+    if in_tables:
+        longest = max(in_tables, key=lambda seq_id: moment.state.memory.sequences[seq_id].length)
+        return contents(moment, longest, moment.state.memory.sequences[longest].blocks.index(block_id))
+    known = moment.state.known.get(block_id)
+    if known is None or block_id not in moment.state.memory.idle:
+        return []
+    texts = [moment.history.text(t) for t in known.tokens]
+    return texts or [UNKNOWN] * moment.state.memory.block_size
+
+
+def written_in(moment: Moment, block_id: int, in_tables: Sequence[int]) -> set[int]:
+    """Offsets of the slots of this block that the event gave out."""
+    size, found = moment.state.memory.block_size, set()
+    for seq_id, position in moment.change.written:
+        place = moment.state.memory.sequences.get(seq_id)
+        if place and seq_id in in_tables and place.blocks and place.blocks[position // size] == block_id:
+            found.add(position % size)
+    return found
+
+
+def slots(texts: Sequence[str], size: int, width: int, new: set[int], style: str = "", free: bool = False) -> Text:
+    """The slots of a block in `width` cells: one cell for each, or its tokens as running text."""
+    each = min(12, (width - 1) // size - 1)
+    if each < 3 and size > 1:
+        mark = WRITTEN if new else "│"
+        number = "" if free else f"{len(texts)}/{size} "
+        return line(
+            (mark, NEW if new else DIM),
+            (number, DIM),
+            (fit("".join(texts), width - 2 - len(number)), style),
+            ("│", DIM),
+        )
+    row = Text()
+    for offset in range(size):
+        is_new = offset in new
+        row.append(WRITTEN if is_new else "│", "bold" if is_new else DIM)
+        if offset < len(texts):
+            row.append(token(texts[offset], each), f"{style} bold" if is_new else style)
+        elif is_new:
+            row.append(EMPTY * each, "bold")
+        else:
+            row.append((" " if free else EMPTY) * each, DIM)
+    return row.append("│", DIM)
+
+
+def mark_of(moment: Moment, block_id: int) -> str:
+    """One letter or sign for what this event did to a device block; a space for nothing."""
+    change, memory = moment.change, moment.state.memory
+    if change.copied and block_id == change.copied[1]:
+        return "C"
+    if block_id in change.evicted:
+        return "E"
+    if block_id in change.cached:
+        return "K"
+    if block_id in change.hits:
+        return "H"
+    if block_id not in change.before:
+        return " "
+    before, now = change.before[block_id], memory.ref_count[block_id]
+    if not now:
+        return "i" if block_id in memory.idle else "-"
+    if not before:
+        return "+"
+    return "↑" if now > before else "↓"
+
+
+def block_row(moment: Moment, block_id: int, in_tables: Sequence[int], width: int, selected: int | None = None) -> Text:
+    """`+ 3 ×1 A    │·brought│_______│...`: a device block in `width` cells."""
+    memory = moment.state.memory
+    number = len(str(memory.num_blocks - 1))
+    names = [moment.history.name(seq_id) for seq_id in in_tables]
+    who = 4 if width < 60 else 8
+    mark = mark_of(moment, block_id)
+    row = line((mark, NEW if mark != " " else ""), (f"{block_id:>{number + 1}} ", "bold" if mark != " " else ""))
+    idle = block_id in memory.idle
+    if not in_tables and not idle:
+        row.append(fit("free", 4 + who + 1), DIM)
+    else:
+        before = moment.change.before.get(block_id)
+        count = f"×{memory.ref_count[block_id]}" if before is None else f"{before}→{memory.ref_count[block_id]}"
+        row.append(fit(count, 4), "bold" if before is not None else DIM)
+        if idle:
+            row.append(fit("idle" if who == 4 else "cached", who + 1), WARM)
+        else:
+            style = colour(moment.history, moment, in_tables[0])
+            row.append(fit(brief(names, who), who + 1), f"{style} reverse" if selected in in_tables else style)
+    texts = block_texts(moment, block_id, in_tables)
+    style = colour(moment.history, moment, in_tables[0]) if in_tables else WARM if idle else DIM
+    row.append_text(
+        slots(
+            texts,
+            memory.block_size,
+            width - row.cell_len,
+            written_in(moment, block_id, in_tables),
+            style,
+            free=not in_tables and not idle,
+        )
+    )
+    return row
+
+
+def overview(moment: Moment, owned: dict[int, list[int]], width: int, height: int, on_host: bool = False) -> list[Text]:
+    """The whole pool as a map: a letter for each block, or a shade for each run of blocks.
+
+    A letter is the request's; a digit says how many tables share the block, `i` is idle, `.` is free. In a run,
+    the shade is the share in use, and `*` says that something changed there.
+    """
+    memory = moment.state.memory
+    total = memory.num_host_blocks if on_host else memory.num_blocks
+    each = max(1, -(-total // (width * height)))  # blocks in one cell
+    changed = set() if on_host else set(moment.change.before) | set(moment.change.cached)
+    rows = []
+    for top in range(0, total, width * each):
+        row = Text()
+        for first in range(top, min(top + width * each, total), each):
+            blocks = range(first, min(first + each, total))
+            style = "reverse" if changed and not changed.isdisjoint(blocks) else ""
+            if each == 1:
+                letter, its_style = _letter(moment, first, owned.get(first, ()), on_host)
+                row.append(letter, f"{its_style} {style}".strip())
+            else:
+                used = sum(block in owned or (not on_host and block in memory.idle) for block in blocks)
+                shade = " ░▒▓█"[-(-4 * used // each)]
+                row.append("*" if style else shade, style)
+        rows.append(row)
+    return rows
+
+
+def _letter(moment: Moment, block_id: int, in_tables: Sequence[int], on_host: bool) -> tuple[str, str]:
+    if len(in_tables) > 1:
+        return (str(len(in_tables)) if len(in_tables) < 10 else "+"), "bold"
+    if in_tables:
+        return moment.history.name(in_tables[0])[0], colour(moment.history, moment, in_tables[0])
+    return ("i", WARM) if not on_host and block_id in moment.state.memory.idle else (".", DIM)

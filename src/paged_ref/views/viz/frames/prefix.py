@@ -1,0 +1,135 @@
+"""Frame 4: the prefix cache. Which blocks it knows, how their digests hang together, who goes first."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from rich.text import Text
+
+from ....timeline.run_state import KnownBlock
+from ...common.canvas import (
+    DIM,
+    NEW,
+    WARM,
+    Lines,
+    Scene,
+    brief,
+    colour,
+    count,
+    exactly,
+    fit,
+    line,
+    listing,
+    owners,
+    rule,
+    window,
+)
+from .blocks import UNKNOWN, mark_of, slots
+
+
+def draw(scene: Scene, width: int, height: int) -> Lines:
+    moment = scene.moment
+    if not moment.history.caches:
+        return _without(scene, width)
+    memory, totals = moment.state.memory, moment.state.totals
+    chains = chain(list(moment.state.known.values()))
+    share = f" ({100 * totals.hits / totals.asked:.0f} %)" if totals.asked else ""
+    tail = [
+        rule("Hits and evictions so far", width),
+        line(
+            f" {totals.hits} of {count(totals.asked, 'token')} were found{share}; "
+            f"{count(totals.evicted, 'block')} given up for new tokens."
+        ),
+        listing(" Idle, first to go first:", islice(memory.idle, width), width, len(memory.idle)),
+    ]
+    if height > 20:
+        tail.append(
+            line((" A digest holds its parent's: the same tokens after another beginning are another block.", DIM))
+        )
+    room = height - 1 - len(tail)
+    marked = (i for i, (_, known) in enumerate(chains) if mark_of(moment, known.block_id) != " ")
+    first, last = 0, len(chains)
+    if len(chains) > room:
+        first, last = window(len(chains), room, next(marked, 0) + scene.scroll)
+    note = f"{len(moment.state.known):,} known: {len(memory.idle):,} idle, the others in use"
+    deepest = min(width // 4, max((len(strokes) for strokes, _ in chains[first:last]), default=0))
+    owned = owners(moment)
+    ranks = {block: rank for rank, block in enumerate(memory.idle, start=1)}
+    rows = [_row(scene, strokes, known, deepest, width, owned, ranks) for strokes, known in chains[first:last]]
+    if not rows:
+        rows = [line((" Nothing yet. A block is known once it is full and its K and V are computed.", DIM))]
+    return [rule("Known blocks, by their digests", width, note), *rows, *[line("")] * (room - len(rows)), *tail]
+
+
+def chain(known: list[KnownBlock]) -> list[tuple[str, KnownBlock]]:
+    """The blocks as a forest: the strokes before each, and the block. A child follows its parent."""
+    by_digest = {block.digest: block for block in known}
+    children: dict[str, list[KnownBlock]] = {}
+    roots = []
+    for block in known:
+        if block.parent in by_digest:
+            children.setdefault(block.parent, []).append(block)
+        else:
+            roots.append(block)
+    rows: list[tuple[str, KnownBlock]] = []
+    for root in roots:
+        stack = [("", "", root)]
+        while stack:
+            head, below, block = stack.pop()
+            rows.append((head, block))
+            following = children.get(block.digest, [])
+            for i, child in reversed(list(enumerate(following))):
+                is_last = i == len(following) - 1
+                straight = len(following) == 1 and not below.strip() and head.endswith(("└─", ""))
+                stroke, space = ("└─" if is_last else "├─"), ("  " if is_last else "│ ")
+                stack.append((below + stroke, below + ("" if straight and len(below) > 6 else space), child))
+    return rows
+
+
+def _row(
+    scene: Scene,
+    strokes: str,
+    known: KnownBlock,
+    indent: int,
+    width: int,
+    owned: dict[int, list[int]],
+    ranks: dict[int, int],
+) -> Text:
+    moment = scene.moment
+    block = known.block_id
+    mark = mark_of(moment, block)
+    in_tables = owned.get(block, [])
+    style = colour(moment.history, moment, in_tables[0]) if in_tables else WARM
+    who = 16 if width < 100 else 24
+    number = len(str(moment.state.memory.num_blocks - 1))
+    row = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (known.digest[:6], "bold"))
+    row = exactly(row, 2 + indent + 6)
+    row.append(f" {block:>{number}} ")
+    texts = [moment.history.text(t) for t in known.tokens] or [UNKNOWN] * moment.state.memory.block_size
+    row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - who - 1, set(), style))
+    names = [moment.history.name(s) for s in in_tables]
+    state = f"×{len(in_tables)} {brief(names, who - 4)}" if in_tables else f"idle, goes {ordinal(ranks.get(block, 0))}"
+    row.append(" " * max(1, width - who - row.cell_len))
+    row.append(fit(state, who), f"{style} bold" if in_tables else style)
+    return row
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th."""
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def _without(scene: Scene, width: int) -> Lines:
+    manager = scene.moment.state.memory.manager
+    if manager != "paged":
+        why = f"The {manager} manager has none: what cannot be shared cannot be found again by another sequence."
+    else:
+        why = "This run has none: it is off, or no block was ever full. generate --prefix-cache switches it on."
+    return [rule("Prefix cache", width), line(" " + why)]
+
+
+if __name__ == "__main__":
+    from ....commands.viz import show
+
+    show("prefix")

@@ -1,0 +1,213 @@
+"""A whole screen: the title, a frame, the sentence that explains it, the code that did it, and the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from ....timeline.history import History
+from ...common.canvas import DIM, Lines, Scene, beside, colour, exactly, fit, line, rule, window, wrap
+from ..narration import narrate
+from ..source_links import actor, place_of
+from . import attention, memory, prefix, residency, sharing, swap, tables, timeline
+
+MIN_WIDTH: int = 60
+MIN_HEIGHT: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A picture of the state: its name, how to draw it, and the marks of the events that it is about."""
+
+    name: str
+    draw: Callable[[Scene, int, int], Lines]
+    about: str  # letters of History.marks
+
+
+FRAMES = (
+    Frame("tables", tables.draw, "FCSREHX"),
+    Frame("sharing", sharing.draw, "FCB"),
+    Frame("swap", swap.draw, "SR"),
+    Frame("prefix", prefix.draw, "HE"),
+    Frame("memory", memory.draw, "FCSREHX"),
+    Frame("timeline", timeline.draw, "SRXN"),
+)
+# Of a run whose pages stream in and out: it has no block tables that all layers share.
+FRAMES_OF_PAGES = (
+    Frame("residency", residency.draw, "AXN"),
+    Frame("attention", attention.draw, "A"),
+    Frame("timeline", timeline.draw, "XN"),
+)
+
+
+def frames_of(run: History) -> tuple[Frame, ...]:
+    return FRAMES_OF_PAGES if run.streams else FRAMES
+
+
+def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
+    """Frame `frame` (from 0) in exactly `width` x `height` cells."""
+    if width < MIN_WIDTH or height < MIN_HEIGHT:
+        return too_small(width, height)
+    frames = frames_of(scene.history)
+    frame = min(frame, len(frames) - 1)
+    head = [_title(scene, width), _tabs(frames, frame, width)]
+    foot = _foot(scene, width, 3 if height >= 22 else 2)
+    room = height - len(head) - len(foot)
+    body: Lines
+    if scene.code and width >= 140:
+        side = min(76, width * 2 // 5)
+        left = _stacked(scene, frame, width - side - 2, room)
+        body = beside(left, _side(scene, side, room), width - side - 2, gap=2)
+    elif scene.code and height >= 44:
+        body = frames[frame].draw(scene, width, room - 14)[: room - 14]
+        body += [line("")] * (room - 14 - len(body)) + _code(scene, width, 14)
+    else:
+        body = frames[frame].draw(scene, width, room)
+        while body and not body[-1].plain.strip():
+            body.pop()
+        if room - len(body) >= 5:
+            body += [line(""), *_texts(scene, width)]
+    body = body[:room] + [line("")] * (room - len(body))
+    return Text("\n").join(exactly(row, width) for row in [*head, *body, *foot])
+
+
+def _stacked(scene: Scene, frame: int, width: int, height: int) -> Lines:
+    """The frame; in a tall window the timeline below it, or the tables below the timeline."""
+    frames = frames_of(scene.history)
+    if height < 36:
+        return frames[frame].draw(scene, width, height)
+    below = 16
+    second = frames[0].draw if frames[frame].draw is timeline.draw else timeline.draw
+    rows = frames[frame].draw(scene, width, height - below - 1)[: height - below - 1]
+    return [*rows, *[line("")] * (height - below - len(rows)), *second(scene, width, below)]
+
+
+def too_small(width: int, height: int) -> Text:
+    """What a window below MIN_WIDTH x MIN_HEIGHT shows."""
+    needed = f"This window is {width}x{height}; at least {MIN_WIDTH}x{MIN_HEIGHT} is needed. Enlarge it, or press q."
+    rows = [fit(row, width) for row in wrap(needed, max(1, width))][: max(1, height)]
+    return Text("\n".join(rows + [" " * width] * (height - len(rows))), no_wrap=True)
+
+
+# --- above the frame --------------------------------------------------------------------------------------
+
+
+def _title(scene: Scene, width: int) -> Text:
+    moment, history = scene.moment, scene.history
+    parts = [f"{moment.state.memory.manager} manager"]
+    if history.model:
+        parts.append(history.model)
+    if len(scene.runs) > 1:
+        place = next(i for i, run in enumerate(scene.runs, start=1) if run is history)
+        parts.append(f"run {place}/{len(scene.runs)}")
+    step = f"step {moment.state.plan.step}" if moment.state.plan else "no step yet"
+    right = f"  {step}, event {moment.position + 1:,} of {len(history):,} "
+    return line((" paged_ref ", "bold reverse"), " ", fit(", ".join(parts), width - 12 - len(right)), (right, "bold"))
+
+
+def _tabs(frames: tuple[Frame, ...], frame: int, width: int) -> Text:
+    row = line(" ")
+    for i, each in enumerate(frames):
+        row.append(f"[{i + 1} {each.name}]" if i == frame else f" {i + 1} {each.name} ", "bold" if i == frame else DIM)
+        row.append(" " if width < 72 else "  ")
+    return row
+
+
+# --- below it ---------------------------------------------------------------------------------------------
+
+
+def _foot(scene: Scene, width: int, room: int) -> Lines:
+    moment = scene.moment
+    place = place_of(actor(moment))
+    said = wrap(narrate(moment), width - 2)
+    if len(said) > room:
+        said = [*said[: room - 1], fit(" ".join(said[room - 1 :]), width - 2)]
+    name = type(moment.event).__name__
+    did = line(" ", (f"{place.file}:{place.line}", "underline"), " ", place.name, (f" ({name})", DIM))
+    rows = [rule("What happened, and why", width)]
+    rows += [line(" ", (row, "bold")) for row in said] + [line("")] * (room - len(said))
+    rows += [did, _scrubber(scene, width)]
+    if scene.message:
+        rows.append(line((" " + scene.message, "bold")))
+    elif scene.hints:
+        rows.append(_keys(scene, width))
+    return rows
+
+
+def _scrubber(scene: Scene, width: int) -> Text:
+    """The whole log in one line: letters where ownership changed, and where we are."""
+    history = scene.history
+    cells = ["─"] * (width - 2)
+    last = max(1, len(history) - 1)
+    for position, mark in reversed(history.marks):
+        if mark not in "BN":
+            cells[position * (len(cells) - 1) // last] = mark
+    here = scene.moment.position * (len(cells) - 1) // last
+    return line(" ", ("".join(cells[:here]), ""), ("●", "bold"), ("".join(cells[here + 1 :]), DIM))
+
+
+def _keys(scene: Scene, width: int) -> Text:
+    play = "pause" if scene.playing else "play"
+    numbers = f"1-{len(frames_of(scene.history))}"
+    keys = [
+        ("←→", "event"), ("↑↓", "step"), ("n/p", "what this frame is about"), ("space", play), (numbers, "frame"),
+        ("tab", "run") if len(scene.runs) > 1 else ("/", "find"), ("?", "help"), ("q", "quit"),
+    ]  # fmt: skip
+    if width < 96:
+        keys[2] = ("n/p", "next like this")
+    row = line(" ")
+    for key, what in keys:
+        row.append(key, "bold")
+        row.append(f" {what}  " if width > 88 else f" {what} ", DIM)
+    return row
+
+
+# --- beside it, where there is room ------------------------------------------------------------------------
+
+
+def _side(scene: Scene, width: int, height: int) -> Lines:
+    """The function that did it, and what has been written so far."""
+    texts = _texts(scene, width)
+    room = max(8, height - len(texts))
+    code = _code(scene, width, room)
+    return [*code, *[line("")] * (room - len(code)), *texts][:height]
+
+
+def _code(scene: Scene, width: int, height: int) -> Lines:
+    place = place_of(actor(scene.moment))
+    rows = [rule("The code that did it", width, f"{place.file.rsplit('/', 1)[-1]}:{place.line}")]
+    for number, text in enumerate(place.source[: height - 1]):
+        left = len(place.source) - number
+        more = number == height - 2 and left > 1
+        shown = f"… {left} more lines" if more else text
+        rows.append(line((f"{place.line + number:>5} ", DIM), fit(shown, width - 6)))
+    return rows
+
+
+def _texts(scene: Scene, width: int) -> Lines:
+    """Each sequence's tokens as text, the generated ones after a bar."""
+    moment = scene.moment
+    rows = [rule("The texts so far", width)]
+    shown = sorted(moment.state.sequences)
+    if len(shown) > 8:  # those that the event is about, and their neighbours
+        about = next((s for s in (scene.selected, *moment.change.seq_ids) if s in moment.state.sequences), shown[0])
+        first, last = window(len(shown), 8, shown.index(about))
+        shown = shown[first:last]
+    for seq_id in shown:
+        view = moment.state.sequences[seq_id]
+        name = moment.history.name(seq_id)
+        prompt, output = view.tokens[: view.prompt_len], view.tokens[view.prompt_len :]
+        text = "".join(moment.history.text(t) for t in prompt) + "‖" + "".join(moment.history.text(t) for t in output)
+        text = text.replace("·", " ").strip()
+        style = colour(moment.history, moment, seq_id)
+        for i, row in enumerate(wrap(text, width - 6)[:3]):
+            rows.append(line((f"{name if i == 0 else '':<5} ", f"{style} bold"), (row, style)))
+    return rows
+
+
+if __name__ == "__main__":
+    from ....commands.viz import show
+
+    show("tables")

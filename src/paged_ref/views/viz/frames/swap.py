@@ -1,0 +1,157 @@
+"""Frame 3: preemption by swap. Device and host memory side by side, and what moved between them."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from ....timeline.events import RegionPlaced, RegionSwappedIn, RegionSwappedOut, SwappedIn, SwappedOut
+from ....timeline.run_state import holes
+from ...common.canvas import (
+    DIM,
+    NEW,
+    Lines,
+    Scene,
+    beside,
+    brief,
+    colour,
+    count,
+    fit,
+    line,
+    listing,
+    owners,
+    rule,
+    size_of,
+    window,
+)
+from .blocks import block_row, contents, overview, slots
+
+
+def draw(scene: Scene, width: int, height: int) -> Lines:
+    below = _moved(scene, width)
+    left = (width - 2) // 2
+    room = height - len(below)
+    if scene.moment.state.paged:
+        device, host = _device(scene, left, room), _host(scene, width - 2 - left, room)
+    else:
+        device, host = _regions(scene, left, room, False), _regions(scene, width - 2 - left, room, True)
+    pools = beside(device[:room], host[:room], left, gap=2)
+    return [*pools, *[line("")] * (room - len(pools)), *below]
+
+
+def _device(scene: Scene, width: int, height: int) -> Lines:
+    moment, memory = scene.moment, scene.moment.state.memory
+    owned = owners(moment)
+    head = rule("Device", width, f"{memory.num_blocks:,} blocks, {len(memory.free) + len(memory.idle):,} can be had")
+    room = height - 1
+    if memory.num_blocks <= room:
+        rows = [block_row(moment, b, owned.get(b, []), width, scene.selected) for b in range(memory.num_blocks)]
+        return [head, *rows]
+    here = list(_sources_or_targets(scene, device=True)) or sorted(moment.change.before)
+    map_height = max(1, min(room // 2, -(-memory.num_blocks // width)))
+    first, last = window(memory.num_blocks, room - map_height - 1, (here[0] if here else 0) + scene.scroll)
+    rows = [block_row(moment, b, owned.get(b, []), width, scene.selected) for b in range(first, last)]
+    return [head, *overview(moment, owned, width, map_height), rule(f"Blocks {first} to {last - 1}", width), *rows]
+
+
+def _host(scene: Scene, width: int, height: int) -> Lines:
+    moment, memory = scene.moment, scene.moment.state.memory
+    if not memory.num_host_blocks:
+        return [rule("Host", width), line((" no host memory: preemption is", DIM)), line((" by recompute", DIM))]
+    owned = owners(moment, on_host=True)
+    head = rule("Host", width, f"{memory.num_host_blocks:,} blocks, {len(memory.host_free):,} free")
+    room = height - 1
+    first, last, above = 0, memory.num_host_blocks, []
+    if memory.num_host_blocks > room:
+        map_height = max(1, min(room // 2, -(-memory.num_host_blocks // width)))
+        here = list(_sources_or_targets(scene, device=False)) or sorted(owned)
+        first, last = window(memory.num_host_blocks, room - map_height - 1, (here[0] if here else 0) + scene.scroll)
+        above = overview(moment, owned, width, map_height, on_host=True)
+        above.append(rule(f"Host blocks {first} to {last - 1}", width))
+    return [head, *above, *(_host_row(scene, block, owned.get(block, []), width) for block in range(first, last))]
+
+
+def _host_row(scene: Scene, block_id: int, in_tables: list[int], width: int) -> Text:
+    moment, memory = scene.moment, scene.moment.state.memory
+    moved = block_id in _sources_or_targets(scene, device=False)
+    mark = ("+" if isinstance(moment.event, SwappedOut) else "-") if moved else " "
+    row = line((mark, NEW if moved else ""), (f" h{block_id:<3}", "bold" if moved else ""))
+    if not in_tables:
+        row.append(fit("free", 9), DIM)
+        return row.append_text(slots([], memory.block_size, width - row.cell_len, set(), free=True))
+    style = colour(moment.history, moment, in_tables[0])
+    names = brief([moment.history.name(s) for s in in_tables], 4)
+    row.append(fit(f"×{memory.host_ref_count[block_id]}", 4), DIM)
+    row.append(fit(names, 5), style)
+    index = memory.sequences[in_tables[0]].blocks.index(block_id)
+    texts = contents(moment, in_tables[0], index)
+    return row.append_text(slots(texts, memory.block_size, width - row.cell_len, set(), style))
+
+
+def _sources_or_targets(scene: Scene, device: bool) -> set[int]:
+    """The blocks of one pool that this event moved from or to."""
+    event = scene.moment.event
+    if isinstance(event, (SwappedOut, SwappedIn)):
+        side = 0 if isinstance(event, SwappedOut) == device else 1
+        return {pair[side] for pair in event.blocks}
+    return set()
+
+
+def _moved(scene: Scene, width: int) -> Lines:
+    """What went which way in this event, and in all."""
+    moment, event, totals = scene.moment, scene.moment.event, scene.moment.state.totals
+    unit = moment.state.memory.block_size * moment.history.bytes_per_token
+    row = "block" if moment.state.paged else "slot"
+
+    def cost(rows: int) -> str:
+        return count(rows, row) + (f", {size_of(rows * unit)}" if unit and rows else "")
+
+    rows = [line(" None in this event.")]
+    title = "Moved between device and host"
+    if isinstance(event, (SwappedOut, SwappedIn)):
+        out = isinstance(event, SwappedOut)
+        title = "Device → host in this event" if out else "Host → device in this event"
+        pairs = [f"{a}→h{b}" if out else f"h{a}→{b}" for a, b in event.blocks]
+        rows = [listing(f" {cost(len(pairs))}:", pairs, width)]
+    elif isinstance(event, (RegionSwappedOut, RegionSwappedIn)):
+        out = isinstance(event, RegionSwappedOut)
+        title = "Device → host in this event" if out else "Host → device in this event"
+        length = moment.state.memory.sequences[event.seq_id].length
+        rows = [line(f" {cost(length)}: {moment.history.name(event.seq_id)}, now at slot {event.start}")]
+    elif isinstance(event, RegionPlaced) and (before := moment.change.place_before) and before.start != event.start:
+        title = "Moved on the device in this event"
+        rows = [line(f" {cost(before.length)}: {moment.history.name(event.seq_id)}, now at slot {event.start}")]
+    so_far = f" So far: {cost(totals.rows_out)} out; {cost(totals.rows_in)} back"
+    if totals.rows_moved:
+        so_far += f"; {cost(totals.rows_moved)} moved on the device"
+    return [rule(title, width), *rows, line(so_far + ".")]
+
+
+def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
+    """Regions and holes of one side, by place."""
+    moment, memory = scene.moment, scene.moment.state.memory
+    total = memory.num_host_blocks if on_host else memory.num_blocks
+    name = "Host" if on_host else "Device"
+    if not total:
+        return [rule(name, width), line((" no host memory: this manager does not swap", DIM))]
+    here = [(p.start, p.size, seq_id) for seq_id, p in memory.sequences.items() if p.on_host == on_host]
+    free = [(start, size, -1) for start, size in holes(memory, on_host)]
+    note = f"{total:,} slots, {sum(size for _, size, _ in free):,} free"
+    rows = [rule(name, width, note)]
+    for start, size, seq_id in sorted(here + free):
+        where = f"{start}-{start + size - 1}"
+        if seq_id < 0:
+            rows.append(line((f"  {where:>9}  free", DIM)))
+            continue
+        place, view = memory.sequences[seq_id], moment.state.sequences[seq_id]
+        style = colour(moment.history, moment, seq_id)
+        mark = "*" if seq_id in moment.change.seq_ids else " "
+        text = "".join(moment.history.text(t) for t in view.tokens[: place.length]).replace("·", " ").strip()
+        head = f"{moment.history.name(seq_id):<4}{place.length}/{size} "
+        rows.append(line((f"{mark} {where:>9}  ", "bold"), (head, f"{style} bold"), (text, style)))
+    return rows[:height]
+
+
+if __name__ == "__main__":
+    from ....commands.viz import show
+
+    show("swap")

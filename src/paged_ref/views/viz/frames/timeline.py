@@ -1,0 +1,126 @@
+"""Frame 6: the batch over time. A row for each sequence, a column for each step."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from ...common.canvas import DIM, Lines, Scene, colour, count, fit, line, pack, rule, window
+
+CODES = {
+    "P": "prefill",
+    "d": "decode",
+    "R": "computed again",
+    "S": "swapped out",
+    "s": "on the host",
+    "x": "preempted by recompute",
+    "w": "waits",
+    "-": "idle",
+    "F": "finished",
+}
+_SHOWN = {"w": ".", "d": "d"}
+_STYLES = {
+    "P": "bold",
+    "R": "bold",
+    "S": "bold reverse",
+    "x": "bold reverse",
+    "w": DIM,
+    "s": DIM,
+    "-": DIM,
+    "F": "bold",
+}
+
+
+def draw(scene: Scene, width: int, height: int) -> Lines:
+    moment, history = scene.moment, scene.history
+    now, total = moment.step, len(history.steps)
+    legend = _legend(scene, width)
+    batch = _batch(scene, width, max(4, min(10, height - 3 - len(legend) - len(history.names))))
+    label = 24 if width < 110 else 40
+    columns = width - label - 1
+    wide = 3 if 3 * (total + 1) <= columns else 2 if 2 * (total + 1) <= columns else 1
+    fitting = columns // wide
+    first_step, last_step = window(total + 1, fitting, max(0, now)) if total + 1 > fitting else (0, total + 1)
+    seq_ids = sorted(moment.history.names)
+    room = height - 3 - len(legend) - len(batch)
+    wanted = 0
+    concerned = [scene.selected] if scene.selected is not None else list(moment.change.seq_ids[:1])
+    if concerned and concerned[0] in moment.history.names:
+        wanted = seq_ids.index(concerned[0])
+    first, last = window(len(seq_ids), room, wanted + scene.scroll) if len(seq_ids) > room else (0, len(seq_ids))
+    note = f"sequences {first + 1}-{last} of {len(seq_ids)}" if len(seq_ids) > room else count(total, "step")
+    rows = [
+        rule("Who did what in each step", width, note),
+        _scale(label, wide, first_step, last_step),
+        *(_row(scene, seq_id, label, wide, first_step, last_step) for seq_id in seq_ids[first:last]),
+        line(
+            " " * (label + 1 + (max(0, now) - first_step) * wide),
+            ("▲", "bold"),
+            (f" step {now}" if now >= 0 else "", "bold"),
+        ),
+    ]
+    return [*rows, *[line("")] * (height - len(rows) - len(batch) - len(legend)), *batch, *legend]
+
+
+def _scale(label: int, wide: int, first: int, last: int) -> Text:
+    every = 10 if wide == 1 else 5
+    row = [" "] * ((last - first) * wide + 6)
+    for step in range(first, last):
+        if step % every == 0:
+            at = (step - first) * wide
+            row[at : at + len(str(step))] = str(step)
+    return line((" " * (label + 1) + "".join(row).rstrip(), DIM))
+
+
+def _row(scene: Scene, seq_id: int, label: int, wide: int, first: int, last: int) -> Text:
+    moment, history = scene.moment, scene.history
+    view = moment.state.sequences.get(seq_id)
+    style = colour(history, moment, seq_id)
+    pointer = "▶" if seq_id == scene.selected else "*" if seq_id in moment.change.seq_ids else " "
+    text = ""
+    if view is not None:
+        text = "".join(history.text(t) for t in view.tokens[: view.prompt_len]).replace("·", " ").strip()
+    name = fit(history.name(seq_id), 4)
+    row = line((pointer, "bold"), (name, f"{style} bold"), (fit(text, label - 6) + " ", style if view else DIM))
+    row.append("│", DIM)
+    for step in range(first, last):
+        code = history.code_at(seq_id, step)
+        future = step > moment.step
+        shown = fit(_SHOWN.get(code, code), wide)
+        row.append(shown, DIM if future else _STYLES.get(code, style))
+    return row
+
+
+def _batch(scene: Scene, width: int, height: int) -> Lines:
+    """The last step's batch, and what each sequence has written."""
+    moment = scene.moment
+    plan = moment.state.plan
+    if plan is None:
+        return [rule("The batch", width), line((" No step is planned yet.", DIM))]
+    total = sum(n for _, n in plan.chunks)
+    rows = [
+        rule(f"The batch of step {plan.step}", width, f"{count(total, 'token')}, {count(len(plan.chunks), 'sequence')}")
+    ]
+    for seq_id, n in plan.chunks[: height - 1]:
+        view = moment.state.sequences[seq_id]
+        code = moment.history.code_at(seq_id, moment.step)
+        style = colour(moment.history, moment, seq_id)
+        text = "".join(moment.history.text(t) for t in view.tokens).replace("·", " ").strip()
+        head = f" {moment.history.name(seq_id):<4}{CODES.get(code, '')} {n}: "
+        room = width - len(head) - 1
+        rows.append(line((head, f"{style} bold"), (text if len(text) <= room else "…" + text[1 - room :], style)))
+    left = len(plan.chunks) - (height - 1)
+    if left > 0:
+        rows[-1] = line((f" … and {left + 1} more", DIM))
+    return rows
+
+
+def _legend(scene: Scene, width: int) -> Lines:
+    used = {code for spans in scene.history.spans.values() for _, code in spans}
+    shown = [f"{_SHOWN.get(code, code)} {what}" for code, what in CODES.items() if code in used]
+    return [line((f" {row}", DIM)) for row in pack(shown, width - 2)]
+
+
+if __name__ == "__main__":
+    from ....commands.viz import show
+
+    show("timeline")

@@ -1,0 +1,296 @@
+"""One or two sentences for each event: what happened, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ...timeline.events import (
+    BeamsReordered,
+    BlockCached,
+    Event,
+    PoolOpened,
+    RegionPlaced,
+    RegionSwappedIn,
+    RegionSwappedOut,
+    RequestArrived,
+    SequenceAdmitted,
+    SequenceFinished,
+    SequenceForked,
+    SequenceFreed,
+    StepPlanned,
+    SwappedIn,
+    SwappedOut,
+    TokenSampled,
+    TokensAppended,
+)
+from ...timeline.history import Moment
+from ...timeline.run_state import holes
+from ..common.canvas import count, in_words, size_of
+from .page_narration import OF_PAGES
+from .source_links import ended
+
+_REASONS = {
+    "length": "it has the number of tokens that was asked for",
+    "stop": "its last token, or its text, ends the output",
+    "abort": "the caller stopped it",
+    "error": "a hook of the caller raised an exception",
+    "beam dropped": "other beams are likelier",
+    "beam search ended": "the search has its results",
+}
+
+
+def narrate(moment: Moment) -> str:
+    """What the event of this moment did, and why."""
+    streaming = moment.state.memory.manager == "streaming"
+    tell = (OF_PAGES if streaming else {}).get(type(moment.event)) or _SENTENCES.get(type(moment.event))
+    return tell(moment, moment.event) if tell else type(moment.event).__name__
+
+
+def _names(moment: Moment, seq_ids: tuple[int, ...]) -> str:
+    return in_words([moment.history.name(seq_id) for seq_id in seq_ids])
+
+
+def _blocks(blocks: tuple[int, ...]) -> str:
+    """`block 3`, `blocks 3 and 5`, `blocks 3, 5, 8 and 20 more`."""
+    shown = [str(block) for block in blocks[:4]]
+    if len(blocks) > 5:
+        return f"blocks {', '.join(shown)} and {len(blocks) - 4} more"
+    return ("block " if len(blocks) == 1 else "blocks ") + in_words([str(block) for block in blocks])
+
+
+def _bytes(moment: Moment, tokens: int) -> str:
+    """`, 12,288 bytes`, where the log says what a token keeps."""
+    per_token = moment.history.bytes_per_token
+    return f", {size_of(tokens * per_token)}" if per_token else ""
+
+
+def _gave_up(evicted: tuple[int, ...]) -> str:
+    if not evicted:
+        return ""
+    return f" No block was free: the prefix cache gave up {_blocks(evicted)}, used longest ago."
+
+
+# --- one function for each event ------------------------------------------------------------------------
+
+
+def _pool_opened(moment: Moment, event: PoolOpened) -> str:
+    if event.free_order:
+        first = ", ".join(map(str, event.free_order[:3]))
+        return (
+            f"The KV cache opened: {count(event.num_blocks, 'block')} of {count(event.block_size, 'slot')}"
+            f"{_bytes(moment, event.block_size)} each. All are free, and will be handed out in this order: {first} …"
+        )
+    return (
+        f"The KV cache opened: one piece of {count(event.num_blocks, 'slot')}, all free. Each sequence gets a region."
+    )
+
+
+def _arrived(moment: Moment, event: RequestArrived) -> str:
+    samples = f" for {len(event.seq_ids)} samples" if len(event.seq_ids) > 1 else ""
+    text = "".join(moment.history.text(token) for token in event.prompt[:12]).replace("·", " ").strip()
+    text += " …" if len(event.prompt) > 12 else ""
+    return (
+        f"{_names(moment, event.seq_ids)} arrived: “{text}”, {count(len(event.prompt), 'token')}{samples}. "
+        "It waits for the next step."
+    )
+
+
+def _admitted(moment: Moment, event: SequenceAdmitted) -> str:
+    name, total = moment.history.name(event.seq_id), len(moment.state.sequences[event.seq_id].tokens)
+    if not event.blocks:
+        return f"{name} begins with an empty block table. Not one block of its beginning is known already."
+    left = (
+        f"{total - event.length} of its {total} tokens are left to compute" if total else "they are not computed again"
+    )
+    return (
+        f"{name} begins as an earlier prompt did: the prefix cache knew {_blocks(event.blocks)}. "
+        f"{event.length} tokens have their K and V; {left}."
+    )
+
+
+def _appended(moment: Moment, event: TokensAppended) -> str:
+    place, name = moment.state.memory.sequences[event.seq_id], moment.history.name(event.seq_id)
+    view = moment.state.sequences[event.seq_id]
+    if not place.blocks:
+        last = place.start + place.length - 1
+        slots = f"slot {last}" if event.count == 1 else f"slots {last - event.count + 1} to {last}"
+        return f"{name} fills {slots} of its region: {place.length} of {place.size} slots hold a token now."
+    size = moment.state.memory.block_size
+    filled = (place.length - 1) % size + 1
+    first = event.count > 1 or place.length <= view.prompt_len
+    if event.copied:
+        source, copy = event.copied
+        others = tuple(s for s, p in moment.state.memory.sequences.items() if not p.on_host and source in p.blocks)
+        need = "needs" if len(others) == 1 else "need"
+        text = (
+            f"Copy on write: {name} is to write into block {source}, which {_names(moment, others)} {need} as it is. "
+        )
+        text += f"So {name} gets a copy, block {copy}, and writes there."
+    elif event.new_blocks and first:
+        where = "" if event.evicted else ", the next on the free list, wherever they lie"
+        text = f"{name} gets slots for {count(event.count, 'token')}: {_blocks(event.new_blocks)}{where}. "
+        text += f"The last one has {filled} of {size} slots in use."
+    elif event.new_blocks:
+        text = f"All blocks of {name} are full, so its next token opens {_blocks(event.new_blocks)}. "
+        text += f"At most {size - 1} of its slots can stay empty."
+    else:
+        text = f"{name} gets {'a slot' if event.count == 1 else count(event.count, 'slot')} in block {place.blocks[-1]}"
+        text += f", which had room: {filled} of {size} slots are in use. No other block is touched."
+    return text + _gave_up(event.evicted)
+
+
+def _forked(moment: Moment, event: SequenceForked) -> str:
+    parent, child = moment.history.name(event.parent_id), moment.history.name(event.child_id)
+    blocks = len(moment.state.memory.sequences[event.child_id].blocks)
+    return (
+        f"{child} forks off {parent}: its table points to the same {count(blocks, 'block')}. Nothing is copied; "
+        "each reference count goes up by one."
+    )
+
+
+def _cached(moment: Moment, event: BlockCached) -> str:
+    known = moment.state.known[event.block_id]
+    before = f", which holds that of the block before it ({known.parent[:6]}…)" if known.parent else ""
+    return (
+        f"Block {event.block_id} is full and computed: the prefix cache knows it from now on as {event.digest[:6]}…, "
+        f"the digest of its tokens{before}."
+    )
+
+
+def _swapped_out(moment: Moment, event: SwappedOut) -> str:
+    blocks = len(event.blocks)
+    size = _bytes(moment, blocks * moment.state.memory.block_size)
+    return (
+        "A block is needed and none is left, so the last to arrive gives way: "
+        f"{_names(moment, event.seq_ids)} is preempted by swap, {count(blocks, 'block')}{size}, to host memory."
+    )
+
+
+def _swapped_in(moment: Moment, event: SwappedIn) -> str:
+    blocks = len(event.blocks)
+    size = _bytes(moment, blocks * moment.state.memory.block_size)
+    text = (
+        f"There is room again: {_names(moment, event.seq_ids)} comes back from the host, "
+        f"{count(blocks, 'block')}{size}, to other places. Nothing is computed again."
+    )
+    return text + _gave_up(event.evicted)
+
+
+def _freed(moment: Moment, event: SequenceFreed) -> str:
+    name, before = moment.history.name(event.seq_id), moment.change.place_before
+    held = 0 if before is None else len(before.blocks)
+    if not moment.state.paged:
+        size = 0 if before is None else before.size
+        return f"{name} gives its region back: {count(size, 'slot')} become a hole, joined with the holes beside it."
+    freed = sum(1 for block in moment.change.before if not moment.state.memory.ref_count[block])
+    idle = sum(1 for block in moment.change.before if block in moment.state.memory.idle)
+    kept = f"; {idle} of them stay known to the prefix cache" if idle else ""
+    shared = f" {held - freed} are shared and stay with the others." if held > freed else ""
+    if before is not None and before.on_host:
+        return f"{name} gives back {count(held, 'block')} of host memory, without having run again."
+    if ended(moment):
+        return f"{name} is at its end and gives back {count(held, 'block')}. {freed} can be had again{kept}.{shared}"
+    return (
+        f"No block is left, so the last to arrive gives way: {name} is preempted by recompute. It gives back "
+        f"{count(held, 'block')}{kept}; its K and V will be computed again.{shared}"
+    )
+
+
+def _placed(moment: Moment, event: RegionPlaced) -> str:
+    name, before = moment.history.name(event.seq_id), moment.change.place_before
+    view = moment.state.sequences[event.seq_id]
+    slots = f"slots {event.start} to {event.start + event.size - 1}"
+    if before is None:
+        why = "for its whole life, used or not" if moment.state.memory.manager == "standard" else "of today's size"
+        return f"{name} gets a region of {count(event.size, 'slot')} {why}: {slots}. It has {len(view.tokens)} tokens."
+    if before.start == event.start:
+        return f"{name} has outgrown its region, and the hole behind it is large enough: it grows in place, to {slots}."
+    return (
+        f"{name} has outgrown its region, and another lies behind it: all {before.length} tokens"
+        f"{_bytes(moment, before.length)} are moved, to {slots}."
+    )
+
+
+def _region_out(moment: Moment, event: RegionSwappedOut) -> str:
+    name, before = moment.history.name(event.seq_id), moment.change.place_before
+    size = 0 if before is None else before.size
+    return (
+        f"No hole is large enough for the next token, so the last to arrive gives way: {name} is swapped to the host, "
+        f"{count(event.size, 'slot')}{_bytes(moment, event.size)}. {size} slots become a hole."
+    )
+
+
+def _region_in(moment: Moment, event: RegionSwappedIn) -> str:
+    name, length = moment.history.name(event.seq_id), moment.state.memory.sequences[event.seq_id].length
+    return (
+        f"A hole of {count(event.size, 'slot')} is there: {name} comes back from the host, "
+        f"{count(length, 'token')}{_bytes(moment, length)}, to slot {event.start} and on."
+    )
+
+
+def _planned(moment: Moment, event: StepPlanned) -> str:
+    history, step = moment.history, moment.step
+    decode = [history.name(s) for s, _ in event.chunks if history.code_at(s, step) == "d"]
+    prefill = [f"{history.name(s)} ({n})" for s, n in event.chunks if history.code_at(s, step) != "d"]
+    does = []
+    if prefill:
+        does.append(f"prefill of {in_words(prefill)}")
+    if decode:
+        does.append(f"decode of {in_words(decode) if len(decode) < 8 else count(len(decode), 'sequence')}")
+    total = sum(n for _, n in event.chunks)
+    text = f"Step {event.step} computes {count(total, 'token')} in one batch: {', '.join(does) or 'nothing'}."
+    if event.preempted:
+        text += f" {_names(moment, event.preempted)} had to make room."
+    waiting = [s for s in event.waiting if s not in event.preempted]
+    if waiting:
+        names = [history.name(s) for s in waiting]
+        text += f" {in_words(names) if len(names) < 5 else count(len(names), 'sequence')} "
+        text += f"wait{'s' if len(names) == 1 else ''}{_room(moment)}."
+    return text
+
+
+def _room(moment: Moment) -> str:
+    memory = moment.state.memory
+    if moment.state.paged:
+        idle = f" and {len(memory.idle)} idle" if memory.idle else ""
+        return f": {len(memory.free)} free{idle} blocks are too few"
+    largest = max((size for _, size in holes(memory)), default=0)
+    return f": the largest hole has {count(largest, 'slot')}"
+
+
+def _sampled(moment: Moment, event: TokenSampled) -> str:
+    name, text = moment.history.name(event.seq_id), moment.history.text(event.token_id)
+    return f"{name} goes on with “{text}”. It has no slot yet: its K and V are computed, and stored, in the next step."
+
+
+def _reordered(moment: Moment, event: BeamsReordered) -> str:
+    name = moment.history.name
+    pairs = [f"{name(new)} from {name(old)}" if new != old else name(new) for old, new in event.chosen]
+    return f"Beam search keeps the likeliest continuations: {in_words(pairs)}. What they have in common stays shared."
+
+
+def _finished(moment: Moment, event: SequenceFinished) -> str:
+    view = moment.state.sequences[event.seq_id]
+    why = _REASONS.get(event.reason, event.reason)
+    return f"{moment.history.name(event.seq_id)} finished after {count(len(view.tokens), 'token')}: {why}."
+
+
+_SENTENCES: dict[type[Event], Callable[[Moment, Any], str]] = {
+    PoolOpened: _pool_opened,
+    RequestArrived: _arrived,
+    SequenceAdmitted: _admitted,
+    TokensAppended: _appended,
+    SequenceForked: _forked,
+    BlockCached: _cached,
+    SwappedOut: _swapped_out,
+    SwappedIn: _swapped_in,
+    SequenceFreed: _freed,
+    RegionPlaced: _placed,
+    RegionSwappedOut: _region_out,
+    RegionSwappedIn: _region_in,
+    StepPlanned: _planned,
+    TokenSampled: _sampled,
+    BeamsReordered: _reordered,
+    SequenceFinished: _finished,
+}

@@ -1,0 +1,96 @@
+"""The sentences for runs whose pages stream in and out (`paged-ref long`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ...timeline.events import (
+    Event,
+    PagesAttended,
+    PagesFreed,
+    PagesNamed,
+    PagesPlaced,
+    PoolOpened,
+    ResidencyOpened,
+    SequenceAdmitted,
+    SequenceFreed,
+    TokensAppended,
+)
+from ...timeline.history import Moment
+from ..common.canvas import count, in_words
+
+
+def _opened(moment: Moment, event: PoolOpened) -> str:
+    return (
+        f"Memory for pages opened. A page is the K and V of {count(event.block_size, 'token')} in one layer, for one "
+        f"KV head; there is room for {count(event.num_blocks, 'page')} on the device and {event.num_host_blocks:,} on "
+        "the host."
+    )
+
+
+def _residency(moment: Moment, event: ResidencyOpened) -> str:
+    return "No page is anywhere yet. A page will be on the device, on the host, or the same on both."
+
+
+def _admitted(moment: Moment, event: SequenceAdmitted) -> str:
+    return f"{moment.history.name(event.seq_id)} begins, without a page. Each layer makes its own when it writes."
+
+
+def _appended(moment: Moment, event: TokensAppended) -> str:
+    name, place = moment.history.name(event.seq_id), moment.state.memory.sequences[event.seq_id]
+    return (
+        f"{name} has room for {count(event.count, 'token')} more, {place.length:,} in all, on the device and the host."
+    )
+
+
+def _named(moment: Moment, event: PagesNamed) -> str:
+    pages = moment.state.memory.pages.tables[event.seq_id, event.layer, event.head]
+    first = len(pages) - len(event.pages)
+    blocks = f"block {first}" if len(event.pages) == 1 else f"blocks {first} to {len(pages) - 1}"
+    return (
+        f"In layer {event.layer}, KV head {event.head}, {blocks} of {moment.history.name(event.seq_id)} "
+        f"{'has its page' if len(event.pages) == 1 else 'have their pages'}, about to be written."
+    )
+
+
+def _placed(moment: Moment, event: PagesPlaced) -> str:
+    parts = [
+        ("on the device only", sum(d >= 0 > h for d, h in zip(event.device_blocks, event.host_blocks, strict=True))),
+        ("on both sides", sum(d >= 0 <= h for d, h in zip(event.device_blocks, event.host_blocks, strict=True))),
+        ("on the host only", sum(d < 0 for d in event.device_blocks)),
+    ]
+    told = in_words([f"{number:,} {where}" for where, number in parts if number])
+    return f"{count(len(event.pages), 'page')} came or moved: now {told}. Who leaves the device is the policy's choice."
+
+
+def _freed(moment: Moment, event: PagesFreed) -> str:
+    return f"{count(len(event.pages), 'page')} are gone, wherever they were."
+
+
+def _ended(moment: Moment, event: SequenceFreed) -> str:
+    return f"{moment.history.name(event.seq_id)} holds nothing any more, on the device or on the host."
+
+
+def _attended(moment: Moment, event: PagesAttended) -> str:
+    chosen, total = len(event.chosen), len(event.mass)
+    covered = sum(event.mass[block] for block in event.chosen) / 1e4
+    here = len(set(event.chosen) & set(event.resident))
+    what = "all" if chosen == total else f"{chosen} of the"
+    return (
+        f"Layer {event.layer}, query head {event.head} of {moment.history.name(event.seq_id)} reads {what} {total:,} "
+        f"pages, which hold {covered:.1f}% of its attention. {here:,} of them were on the device already."
+    )
+
+
+OF_PAGES: dict[type[Event], Callable[[Moment, Any], str]] = {
+    PoolOpened: _opened,
+    ResidencyOpened: _residency,
+    SequenceAdmitted: _admitted,
+    TokensAppended: _appended,
+    PagesNamed: _named,
+    PagesPlaced: _placed,
+    PagesFreed: _freed,
+    SequenceFreed: _ended,
+    PagesAttended: _attended,
+}

@@ -1,0 +1,226 @@
+"""The player: where the viewer is in a run, and what each key does. It knows no terminal (loop.py does)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from rich.text import Text
+
+from ...timeline.change import sequences_of
+from ...timeline.history import MARKS, History, Moment
+from ..common.canvas import DIM, Scene, exactly, fit, line, pack, rule
+from ..common.loop import SPEEDS
+from .frames.blocks import EMPTY, UNKNOWN, WRITTEN
+from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
+from .frames.screen import Frame, frames_of, screen
+
+HELP = (
+    ("← →", "one event back, forward"),
+    ("↑ ↓", "one step of the engine back, forward"),
+    ("Home End", "to the beginning, to the end"),
+    ("n p", "next, previous event of what this frame is about: forks, swaps …"),
+    ("space", "play, pause;  + -  faster, slower"),
+    ("1 … 6", "the frame, as the second line names them"),
+    ("Tab", "the same step in the next run: another manager, the same requests"),
+    ("/", "find a sequence (A, B2) and its next event;  / Enter: the one after"),
+    ("PgUp PgDn", "scroll the list of the frame"),
+    ("Esc", "let go of the sequence that was found"),
+    ("? q", "this help, quit"),
+)
+SIGNS = (
+    ("of a block", [f"{sign} {what}" for sign, what in SIGNS_OF_BLOCKS.items()]),
+    ("in a block", [f"{WRITTEN} slot given out now", f"{EMPTY} empty slot", f"{UNKNOWN} token unknown to the log"]),
+    ("of a name", ["* this event is about it", "▶ found with /"]),
+    ("in the last line", [f"{mark} {what}" for mark, what in MARKS.items() if mark not in "BN"]),
+)
+
+
+class Player:
+    """Where the viewer is, and what each key does."""
+
+    def __init__(self, runs: Sequence[History], frame: int = 0, position: int = 0) -> None:
+        self.runs = runs
+        self.run = 0
+        self.frame = frame
+        self.position = max(0, min(position, len(runs[0]) - 1))
+        self.selected: int | None = None
+        self.scroll = 0
+        self.playing = False
+        self.speed = 2  # a place in SPEEDS
+        self.typed: str | None = None  # after `/`
+        self.message = ""
+        self.helping = False
+        self._last_find = ""
+
+    @property
+    def history(self) -> History:
+        return self.runs[self.run]
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        return frames_of(self.history)
+
+    def moment(self) -> Moment:
+        return self.history.moment(self.position)
+
+    def draw(self, width: int, height: int) -> Text:
+        if self.helping:
+            return _help(width, height)
+        message = self.message
+        if self.typed is not None:
+            message = f"find a sequence: {self.typed}▏  (Enter: go, Esc: back)"
+        return screen(
+            Scene(self.moment(), self.runs, self.selected, self.scroll, playing=self.playing, message=message),
+            self.frame,
+            width,
+            height,
+        )
+
+    def tick(self) -> None:
+        """The time for one more event has come."""
+        if self.playing:
+            self.go(self.position + 1)
+            self.playing = self.position + 1 < len(self.history)
+
+    def press(self, key: str) -> bool:
+        """Do what a key means. False: quit. Keys are characters, or names such as `left`."""
+        self.message = ""
+        if self.typed is not None:
+            self._type(key)
+        elif self.helping:
+            self.helping = False
+        elif key == "q":
+            return False
+        elif key in self._actions:
+            self._actions[key](self)
+        elif key.isdigit() and 1 <= int(key) <= len(self.frames):
+            self.frame, self.scroll = int(key) - 1, 0
+        else:
+            self.message = "no such key; ? shows those that there are"
+        return True
+
+    def go(self, position: int) -> None:
+        self.position = max(0, min(position, len(self.history) - 1))
+
+    # --- what keys do ------------------------------------------------------------------------------
+
+    def _step(self, direction: int) -> None:
+        """To the next StepPlanned, or to the one before."""
+        steps = self.history.step_positions
+        if direction > 0:
+            i = bisect_right(steps, self.position)
+            self.go(steps[i] if i < len(steps) else len(self.history))
+        else:
+            i = bisect_left(steps, self.position)
+            self.go(steps[i - 1] if i else 0)
+
+    def _mark(self, direction: int) -> None:
+        about = self.frames[min(self.frame, len(self.frames) - 1)].about
+        places = [position for position, mark in self.history.marks if mark in about]
+        if direction > 0:
+            found = next((p for p in places if p > self.position), None)
+        else:
+            found = next((p for p in reversed(places) if p < self.position), None)
+        if found is None:
+            self.message = f"nothing {'more' if direction > 0 else 'earlier'} of what this frame is about"
+        else:
+            self.go(found)
+
+    def _next_run(self, direction: int = 1) -> None:
+        step = self.moment().step
+        self.run = (self.run + direction) % len(self.runs)
+        steps = self.history.step_positions
+        self.go(steps[min(step, len(steps) - 1)] if step >= 0 and steps else 0)
+        if self.selected is not None and self.selected not in self.history.names:
+            self.selected = None
+
+    def _play(self) -> None:
+        self.playing = not self.playing
+        if self.playing and self.position + 1 == len(self.history):
+            self.go(0)
+
+    def _faster(self, direction: int) -> None:
+        self.speed = max(0, min(self.speed + direction, len(SPEEDS) - 1))
+        self.message = f"{SPEEDS[self.speed]} events in a second"
+
+    def _scroll(self, lines: int) -> None:
+        self.scroll += lines
+
+    def _escape(self) -> None:
+        self.selected, self.scroll, self.playing = None, 0, False
+
+    def _begin_find(self) -> None:
+        self.typed, self.playing = "", False
+
+    def _help(self) -> None:
+        self.helping = True
+
+    def _type(self, key: str) -> None:
+        assert self.typed is not None
+        if key == "escape":
+            self.typed = None
+        elif key == "enter":
+            what, self.typed = self.typed or self._last_find, None
+            self._find(what)
+        elif key == "backspace":
+            self.typed = self.typed[:-1]
+        elif len(key) == 1:
+            self.typed += key
+
+    def _find(self, what: str) -> None:
+        seq_id = self.history.find(what)
+        if seq_id is None:
+            self.message = (
+                f"no sequence {what!r} in this run; there are {', '.join(list(self.history.names.values())[:12])}"
+            )
+            return
+        self._last_find, self.selected, self.scroll = what, seq_id, 0
+        events = self.history.events
+        order = [*range(self.position + 1, len(events)), *range(self.position + 1)]
+        found = next((p for p in order if seq_id in sequences_of(events[p])), self.position)
+        self.go(found)
+        self.message = f"{self.history.name(seq_id)}: its next event (/ Enter: again, Esc: let go)"
+
+    _actions: ClassVar[dict[str, Callable[[Player], None]]] = {
+        "right": lambda self: self.go(self.position + 1),
+        "left": lambda self: self.go(self.position - 1),
+        "down": lambda self: self._step(1),
+        "up": lambda self: self._step(-1),
+        "home": lambda self: self.go(0),
+        "end": lambda self: self.go(len(self.history)),
+        "n": lambda self: self._mark(1),
+        "p": lambda self: self._mark(-1),
+        " ": _play,
+        "+": lambda self: self._faster(1),
+        "=": lambda self: self._faster(1),  # + without shift
+        "-": lambda self: self._faster(-1),
+        "tab": _next_run,
+        "shift tab": lambda self: self._next_run(-1),
+        "pgdn": lambda self: self._scroll(4),
+        "pgup": lambda self: self._scroll(-4),
+        "/": _begin_find,
+        "?": _help,
+        "h": _help,
+        "escape": _escape,
+    }
+
+
+def _help(width: int, height: int) -> Text:
+    rows = [rule("Keys", width)]
+    for key, what in HELP:
+        rows.append(line((f" {key:<10}", "bold"), what))
+    rows.append(rule("Signs", width))
+    for where, signs in SIGNS:
+        for i, text in enumerate(pack(signs, width - 18)):
+            rows.append(line((f" {where if i == 0 else '':<17}", "bold"), text))
+    rows += [line("")] * (height - 1 - len(rows))
+    rows = [*rows[: height - 1], line((fit("  any key: back", width), DIM))]
+    return Text("\n").join(exactly(row, width) for row in rows)
+
+
+if __name__ == "__main__":
+    from ...commands.viz import show
+
+    show("timeline")

@@ -1,0 +1,95 @@
+"""The runs that `paged-ref viz` makes: real requests on a real engine, with a log, under one manager or all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...core.engine.sampling import SamplingParams
+from ...core.model.loading import load
+from ...extras.managers import ManagerName
+from ...llm import LLM
+from ...timeline.events import Event
+
+Arrival = tuple[int, str, SamplingParams]  # the step before which a request comes, its prompt, what it asks for
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests, and how much memory there is for them."""
+
+    arrivals: Sequence[Arrival]
+    model: str = "tiny"
+    block_size: int = 4
+    num_blocks: int = 12
+    num_host_blocks: int = 8
+    first_blocks: tuple[int, ...] = ()  # to be handed out before the others
+
+
+# What the paper draws, on so few blocks that they have to work for their living: Figure 6 (A begins in blocks
+# 7, 1 and 3), Figure 8 (B is two samples of a prompt), Figure 7 (C), and then D and E, until there is no room.
+PAPER = Workload(
+    arrivals=(
+        (0, "Four score and seven years ago our", SamplingParams(max_tokens=12)),
+        (2, "Four score and seven years ago the", SamplingParams(max_tokens=10, n=2, temperature=0.8, seed=2)),
+        (4, "It was the best of times", SamplingParams(max_tokens=12)),
+        (6, "Once upon a time", SamplingParams(max_tokens=14)),
+        (13, "Four score and seven years ago our fathers brought forth", SamplingParams(max_tokens=8)),
+    ),
+    first_blocks=(7, 1, 3),
+)
+
+
+def workload(
+    prompts: Sequence[str],
+    params: SamplingParams,
+    *,
+    model: str = "tiny",
+    block_size: int = 4,
+    num_blocks: int | None = None,
+    num_host_blocks: int | None = None,
+) -> Workload:
+    """Prompts that come two steps apart. Without `num_blocks` there are too few for all at once."""
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; at least 1 is needed")
+    if num_blocks is None:
+        tokenizer = load(model).tokenizer
+        lengths = [len(tokenizer.encode(prompt)) + params.max_tokens for prompt in prompts]
+        each = [params.n * -(-length // block_size) for length in lengths]
+        num_blocks = max(*each, -(-2 * sum(each) // 3), 1)
+    if num_host_blocks is None:
+        num_host_blocks = num_blocks
+    arrivals = tuple((2 * i, prompt, params) for i, prompt in enumerate(prompts))
+    return Workload(arrivals, model, block_size, num_blocks, num_host_blocks)
+
+
+def record(work: Workload, manager: ManagerName) -> list[Event]:
+    """Run the requests under one manager, and return all that happened."""
+    events: list[Event] = []
+    first = [block for block in work.first_blocks if block < work.num_blocks]
+    tokenizer = load(work.model).tokenizer
+    context = load(work.model).config.max_position_embeddings
+    longest = max(len(tokenizer.encode(prompt)) + params.max_tokens for _, prompt, params in work.arrivals)
+    paged = manager == "paged"
+    llm = LLM(
+        work.model,
+        manager=manager,
+        block_size=work.block_size,
+        kv_cache_tokens=work.num_blocks * work.block_size,
+        host_kv_tokens=0 if manager == "standard" else work.num_host_blocks * work.block_size,
+        max_model_len=min(longest, context, max(1, work.num_blocks * work.block_size)),
+        preemption="recompute" if manager == "standard" or not work.num_host_blocks else "swap",
+        prefix_cache=paged,
+        watermark=0.0,
+        free_order=[*first, *(b for b in range(work.num_blocks) if b not in first)] if paged else None,
+        log=events.append,
+    )
+    coming = list(work.arrivals)
+    step = 0
+    while coming or llm.has_unfinished:
+        while coming and coming[0][0] <= step:
+            _, prompt, params = coming.pop(0)
+            llm.add_request(prompt, params)
+        llm.step()
+        step += 1
+    return events

@@ -1,0 +1,1 @@
+"""The walk through a kernel, access by access."""

@@ -1,0 +1,207 @@
+"""The frames of the kernel walk: pure functions from (walk, position, width, height) to lines of text.
+
+80x24 shows source, cache and the access. From 100x30 on the counters and the layouts, too. From 140 columns on
+naive and paged stand side by side. Marks and letters say everything; colour only repeats it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from ..common.canvas import DIM, TITLE, Lines, beside, exactly, fit, line, rule, wrap
+from .captions import sentence
+from .panels import NOW, caches, cell_width, counters, grid_height, layouts, now, source, thread_line
+from .run import KERNELS, LETTERS, KernelRun, Walk
+
+MIN_WIDTH, MIN_HEIGHT = 60, 20
+WIDE = 140  # columns from which both kernels fit side by side
+VIEWS = ("walk", "threads", "layouts")
+KEYS = (
+    ("→ ←", "the next, the previous access"),
+    ("↓ ↑", "the next, the previous line that touches memory"),
+    ("t T", "the next, the previous thread"),
+    ("n p", "the next, the previous round (a round lies between two barriers)"),
+    ("b B", "the next, the previous CUDA block: another head or another sequence"),
+    ("Home End", "the first, the last access"),
+    ("space", "play; any key stops it"),
+    ("k", "naive, paged, or both side by side"),
+    ("1 2 3", "all, the counters of the threads, the layouts"),
+    ("?", "this help"),
+    ("q", "quit"),
+)
+MARKS = (
+    ("▶", "the line, the thread, the element of the moment"),
+    ("≠", "a line that the other kernel has otherwise: all that paging changes"),
+    ("A4", "the slot of token 4 of sequence A;  A_ is A's and empty;  . is free"),
+    ("[A4]", "this thread reads it now"),
+    ("(A4)", "other lanes of the warp read it in the same load"),
+    ("k K", "some, all of the slot's K has been read by this CUDA block"),
+    ("v V", "the same of its V"),
+    ("■ □ ·", "elements that this thread, that others, that nobody touched so far"),
+    ("12+3w", "12 reads and 3 writes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How the viewer looks at the walk."""
+
+    kernel: str = "both"  # or naive, paged
+    view: str = "walk"
+    help: bool = False
+    playing: bool = False
+    keys: bool = True  # tell the keys; a printed frame has none
+
+
+def frame(walk: Walk, position: int, width: int, height: int, look: Look | None = None) -> Text:
+    """The whole screen at one moment: exactly `height` lines of at most `width` cells."""
+    look = look or Look()
+    if width < MIN_WIDTH or height < MIN_HEIGHT:
+        small = [f"{width}x{height} is too small:", f"the walk needs {MIN_WIDTH}x{MIN_HEIGHT}"]
+        return Text("\n", no_wrap=True, end="").join(exactly(line(row), width) for row in small[:height])
+    run = walk.runs["naive" if look.kernel == "naive" else "paged"]
+    if look.help:
+        lines = _help(width)
+    elif look.view == "threads":
+        lines = _alone(counters(run, position, width, height - 6), run, position, width, height - 2)
+    elif look.view == "layouts":
+        lines = _alone(layouts(run, position, width, height - 6), run, position, width, height - 2)
+    elif width >= WIDE and look.kernel == "both":
+        lines = _side_by_side(walk, position, width, height - 2)
+    elif width >= 100 and height >= 30:
+        lines = _everything(run, position, width, height - 2)
+    else:
+        lines = _essentials(run, position, width, height - 2)
+    lines = (lines + [line("")] * height)[: max(0, height - 2)]
+    lines = [_title(walk, run, position, width, look), *lines, _footer(width, look)]
+    return Text("\n", no_wrap=True, end="").join(exactly(one, width) for one in lines[:height])
+
+
+# ---- the arrangements
+
+
+def _essentials(run: KernelRun, position: int, width: int, height: int) -> Lines:
+    words = _words([run], position, width, 3)
+    below = [rule("now", width), *now(run, position, width), *thread_line(run, position, width), rule("why", width)]
+    room = height - len(words) - len(below)
+    right = max(36, min(5 + run.sizes.block_size * cell_width(run), width // 2))
+    top = beside(
+        source(run, position, width - right - 1, room, brief=True),
+        caches(run, position, right, room),
+        width - right - 1,
+    )
+    return [*_exactly(top, room), *below, *words]
+
+
+def _everything(run: KernelRun, position: int, width: int, height: int) -> Lines:
+    words = _words([run], position, width, 3)
+    right = 40 if width < 120 else min(60, width * 2 // 5)
+    left = width - right - 1
+    panel = 15 if height >= 38 else 9  # 15: each array has a line of its own
+    room = height - panel - 4 - len(words) - 1
+    top = beside(source(run, position, left, room, brief=width < 200), caches(run, position, right, room), left)
+    panels = beside(counters(run, position, left, panel), layouts(run, position, right, panel), left)
+    return [
+        *_exactly(top, room), rule("now", width), *now(run, position, width), *_exactly(panels, panel),
+        rule("why", width), *words,
+    ]  # fmt: skip
+
+
+def _side_by_side(walk: Walk, position: int, width: int, height: int) -> Lines:
+    left = (width - 3) // 2
+    runs = [walk.runs[name] for name in KERNELS]
+    words = _words(runs, position, width, 3)
+    panel = max(0, min(15, (height - 24) * 2 // 3))
+    room = height - panel - 4 - len(words) - 1
+    grid = min(room // 2, 3 + grid_height(walk.runs["paged"], left))
+    columns: list[Lines] = []
+    for run in runs:
+        top = [
+            rule(f"{run.code.file}", left),
+            *_exactly(source(run, position, left, room - grid - 1, brief=left < 100, other=False), room - grid - 1),
+        ]
+        columns.append(
+            [*top, *_exactly(caches(run, position, left, grid), grid), rule("now", left), *now(run, position, left)]
+        )
+    lines = beside(columns[0], columns[1], left, 3)
+    if panel:
+        paged = walk.runs["paged"]
+        half = width - left - 3
+        lines += _exactly(
+            beside(counters(paged, position, left, panel), layouts(paged, position, half, panel), left, 3), panel
+        )
+    return [*lines, rule("why", width), *words]
+
+
+def _alone(panel: Lines, run: KernelRun, position: int, width: int, height: int) -> Lines:
+    return [*_exactly(panel, height - 4), rule("why", width), *_words([run], position, width, 3)]
+
+
+def _exactly(lines: Lines, height: int) -> Lines:
+    return (lines + [line("")] * height)[:height]
+
+
+# ---- title, words, keys
+
+
+def _title(walk: Walk, run: KernelRun, position: int, width: int, look: Look) -> Text:
+    access = run.access(position)
+    both = look.kernel == "both" and width >= WIDE and look.view == "walk"
+    token, head, _ = access.block
+    name = "naive.py and paged.py" if both else run.code.file
+    block = int(run.trace.block[position])
+    count = f"{position + 1}/{len(walk)}"
+    number, thread, rounds = f"{block + 1}/{run.trace.num_blocks}", access.thread, run.rounds(position)
+    rest = (
+        f"CUDA block {number}: sequence {LETTERS[token]}, head {head} │ round {access.round + 1}/{rounds} │ "
+        f"thread {thread}"
+    )
+    if len(name) + len(rest) + len(count) + 5 > width:
+        rest = f"block {number}: {LETTERS[token]}, head {head} │ round {access.round + 1}/{rounds} │ thread {thread}"
+    gap = max(1, width - len(name) - len(rest) - len(count) - 5)
+    return line((f" {name} ", NOW), f" {rest}", " " * gap, (count, TITLE), " ")
+
+
+def _footer(width: int, look: Look) -> Text:
+    if look.help:
+        return line(("any key goes back", DIM))
+    if not look.keys:
+        return line("")
+    if look.playing:
+        return line(("playing; any key stops", DIM))
+    text = "←→ access ↑↓ line t thread n round b block │ k kernel 1 2 3 view ? help q quit"
+    if width >= 110:
+        text = "←→ access  ↑↓ line  t/T thread  n/p round  b/B CUDA block  space play "
+        text += "│ k kernel  1 2 3 view  ? help  q quit"
+    return line((fit(text, width), DIM))
+
+
+def _words(runs: list[KernelRun], position: int, width: int, height: int) -> Lines:
+    texts = [sentence(run, position) for run in runs]
+    if len(set(texts)) > 1 and len(texts) > 1:
+        naive_line, paged_line = (int(run.line[position]) for run in runs)
+        differ = naive_line in runs[0].code.different or paged_line in runs[1].code.different
+        texts = [f"{run.name}: {text}" for run, text in zip(runs, texts, strict=True)] if differ else texts[1:]
+    lines = [line(row) for text in dict.fromkeys(texts) for row in wrap(text, width - 2)]
+    return [line(" ").append_text(row) for row in _exactly(lines, height)]
+
+
+def _help(width: int) -> Lines:
+    lines = [line(""), rule("keys", width)]
+    lines += [line((f" {key:>9}  ", TITLE), meaning) for key, meaning in KEYS if key != "q"]
+    lines += [rule("marks", width)]
+    lines += [line((f" {mark:>9}  ", TITLE), meaning) for mark, meaning in MARKS]
+    return lines[1:]
+
+
+if __name__ == "__main__":  # shows one frame of each arrangement: python -m paged_ref.views.walk.frames
+    from rich.console import Console
+
+    from .run import walk
+
+    shown = walk()
+    for columns, rows in ((80, 24), (100, 30), (160, 50)):
+        console = Console(width=columns, height=rows)
+        console.print(frame(shown, shown.runs["paged"].tour()[7], columns, rows), no_wrap=True, crop=True)

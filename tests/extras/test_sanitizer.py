@@ -1,0 +1,206 @@
+"""The sanitizer's sentences: which block, who reads, whose it is, and what happened there last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_ref.core.device import xp
+from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.manager import KVCacheManager, Transfer
+from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.standard import StandardManager
+from paged_ref.extras.sanitizer import KVSanitizer, SanitizerError
+
+TOKENS = [11, 12, 13, 14, 15, 16, 17, 18]
+
+
+class Watched:
+    """A manager, a small storage and the sanitizer; `step` stands for the model and writes what it should."""
+
+    def __init__(self, manager: KVCacheManager, num_host_blocks: int = 0, dtype: str = "float32") -> None:
+        self.manager = manager
+        unit = 4 if manager.paged else 1
+        self.storage = KVStorage(2, manager.num_slots // unit, unit, 1, 2, dtype, num_host_blocks)
+        self.sanitizer = KVSanitizer(manager, self.storage)
+        self.unit = unit
+        self.written = 0.0
+
+    def step(self, *chunks: tuple[int, int, int], transfers: Sequence[Transfer] = (), tokens: Any = TOKENS) -> None:
+        """`chunks` are (sequence, computed, count)."""
+        self.storage.apply(transfers)
+        self.sanitizer.before_step(transfers, [(seq_id, tokens, *rest) for seq_id, *rest in chunks])
+        for seq_id, computed, count in chunks:
+            for slot in self.manager.slots(seq_id, computed, count):
+                self.written += 1
+                self.storage.device[:, :, slot // self.unit, slot % self.unit] = self.written
+        self.sanitizer.after_step([], np.zeros((0, 3), dtype=np.float32))
+
+    def begin(self, seq_id: int, length: int, tokens: Any = TOKENS) -> None:
+        self.manager.admit(seq_id, tokens[:length], 8)
+        self.manager.append([(seq_id, length)])
+        self.step((seq_id, 0, length), tokens=tokens)
+
+    def complaint(self, *chunks: tuple[int, int, int], transfers: Sequence[Transfer] = ()) -> str:
+        with pytest.raises(SanitizerError) as caught:
+            self.step(*chunks, transfers=transfers)
+        return str(caught.value)
+
+
+def paged(num_host_blocks: int = 0, **options: Any) -> tuple[PagedManager, Watched]:
+    manager = PagedManager(4, 4, num_host_blocks=num_host_blocks, **options)
+    return manager, Watched(manager, num_host_blocks)
+
+
+def test_reading_what_nobody_wrote() -> None:
+    manager, watched = paged()
+    manager.admit(7, TOKENS[:3], 8)
+    manager.append([(7, 3)])
+    assert watched.complaint((7, 1, 2)) == (
+        "sequence 7 reads position 0 from block 0, offset 0, but nobody has written it since it was given out. "
+        "Last there: sequence 7 wrote positions 1 to 2."
+    )
+
+
+def test_reading_what_was_given_back() -> None:
+    manager, watched = paged()
+    watched.begin(1, 3)
+    watched.begin(2, 1)
+    manager.free(1)
+    manager.append([(2, 1)])
+    watched.step((2, 1, 1))
+    manager.admit(3, TOKENS[:3], 8)
+    manager.append([(3, 3)])
+    assert watched.complaint((3, 2, 1)) == (
+        "sequence 3 reads position 0 from block 0, offset 0, but nobody has written it since it was given out. "
+        "Last there: sequence 1 wrote positions 0 to 2; slots given back, and filled with NaN; "
+        "sequence 3 wrote positions 2 to 2."
+    )
+
+
+def test_reading_what_another_wrote() -> None:
+    manager, watched = paged()
+    watched.begin(1, 4)
+    watched.begin(2, 4, tokens=[21, 22, 23, 24])
+    manager.tables[1].blocks[0] = 1
+    manager.append([(1, 1)])
+    assert watched.complaint((1, 4, 1)) == (
+        "sequence 1 reads position 0 from block 1, offset 0, but sequence 2 wrote it, after other tokens. "
+        "Last there: sequence 2 wrote positions 0 to 3."
+    )
+
+
+def test_reading_another_position() -> None:
+    manager, watched = paged()
+    watched.begin(1, 7)
+    manager.tables[1].blocks.reverse()
+    manager.append([(1, 1)])
+    assert watched.complaint((1, 7, 1)).startswith(
+        "sequence 1 reads position 0 from block 1, offset 0, but sequence 1 wrote its position 4 there. "
+    )
+
+
+def test_the_same_tokens_may_be_read_from_another_ones_block() -> None:
+    manager, watched = paged(prefix_cache=True)
+    watched.begin(1, 5)
+    manager.commit(1, TOKENS, 5)
+    assert manager.admit(2, TOKENS[:6], 8) == 4
+    manager.append([(2, 2)])
+    watched.step((2, 4, 2))
+
+
+def test_reading_what_was_written_over() -> None:
+    manager, watched = paged()
+    watched.begin(1, 5)
+    watched.storage.device[1, 0, 0, 2, 0, 0] = 99  # layer 1, K, block 0, offset 2
+    manager.append([(1, 1)])
+    assert watched.complaint((1, 5, 1)) == (
+        "sequence 1 reads position 2 from block 0, offset 2, but what lies there is not the K and V that sequence 1 "
+        "wrote: a copy was not made in time, or someone wrote over it. Last there: sequence 1 wrote positions 0 to 4."
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_single_bit_is_seen(dtype: str) -> None:
+    manager = PagedManager(4, 4)
+    watched = Watched(manager, dtype=dtype)
+    watched.begin(1, 5)
+    watched.storage.device[0, 1, 0, 3, 0, 1] = xp.nextafter(
+        watched.storage.device[0, 1, 0, 3, 0, 1], xp.asarray(0, dtype=dtype)
+    )
+    manager.append([(1, 1)])
+    assert "reads position 3 from block 0, offset 3, but what lies there" in watched.complaint((1, 5, 1))
+
+
+def test_copies_are_followed_and_told() -> None:
+    manager, watched = paged()
+    watched.begin(1, 6)
+    manager.fork(1, 2)
+    transfers = manager.append([(1, 1), (2, 1)])
+    assert transfers == [Transfer("copy", 1, 2)]
+    watched.step((1, 6, 1), (2, 6, 1), transfers=transfers)
+    manager.append([(1, 1)])
+    manager.tables[1].blocks.reverse()
+    assert watched.complaint((1, 7, 1)) == (
+        "sequence 1 reads position 0 from block 2, offset 0, but sequence 1 wrote its position 4 there. "
+        "Last there: copy of 1 to 2; sequence 1 wrote positions 6 to 6."
+    )
+
+
+def test_trips_to_the_host_are_followed_and_told() -> None:
+    manager, watched = paged(num_host_blocks=2)
+    watched.begin(1, 4)
+    out = manager.swap_out([1])
+    watched.begin(2, 4, tokens=[21, 22, 23, 24])  # where sequence 1 was, before its K and V were saved
+    back = manager.swap_in([1])
+    manager.append([(1, 1)])
+    assert watched.complaint((1, 4, 1), transfers=[*out, *back]) == (
+        "sequence 1 reads position 0 from block 1, offset 0, but sequence 2 wrote it, after other tokens. "
+        "Last there: swap_in of 0 to 1."
+    )
+
+
+def test_a_table_that_is_too_short() -> None:
+    manager, watched = paged()
+    watched.begin(1, 4)
+    with pytest.raises(SanitizerError, match=r"sequence 1 reads 5 tokens; its table has blocks \[0\]"):
+        watched.sanitizer.before_step([], [(1, TOKENS, 0, 4), (1, TOKENS, 4, 0), (1, TOKENS, 5, 0)])
+    assert manager.tables[1].length == 4
+
+
+def test_nan_among_the_logits() -> None:
+    _, watched = paged()
+    watched.begin(1, 3)
+    rows = np.zeros((2, 5), dtype=np.float32)
+    watched.sanitizer.after_step([1, 1], rows)
+    watched.sanitizer.after_step([1], np.array([4]))  # token ids: the logits stayed on the device
+    rows[1, 3] = np.nan
+    with pytest.raises(SanitizerError) as caught:
+        watched.sanitizer.after_step([1, 1], rows)
+    assert str(caught.value) == ("sequence 1 has NaN among its logits: attention read a slot outside its 3 tokens")
+
+
+def test_a_manager_without_blocks_speaks_of_slots() -> None:
+    manager = StandardManager(24, 8)
+    watched = Watched(manager)
+    watched.begin(1, 2)
+    watched.begin(2, 2)
+    manager.append([(2, 2)])
+    assert watched.complaint((2, 3, 1)) == (
+        "sequence 2 reads position 2 from slot 10, but nobody has written it since it was given out. "
+        "Last there: nothing."
+    )
+
+
+def test_given_back_slots_are_nan_and_held_ones_are_not() -> None:
+    manager, watched = paged()
+    watched.begin(1, 6)
+    watched.begin(2, 3)
+    manager.free(1)
+    manager.append([(2, 1)])
+    watched.step((2, 3, 1))
+    empty = np.isnan(np.asarray(watched.storage.device.tolist())).all(axis=(0, 1, 4, 5))  # [blocks, block_size]
+    assert empty.tolist() == [[True] * 4, [True] * 4, [False] * 4, [True] * 4]

@@ -1,0 +1,97 @@
+"""The clock: against sums by hand, the paper's Table 1, and what must hold for any model on any GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paged_ref.planner.hardware import GPUS, PCIE4, several
+from paged_ref.planner.models import MODELS, model_named
+from paged_ref.planner.roofline import (
+    Constants,
+    chunk_pairs,
+    explain,
+    kv_cache_bytes,
+    kv_copies,
+    num_kv_tokens,
+    step_seconds,
+    step_time,
+    transfer_seconds,
+)
+
+IDEAL = Constants(1, 1, 1, 0, 0, 1)
+A100, LLAMA = GPUS["A100-80GB"], MODELS["Llama-3-8B"]
+
+
+def test_a_decode_step_by_hand() -> None:
+    """One sequence of 1000 tokens: all weights but the embedding once, 1000 K and V, two operations a weight."""
+    time = step_time(A100, LLAMA, 1, 1000, constants=IDEAL)
+    multiplied = 8_030_261_248 - 128256 * 4096
+    assert time.weights == pytest.approx(multiplied * 2 / 2039e9)
+    assert time.kv == pytest.approx(1000 * 131072 / 2039e9)
+    assert time.compute == pytest.approx((2 * multiplied + 4 * 32 * 4096 * 1000) / 312e12)
+    assert time.bound == "bandwidth"
+    assert step_seconds(A100, LLAMA, 1, 1000, constants=IDEAL) == time.weights + time.kv
+
+
+def test_a_prefill_is_bound_by_arithmetic() -> None:
+    pairs = chunk_pairs(2048, 2048)
+    assert pairs == sum(range(1, 2049))
+    assert chunk_pairs(100, 3) == 98 + 99 + 100
+    time = step_time(A100, LLAMA, 2048, 2048, query_key_pairs=pairs, num_logits=1, constants=IDEAL)
+    assert time.bound == "compute"
+    assert time.seconds == pytest.approx(
+        (2 * (8_030_261_248 - 2 * 128256 * 4096) * 2048 + 2 * 128256 * 4096 + 4 * 32 * 4096 * pairs) / 312e12
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "count", "slots"), [("OPT-13B", "A100-40GB", 1, 15_700), ("OPT-66B", "A100-40GB", 4, 9_700),
+                                         ("OPT-175B", "A100-80GB", 8, 60_100)],
+)  # fmt: skip
+def test_the_slots_of_the_paper(model: str, gpu: str, count: int, slots: int) -> None:
+    """Table 1 of the paper: the most K and V slots of each of its servers."""
+    assert num_kv_tokens(several(GPUS[gpu], count), MODELS[model]) == pytest.approx(slots, rel=0.06)
+
+
+def test_a_model_too_large_names_what_would_hold_it() -> None:
+    with pytest.raises(ValueError, match=r"131\.4 GiB of weights; A100-80GB has 72\.0 GiB.* 2 such GPUs hold it, or"):
+        kv_cache_bytes(A100, MODELS["Llama-3-70B"])
+    assert kv_cache_bytes(several(A100, 2), MODELS["Llama-3-70B"]) > 0
+    assert kv_cache_bytes(A100, replace(MODELS["Llama-3-70B"], weight_bits=8)) > 0
+    just_too_small = replace(A100, memory_bytes=int(LLAMA.weight_bytes / 0.9) + 1000)
+    with pytest.raises(ValueError, match="no room for the K and V of one token"):
+        num_kv_tokens(just_too_small, LLAMA)
+
+
+def test_more_gpus_than_kv_heads_keep_k_and_v_twice() -> None:
+    assert kv_copies(several(A100, 8), LLAMA) == 1
+    assert kv_copies(several(A100, 16), LLAMA) == 2
+
+
+def test_small_copies_cost_more_than_their_bytes() -> None:
+    assert transfer_seconds(A100, 32e9, 1, IDEAL) == 32e9 / PCIE4
+    constants = Constants(link_share=0.5, copy_overhead=1e-5)
+    assert transfer_seconds(A100, 16e6, 100, constants) == pytest.approx(16e6 / 16e9 + 1e-3)
+
+
+@given(st.sampled_from(list(GPUS)), st.sampled_from(list(MODELS)), st.integers(1, 4096), st.integers(0, 10**6))
+def test_more_work_is_never_faster(gpu: str, model: str, tokens: int, kv: int) -> None:
+    less = step_seconds(GPUS[gpu], MODELS[model], tokens, kv)
+    assert less <= step_seconds(GPUS[gpu], MODELS[model], tokens + 1, kv)
+    assert less <= step_seconds(GPUS[gpu], MODELS[model], tokens, kv + 1)
+    assert less >= step_seconds(several(GPUS[gpu], 2), MODELS[model], tokens, kv)
+    assert less >= step_seconds(GPUS[gpu], MODELS[model], tokens, kv, constants=IDEAL)
+
+
+def test_every_constant_is_explained_and_bounded() -> None:
+    names = [name for name, _, why in explain() if why]
+    assert names == ["bandwidth_share", "compute_share", "link_share", "step_overhead", "copy_overhead", "memory_share"]
+    assert model_named("tiny").weight_bits == 32
+    with pytest.raises(ValueError, match="compute_share is 0; above 0 to 1 is needed"):
+        Constants(compute_share=0)
+    with pytest.raises(ValueError, match="step_overhead is -1; 0 or more"):
+        Constants(step_overhead=-1)

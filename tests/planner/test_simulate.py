@@ -1,0 +1,108 @@
+"""The simulation counts what an engine counts, and skipping quiet steps changes nothing."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from paged_ref.planner.engine_run import Step, engine_steps, shares_of, simulated_steps
+from paged_ref.planner.hardware import gpu_named
+from paged_ref.planner.models import model_named
+from paged_ref.planner.setup import Setup
+from paged_ref.planner.simulate import Simulation
+from paged_ref.planner.traces import Trace, TraceRequest, at_rate, generated
+from paged_ref.timeline.replay import state_of
+
+TINY = Setup("tiny", gpu_named("T4"), model_named("tiny"), kv_tokens=256, max_model_len=128, max_batch_tokens=64)
+OPT = Setup("opt", gpu_named("A100-40GB"), model_named("OPT-13B"))
+
+# Ways to serve that between them refuse, wait, preempt, swap, move, share and cut prompts into chunks.
+WAYS: dict[str, dict[str, Any]] = {
+    "paged": {},
+    "paged, blocks of 4": {"block_size": 4, "watermark": 0.0},
+    "paged, swap": {"preemption": "swap"},
+    "paged, little host memory": {"preemption": "swap", "host_kv_tokens": 64},
+    "paged, prefix cache": {"prefix_cache": True, "block_size": 8},
+    "paged, few sequences": {"max_batch_seqs": 3, "max_batch_tokens": 16},
+    "standard, max": {"manager": "standard"},
+    "standard, pow2": {"manager": "standard", "reserve": "pow2"},
+    "standard, exact": {"manager": "standard", "reserve": "exact"},
+    "standard, exact, buddy": {"manager": "standard", "reserve": "exact", "allocator": "buddy"},
+    "swapping": {"manager": "swapping", "preemption": "swap"},
+    "swapping, recompute": {"manager": "swapping", "preemption": "recompute"},
+}
+
+
+def busy(seed: int, count: int = 30, longest: int = 140) -> Trace:
+    """More than a pool of 256 tokens can hold at once, some of it too long for the context; prefixes repeat."""
+    rng = random.Random(seed)
+    requests, at = [], 0.0
+    for _ in range(count):
+        at += rng.choice([0.0, rng.expovariate(300)])
+        prompt = rng.randint(1, rng.choice([longest // 4, longest]))
+        ids = tuple([*range(rng.randint(0, 3)), *(rng.randrange(100, 10**6) for _ in range(9))][: -(-prompt // 16)])
+        requests.append(TraceRequest(at, prompt, rng.randint(1, 60), ids))
+    return Trace("busy", tuple(requests), timed=True, hash_block=16)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_step_is_the_engines(way: str) -> None:
+    """Who runs, for how many tokens, who is preempted, what moves, and each part of the memory."""
+    setup = replace(TINY, **WAYS[way])
+    trace = busy(1)
+    simulated, arrived = simulated_steps(setup, trace)
+    ran = engine_steps(setup, trace, arrived, backend="reference")
+    assert len(ran) == len(simulated)
+    for number, (one, other) in enumerate(zip(simulated, ran, strict=True)):
+        assert one == other, f"step {number}"
+    assert shares_of(simulated) == shares_of(ran)
+
+
+def test_these_ways_exercise_the_scheduler() -> None:
+    """Or the equality above would say little."""
+    steps: dict[str, list[Step]] = {}
+    for way, changes in WAYS.items():
+        steps[way], _ = simulated_steps(replace(TINY, **changes), busy(1))
+        assert any(step.num_waiting for step in steps[way]), way
+    kinds = {transfer.kind for each in steps.values() for step in each for transfer in step.transfers}
+    assert kinds == {"move", "swap_out", "swap_in"}  # a copy comes with forks only
+    assert any(step.num_preempted for step in steps["paged"])
+    outcome = Simulation(replace(TINY, **WAYS["paged, prefix cache"]), busy(1)).run()
+    assert outcome.known_tokens > 0
+    assert outcome.refused > 0
+    assert outcome.cut > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("look_every", [1, 7])
+def test_skipping_quiet_steps_changes_nothing(way: str, look_every: int) -> None:
+    """The outcome to the last digit, and on the way the manager's whole state, block by block."""
+    setup = replace(TINY, **WAYS[way])
+    states: dict[bool, list[Any]] = {}
+    outcomes = {}
+    for skip in (True, False):
+        seen: list[Any] = []
+        simulation = Simulation(
+            setup,
+            busy(2),
+            skip=skip,
+            look_every=look_every,
+            on_look=lambda usage: seen.append((usage, simulation.now, state_of(simulation.manager))),  # noqa: B023
+        )
+        outcomes[skip], states[skip] = simulation.run(), seen
+        simulation.manager.check_integrity()
+        assert state_of(simulation.manager).sequences == {}
+    assert outcomes[True] == outcomes[False]
+    assert len(states[True]) == outcomes[True].steps // look_every
+    assert states[True] == states[False]
+
+
+@pytest.mark.parametrize("rate", [2.0, float("inf")])
+@pytest.mark.parametrize("way", ["paged", "paged, swap", "paged, prefix cache", "standard, exact", "swapping"])
+def test_skipping_changes_nothing_on_a_day_of_the_papers_requests(way: str, rate: float) -> None:
+    setup = replace(OPT, **WAYS[way])
+    trace = at_rate(generated("sharegpt", 150), rate)
+    assert Simulation(setup, trace).run() == Simulation(setup, trace, skip=False).run()

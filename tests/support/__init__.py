@@ -1,0 +1,1 @@
+"""What the tests share: oracles, engines under watch, hand-made inputs."""

@@ -1,0 +1,265 @@
+"""The whole path on real checkpoints: text in, text out, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paged_ref import LLM, RequestOutput, SamplingParams
+from paged_ref.core.model.config import kv_bytes_per_token
+from paged_ref.core.model.loading import load
+from paged_ref.kernels import backends
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
+    for name in ("reference", "cpu", "cuda", "cuda-flash")
+    if name in backends()
+]
+BYTES_PER_TOKEN = kv_bytes_per_token(load("tiny").config, "float32")
+PAPER = "Four score and seven years ago our"
+MIXED = [PAPER, "Once upon a time", "The cat", "One day, Ben found a red box under the tree. " * 4]
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
+
+
+def ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [sample.token_ids for output in outputs for sample in output.outputs]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LLM:
+    return LLM("tiny")
+
+
+# --- golden text ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("manager", "block_size"), [("standard", 16), ("paged", 1), ("paged", 4), ("paged", 16), ("paged", 64)]
+)
+def test_stories260k_writes_its_published_text(stories260k: Path, manager: Any, block_size: int, backend: str) -> None:
+    expected = (stories260k / "expected_greedy_200.txt").read_text(encoding="utf-8")
+    llm = LLM(stories260k, manager=manager, block_size=block_size, backend=backend, kv_cache_tokens=1024)
+    (output,) = llm.generate("", SamplingParams(max_tokens=200))
+    assert output.outputs[0].text == expected
+    assert len(output.outputs[0].token_ids) == 200
+    llm.manager.check_integrity()
+    assert llm.manager.snapshot().free == llm.manager.num_slots
+
+
+def test_the_papers_sentence_is_ten_tokens_and_the_model_knows_it(tiny: LLM) -> None:
+    sentence = "Four score and seven years ago our fathers brought forth"
+    assert [tiny.tokenizer.decode([i]).strip() for i in tiny.tokenizer.encode(sentence)] == sentence.split()
+    (output,) = tiny.generate(PAPER, SamplingParams(max_tokens=3))
+    assert output.outputs[0].text == " fathers brought forth"
+
+
+def test_the_papers_figure_6_on_the_real_model() -> None:
+    """The prompt lies in blocks 7 and 1, "fathers" fills block 1, "brought" opens block 3."""
+    llm = LLM("tiny", block_size=4, kv_cache_tokens=36, free_order=[7, 1, 3, 0, 2, 4, 5, 6, 8])
+    llm.add_request(PAPER, SamplingParams(max_tokens=4))
+    tables, words = [], []
+    for _ in range(3):
+        (token,) = llm.step()
+        words.append(token.text.strip())
+        tables.append(list(llm.manager.block_table(0)))  # type: ignore[attr-defined]
+    assert tables == [[7, 1], [7, 1], [7, 1, 3]]
+    assert words == ["fathers", "brought", "forth"]
+
+
+# --- the batch never changes a token -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"manager": "standard"},
+        {"manager": "standard", "reserve": "pow2", "kv_cache_tokens": 512},
+        {"manager": "paged", "block_size": 1},
+        {"manager": "paged", "block_size": 5, "max_batch_tokens": 7},  # chunks and decodes in one step
+        {"manager": "paged", "block_size": 4, "kv_cache_tokens": 96},  # too little for all: preemptions
+        {"manager": "paged", "free_order": [(7 * i) % 256 for i in range(256)]},
+    ],
+    ids=str,
+)
+def test_same_tokens_whatever_the_memory(tiny: LLM, options: dict[str, Any], backend: str) -> None:
+    params = [SamplingParams(max_tokens=n) for n in (40, 30, 20, 10)]
+    alone = [tiny.generate(prompt, its)[0] for prompt, its in zip(MIXED, params, strict=True)]
+    llm = LLM("tiny", backend=backend, **options)
+    together = llm.generate(MIXED, params)
+    assert ids(together) == ids(alone)
+    assert (sum(output.num_preemptions for output in together) > 0) == (options.get("kv_cache_tokens") == 96)
+    llm.manager.check_integrity()
+    assert llm.manager.snapshot().free == llm.manager.num_slots
+
+
+@pytest.mark.parametrize("manager", ["paged", "standard"])
+def test_a_seeded_sample_does_not_depend_on_the_batch(manager: Any) -> None:
+    def params(seed: int, n: int = 1) -> SamplingParams:
+        return SamplingParams(max_tokens=25, temperature=0.9, top_p=0.95, seed=seed, n=n)
+
+    llm = LLM("tiny", manager=manager, kv_cache_tokens=512 * 4)
+    (alone,) = llm.generate("Once upon a time", params(3))
+    batch = llm.generate(["The cat", "Once upon a time", "Tom"], [params(9), params(3), params(11)])
+    assert ids([batch[1]]) == ids([alone])
+    (samples,) = llm.generate("Once upon a time", params(2, n=4))
+    singles = [llm.generate("Once upon a time", params(2 + i))[0] for i in range(4)]
+    assert ids([samples]) == ids(singles)
+    assert len(set(map(tuple, ids([samples])))) > 1
+    assert llm.manager.snapshot().free == llm.manager.num_slots
+
+
+def test_samples_share_the_blocks_of_their_prompt() -> None:
+    llm = LLM("tiny", block_size=4)
+    llm.add_request(PAPER, SamplingParams(max_tokens=8, temperature=1.0, seed=0, n=3))
+    llm.step()  # the prompt, then three samples begin
+    assert llm.manager.snapshot().shared == 2 * 8  # two more tables of two blocks each
+    llm.step()  # each writes its own token: the last block is copied for all but one
+    assert llm.manager.snapshot().shared == 2 * 4
+    while llm.has_unfinished:
+        llm.step()
+        llm.manager.check_integrity()
+
+
+# --- ends ----------------------------------------------------------------------------------------------
+
+
+def test_finish_reasons(tiny: LLM) -> None:
+    (output,) = tiny.generate(PAPER, SamplingParams(max_tokens=5))
+    assert (output.outputs[0].finish_reason, len(output.outputs[0].token_ids)) == ("length", 5)
+    (output,) = tiny.generate(PAPER, SamplingParams(max_tokens=50, stop="forth"))
+    assert (output.outputs[0].finish_reason, output.outputs[0].text) == ("stop", " fathers brought ")
+    forth = tiny.tokenizer.encode(" forth")[0]
+    (output,) = tiny.generate(PAPER, SamplingParams(max_tokens=50, stop_token_ids=[forth]))
+    assert (output.outputs[0].finish_reason, output.outputs[0].text) == ("stop", " fathers brought")
+    assert output.outputs[0].token_ids[-1] == forth
+
+
+def test_the_context_ends_a_request() -> None:
+    llm = LLM("tiny", max_model_len=12)
+    (output,) = llm.generate(PAPER, SamplingParams(max_tokens=100))
+    assert (output.outputs[0].finish_reason, len(output.outputs[0].token_ids)) == ("length", 5)
+
+
+@pytest.mark.parametrize("stop", ["a ", "e", "and happy", "girl named", "\n"])
+def test_streamed_text_is_the_text_and_never_shows_a_stop_string(tiny: LLM, stop: str) -> None:
+    params = SamplingParams(max_tokens=80, stop=[stop, "zzzz"])
+    streamed = "".join(token.text for token in tiny.stream("Once upon a time", params))
+    (output,) = tiny.generate("Once upon a time", params)
+    (whole,) = tiny.generate("Once upon a time", SamplingParams(max_tokens=80))
+    assert streamed == output.outputs[0].text == whole.outputs[0].text.partition(stop)[0]
+
+
+def test_leaving_a_stream_frees_everything(tiny: LLM) -> None:
+    for token in itertools.islice(tiny.stream(MIXED, SamplingParams(max_tokens=50)), 6):
+        assert token.finish_reason is None
+    # The generator is dropped here, half way.
+    assert not tiny.has_unfinished
+    assert tiny.manager.snapshot().free == tiny.manager.num_slots
+
+
+def test_a_callback_that_raises_leaves_nothing_behind_and_spares_the_others(tiny: LLM) -> None:
+    def explode(token: object) -> None:
+        raise RuntimeError("from the callback")
+
+    other = tiny.add_request("The cat", SamplingParams(max_tokens=20))
+    output = tiny.output_of(other)
+    with pytest.raises(RuntimeError, match="from the callback"):
+        tiny.generate(MIXED, SamplingParams(max_tokens=20), on_token=explode)
+    while tiny.has_unfinished:
+        tiny.step()
+    assert ids([output]) == ids(tiny.generate("The cat", SamplingParams(max_tokens=20)))
+    assert tiny.manager.snapshot().free == tiny.manager.num_slots
+
+
+def test_abort_in_the_middle(tiny: LLM) -> None:
+    keep = tiny.add_request(PAPER, SamplingParams(max_tokens=6))
+    drop = tiny.add_request("Once upon a time", SamplingParams(max_tokens=50, n=2, temperature=1.0))
+    queued = tiny.output_of(drop)
+    output = tiny.output_of(keep)
+    tiny.step()
+    tiny.abort(drop)
+    tiny.abort(drop)  # a second time does nothing
+    assert [sample.finish_reason for sample in queued.outputs] == ["abort", "abort"]
+    while tiny.has_unfinished:
+        tiny.step()
+    assert output.outputs[0].text.startswith(" fathers brought forth")
+    assert tiny.manager.snapshot().free == tiny.manager.num_slots
+
+
+# --- refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "the prompt is empty"),
+        ([], {}, "the prompt is empty"),
+        ([1, 5000], {}, r"token id 5000; known are 0 to \d+$"),
+        ([-1], {}, "token id -1"),
+        ([5] * 512, {}, "512 tokens; the context of 512"),
+        ("Once", {"max_tokens": 0}, "max_tokens is 0"),
+    ],
+)
+def test_a_request_that_is_refused_disturbs_no_other(
+    tiny: LLM, prompt: Any, options: dict[str, Any], message: str
+) -> None:
+    keep = tiny.output_of(tiny.add_request(PAPER, SamplingParams(max_tokens=3)))
+    with pytest.raises(ValueError, match=message):
+        tiny.add_request(prompt, SamplingParams(**options))
+    while tiny.has_unfinished:
+        tiny.step()
+    assert keep.outputs[0].text == " fathers brought forth"
+    if not options:
+        with pytest.raises(ValueError, match=message):
+            tiny.generate([PAPER, prompt])
+        assert not tiny.has_unfinished
+
+
+def test_a_request_that_the_cache_can_never_hold() -> None:
+    llm = LLM("tiny", kv_cache_tokens=64, max_model_len=512)
+    with pytest.raises(ValueError, match=r"70 prompt tokens .* 64"):
+        llm.generate([5] * 70)
+    llm = LLM("tiny", kv_cache_tokens=64)
+    with pytest.raises(ValueError, match=r"70 tokens; the context of 64 .* own is 512; .* holds 64"):
+        llm.generate([5] * 70)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 0}, "block_size is 0; at least 1"),
+        ({"block_size": -4}, "block_size is -4; at least 1"),
+        ({"manager": "buddy"}, "manager is 'buddy'; known are"),
+        ({"kv_cache_tokens": 10}, "room for 10 tokens; at least one block of 16"),
+        ({"kv_cache_tokens": 0, "manager": "standard"}, "room for 0 tokens"),
+        ({"kv_cache_bytes": BYTES_PER_TOKEN * 16 - 1}, "room for 15 tokens; at least one block of 16"),
+        ({"kv_cache_bytes": 1, "kv_cache_tokens": 1}, "both given"),
+        ({"max_model_len": 513}, "max_model_len is 513; 1 to the model's context of 512"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens is 0"),
+        ({"dtype": "int8"}, "dtype is int8"),
+        ({"backend": "magic"}, "backend is 'magic'; known are"),
+        ({"free_order": [0, 1]}, "free_order"),
+        ({"model": "no/such/directory"}, "no/such/directory"),
+    ],
+)
+def test_engines_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(**{"model": "tiny", **options})
+
+
+def test_bytes_and_tokens_give_the_same_pool() -> None:
+    assert LLM("tiny", kv_cache_bytes=BYTES_PER_TOKEN * 100).manager.num_slots == 96
+    assert LLM("tiny", kv_cache_tokens=100).manager.num_slots == 96
+
+
+def test_params_for_each_prompt_must_match(tiny: LLM) -> None:
+    with pytest.raises(ValueError, match="params has 1 entries for 2 prompts"):
+        tiny.generate(["a", "b"], [SamplingParams()])
