@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import pytest
 from conftest import SHARED
+from support.manager_state import replay, state_of
 
 from paged_ref.core.memory.manager import OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.extras.prefix_cache import PrefixCache, block_digests
 from paged_ref.timeline.events import BlockCached, Event, SequenceAdmitted, TokensAppended
-from paged_ref.timeline.replay import replay, state_of
 
 BLOCK_SIZE = 4
 A, B, C = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]  # the tokens of whole blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.manager_state import state_of
 from support.shadow import ShadowMemory
 
 from paged_ref.core.device import to_host, xp
@@ -13,7 +14,6 @@ from paged_ref.core.memory.kv import KVStorage
 from paged_ref.core.memory.manager import OutOfBlocks, Transfer
 from paged_ref.core.memory.regions import RegionPool
 from paged_ref.core.memory.swapping import SwappingManager
-from paged_ref.timeline.replay import state_of
 
 
 def test_a_sequence_that_is_alone_can_grow_wherever_it_lies() -> None:

@@ -70,9 +70,9 @@ def _pool_rule(monitor: Monitor, width: int) -> Text:
     memory = monitor.state.memory
     if not monitor.state.paged:
         return rule(f"Pool: {memory.num_blocks:,} slots", width, "a letter holds a token, ░ is given out and empty")
-    used = memory.num_blocks - len(memory.free) - len(memory.idle)
-    idle = f"{len(memory.idle):,} idle, " if memory.idle else ""
-    note = f"{used:,} used, {idle}{len(memory.free):,} free"
+    used = memory.num_blocks - len(memory.free) - len(memory.cached)
+    cached = f"{len(memory.cached):,} cached, " if memory.cached else ""
+    note = f"{used:,} used, {cached}{len(memory.free):,} free"
     return rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
 
 
@@ -171,10 +171,10 @@ def _traffic(monitor: Monitor) -> tuple[str, str]:
 
 def _prefix(monitor: Monitor) -> tuple[str, str]:
     totals, rate = monitor.totals, monitor.hit_rate
-    if rate is None or not (totals.hits or totals.evicted or monitor.state.known):
+    if rate is None or not (totals.hits or totals.evicted or monitor.state.memory.known):
         return "prefix", "nothing found: no prefix cache, or no prompt that begins as another"
     return "prefix", (
-        f"{rate:.0%} of {count(totals.asked, 'token')} found, {count(len(monitor.state.known), 'block')} known, "
+        f"{rate:.0%} of {count(totals.asked, 'token')} found, {count(len(monitor.state.memory.known), 'block')} known, "
         f"{totals.evicted:,} given up"
     )
 

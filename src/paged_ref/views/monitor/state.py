@@ -1,6 +1,6 @@
 """What the monitor knows: the state of the run after the last event, and a sample of each step.
 
-It takes events one at a time and keeps no log, so a run may be as long as it likes. The state is run_state.py's.
+The monitor takes events one at a time and keeps no log, so a run may have any length. The state is timeline/state.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...timeline.change import Change
 from ...timeline.events import (
     Event,
     ModelOpened,
@@ -22,7 +21,7 @@ from ...timeline.events import (
     TokenSampled,
 )
 from ...timeline.history import History, Moment, letters
-from ...timeline.run_state import RunState, Totals, advance
+from ...timeline.state import Change, RunState, Totals
 
 KEPT = 1024  # samples: more steps than a screen has columns
 WINDOW = 32  # steps over which rates are taken
@@ -81,7 +80,7 @@ class Monitor:
             if isinstance(event, ModelOpened):
                 self.history.model, self.history.bytes_per_token = event.model, event.kv_bytes_per_token
             return
-        advance(self.state, event, self.num_events)
+        self.state.apply(event, self.num_events)
         if isinstance(event, RequestArrived):
             several = len(event.seq_ids) > 1
             for i, seq_id in enumerate(event.seq_ids, start=1):
@@ -101,7 +100,7 @@ class Monitor:
             self.history.names.pop(event.seq_id, None)
 
     def _sample(self, event: StepPlanned) -> None:
-        snapshot, totals = self.state.snapshot(), self.state.totals
+        snapshot, totals = self.state.memory.snapshot(), self.state.totals
         in_open = sum(piece.tokens for piece in snapshot.open)
         on_host = [place.on_host for place in self.state.memory.sequences.values()]
         computed = sum(count for _, count in event.chunks)

@@ -125,9 +125,3 @@ def total_slots(run: History) -> int:
 
 
 assert [part for part, *_ in PARTS] == [field.name for field in fields(MemoryUsage)][: len(PARTS)]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("memory")
