@@ -52,9 +52,8 @@ def make_manager(
     if num_host_slots < 0:
         raise ValueError(f"the host pool has room for {num_host_slots} tokens; at least 0 is needed")
     if name == "standard":
-        return StandardManager(
-            num_slots, max_model_len, reserve, BuddyPool(num_slots) if allocator == "buddy" else None
-        )
+        regions = BuddyPool(num_slots) if allocator == "buddy" else None
+        return StandardManager(num_slots, max_model_len, reserve, regions)
     if name == "swapping":
         return SwappingManager(num_slots, num_host_slots)
     num_blocks, num_host_blocks = num_slots // block_size, num_host_slots // block_size

@@ -119,7 +119,7 @@ class KVSanitizer:
             self._check_contents(seq_id, computed)
             if addresses is not None:
                 self._check_addresses(seq_id, i, computed + count, addresses)
-        if addresses is not None and not np.array_equal(self._written, addresses.slot_mapping):
+        if addresses is not None and self._written.tolist() != addresses.slot_mapping.tolist():  # type: ignore[union-attr]
             raise SanitizerError("the slot_mapping of the step is not what the manager says")
 
     def after_step(self) -> None:
@@ -136,8 +136,8 @@ class KVSanitizer:
             return
         if bool(isnan(query).any()):
             raise SanitizerError(
-                f"sequence {seq_id} has NaN among its queries in layer {layer}, before attention: the weights hold NaN, "
-                "or numbers grew too large"
+                f"sequence {seq_id} has NaN among its queries in layer {layer}, before attention: the weights "
+                "hold NaN, or numbers grew too large"
             )
         raise SanitizerError(
             f"sequence {seq_id} has NaN in its attention in layer {layer}: a kernel read a slot outside its "
@@ -191,7 +191,7 @@ class KVSanitizer:
         positions = np.arange(length)
         placement = np.array(self._manager.placement(seq_id), dtype=np.int64)
         if not self._manager.paged:
-            return placement[0] + positions
+            return np.asarray(placement[0] + positions)
         if length > len(placement) * self._unit:
             raise SanitizerError(f"sequence {seq_id} reads {length} tokens; its table has blocks {placement.tolist()}")
         return np.asarray(slot_of(placement, positions, self._unit))
@@ -215,8 +215,8 @@ class KVSanitizer:
         slot = int(slots[position])
         raise SanitizerError(
             f"sequence {seq_id} reads position {position} from {self._name(slot)}, but what lies there is not the K "
-            f"and V that sequence {self._device.writer[slot]} wrote: a copy was not made in time, or another write went "
-            f"over it. Last there: {self._last(slot)}."
+            f"and V that sequence {self._device.writer[slot]} wrote: a copy was not made in time, or another write "
+            f"went over it. Last there: {self._last(slot)}."
         )
 
     def _check_owners(self, seq_id: int, tokens: Sequence[int], length: int) -> None:
