@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .beyond_device.long_context import LongContext
+from .beyond_device.kv import StreamedKV
 from .beyond_device.options import LongOptions
 from .beyond_device.relevance import Attend
 from .beyond_device.streaming import Eviction
@@ -102,7 +102,7 @@ class LLM(EngineCore):
         context = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
             raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} can be had")
-        long_context: LongContext | None = None
+        long_context: StreamedKV | None = None
         if device_blocks is not None:
             _refuse_together(
                 f"device_blocks is {device_blocks}",
@@ -113,7 +113,7 @@ class LLM(EngineCore):
             if host_blocks is None:
                 host_blocks = -(-(max_model_len or context) // max(1, block_size))
             options = LongOptions(device_blocks, host_blocks, staging_pages, attend, evict, full_layers)
-            long_context = options.make(config, block_size, dtype, max_batch_tokens, backend, sanitize, log)
+            _, long_context = options.make(config, block_size, dtype, max_batch_tokens, backend, sanitize, log)
             kv_cache_tokens = long_context.manager.num_slots
         else:
             _refuse_together(

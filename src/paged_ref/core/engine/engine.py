@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from ...beyond_device.long_context import LongContext
-from ...beyond_device.page_sanitizer import PageSanitizer
+from ...beyond_device.kv import StreamedKV
 from ...extras.beam import Hypothesis
 from ...extras.sanitizer import KVSanitizer
 from ...timeline.events import (
@@ -25,7 +25,6 @@ from ...timeline.events import (
     TokenSampled,
 )
 from ..device import Array, on_gpu, synchronize, to_host, xp
-from ..memory.kv import KVStorage
 from ..memory.manager import BlockTables, Contiguous, KVCacheManager, Snapshot, Transfer
 from ..model.config import ModelConfig
 from ..model.llama import Llama, StepInputs, attend
@@ -47,13 +46,13 @@ class EngineCore:
         model: Llama,
         manager: KVCacheManager,
         scheduler: Scheduler,
-        storage: KVStorage,
+        storage: Any,
         *,
         backend: str = "auto",
         sanitize: bool = False,
         log: Log | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
-        long_context: LongContext | None = None,
+        long_context: StreamedKV | None = None,
     ) -> None:
         """The parts, made to fit each other. `long_context` stands for the caches and for attention, if it is there."""
         self.config = config
@@ -63,10 +62,8 @@ class EngineCore:
         self.scheduler = scheduler
         self.storage = storage
         self.long_context = long_context
-        self.sanitizer: KVSanitizer | PageSanitizer | None = None
-        if long_context is not None:
-            self.sanitizer = long_context.sanitizer
-        elif sanitize:
+        self.sanitizer: KVSanitizer | None = None
+        if sanitize and long_context is None:
             self.sanitizer = KVSanitizer(manager, storage)
         self.log = log
         self.on_step = on_step
@@ -108,9 +105,9 @@ class EngineCore:
             reads = [(seq.seq_id, seq.tokens, seq.num_computed, count) for seq, count in plan.chunks]
             self.sanitizer.before_step(plan.transfers, reads)
         if self.long_context:
-            self.long_context.begin_step([(seq.seq_id, seq.num_computed, count) for seq, count in plan.chunks])
-        kv, attend = (self.long_context,) * 2 if self.long_context else (self.storage.layers, self._attend)
-        logits = self.model.forward(self._inputs(plan), kv, attend)
+            self.long_context.begin_step(plan)
+        kv = self.long_context or self.storage.layers
+        logits = self.model.forward(self._inputs(plan), kv, self._attend)
         for seq, num_tokens in plan.chunks:
             seq.num_computed += num_tokens
             self.manager.commit(seq.seq_id, seq.tokens, seq.num_computed)

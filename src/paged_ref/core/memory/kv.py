@@ -105,24 +105,6 @@ class KVStorage:
         self.device[:, :, xp.asarray(slots // block_size), xp.asarray(slots % block_size)] = np.nan
 
 
-class PageStorage(KVStorage):
-    """Pages of one layer and one KV head, for sequences longer than the device (streaming.py).
-
-    On a CPU, device and host are two parts of one array, `whole` [1, 2, device and host blocks, ...], so that the
-    compiled loop reaches both. On a GPU they are two memories, and `whole` is None.
-    """
-
-    def __init__(self, num_device_blocks: int, num_host_blocks: int, block_size: int, head_size: int, dtype: str):
-        self.whole: np.ndarray | None = None
-        if on_gpu:
-            super().__init__(1, num_device_blocks, block_size, 1, head_size, dtype, num_host_blocks)
-            return
-        super().__init__(1, 1, block_size, 1, head_size, dtype)
-        self.whole = np.full((1, 2, num_device_blocks + num_host_blocks, block_size, 1, head_size), np.nan, dtype)
-        self.device, self.host = self.whole[:, :, :num_device_blocks], self.whole[:, :, num_device_blocks:]
-        self.layers = [(kv[0], kv[1]) for kv in self.device]
-
-
 def _run(pool: Array, block: int, count: int) -> tuple[int, int, int]:
     """Blocks `block` to `block + count` of a pool: their address in the first layer's K, the bytes from there to
     the same blocks in the V, in the next layer's K and so on, and their length in bytes."""

@@ -7,9 +7,9 @@ same code. The other names are fields of ModelConfig.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -194,7 +194,7 @@ class Llama:
         frequencies = rope_frequencies(config)  # [head_size // 2]
         self.frequencies = xp.concatenate([-frequencies, frequencies])  # [head_size], as `rotate` wants them
 
-    def forward(self, inputs: StepInputs, kv: Iterable[tuple[Array, Array]], attend: Attend = attend) -> Array:
+    def forward(self, inputs: StepInputs, kv: Any, attend: Attend = attend) -> Array:
         """One step: write the new tokens' K and V, and give logits [num_rows, vocab_size], float32.
 
         `kv` has each layer's (key_cache, value_cache), [num_blocks, block_size, num_kv_heads, head_size].
@@ -208,7 +208,7 @@ class Llama:
         sin = xp.sin(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size]
 
         x = self.embedding[inputs.token_ids]  # [num_tokens, hidden_size]
-        for layer, (key_cache, value_cache) in zip(self.layers, kv, strict=True):
+        for index, layer in enumerate(self.layers):
             h = rms_norm(x, layer.attention_norm, eps)  # [num_tokens, hidden_size]
             qkv = h @ layer.qkv.T  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
             if layer.qkv_bias is not None:
@@ -220,8 +220,12 @@ class Llama:
             qk = rotate(qk, cos, sin)  # [num_tokens, num_qk, head_size]
             query = xp.ascontiguousarray(qk[:, :num_heads])  # [num_tokens, num_heads, head_size]
             key = qk[:, num_heads:]  # [num_tokens, num_kv_heads, head_size]
-            write_kv(key, value, key_cache, value_cache, inputs.slot_mapping, validate=False)
-            mixed = attend(query, key_cache, value_cache, inputs, sliding_window=layer.sliding_window)
+            if isinstance(kv, list):
+                key_cache, value_cache = kv[index]
+                write_kv(key, value, key_cache, value_cache, inputs.slot_mapping, validate=False)
+                mixed = attend(query, key_cache, value_cache, inputs, sliding_window=layer.sliding_window)
+            else:
+                mixed = kv.attend(index, query, key, value, inputs, layer.sliding_window)
             mixed = mixed.reshape(num_tokens, -1)  # [num_tokens, num_heads * head_size]
             x = x + mixed @ layer.output.T  # [num_tokens, hidden_size]
 
