@@ -12,7 +12,7 @@ import numpy as np
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.device import to_host, xp
-from paged_ref.beyond_device.long_context import Counters
+from paged_ref.beyond_device.kv import Counters
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.beyond_device.relevance import Extremes

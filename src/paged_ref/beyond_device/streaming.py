@@ -1,12 +1,12 @@
 """Memory for sequences longer than the device: pages that are on the device, on the host, or on both.
 
 A page here is the K and V of one block of tokens, in one layer, for one KV head. Residency is by page and not by
-block, for two reasons. The layers of a step run one after another, so each can have the staging blocks to itself. And
-which blocks matter differs by layer and by head: a block that is kept for all heads because one needs it would cost
-num_layers * num_kv_heads times its room. What is kept and moved is then exactly what attention reads.
+block, for two reasons. The layers of a step run one after another, so each can use all staging blocks. And which blocks
+matter differs by layer and by head: a block that is kept for all heads because one head needs it would take
+num_layers * num_kv_heads times the room. So what is kept and moved is exactly what attention reads.
 
-The manager counts, in blocks, what sequences hold; pages come into being as each layer writes its keys
-(engine/long_context.py), and `residency` knows where they are.
+The manager counts, in blocks, what sequences hold. Pages are made as each layer writes its keys (kv.py), and
+`residency` knows where they are.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ EVICTIONS = ("lru", "sliding", "relevance")
 
 @dataclass(slots=True)
 class PageTable:
-    """Of one sequence."""
+    """The pages of one sequence."""
 
     pages: list[list[array[int]]]  # [layer][KV head]: the page of each logical block that has been written
     length: int = 0  # tokens that have room
-    first_row: int = 0  # where this step's keys lie in the step's buffer, less their first position
 
 
 class StreamingManager:
@@ -50,8 +49,9 @@ class StreamingManager:
         evict: Eviction = "lru",
         log: Log | None = None,
     ) -> None:
-        """`evict`: whose page leaves the device first: the one not used for the longest time, that of the oldest
-        tokens, or the one that mattered least to the last query (`priority`, which the user of the pages sets)."""
+        """`evict`: which page leaves the device first: the page that was not used for the longest time ("lru"), the
+        page of the oldest tokens ("sliding"), or the page that mattered least to the last query ("relevance": by
+        `priority`, which StreamedKV sets)."""
         if block_size < 1:
             raise ValueError(f"block_size is {block_size}; at least 1 is needed")
         if evict not in EVICTIONS:
@@ -114,7 +114,7 @@ class StreamingManager:
         return []  # what moves is decided layer by layer
 
     def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:
-        """Nothing to remember: no prompt is shared."""
+        """Do nothing: sequences share no pages."""
 
     def free(self, seq_id: int) -> None:
         table = self.tables.pop(seq_id)
@@ -125,17 +125,9 @@ class StreamingManager:
     def length(self, seq_id: int) -> int:
         return self.tables[seq_id].length
 
-    def begin_step(self, chunks: Sequence[tuple[int, int, int]]) -> None:
-        """(sequence, first position, number of tokens) of what the next step computes, in this order."""
-        row = 0
-        for seq_id, first, count in chunks:
-            self.tables[seq_id].first_row = row - first
-            row += count
-
     def slots(self, seq_id: int, first: int, count: int) -> list[int]:
-        """Rows of the step's buffer: from there each layer's keys go to its own pages."""
-        row = self.tables[seq_id].first_row + first
-        return list(range(row, row + count))
+        """Zeros: pages have no slots, and StreamedKV does not look at slots."""
+        return [0] * count
 
     def snapshot(self, next_request: tuple[int, int] | None = None) -> Snapshot:
         pieces = [
@@ -160,15 +152,12 @@ class StreamingManager:
 
     # --- pages ---------------------------------------------------------------------------------------
 
-    def pages_to_write(self, layer: int, seq_id: int, first: int, count: int) -> list[tuple[int, int]]:
-        """(KV head, logical block) of what the positions from `first` on are written to."""
-        blocks = range(first // self.block_size, (first + count - 1) // self.block_size + 1)
-        return [(head, block) for head in range(self.num_kv_heads) for block in blocks]
-
     def prepare(self, layer: int, wanted: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[Transfer]]:
-        """The pages of (sequence, KV head, logical block), on the device and about to be written; at most as many
-        as the device has blocks. Those that are not there yet come into being, the last one of a head at a time.
-        Returns them, and what must be copied first."""
+        """Bring the pages of (sequence, KV head, logical block) to the device, where they are about to be written.
+
+        At most as many as the device has blocks. Pages that do not exist yet are made, for each head in the order of
+        its blocks. Returns the pages, and what must be copied first.
+        """
         lists = [self.tables[seq_id].pages[layer][head] for seq_id, head, _ in wanted]
         old = [pages[block] for pages, (_, _, block) in zip(lists, wanted, strict=True) if block < len(pages)]
         transfers = self.residency.need(old)
@@ -186,6 +175,6 @@ class StreamingManager:
             found.append(pages[block])
         self.residency.written(old)
         if self.log:
-            for (seq_id, head), its in named.items():
-                self.log(PagesNamed(seq_id, layer, head, tuple(its)))
+            for (seq_id, head), new_pages in named.items():
+                self.log(PagesNamed(seq_id, layer, head, tuple(new_pages)))
         return found, transfers + more

@@ -15,7 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..beyond_device.long_context import Counters, Observation
+from ..beyond_device.kv import Counters
+from ..beyond_device.observation import Observation
 from ..beyond_device.relevance import Attend, check_attend
 from ..beyond_device.streaming import EVICTIONS
 from ..core.device import describe

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..beyond_device.long_context import Observation
+from ..beyond_device.observation import Observation
 from ..beyond_device.relevance import budget_of, choose
 from ..core.engine.sampling import SamplingParams
 from ..llm import LLM

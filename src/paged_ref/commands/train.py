@@ -23,7 +23,7 @@ from ..training.activations import MEMORY, PAGE_SIZE, activations_for
 from ..training.checkpoint import STATE, load_state, put, save_model, save_state
 from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
 from ..training.parameters import Parameters
-from ..training.trainer import Settings, Step, Trainer, bits_per_byte
+from ..training.trainer import Settings, Trainer, TrainingStep, bits_per_byte
 from ..views.common.curve import curve
 
 HEARD = 8  # times that a text to be learnt by heart is read in each epoch
@@ -244,7 +244,7 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def show(self, step: Step) -> None:
+    def show(self, step: TrainingStep) -> None:
         self._loss = step.loss if not self._tokens else 0.95 * self._loss + 0.05 * step.loss
         self._tokens += step.num_tokens
         self._seconds += step.seconds
