@@ -202,7 +202,7 @@ class KVSanitizer:
             return
         for layer in self._kv.slots:
             for cache in layer:
-                cache[xp.asarray(stale)] = np.nan
+                cache[xp.asarray(stale)] = self._kv.nan
         self._device.writer[stale] = self._device.position[stale] = _UNWRITTEN
         for row in dict.fromkeys((stale // self._unit).tolist()):
             self._note(row, "slots freed, and filled with NaN")
