@@ -17,7 +17,7 @@ from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
 from paged_ref.beyond_device.residency import ByPriority
 from paged_ref.training.activations import MEMORY, activations_for
-from paged_ref.beyond_device.copies import CopyStream
+from paged_ref.tuned.copies import CopyStream
 from paged_ref.training.network import PackedBatch, loss_and_gradient
 from paged_ref.training.network import saved_shapes
 from paged_ref.training.parameters import Parameters

@@ -58,8 +58,8 @@ def resident(model: str, max_batch_tokens: int = 512) -> Run:
 
 
 def kv_of(engine: Engine) -> StreamedKV:
-    kv = engine.llm.long_context
-    assert kv is not None
+    kv = engine.llm.engine.kv
+    assert isinstance(kv, StreamedKV)
     return kv
 
 
@@ -105,12 +105,12 @@ def test_no_token_changes_however_small_the_device(model: str, options: dict[str
     assert kv.storage.device.nbytes == options["device_blocks"] * options["block_size"] * per_token
 
 
-@pytest.mark.skipif(on_gpu or "cpu" not in backends(), reason="only the backend cpu has tiles")
+@pytest.mark.skipif(on_gpu or "cpu-simd" not in backends(), reason="only the backend cpu-simd has tiles")
 def test_tiles_change_no_bit() -> None:
     """One sequence: each step has the same rows, so that no product of the weights is summed in another order."""
     prompt, params = PROMPTS[:1], GREEDY[:1]
-    expected = Engine("tiny", kv_cache_tokens=2048, backend="cpu").run(prompt, params)
-    run = Engine("tiny", device_blocks=1, block_size=4, backend="cpu").run(prompt, params)
+    expected = Engine("tiny", kv_cache_tokens=2048, backend="cpu-simd").run(prompt, params)
+    run = Engine("tiny", device_blocks=1, block_size=4, backend="cpu-simd").run(prompt, params)
     assert furthest(run.logits[0], expected.logits[0]) == 0
 
 

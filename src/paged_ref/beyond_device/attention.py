@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.attention.attention import paged_attention
-from ..core.attention.write import merge_states
+from ..core.attention.attention import Addresses, AttentionCall
 from ..core.device import Array, module_of
-from ..interop.arguments import build_call
-from .copies import CopyStream
+from ..kernels import merge_states, paged_attention
+from ..tuned.copies import CopyStream
 
 # For the sanitizer. Called with (sequences, table, first keys, numbers of keys) before attention reads: each row of
 # `table` has the blocks that hold a sequence's keys from its first key on.
@@ -96,14 +95,12 @@ def _tiled(
     from ..tuned import cpu_simd  # compiled code: loaded when it is needed
 
     assert caches.whole is not None
-    call = build_call(
-        query, *caches.whole, seq_lens, query_start_loc, block_tables=table, names=("keys", "values"), scale=scale,
-        sliding_window=window, softcap=None, alibi_slopes=None, sinks=None, key_scales=None, value_scales=None,
-        return_lse=True, out=None, validate=False,
-    )  # fmt: skip
-    call.copy_tiles = copy_tiles
-    cpu_simd.attention(call)
-    return call.out, call.lse
+    addresses = Addresses(seq_lens, query_start_loc, block_tables=table)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    lse = np.empty(query.shape[:2], dtype=np.float32)
+    call = AttentionCall(query, *caches.whole, addresses, scale, window, out=np.empty_like(query), lse=lse)
+    cpu_simd.attend(call, copy_tiles=copy_tiles)
+    return call.out, lse
 
 
 # --- staged ------------------------------------------------------------------------------------------------

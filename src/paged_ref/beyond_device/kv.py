@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.attention.attention import Addresses
 from ..core.device import Array, to_host, xp
 from ..core.engine.scheduler import StepPlan
 from ..core.memory.manager import Transfer
 from ..core.model.config import ModelConfig
+from ..core.model.llama import StepInputs
 from ..timeline.events import Log
 from .attention import Check, TwoCaches, streamed_attention
 from .observation import HeadPages, Observation, attention_mass
@@ -126,7 +128,7 @@ class StreamedKV:
 
     # --- a step --------------------------------------------------------------------------------------
 
-    def begin_step(self, plan: StepPlan, inputs: object = None) -> None:
+    def begin_step(self, plan: StepPlan, inputs: StepInputs | None = None) -> None:
         """Prepare for the chunks of `plan`. Nothing of `inputs` is needed: pages have no slots."""
         self._chunks = [Chunk(seq.seq_id, seq.num_computed, count) for seq, count in plan.chunks]
         self._loc = np.concatenate([[0], np.cumsum([chunk.num_tokens for chunk in self._chunks])])
@@ -135,7 +137,7 @@ class StreamedKV:
             del self._extremes[seq_id]
 
     def attend(
-        self, layer: int, query: Array, key: Array, value: Array, addresses: object, window: int | None
+        self, layer: int, query: Array, key: Array, value: Array, addresses: Addresses | None, window: int | None
     ) -> Array:
         """Write this step's `key, value [num_tokens, num_kv_heads, head_size]` of the layer, then attend:
         `query [num_tokens, num_heads, head_size]` to an answer of the same shape. `addresses` are not needed."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..core.checks import require
 from ..core.device import on_gpu
 from ..core.model.config import ModelConfig
 from ..kernels import why_not
@@ -38,11 +39,8 @@ class LongOptions:
         log: Log | None,
     ) -> tuple[StreamingManager, StreamedKV]:  # fmt: skip
         """The manager and the KV. Raises ValueError with the argument, the value and the bound."""
-        sizes = {"block_size": (block_size, 1), "max_batch_tokens": (max_batch_tokens, 1)}
-        sizes |= {"device_blocks": (self.device_blocks, 1), "host_blocks": (self.host_blocks, 0)}
-        for name, (value, least) in sizes.items():
-            if value < least:
-                raise ValueError(f"{name} is {value}; at least {least} is needed")
+        require(block_size=(block_size, 1), max_batch_tokens=(max_batch_tokens, 1))
+        require(device_blocks=(self.device_blocks, 1), host_blocks=(self.host_blocks, 0))
         check_attend(self.attend)
         per_block = config.num_layers * config.num_kv_heads
         num_pages, host_pages = self.device_blocks * per_block, self.host_blocks * per_block
@@ -64,7 +62,7 @@ class LongOptions:
         """Device pages for streaming, of the `num_pages` that there are."""
         staging = self.staging_pages
         if staging is None:
-            reads_tiles = not on_gpu and backend in ("auto", "cpu") and why_not("cpu") is None
+            reads_tiles = not on_gpu and backend in ("auto", "cpu-simd") and why_not("cpu-simd") is None
             staging = 0 if reads_tiles else max(1, min(num_pages // 4, STAGING_BYTES // page_bytes))
         elif staging < 1:
             raise ValueError(

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..core.attention.attention import Addresses
 from ..core.device import Array, to_host, xp
 from ..core.engine.scheduler import StepPlan
-from ..extras.sanitizer import SanitizerError
+from ..core.model.llama import StepInputs
+from ..extras.sanitizer import Fingerprints, SanitizerError, check_numbers, checksums
 from .attention import Check
 from .kv import StreamedKV, Written
 from .observation import HeadPages
@@ -30,26 +32,24 @@ class SanitizedStreamedKV(StreamedKV):
         self._writer = np.full((*shape, 4), -1, dtype=np.int64)  # sequence, layer, KV head, position
         self._fingerprint = np.zeros(shape, dtype=np.int64)  # of all tokens up to there
         self._checksum = np.zeros(shape, dtype=np.uint64)
-        self._fingerprints: dict[int, list[int]] = {}  # of each sequence, by position
+        self._fingerprints = Fingerprints()
+        self._expected: dict[int, np.ndarray] = {}  # of each sequence in the step: fingerprints, by position
 
-    def begin_step(self, plan: StepPlan, inputs: object = None) -> None:
+    def begin_step(self, plan: StepPlan, inputs: StepInputs | None = None) -> None:
         super().begin_step(plan, inputs)
-        for seq, count in plan.chunks:
-            known = self._fingerprints.setdefault(seq.seq_id, [])
-            for position in range(len(known), seq.num_computed + count):
-                known.append(hash((known[-1] if known else 0, seq.tokens[position])))
+        self._fingerprints.keep([seq.seq_id for seq, _ in plan.chunks])
+        self._expected = {
+            seq.seq_id: self._fingerprints.of(seq.seq_id, seq.tokens, seq.num_computed + count)
+            for seq, count in plan.chunks
+        }
         self._poison()
 
     def attend(
-        self, layer: int, query: Array, key: Array, value: Array, addresses: object, window: int | None
+        self, layer: int, query: Array, key: Array, value: Array, addresses: Addresses | None, window: int | None
     ) -> Array:
         out = super().attend(layer, query, key, value, addresses, window)
-        rows = to_host(xp.isnan(out).any(axis=(1, 2)))  # [num_tokens]
-        if rows.any():
-            chunk = self._chunks[int(np.searchsorted(self._loc, rows.argmax(), side="right")) - 1]
-            raise SanitizerError(
-                f"sequence {chunk.seq_id} has NaN in the attention of layer {layer}: it read a slot of no page"
-            )
+        for chunk, first, end in zip(self._chunks, self._loc, self._loc[1:], strict=False):
+            check_numbers(chunk.seq_id, layer, query[first:end], out[first:end])
         return out
 
     def _poison(self) -> None:
@@ -64,7 +64,7 @@ class SanitizedStreamedKV(StreamedKV):
         writers = (written.seq_ids, np.full_like(written.seq_ids, layer), written.heads, written.positions)
         self._writer[slots] = np.stack(writers, axis=-1)
         pairs = zip(written.seq_ids, written.positions, strict=True)
-        self._fingerprint[slots] = [self._fingerprints[seq_id][position] for seq_id, position in pairs]
+        self._fingerprint[slots] = [self._expected[seq_id][position] for seq_id, position in pairs]
         self._checksum[slots] = self._checksums(written.blocks, written.offsets)
 
     def _check(self, layer: int, reads: Sequence[HeadPages]) -> Check:
@@ -88,7 +88,7 @@ class SanitizedStreamedKV(StreamedKV):
         seq_id, layer, head = reader
         writer = self._writer[pages, offsets]
         right = (writer == np.stack(np.broadcast_arrays(*reader, expected), axis=-1)).all(axis=-1)
-        right &= self._fingerprint[pages, offsets] == np.array(self._fingerprints[seq_id])[expected]
+        right &= self._fingerprint[pages, offsets] == self._expected[seq_id][expected]
         same = self._checksums(places, offsets) == self._checksum[pages, offsets]
         if right.all() and same.all():
             return
@@ -101,16 +101,14 @@ class SanitizedStreamedKV(StreamedKV):
         )
 
     def _checksums(self, places: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """[len(places)]: of the bits of K and V there, in whole numbers, so that no order of adding matters."""
+        """[len(places)]: of K and V there."""
         device, host = self.storage.device, self.storage.host
         self.storage.synchronize()
         here, num_device = places < device.shape[1], device.shape[1]
-        kv = np.empty((2, len(places), *host.shape[3:]), dtype=host.dtype)
-        kv[:, here] = to_host(device[:, xp.asarray(places[here]), xp.asarray(offsets[here])])
-        kv[:, ~here] = host[:, places[~here] - num_device, offsets[~here]]
-        bits = np.ascontiguousarray(np.moveaxis(kv, 1, 0)).view(f"u{kv.dtype.itemsize}").reshape(len(places), -1)
-        weights = 2 * np.arange(bits.shape[1], dtype=np.uint64) + 1
-        return np.asarray((bits * weights).sum(axis=1, dtype=np.uint64))
+        kv = np.empty((len(places), 2, *host.shape[3:]), dtype=host.dtype)
+        kv[here] = to_host(device[:, xp.asarray(places[here]), xp.asarray(offsets[here])]).swapaxes(0, 1)
+        kv[~here] = host[:, places[~here] - num_device, offsets[~here]].swapaxes(0, 1)
+        return checksums(kv)
 
     def _name(self, place: int) -> str:
         num_device, first_staging = self.storage.device.shape[1], self.manager.residency.device.num_blocks

@@ -18,6 +18,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import islice
 from typing import Protocol
 
+from ..core.checks import require
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.manager import OutOfHostBlocks, Transfer
 from ..timeline.events import Log, PagesFreed, PagesPlaced, ResidencyOpened
@@ -96,10 +97,7 @@ class Residency:
         log: Log | None = None,
     ) -> None:
         """`policy`: LeastRecentlyUsed by default."""
-        if num_device_blocks < 1:
-            raise ValueError(f"num_device_blocks is {num_device_blocks}; at least 1 is needed")
-        if num_host_blocks < 0:
-            raise ValueError(f"num_host_blocks is {num_host_blocks}; at least 0 is needed")
+        require(num_device_blocks=(num_device_blocks, 1), num_host_blocks=(num_host_blocks, 0))
         self.device = BlockPool(num_device_blocks)  # a reference for the page in a block, and one for each pin
         self.host = BlockPool(num_host_blocks)
         self.policy: EvictionPolicy = LeastRecentlyUsed() if policy is None else policy

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ..core.device import Array, on_gpu, xp
-from ..core.memory.kv import pinned
 from ..core.memory.manager import Transfer
-from .copies import CopyStream
+from ..tuned.copies import CopyStream, pinned
 
 
 class PageStorage:

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import OutOfBlocks
-from ..core.memory.manager import OpenPiece, Snapshot, Transfer
+from ..core.memory.manager import KVCacheManager, Transfer
+from ..core.memory.usage import PartialAllocation, Snapshot
 from ..timeline.events import Log, PagesNamed, PoolOpened, SequenceAdmitted, SequenceFreed, tokens_appended
 from .residency import ByPriority, EvictionPolicy, LeastRecentlyUsed, Residency
 
@@ -33,9 +35,9 @@ class PageTable:
     length: int = 0  # tokens that have room
 
 
-class StreamingManager:
-    """A `KVCacheManager` whose sequences may be longer than the device. Slots are counted in the tokens that
-    device and host hold together."""
+class StreamingManager(KVCacheManager):
+    """Its sequences may be longer than the device. Slots are counted in the tokens that device and host hold together;
+    a sequence lies in pages, and not in numbered slots."""
 
     paged = True
 
@@ -52,10 +54,8 @@ class StreamingManager:
         """`evict`: which page leaves the device first: the page that was not used for the longest time ("lru"), the
         page of the oldest tokens ("sliding"), or the page that mattered least to the last query ("relevance": by
         `priority`, which StreamedKV sets)."""
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}; at least 1 is needed")
-        if evict not in EVICTIONS:
-            raise ValueError(f"evict is {evict!r}; known are {', '.join(EVICTIONS)}")
+        require(block_size=(block_size, 1))
+        require_one_of(EVICTIONS, evict=evict)
         self.num_layers, self.num_kv_heads, self.block_size = num_layers, num_kv_heads, block_size
         self.evict = evict
         if log and num_device_pages > 0:
@@ -81,10 +81,10 @@ class StreamingManager:
 
     # --- KVCacheManager ------------------------------------------------------------------------------
 
-    def most_slots(self, prompt_len: int, max_tokens: int, n: int = 1) -> int:
-        return n * self.blocks_for(max_tokens) * self.block_size
+    def max_slots_needed(self, prompt_len: int, max_len: int, n: int = 1) -> int:
+        return n * self.blocks_for(max_len) * self.block_size
 
-    def admit(self, seq_id: int, tokens: Sequence[int], max_tokens: int) -> int:
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
         needed = self.blocks_for(len(tokens))
         if needed > self.num_free_blocks:
             raise OutOfBlocks(
@@ -113,9 +113,6 @@ class StreamingManager:
                 self.log(tokens_appended(seq_id, count))
         return []  # what moves is decided layer by layer
 
-    def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:
-        """Do nothing: sequences share no pages."""
-
     def free(self, seq_id: int) -> None:
         table = self.tables.pop(seq_id)
         self.residency.free(page for layer in table.pages for pages in layer for page in pages)
@@ -125,19 +122,23 @@ class StreamingManager:
     def length(self, seq_id: int) -> int:
         return self.tables[seq_id].length
 
+    def placement(self, seq_id: int) -> list[int]:
+        """Nothing: `tables` has the pages, and StreamedKV reads it."""
+        return []
+
     def slots(self, seq_id: int, first: int, count: int) -> list[int]:
-        """Zeros: pages have no slots, and StreamedKV does not look at slots."""
+        """Zeros: pages have no slot numbers, and StreamedKV reads none."""
         return [0] * count
 
     def snapshot(self, next_request: tuple[int, int] | None = None) -> Snapshot:
-        pieces = [
-            OpenPiece(seq_id, table.length, table.length % self.block_size, self.block_size)
+        partial = [
+            PartialAllocation(seq_id, table.length, table.length % self.block_size, self.block_size)
             for seq_id, table in self.tables.items()
             if table.length % self.block_size
         ]
         held = self.num_blocks - self.num_free_blocks
         size = self.block_size
-        return Snapshot((held - len(pieces)) * size, pieces, external=0, free=self.num_free_blocks * size)
+        return Snapshot((held - len(partial)) * size, partial, external=0, free=self.num_free_blocks * size)
 
     def check_integrity(self) -> None:
         self.residency.check_integrity()

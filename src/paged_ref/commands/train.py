@@ -140,7 +140,7 @@ def _train(args: argparse.Namespace, learned: list[str], held: list[str]) -> int
         tokenizer = Tokenizer.from_file(args.out / "tokenizer.json")
     else:
         tokenizer = train_tokenizer(learned, config.vocab_size, args.words)
-        put(args.out / "tokenizer.json", tokenizer.to_json().encode())  # a place that cannot be written shows now
+        put(args.out / "tokenizer.json", tokenizer.inner.to_str().encode())  # a place that cannot be written shows now
     trainer = Trainer(config, settings, encode(tokenizer, learned + by_heart), activations)
     if state is not None:
         trainer.restore(state)

@@ -33,13 +33,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..beyond_device.copies import CopyStream
 from ..beyond_device.residency import ByPriority, Residency
 from ..beyond_device.storage import PageStorage
 from ..core.device import Array, xp
-from ..core.memory.kv import pinned
 from ..core.memory.manager import Transfer
 from ..core.model.config import ModelConfig
+from ..tuned.copies import CopyStream, pinned
 from .network import Saved, saved_shapes
 
 MEMORY = ("keep", "swap", "page", "recompute")

@@ -37,7 +37,7 @@ class State:
 def save_model(directory: Path, weights: Parameters, tokenizer: Tokenizer, dtype: DTypeLike) -> None:
     """config.json, tokenizer.json and model.safetensors, as transformers and LLM read them. Raises ValueError."""
     put(directory / "config.json", json.dumps(hf_config(weights.config, dtype), indent=1).encode())
-    put(directory / "tokenizer.json", tokenizer.to_json().encode())
+    put(directory / "tokenizer.json", tokenizer.inner.to_str().encode())
     # transformers reads only files that name the framework of their tensors
     put(directory / "model.safetensors", save(weights.export(dtype), metadata={"format": "pt"}))
 

@@ -206,7 +206,7 @@ def layer_backward(layer: LayerViews, gradient: LayerViews, dy: Array, saved: Sa
 def _shared(weights: Parameters, batch: PackedBatch, dropout: Dropout | None) -> Pass:
     config, dtype = weights.config, weights.flat.dtype
     positions = xp.asarray(np.concatenate([np.arange(length) for length in batch.lengths]))  # [num_tokens]
-    frequencies = rope_frequencies(config)  # [head_size // 2]
+    frequencies = xp.asarray(rope_frequencies(config), dtype=np.float32)  # [head_size // 2]
     angles = positions[:, None, None].astype(np.float32) * xp.concatenate([-frequencies, frequencies])
     cos, sin = xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)  # [num_tokens, 1, head_size]
     return Pass(config, batch.lengths, cos, sin, dropout or Dropout(0.0, []))

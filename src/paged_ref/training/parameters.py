@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from ..core.device import Array, to_host, xp
 from ..core.model.config import ModelConfig
+from ..interop.hf_config import HFConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Parameters:
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike = np.float32) -> None:
         """All zero. Raises ValueError for a model that is not such a Llama."""
-        if config.model_type != "llama" or config.rope_scaling is not None:
+        if isinstance(config, HFConfig) and (config.model_type != "llama" or config.rope_scaling is not None):
             raise ValueError(f"model_type is {config.model_type}; training knows llama, without rope_scaling")
         if not config.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is false; training knows tied embeddings")

@@ -1,4 +1,4 @@
-"""Copies between device and host that run beside the computation."""
+"""Page-locked host memory, and copies between device and host that run beside the computation."""
 
 from __future__ import annotations
 
@@ -66,6 +66,17 @@ class CopyStream:
         for begin, end in pairwise([*starts, len(rows)]):
             first = int(rows[begin])
             self.back(host[first : first + end - begin], device[begin:end])
+
+
+def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Host memory full of NaN; page-locked where there is a GPU, since only then is a copy fast."""
+    if not on_gpu:
+        return np.full(shape, np.nan, dtype=dtype)
+    import cupyx
+
+    host: np.ndarray = cupyx.empty_pinned(shape, dtype=dtype)
+    host.fill(np.nan)
+    return host
 
 
 def _event() -> Any:
