@@ -67,9 +67,11 @@ vllm = servers(found["OPT-13B"])[0]
 table(vllm.name, ("option", "value"), vllm.options)
 
 # **Adopt.** What it takes to move a model of your own to pages is in
-# `lessons/refactor/`: five steps, each of which runs and keeps all tokens.
+# `lessons/start_here/`: five steps, each of which runs and keeps all
+# tokens.
 
-files = sorted((Path(__file__).parent / "refactor").glob("step[0-5]*"))
+folder = Path(__file__).parent / "start_here"
+files = sorted(folder.glob("step[0-5]*"))
 texts = [file.read_text(encoding="utf-8").splitlines() for file in files]
 diffs = [ndiff(*two) for two in pairwise(texts)]
 changed = [sum(line[0] in "+-" for line in diff) for diff in diffs]

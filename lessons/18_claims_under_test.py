@@ -102,13 +102,16 @@ verdict("false", "it manages memory in training", "train --memory page",
     f"{planned:,} bytes, as planned", saved.counts.peak == planned,
     "sizes are known, no cache grows; lesson 16 pages other data")
 
-sys.path.append(str(Path(__file__).parent / "refactor"))
-import run as refactor  # noqa: E402
-before, after = (refactor.token_ids(n, "tiny", [[5, 6]], 8) for n in (0, 5))
-lines = [refactor.count_changes(refactor.diff(n))[1] for n in range(1, 6)]
+sys.path.append(str(Path(__file__).parent / "start_here"))
+import run as start_here  # noqa: E402
+before, after = (
+    start_here.token_ids(n, "tiny", [[5, 6]], 8) for n in (0, 5)
+)
+diffs = [start_here.diff(n) for n in range(1, 6)]
+lines = [start_here.count_changes(diff)[1] for diff in diffs]
 verdict("true", "models can be moved to it, with some work", "lesson 17",
     f"the same tokens; {lines} new lines in five steps", before == after,
-    "only the cache and attention change (lessons/refactor/run.py)")
+    "only the cache and attention change (lessons/start_here/run.py)")
 true.grade(words.count("true"))
 false.grade(words.count("false"))
 
