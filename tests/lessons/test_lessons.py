@@ -146,6 +146,61 @@ def test_numbers_are_found_where_they_claim_something() -> None:
     assert numbers_in("float32 in `x[5]`, lesson 4, Fig. 6, §7.2, lessons 2 to 4") == set()
 
 
+# --- seams ---------------------------------------------------------------------------------------------
+
+
+def names_patched_in(path: Path) -> set[str]:
+    """What the lesson gives to plug_in() and break_it(), as "owner.name", as the lesson calls the owner."""
+    places: list[ast.expr] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(func=ast.Name(id="plug_in"), args=[place, *_]):
+                places.append(place)
+            case ast.keyword(arg="where", value=place) | ast.Assign(targets=[ast.Name(id="where")], value=place):
+                places.append(place)
+    pairs = [place.elts for place in places if isinstance(place, ast.Tuple)]
+    return {f"{ast.unparse(owner)}.{ast.literal_eval(name)}" for owner, name in pairs}
+
+
+def test_the_names_that_lessons_patch() -> None:
+    """The seams: a change of one of these names changes a lesson."""
+    assert {path.stem[:2]: names_patched_in(path) for path in PATHS} == {
+        "01": {"llama.Llama.forward"},
+        "02": {"engine.kv_bytes_per_token"},
+        "03": {"RegionPool.release", "StandardManager.region_size"},
+        "04": {"KVStorage.apply"},
+        "05": {"paged.PagedManager.slots", "paged.slot_of"},
+        "06": {"BlockPool.allocate", "BlockPool.release"},
+        "07": {"llama.Llama.forward", "llama.paged_attention"},
+        "08": {"naive.attention_kernel"},
+        "09": {"paged.attention_kernel"},
+        "10": {"store.merge_states"},
+        "11": {"llama.Llama.forward"},
+        "12": {"PagedManager.append"},
+        "13": {"paged.block_digests"},
+        "14": {"KVStorage.apply"},
+        "15": {"Extremes.bounds"},
+        "16": {"CopyStream.back"},
+        "17": {"llm.make_manager"},
+        "18": {"setup.Setup.make_manager"},
+    }
+
+
+@each_lesson
+def test_it_touches_no_private_name_and_no_source(path: Path) -> None:
+    """Not as a patched name, not as an attribute, not by import; and no code is made of a changed source text."""
+    names = {name for patched in names_patched_in(path) for name in patched.split(".")}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.Name):
+            names |= {node.id} & {"exec", "eval", "compile"}
+    assert not names & {"exec", "eval", "compile"}
+    assert not {name for name in names if name.startswith("_") and not name.endswith("__")}
+
+
 # --- the path ------------------------------------------------------------------------------------------
 
 
