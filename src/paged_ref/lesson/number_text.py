@@ -1,4 +1,4 @@
-"""Numbers, as people type them and read them."""
+"""Numbers as people type them, and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OPERATORS: dict[type, Callable[[float, float], float]] = {
 
 
 def parse_number(text: str) -> float:
-    """A number, or a sum of products of numbers. Raises ValueError that says so."""
+    """The value of a number, or of a term with + - * / // and brackets. Raises ValueError for any other text."""
     plain = text.replace(",", "").replace("_", "").replace("×", "*").strip()
     share = plain.endswith("%")
     try:
@@ -35,7 +35,7 @@ def _value(node: ast.expr) -> float:
 
 
 def number_text(value: Any) -> str:
-    """As people read it: 131,072 and 0.25."""
+    """The number as people read it: 131,072 and 0.25."""
     if hasattr(value, "item") and getattr(value, "size", 0) == 1:
         value = value.item()
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""The session of one lesson: what it asks and prints, whose exercises it knows, and which one is under way."""
+"""The session of one lesson: what it asks and prints, and the exercises that it has come to."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .progress import Progress
 
 
 class ClaimError(Exception):
-    """A lesson said what its run does not show."""
+    """A lesson claims what its run does not show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exercise:
-    """One check() and what came of it."""
+    """One check() and its verdict."""
 
     name: str
     yours: Callable[..., Any]
@@ -39,19 +39,19 @@ class Exercise:
 
 
 @dataclass(slots=True)
-class Session:
+class LessonSession:
     """One run of one lesson."""
 
-    lesson: str  # the name of its file, without .py
-    directory: Path  # of its file
+    lesson: str  # the name of the lesson's file, without .py
+    directory: Path  # of that file
     progress: Progress
-    interactive: bool  # someone is there to answer
+    interactive: bool  # a reader can answer
     solutions: bool = False  # every hole is filled from lessons/solutions
     console: Console = field(default_factory=lambda: Console(highlight=False))
     exercises: dict[str, Exercise] = field(default_factory=dict)
-    checked: list[str] = field(default_factory=list)  # exercises that the part under way came to
-    caught: dict[str, str] = field(default_factory=dict)  # planted bug -> who caught it
-    before_ask: Callable[[], None] = lambda: None  # so that the reader has seen all that was said
+    checked: list[str] = field(default_factory=list)  # exercises of the part that is running
+    caught: dict[str, str] = field(default_factory=dict)  # planted bug -> what caught it
+    before_ask: Callable[[], None] = lambda: None  # prints what was held back, so that the reader sees it first
 
     def say(self, text: str, style: str = "", indent: int = 2) -> None:
         self.console.print(
@@ -77,25 +77,24 @@ class Session:
         exec(compile(source, str(path), "exec", dont_inherit=True), namespace)
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                return namespace[name], "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+                return namespace[name], ast.get_source_segment(source, node) or ""
         return None
 
 
-def short(path: str | Path) -> str:
-    """The path as the reader would type it here."""
+def relative_path(path: str | Path) -> str:
+    """The path as the reader would type it in this folder."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
-# --- which session -------------------------------------------------------------------------------------
+# --- the current session -------------------------------------------------------------------------------
 
-_current: Session | None = None
+_current: LessonSession | None = None
 
 
 @contextmanager
-def running(session: Session) -> Iterator[None]:
-    """The lesson's functions speak to this session."""
+def running(session: LessonSession) -> Iterator[None]:
+    """Make `session` the current one for a while."""
     global _current
     before, _current = _current, session
     try:
@@ -104,19 +103,19 @@ def running(session: Session) -> Iterator[None]:
         _current = before
 
 
-def current() -> Session:
-    """The one under way; for `python lessons/NN_name.py`, one for that script."""
+def current() -> LessonSession:
+    """The current session. `python lessons/NN_name.py` has none, and gets one for that script."""
     global _current
     if _current is None:
         path = Path(getattr(sys.modules["__main__"], "__file__", None) or "lesson.py").resolve()
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        _current = Session(path.stem, path.parent, Progress(), interactive)
-        sys.excepthook = _friendly(sys.excepthook)
+        _current = LessonSession(path.stem, path.parent, Progress(), interactive)
+        sys.excepthook = _without_traceback(sys.excepthook)
     return _current
 
 
-def _friendly(hook: Any) -> Any:
-    """Without a runner: no traceback where the reader only left, or a claim did not hold."""
+def _without_traceback(hook: Any) -> Any:
+    """An excepthook that prints one sentence for Ctrl-C and for a claim that does not hold."""
 
     def shown(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if issubclass(kind, KeyboardInterrupt):

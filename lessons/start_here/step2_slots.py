@@ -1,6 +1,6 @@
-"""Step 0: the KV cache grows by concatenation, as in much code.
+"""Step 2: one array of slots for all sequences; a sequence knows the slots of its tokens.
 
-Each new token makes new arrays and copies all K and V into them. One sequence at a time.
+Writing goes through a slot mapping, reading through the same slots. The slots still lie side by side.
 """
 
 from __future__ import annotations
@@ -8,21 +8,26 @@ from __future__ import annotations
 import numpy as np
 from decoder import Decoder
 
+from paged_ref.kernels import write_kv
+
+NUM_SLOTS = 4096
+
 
 class Cache:
-    """K and V of one sequence: for each layer [length, num_kv_heads, head_size]."""
+    """K and V: [num_layers, NUM_SLOTS, num_kv_heads, head_size]; the sequence's region begins at `start`."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config, max_len: int) -> None:
         self.length = 0
-        empty = np.zeros((0, config.num_kv_heads, config.head_size), dtype=np.float32)
-        self.keys = [empty] * config.num_layers
-        self.values = [empty] * config.num_layers
+        self.start = np.random.default_rng().integers(NUM_SLOTS - max_len + 1)  # anywhere will do
+        shape = (config.num_layers, NUM_SLOTS, config.num_kv_heads, config.head_size)
+        self.keys = np.full(shape, np.nan, dtype=np.float32)  # NaN: a stray read will show
+        self.values = np.full(shape, np.nan, dtype=np.float32)
 
     def update(self, layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Add the new tokens' K and V; return those of all tokens."""
-        self.keys[layer] = np.concatenate([self.keys[layer], key])
-        self.values[layer] = np.concatenate([self.values[layer], value])
-        return self.keys[layer], self.values[layer]
+        slots = self.start + np.arange(self.length + len(key))
+        write_kv(key, value, self.keys[layer], self.values[layer], slots[self.length :])
+        return self.keys[layer, slots], self.values[layer, slots]
 
 
 def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -51,7 +56,7 @@ def forward(model: Decoder, token_ids: list[int], cache: Cache) -> np.ndarray:
 
 def generate(model: Decoder, prompt: list[int], max_tokens: int) -> list[int]:
     """Greedy continuation of one prompt, token ids in and out."""
-    cache = Cache(model.config)
+    cache = Cache(model.config, len(prompt) + max_tokens)
     tokens = list(prompt)
     fresh = tokens
     while len(tokens) < len(prompt) + max_tokens:

@@ -1,6 +1,6 @@
-"""Step 5: blocks from a pool, one when the last is full; several sequences in one step.
+"""Step 5: blocks come from a pool, one more when the last is full; one step serves several sequences.
 
-Memory follows the tokens that are there. This is PagedAttention.
+A sequence holds only the blocks that its tokens need. This is PagedAttention.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Step 1: one region, made once, as long as the sequence may become.
+"""Step 3: a block table. The slots of a sequence no longer lie side by side.
 
-No token is copied any more. But the region is held from the first token on, whether it fills up or not.
+Each token gathers the slots into a dense copy in every layer: the result is right, and slow. Step 4 ends that.
 """
 
 from __future__ import annotations
@@ -8,22 +8,27 @@ from __future__ import annotations
 import numpy as np
 from decoder import Decoder
 
+from paged_ref.kernels import slot_of, write_kv
+
+NUM_BLOCKS, BLOCK_SIZE = 256, 16
+
 
 class Cache:
-    """K and V of one sequence: [num_layers, max_len, num_kv_heads, head_size]."""
+    """K and V: [num_layers, num_slots, num_kv_heads, head_size]; `block_table` says where the sequence is."""
 
     def __init__(self, config, max_len: int) -> None:
         self.length = 0
-        shape = (config.num_layers, max_len, config.num_kv_heads, config.head_size)
+        blocks = np.random.default_rng().permutation(NUM_BLOCKS)  # any will do, in any order
+        self.block_table = blocks[: -(-max_len // BLOCK_SIZE)]
+        shape = (config.num_layers, NUM_BLOCKS * BLOCK_SIZE, config.num_kv_heads, config.head_size)
         self.keys = np.full(shape, np.nan, dtype=np.float32)  # NaN: a stray read will show
         self.values = np.full(shape, np.nan, dtype=np.float32)
 
     def update(self, layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Add the new tokens' K and V; return those of all tokens."""
-        end = self.length + len(key)
-        self.keys[layer, self.length : end] = key
-        self.values[layer, self.length : end] = value
-        return self.keys[layer, :end], self.values[layer, :end]
+        slots = slot_of(self.block_table, np.arange(self.length + len(key)), BLOCK_SIZE)
+        write_kv(key, value, self.keys[layer], self.values[layer], slots[self.length :])
+        return self.keys[layer, slots], self.values[layer, slots]
 
 
 def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Your model, moved to pages in five small steps; a sixth does the same to a Hugging Face model.
+"""A decoder moved to pages in five small steps; a sixth step does the same to a Hugging Face model.
 
-    python lessons/refactor/run.py        # run all steps: how many lines each changes, and whether tokens change
-    python lessons/refactor/run.py 3      # the diff that leads to step 3
+    python lessons/start_here/run.py        # run all steps: how many lines each changes, and whether tokens change
+    python lessons/start_here/run.py 3      # the diff that leads to step 3; in a file it is a patch
 
 Each step is a whole file that runs. Only what the diff shows has changed.
 """
@@ -18,20 +18,22 @@ from pathlib import Path
 from decoder import Decoder
 from rich.console import Console
 from rich.syntax import Syntax
-from rich.table import Table
 
 from paged_ref import LLM, SamplingParams
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 FILES = sorted(path.stem for path in HERE.glob("step*.py"))
 PROMPTS = ("Four score and seven years ago our", "Once upon a time", "Lily")
 
 
 def diff(step: int) -> list[str]:
-    """The unified diff of the files of `step - 1` and `step`, with all that stays around it."""
-    old, new = FILES[step - 1], FILES[step]
-    before, after = ((HERE / f"{name}.py").read_text(encoding="utf-8").splitlines() for name in (old, new))
-    return list(difflib.unified_diff(before, after, f"{old}.py", f"{new}.py", lineterm="", n=99))
+    """The unified diff of the files of `step - 1` and `step`, with all the lines that stay.
+
+    Both head lines name the file of `step - 1`, so that `patch` changes that file although both lie in this folder.
+    """
+    old, new = (f"{name}.py" for name in FILES[step - 1 : step + 1])
+    before, after = ((HERE / name).read_text(encoding="utf-8").splitlines() for name in (old, new))
+    return list(difflib.unified_diff(before, after, old, old, "before", f"becomes {new}", n=99, lineterm=""))
 
 
 def count_changes(lines: list[str]) -> tuple[int, int]:
@@ -66,6 +68,27 @@ def headline(step: int) -> str:
     return line.removeprefix(f"Step {step}: ")
 
 
+def show_diff(step: int) -> None:
+    """With colours on a terminal; elsewhere as it is, so that `patch` can read it."""
+    text = "\n".join(diff(step))
+    if sys.stdout.isatty():
+        Console().print(Syntax(text, "diff", theme="ansi_dark", word_wrap=True))
+    else:
+        print(text)
+
+
+def expected_ids(directory: str, max_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts, and what paged_ref's own LLM makes of them. ValueError for a model or a length that it refuses."""
+    llm = LLM(directory)
+    Decoder(directory)
+    prompts = [llm.tokenizer.encode(text) for text in PROMPTS]
+    most = llm.max_model_len - max(map(len, prompts))
+    if max_tokens > most:
+        raise ValueError(f"--max-tokens is {max_tokens}; the model's context has room for {most}")
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    return prompts, [output.outputs[0].token_ids for output in outputs]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     last = len(FILES) - 1
@@ -73,39 +96,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", metavar="DIR", help="a Hugging Face directory of a Llama")
     parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="new tokens for each prompt")
     args = parser.parse_args(arguments)
-    console = Console()
     if args.step is not None and not 1 <= args.step <= last:
         parser.error(f"step is {args.step}; 1 to {last} can be had")
     if args.max_tokens < 1:
         parser.error(f"--max-tokens is {args.max_tokens}; at least 1 is needed")
     if args.step is not None:
-        console.print(Syntax("\n".join(diff(args.step)), "diff", theme="ansi_dark", word_wrap=True))
+        show_diff(args.step)
         return 0
 
     try:
-        llm = LLM(args.model)
-        Decoder(args.model)
-        prompts = [llm.tokenizer.encode(text) for text in PROMPTS]
-        room = llm.max_model_len - max(map(len, prompts))
-        if args.max_tokens > room:
-            raise ValueError(f"--max-tokens is {args.max_tokens}; the model's context has room for {room}")
-        outputs = llm.generate(prompts, SamplingParams(max_tokens=args.max_tokens, ignore_eos=True))
+        prompts, expected = expected_ids(args.model, args.max_tokens)
     except ValueError as error:
         parser.error(str(error))
-    expected = [output.outputs[0].token_ids for output in outputs]
-    table = Table("step", "lines", "tokens", "what it is", box=None, pad_edge=False, header_style="bold")
+    print(f"{'step':<6}{'lines':<9}{'tokens':<10}what it is")
     wrong = 0
     for step in range(len(FILES)):
-        gone, come = count_changes(diff(step)) if step else (0, 0)
-        lines = f"-{gone} +{come}" if step else ""
+        lines = "-{} +{}".format(*count_changes(diff(step))) if step else ""
         if step == 6 and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-            table.add_row(str(step), lines, "not run", f"{headline(step)} (pip install -e '.[compare]')")
-            continue
-        same = token_ids(step, args.model, prompts, args.max_tokens) == expected
-        wrong += not same
-        table.add_row(str(step), lines, "the same" if same else "DIFFER", headline(step))
-    console.print(table)
-    console.print(f"{len(prompts)} prompts, {args.max_tokens} tokens each, compared with paged_ref's own LLM.")
+            tokens = "not run"
+        else:
+            same = token_ids(step, args.model, prompts, args.max_tokens) == expected
+            wrong += not same
+            tokens = "the same" if same else "DIFFER"
+        print(f"{step:<6}{lines:<9}{tokens:<10}{headline(step)}")
+    print(f"{len(prompts)} prompts, {args.max_tokens} tokens each, compared with paged_ref's own LLM.")
+    if tokens == "not run":
+        print(f"Step 6 needs PyTorch and transformers: {sys.executable} -m pip install -e '{HERE.parents[1]}[compare]'")
     return 1 if wrong else 0
 
 

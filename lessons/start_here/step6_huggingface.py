@@ -1,6 +1,6 @@
-"""Step 6: the same in a Hugging Face model. Its attention is ours, its code stays as it is.
+"""Step 6: the same in a Hugging Face model, whose attention is replaced and whose code stays as it is.
 
-Needs the extra `compare` (PyTorch and transformers). vLLM runs the models of transformers in this way, too.
+This needs the extra `compare` (PyTorch and transformers). vLLM runs the models of transformers in this way, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The reader's terminal: how many rows were printed, and which keys came too early."""
+"""The reader's terminal: how many rows were printed, and which keys were typed too early."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 
 def forget_keys() -> None:
-    """What was typed before the question is no answer to it."""
+    """Drop what was typed before the question: it is no answer."""
     with suppress(ImportError, OSError, ValueError):  # no such terminal: nothing was typed
         import termios
 
@@ -16,8 +16,8 @@ def forget_keys() -> None:
             termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 
 
-class Screen:
-    """Standard output that counts its rows, and holds back what a run prints until it is known how much that is."""
+class CountedOutput:
+    """Standard output that counts its rows. While `held` is a list, text is kept there and not printed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

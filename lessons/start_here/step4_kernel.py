@@ -1,4 +1,4 @@
-"""Step 4: attention reads through the block table. The dense copy goes, and our own attention with it.
+"""Step 4: attention reads through the block table. The dense copy and our own attention function go.
 
 Nothing is copied to be read. But the table still has all its blocks from the first token on.
 """

@@ -1,8 +1,12 @@
-"""The refactoring to pages: each step is small, and gives the tokens of the LLM, or of the model as it was before."""
+"""The way to pages: each step is small, and gives the tokens of the LLM, or of the model as it was before."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +17,17 @@ import pytest
 
 from paged_ref import LLM, SamplingParams
 
-REFACTOR = Path(__file__).resolve().parent.parent.parent / "lessons" / "refactor"
+START_HERE = Path(__file__).resolve().parents[2] / "lessons" / "start_here"
+STEPS = sorted(path.stem for path in START_HERE.glob("step*.py"))
 MAX_TOKENS = 40  # a block of 16 slots fills up, and a second
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Any]:
     """The runner, as a module; what is in its folder can be imported."""
-    sys.path.insert(0, str(REFACTOR))
+    sys.path.insert(0, str(START_HERE))
     yield importlib.import_module("run")
-    sys.path.remove(str(REFACTOR))
+    sys.path.remove(str(START_HERE))
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,54 @@ def test_the_runner_shows_all_steps_and_one_diff(run: Any, capsys: pytest.Captur
     assert "DIFFER" not in shown
     assert run.main(["3"]) == 0
     assert "+from paged_ref.kernels import slot_of, write_kv" in capsys.readouterr().out
+
+
+def piped(*arguments: str) -> bytes:
+    """What the runner writes into a pipe, in a narrow terminal that asks for colours."""
+    environment = {**os.environ, "COLUMNS": "40", "FORCE_COLOR": "1", "PAGED_REF_DEVICE": "cpu"}
+    command = [sys.executable, str(START_HERE / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, check=True, env=environment, timeout=120).stdout
+
+
+def test_a_pipe_gets_whole_lines_without_colours() -> None:
+    shown = piped("--max-tokens", "2").decode()
+    lines = shown.splitlines()
+    assert "\x1b" not in shown
+    for step in range(7):
+        headline = (START_HERE / f"{STEPS[step]}.py").read_text(encoding="utf-8").splitlines()[0].strip('"')
+        assert lines[1 + step].endswith(headline.removeprefix(f"Step {step}: ")), "the whole headline"
+    if "not run" in shown:
+        assert lines[-1].endswith(f"-m pip install -e '{START_HERE.parents[1]}[compare]'")
+
+
+@pytest.mark.skipif(not shutil.which("patch"), reason="the program patch is not installed")
+@pytest.mark.parametrize("step", range(1, 7))
+def test_a_diff_in_a_file_is_a_patch(tmp_path: Path, step: int) -> None:
+    before, after = (START_HERE / f"{STEPS[i]}.py" for i in (step - 1, step))
+    (tmp_path / "saved.diff").write_bytes(piped(str(step)))
+    subprocess.run(["patch", "-o", "mine.py", before, "saved.diff"], cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "mine.py").read_bytes() == after.read_bytes()
+    # Beside all the other steps, where the name in the diff alone must say which file is meant.
+    for path in START_HERE.glob("step*.py"):
+        shutil.copy(path, tmp_path)
+    subprocess.run(["patch", "-p0", "-i", "saved.diff"], cwd=tmp_path, check=True, timeout=60)
+    changed = [
+        path.name for path in START_HERE.glob("step*.py") if path.read_bytes() != (tmp_path / path.name).read_bytes()
+    ]
+    assert changed == [before.name]
+    assert (tmp_path / before.name).read_bytes() == after.read_bytes()
+
+
+def test_the_readmes_count_the_lines_that_a_reader_starts_with() -> None:
+    counts = {
+        name: len((START_HERE / name).read_text("utf-8").splitlines()) for name in ("decoder.py", "step5_pool.py")
+    }
+    text = (START_HERE / "README.md").read_text("utf-8")
+    for name, count in counts.items():
+        assert f"[{name}]({name}) ({count} lines)" in text
+    for readme in (START_HERE, START_HERE.parent, START_HERE.parents[1]):
+        said = re.findall(r"(\d+) lines", (readme / "README.md").read_text("utf-8"))
+        assert str(sum(counts.values())) in said, readme
 
 
 def test_the_runner_tells_a_step_that_changes_a_token(

@@ -1,6 +1,6 @@
-"""Step 2: one array of slots for everybody; a sequence knows at which slots its tokens lie.
+"""Step 0: the KV cache grows by concatenation, as in many programs.
 
-Writing goes through a slot mapping, reading through the same slots. They still stand in one row.
+Each new token makes new arrays and copies all K and V into these. One sequence runs at a time.
 """
 
 from __future__ import annotations
@@ -8,26 +8,21 @@ from __future__ import annotations
 import numpy as np
 from decoder import Decoder
 
-from paged_ref.kernels import write_kv
-
-NUM_SLOTS = 4096
-
 
 class Cache:
-    """K and V: [num_layers, NUM_SLOTS, num_kv_heads, head_size]; the sequence's region begins at `start`."""
+    """K and V of one sequence: for each layer [length, num_kv_heads, head_size]."""
 
-    def __init__(self, config, max_len: int) -> None:
+    def __init__(self, config) -> None:
         self.length = 0
-        self.start = np.random.default_rng().integers(NUM_SLOTS - max_len + 1)  # anywhere will do
-        shape = (config.num_layers, NUM_SLOTS, config.num_kv_heads, config.head_size)
-        self.keys = np.full(shape, np.nan, dtype=np.float32)  # NaN: a stray read will show
-        self.values = np.full(shape, np.nan, dtype=np.float32)
+        empty = np.zeros((0, config.num_kv_heads, config.head_size), dtype=np.float32)
+        self.keys = [empty] * config.num_layers
+        self.values = [empty] * config.num_layers
 
     def update(self, layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Add the new tokens' K and V; return those of all tokens."""
-        slots = self.start + np.arange(self.length + len(key))
-        write_kv(key, value, self.keys[layer], self.values[layer], slots[self.length :])
-        return self.keys[layer, slots], self.values[layer, slots]
+        self.keys[layer] = np.concatenate([self.keys[layer], key])
+        self.values[layer] = np.concatenate([self.values[layer], value])
+        return self.keys[layer], self.values[layer]
 
 
 def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -56,7 +51,7 @@ def forward(model: Decoder, token_ids: list[int], cache: Cache) -> np.ndarray:
 
 def generate(model: Decoder, prompt: list[int], max_tokens: int) -> list[int]:
     """Greedy continuation of one prompt, token ids in and out."""
-    cache = Cache(model.config, len(prompt) + max_tokens)
+    cache = Cache(model.config)
     tokens = list(prompt)
     fresh = tokens
     while len(tokens) < len(prompt) + max_tokens:

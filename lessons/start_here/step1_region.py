@@ -1,6 +1,6 @@
-"""Step 3: a block table. The slots of a sequence no longer stand in one row.
+"""Step 1: one region, made once, as long as the sequence may become.
 
-They are gathered into a dense copy for each layer at each token: right, and slow. A later step ends that.
+No K and V are copied any more. But the whole region is held from the first token on, however few tokens come.
 """
 
 from __future__ import annotations
@@ -8,27 +8,22 @@ from __future__ import annotations
 import numpy as np
 from decoder import Decoder
 
-from paged_ref.kernels import slot_of, write_kv
-
-NUM_BLOCKS, BLOCK_SIZE = 256, 16
-
 
 class Cache:
-    """K and V: [num_layers, num_slots, num_kv_heads, head_size]; `block_table` says where the sequence is."""
+    """K and V of one sequence: [num_layers, max_len, num_kv_heads, head_size]."""
 
     def __init__(self, config, max_len: int) -> None:
         self.length = 0
-        blocks = np.random.default_rng().permutation(NUM_BLOCKS)  # any will do, in any order
-        self.block_table = blocks[: -(-max_len // BLOCK_SIZE)]
-        shape = (config.num_layers, NUM_BLOCKS * BLOCK_SIZE, config.num_kv_heads, config.head_size)
+        shape = (config.num_layers, max_len, config.num_kv_heads, config.head_size)
         self.keys = np.full(shape, np.nan, dtype=np.float32)  # NaN: a stray read will show
         self.values = np.full(shape, np.nan, dtype=np.float32)
 
     def update(self, layer: int, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Add the new tokens' K and V; return those of all tokens."""
-        slots = slot_of(self.block_table, np.arange(self.length + len(key)), BLOCK_SIZE)
-        write_kv(key, value, self.keys[layer], self.values[layer], slots[self.length :])
-        return self.keys[layer, slots], self.values[layer, slots]
+        end = self.length + len(key)
+        self.keys[layer, self.length : end] = key
+        self.values[layer, self.length : end] = value
+        return self.keys[layer, :end], self.values[layer, :end]
 
 
 def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:

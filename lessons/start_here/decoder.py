@@ -1,7 +1,7 @@
 """The parts of a small decoder that paging never touches: weights, norms, RoPE, MLP. NumPy, float32.
 
-An ordinary Llama as one finds it in people's own code. Where K and V lie, and how attention finds them, is
-in the step files: step0_concat.py to step5_pool.py.
+This is an ordinary Llama, as many programs have one. The step files, step0_concat.py to step5_pool.py, say where
+K and V lie and how attention finds them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Decoder:
     """Weights, and what happens before and after attention."""
 
     def __init__(self, directory: str | Path = "tiny") -> None:
-        """`directory` is "tiny" (embedded) or a Hugging Face directory. ValueError for what is no plain Llama."""
+        """`directory` is "tiny" (embedded) or a Hugging Face directory. ValueError unless it is a plain Llama."""
         checkpoint = load(directory)
         self.config = checkpoint.config
         if self.config.model_type != "llama" or self.config.rope_scaling:
