@@ -22,10 +22,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..commands.info import versions
 from ..core.device import Array, describe, on_gpu, xp
 from ..extras.formats import decode, encode
 from ..kernels import backends, naive_attention, paged_attention
+from ..views.common.versions import versions
 from .gpu_clock import Timing
 from .gpu_peers import FLEX, SDPA, TRITON, peers
 from .gpu_shapes import GpuShape, shapes
