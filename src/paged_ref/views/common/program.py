@@ -13,7 +13,7 @@ def program() -> str:
     """`paged-ref` where the PATH finds this installation's, else its path, such as `.venv/bin/paged-ref`;
     `python -m paged_ref` where the program was started so, or has no script."""
     started = Path(sys.argv[0])
-    script = started if started.name == SCRIPT else Path(sys.executable).with_name(SCRIPT)
+    script = started.absolute() if started.name == SCRIPT else Path(sys.executable).with_name(SCRIPT)
     if started.name == "__main__.py" or not script.exists():
         return f"{_short(Path(sys.orig_argv[0]))} -m paged_ref"
     found = shutil.which(SCRIPT)
@@ -21,5 +21,8 @@ def program() -> str:
 
 
 def _short(path: Path) -> str:
-    """From the current directory, where the path lies below it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    """From the current directory, where the path lies below it. A name without a folder is left to the PATH."""
+    if not (path.is_absolute() and path.is_relative_to(Path.cwd())):
+        return str(path)
+    below = path.relative_to(Path.cwd())
+    return str(below) if len(below.parts) > 1 else f"./{below}"
