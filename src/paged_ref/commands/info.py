@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 from rich import box
 from rich.console import Console
@@ -13,15 +12,11 @@ from rich.table import Table
 from .. import __version__
 from ..core import device
 from ..core.attention.attention import BACKENDS, why_not
-
-PACKAGES = (
-    "numpy", "numba", "llvmlite", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x",
-    "safetensors", "tokenizers", "rich", "torch", "triton", "transformers",
-)  # fmt: skip
+from ..views.common.versions import versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None so far."""
+    """`info` has no options."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -37,14 +32,3 @@ def main(args: argparse.Namespace) -> int:
         packages.add_row(name, number or "-")
     console.print(packages)
     return 0
-
-
-def versions() -> dict[str, str | None]:
-    """The version of each package that matters here; None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
