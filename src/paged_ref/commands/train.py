@@ -24,7 +24,7 @@ from ..training.checkpoint import STATE, load_state, put, save_model, save_state
 from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
 from ..training.parameters import Parameters
 from ..training.trainer import Settings, Step, Trainer, bits_per_byte
-from ..views.common.curve import curve
+from ..views.common.plots import curve
 
 HEARD = 8  # times that a text to be learnt by heart is read in each epoch
 CURVE_ROWS = 10
