@@ -2,6 +2,7 @@
 
 PARTS is the one table of the parts of memory: their names, marks, colours and labels on every screen and plot.
 `amounts` maps the name of each part to its slots or its share; the parts are drawn in the order of the mapping.
+Each line begins with a space, which `cells` and `room` do not count.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def lengths(amounts: Iterable[float], total: float, cells: int) -> list[int]:
 
 def bar(amounts: Mapping[str, float], total: float, cells: int, *, shaded: bool = False) -> Text:
     """One line of `cells` cells for `total`; each part as long as its share, in marks or in shades."""
-    row = line()
+    row = line(" ")
     for part, length in zip(amounts, lengths(amounts.values(), total, cells), strict=True):
         row.append((PARTS[part].shade if shaded else PARTS[part].mark) * length, PARTS[part].style)
     return row
@@ -73,7 +74,7 @@ def chart(columns: Sequence[Mapping[str, float]], room: int, height: int) -> Lin
     rows = []
     for level in reversed(range(height)):
         parts = (PARTS[stack[level]] for stack in stacks)
-        rows.append(line(*((part.mark * wide, part.style) for part in parts)))
+        rows.append(line(" ", *((part.mark * wide, part.style) for part in parts)))
     return rows
 
 
@@ -84,7 +85,7 @@ def column_width(num_columns: int, room: int) -> int:
 
 def numbers(amounts: Mapping[str, float], total: float, *, labels: bool = False, zeros: bool = False) -> Text:
     """The share of each part in percent, with its name or its label; `zeros`: of empty parts, too."""
-    row = line()
+    row = line(" ")
     for part, amount in amounts.items():
         if amount or zeros:
             row.append(f"{PARTS[part].mark} ", PARTS[part].style)

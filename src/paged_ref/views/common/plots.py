@@ -42,7 +42,7 @@ def bars_text(bars: Sequence[Bar], columns: int) -> Text:
     width = max(10, columns - margin - 1)
     text = Text()
     for each in bars:
-        text.append(f" {each.label:<{margin - 2}} ")
+        text.append(f" {each.label:<{margin - 2}}")
         text.append_text(bar({part: each.shares.get(part, 0.0) for part in PLOTTED}, 1, width, shaded=True))
         text.append("\n")
     text.append(" " * margin)

@@ -39,8 +39,8 @@ def _run(scene: Scene, run: History, width: int, chart_height: int) -> Lines:
     title = f"{'▶ ' if here else ''}{manager_of(run)}: {usage.total:,} slots, {when}"
     return [
         rule(title, width, f"{len(run.steps)} steps in all"),
-        line(" ").append_text(bar(amounts_of(usage), usage.total, width - 2)),
-        line(" ").append_text(_numbers(usage, width)),
+        bar(amounts_of(usage), usage.total, width - 2),
+        _numbers(usage, width),
         *_chart(run, step, width, chart_height),
     ]
 
@@ -62,7 +62,7 @@ def _chart(run: History, now: int, width: int, height: int) -> Lines:
     middles = [min(first + per_cell // 2, len(run.steps) - 1) for first in range(0, len(run.steps), per_cell)]
     columns = [amounts_of(run.usage_of_step(step)) for step in middles]
     wide = column_width(len(columns), room)
-    rows = [line(" ").append_text(row) for row in chart(columns, room, height)]
+    rows = chart(columns, room, height)
     here = max(0, now) // per_cell * wide
     rows.append(line((" " + " " * here + "▲" * wide, "bold"), (f" step {now}" if now >= 0 else " before step 0", DIM)))
     return rows
