@@ -15,7 +15,7 @@ from paged_ref import LLM
 from paged_ref.cli import main
 from paged_ref.core.model.loading import load
 from paged_ref.training.checkpoint import STATE, load_state
-from paged_ref.views.common.curve import curve
+from paged_ref.views.common.plots import curve
 
 STORIES = "\n<|endoftext|>\n".join(
     f"The {animal} saw a {thing}. It was happy, and so the {animal} ran home." for animal in

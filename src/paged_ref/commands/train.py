@@ -18,13 +18,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from ..core.model.config import ModelConfig
 from ..core.model.loading import load
 from ..core.model.tokenizer import Tokenizer
+from ..interop.checkpoints import read_tokenizer
 from ..training.activations import MEMORY, PAGE_SIZE, activations_for
 from ..training.checkpoint import STATE, load_state, put, save_model, save_state
 from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
 from ..training.parameters import Parameters
 from ..training.trainer import Settings, Trainer, TrainingStep, bits_per_byte
 from ..views.common import options
-from ..views.common.curve import curve
+from ..views.common.plots import curve
 
 REPEATS = 8  # times that a text to memorize is read in each epoch
 CURVE_ROWS = 10
