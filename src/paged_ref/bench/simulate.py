@@ -27,7 +27,7 @@ RATE = 2.0  # requests per second, of a drawn trace
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationTiming:
     """One manager's run."""
 
     name: str
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
             began = process_time()
             outcome = Simulation(setup, trace, skip=skip).run()
             name = setup.label if skip else f"{setup.label}, every step"
-            results.append(Result(name, process_time() - began, outcome.steps, outcome.output_tokens))
+            results.append(SimulationTiming(name, process_time() - began, outcome.steps, outcome.output_tokens))
     console = Console(highlight=False)
     console.print(f"{trace.describe()}; {describe()}")
     table = Table(box=box.SIMPLE_HEAD)

@@ -12,18 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..bench import kernels as bench_kernels
 from ..bench import memory as bench_memory
-from ..planner.comparison import Checked, Row, check, row_of, setups, small
+from ..planner.comparison import Checked, ComparisonRow, check, row_of, setups, small
 from ..planner.hardware import gpu_named
 from ..planner.models import model_named
 from ..planner.roofline import explain
 from ..planner.setup import Setup
 from ..planner.sweep import RUNS_OF_A_CURVE, checked_jobs, curves_of
 from ..planner.trace_files import read_trace
-from ..planner.traces import MEANS, Trace, first, generated, scaled
+from ..planner.traces import MEANS, RequestTrace, first, generated, scaled
 from ..timeline.events import Log, write_events
 from ..views.common.plots import write_svg
 from .compare_plots import picture
-from .compare_report import Cost, print_checked, print_report, print_setting
+from .compare_report import MeasuredCost, print_checked, print_report, print_setting
 from .recording import record_to
 
 NARROWEST = 78  # columns: a narrower terminal wraps, and no number is cut
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> int:
     return 0 if all(each.same for each in checked) else 1
 
 
-def trace_of(args: argparse.Namespace) -> Trace:
+def trace_of(args: argparse.Namespace) -> RequestTrace:
     if args.requests < 0:
         raise ValueError(f"--requests is {args.requests}; at least 1 is needed, or 0 for all")
     if args.trace in MEANS:
@@ -137,7 +137,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
     )  # fmt: skip
 
 
-def _cost(done: Any) -> Cost:
+def _cost(done: Any) -> MeasuredCost:
     """What bookkeeping and the paged kernel take here: real code, timed on this machine."""
     steps = {each.name: each.measured for each in bench_memory.scheduling(BENCH_SEQUENCES, BENCH_STEPS)}
     done()
@@ -150,7 +150,7 @@ def _cost(done: Any) -> Cost:
         run()  # compiles
     seconds = bench_kernels.measure(contenders, BENCH_ROUNDS)
     done()
-    return Cost(
+    return MeasuredCost(
         num_seqs=BENCH_SEQUENCES,
         micros={name: steps[f"scheduling step, {name}"] for name in ("standard", "swapping", "paged")},
         kernel_ratio=seconds[bench_kernels.PAGED] / seconds[bench_kernels.CONTIGUOUS],
@@ -158,7 +158,12 @@ def _cost(done: Any) -> Cost:
 
 
 def as_json(
-    base: Setup, trace: Trace, bound: float, rows: list[Row], cost: Cost, checked: list[Checked]
+    base: Setup,
+    trace: RequestTrace,
+    bound: float,
+    rows: list[ComparisonRow],
+    cost: MeasuredCost,
+    checked: list[Checked],
 ) -> dict[str, Any]:
     return {
         "gpu": base.gpu.name,
@@ -172,7 +177,7 @@ def as_json(
         "rows": [row.to_json() for row in rows],
         "cost": cost.to_json(),
         "run": [
-            {"label": each.label, "steps": each.steps, "same": each.same, "tokens_of_used": each.ran.tokens_of_used}
+            {"label": each.label, "steps": each.steps, "same": each.same, "tokens_of_used": each.ran.occupancy}
             for each in checked
         ],
     }

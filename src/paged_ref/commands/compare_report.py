@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from ..planner.comparison import Checked, Row
+from ..planner.comparison import Checked, ComparisonRow
 from ..planner.complexity import lines_of
 from ..planner.roofline import explain
 from ..planner.setup import Setup
-from ..planner.traces import Trace
+from ..planner.traces import RequestTrace
 from .compare_plots import latency_plot, memory_plot
 
 GIB = 2**30
@@ -23,7 +23,7 @@ FEW = 500  # requests, below which a rate says little
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class MeasuredCost:
     """Timed on this machine."""
 
     num_seqs: int  # that run, in the batch that was timed
@@ -34,7 +34,7 @@ class Cost:
         return {**asdict(self), "lines": {name: lines_of(name) for name in ("standard", "swapping", "paged")}}
 
 
-def technique_of(row: Row) -> str:
+def technique_of(row: ComparisonRow) -> str:
     """The row's key in complexity.FILES."""
     setup = row.curve.setup
     if setup.manager == "standard":
@@ -42,7 +42,7 @@ def technique_of(row: Row) -> str:
     return "prefix cache" if setup.prefix_cache else setup.manager
 
 
-def print_setting(console: Console, base: Setup, trace: Trace, bound: float) -> None:
+def print_setting(console: Console, base: Setup, trace: RequestTrace, bound: float) -> None:
     kv = base.num_slots * base.model.kv_bytes_per_token / GIB
     console.print(
         f"[bold]{base.model.name}[/bold] on [bold]{base.gpu.name}[/bold]: K and V of {base.num_slots:,} tokens in "
@@ -62,7 +62,7 @@ def print_setting(console: Console, base: Setup, trace: Trace, bound: float) -> 
     console.print(rows)
 
 
-def print_report(console: Console, rows: Sequence[Row], cost: Cost) -> None:
+def print_report(console: Console, rows: Sequence[ComparisonRow], cost: MeasuredCost) -> None:
     bound = rows[0].curve.bound
     _heading(console, "Where the K/V memory is, while requests wait (all come at once)")
     console.print(memory_plot(rows, console.width), no_wrap=True)
@@ -110,17 +110,17 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _utilization(rows: Sequence[Row]) -> Table:
+def _utilization(rows: Sequence[ComparisonRow]) -> Table:
     table = _table("", "tokens", "reserved", "inside", "between", "free", "of used")
     for row in rows:
         shares = row.curve.at_once.shares
         parts = (shares.tokens, shares.reserved, shares.internal, shares.external, shares.free + shares.cached)
-        cells = [f"{part:.1%}" for part in (*parts, shares.tokens_of_used)]
+        cells = [f"{part:.1%}" for part in (*parts, shares.occupancy)]
         table.add_row(row.curve.setup.label, *cells)
     return table
 
 
-def _scalability(rows: Sequence[Row]) -> Table:
+def _scalability(rows: Sequence[ComparisonRow]) -> Table:
     most = rows[0].curve.rate
     table = _table("", "mean", "most", "longest", "req/s", "x max", "on paper", "preempted")
     for row in rows:
@@ -138,7 +138,7 @@ def _scalability(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _complexity(rows: Sequence[Row], cost: Cost) -> Table:
+def _complexity(rows: Sequence[ComparisonRow], cost: MeasuredCost) -> Table:
     table = _table("", "manager", "kernel", "step", "kernel time", "moved")
     for row in rows:
         setup, (manager, kernel) = row.curve.setup, lines_of(technique_of(row))
@@ -153,7 +153,7 @@ def _complexity(rows: Sequence[Row], cost: Cost) -> Table:
     return table
 
 
-def _article(rows: Sequence[Row], cost: Cost) -> Table:
+def _article(rows: Sequence[ComparisonRow], cost: MeasuredCost) -> Table:
     """A line for each technique of the article: its word, and our numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("technique", "memory utilization", "scalability", "complexity"):
@@ -168,7 +168,7 @@ def _article(rows: Sequence[Row], cost: Cost) -> Table:
         lines = [sum(lines_of(technique_of(row))) for row in mine]
         table.add_row(
             manager,
-            f"{used}: {_range([100 * row.curve.at_once.shares.tokens_of_used for row in mine], '.0f')} % tokens",
+            f"{used}: {_range([100 * row.curve.at_once.shares.occupancy for row in mine], '.0f')} % tokens",
             f"{scale}: {_range([row.curve.at_once.running_short for row in mine], '.0f')} at once, "
             f"{_range([row.curve.rate for row in mine], '.2f')} requests/s",
             f"{effort}: {_range(lines, '.0f')} lines, {cost.micros[manager]:.0f} µs a step",
@@ -181,7 +181,7 @@ def _range(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def conclusions(rows: Sequence[Row]) -> list[str]:
+def conclusions(rows: Sequence[ComparisonRow]) -> list[str]:
     """What the numbers say, in sentences."""
     by_label = {row.curve.setup.label: row for row in rows}
     paged = min(
@@ -231,15 +231,15 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
 # --- the embedded model --------------------------------------------------------------------------------
 
 
-def print_checked(console: Console, trace: Trace, checked: Sequence[Checked]) -> None:
+def print_checked(console: Console, trace: RequestTrace, checked: Sequence[Checked]) -> None:
     _heading(console, "The embedded model, for real")
     _wrapped(console, f"{trace.describe()}; {'; '.join(trace.notes)}.")
     table = _table("", "of used, simulated", "run", "steps", "each step the same")
     for each in checked:
         table.add_row(
             each.label,
-            f"{each.simulated.tokens_of_used:.2%}",
-            f"{each.ran.tokens_of_used:.2%}",
+            f"{each.simulated.occupancy:.2%}",
+            f"{each.ran.occupancy:.2%}",
             f"{each.steps}",
             "yes" if each.same else "NO",
         )

@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..planner.findings import Figure, Finding, Lab
+from ..planner.findings import Figure, Finding, RunCache
 from ..planner.paper import FIGURES
 from ..planner.sweep import checked_jobs, on_cores
 from .compare import NARROWEST
@@ -68,8 +68,8 @@ def _figures(keys: list[str], num_jobs: int | None) -> Iterator[Figure]:
         on_cores(num_jobs) as call,
     ):
         task = progress.add_task("simulating", total=None)
-        lab = Lab(call, threads, lambda: progress.advance(task))
-        for figure in [waiting.submit(FIGURES[key], lab) for key in keys]:
+        runs = RunCache(call, threads, lambda: progress.advance(task))
+        for figure in [waiting.submit(FIGURES[key], runs) for key in keys]:
             yield figure.result()
 
 

@@ -1,6 +1,6 @@
 """The article's table with numbers: each technique on the same requests, predicted, simulated, and run.
 
-`setups` are the rows; `Row` is what one of them came to.
+`setups` are the rows; `ComparisonRow` is what one of them came to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .models import model_named
 from .predict import Prediction, predict
 from .setup import Setup
 from .sweep import Curve
-from .traces import Trace, at_rate, clipped, first, scaled
+from .traces import RequestTrace, at_rate, clipped, first, scaled
 
 RUN_REQUESTS = 30  # of a run with the embedded model
 RUN_CONTEXT = 256  # tokens, of the model's context
@@ -48,7 +48,7 @@ def longest_request(manager: KVCacheManager, context: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ComparisonRow:
     """One technique."""
 
     curve: Curve
@@ -78,10 +78,10 @@ class Row:
         }
 
 
-def row_of(curve: Curve, trace: Trace) -> Row:
+def row_of(curve: Curve, trace: RequestTrace) -> ComparisonRow:
     setup = curve.setup
     longest = longest_request(setup.make_manager(), setup.model.max_context)
-    return Row(curve, predict(setup, trace), longest)
+    return ComparisonRow(curve, predict(setup, trace), longest)
 
 
 # --- the embedded model, for real ----------------------------------------------------------------------
@@ -98,7 +98,7 @@ class Checked:
     same: bool  # in every step: who ran, for how many tokens, who was preempted, what moved, where memory was
 
 
-def small(trace: Trace) -> Trace:
+def small(trace: RequestTrace) -> RequestTrace:
     """The first requests, all at once, made short enough for the embedded model."""
     part = first(trace, RUN_REQUESTS)
     mean = sum(each.prompt_len + each.output_len for each in part.requests) / len(part.requests)
@@ -107,7 +107,7 @@ def small(trace: Trace) -> Trace:
 
 
 def check(
-    rows: Sequence[Setup], trace: Trace, on_run: Callable[[str], None] | None = None, log: Log | None = None
+    rows: Sequence[Setup], trace: RequestTrace, on_run: Callable[[str], None] | None = None, log: Log | None = None
 ) -> list[Checked]:
     """Each setup with the embedded model: simulated, and run. `trace` is as `small` makes it. `log` is told of the
     engines, one after another."""

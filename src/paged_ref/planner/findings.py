@@ -39,7 +39,7 @@ class Figure:
     why: list[str]
 
 
-class Lab:
+class RunCache:
     """Where the figures have their runs made: on all cores, and each only once."""
 
     def __init__(self, call: Call, threads: ThreadPoolExecutor, on_run: Callable[[], None] | None = None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from .findings import Figure, Finding, Lab
+from .findings import Figure, Finding, RunCache
 from .hardware import gpu_named
 from .metrics import Outcome
 from .models import model_named
@@ -22,7 +22,7 @@ from .roofline import swap_seconds
 from .setup import Setup
 from .sharing import beams_saving, samples_saving
 from .sweep import AT_ONCE, run_once
-from .traces import Trace, drawn, first, generated, with_prefix
+from .traces import RequestTrace, drawn, first, generated, with_prefix
 
 POINTS = 8.0  # percentage points that a share may be off
 COUNT = 0.2  # share that a count may be off
@@ -38,7 +38,7 @@ SHAREGPT, ALPACA = "sharegpt", "alpaca"
 NUM_REQUESTS = {SHAREGPT: 1500, ALPACA: 3000}
 
 
-def requests(name: str, seed: int = 0) -> Trace:
+def requests(name: str, seed: int = 0) -> RequestTrace:
     return generated(name, NUM_REQUESTS[name], seed)
 
 
@@ -53,9 +53,9 @@ def within(ours: float, paper: float, points: float) -> dict[str, float]:
 FIG_2 = {"max": (20.4, 13.3, 57.3, 8.9), "pow2": (26.8, 17.9, 13.6, 41.6), "exact": (38.2, 25.2, 0.0, 36.6)}
 
 
-def figure_2(lab: Lab) -> Figure:
+def figure_2(runs: RunCache) -> Figure:
     setups = [*ORCA.values(), PAGED]
-    outcomes = lab.all(run_once, [(setup, requests(SHAREGPT), AT_ONCE) for setup in setups])
+    outcomes = runs.all(run_once, [(setup, requests(SHAREGPT), AT_ONCE) for setup in setups])
     findings = []
     for reserve, outcome in zip(FIG_2, outcomes, strict=False):
         shares = outcome.shares
@@ -69,7 +69,7 @@ def figure_2(lab: Lab) -> Figure:
             Finding(f"Orca {reserve}: {part}", unit="%", **within(100 * ours, paper, POINTS))
             for part, ours, paper in parts
         ]
-    findings.append(Finding("paged 16: holds tokens", 100 * outcomes[-1].shares.tokens_of_used, 96.3, "%", 95.0, 100.0))
+    findings.append(Finding("paged 16: holds tokens", 100 * outcomes[-1].shares.occupancy, 96.3, "%", 95.0, 100.0))
     return Figure(
         "2", "where the K/V memory is", findings,
         f"OPT-13B on an A100 40GB, {NUM_REQUESTS[SHAREGPT]} requests with ShareGPT's means, more than can run; the "
@@ -83,11 +83,11 @@ def figure_2(lab: Lab) -> Figure:
 FIG_13 = {SHAREGPT: (7.00, 9.81, 13.62, 30.42), ALPACA: (7.00, 43.24, 72.75, 132.44)}
 
 
-def figure_13(lab: Lab) -> Figure:
+def figure_13(runs: RunCache) -> Figure:
     setups = [*ORCA.values(), PAGED]
     findings = []
     for name, values in FIG_13.items():
-        outcomes = lab.all(run_once, [(setup, requests(name), AT_ONCE) for setup in setups])
+        outcomes = runs.all(run_once, [(setup, requests(name), AT_ONCE) for setup in setups])
         for setup, outcome, paper in zip(setups, outcomes, values, strict=True):
             band: dict[str, float] = {"low": (1 - COUNT) * paper, "high": (1 + COUNT) * paper}
             if setup.reserve == "max" and setup is not PAGED:  # whatever the lengths: the pool / 2048
@@ -95,7 +95,7 @@ def figure_13(lab: Lab) -> Figure:
             if name == ALPACA and setup is PAGED:
                 band = {"low": paper}
             findings.append(Finding(f"{name}, {setup.label}", outcome.running_short, paper, "", **band))
-    (slow,) = lab.all(run_once, [(PAGED, requests(ALPACA), 30.0)])
+    (slow,) = runs.all(run_once, [(PAGED, requests(ALPACA), 30.0)])
     findings.append(Finding("alpaca at 30 per second, paged", slow.running_mean, 132.44, ""))
     return Figure(
         "13", "requests that run at once", findings,
@@ -113,11 +113,11 @@ FIG_15_BEAMS = {ALPACA: {2: 37.56, 4: 53.13, 6: 55.16}, SHAREGPT: {2: 44.3, 6: 6
 FEW = {ALPACA: 12, SHAREGPT: 4}  # requests of a beam search: the embedded model computes every token
 
 
-def figure_15(lab: Lab) -> Figure:
+def figure_15(runs: RunCache) -> Figure:
     samples = [(name, n, paper) for name, values in FIG_15_SAMPLES.items() for n, paper in values.items()]
     beams = [(name, n, paper) for name, values in FIG_15_BEAMS.items() for n, paper in values.items()]
-    searched = lab.all(beams_saving, [(first(requests(name), FEW[name]), width) for name, width, _ in beams])
-    drawn_ = lab.all(samples_saving, [(first(requests(name), 400), n) for name, n, _ in samples])
+    searched = runs.all(beams_saving, [(first(requests(name), FEW[name]), width) for name, width, _ in beams])
+    drawn_ = runs.all(samples_saving, [(first(requests(name), 400), n) for name, n, _ in samples])
     findings = [
         Finding(f"{name}, {n} samples", unit="%", **within(100 * ours, paper, SAMPLES_POINTS))
         for (name, n, paper), ours in zip(samples, drawn_, strict=True)
@@ -143,16 +143,16 @@ LOAD = 0.9  # of the rate that blocks of 16 sustain when all come at once
 GOOD, WORSE = 1.5, 2.0  # times the latency of blocks of 16: still good, and much worse
 
 
-def _at_load(lab: Lab, name: str, setups: list[Setup], load: float = LOAD) -> list[Outcome]:
-    (full,) = lab.all(run_once, [(PAGED, requests(name), AT_ONCE)])
-    return lab.all(run_once, [(setup, requests(name), load * full.requests_per_second) for setup in setups])
+def _at_load(runs: RunCache, name: str, setups: list[Setup], load: float = LOAD) -> list[Outcome]:
+    (full,) = runs.all(run_once, [(PAGED, requests(name), AT_ONCE)])
+    return runs.all(run_once, [(setup, requests(name), load * full.requests_per_second) for setup in setups])
 
 
-def figure_18b(lab: Lab) -> Figure:
+def figure_18b(runs: RunCache) -> Figure:
     sizes = (1, 16, 32, 64, 128, 256)
     findings = []
     for name in (SHAREGPT, ALPACA):
-        outcomes = _at_load(lab, name, [replace(PAGED, label=f"paged {size}", block_size=size) for size in sizes])
+        outcomes = _at_load(runs, name, [replace(PAGED, label=f"paged {size}", block_size=size) for size in sizes])
         latency = {size: outcome.normalised for size, outcome in zip(sizes, outcomes, strict=True)}
         for size in sizes:
             words, band = {
@@ -175,14 +175,14 @@ def figure_18b(lab: Lab) -> Figure:
     )  # fmt: skip
 
 
-def figure_19(lab: Lab) -> Figure:
+def figure_19(runs: RunCache) -> Figure:
     sizes = (1, 16, 32, 64)
     setups = [
         replace(PAGED, label=f"paged {size}, {preemption}", block_size=size, preemption=preemption)
         for size in sizes
         for preemption in ("swap", "recompute")
     ]
-    outcomes = _at_load(lab, SHAREGPT, setups, 1.0)
+    outcomes = _at_load(runs, SHAREGPT, setups, 1.0)
     findings = []
     for size, swap, again in zip(sizes, outcomes[::2], outcomes[1::2], strict=True):
         words, low, high = ("worse", TIME, None) if size == 1 else ("comparable", 1 / TIME, TIME)
@@ -204,14 +204,14 @@ def figure_19(lab: Lab) -> Figure:
 WMT = (30, 35)  # tokens of a sentence and its translation: an assumption, some 25 words
 
 
-def shared_prefix(lab: Lab) -> Figure:
+def shared_prefix(runs: RunCache) -> Figure:
     base = replace(PAGED, model=model_named("Llama-2-13B"), max_model_len=2048)
     orca = replace(base, label="Orca exact", manager="standard", reserve="exact", allocator="buddy")
     setups = [replace(base, label="paged + prefix cache", prefix_cache=True), base, orca]
     findings = []
     for length, paper in ((80, 1.67), (341, 3.58)):
         trace = with_prefix(drawn("translation", *WMT, 2000), length)
-        outcomes = lab.all(run_once, [(setup, trace, AT_ONCE) for setup in setups])
+        outcomes = runs.all(run_once, [(setup, trace, AT_ONCE) for setup in setups])
         cached, plain, other = (outcome.requests_per_second for outcome in outcomes)
         findings.append(
             Finding(f"{length} tokens: against Orca exact", cached / other, paper, "x", paper / TIME, paper * TIME)
@@ -228,7 +228,7 @@ def shared_prefix(lab: Lab) -> Figure:
     )  # fmt: skip
 
 
-FIGURES: dict[str, Callable[[Lab], Figure]] = {
+FIGURES: dict[str, Callable[[RunCache], Figure]] = {
     "2": figure_2,
     "13": figure_13,
     "15": figure_15,

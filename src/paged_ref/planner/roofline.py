@@ -7,9 +7,11 @@ is assumed is in `Constants`, each with its reason, and `explain` prints them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+from ..core.memory.manager import Transfer
 from .hardware import GIB, GPU
 from .models import ModelSpec
 
@@ -101,19 +103,6 @@ def step_time(
     )
 
 
-def step_seconds(
-    gpu: GPU,
-    model: ModelSpec,
-    num_tokens: int,
-    kv_tokens_read: int,
-    query_key_pairs: int | None = None,
-    num_logits: int | None = None,
-    constants: Constants = CONSTANTS,
-) -> float:
-    """The same as one number of seconds."""
-    return step_time(gpu, model, num_tokens, kv_tokens_read, query_key_pairs, num_logits, constants).seconds
-
-
 def chunk_pairs(seq_len: int, num_tokens: int) -> int:
     """Keys that the last `num_tokens` tokens of a sequence of `seq_len` see together, causally."""
     return num_tokens * seq_len - num_tokens * (num_tokens - 1) // 2
@@ -122,6 +111,57 @@ def chunk_pairs(seq_len: int, num_tokens: int) -> int:
 def transfer_seconds(gpu: GPU, num_bytes: float, num_copies: int = 1, constants: Constants = CONSTANTS) -> float:
     """Time to bring bytes over the host link, one way, in so many single copies."""
     return num_bytes / (gpu.link * constants.link_share) + num_copies * constants.copy_overhead
+
+
+class StepClock:
+    """Seconds of steps and transfers on one GPU with one model.
+
+    A simulation asks it for every step of millions of tokens, so all that is fixed is multiplied out before.
+    """
+
+    def __init__(self, gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> None:
+        # step_time is linear in its four counts, so five of its answers give all others.
+        def sides(tokens: int, kv: int, pairs: int, logits: int) -> tuple[float, float]:
+            time = step_time(gpu, model, tokens, kv, pairs, logits, constants)
+            return time.weights + time.kv, time.compute
+
+        self._weights, _ = sides(0, 0, 0, 0)
+        self._kv = sides(0, 1, 0, 0)[0] - self._weights
+        _, self._token = sides(1, 0, 0, 0)
+        _, self._pair = sides(0, 0, 1, 0)
+        _, self._logit = sides(0, 0, 0, 1)
+        self._overhead = constants.step_overhead
+        self._gpu, self._constants = gpu, constants
+        self._bandwidth = gpu.bandwidth * constants.bandwidth_share
+        self._arrays = 2 * model.num_layers  # K and V of each layer are separate arrays
+        self._kv_bytes = model.kv_bytes_per_token
+
+    def step(self, num_tokens: int, kv_tokens_read: int, pairs: int, num_logits: int) -> float:
+        """Seconds of a step; the arguments are those of step_time."""
+        read = self._weights + self._kv * kv_tokens_read
+        compute = self._token * num_tokens + self._pair * pairs + self._logit * num_logits
+        return (read if read > compute else compute) + self._overhead
+
+    def decode(self, num_seqs: int, kv_tokens_read: int) -> float:
+        """Seconds of a step in which each of the sequences computes one token."""
+        return self.step(num_seqs, kv_tokens_read, kv_tokens_read, num_seqs)
+
+    def transfers(self, transfers: Iterable[Transfer], row_tokens: int) -> tuple[float, int, int]:
+        """(seconds, bytes moved on the device, bytes over the link) of transfers whose rows are `row_tokens` tokens.
+
+        A transfer is one copy in each array. Bytes that move on the device are read and written. The step waits for
+        its transfers: none is hidden behind other work.
+        """
+        seconds, on_device, over_link = 0.0, 0, 0
+        for transfer in transfers:
+            num_bytes = transfer.count * row_tokens * self._kv_bytes
+            if transfer.kind in ("copy", "move"):
+                on_device += num_bytes
+                seconds += 2 * num_bytes / self._bandwidth
+            else:
+                over_link += num_bytes
+                seconds += transfer_seconds(self._gpu, num_bytes, self._arrays, self._constants)
+        return seconds, on_device, over_link
 
 
 def swap_seconds(

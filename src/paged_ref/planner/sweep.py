@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from .metrics import Outcome
 from .setup import Setup
 from .simulate import Simulation
-from .traces import Trace, at_rate
+from .traces import RequestTrace, at_rate
 
 AT_ONCE = float("inf")
 FIXED = (0.3, 0.6)  # of the rate that a setup sustains when all come at once: the flat part of the curve
@@ -45,7 +45,7 @@ class Curve:
     rate: float  # the highest measured at which the bound held; 0 if it held at none
 
 
-Run = Callable[[Setup, Trace, float], Outcome]
+Run = Callable[[Setup, RequestTrace, float], Outcome]
 T = TypeVar("T")
 
 
@@ -55,12 +55,12 @@ class Call(Protocol):
     def __call__(self, function: Callable[..., T], *arguments: Any) -> T: ...
 
 
-def run_once(setup: Setup, trace: Trace, rate: float) -> Outcome:
+def run_once(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
     """The trace at this rate."""
     return Simulation(setup, at_rate(trace, rate)).run()
 
 
-def curve_of(setup: Setup, trace: Trace, bound: float, run: Run = run_once) -> Curve:
+def curve_of(setup: Setup, trace: RequestTrace, bound: float, run: Run = run_once) -> Curve:
     """Find the highest rate at which the mean normalised latency stays within `bound`."""
     at_once = run(setup, trace, AT_ONCE)
     most = at_once.requests_per_second
@@ -125,7 +125,7 @@ def _leave_interrupts() -> None:
 
 def curves_of(
     setups: Sequence[Setup],
-    trace: Trace,
+    trace: RequestTrace,
     bound: float,
     *,
     num_jobs: int | None = None,
@@ -134,7 +134,7 @@ def curves_of(
     """A curve for each setup, in order. `on_run` is called with the setup's label after each of its runs."""
     with ThreadPoolExecutor(len(setups) if num_jobs != 1 else 1) as threads, on_cores(num_jobs) as call:
 
-        def counted(setup: Setup, trace: Trace, rate: float) -> Outcome:
+        def counted(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
             outcome = call(run_once, setup, trace, rate)
             if on_run:
                 on_run(setup.label)

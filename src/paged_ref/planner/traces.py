@@ -23,7 +23,7 @@ class TraceRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class RequestTrace:
     """Requests in order of arrival. `timed`: the arrival times mean something."""
 
     name: str
@@ -50,7 +50,7 @@ class Trace:
 # --- what is done to a trace ---------------------------------------------------------------------------
 
 
-def first(trace: Trace, count: int) -> Trace:
+def first(trace: RequestTrace, count: int) -> RequestTrace:
     """The first `count` requests."""
     if count < 1:
         raise ValueError(f"requests is {count}; at least 1 is needed")
@@ -60,7 +60,7 @@ def first(trace: Trace, count: int) -> Trace:
     return replace(trace, requests=trace.requests[:count], notes=(*trace.notes, note))
 
 
-def at_rate(trace: Trace, rate: float, seed: int = 0) -> Trace:
+def at_rate(trace: RequestTrace, rate: float, seed: int = 0) -> RequestTrace:
     """The same requests, `rate` of them per second: a timed trace faster or slower, else Poisson arrivals.
 
     An infinite rate lets all come at once.
@@ -83,7 +83,7 @@ def at_rate(trace: Trace, rate: float, seed: int = 0) -> Trace:
     return replace(trace, requests=requests, timed=True, notes=(*trace.notes, note))
 
 
-def scaled(trace: Trace, factor: float) -> Trace:
+def scaled(trace: RequestTrace, factor: float) -> RequestTrace:
     """All lengths times `factor`, rounded, at least 1. What the prompts begin with is kept if its blocks stay whole."""
     if not 0 < factor < inf:
         raise ValueError(f"scale is {factor}; a number above 0 is needed")
@@ -99,7 +99,7 @@ def scaled(trace: Trace, factor: float) -> Trace:
     return replace(trace, requests=tuple(requests), notes=(*trace.notes, note), hash_block=hash_block)
 
 
-def clipped(trace: Trace, longest: int) -> Trace:
+def clipped(trace: RequestTrace, longest: int) -> RequestTrace:
     """Prompt and output together at most `longest` tokens: a long output is cut, then a long prompt."""
     if longest < 2:
         raise ValueError(f"the longest request has {longest} tokens; at least 2 are needed")
@@ -118,7 +118,7 @@ def clipped(trace: Trace, longest: int) -> Trace:
     return replace(trace, requests=tuple(requests), notes=(*trace.notes, note))
 
 
-def with_prefix(trace: Trace, length: int) -> Trace:
+def with_prefix(trace: RequestTrace, length: int) -> RequestTrace:
     """`length` more tokens before each prompt, the same for all. What the prompts are is known no further."""
     if length < 1:
         raise ValueError(f"the shared prefix has {length} tokens; at least 1 is needed")
@@ -136,7 +136,7 @@ def with_prefix(trace: Trace, length: int) -> Trace:
 MEANS = {"sharegpt": (161.31, 337.99), "alpaca": (19.31, 58.45)}
 
 
-def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> Trace:
+def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> RequestTrace:
     """`count` requests with the published means of "sharegpt" or "alpaca", no times.
 
     Only the means are published as numbers. Lengths are geometric, which assumes least beyond a mean (of all
@@ -148,14 +148,14 @@ def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> Trac
     return drawn(name, *MEANS[name], count, seed, longest)
 
 
-def drawn(name: str, mean_in: float, mean_out: float, count: int, seed: int = 0, longest: int = 2048) -> Trace:
+def drawn(name: str, mean_in: float, mean_out: float, count: int, seed: int = 0, longest: int = 2048) -> RequestTrace:
     """The same with any means of at least 1 token."""
     if count < 1:
         raise ValueError(f"requests is {count}; at least 1 is needed")
     rng = random.Random(seed)
     requests = tuple(TraceRequest(0.0, _geometric(rng, mean_in), _geometric(rng, mean_out)) for _ in range(count))
     note = f"drawn: geometric lengths of mean {mean_in} in, {mean_out} out, seed {seed}"
-    return clipped(Trace(name, requests, timed=False, notes=(note,)), longest)
+    return clipped(RequestTrace(name, requests, timed=False, notes=(note,)), longest)
 
 
 def _geometric(rng: random.Random, mean_length: float) -> int:
