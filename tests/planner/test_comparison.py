@@ -8,7 +8,6 @@ import pytest
 from conftest import SHARED
 
 from paged_ref.planner.comparison import check, longest_request, row_of, setups, small
-from paged_ref.planner.complexity import FILES, code_lines, lines_of
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.metrics import Outcome
 from paged_ref.planner.models import model_named
@@ -143,12 +142,3 @@ def test_the_embedded_model_runs_as_simulated() -> None:
     checked = check(rows, trace, seen.append)
     assert seen == [row.label for row in rows]
     assert all(each.same and each.steps and each.simulated == each.ran for each in checked)
-
-
-def test_lines_of_code_are_counted_without_prose() -> None:
-    assert code_lines("core/attention/addressing.py") == 5  # two imports, a def, and paging in two lines
-    for technique, (manager, kernel) in FILES.items():
-        assert lines_of(technique) == (sum(map(code_lines, manager)), sum(map(code_lines, kernel)))
-    assert (
-        sum(lines_of("standard")) < sum(lines_of("swapping")) < sum(lines_of("paged")) < sum(lines_of("prefix cache"))
-    )

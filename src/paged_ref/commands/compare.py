@@ -1,9 +1,11 @@
-"""`paged-ref compare`: what would paging buy us? The article's table, measured on real or drawn requests."""
+"""`paged-ref compare`: the article's table of managers, measured on real or drawn requests."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..bench import kernels as bench_kernels
 from ..bench import memory as bench_memory
+from ..extras.managers import ManagerName
 from ..planner.comparison import Checked, ComparisonRow, check, row_of, setups, small
 from ..planner.hardware import gpu_named
 from ..planner.models import model_named
 from ..planner.roofline import explain
 from ..planner.setup import Setup
+from ..planner.source_lines import lines_of
 from ..planner.sweep import RUNS_OF_A_CURVE, checked_jobs, curves_of
 from ..planner.trace_files import read_trace
 from ..planner.traces import MEANS, RequestTrace, first, generated, scaled
@@ -26,9 +30,10 @@ from .compare_plots import picture
 from .compare_report import MeasuredCost, print_checked, print_report, print_setting
 from .recording import record_to
 
-NARROWEST = 78  # columns: a narrower terminal wraps, and no number is cut
+NARROWEST = 78  # columns: a narrower terminal wraps the lines, so that no number is cut
 BOUND = 0.2  # seconds per token: a person reads four words a second, about five tokens
 REQUESTS = 1000
+TECHNIQUES: tuple[ManagerName, ...] = ("standard", "swapping", "paged")  # in the order of the article
 BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 31
 KERNEL = bench_kernels.Shape("decode", 4, 1, 1024, 32, 8, 128)
 
@@ -65,7 +70,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    for name in ("json", "svg"):  # found out now, not after a minute
+    _refuse(args)
+    trace, base = trace_of(args), setup_of(args)
+    rows = setups(base, args.block_sizes)
+    for row in rows:
+        row.make_scheduler(row.make_manager())  # refuses an impossible setup before anything runs
+    console = Console(highlight=False, width=max(Console().width, NARROWEST))
+    print_setting(console, base, trace, args.latency)
+    found, cost, checked = _measure(args, rows, trace)
+    print_report(console, found, cost)
+    if args.run:
+        print_checked(console, small(trace), checked)
+    if args.json:
+        numbers = as_json(base, trace, args.latency, found, cost, checked)
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    if args.svg:
+        write_svg(args.svg, picture(found))
+    return 0 if all(each.same for each in checked) else 1
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that could only fail after a minute."""
+    for name in ("json", "svg"):
         path = getattr(args, name)
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--{name} {path} cannot be written: there is no directory {path.parent}")
@@ -73,14 +99,13 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--record {args.record} writes runs of the embedded model; --run makes them")
     if not 0 < args.latency < float("inf"):
         raise ValueError(f"--latency is {args.latency}; a number of seconds above 0 is needed")
-    trace = trace_of(args)
-    base = setup_of(args)
-    rows = setups(base, args.block_sizes)
-    for row in rows:
-        row.make_scheduler(row.make_manager())  # what cannot be is refused before anything runs
     checked_jobs(args.jobs)
-    console = Console(highlight=False, width=max(Console().width, NARROWEST))
-    print_setting(console, base, trace, args.latency)
+
+
+def _measure(
+    args: argparse.Namespace, rows: list[Setup], trace: RequestTrace
+) -> tuple[list[ComparisonRow], MeasuredCost, list[Checked]]:
+    """The rows, simulated; the cost, timed; and with --run the embedded model on the first requests, shortened."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     checked: list[Checked] = []
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
@@ -92,19 +117,10 @@ def main(args: argparse.Namespace) -> int:
         progress.update(task, completed=len(rows) * RUNS_OF_A_CURVE)
         found = [row_of(curve, trace) for curve in curves]
         if args.run:
-            short = small(trace)
             task = progress.add_task("running the embedded model", total=len(rows))
             log: Log | None = None if file is None else lambda event: write_events([event], file)
-            checked = check(rows, short, on_run=lambda _: progress.advance(task), log=log)
-    print_report(console, found, cost)
-    if args.run:
-        print_checked(console, short, checked)
-    if args.json:
-        numbers = as_json(base, trace, args.latency, found, cost, checked)
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    if args.svg:
-        write_svg(args.svg, picture(found))
-    return 0 if all(each.same for each in checked) else 1
+            checked = check(rows, small(trace), on_run=lambda _: progress.advance(task), log=log)
+    return found, cost, checked
 
 
 def trace_of(args: argparse.Namespace) -> RequestTrace:
@@ -120,7 +136,7 @@ def trace_of(args: argparse.Namespace) -> RequestTrace:
 
 
 def setup_of(args: argparse.Namespace) -> Setup:
-    """What all rows have in common. Raises ValueError."""
+    """The part that all rows have in common. Raises ValueError."""
     model, gpu = model_named(args.model), gpu_named(args.gpu)
     for name in ("kv_tokens", "max_model_len"):
         value = getattr(args, name)
@@ -137,8 +153,8 @@ def setup_of(args: argparse.Namespace) -> Setup:
     )  # fmt: skip
 
 
-def _cost(done: Any) -> MeasuredCost:
-    """What bookkeeping and the paged kernel take here: real code, timed on this machine."""
+def _cost(done: Callable[[], object]) -> MeasuredCost:
+    """What bookkeeping and the paged kernel take on this machine: real code, timed now."""
     steps = {each.name: each.measured for each in bench_memory.scheduling(BENCH_SEQUENCES, BENCH_STEPS)}
     done()
     batch = bench_kernels.Batch.of(KERNEL)
@@ -152,7 +168,7 @@ def _cost(done: Any) -> MeasuredCost:
     done()
     return MeasuredCost(
         num_seqs=BENCH_SEQUENCES,
-        micros={name: steps[f"scheduling step, {name}"] for name in ("standard", "swapping", "paged")},
+        micros={name: steps[f"scheduling step, {name}"] for name in TECHNIQUES},
         kernel_ratio=seconds[bench_kernels.PAGED] / seconds[bench_kernels.CONTIGUOUS],
     )
 
@@ -175,7 +191,7 @@ def as_json(
         "notes": trace.notes,
         "latency_bound": bound,
         "rows": [row.to_json() for row in rows],
-        "cost": cost.to_json(),
+        "cost": {**asdict(cost), "lines": {name: lines_of(replace(base, manager=name)) for name in TECHNIQUES}},
         "run": [
             {"label": each.label, "steps": each.steps, "same": each.same, "tokens_of_used": each.ran.occupancy}
             for each in checked

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from ..planner.findings import Figure, Finding, RunCache
 from ..planner.paper import FIGURES
 from ..planner.sweep import checked_jobs, on_cores
 from .compare import NARROWEST
+from .report_text import print_heading, print_paragraph
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +75,8 @@ def _figures(keys: list[str], num_jobs: int | None) -> Iterator[Figure]:
 
 def show(console: Console, figure: Figure) -> None:
     name = f"Fig. {figure.key}" if figure.key[0].isdigit() else "§6.4"
-    console.print()
-    console.rule(f"[bold]{name}: {figure.title}[/bold]", align="left", characters="─")
-    console.print(Padding(figure.setting, (0, 0, 0, 1)))
+    print_heading(console, f"{name}: {figure.title}")
+    print_paragraph(console, figure.setting)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for number, column in enumerate(("", "ours", "paper", "band", "in it")):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -86,7 +85,7 @@ def show(console: Console, figure: Figure) -> None:
         table.add_row(finding.what, _value(finding.ours, finding), _value(finding.paper, finding), _band(finding), met)
     console.print(table)
     for sentence in figure.why:
-        console.print(Padding(f"- {sentence}", (0, 0, 0, 1)))
+        print_paragraph(console, f"- {sentence}")
 
 
 def _value(value: float | str, finding: Finding) -> str:

@@ -60,7 +60,7 @@ def figure_2(runs: RunCache) -> Figure:
     for reserve, outcome in zip(FIG_2, outcomes, strict=False):
         shares = outcome.shares
         parts = zip(
-            ("holds tokens", "reserved", "wasted inside", "wasted between"),
+            ("tokens", "reserved", "internal", "external"),
             (shares.tokens, shares.reserved, shares.internal, shares.external),
             FIG_2[reserve],
             strict=True,
@@ -69,7 +69,7 @@ def figure_2(runs: RunCache) -> Figure:
             Finding(f"Orca {reserve}: {part}", unit="%", **within(100 * ours, paper, POINTS))
             for part, ours, paper in parts
         ]
-    findings.append(Finding("paged 16: holds tokens", 100 * outcomes[-1].shares.occupancy, 96.3, "%", 95.0, 100.0))
+    findings.append(Finding("paged 16: occupancy", 100 * outcomes[-1].shares.occupancy, 96.3, "%", 95.0, 100.0))
     return Figure(
         "2", "where the K/V memory is", findings,
         f"OPT-13B on an A100 40GB, {NUM_REQUESTS[SHAREGPT]} requests with ShareGPT's means, more than can run; the "
