@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 from rich.console import Console
 
 from ..core import device
-from ..planner.assess import Assessment, Request, assess
+from ..planner.assess import Assessment, assess
 from ..planner.hardware import DEFAULT_GPU, gpu_named, several
 from ..planner.models import DEFAULT_MODEL, ModelSpec, model_named
 from ..planner.settings import servers
 from ..planner.trace_files import read_trace
-from ..planner.traces import MEANS, generated
+from ..planner.traces import MEANS, TraceRequest, generated
 from .assess_report import print_known, print_report
 
 DEFAULT_CONTEXT = 2048
@@ -76,8 +77,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[list[Request], str]:
-    """The requests to weigh, and where they come from in words. Raises ValueError with the option."""
+def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[Sequence[TraceRequest], str]:
+    """The requests, and a phrase that says where they come from. Raises ValueError with the option."""
     if args.trace is not None:
         for name in ("context", "prompt"):
             if getattr(args, name) is not None:
@@ -91,15 +92,14 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[list[Request]
     prompt = context // 2 if args.prompt is None else args.prompt
     if not 1 <= prompt < context:
         raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} can be had")
-    return [
-        Request(prompt, context - prompt)
-    ], f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"
+    source = f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"
+    return [TraceRequest(0.0, prompt, context - prompt)], source
 
 
-def _from_trace(name: str) -> tuple[list[Request], str]:
+def _from_trace(name: str) -> tuple[Sequence[TraceRequest], str]:
     trace = generated(name, DRAWN) if name in MEANS else read_trace(name)
     words = "; ".join([trace.describe(), *trace.notes])
-    return [Request(each.prompt_len, each.output_len) for each in trace.requests], words
+    return trace.requests, words
 
 
 # --- JSON --------------------------------------------------------------------------------------------------
