@@ -195,7 +195,7 @@ def test_the_settings_follow_gpus_bits_and_swapping() -> None:
     words = " ".join(server.command for server in servers(swapping))
     for option in ("--tensor-parallel-size 4", "--tp-size 4", "--kv-cache-dtype fp8", "dtype='fp8'", "host_cache_size"):
         assert option in words
-    assert "the 8 bits assumed here cannot be had" in " ".join(servers(swapping)[3].supports)
+    assert "the 8 bits assumed here are not available" in " ".join(servers(swapping)[3].supports)
     slow = assess(replace(gpu, link=1e8), model, SHAREGPT)
     words = " ".join(server.command for server in servers(slow))
     assert "offload" not in words

@@ -1,4 +1,4 @@
-"""The simulation counts what an engine counts, and skipping quiet steps changes nothing."""
+"""The simulation counts what an engine counts, and fast forward changes nothing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_these_ways_exercise_the_scheduler() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sample_every", [1, 7])
-def test_skipping_quiet_steps_changes_nothing(way: str, sample_every: int) -> None:
+def test_fast_forward_changes_nothing(way: str, sample_every: int) -> None:
     """The outcome to the last digit, and on the way the manager's whole state, block by block."""
     setup = replace(TINY, **WAYS[way])
     states: dict[bool, list[Any]] = {}

@@ -185,7 +185,7 @@ def test_a_timed_trace_keeps_its_bursts_at_another_rate(tmp_path: Path) -> None:
     assert "1.33 per second" in faster.describe()
     together = at_rate(trace, float("inf"))
     assert [each.arrival for each in together.requests] == [0.0, 0.0]
-    assert "all at once" in together.describe()
+    assert "all at the same time" in together.describe()
     assert "no times" in generated("alpaca", 3).describe()
 
 

@@ -41,11 +41,13 @@ class SimulationTiming:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trace", default="sharegpt", metavar="FILE", help="as of compare (default sharegpt)")
+    parser.add_argument(
+        "--trace", default="sharegpt", metavar="FILE", help="a trace as compare takes it (default sharegpt)"
+    )
     parser.add_argument("--requests", type=int, default=0, metavar="N", help="the first N (default: all, or 2000)")
     parser.add_argument("--model", default="OPT-13B", metavar="NAME", help="default OPT-13B")
     parser.add_argument("--gpu", default="A100-40GB", metavar="NAME", help="default A100-40GB")
-    parser.add_argument("--plain", action="store_true", help="also step by step, without skipping quiet steps")
+    parser.add_argument("--plain", action="store_true", help="also step by step, without fast forward")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
 
 

@@ -1,4 +1,4 @@
-"""`paged-ref assess`: would paging help this model on this GPU, how much, and with which settings?"""
+"""`paged-ref assess`: does paging help a model on a GPU, how much, and with which settings?"""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
         metavar="NAME",
-        help=f"a name (see --list), or auto: the one here (default: auto, without a GPU {DEFAULT_GPU})",
+        help=f"a name (see --list), or auto: that of this machine (default: auto, without a GPU {DEFAULT_GPU})",
     )
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="that share each layer (default 1)")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs that share each layer (default 1)")
     parser.add_argument("--weight-bits", type=int, choices=(4, 8, 16, 32), help="of the weights (default 16)")
     parser.add_argument("--kv-bits", type=int, choices=(8, 16, 32), help="of K and V (default 16)")
     lengths = parser.add_argument_group("lengths, in tokens")
     lengths.add_argument(
         "--context", type=int, metavar="N", help=f"of a sequence at its end (default {DEFAULT_CONTEXT}, or the model's)"
     )
-    lengths.add_argument("--prompt", type=int, metavar="N", help="of these, its prompt (default: half)")
-    lengths.add_argument("--max-model-len", type=int, metavar="N", help="longest to let in (default: the model's)")
+    lengths.add_argument("--prompt", type=int, metavar="N", help="tokens of the prompt among these (default: half)")
+    lengths.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longest that is accepted (default: the model's)"
+    )
     lengths.add_argument(
         "--trace",
         metavar="FILE",
@@ -88,10 +90,10 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[Sequence[Trac
     context = min(DEFAULT_CONTEXT, most) if args.context is None else args.context
     if not 2 <= context <= most:
         limit = f"{model.name}'s context" if most == model.max_context else "--max-model-len"
-        raise ValueError(f"--context is {context}; 2 to {limit} of {most} can be had")
+        raise ValueError(f"--context is {context}; 2 to {limit} of {most} is allowed")
     prompt = context // 2 if args.prompt is None else args.prompt
     if not 1 <= prompt < context:
-        raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} can be had")
+        raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} is allowed")
     source = f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"
     return [TraceRequest(0.0, prompt, context - prompt)], source
 
@@ -106,7 +108,7 @@ def _from_trace(name: str) -> tuple[Sequence[TraceRequest], str]:
 
 
 def as_json(found: Assessment, source: str) -> dict[str, Any]:
-    """Every number of the assessment, and what follows from them. Infinite gains are null."""
+    """Every number of the assessment, and what follows from the numbers. Infinite gains are null."""
     numbers = asdict(found)
     for plan, given in zip(found.plans, numbers["plans"], strict=True):
         given["step"] = plan.step._asdict() | {"seconds": plan.step.seconds, "bound": plan.step.bound}

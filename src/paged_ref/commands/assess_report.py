@@ -1,4 +1,4 @@
-"""An assessment in words and tables, for `paged-ref assess`."""
+"""What `paged-ref assess` prints: an assessment in words and tables."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..views.common.canvas import count, size_of
 from .report_text import print_heading, print_paragraph
 
 _WHY = {
-    "capacity": "Weights are read, and a step begins, once for all sequences of a batch: more of them at once make "
-    "each cheaper. What they lack is memory. Paging gives it, and beyond it K and V in 8 bits, or a larger GPU.",
-    "bandwidth": "Each sequence adds its own K and V to every step. Room for more of them, which is what paging gives, "
-    "adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
+    "capacity": "The weights are read, and a step begins, once for all sequences of a batch: more sequences make each "
+    "one cheaper. What is missing is memory. Paging gives it; K and V in 8 bits or a larger GPU give more.",
+    "bandwidth": "Each sequence adds the reading of its K and V to every step. Room for more sequences, which is what "
+    "paging gives, adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
     "compute": "Prompts keep the arithmetic busy. Room for more sequences, which is what paging gives, adds little; "
-    "not computing what many prompts begin with (the prefix cache) or more arithmetic helps more.",
+    "a prefix cache for a common beginning of the prompts, or a GPU with more arithmetic, helps more.",
 }
 
 MODEL_COLUMNS = ("params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes")
@@ -34,7 +34,7 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
     gpu, model = found.gpu, found.model
     console.print(f"[bold]{model.name}[/bold] on [bold]{gpu.name}[/bold]: {source}.")
     print_paragraph(
-        console, f"The longest that may come has {found.max_model_len:,}; `standard max` reserves this for each."
+        console, f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
     )
     if found.num_refused:
         print_paragraph(console, f"Left out: {count(found.num_refused, 'longer request')}.")
@@ -51,8 +51,8 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
             console, f"{model.num_windowed_layers} layers see only a window; their K and V are counted in full."
         )
     if gpu.count > 1:
-        print_paragraph(console, "What the GPUs say to each other is not counted: the times are too good by that.")
-    print_heading(console, "How many sequences at once, and how fast")
+        print_paragraph(console, "The traffic between the GPUs is not counted: the times are too short by it.")
+    print_heading(console, "How many sequences fit, and how fast")
     console.print(_plans(found, console.width))
     print_paragraph(console, _gain(found))
     print_heading(console, f"The bottleneck: {found.bottleneck}")
@@ -80,7 +80,7 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
 def _plans(found: Assessment, width: int) -> Table:
     """Numbers are never cut: in a narrow window the columns stand closer, and only a name may wrap."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1) if width >= 80 else 0)
-    for column in ("", "slots", "in\nuse", "at\nonce", "step,\nms", "tokens\n/s", "req\n/s"):
+    for column in ("", "slots", "in\nuse", "fit", "step,\nms", "tokens\n/s", "req\n/s"):
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for plan in found.plans:
         timed = (f"{1000 * plan.step.seconds:.1f}", f"{plan.tokens_per_second:,.0f}")
@@ -101,7 +101,7 @@ def _gain(found: Assessment) -> str:
 
 
 def _roofline(found: Assessment) -> str:
-    """The two sides of a step with paged memory, and which of them counts."""
+    """The two sides of a step with paged memory, and which side counts."""
     plan, step = found.paged, found.paged.step
     weights, kv, compute, overhead = (f"{1000 * seconds:.1f} ms" for seconds in step)
     reads = step.weights + step.kv >= step.compute

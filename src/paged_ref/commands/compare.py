@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--requests", type=int, default=REQUESTS, metavar="N", help=f"the first N (default {REQUESTS}; 0: all)"
     )
     trace.add_argument("--scale", type=float, default=1.0, metavar="X", help="all lengths times X")
-    trace.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
+    trace.add_argument("--seed", type=int, default=0, metavar="N", help="of drawn lengths and times (default 0)")
     server = parser.add_argument_group("server")
     server.add_argument("--model", default="OPT-13B", metavar="NAME", help="name or directory (default OPT-13B)")
     server.add_argument("--gpu", default="A100-40GB", metavar="NAME", help="or auto (default A100-40GB)")
@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--max-model-len", type=int, metavar="N", help="longest request (default: model's context)")
     server.add_argument("--block-sizes", type=int, nargs="+", default=[8, 16, 128], metavar="N", help="8 16 128")
     server.add_argument("--max-batch-tokens", type=int, default=2048, metavar="N", help="in a step (default 2048)")
-    server.add_argument("--max-batch-seqs", type=int, default=256, metavar="N", help="at once (default 256)")
+    server.add_argument(
+        "--max-batch-seqs", type=int, default=256, metavar="N", help="running at the same time (default 256)"
+    )
     parser.add_argument(
         "--latency", type=float, default=BOUND, metavar="S",
         help=f"bound on the mean latency per output token, in seconds (default {BOUND})",

@@ -1,4 +1,4 @@
-"""`paged-ref paper`: the figures of the PagedAttention paper, measured here and held against its numbers."""
+"""`paged-ref paper`: the figures of the PagedAttention paper, measured here, beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _figures(keys: list[str], num_jobs: int | None) -> Iterator[Figure]:
-    """Each as soon as it and those before it are done."""
+    """Each figure as soon as it and the figures before it are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} runs"), TimeElapsedColumn())
     with (
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,

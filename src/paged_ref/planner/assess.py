@@ -117,7 +117,7 @@ def assess(
     longest_allowed = model.max_context if max_model_len is None else max_model_len
     if not 2 <= longest_allowed <= model.max_context:
         raise ValueError(
-            f"max_model_len is {longest_allowed}; 2 to the {model.max_context} of {model.name}'s context can be had"
+            f"max_model_len is {longest_allowed}; 2 to the {model.max_context} of {model.name}'s context is allowed"
         )
     for request in requests:
         if request.prompt_len < 1 or request.output_len < 1:

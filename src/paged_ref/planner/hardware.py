@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class GPU:
-    """One GPU, or several that work as one. The rates are peaks: roofline.py says what share is reached."""
+    """One GPU, or several that work as one. The rates are peaks; roofline.Constants has the shares that are reached."""
 
     name: str
     memory_bytes: int
@@ -39,7 +39,7 @@ DEFAULT_GPU = "A100-80GB"
 def gpu_named(name: str) -> GPU:
     """A known GPU, or with "auto" the one in this machine. Case, spaces and hyphens do not matter.
 
-    Raises ValueError that lists the known ones, or says why none was found.
+    Raises ValueError that lists the known names, or says why no GPU was found.
     """
     if name.strip().casefold() == "auto":
         return present_gpu()

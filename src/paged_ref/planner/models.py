@@ -28,8 +28,8 @@ class ModelSpec:
     vocab_size: int
     max_context: int  # tokens, prompt and output together
     num_parameters: int = 0
-    num_looked_up: int = 0  # of these, rows of tables that no matrix is multiplied with: one row is read for a token
-    num_windowed_layers: int = 0  # layers that see only a window; their K and V are counted in full all the same
+    num_looked_up: int = 0  # of these, in tables of which a step reads one row for each token, and multiplies none
+    num_windowed_layers: int = 0  # layers that see only a window; their K and V are counted in full nevertheless
     weight_bits: int = 16
     kv_bits: int = 16
 
@@ -49,7 +49,7 @@ class ModelSpec:
 
     @property
     def kv_arithmetic(self) -> str:
-        """The same as a sum that can be checked by hand."""
+        """kv_bytes_per_token as a product that can be checked by hand."""
         return (
             f"2 (K and V) x {self.num_layers} layers x {self.num_kv_heads} KV heads x {self.head_size} x "
             f"{self.kv_bits // 8} {'byte' if self.kv_bits == 8 else 'bytes'} = {self.kv_bytes_per_token:,} bytes"
@@ -109,7 +109,7 @@ DEFAULT_MODEL = "Llama-3-8B"
 def model_named(name: str | Path) -> ModelSpec:
     """A known model ("tiny" is the embedded one, in float32), or a Hugging Face directory's config.json.
 
-    Raises ValueError that lists the known ones, or says what is wrong with the directory's config.
+    Raises ValueError that lists the known names, or says what is wrong with the directory's config.
     """
     text = str(name)
     if text.casefold() == "tiny":

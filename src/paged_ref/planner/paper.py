@@ -1,12 +1,12 @@
-"""The paper's figures (Kwon et al. 2023) and what comes out here: ours, the paper's, a band, and why.
+"""The paper's figures (Kwon et al. 2023), measured here: our number, the paper's, a band, and the reason.
 
-What the paper publishes are numbers; its requests, its kernels and its engine are not here. So each figure has a
-band, chosen from what is not known, and a value outside it is shown as such.
+The paper publishes numbers, but not its requests, kernels and engine. So each figure has a band as wide as the
+uncertainty that follows, and a value outside of the band is shown as such.
 
-* Shares and counts of memory depend on lengths alone, of which only the means are published. With the same means
+* Shares and counts of memory depend on the lengths alone, of which only the means are published. With the same means
   and other shapes (gamma, coefficient of variation 0.7 to 1.4) some shares move by 8 points and some counts by a
-  fifth, or a little more: tests/workload/test_paper.py draws them.
-* Times depend on what kernels and engine reach, which nobody publishes: a factor of 1.5.
+  fifth, or a little more: tests/planner/test_paper.py draws such lengths.
+* Times depend on what the kernels and the engine reach, which is not published: a factor of 1.5.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def figure_2(runs: RunCache) -> Figure:
     return Figure(
         "2", "where the K/V memory is", findings,
         f"OPT-13B on an A100 40GB, {NUM_REQUESTS[SHAREGPT]} requests with ShareGPT's means, more than can run; the "
-        "mean over the time in which somebody waits. Of paged memory, the share of the blocks in use.",
+        "mean over the time in which a request waits. Occupancy: of the used blocks, the share that holds tokens.",
         [f"Band: {POINTS:g} points, as far as other lengths with the same means move a share; paged: 95 % or more.",
-         "Orca places its regions with a buddy allocator, as the paper assumes; what it rounds up is wasted between. "
-         "First fit in its place wastes half of that (paged-ref compare shows both)."],
+         "Orca places its regions with a buddy allocator, as the paper assumes; what it rounds up is external. First "
+         "fit wastes half of that (paged-ref compare shows both)."],
     )  # fmt: skip
 
 
@@ -98,25 +98,25 @@ def figure_13(runs: RunCache) -> Figure:
     (slow,) = runs.all(run_once, [(PAGED, requests(ALPACA), 30.0)])
     findings.append(Finding("alpaca at 30 per second, paged", slow.running_mean, 132.44, ""))
     return Figure(
-        "13", "requests that run at once", findings,
+        "13", "requests that run at the same time", findings,
         f"As Fig. 2, and with Alpaca's means ({NUM_REQUESTS[ALPACA]} requests): more requests than can run.",
-        [f"Band: {COUNT:.0%}, as far as other lengths with the same means move a count; of max 0.05, since its count "
-         "is that of regions of 2048.",
-         "Paged on Alpaca: at the paper's 30 requests per second memory is not short, so its 132 are what arrives "
-         "times how long it stays. Ours stay shorter, since steps take a datasheet's time; what memory can hold is "
-         "more than 132, which is the band."],
+        [f"Band: {COUNT:.0%}, as far as other lengths with the same means move a count; for max 0.05, since there the "
+         "count is that of regions of 2048.",
+         "Paged on Alpaca: at the paper's 30 requests per second memory is not short, so the paper's 132 are the rate "
+         "times the seconds that a request runs. Here requests run for less time, since steps take a datasheet's time; "
+         "memory can hold more than 132, which is the band."],
     )  # fmt: skip
 
 
 FIG_15_SAMPLES = {ALPACA: {2: 6.09, 4: 8.53, 6: 9.79}, SHAREGPT: {2: 16.2, 6: 30.5}}
 FIG_15_BEAMS = {ALPACA: {2: 37.56, 4: 53.13, 6: 55.16}, SHAREGPT: {2: 44.3, 6: 66.3}}
-FEW = {ALPACA: 12, SHAREGPT: 4}  # requests of a beam search: the embedded model computes every token
+NUM_SEARCHED = {ALPACA: 12, SHAREGPT: 4}  # requests with beams: the embedded model computes every token
 
 
 def figure_15(runs: RunCache) -> Figure:
     samples = [(name, n, paper) for name, values in FIG_15_SAMPLES.items() for n, paper in values.items()]
     beams = [(name, n, paper) for name, values in FIG_15_BEAMS.items() for n, paper in values.items()]
-    searched = runs.all(beams_saving, [(first(requests(name), FEW[name]), width) for name, width, _ in beams])
+    searched = runs.all(beams_saving, [(first(requests(name), NUM_SEARCHED[name]), width) for name, width, _ in beams])
     drawn_ = runs.all(samples_saving, [(first(requests(name), 400), n) for name, n, _ in samples])
     findings = [
         Finding(f"{name}, {n} samples", unit="%", **within(100 * ours, paper, SAMPLES_POINTS))
@@ -128,19 +128,19 @@ def figure_15(runs: RunCache) -> Figure:
     ]
     return Figure(
         "15", "blocks saved by sharing", findings,
-        f"Blocks of 16; 400 requests with samples; beams of the embedded model on {FEW[ALPACA]} requests with Alpaca's "
-        f"means and {FEW[SHAREGPT]} with ShareGPT's. Blocks saved, of those that separate copies need.",
+        f"Blocks of 16; 400 requests with samples; beams of the embedded model on {NUM_SEARCHED[ALPACA]} requests with "
+        f"Alpaca's means and {NUM_SEARCHED[SHAREGPT]} with ShareGPT's. Blocks saved, of those that separate copies need.",
         [f"Band of samples: {SAMPLES_POINTS:g} points. Only whole blocks of the prompt stay shared, and how many "
-         "prompts of mean 19 have one depends on the lengths' shape: Alpaca's are less spread than ours.",
-         f"Band of beams: {BEAMS_POINTS:g} points. How long beams go together is up to the model: ours is tiny, its "
-         "prompts are random, and few requests were searched."],
+         "prompts of mean 19 have one depends on the shape of the lengths: Alpaca's are less spread than ours.",
+         f"Band of beams: {BEAMS_POINTS:g} points. How long beams stay together depends on the model: ours is tiny, "
+         "the prompts are random, and few requests were searched."],
     )  # fmt: skip
 
 
 # --- time ----------------------------------------------------------------------------------------------
 
-LOAD = 0.9  # of the rate that blocks of 16 sustain when all come at once
-GOOD, WORSE = 1.5, 2.0  # times the latency of blocks of 16: still good, and much worse
+LOAD = 0.9  # share of the rate that blocks of 16 sustain when all requests arrive at the same time
+GOOD, WORSE = 1.5, 2.0  # latency against that of blocks of 16: still good, and much worse
 
 
 def _at_load(runs: RunCache, name: str, setups: list[Setup], load: float = LOAD) -> list[Outcome]:
@@ -166,12 +166,12 @@ def figure_18b(runs: RunCache) -> Figure:
         "18b", "latency by block size", findings,
         f"Paged, at {LOAD:g} of the rate that blocks of 16 sustain; normalised latency against that of blocks of 16.",
         [f"The paper says good or much worse in words: up to {GOOD:g}x, and from {WORSE:g}x on.",
-         "Blocks of 1: the paper's kernel is slow there. Our clock knows no block size, so ours shows only what memory "
-         "does: the smaller the better. paged-ref bench kernels times the rest.",
-         "ShareGPT, 128: a tenth of the memory is empty in last blocks, and so near to the limit that is felt. The "
-         "paper does not say at which rate it measured.",
-         "Alpaca, 64: a block holds most requests whole, and much of it is empty, so fewer fit; but at this rate, "
-         "on a datasheet's clock, not so few that any waits long."],
+         "Blocks of 1: the paper's kernel is slow there. Our clock does not depend on the block size, so only the "
+         "effect on memory shows: the smaller the better. paged-ref bench kernels times the rest.",
+         "ShareGPT, 128: a tenth of the memory is empty in last blocks, which counts so near to the limit. The paper "
+         "does not say at which rate it measured.",
+         "Alpaca, 64: most requests fit into one block, and much of the block is empty, so fewer requests fit; but at "
+         "this rate, on a datasheet's clock, not so few that a request waits long."],
     )  # fmt: skip
 
 
@@ -194,8 +194,8 @@ def figure_19(runs: RunCache) -> Figure:
     findings.append(Finding("lost when recomputed, 1 / 64", lost[0] / lost[-1], "the same", "x", 1 / TIME, TIME))
     return Figure(
         "19", "swap against recompute", findings,
-        "Paged, ShareGPT's means, at the rate that blocks of 16 sustain, so that many are preempted. Normalised "
-        "latency with swap against recompute; the time to swap 256 tokens; tokens that a preemption loses.",
+        "Paged, ShareGPT's means, at the rate that blocks of 16 sustain, so that many requests are preempted. "
+        "Normalised latency with swap against recompute; the time to swap 256 tokens; tokens that a preemption loses.",
         [f"Comparable: within {TIME:g}x. Each block is a copy for K and for V of each layer, as in the paper; a step "
          "waits for its copies."],
     )  # fmt: skip
@@ -221,10 +221,10 @@ def shared_prefix(runs: RunCache) -> Figure:
     return Figure(
         "prefix", "a prefix that all requests share", findings,
         f"Llama-2-13B (the shape of the paper's LLaMA-13B) on an A100 40GB; sentences of mean {WMT[0]} tokens, "
-        f"translations of {WMT[1]}: an assumption. Requests per second, all coming at once.",
-        [f"Band: a factor of {TIME:g}. Beside memory, the cache saves the prefix's arithmetic.",
-         "Why ours gains more is not known. The lengths are an assumption, and the end of a run, when few are left, "
-         "counts too; ten times the overhead of a step was tried and changes little."],
+        f"translations of {WMT[1]}: an assumption. Requests per second, all arriving at the same time.",
+        [f"Band: a factor of {TIME:g}. Besides memory, the cache saves the prefix's arithmetic.",
+         "Why the gain is larger here is not known. The lengths are an assumption, and the end of a run, when few "
+         "requests are left, counts too; ten times the overhead of a step was tried and changes little."],
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Traces from files: Azure, Mooncake, ShareGPT lengths, and plain columns.
 
-Nothing is skipped: a row that is not as it should be ends the reading, with the number of its line.
+Nothing is skipped: a row that is wrong ends the reading, with the number of its line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Requests: what came on a real day (trace_files.py reads it), or drawn to match published means.
+"""Requests: those of a real day (trace_files.py reads them), or drawn to match published means.
 
-A trace is lengths and times; nobody's text is in it. Whatever is done to one on the way (other arrival times,
-shorter lengths, a part of it) is written into its notes, and every command prints them.
+A trace has lengths and times, and no text. Every change of a trace (other arrival times, shorter lengths, a part of
+it) is written into its notes, and every command prints the notes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class TraceRequest:
     arrival: float
     prompt_len: int
     output_len: int
-    hash_ids: tuple[int, ...] = ()  # what the blocks of the prompt are; leading equal ids: the same beginning
+    hash_ids: tuple[int, ...] = ()  # identify the blocks of the prompt; equal leading ids mean the same beginning
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +29,25 @@ class RequestTrace:
     name: str
     requests: tuple[TraceRequest, ...]
     timed: bool
-    notes: tuple[str, ...] = ()  # what was done to it, a phrase each
+    notes: tuple[str, ...] = ()  # what was changed, a phrase each
     hash_block: int = 512  # tokens that one of the hash_ids stands for
 
     @property
     def rate(self) -> float:
-        """Requests per second; infinite where all come at once."""
+        """Requests per second; infinite where all arrive at the same time."""
         seconds = self.requests[-1].arrival - self.requests[0].arrival
         return (len(self.requests) - 1) / seconds if seconds > 0 else inf
 
     def describe(self) -> str:
-        """One line: how many requests, their lengths, and how they come."""
+        """One line: how many requests, their lengths, and their rate."""
         prompts = mean(request.prompt_len for request in self.requests)
         outputs = mean(request.output_len for request in self.requests)
-        times = "all at once" if self.rate == inf else f"{self.rate:.3g} per second"
+        times = "all at the same time" if self.rate == inf else f"{self.rate:.3g} per second"
         times = times if self.timed else "no times"
         return f"{self.name}: {len(self.requests)} requests, mean {prompts:.1f} tokens in, {outputs:.1f} out, {times}"
 
 
-# --- what is done to a trace ---------------------------------------------------------------------------
+# --- changes of a trace --------------------------------------------------------------------------------
 
 
 def first(trace: RequestTrace, count: int) -> RequestTrace:
@@ -63,12 +63,12 @@ def first(trace: RequestTrace, count: int) -> RequestTrace:
 def at_rate(trace: RequestTrace, rate: float, seed: int = 0) -> RequestTrace:
     """The same requests, `rate` of them per second: a timed trace faster or slower, else Poisson arrivals.
 
-    An infinite rate lets all come at once.
+    With an infinite rate all arrive at the same time.
     """
     if not rate > 0:
         raise ValueError(f"rate is {rate}; a number of requests per second above 0 is needed")
     if rate == inf:
-        times, note = [0.0] * len(trace.requests), "all requests at once"
+        times, note = [0.0] * len(trace.requests), "all requests at the same time"
     elif trace.timed and 0 < trace.rate < inf:
         factor = trace.rate / rate
         times = [factor * request.arrival for request in trace.requests]
@@ -84,7 +84,7 @@ def at_rate(trace: RequestTrace, rate: float, seed: int = 0) -> RequestTrace:
 
 
 def scaled(trace: RequestTrace, factor: float) -> RequestTrace:
-    """All lengths times `factor`, rounded, at least 1. What the prompts begin with is kept if its blocks stay whole."""
+    """All lengths times `factor`, rounded, at least 1. Common beginnings are kept if their blocks stay whole."""
     if not 0 < factor < inf:
         raise ValueError(f"scale is {factor}; a number above 0 is needed")
     block = factor * trace.hash_block
@@ -119,7 +119,7 @@ def clipped(trace: RequestTrace, longest: int) -> RequestTrace:
 
 
 def with_prefix(trace: RequestTrace, length: int) -> RequestTrace:
-    """`length` more tokens before each prompt, the same for all. What the prompts are is known no further."""
+    """`length` more tokens before each prompt, the same for all. The hash ids of the prompts are dropped."""
     if length < 1:
         raise ValueError(f"the shared prefix has {length} tokens; at least 1 is needed")
     ids = tuple(range(length))
@@ -130,7 +130,7 @@ def with_prefix(trace: RequestTrace, length: int) -> RequestTrace:
     return replace(trace, requests=requests, notes=(*trace.notes, note), hash_block=1)
 
 
-# --- traces that are drawn -----------------------------------------------------------------------------
+# --- drawn traces --------------------------------------------------------------------------------------
 
 # Mean tokens in and out of the data sets that the paper serves (Kwon et al. 2023, §6.1, Fig. 11).
 MEANS = {"sharegpt": (161.31, 337.99), "alpaca": (19.31, 58.45)}
@@ -141,7 +141,7 @@ def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> Requ
 
     Only the means are published as numbers. Lengths are geometric, which assumes least beyond a mean (of all
     distributions over 1, 2, 3 ... with that mean it has the greatest entropy), and prompt and output are
-    independent. `longest` is the paper's model context: what is beyond is cut.
+    independent. `longest` is the paper's model context: tokens beyond it are cut.
     """
     if name not in MEANS:
         raise ValueError(f"trace is {name!r}; a file or one of {', '.join(MEANS)} is needed")
