@@ -129,7 +129,8 @@ def figure_15(runs: RunCache) -> Figure:
     return Figure(
         "15", "blocks saved by sharing", findings,
         f"Blocks of 16; 400 requests with samples; beams of the embedded model on {NUM_SEARCHED[ALPACA]} requests with "
-        f"Alpaca's means and {NUM_SEARCHED[SHAREGPT]} with ShareGPT's. Blocks saved, of those that separate copies need.",
+        f"Alpaca's means and {NUM_SEARCHED[SHAREGPT]} with ShareGPT's. Blocks saved, of those that separate copies "
+        "need.",
         [f"Band of samples: {SAMPLES_POINTS:g} points. Only whole blocks of the prompt stay shared, and how many "
          "prompts of mean 19 have one depends on the shape of the lengths: Alpaca's are less spread than ours.",
          f"Band of beams: {BEAMS_POINTS:g} points. How long beams stay together depends on the model: ours is tiny, "
