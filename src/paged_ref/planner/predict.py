@@ -12,7 +12,7 @@ from math import inf
 
 from .roofline import Bound, step_time
 from .setup import Setup
-from .traces import Trace
+from .traces import RequestTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Prediction:
     bound: Bound  # what its steps wait for
 
 
-def predict(setup: Setup, trace: Trace) -> Prediction:
+def predict(setup: Setup, trace: RequestTrace) -> Prediction:
     """The steady state. Requests that never fit are left out; so are holes, preemptions, and prefix hits.
 
     A sequence is there for as many steps as it has output tokens, so an average over time weighs by these:
