@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..core.device import describe
 from ..core.engine.sampling import SamplingParams
 from ..core.model.config import ModelConfig
 from ..core.model.loading import random_weights
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import write_json
+from ..views.common.versions import describe_device
 from .random_model import save_checkpoint
 from .results import table_of
 
@@ -88,12 +88,12 @@ def main(args: argparse.Namespace) -> int:
         (name, f"{rate:.0f}", f"{ratio:.2f}", f"{same}/{args.batch}")
         for name, rate, ratio, same in (result.values() for result in results)
     )
-    title = f"Batch {args.batch}, {args.prompt_tokens} + {args.new_tokens} tokens, {describe()}"
+    title = f"Batch {args.batch}, {args.prompt_tokens} + {args.new_tokens} tokens, {describe_device()}"
     console.print(table_of(("", "tokens per second", f"times {baseline}", "same tokens"), rows, title=title))
     if baseline != TRANSFORMERS:
         console.print("transformers is not installed: pip install 'paged_ref[compare]' adds it to the comparison.")
     if args.json:
-        write_json(args.json, {"device": describe(), "results": results})
+        write_json(args.json, {"device": describe_device(), "results": results})
     return 0
 
 

@@ -19,12 +19,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..core.device import Array, describe, on_gpu, xp
+from ..core.device import Array, on_gpu, xp
 from ..extras.formats import decode, encode
 from ..kernels import backends, naive_attention, paged_attention
 from ..views.common.files import write_json
 from ..views.common.program import program
-from ..views.common.versions import versions
+from ..views.common.versions import describe_device, versions
 from .gpu_clock import Timing
 from .gpu_peers import FLEX, SDPA, TRITON, peers
 from .gpu_shapes import GpuShape, shapes
@@ -260,7 +260,7 @@ def main(args: argparse.Namespace) -> int:
 def header() -> dict[str, Any]:
     """Device, date and versions: every recorded result of a GPU begins with these."""
     return {
-        "device": describe(),
+        "device": describe_device(),
         "driver_cuda_version": xp.cuda.runtime.driverGetVersion() if on_gpu else None,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

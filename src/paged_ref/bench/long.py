@@ -19,12 +19,13 @@ from rich.table import Table
 from ..beyond_device.attention import TwoCaches, streamed_attention
 from ..beyond_device.options import STAGING_BYTES, LongOptions
 from ..beyond_device.relevance import Attend
-from ..core.device import Array, describe, on_gpu, xp
+from ..core.device import Array, on_gpu, xp
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Sequence
 from ..kernels import paged_attention
 from ..views.common import options
 from ..views.common.files import write_json
+from ..views.common.versions import describe_device
 from .gpu_shapes import one_layer
 from .results import Times, shortest, table_of
 
@@ -79,7 +80,11 @@ def main(args: argparse.Namespace) -> int:
     ratios = [*streaming(args.tokens, args.rounds), *budgets(args.tokens, args.rounds)]
     console.print(_ratio_table(ratios, args.tokens))
     if args.json:
-        results = {"device": describe(), "growth": [asdict(g) for g in growth], "ratios": [asdict(r) for r in ratios]}
+        results = {
+            "device": describe_device(),
+            "growth": [asdict(g) for g in growth],
+            "ratios": [asdict(r) for r in ratios],
+        }
         write_json(args.json, results)
     return 0
 
@@ -236,7 +241,7 @@ def _growth_table(growth: list[Growth], device_blocks: int) -> Table:
     )  # fmt: skip
     title = (
         f"One more token, exactly: one layer, {heads} heads, {kv_heads} KV heads of {head_size}, "
-        f"{device_blocks} device blocks\n{describe()}"
+        f"{device_blocks} device blocks\n{describe_device()}"
     )
     return table_of(headings, rows, title=title)
 

@@ -16,7 +16,6 @@ from time import perf_counter
 
 from rich.console import Console
 
-from ..core.device import describe
 from ..core.engine.scheduler import Scheduler
 from ..core.engine.sequence import Group
 from ..core.engine.sequence import Sequence as TokenSequence
@@ -28,6 +27,7 @@ from ..extras.prefix_cache import block_digests
 from ..timeline.events import Event
 from ..views.common import options
 from ..views.common.files import write_json
+from ..views.common.versions import describe_device
 from .results import median_ratio, table_of
 
 BLOCK_SIZE = 16
@@ -73,11 +73,11 @@ def main(args: argparse.Namespace) -> int:
         *appending(args.sequences, args.steps, args.pools),
         *admission(args.prompt_tokens, args.rounds),
     ]
-    title = f"Bookkeeping of {args.sequences} running sequences, {describe()}"
+    title = f"Bookkeeping of {args.sequences} running sequences, {describe_device()}"
     Console().print(table_of(("", "measured", "target", "met"), map(_row, results), title=title))
     if args.json:
         rows = [{**asdict(result), "met": result.met} for result in results]
-        write_json(args.json, {"device": describe(), "results": rows})
+        write_json(args.json, {"device": describe_device(), "results": rows})
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..core.device import describe, on_gpu, reason
+from ..core.device import on_gpu, reason
 from ..core.engine.outputs import StepRecord
 from ..core.engine.sampling import SamplingParams
 from ..core.model.config import ModelConfig, kv_bytes_per_token
@@ -28,6 +28,7 @@ from ..core.model.loading import weight_shapes
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import write_json
+from ..views.common.versions import describe_device
 from .random_model import repeated_weights, save_checkpoint
 from .results import table_of
 
@@ -162,7 +163,7 @@ def report(console: Console, same: list[int], result: dict[str, Any], bandwidth:
         f"{1e3 * result['seconds_per_step']:.2f}", f"{result['tokens_per_second']:.0f}",
         f"{result['share_of_bound']:.0%}",
     )  # fmt: skip
-    title = f"Decoding, batch {result['batch']}, {result['keys']} keys, {describe()}"
+    title = f"Decoding, batch {result['batch']}, {result['keys']} keys, {describe_device()}"
     console.print(table_of(("ms per step", "tokens/s", "of the bound"), [row], title=title, title_justify="left"))
     console.print(
         f"The bound: {result['weights_bytes'] / 1e9:.2f} GB of weights and {result['kv_bytes'] / 1e9:.2f} GB of "

@@ -15,13 +15,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..core.device import describe
 from ..planner.hardware import gpu_named
 from ..planner.models import model_named
 from ..planner.setup import Setup
 from ..planner.simulate import Simulation
 from ..planner.trace_files import read_trace
 from ..planner.traces import MEANS, at_rate, first, generated
+from ..views.common.versions import describe_device
 
 RATE = 2.0  # requests per second, of a drawn trace
 
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
             name = setup.label if skip else f"{setup.label}, every step"
             results.append(SimulationTiming(name, process_time() - began, outcome.steps, outcome.output_tokens))
     console = Console(highlight=False)
-    console.print(f"{trace.describe()}; {describe()}")
+    console.print(f"{trace.describe()}; {describe_device()}")
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "CPU seconds", "steps", "output tokens/s"):
         table.add_column(column, justify="right" if column else "left")

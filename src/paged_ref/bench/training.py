@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..core.device import describe, on_gpu, synchronize, to_host, xp
+from ..core.device import on_gpu, synchronize, to_host, xp
 from ..core.model.config import ModelConfig
 from ..training.activations import PAGE_SIZE, Keep, Paged, Recompute, Swap
 from ..training.checkpoint import hf_config
@@ -30,6 +30,7 @@ from ..training.network import PackedBatch, loss_and_gradient, saved_shapes
 from ..training.parameters import Parameters
 from ..views.common import options
 from ..views.common.files import write_json
+from ..views.common.versions import describe_device
 from .results import shortest, table_of
 
 CONFIG = ModelConfig(
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
     rows = memory(weights, tokens, args.page_size, args.rounds)
     console = Console()
     console.print(_memory_table(rows, args))
-    results: dict[str, Any] = {"device": describe(), "memory": [asdict(row) for row in rows]}
+    results: dict[str, Any] = {"device": describe_device(), "memory": [asdict(row) for row in rows]}
     if on_gpu:
         console.print("What a step's time goes into is measured on a CPU only; on a GPU, ask nsys.")
     else:
@@ -250,7 +251,7 @@ def _memory_table(costs: list[ActivationCost], args: argparse.Namespace) -> Tabl
         return cost.name, budget, *sizes, f"{1e3 * cost.seconds:.0f}", f"{cost.seconds / costs[0].seconds:.2f}", equal
 
     headings = ("", "budget", "held", "peak", "moved", "ms", "time", "gradients")
-    title = f"Activations of {args.sequences} sequences of {args.length} tokens, {describe()}; MiB"
+    title = f"Activations of {args.sequences} sequences of {args.length} tokens, {describe_device()}; MiB"
     return table_of(headings, map(row, costs), title=title)
 
 

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..core.device import describe
 from ..core.engine.outputs import RequestOutput, StepRecord
 from ..core.engine.sampling import SamplingParams
 from ..core.engine.sequence import Status
@@ -29,6 +28,7 @@ from ..timeline.events import Log
 from ..views.common import options
 from ..views.common.files import recording
 from ..views.common.program import program
+from ..views.common.versions import describe_device
 
 Manager = Literal["standard", "paged"]
 MANAGERS: tuple[Manager, ...] = get_args(Manager)
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
     engines = [_engine(args, manager) for manager in MANAGERS]
     per_token = kv_bytes_per_token(engines[0].config, "float32")
     console.print(
-        f"{len(REQUESTS)} requests on {describe()}. The KV budget is {args.kv_tokens} tokens of {per_token} "
+        f"{len(REQUESTS)} requests on {describe_device()}. The KV budget is {args.kv_tokens} tokens of {per_token} "
         f"bytes: {args.kv_tokens * per_token / 2**20:.1f} MiB.\n"
     )
     with console.status("compiling the kernels, once on each machine ..."):

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     console = Console()
     console.print(f"paged_ref {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    console.print(f"Device: {device.describe()}; arrays are {device.xp.__name__} ({device.reason})")
+    console.print(f"Device: {describe_device()}; arrays are {device.xp.__name__} ({device.reason})")
     backends = Table("backend", "here", "what it is", box=box.SIMPLE)
     for name, what in BACKENDS.items():
         backends.add_row(name, "yes" if why_not(name) is None else f"no: {why_not(name)}", what)

@@ -15,7 +15,6 @@ from rich.table import Table
 from ..beyond_device.kv import StreamedKV
 from ..beyond_device.relevance import Attend, check_attend
 from ..beyond_device.streaming import EVICTIONS
-from ..core.device import describe
 from ..core.model.config import ModelConfig
 from ..core.model.loading import load
 from ..kernels import why_not
@@ -23,6 +22,7 @@ from ..llm import LLM
 from ..timeline.events import Event, Log
 from ..views.common import options
 from ..views.common.files import recording
+from ..views.common.versions import describe_device
 from .long_recall import print_recall, recall
 from .long_run import OBSERVED, LongRun
 from .long_text import text_of
@@ -128,7 +128,7 @@ def _show(console: Console, args: argparse.Namespace, runs: Sequence[LongRun], d
     exact = runs[0]
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{args.tokens} tokens of text, then {args.new_tokens} new ones; {describe()}\n"
+        title=f"{args.tokens} tokens of text, then {args.new_tokens} new ones; {describe_device()}\n"
         f"device: {device_blocks} of the {needed} blocks of {args.block_size} tokens that all of it needs",
     )
     table.add_column("attend")  # a narrow terminal breaks these words, not the numbers
