@@ -16,7 +16,7 @@ from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.regions import RegionPool
-from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.kv import KVCache
 from paged_ref.core.memory.swapping import SwappingManager
 
 # ## Predict
@@ -110,7 +110,7 @@ def never_comes_back(real):
 
 break_it(
     "copies from host to device are left out",
-    where=(KVStorage, "apply"), bug=never_comes_back,
+    where=(KVCache, "apply"), bug=never_comes_back,
     run=lambda: serve(96, manager="swapping", sanitize=True)[0],
     caught_by="sanitizer",
 )  # fmt: skip

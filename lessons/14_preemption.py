@@ -16,7 +16,7 @@ from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.timeline.events import StepPlanned
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.kv import KVCache
 
 # ## Predict
 #
@@ -112,7 +112,7 @@ def never_back(real):
 
 break_it(
     "blocks that come back from the host are mapped, and not copied",
-    where=(KVStorage, "apply"), bug=never_back,
+    where=(KVCache, "apply"), bug=never_back,
     run=lambda: run(BLOCKS, "swap")[0], caught_by="sanitizer",
 )  # fmt: skip
 

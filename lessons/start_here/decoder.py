@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 
 
 class Decoder:

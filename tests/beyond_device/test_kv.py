@@ -24,11 +24,12 @@ from paged_ref.beyond_device.observation import HeadPages, Observation
 from paged_ref.beyond_device.storage import PageStorage
 from paged_ref.beyond_device.streaming import StreamingManager
 from paged_ref.core.device import on_gpu
-from paged_ref.core.memory.manager import OutOfBlocks, Transfer
+from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.manager import Transfer
 from paged_ref.core.model import loading
 from paged_ref.core.model.config import kv_bytes_per_token
-from paged_ref.core.model.loading import load
 from paged_ref.extras.sanitizer import SanitizerError
+from paged_ref.interop.checkpoints import load
 from paged_ref.kernels import backends
 from paged_ref.timeline.events import Event, PagesAttended, PagesPlaced, from_json, to_json
 from paged_ref.timeline.page_state import PageState

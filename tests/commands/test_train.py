@@ -13,7 +13,7 @@ import pytest
 
 from paged_ref import LLM
 from paged_ref.cli import main
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 from paged_ref.training.checkpoint import STATE, load_state
 from paged_ref.views.common.plots import curve
 

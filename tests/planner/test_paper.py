@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from paged_ref.core.engine.sampling import SamplingParams
+from paged_ref.extras.beam import SamplingParams
 from paged_ref.llm import LLM
 from paged_ref.planner import paper, sharing
 from paged_ref.planner.engine_run import token_ids

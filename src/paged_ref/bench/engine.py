@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ..core.engine.sampling import SamplingParams
 from ..core.model.config import ModelConfig
-from ..core.model.loading import random_weights
+from ..extras.beam import SamplingParams
+from ..interop.architectures import random_weights
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import write_json

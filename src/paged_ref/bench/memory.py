@@ -19,12 +19,14 @@ from rich.console import Console
 from ..core.engine.scheduler import Scheduler
 from ..core.engine.sequence import Group
 from ..core.engine.sequence import Sequence as TokenSequence
+from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.paged import PagedManager
 from ..core.memory.standard import StandardManager
 from ..core.memory.swapping import SwappingManager
-from ..extras.prefix_cache import block_digests
+from ..extras.prefix_cache import CachingBlockPool, block_digests
 from ..timeline.events import Event
+from ..timeline.logged import LoggedManager
 from ..views.common import options
 from ..views.common.files import write_json
 from ..views.common.versions import describe_device
@@ -127,10 +129,10 @@ def scheduling(num_seqs: int, num_steps: int) -> list[Measurement]:
     num_blocks = num_slots // BLOCK_SIZE
     events: list[Event] = []
     managers: dict[str, KVCacheManager] = {
-        "paged": PagedManager(num_blocks, BLOCK_SIZE),
+        "paged": PagedManager(BlockPool(num_blocks), BLOCK_SIZE),
         "standard": StandardManager(num_slots, most),
         "swapping": SwappingManager(num_slots),
-        "recorded": PagedManager(num_blocks, BLOCK_SIZE, log=events.append),
+        "recorded": LoggedManager(PagedManager(BlockPool(num_blocks), BLOCK_SIZE), events.append),
     }
     batches = {name: DecodeBatch(manager, lengths, num_steps) for name, manager in managers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in [*batches, "snapshot"]}
@@ -159,7 +161,7 @@ def appending(num_seqs: int, num_steps: int, pools: Sequence[int]) -> list[Measu
     for num_blocks in pools:
         order = list(range(num_blocks))
         random.Random(0).shuffle(order)
-        managers.append(PagedManager(num_blocks, BLOCK_SIZE, free_order=order))
+        managers.append(PagedManager(BlockPool(num_blocks, order), BLOCK_SIZE))
     lengths = random.Random(0).choices(range(1, POOL_TOKENS + 1), k=num_seqs)
     seconds: list[list[float]] = [[] for _ in pools]
     for _ in range(0, num_steps, POOL_STEPS):
@@ -183,8 +185,8 @@ def appending(num_seqs: int, num_steps: int, pools: Sequence[int]) -> list[Measu
 def admission(num_tokens: int, num_rounds: int) -> list[Measurement]:
     """A prompt whose blocks are cached: the time for the digests of its tokens, for the match, and for the rest."""
     tokens = random.Random(0).choices(range(32_000), k=num_tokens)
-    manager = PagedManager(num_tokens // BLOCK_SIZE + 1, BLOCK_SIZE, prefix_cache=True)
-    assert manager.cache is not None
+    pool = CachingBlockPool(num_tokens // BLOCK_SIZE + 1)
+    manager = PagedManager(pool, BLOCK_SIZE)
     manager.admit(0, tokens, num_tokens)
     manager.append([(0, num_tokens)])
     manager.commit(0, tokens, num_tokens)
@@ -194,13 +196,14 @@ def admission(num_tokens: int, num_rounds: int) -> list[Measurement]:
         marks = [perf_counter()]
         digests = list(block_digests(tokens, BLOCK_SIZE))
         marks.append(perf_counter())
-        manager.cache.match(digests)
+        for digest in digests:
+            pool.block_of.get(digest)
         marks.append(perf_counter())
         manager.admit(0, tokens, num_tokens)  # digests and matches again, then shares the blocks
         marks.append(perf_counter())
         manager.free(0)
-        digest, match, admit = (after - before for before, after in pairwise(marks))
-        for times, took in zip(parts.values(), (admit, digest, match, admit - digest - match), strict=True):
+        digested, match, admit = (after - before for before, after in pairwise(marks))
+        for times, took in zip(parts.values(), (admit, digested, match, admit - digested - match), strict=True):
             times.append(took)
     millis = {name: 1e3 * median(times) for name, times in parts.items()}
     return [

@@ -21,10 +21,10 @@ import numpy as np
 from rich.console import Console
 
 from ..core.device import on_gpu, reason
-from ..core.engine.outputs import StepRecord
-from ..core.engine.sampling import SamplingParams
 from ..core.model.config import ModelConfig, kv_bytes_per_token
-from ..core.model.loading import weight_shapes
+from ..extras.beam import SamplingParams
+from ..extras.step_records import StepRecord
+from ..interop.architectures import weight_shapes
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import write_json

@@ -11,7 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..core.model.config import ModelConfig
-from ..core.model.loading import TINY, weight_shapes
+from ..core.model.loading import TINY
+from ..interop.architectures import weight_shapes
 from ..training.checkpoint import hf_config
 
 

@@ -18,11 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..core.engine.outputs import RequestOutput, StepRecord
-from ..core.engine.sampling import SamplingParams
+from ..core.engine.outputs import RequestOutput
 from ..core.engine.sequence import Status
 from ..core.model.config import kv_bytes_per_token
-from ..core.model.loading import load
+from ..extras.beam import SamplingParams
+from ..extras.step_records import StepRecord, StepRecords
+from ..extras.token_text import token_text
+from ..interop.checkpoints import load
 from ..llm import LLM
 from ..timeline.events import Log
 from ..views.common import options
@@ -141,20 +143,20 @@ def _engine(args: argparse.Namespace, manager: Manager, log: Log | None = None) 
 def _run(name: str, llm: LLM, progress: Progress) -> DemoRun:
     """All requests in one batch, step by step. The first request's block table is copied before each step."""
     task = progress.add_task(
-        f"{name} manager, {'paged' if llm.manager.paged else 'naive'} attention", total=len(REQUESTS)
+        f"{name} manager, {'paged' if llm.engine.manager.paged else 'naive'} attention", total=len(REQUESTS)
     )
     records: list[StepRecord] = []
-    llm.on_step = records.append
+    llm.engine.observers.append(StepRecords(llm.engine.scheduler, records.append))
     began = perf_counter()
     request_ids = [llm.add_request(prompt, SamplingParams(max_tokens=length)) for prompt, length in REQUESTS]
     requests = [llm.output_of(request_id) for request_id in request_ids]
-    group = llm.scheduler.waiting[0]
+    group = llm.engine.scheduler.waiting[0]
     first = group.leader
     block_table: list[int] = []
     block_tokens: list[int] = []
     while llm.has_unfinished:
-        if group.status is Status.RUNNING and llm.manager.paged:
-            block_table = list(llm.manager.block_table(first.seq_id))  # type: ignore[attr-defined]
+        if group.status is Status.RUNNING and llm.engine.manager.paged:
+            block_table = llm.engine.manager.placement(first.seq_id).copy()
             block_tokens = first.tokens[: first.num_computed]
         llm.step()
         progress.update(task, completed=sum(request.finished is not None for request in requests))
@@ -193,7 +195,7 @@ def _texts(run: DemoRun) -> Table:
 
 def _block_table(run: DemoRun, llm: LLM) -> Table:
     """The first request's tokens in their slots, block by block."""
-    size = llm.manager.block_size  # type: ignore[attr-defined]
+    size = llm.engine.manager.block_size
     table = Table(
         title=f"The first request: its block table, and the tokens in its slots (block size {size})",
         box=box.SIMPLE,
@@ -204,7 +206,7 @@ def _block_table(run: DemoRun, llm: LLM) -> Table:
     table.add_column("tokens")
     for logical, physical in enumerate(run.block_table):
         held = run.block_tokens[logical * size : (logical + 1) * size]
-        pieces = [llm.tokenizer.token_text(token_id) for token_id in held] + ["_"] * (size - len(held))
+        pieces = [token_text(llm.tokenizer, token_id) for token_id in held] + ["_"] * (size - len(held))
         slots = f"{physical * size}-{physical * size + size - 1}"
         table.add_row(str(logical), str(physical), slots, Text(" | ".join(pieces)))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..core.engine.sampling import SamplingParams
+from ..extras.beam import SamplingParams
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import recording

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from .. import __version__
 from ..core import device
-from ..core.attention.attention import BACKENDS, why_not
-from ..views.common.versions import versions
+from ..core.attention.attention import known_backends, why_not
+from ..views.common.versions import describe_device, versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> int:
     console.print(f"paged_ref {__version__}, Python {platform.python_version()}, {platform.platform()}")
     console.print(f"Device: {describe_device()}; arrays are {device.xp.__name__} ({device.reason})")
     backends = Table("backend", "here", "what it is", box=box.SIMPLE)
-    for name, what in BACKENDS.items():
+    for name, what in known_backends().items():
         backends.add_row(name, "yes" if why_not(name) is None else f"no: {why_not(name)}", what)
     console.print(backends)
     packages = Table("package", "version", box=box.SIMPLE)

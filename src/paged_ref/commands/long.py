@@ -16,7 +16,7 @@ from ..beyond_device.kv import StreamedKV
 from ..beyond_device.relevance import Attend, check_attend
 from ..beyond_device.streaming import EVICTIONS
 from ..core.model.config import ModelConfig
-from ..core.model.loading import load
+from ..interop.checkpoints import load
 from ..kernels import why_not
 from ..llm import LLM
 from ..timeline.events import Event, Log

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..core.engine.sampling import SamplingParams
-from ..core.model.loading import load
+from ..extras.beam import SamplingParams
+from ..interop.checkpoints import load
 from ..llm import LLM
 
 PIECE = 240  # tokens of each piece that the model writes: well within the context that it was trained for

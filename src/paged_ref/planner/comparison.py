@@ -43,7 +43,9 @@ def longest_request(manager: KVCacheManager, context: int) -> int:
     low, high = 0, context
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if manager.most_slots(1, middle - 1) <= manager.num_slots else (low, middle - 1)
+        low, high = (
+            (middle, high) if manager.max_slots_needed(1, middle - 1) <= manager.num_slots else (low, middle - 1)
+        )
     return low
 
 

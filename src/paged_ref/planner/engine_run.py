@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from ..core.engine.outputs import StepRecord
-from ..core.engine.sampling import SamplingParams
 from ..core.engine.scheduler import StepPlan
-from ..core.memory.manager import MemoryUsage, Transfer
+from ..core.memory.manager import Transfer
+from ..core.memory.usage import MemoryUsage
+from ..extras.beam import SamplingParams
+from ..extras.step_records import StepRecord
 from ..llm import LLM
 from ..timeline.events import Log
 from .metrics import Shares, UsageAverage

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
-from ..core.memory.manager import MemoryUsage
+from ..core.memory.usage import MemoryUsage
 
 
 @dataclass(frozen=True, slots=True)

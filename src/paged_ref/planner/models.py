@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core.model.config import ModelConfig
-from ..core.model.loading import TINY, read_config
+from ..core.model.loading import TINY
+from ..interop.checkpoints import read_config
+from ..interop.hf_config import HFConfig
 from .tables import read_table
 
 
@@ -56,7 +57,7 @@ class ModelSpec:
         )
 
 
-def spec_of(config: ModelConfig, name: str) -> ModelSpec:
+def spec_of(config: HFConfig, name: str) -> ModelSpec:
     """A model of the Llama family in numbers."""
     spec = ModelSpec(
         name=name,

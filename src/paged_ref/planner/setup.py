@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ..core.engine.scheduler import Preemption, Scheduler
 from ..core.memory.manager import KVCacheManager
-from ..core.memory.standard import Allocator, Reserve
-from ..extras.managers import WATERMARK, ManagerName, make_manager
+from ..core.memory.standard import Reserve
+from ..extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .hardware import GPU
 from .models import ModelSpec
 from .roofline import CONSTANTS, Constants, num_kv_tokens

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from ..core.engine.outputs import StepRecord
-from ..core.engine.sampling import SamplingParams
 from ..core.engine.scheduler import Scheduler, StepPlan
 from ..core.engine.sequence import Group, Sequence
-from ..core.memory.manager import Snapshot
+from ..core.memory.block_pool import BlockPool
 from ..core.memory.paged import PagedManager
+from ..core.memory.usage import Snapshot
+from ..extras.beam import SamplingParams
+from ..extras.step_records import StepRecord
 from ..llm import LLM
 from .engine_run import token_ids
 from .traces import RequestTrace, clipped
@@ -46,7 +47,7 @@ def samples_saving(trace: RequestTrace, num_samples: int, *, block_size: int = 1
     preempted: a preempted group would begin anew again and again, and a young group shares more.
     """
     longest = max(each.prompt_len + each.output_len for each in trace.requests)
-    manager = PagedManager(MAX_SEQUENCES * (longest // block_size + 2), block_size)
+    manager = PagedManager(BlockPool(MAX_SEQUENCES * (longest // block_size + 2)), block_size)
     scheduler = Scheduler(manager, max_batch_tokens=2048, max_batch_seqs=MAX_SEQUENCES)
     saving = Saving(manager.num_slots)
     to_fork = _queue_groups(scheduler, trace, num_samples)
@@ -88,7 +89,7 @@ def _sample_tokens(scheduler: Scheduler, plan: StepPlan, to_fork: dict[int, list
             scheduler.fork(group, seq, sibling)
         for each in (seq, *siblings):
             each.tokens.append(0)
-            if len(each.tokens) >= each.max_tokens:
+            if len(each.tokens) >= each.max_len:
                 scheduler.finish(group, each)
 
 

@@ -18,9 +18,10 @@ from typing import cast
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Group, Sequence, Status
 from ..core.memory.block_pool import OutOfBlocks
-from ..core.memory.manager import KVCacheManager, MemoryUsage
+from ..core.memory.manager import KVCacheManager
 from ..core.memory.paged import PagedManager
 from ..core.memory.standard import StandardManager
+from ..core.memory.usage import MemoryUsage
 from .metrics import Outcome, Tally
 from .roofline import StepClock, chunk_pairs
 from .setup import Setup
@@ -115,7 +116,7 @@ class Simulation:
                 continue
             self.unfinished[seq_id] = simulated
             self._final_slots[seq_id] = simulated.seq.max_slots
-            self.tally.cut += simulated.seq.max_tokens < request.prompt_len + request.output_len
+            self.tally.cut += simulated.seq.max_len < request.prompt_len + request.output_len
 
     def _simulated(self, seq_id: int, request: TraceRequest) -> SimulatedRequest:
         prompt, context = request.prompt_len, self._longest
@@ -135,7 +136,7 @@ class Simulation:
         seq = simulated.seq
         self.scheduler.finish(simulated.group, seq)
         first = self.now if simulated.first_token is None else simulated.first_token
-        self.tally.finish(simulated.request.arrival, first, self.now, seq.max_tokens - seq.prompt_len)
+        self.tally.finish(simulated.request.arrival, first, self.now, seq.max_len - seq.prompt_len)
         if self._on_progress:
             self._on_progress(self.tally.num_done)
 
@@ -206,7 +207,7 @@ class Simulation:
                 seq.tokens.append(simulated.filler)
             else:
                 seq.tokens.append(0)
-            if len(seq.tokens) >= seq.max_tokens:
+            if len(seq.tokens) >= seq.max_len:
                 ended.append(seq.seq_id)
         for seq_id in ended:
             self.finish(seq_id)
@@ -260,7 +261,7 @@ class FastForward:
         for group in simulation.scheduler.running:
             seq = group.leader
             self._full[slack(simulation.manager, seq.seq_id)].append(seq)
-            self._ending[seq.max_tokens - len(seq.tokens)].append(seq)
+            self._ending[seq.max_len - len(seq.tokens)].append(seq)
             self._appended[seq.seq_id] = 0
             self._kv_tokens += seq.num_computed
 

@@ -7,17 +7,12 @@ from typing import Any
 
 import pytest
 
-from paged_ref.core.memory.manager import (
-    Forkable,
-    KVCacheManager,
-    MemoryUsage,
-    OutOfBlocks,
-    Swappable,
-    Transfer,
-)
+from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.manager import Forkable, KVCacheManager, Swappable, Transfer
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
 from paged_ref.core.memory.swapping import SwappingManager
+from paged_ref.core.memory.usage import MemoryUsage
 
 
 def test_all_are_managers_and_only_paged_can_share() -> None:

@@ -9,8 +9,9 @@ from support.shadow import ShadowMemory
 from paged_ref.core.device import to_host, xp
 from paged_ref.core.engine.scheduler import Scheduler
 from paged_ref.core.engine.sequence import Group, Sequence, Status
-from paged_ref.core.memory.kv import KVStorage
-from paged_ref.core.memory.manager import OutOfBlocks, Transfer
+from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.kv import KVCache
+from paged_ref.core.memory.manager import Transfer
 from paged_ref.core.memory.regions import RegionPool
 from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.timeline.replay import state_of
@@ -53,7 +54,7 @@ def test_a_move_that_finds_no_room_changes_nothing() -> None:
 
 @pytest.mark.parametrize(("source", "destination"), [(2, 0), (0, 2), (1, 0), (0, 3)])
 def test_storage_moves_rows_onto_their_own_place(source: int, destination: int) -> None:
-    storage = KVStorage(num_layers=2, num_blocks=8, block_size=1, num_kv_heads=1, head_size=2, dtype="float32")
+    storage = KVCache(num_layers=2, num_blocks=8, block_size=1, num_kv_heads=1, head_size=2, dtype="float32")
     before = np.arange(2 * 2 * 8 * 2, dtype=np.float32).reshape(storage.device.shape)
     storage.device[:] = xp.asarray(before)
     storage.apply([Transfer("move", source, destination, 5)])

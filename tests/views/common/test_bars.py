@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paged_ref.core.memory.manager import MemoryUsage
+from paged_ref.core.memory.usage import MemoryUsage
 from paged_ref.views.common.bars import PARTS, USAGE, amounts_of, bar, chart, legend, lengths, numbers
 
 USED = MemoryUsage(tokens=6, reserved=2, internal=1, external=3, cached=0, free=4, shared=8)

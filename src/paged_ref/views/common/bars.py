@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from rich.text import Text
 
-from ...core.memory.manager import MemoryUsage
+from ...core.memory.usage import MemoryUsage
 from .canvas import Lines, line
 
 

@@ -57,7 +57,7 @@ class Monitor:
         self.state = RunState()
         self.history = History()  # of its fields only the names: what frames know sequences by
         self.samples: deque[StepSample] = deque(maxlen=KEPT)
-        self.opened: PoolOpened | None = None
+        self.partialed: PoolOpened | None = None
         self.num_steps = 0
         self.computed = 0  # tokens, since the run began
         self.sampled = 0
@@ -73,7 +73,7 @@ class Monitor:
         if isinstance(event, PoolOpened):
             self._begin()
             self.num_runs += 1
-            self.opened = event
+            self.partialed = event
         self.num_events += 1
         if isinstance(event, (TokenNamed, ModelOpened)):
             if isinstance(event, ModelOpened):
@@ -100,7 +100,7 @@ class Monitor:
 
     def _sample(self, event: StepPlanned) -> None:
         snapshot, totals = self.state.snapshot(), self.state.totals
-        in_open = sum(piece.tokens for piece in snapshot.open)
+        in_open = sum(piece.tokens for piece in snapshot.partial)
         on_host = [place.on_host for place in self.state.memory.sequences.values()]
         computed = sum(count for _, count in event.chunks)
         self.samples.append(
@@ -108,7 +108,7 @@ class Monitor:
                 step=event.step,
                 slots={
                     "tokens": snapshot.full + in_open,
-                    "empty": sum(piece.slots for piece in snapshot.open) - in_open,
+                    "empty": sum(piece.slots for piece in snapshot.partial) - in_open,
                     "cached": snapshot.cached,
                     "free": snapshot.free + snapshot.external,
                 },
@@ -165,4 +165,4 @@ class Monitor:
 
     def moment(self) -> Moment:
         """The state as frames take it, with nothing marked as changed."""
-        return Moment(self.history, 0, self.opened or PoolOpened("", 0, 1, 0, ()), self.state, Change())
+        return Moment(self.history, 0, self.partialed or PoolOpened("", 0, 1, 0, ()), self.state, Change())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from ....core.memory.manager import MemoryUsage
+from ....core.memory.usage import MemoryUsage
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
 from ...common.canvas import DIM, Lines, Scene, line, pack, rule
