@@ -12,7 +12,7 @@ import numpy as np
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.device import to_host, xp
-from paged_ref.beyond_device.long_context import Counters
+from paged_ref.beyond_device.kv import Counters, StreamedKV
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.beyond_device.relevance import Extremes
@@ -39,9 +39,9 @@ def run(**options):
     params = SamplingParams(NEW, ignore_eos=True)
     output = llm.output_of(llm.add_request(STORY, params))
     llm.step()  # the prompt
-    if llm.long_context:
-        llm.long_context.counters = Counters()
-        llm.long_context.observe = seen.append
+    if isinstance(llm.engine.kv, StreamedKV):
+        llm.engine.kv.counters = Counters()
+        llm.engine.kv.observe = seen.append
     while llm.has_unfinished:
         llm.step()
     return output.outputs[0].token_ids, llm, seen
@@ -49,11 +49,11 @@ def run(**options):
 
 usual, _, _ = run()
 exact, llm, _ = run(device_blocks=8, host_blocks=60, sanitize=True)
-read = llm.long_context.counters
+read = llm.engine.kv.counters
 show(f"  pages read: {read.attended}, {read.resident} of them here\n")
 moved.grade(100 * (1 - read.hit_rate), within=0.15)
 claim("the tokens are those of an ample device", exact == usual)
-away = (read.attended - read.resident) * llm.long_context.page_bytes
+away = (read.attended - read.resident) * llm.engine.kv.page_bytes
 claim("what was not here had to come", read.bytes_in >= away)
 
 # Each piece is attention over its own keys, and the states are joined as in
@@ -63,7 +63,7 @@ claim("what was not here had to come", read.bytes_in >= away)
 # No key can score higher than the better of the two, channel by channel.
 
 limited, llm, seen = run(device_blocks=8, host_blocks=60, attend=0.25)
-first = llm.long_context.full_layers  # these read everything, always
+first = llm.engine.kv.full_layers  # these read everything, always
 seen = [choice for choice in seen if choice.layer >= first]
 found = []
 for choice in seen:
@@ -87,7 +87,7 @@ mass, chosen = seen[-1].mass[0].mean(axis=0), seen[-1].chosen[0]
 bars = ["▁▂▃▄▅▆▇█"[min(7, int(40 * share))] for share in mass]
 marks = ["↑" if block in chosen else " " for block in range(len(mass))]
 show(f"  {''.join(bars)}\n  {''.join(marks)}\n")
-less = llm.long_context.counters
+less = llm.engine.kv.counters
 rows = [("all", read.bytes_in // read.tokens, exact == usual)]
 rows += [("a quarter", less.bytes_in // less.tokens, limited == usual)]
 table("For each token", ("blocks read", "bytes moved", "same text"), rows)

@@ -17,8 +17,8 @@ from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
 from paged_ref.beyond_device.residency import ByPriority
 from paged_ref.training.activations import MEMORY, activations_for
-from paged_ref.training.copies import CopyStream
-from paged_ref.training.network import Batch, loss_and_gradient
+from paged_ref.tuned.copies import CopyStream
+from paged_ref.training.network import PackedBatch, loss_and_gradient
 from paged_ref.training.network import saved_shapes
 from paged_ref.training.parameters import Parameters
 
@@ -56,7 +56,7 @@ def learn(memory, budget=BUDGET):
     budget = budget if memory in ("swap", "page") else None
     its = activations_for(memory, CONFIG, sum(LENGTHS), budget, PAGE)
     gradient = Parameters(CONFIG)
-    loss_and_gradient(weights, gradient, Batch.of(texts), its)
+    loss_and_gradient(weights, gradient, PackedBatch.of(texts), its)
     layers = gradient.flat[gradient.embedding.size :]
     return to_host(layers), its.counts
 

@@ -1,11 +1,14 @@
-"""`paged_ref.LLM`: the core's LLM with every option. The parts are built here, and what cannot be combined is refused
-here; each option is carried out in the one file that the import of its part names."""
+"""`paged_ref.LLM`: the core's LLM with every option.
+
+The parts are built here, and what cannot be combined is refused here. What an option does is in the one file from which
+its part is imported.
+"""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .beyond_device.options import LongOptions
 from .beyond_device.relevance import Attend
@@ -23,6 +26,7 @@ from .core.memory.manager import KVCacheManager
 from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
 from .extras.beam import BeamRequest, SamplingParams
+from .extras.formatted_kv import FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.sanitizer import SanitizedKV
 from .extras.step_records import StepRecord, StepRecords
@@ -36,6 +40,14 @@ from .tuned.fused import OPERATIONS
 from .tuned.kv import TunedKV
 
 DEFAULT_KV_TOKENS = 4096
+
+
+class Parts(NamedTuple):
+    """What the options make of memory."""
+
+    manager: KVCacheManager
+    kv: KV
+    preemption: Preemption
 
 
 class LLM(StreamingLLM):
@@ -52,6 +64,7 @@ class LLM(StreamingLLM):
         block_size: int = 16,
         kv_cache_tokens: int | None = None,
         kv_cache_bytes: int | None = None,
+        kv_dtype: str | None = None,
         host_kv_tokens: int | None = None,
         max_model_len: int | None = None,
         max_batch_tokens: int = 512,
@@ -75,84 +88,72 @@ class LLM(StreamingLLM):
         log: Log | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
-        """`model` is "tiny" (embedded) or a Hugging Face directory.
+        """`model` is "tiny" (embedded) or a Hugging Face directory; `dtype`, "float32" or "float16", its numbers'.
 
-        | option | meaning | default |
-        |---|---|---|
-        | `manager` | "paged", "standard", "swapping", or a KVCacheManager that is made already | "paged" |
-        | `kv_cache_tokens` | slots of the KV cache, rounded down to whole blocks | 4096 |
-        | `kv_cache_bytes` | in place of it: as many slots as fit | |
-        | `max_model_len` | bound of prompt and output together | the model's context, if the cache holds it |
-        | `beyond_context` | `max_model_len` may exceed the model's context; the output there is usually nonsense | False |
-        | `max_batch_tokens`, `max_batch_seqs` | the most that a step computes | 512, 256 |
-        | `preemption` | "recompute" or "swap" | "recompute"; "swap" for the swapping manager |
-        | `host_kv_tokens` | slots of the host pool for swapping | as many as the cache has |
-        | `reserve`, `allocator` | of the standard manager: how much, and how a place is found | "max", "first fit" |
-        | `block_size`, `free_order`, `watermark`, `prefix_cache` | of the paged manager: see extras/managers.py | 16 |
-        | `device_blocks` | in place of kv_cache_tokens: sequences may be longer than the device | |
-        | `host_blocks`, `staging_pages`, `attend`, `evict`, `full_layers` | of these: beyond_device/options.py | |
-        | `backend` | of attention: a name of paged_ref.kernels.backends(), or "auto" | "auto" |
-        | `dtype` | of weights and KV cache: "float32" or "float16" | "float32" |
-        | `sanitize` | every read of the KV cache is checked (extras/sanitizer.py) | False |
-        | `log` | called with every event (timeline/events.py) | |
-        | `on_step` | called with a StepRecord after each step (extras/step_records.py) | |
+        Memory. `manager` is "paged", "standard", "swapping", or a KVCacheManager that is made already. The KV cache has
+        `kv_cache_tokens` slots (default 4096), or as many as fit in `kv_cache_bytes`, rounded down to whole blocks, in
+        the model's dtype or in `kv_dtype` ("bfloat16", "int8", "float8"). `block_size`, `free_order` (the order in
+        which blocks are handed out), `prefix_cache` and `watermark` (the share of the blocks that admission leaves) are
+        for the paged manager, `reserve` and `allocator` for the standard one. `preemption` is "recompute" or "swap"
+        (the default of the swapping manager), to a host pool of `host_kv_tokens` (default: as large as the cache).
 
-        `sanitize`, `log` and `on_step` change no token.
+        Batches. `max_model_len` (default: the model's context, if the cache holds it) bounds prompt and output
+        together; with `beyond_context` it may exceed the context that the model was trained for, where output is
+        usually nonsense. A step computes at most `max_batch_tokens` tokens of at most `max_batch_seqs` sequences.
+
+        Contexts longer than the device. `device_blocks` takes the place of kv_cache_tokens: pages stream in from
+        `host_blocks` (default: enough for one sequence). For `attend`, `evict`, `full_layers` and `staging_pages` see
+        LongOptions.
+
+        `backend` names the attention backend. `sanitize` checks every read of the cache; `log` is called with every
+        event (timeline/events.py), `on_step` with a StepRecord after each step. None of these three changes a token.
         """
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         checkpoint = load(model)
         config = checkpoint.config
-        _check_context(max_model_len, config, beyond_context)
+        context = config.max_position_embeddings
+        if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
+            raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} is allowed")
         if device_blocks is not None:
             _refuse_together(
                 f"device_blocks is {device_blocks}",
                 kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes, host_kv_tokens=host_kv_tokens,
                 manager=None if manager == "paged" else manager, preemption=preemption, free_order=free_order,
-                prefix_cache=prefix_cache or None,
+                prefix_cache=prefix_cache or None, kv_dtype=kv_dtype,
             )  # fmt: skip
             if host_blocks is None:
-                host_blocks = -(-(max_model_len or config.max_position_embeddings) // max(1, block_size))
+                host_blocks = -(-(max_model_len or context) // max(1, block_size))
             options = LongOptions(device_blocks, host_blocks, staging_pages, attend, evict, full_layers)
-            parts = options.make(config, block_size, dtype, max_batch_tokens, backend, sanitize, log)
-            kv_manager: KVCacheManager = parts[0]
-            kv: KV = parts[1]
-            preemption = "recompute"
+            long_manager, long_kv = options.make(config, block_size, dtype, max_batch_tokens, backend, sanitize, log)
+            parts = Parts(long_manager, long_kv, "recompute")
         else:
             _refuse_together(
                 "device_blocks is not given", host_blocks=host_blocks, staging_pages=staging_pages, evict=evict,
                 full_layers=full_layers, attend=None if attend == "all" else attend,
             )  # fmt: skip
-            num_slots = _num_slots(config, dtype, kv_cache_tokens, kv_cache_bytes)
             preemption = preemption or ("swap" if manager == "swapping" else "recompute")
+            num_slots = _num_slots(config, kv_dtype or dtype, kv_cache_tokens, kv_cache_bytes)
             if host_kv_tokens is None:
                 host_kv_tokens = num_slots if preemption == "swap" else 0
-            if isinstance(manager, KVCacheManager):
-                kv_manager = manager
-            else:
+            if not isinstance(manager, KVCacheManager):
                 unit = block_size if manager == "paged" and block_size > 0 else 1
-                longest = max_model_len or max(1, min(config.max_position_embeddings, num_slots - num_slots % unit))
-                kv_manager = make_manager(
-                    manager, num_slots, max_model_len=longest, block_size=block_size, num_host_slots=host_kv_tokens,
-                    reserve=reserve, allocator=allocator, free_order=free_order, watermark=watermark,
-                    prefix_cache=prefix_cache,
+                manager = make_manager(
+                    manager, num_slots, max_model_len=max_model_len or max(1, min(context, num_slots // unit * unit)),
+                    block_size=block_size, num_host_slots=host_kv_tokens, reserve=reserve, allocator=allocator,
+                    free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
-            kv = _make_kv(config, kv_manager, dtype, host_kv_tokens, backend, sanitize)
-            if log:
-                kv_manager = LoggedManager(kv_manager, log)
-        scheduler = Scheduler(kv_manager, max_batch_tokens, max_batch_seqs, preemption)
-        observers: list[Observer] = []
-        self._log_steps: LoggedSteps | None = None
-        if log:
-            self._log_steps = LoggedSteps(log, checkpoint.tokenizer, scheduler)
+            kv = _make_kv(config, manager, dtype, kv_dtype, host_kv_tokens, backend, sanitize)
+            parts = Parts(LoggedManager(manager, log) if log else manager, kv, preemption)
+        scheduler = Scheduler(parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
+        observers: list[Observer] = [StepRecords(scheduler, on_step)] if on_step else []
+        self._log_steps = LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
+        if self._log_steps:
             observers.append(self._log_steps)
-        if on_step:
-            observers.append(StepRecords(scheduler, on_step))
         decoder = build_model(config, checkpoint.weights, dtype, OPERATIONS)
-        engine = Engine(decoder, kv, scheduler, config.eos_token_ids, observers)
-        longest = max_model_len or max(1, min(config.max_position_embeddings, kv_manager.num_slots))
+        engine = Engine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
+        longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
-        self._loops: dict[int, deque] = {}
         if self._log_steps:
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
 
@@ -168,27 +169,33 @@ class LLM(StreamingLLM):
         return BeamRequest(output, params, group, self.tokenizer, on_reordered)
 
 
-def _check_context(max_model_len: int | None, config: ModelConfig, beyond_context: bool) -> None:
-    context = config.max_position_embeddings
-    if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
-        raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} is allowed")
-
-
 def _num_slots(config: ModelConfig, dtype: str, tokens: int | None, size: int | None) -> int:
     """Slots of the KV cache, from its size in tokens or in bytes."""
     if size is None:
         return DEFAULT_KV_TOKENS if tokens is None else tokens
     if tokens is not None:
         raise ValueError("kv_cache_tokens and kv_cache_bytes are both given; give one of them")
-    return size // kv_bytes_per_token(config, dtype)
+    return size // kv_bytes_per_token(config, {"bfloat16": "uint16", "float8": "uint8"}.get(dtype, dtype))
 
 
 def _make_kv(
-    config: ModelConfig, manager: KVCacheManager, dtype: str, host_kv_tokens: int, backend: str, sanitize: bool
+    config: ModelConfig,
+    manager: KVCacheManager,
+    dtype: str,
+    kv_dtype: str | None,
+    host_kv_tokens: int,
+    backend: str,
+    sanitize: bool,
 ) -> KV:
+    """The arrays that the manager speaks of, in the format that is asked for, watched or not."""
     unit = manager.block_size
     sizes = (config.num_layers, manager.num_slots // unit, unit, config.num_kv_heads, config.head_size)
-    kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, host_kv_tokens // unit, backend)
+    num_host_blocks = host_kv_tokens // unit
+    kv: KVCache
+    if kv_dtype is not None and kv_dtype != dtype:
+        kv = FormattedKV(*sizes, kv_dtype, num_host_blocks, backend)
+    else:
+        kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, num_host_blocks, backend)
     return SanitizedKV(manager, kv) if sanitize else kv
 
 

@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.attention import TwoCaches, streamed_attention
-from ..beyond_device.long_context import LongContext
 from ..beyond_device.options import STAGING_BYTES, LongOptions
 from ..beyond_device.relevance import Attend
 from ..core.device import Array, describe, on_gpu, synchronize, xp
+from ..core.engine.scheduler import StepPlan
+from ..core.engine.sequence import Sequence
 from ..core.model.config import ModelConfig
 from ..kernels import paged_attention
 
@@ -102,49 +103,51 @@ class Layer:
             num_kv_heads=num_kv_heads, head_size=head_size, max_position_embeddings=1,
         )  # fmt: skip
         options = LongOptions(device_blocks, host_blocks, attend=attend, full_layers=0)
-        self.long_context = options.make(config, BLOCK_SIZE, "float32", CHUNK, "auto", False, None)
+        self.manager, self.kv = options.make(config, BLOCK_SIZE, "float32", CHUNK, "auto", False, None)
         self._rng = np.random.default_rng(0)
         self._noise = xp.asarray(self._rng.standard_normal((2, 2 * CHUNK, num_kv_heads, head_size), dtype=np.float32))
         self.query = xp.asarray(self._rng.standard_normal((1, num_heads, head_size), dtype=np.float32))
-        self.length = 0
-        self.long_context.manager.admit(0, [], 1)
+        self._seq = Sequence(0, [], 0, 0)
+        self.manager.admit(0, [], 1)
 
-    def _begin(self, count: int) -> tuple[Array, Array]:
-        self.long_context.manager.append([(0, count)])
-        self.long_context.begin_step([(0, self.length, count)])
-        ((keys, values),) = self.long_context
+    @property
+    def length(self) -> int:
+        return self._seq.num_computed
+
+    def _begin(self, count: int) -> Array:
+        """Keys and values of `count` more tokens: [2, count, num_kv_heads, head_size]."""
+        self.manager.append([(0, count)])
+        self.kv.begin_step(StepPlan([(self._seq, count)]))
+        self._seq.num_computed += count
         first = int(self._rng.integers(CHUNK))
-        keys[0, :count], values[0, :count] = self._noise[:, first : first + count]
-        self.length += count
-        return keys, values
+        return self._noise[:, first : first + count]
 
     def grow(self, length: int) -> None:
         while self.length < length:
             count = min(CHUNK, length - self.length)
-            keys, values = self._begin(count)
-            self.long_context.write(keys[0, :count], values[0, :count])
+            self.kv.write(0, *self._begin(count))
 
     def step(self, query: Array | None = None) -> None:
         """One more token."""
-        keys, values = self._begin(1)
-        self.long_context(self.query if query is None else query, keys, values, None, sliding_window=None)
+        key, value = self._begin(1)
+        self.kv.attend(0, self.query if query is None else query, key, value, None, None)
 
 
 def grow(contexts: list[int], device_blocks: int, rounds: int) -> list[Growth]:
     """Time and bytes of one more token, exactly, at each length."""
     layer = Layer(SMALL, device_blocks, -(-(contexts[-1] + len(contexts) * (rounds + 1)) // BLOCK_SIZE) + 1, "all")
-    long_context: LongContext = layer.long_context
+    kv = layer.kv
     found = []
     for tokens in contexts:
         layer.grow(tokens)
         layer.step()
         pages = SMALL[1] * -(-(layer.length + 1) // BLOCK_SIZE)
-        before = long_context.counters.bytes_in
+        before = kv.counters.bytes_in
         ((seconds, _),) = _shortest([layer.step], rounds)
-        moved = (long_context.counters.bytes_in - before) // (rounds + 1)  # and the one that warms up
-        here = sum(block >= 0 for block in long_context.manager.residency.device_of)
-        on_paper = max(0, pages - here) * long_context.page_bytes
-        found.append(Growth(tokens, long_context.device_bytes, moved, on_paper, seconds))
+        moved = (kv.counters.bytes_in - before) // (rounds + 1)  # and the one that warms up
+        here = sum(block >= 0 for block in kv.manager.residency.device_of)
+        on_paper = max(0, pages - here) * kv.page_bytes
+        found.append(Growth(tokens, kv.device_bytes, moved, on_paper, seconds))
     return found
 
 

@@ -28,7 +28,7 @@ from ..core.device import describe, on_gpu, synchronize, to_host, xp
 from ..core.model.config import ModelConfig
 from ..training.activations import PAGE_SIZE, Keep, Paged, Recompute, Swap
 from ..training.checkpoint import hf_config
-from ..training.network import Batch, loss_and_gradient, saved_shapes
+from ..training.network import PackedBatch, loss_and_gradient, saved_shapes
 from ..training.parameters import Parameters
 
 CONFIG = ModelConfig(
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
 
 def memory(weights: Parameters, tokens: np.ndarray, page_size: int, rounds: int) -> list[Row]:
     """Every way to keep activations, on the same batch. `tokens [sequences, length + 1]`."""
-    config, batch, num_tokens = weights.config, Batch.of(list(tokens)), tokens[:, 1:].size
+    config, batch, num_tokens = weights.config, PackedBatch.of(list(tokens)), tokens[:, 1:].size
     everything = config.num_layers * 4 * sum(map(math.prod, saved_shapes(config, num_tokens).values()))
     ways: list[tuple[Row, Any]] = [(Row("keep", None), Keep()), (Row("recompute", None), Recompute())]
     for share in SHARES:
@@ -192,7 +192,7 @@ def profile(weights: Parameters, tokens: np.ndarray, rounds: int) -> dict[str, f
         its.layers = [
             type(layer)(**{name: getattr(layer, name).view(Timed) for name in layer.__slots__}) for layer in its.layers
         ]
-    batch, best, whole = Batch.of(list(tokens)), math.inf, math.inf
+    batch, best, whole = PackedBatch.of(list(tokens)), math.inf, math.inf
     spent: dict[str, float] = {}
     for _ in range(rounds + 1):
         Timed.seconds.clear()
@@ -216,7 +216,7 @@ def against_torch(weights: Parameters, tokens: np.ndarray, rounds: int) -> float
     model.to(device)
     ids = torch.tensor(tokens, device=device)
     torch.set_num_threads(2)
-    batch, gradient, activations = Batch.of(list(tokens)), Parameters(weights.config), Keep()
+    batch, gradient, activations = PackedBatch.of(list(tokens)), Parameters(weights.config), Keep()
 
     def theirs() -> None:
         model.zero_grad()

@@ -15,11 +15,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..beyond_device.long_context import Counters, Observation
+from ..beyond_device.kv import Counters, StreamedKV
+from ..beyond_device.observation import Observation
 from ..beyond_device.relevance import Attend, check_attend
 from ..beyond_device.streaming import EVICTIONS
 from ..core.device import describe
 from ..core.engine.sampling import SamplingParams
+from ..core.memory.kv import KVCache
 from ..core.model.config import ModelConfig
 from ..core.model.loading import load
 from ..kernels import why_not
@@ -99,8 +101,8 @@ def main(args: argparse.Namespace) -> int:
             }  # fmt: skip
             run = Run(str(attend), _llm(args.model, options))
             if watch:
-                assert run.llm.long_context is not None
-                run.llm.long_context.watch = watch
+                assert isinstance(run.llm.engine.kv, StreamedKV)
+                run.llm.engine.kv.watch = watch
             run.go(ids, args.new_tokens, exact)
             runs.append(run)
             if file:
@@ -130,28 +132,28 @@ class Run:
 
     def go(self, ids: Sequence[int], new_tokens: int, exact: Run | None) -> None:
         """Continue the text greedily; with `exact`, with the tokens of that run, so that each is asked the same."""
-        long_context = self.llm.long_context
+        kv = self.llm.engine.kv
 
         def hook(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
             self.times.append(perf_counter())
             n = len(self.rows)
             self.rows.append(logits.copy())
             self.tokens.append(int(logits.argmax()))
-            if long_context is not None:
+            if isinstance(kv, StreamedKV):
                 if n == 0:
-                    long_context.counters = Counters()  # the text is read; now the new tokens count
+                    kv.counters = Counters()  # the text is read; now the new tokens count
                 elif n == new_tokens:
-                    self.counters = replace(long_context.counters)  # as they are now: more tokens follow
-                    self.device_bytes = long_context.device_bytes
-                    long_context.observe = self._see
+                    self.counters = replace(kv.counters)  # as they are now: more tokens follow
+                    self.device_bytes = kv.device_bytes
+                    kv.observe = self._see
             if exact is not None:
                 logits[exact.tokens[n]] = np.inf
             return logits
 
         params = SamplingParams(max_tokens=new_tokens + OBSERVED, ignore_eos=True, logits_hook=hook)
         self.llm.generate([list(ids)], params)
-        if long_context is None:
-            self.device_bytes = int(self.llm.storage.device.nbytes)
+        if isinstance(kv, KVCache):
+            self.device_bytes = int(kv.device.nbytes)
         del self.times[new_tokens + 1 :]
 
     def _see(self, seen: Observation) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..beyond_device.long_context import Observation
+from ..beyond_device.kv import StreamedKV
+from ..beyond_device.observation import Observation
 from ..beyond_device.relevance import budget_of, choose
 from ..core.engine.sampling import SamplingParams
 from ..llm import LLM
@@ -28,8 +29,8 @@ def recall(
         model, device_blocks=-(-(len(ids) + new_tokens) // block_size) + 1, host_blocks=0, block_size=block_size,
         attend=1.0, full_layers=0, max_model_len=len(ids) + new_tokens, beyond_context=True,
     )  # fmt: skip
-    assert llm.long_context is not None
-    long_context = llm.long_context
+    kv = llm.engine.kv
+    assert isinstance(kv, StreamedKV)
     full_layers = max(1, llm.config.num_layers // 16)
     rng = np.random.default_rng(seed)
     caught: dict[tuple[float, str], list[float]] = {(b, c): [] for b in BUDGETS for c in CHOICES}
@@ -52,7 +53,7 @@ def recall(
                 caught[budget, name].append(float(np.take_along_axis(mass, blocks, axis=1).sum(axis=1).mean()))
 
     def watch_from_now_on(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
-        long_context.observe = see  # the prompt is over
+        kv.observe = see  # the prompt is over
         return logits
 
     llm.generate([list(ids)], SamplingParams(max_tokens=new_tokens, ignore_eos=True, logits_hook=watch_from_now_on))

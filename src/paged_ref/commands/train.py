@@ -23,7 +23,7 @@ from ..training.activations import MEMORY, PAGE_SIZE, activations_for
 from ..training.checkpoint import STATE, load_state, put, save_model, save_state
 from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
 from ..training.parameters import Parameters
-from ..training.trainer import Settings, Step, Trainer, bits_per_byte
+from ..training.trainer import Settings, Trainer, TrainingStep, bits_per_byte
 from ..views.common.curve import curve
 
 HEARD = 8  # times that a text to be learnt by heart is read in each epoch
@@ -140,7 +140,7 @@ def _train(args: argparse.Namespace, learned: list[str], held: list[str]) -> int
         tokenizer = Tokenizer.from_file(args.out / "tokenizer.json")
     else:
         tokenizer = train_tokenizer(learned, config.vocab_size, args.words)
-        put(args.out / "tokenizer.json", tokenizer.to_json().encode())  # a place that cannot be written shows now
+        put(args.out / "tokenizer.json", tokenizer.inner.to_str().encode())  # a place that cannot be written shows now
     trainer = Trainer(config, settings, encode(tokenizer, learned + by_heart), activations)
     if state is not None:
         trainer.restore(state)
@@ -244,7 +244,7 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def show(self, step: Step) -> None:
+    def show(self, step: TrainingStep) -> None:
         self._loss = step.loss if not self._tokens else 0.95 * self._loss + 0.05 * step.loss
         self._tokens += step.num_tokens
         self._seconds += step.seconds

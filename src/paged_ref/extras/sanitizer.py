@@ -49,6 +49,50 @@ class _Owners:
         other.checksum[destination] = self.checksum[source]
 
 
+class Fingerprints:
+    """For each position of a sequence a hash of the tokens up to it; K and V depend on just these."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[int]] = {}  # of each sequence, by position
+
+    def of(self, seq_id: int, tokens: Sequence[int], length: int) -> np.ndarray:
+        """[length] int64, for the first `length` tokens."""
+        known = self._known.setdefault(seq_id, [])
+        for position in range(len(known), length):
+            known.append(hash((known[-1] if known else 0, tokens[position])))
+        return np.array(known[:length], dtype=np.int64)
+
+    def keep(self, running: Sequence[int]) -> None:
+        """Forget all other sequences; the fingerprints of a preempted one can be made again."""
+        for seq_id in self._known.keys() - set(running):
+            del self._known[seq_id]
+
+
+def checksums(kv: np.ndarray) -> np.ndarray:
+    """[num_slots]: of the bits of `kv [num_slots, ...]`, in whole numbers, so that no order of adding matters."""
+    bits = np.ascontiguousarray(kv).view(f"u{kv.dtype.itemsize}").reshape(len(kv), -1)
+    weights = 2 * np.arange(bits.shape[1], dtype=np.uint64) + 1
+    return np.asarray((bits * weights).sum(axis=1, dtype=np.uint64))
+
+
+def check_numbers(seq_id: int, layer: int, query: Array, mixed: Array) -> None:
+    """NaN in `mixed`, the attention of this sequence in one layer, means that a kernel read a poisoned slot.
+
+    Both are [num_tokens, num_heads, head_size]; with NaN in `query`, attention is not where it came from.
+    """
+    isnan = module_of(mixed).isnan
+    if not bool(isnan(mixed).any()):
+        return
+    if bool(isnan(query).any()):
+        raise SanitizerError(
+            f"sequence {seq_id} has NaN among its queries in layer {layer}, before attention: the weights "
+            "hold NaN, or numbers grew too large"
+        )
+    raise SanitizerError(
+        f"sequence {seq_id} has NaN in its attention in layer {layer}: a kernel read a slot outside its tokens"
+    )
+
+
 class SanitizedKV:
     """A KV around another one, whose reads and writes it checks."""
 
@@ -69,7 +113,7 @@ class SanitizedKV:
         mixed = self.inner.attend(layer, query, key, value, addresses, window)
         first = 0
         for seq_id, count in self._chunks:
-            self.sanitizer.check_numbers(seq_id, layer, query[first : first + count], mixed[first : first + count])
+            check_numbers(seq_id, layer, query[first : first + count], mixed[first : first + count])
             first += count
         if layer == len(self.inner.layers) - 1:
             self.sanitizer.after_step()
@@ -85,7 +129,7 @@ class KVSanitizer:
         self._unit = kv.block_size  # slots in a row: the block size, or 1
         self._device = _Owners(int(kv.device.shape[2]) * self._unit)
         self._host = _Owners(int(kv.host.shape[2]) * self._unit)
-        self._fingerprints: dict[int, list[int]] = {}  # of each sequence, by position
+        self._fingerprints = Fingerprints()
         self._history: dict[int, deque[str]] = {}  # of each row: what happened to it last
         self._written = np.zeros(0, dtype=np.int64)  # slots that the step under way writes
 
@@ -102,7 +146,7 @@ class KVSanitizer:
         """
         for transfer in transfers:
             self._follow(transfer)
-        self._forget_ended([seq_id for seq_id, *_ in chunks])
+        self._fingerprints.keep([seq_id for seq_id, *_ in chunks])
         self._poison_unused()
         written = []
         for seq_id, tokens, computed, count in chunks:
@@ -110,7 +154,7 @@ class KVSanitizer:
             written.append(slots)
             self._device.writer[slots] = seq_id
             self._device.position[slots] = np.arange(computed, computed + count)
-            self._device.fingerprint[slots] = self._fingerprint(seq_id, tokens, computed + count)[computed:]
+            self._device.fingerprint[slots] = self._fingerprints.of(seq_id, tokens, computed + count)[computed:]
             for row in dict.fromkeys((slots // self._unit).tolist()):
                 self._note(row, f"sequence {seq_id} wrote positions {computed} to {computed + count - 1}")
         self._written = np.concatenate(written)
@@ -126,24 +170,6 @@ class KVSanitizer:
         """The step has written its K and V: keep their checksums."""
         self._device.checksum[self._written] = self._checksums(self._written)
 
-    def check_numbers(self, seq_id: int, layer: int, query: Array, mixed: Array) -> None:
-        """NaN in `mixed`, the attention of this sequence in one layer, means that a kernel read a poisoned slot.
-
-        Both are [num_tokens, num_heads, head_size]; with NaN in `query`, attention is not where it came from.
-        """
-        isnan = module_of(mixed).isnan
-        if not bool(isnan(mixed).any()):
-            return
-        if bool(isnan(query).any()):
-            raise SanitizerError(
-                f"sequence {seq_id} has NaN among its queries in layer {layer}, before attention: the weights "
-                "hold NaN, or numbers grew too large"
-            )
-        raise SanitizerError(
-            f"sequence {seq_id} has NaN in its attention in layer {layer}: a kernel read a slot outside its "
-            f"{self._manager.length(seq_id)} tokens"
-        )
-
     def _check_addresses(self, seq_id: int, row: int, length: int, addresses: Addresses) -> None:
         """Are the kernels given what the manager says of the sequence?"""
         placement = np.array(self._manager.placement(seq_id))
@@ -154,11 +180,6 @@ class KVSanitizer:
                 f"sequence {seq_id} has {length} tokens in {placement.tolist()}; the kernels are given "
                 f"{int(addresses.seq_lens[row])} in {given.tolist()}"
             )
-
-    def _forget_ended(self, running: Sequence[int]) -> None:
-        """Fingerprints are kept while a sequence runs; those of a preempted one can be made again."""
-        for seq_id in self._fingerprints.keys() - set(running):
-            del self._fingerprints[seq_id]
 
     def _follow(self, transfer: Transfer) -> None:
         source = np.arange(transfer.source * self._unit, (transfer.source + transfer.count) * self._unit)
@@ -181,7 +202,7 @@ class KVSanitizer:
             return
         for layer in self._kv.slots:
             for cache in layer:
-                cache[xp.asarray(stale)] = np.nan
+                cache[xp.asarray(stale)] = self._kv.nan
         self._device.writer[stale] = self._device.position[stale] = _UNWRITTEN
         for row in dict.fromkeys((stale // self._unit).tolist()):
             self._note(row, "slots freed, and filled with NaN")
@@ -197,12 +218,9 @@ class KVSanitizer:
         return np.asarray(slot_of(placement, positions, self._unit))
 
     def _checksums(self, slots: np.ndarray) -> np.ndarray:
-        """[len(slots)]: of the bits of all K and V there, in whole numbers, so that no order of adding matters."""
         rows = xp.asarray(slots)
         kv = np.stack([to_host(cache[rows]) for layer in self._kv.slots for cache in layer], axis=1)
-        bits = np.ascontiguousarray(kv).view(f"u{kv.dtype.itemsize}").reshape(len(slots), -1)
-        weights = 2 * np.arange(bits.shape[1], dtype=np.uint64) + 1
-        return np.asarray((bits * weights).sum(axis=1, dtype=np.uint64))
+        return checksums(kv)
 
     def _check_contents(self, seq_id: int, length: int) -> None:
         if not length:
@@ -221,7 +239,7 @@ class KVSanitizer:
 
     def _check_owners(self, seq_id: int, tokens: Sequence[int], length: int) -> None:
         slots = self._slots_read(seq_id, length)
-        expected = self._fingerprint(seq_id, tokens, length)
+        expected = self._fingerprints.of(seq_id, tokens, length)
         owners = self._device
         right = (owners.writer[slots] != _UNWRITTEN) & (owners.position[slots] == np.arange(length))
         right &= owners.fingerprint[slots] == expected
@@ -251,13 +269,6 @@ class KVSanitizer:
 
     def _note(self, row: int, what: str) -> None:
         self._history.setdefault(row, deque(maxlen=4)).append(what)
-
-    def _fingerprint(self, seq_id: int, tokens: Sequence[int], length: int) -> np.ndarray:
-        """[length]: for each position a hash of the tokens up to it; K and V depend on just these."""
-        known = self._fingerprints.setdefault(seq_id, [])
-        for position in range(len(known), length):
-            known.append(hash((known[-1] if known else 0, tokens[position])))
-        return np.array(known[:length], dtype=np.int64)
 
 
 def _used_slots(manager: KVCacheManager, num_slots: int) -> np.ndarray:

@@ -18,7 +18,9 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 class StreamingLLM(LLM):
     """The core's LLM, whose loops get their tokens whichever loop makes the step."""
 
-    _loops: dict[int, deque[TokenOutput]]  # by request_id: tokens for the loop that waits for them
+    def open(self, *parts: Any) -> None:
+        super().open(*parts)
+        self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: tokens for the loop that waits for them
 
     @property
     def has_unfinished(self) -> bool:

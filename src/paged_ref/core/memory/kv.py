@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -39,6 +39,8 @@ class KV(Protocol):
 class KVCache:
     """K and V of `num_blocks * block_size` tokens. Every slot starts as NaN, so that a stray read shows."""
 
+    nan: float = np.nan  # as the cache stores it
+
     def __init__(
         self,
         num_layers: int,
@@ -54,7 +56,7 @@ class KVCache:
         self.backend = backend
         self.scale = head_size**-0.5
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_size)
-        self.device = xp.full(shape, xp.nan, dtype=dtype)
+        self.device = xp.full(shape, self.nan, dtype=dtype)
         # (key_cache, value_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_size]
         self.layers: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in self.device]
         # The same memory without blocks, [num_slots, num_kv_heads, head_size]
@@ -63,7 +65,7 @@ class KVCache:
 
     def _host_array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """Host memory full of NaN."""
-        return np.full(shape, np.nan, dtype=dtype)
+        return np.full(shape, self.nan, dtype=dtype)
 
     # --- a step --------------------------------------------------------------------------------------
 
@@ -76,7 +78,8 @@ class KVCache:
     ) -> Array:
         self._write(layer, key, value, addresses.slot_mapping)
         keys, values = (self.slots if addresses.block_tables is None else self.layers)[layer]
-        call = AttentionCall(query, keys, values, addresses, self.scale, window, out=xp.empty_like(query))
+        out = xp.empty_like(query)
+        call = AttentionCall(query, keys, values, addresses, self.scale, window, out, variant=self._variant(layer))
         attend(call, self.backend)
         return call.out
 
@@ -84,6 +87,10 @@ class KVCache:
         """Write K and V of the step's tokens into their slots. vLLM calls this reshape_and_cache."""
         keys, values = self.slots[layer]
         keys[slot_mapping], values[slot_mapping] = key, value
+
+    def _variant(self, layer: int) -> Any:
+        """What attention over this cache needs beyond the plain one."""
+        return None
 
     # --- transfers -----------------------------------------------------------------------------------
 

@@ -18,11 +18,12 @@ import pytest
 from support.driving import Engine, Run, assert_nothing_held, furthest
 
 from paged_ref import SamplingParams
-from paged_ref.beyond_device import long_context as module
-from paged_ref.beyond_device.long_context import LongContext, Observation
+from paged_ref.beyond_device import kv as module
+from paged_ref.beyond_device.kv import StreamedKV
+from paged_ref.beyond_device.observation import HeadPages, Observation
+from paged_ref.beyond_device.storage import PageStorage
 from paged_ref.beyond_device.streaming import StreamingManager
 from paged_ref.core.device import on_gpu
-from paged_ref.core.memory.kv import PageStorage
 from paged_ref.core.memory.manager import OutOfBlocks, Transfer
 from paged_ref.core.model import loading
 from paged_ref.core.model.config import kv_bytes_per_token
@@ -56,11 +57,16 @@ def resident(model: str, max_batch_tokens: int = 512) -> Run:
     return Engine(model, kv_cache_tokens=2048, max_batch_tokens=max_batch_tokens).run(PROMPTS, GREEDY)
 
 
-def streamed(model: str, **options: Any) -> tuple[Run, Engine, LongContext]:
+def kv_of(engine: Engine) -> StreamedKV:
+    kv = engine.llm.engine.kv
+    assert isinstance(kv, StreamedKV)
+    return kv
+
+
+def streamed(model: str, **options: Any) -> tuple[Run, Engine, StreamedKV]:
     engine = Engine(model, **options)
     run = engine.run(PROMPTS, GREEDY)
-    assert engine.llm.long_context is not None
-    return run, engine, engine.llm.long_context
+    return run, engine, kv_of(engine)
 
 
 # --- exact ---------------------------------------------------------------------------------------------
@@ -83,11 +89,11 @@ DEVICES = [
 
 @pytest.mark.parametrize("options", DEVICES, ids=lambda options: " ".join(map(str, options.values())))
 def test_no_token_changes_however_small_the_device(model: str, options: dict[str, Any]) -> None:
-    run, engine, long_context = streamed(model, **options)
+    run, engine, kv = streamed(model, **options)
     expected = resident(model, options.get("max_batch_tokens", 512))
     assert run.tokens == expected.tokens
     assert max(furthest(a, b) for a, b in zip(run.logits, expected.logits, strict=True)) < BOUND
-    counters = long_context.counters
+    counters = kv.counters
     if options.get("host_blocks") == 0:
         assert counters.bytes_in == counters.bytes_out == 0
         assert counters.hit_rate == 1
@@ -96,15 +102,15 @@ def test_no_token_changes_however_small_the_device(model: str, options: dict[str
         assert counters.bytes_in > 0
         assert counters.bytes_out > 0
     per_token = kv_bytes_per_token(engine.llm.config, "float32")
-    assert long_context.storage.device.nbytes == options["device_blocks"] * options["block_size"] * per_token
+    assert kv.storage.device.nbytes == options["device_blocks"] * options["block_size"] * per_token
 
 
-@pytest.mark.skipif(on_gpu or "cpu" not in backends(), reason="only the backend cpu has tiles")
+@pytest.mark.skipif(on_gpu or "cpu-simd" not in backends(), reason="only the backend cpu-simd has tiles")
 def test_tiles_change_no_bit() -> None:
     """One sequence: each step has the same rows, so that no product of the weights is summed in another order."""
     prompt, params = PROMPTS[:1], GREEDY[:1]
-    expected = Engine("tiny", kv_cache_tokens=2048, backend="cpu").run(prompt, params)
-    run = Engine("tiny", device_blocks=1, block_size=4, backend="cpu").run(prompt, params)
+    expected = Engine("tiny", kv_cache_tokens=2048, backend="cpu-simd").run(prompt, params)
+    run = Engine("tiny", device_blocks=1, block_size=4, backend="cpu-simd").run(prompt, params)
     assert furthest(run.logits[0], expected.logits[0]) == 0
 
 
@@ -138,16 +144,15 @@ def test_sliding_windows(windowed: str, options: dict[str, Any]) -> None:
 
 def test_a_window_is_all_that_is_read_and_all_the_mass(windowed: str) -> None:
     engine = Engine(windowed, device_blocks=2, block_size=4)
-    long_context = engine.llm.long_context
-    assert long_context is not None
+    kv = kv_of(engine)
     seen: list[Observation] = []
-    long_context.observe = seen.append
+    kv.observe = seen.append
     engine.add(PROMPTS[0], SamplingParams(max_tokens=3, ignore_eos=True))
     engine.step()
     length = engine.manager.length(0)
-    before = long_context.counters.attended
+    before = kv.counters.attended
     engine.step()
-    assert long_context.counters.attended - before == PER_BLOCK * (length // 4 - (length - 24 + 1) // 4 + 1)
+    assert kv.counters.attended - before == PER_BLOCK * (length // 4 - (length - 24 + 1) // 4 + 1)
     assert len(seen) == 2 * CONFIG.num_layers
     for each in seen:
         np.testing.assert_allclose(each.mass.sum(axis=-1), 1, atol=1e-5)
@@ -156,7 +161,7 @@ def test_a_window_is_all_that_is_read_and_all_the_mass(windowed: str) -> None:
 
 
 def test_a_window_that_cannot_be_staged_is_refused_at_once(windowed: str) -> None:
-    words = "11 pages are for staging; a sliding window of 24 tokens, and steps of up to 16, need 12 at once"
+    words = "11 pages are for staging; a sliding window of 24 tokens, and steps of up to 16, need 12 at the same time"
     with pytest.raises(ValueError, match=words):
         Engine(windowed, device_blocks=2, block_size=4, staging_pages=11, max_batch_tokens=16)
 
@@ -183,23 +188,22 @@ def test_a_prompt_longer_than_the_device_is_computed_in_chunks() -> None:
 def test_moved_bytes_are_those_on_paper() -> None:
     """Decode at length n with r pages resident: every other page comes in once, each layer, each head."""
     engine = Engine("tiny", device_blocks=8, block_size=16, sanitize=False)
-    long_context = engine.llm.long_context
-    assert long_context is not None
+    kv = kv_of(engine)
     engine.add([7] * 320, SamplingParams(max_tokens=9, ignore_eos=True))
     engine.step()
     for _ in range(8):
-        before = replace(long_context.counters)
-        resident_pages = sum(b >= 0 for b in long_context.manager.residency.device_of)
+        before = replace(kv.counters)
+        resident_pages = sum(b >= 0 for b in kv.manager.residency.device_of)
         assert resident_pages == 8 * PER_BLOCK
         engine.step()
-        after = long_context.counters
+        after = kv.counters
         num_pages = 21 * PER_BLOCK  # 21 blocks hold 321 to 336 tokens
         assert after.attended - before.attended == num_pages
         missing = num_pages - (after.resident - before.resident)
         moved = after.bytes_in - before.bytes_in
-        assert moved >= missing * long_context.page_bytes
-        assert moved <= (missing + PER_BLOCK) * long_context.page_bytes  # and the last pages, where they had left
-        assert after.bytes_out - before.bytes_out <= PER_BLOCK * long_context.page_bytes
+        assert moved >= missing * kv.page_bytes
+        assert moved <= (missing + PER_BLOCK) * kv.page_bytes  # and the last pages, where they had left
+        assert after.bytes_out - before.bytes_out <= PER_BLOCK * kv.page_bytes
     engine.finish()
 
 
@@ -210,8 +214,7 @@ def test_the_device_stays_as_it_is_while_the_context_grows(batch: int) -> None:
         engine = Engine("tiny", device_blocks=3, max_batch_tokens=batch, sanitize=False)
         engine.add([9] * tokens, SamplingParams(max_tokens=2))
         engine.finish()
-        assert engine.llm.long_context is not None
-        sizes.add(engine.llm.long_context.device_bytes)
+        sizes.add(kv_of(engine).device_bytes)
     assert len(sizes) == 1
 
 
@@ -308,19 +311,18 @@ def test_beam_search_and_swapping_are_refused() -> None:
 
 def test_a_budget_bounds_what_is_read_and_moved() -> None:
     engine = Engine("tiny", device_blocks=12, block_size=16, attend=4, full_layers=1)
-    long_context = engine.llm.long_context
-    assert long_context is not None
-    assert long_context.manager.evict == "relevance"
+    kv = kv_of(engine)
+    assert kv.manager.evict == "relevance"
     engine.add(
         [5 + i * 11 % (CONFIG.vocab_size - 5) for i in range(330)], SamplingParams(max_tokens=20, ignore_eos=True)
     )
     engine.step()
     for _ in range(10):
-        before = replace(long_context.counters)
+        before = replace(kv.counters)
         engine.step()
         num_blocks = -(-engine.manager.length(0) // 16)
         per_head = num_blocks + (CONFIG.num_layers - 1) * 4
-        assert long_context.counters.attended - before.attended == CONFIG.num_kv_heads * per_head
+        assert kv.counters.attended - before.attended == CONFIG.num_kv_heads * per_head
     engine.finish()
 
 
@@ -338,10 +340,9 @@ def test_what_was_chosen_stays_so_that_less_moves() -> None:
         engine = Engine("tiny", device_blocks=20, block_size=4, attend=0.2, evict=evict, sanitize=False, full_layers=0)
         engine.add(PROMPTS[0] * 4, SamplingParams(max_tokens=40, ignore_eos=True))
         engine.step()
-        assert engine.llm.long_context is not None
-        engine.llm.long_context.counters.bytes_in = 0
+        kv_of(engine).counters.bytes_in = 0
         engine.finish()
-        moved[evict] = engine.llm.long_context.counters.bytes_in
+        moved[evict] = kv_of(engine).counters.bytes_in
     assert moved["relevance"] < moved["sliding"]
 
 
@@ -350,8 +351,7 @@ def test_what_is_observed_adds_up(model: str) -> None:
     for attend, least, most in (("all", 1.0, 1.0), (0.25, 0.1, 0.999)):
         engine = Engine(model, device_blocks=4, block_size=4, attend=attend, full_layers=0)
         seen: list[Observation] = []
-        assert engine.llm.long_context is not None
-        engine.llm.long_context.observe = seen.append
+        kv_of(engine).observe = seen.append
         engine.add(PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True))
         engine.step()
         seen.clear()  # the prompt attends to all
@@ -368,12 +368,11 @@ def test_what_is_observed_adds_up(model: str) -> None:
 
 def test_a_log_tells_where_every_page_was_and_survives_json() -> None:
     engine = Engine("tiny", device_blocks=2, block_size=4, attend=0.5)
-    assert engine.llm.long_context is not None
-    watch = engine.llm.long_context.watch = (CONFIG.num_layers - 1, CONFIG.num_heads - 1)
+    watch = kv_of(engine).watch = (CONFIG.num_layers - 1, CONFIG.num_heads - 1)
     run = engine.run(PROMPTS[:2], GREEDY[:2])
     events = [from_json(to_json(event)) for event in engine.events]
     assert events == engine.events
-    assert replay(events).pages == PageState.of(engine.llm.long_context.manager)
+    assert replay(events).pages == PageState.of(kv_of(engine).manager)
     told = [event for event in events if isinstance(event, PagesAttended)]
     assert {(event.layer, event.head) for event in told} == {watch}
     assert len(told) == sum(len(output.outputs[0].token_ids) for output in run.outputs)
@@ -416,14 +415,14 @@ def keeps_the_host_copy_of_a_written_page(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def takes_the_table_of_the_next_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LongContext._all_rows
+    right = StreamedKV._all_pages
 
-    def all_rows(self: LongContext) -> list[Any]:
-        rows, num_seqs = right(self), len(self._chunks)
-        others = rows[num_seqs:] + rows[:num_seqs]
-        return [row._replace(pages=other.pages) for row, other in zip(rows, others, strict=True)]
+    def all_pages(self: StreamedKV, layer: int, window: int | None) -> list[HeadPages]:
+        reads, num_seqs = right(self, layer, window), len(self._chunks)
+        others = reads[num_seqs:] + reads[:num_seqs]
+        return [read._replace(pages=other.pages) for read, other in zip(reads, others, strict=True)]
 
-    monkeypatch.setattr(LongContext, "_all_rows", all_rows)
+    monkeypatch.setattr(StreamedKV, "_all_pages", all_pages)
 
 
 def stages_into_the_half_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,8 +465,9 @@ def test_the_sanitizer_catches(bug: Any, options: dict[str, Any], words: str, mo
 
 
 def test_transfers_fit_storage() -> None:
-    storage = PageStorage(2, 2, 1, 2, "float32")
-    storage.device[:] = np.arange(2, dtype=np.float32).reshape(1, 1, 2, 1, 1, 1)
+    storage = PageStorage(2, 2, 2, (1, 1, 2), "float32")
+    storage.device[:] = np.arange(2, dtype=np.float32).reshape(1, 2, 1, 1, 1)
     storage.apply([Transfer("swap_out", 1, 0), Transfer("swap_in", 0, 0)])
-    assert float(np.asarray(storage.device[0, 0, 0, 0, 0, 0])) == 1
+    storage.wait()
+    assert storage.device[:, 0].ravel().tolist() == [1, 1, 1, 1]
     assert_nothing_held(Engine("tiny", device_blocks=1).llm)
