@@ -63,19 +63,11 @@ class CachingBlockPool(BlockPool):
 
     def _unused(self, block_id: int) -> None:
         digest = self.digest_of.get(block_id)
-        if digest is not None and self._answers(digest, block_id):
+        if digest is not None and self.block_of.get(digest) == block_id:
             self.cached[block_id] = None
         else:  # not full, or a second block with the same content
             self.digest_of.pop(block_id, None)
             super()._unused(block_id)
-
-    def _answers(self, digest: bytes, block_id: int) -> bool:
-        """Is this the block that is looked up for `digest`? The first block with a content becomes it."""
-        if digest not in self.block_of:
-            self.block_of[digest] = block_id
-            if self.on_cached:
-                self.on_cached(block_id, digest)
-        return self.block_of[digest] == block_id
 
     def lookup(self, tokens: Sequence[int], block_size: int) -> list[int]:
         blocks = []
@@ -94,7 +86,9 @@ class CachingBlockPool(BlockPool):
         new_tokens = tokens[first * block_size : num_full * block_size]
         for block_id, digest in zip(blocks[first:num_full], block_digests(new_tokens, block_size, parent), strict=True):
             self.digest_of[block_id] = digest
-            self._answers(digest, block_id)
+            # The first block with this content wins; a second one, computed in the same step, stays private.
+            if self.block_of.setdefault(digest, block_id) == block_id and self.on_cached:
+                self.on_cached(block_id, digest)
 
     def _unheld(self) -> list[int]:
         for digest, block_id in self.block_of.items():
