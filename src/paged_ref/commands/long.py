@@ -22,8 +22,8 @@ from ..llm import LLM
 from ..timeline.events import Event, Log
 from ..views.common import options
 from ..views.common.files import recording
-from ..views.common.versions import describe_device
 from ..views.common.program import program
+from ..views.common.versions import describe_device
 from .long_recall import print_recall, recall
 from .long_run import OBSERVED, LongRun
 from .long_text import text_of
