@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from paged_ref.beyond_device.streaming import StreamingManager
 from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.core.memory.standard import StandardManager
+from paged_ref.core.memory.regions import Region, RegionManager
 from paged_ref.core.memory.swapping import SwappingManager
+from paged_ref.extras.host_swap import SwappablePagedManager
+from paged_ref.extras.prefix_cache import CachingBlockPool
 from paged_ref.timeline.events import Event
+from paged_ref.timeline.logged import LoggedManager
 from paged_ref.timeline.state import KnownBlock, MemoryState, PageState, Placement, RunState
 
 
@@ -24,24 +27,8 @@ def replay(events: Iterable[Event]) -> MemoryState:
 
 def state_of(manager: KVCacheManager) -> MemoryState:
     """The same, read off a manager."""
-    if isinstance(manager, PagedManager):
-        known = manager.cache.block_of if manager.cache else {}
-        return MemoryState(
-            manager="paged",
-            num_blocks=manager.pool.num_blocks,
-            block_size=manager.block_size,
-            num_host_blocks=manager.host_pool.num_blocks,
-            sequences={
-                seq_id: Placement(table.length, table.blocks.copy(), on_host=table.on_host)
-                for seq_id, table in manager.tables.items()
-            },
-            ref_count=manager.pool.ref_count.copy(),
-            free=manager.pool.free_blocks[::-1],
-            host_ref_count=manager.host_pool.ref_count.copy(),
-            host_free=manager.host_pool.free_blocks[::-1],
-            known={block_id: KnownBlock(block_id, digest.hex()) for digest, block_id in known.items()},
-            cached=OrderedDict(manager.cache.idle) if manager.cache else OrderedDict(),
-        )
+    if isinstance(manager, LoggedManager):
+        return state_of(manager.manager)
     if isinstance(manager, StreamingManager):
         return MemoryState(
             manager="streaming",
@@ -51,16 +38,37 @@ def state_of(manager: KVCacheManager) -> MemoryState:
             sequences={seq_id: Placement(table.length) for seq_id, table in manager.tables.items()},
             pages=pages_of(manager),
         )
-    assert isinstance(manager, (StandardManager, SwappingManager))
-    return MemoryState(
-        manager="swapping" if isinstance(manager, SwappingManager) else "standard",
-        num_blocks=manager.num_slots,
-        num_host_blocks=manager.host_pool.num_slots if isinstance(manager, SwappingManager) else 0,
-        sequences={
-            seq_id: Placement(region.length, start=region.start, size=region.size, on_host=region.on_host)
-            for seq_id, region in manager.regions.items()
-        },
-    )
+    if isinstance(manager, PagedManager):
+        return _paged_state(manager)
+    assert isinstance(manager, RegionManager)
+    swaps = isinstance(manager, SwappingManager)
+    state = MemoryState("swapping" if swaps else "standard", manager.num_slots)
+    state.sequences = {seq_id: _placement(region) for seq_id, region in manager.regions.items()}
+    if isinstance(manager, SwappingManager):
+        state.num_host_blocks = manager.host_pool.num_slots
+        state.sequences |= {seq_id: _placement(region, on_host=True) for seq_id, region in manager.swapped.items()}
+    return state
+
+
+def _paged_state(manager: PagedManager) -> MemoryState:
+    pool = manager.pool
+    state = MemoryState("paged", pool.num_blocks, manager.block_size)
+    state.ref_count, state.free = pool.ref_count.copy(), pool.free_blocks[::-1]
+    state.sequences = {s: Placement(table.length, table.blocks.copy()) for s, table in manager.tables.items()}
+    if isinstance(pool, CachingBlockPool):
+        state.known = {block_id: KnownBlock(block_id, digest.hex()) for digest, block_id in pool.block_of.items()}
+        state.cached = OrderedDict(pool.cached)
+    if isinstance(manager, SwappablePagedManager):
+        host = manager.host_pool
+        state.num_host_blocks = host.num_blocks
+        state.host_ref_count, state.host_free = host.ref_count.copy(), host.free_blocks[::-1]
+        swapped = manager.swapped.items()
+        state.sequences |= {s: Placement(table.length, table.blocks.copy(), on_host=True) for s, table in swapped}
+    return state
+
+
+def _placement(region: Region, on_host: bool = False) -> Placement:
+    return Placement(region.length, start=region.start, size=region.size, on_host=on_host)
 
 
 def pages_of(manager: StreamingManager) -> PageState:

@@ -14,10 +14,11 @@ from support import oracle
 
 pytest.importorskip("numba_cuda", reason="numba-cuda makes the kernels (extra test, cuda12 or cuda13)")
 
+from paged_ref.interop.arguments import build_call
 from support.attention_cases import Case, Problem, build, tolerance, true_options
 
+from paged_ref.core.attention.attention import AttentionCall
 from paged_ref.extras.formats import decode, from_float8
-from paged_ref.interop.arguments import AttentionCall, build_call
 from paged_ref.kernels import merge_states
 from paged_ref.tracer import trace
 from paged_ref.tracer.access_record import Trace

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from paged_ref.core.memory import kv as module
-from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.kv import KVCache
 from paged_ref.core.memory.manager import Transfer
 
 
@@ -77,7 +77,7 @@ def test_no_block_is_reused_before_its_copy(
     compute: Stream, seed: int, max_pitch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_PITCH", max_pitch)
-    storage = KVStorage(3, 6, 2, 1, 4, "float32", num_host_blocks=5)
+    storage = KVCache(3, 6, 2, 1, 4, "float32", num_host_blocks=5)
     first = np.random.default_rng(seed).standard_normal(storage.device.shape).astype(np.float32)
     seen = []
 

@@ -12,6 +12,7 @@ pytest.importorskip("greenlet", reason="greenlet runs the tracer's threads")
 pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra test, cuda12 or cuda13)")
 
 from paged_ref.core.attention.write import copy_launch, write_launches
+
 from paged_ref.extras.formats import encode
 from paged_ref.kernels import copy_blocks, write_kv
 from paged_ref.tracer.trace import Trace, run

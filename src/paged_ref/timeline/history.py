@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.memory.manager import MemoryUsage, Snapshot
+from ..core.memory.usage import MemoryUsage, Snapshot
 from .events import (
     BeamsReordered,
     BlockCached,

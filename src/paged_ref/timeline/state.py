@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ..core.memory.manager import OpenPiece, Snapshot
+from ..core.memory.usage import PartialAllocation, Snapshot
 from ..extras.prefix_cache import block_digests
 from .events import (
     BlockCached,
@@ -241,6 +241,11 @@ class MemoryState:
             for block_id in reversed(place.blocks):
                 self.release(block_id, on_host=not to_host)
             place.blocks, place.on_host = [new_of[block_id] for block_id in place.blocks], to_host
+            self.now_last(seq_id)
+
+    def now_last(self, seq_id: int) -> None:
+        """The sequence is the last that came to its side, device or host; snapshots are in that order."""
+        self.sequences[seq_id] = self.sequences.pop(seq_id)
 
     # --- where the slots are ---------------------------------------------------------------------------
 
@@ -253,15 +258,15 @@ class MemoryState:
             return Snapshot(here * size, [], external=0, free=(self.num_blocks - here) * size)
         on_device = [(seq_id, place) for seq_id, place in self.sequences.items() if not place.on_host]
         if not self.paged:
-            regions = [OpenPiece(seq_id, place.length, place.length, place.size) for seq_id, place in on_device]
+            regions = [PartialAllocation(seq_id, place.length, place.length, place.size) for seq_id, place in on_device]
             sizes = [size for _, size in self.holes()]
             external = sum(size for size in sizes if size < needed)
             return Snapshot(0, regions, external, free=sum(sizes) - external)
         # Only the last block of a table can have empty slots; sequences that share that block count it once.
-        partial: dict[int, OpenPiece] = {}
+        partial: dict[int, PartialAllocation] = {}
         for seq_id, place in on_device:
             if filled := place.length % size:
-                partial[place.blocks[-1]] = OpenPiece(seq_id, place.length, filled, size)
+                partial[place.blocks[-1]] = PartialAllocation(seq_id, place.length, filled, size)
         held = self.num_blocks - len(self.free) - len(self.cached)
         entries = sum(len(place.blocks) for _, place in on_device)
         return Snapshot(
@@ -519,6 +524,8 @@ class RunState:
         """The region of the sequence lies here now, where no other region may lie."""
         memory = self.memory
         place = memory.find(event.seq_id, on_host=from_host)
+        if place.on_host != to_host:
+            memory.now_last(event.seq_id)
         place.start, place.size, place.on_host = event.start, event.size, to_host
         stop = event.start + event.size
         if event.start < 0 or stop > (memory.num_host_blocks if to_host else memory.num_blocks):

@@ -15,7 +15,7 @@ from typing import Any
 
 import paged_ref
 
-from ...beyond_device.long_context import LongContext
+from ...beyond_device.kv import StreamedKV
 from ...beyond_device.residency import Residency
 from ...beyond_device.streaming import StreamingManager
 from ...core.engine.scheduler import Scheduler
@@ -121,5 +121,5 @@ FUNCTIONS: dict[type[Event], Function] = {  # of the engine, and of the memory f
     ResidencyOpened: Residency.__init__,
     PagesPlaced: Residency.need,
     PagesFreed: Residency.free,
-    PagesAttended: LongContext.__call__,
+    PagesAttended: StreamedKV.attend,
 }
