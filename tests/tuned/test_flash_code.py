@@ -127,8 +127,8 @@ def test_the_kernel_that_merges_parts() -> None:
 
 def test_types_are_those_that_the_launch_passes() -> None:
     """The table above is of the kernels that run."""
+    from support.attention_calls import call_of
     from support.attention_cases import Case, build
-    from test_flash import call_of
 
     from paged_ref.tuned import flash
     from paged_ref.tuned.machine_code import parameters

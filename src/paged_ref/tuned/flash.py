@@ -29,15 +29,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..core import device
+from ..core.attention.cuda import Launch
 from ..core.device import Array, module_of
-from ..extras.formats import BFLOAT16, FLOAT8, INT8, word
+from ..extras.formats import BFLOAT16, FLOAT8, INT8, format_name
 from ..interop.arguments import AttentionCall
 from . import launching
+from .flat_views import address_of, flat_view, span_bytes
 
 NAMES = {
     np.dtype("float16"): "float16", np.dtype("float32"): "float32",
@@ -47,15 +49,6 @@ ITEM_BYTES = 16  # of a load
 MAX_SPLITS = 128
 MIN_KEYS = 256  # of a split: fewer, and beginning and end cost more than the middle
 OLDEST = (8, 0)  # compute capability that has the `mma` shapes and bfloat16
-
-
-class Launch(NamedTuple):
-    """A kernel with all that it needs."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    bounds: tuple[int, int]  # threads of a CUDA block, CUDA blocks that must fit on a multiprocessor
-    args: tuple[Any, ...]
 
 
 def unavailable() -> str | None:
@@ -78,12 +71,12 @@ def unsupported(call: AttentionCall) -> str | None:
 def unsupported_by_kernels(call: AttentionCall) -> str | None:
     """What of this call the tuned kernels leave out, on whatever they run; None if nothing."""
     if call.query.dtype not in NAMES:
-        return f"query is {word(call.query.dtype)}; the tuned kernels compute in float32"
+        return f"query is {format_name(call.query.dtype)}; the tuned kernels compute in float32"
     if call.keys.dtype not in NAMES:
-        return f"the cache is {word(call.keys.dtype)}; the tuned kernels read {', '.join(NAMES.values())}"
+        return f"the cache is {format_name(call.keys.dtype)}; the tuned kernels read {', '.join(NAMES.values())}"
     itemsize = call.keys.dtype.itemsize
     if call.head_size * itemsize % ITEM_BYTES:
-        return f"head_size is {call.head_size}; a row of {word(call.keys.dtype)} must be a multiple of 16 bytes"
+        return f"head_size is {call.head_size}; a row of {format_name(call.keys.dtype)} must be a multiple of 16 bytes"
     if call.head_size * itemsize > 512:
         return f"head_size is {call.head_size}; rows of the cache may have 512 bytes at most"
     for name, cache_array in (("keys", call.keys), ("values", call.values)):
@@ -91,9 +84,9 @@ def unsupported_by_kernels(call: AttentionCall) -> str | None:
             continue
         if cache_array.strides[-1] != itemsize and call.head_size > 1:
             return f"the numbers of a head do not follow one another in the memory of the {name}"
-        if any(stride % ITEM_BYTES for stride in (_address(cache_array), *cache_array.strides[:-1])):
+        if any(stride % ITEM_BYTES for stride in (address_of(cache_array), *cache_array.strides[:-1])):
             return f"the rows of the {name} do not begin at multiples of {ITEM_BYTES} bytes"
-        if min(cache_array.strides) < 0 or _span(cache_array) > ITEM_BYTES << 32:
+        if min(cache_array.strides) < 0 or span_bytes(cache_array) > ITEM_BYTES << 32:
             return f"the {name} span more than 64 GiB, or run backwards"
     return None
 
@@ -144,7 +137,7 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
     """
     from .flash_combine import combine_kernel
     from .flash_kernels import attention_kernel
-    from .flash_variant import FEW, NUM_THREADS
+    from .flash_variant import MAX_SPLIT_QUERIES, NUM_THREADS
 
     xp, variant = module_of(call.query), variant_of(call)
     num_tokens, num_seqs, num_heads, num_kv_heads = (
@@ -164,26 +157,23 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
     lse = call.lse if call.lse is not None else xp.empty((num_tokens, num_heads), dtype=np.float32)
     out, lse = _bits(call.out), lse.ravel()
     args, sinks = _arguments(call, variant, lse)
-    bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
-    answer = []
+    found = []
     if variant.mixed:
         prefill = replace(variant, prefill=True, split=False)
         blocks = num_tokens * variant.group_size // prefill.rows_per_block + num_seqs
-        answer.append(Launch(attention_kernel(prefill), (blocks * num_kv_heads, 1, 1), bounds, (out, lse, *args)))
+        found.append(Launch(attention_kernel(prefill), (blocks * num_kv_heads, 1), NUM_THREADS, (out, lse, *args)))
     items = num_seqs if variant.mixed else num_tokens
-    grid = (items * variant.blocks_per_item * num_kv_heads, num_splits, 1)
+    grid = (items * variant.blocks_per_item * num_kv_heads, num_splits)
     if not variant.split:
-        answer.append(Launch(attention_kernel(variant), grid, bounds, (out, lse, *args)))
-        return answer
-    items *= FEW if variant.mixed else 1
+        return [*found, Launch(attention_kernel(variant), grid, NUM_THREADS, (out, lse, *args))]
+    items *= MAX_SPLIT_QUERIES if variant.mixed else 1
     part_out = xp.empty(items * num_heads * num_splits * call.head_size, dtype=np.float32)
     part_lse = xp.empty(items * num_heads * num_splits, dtype=np.float32)
-    answer.append(Launch(attention_kernel(variant), grid, bounds, (part_out, part_lse, *args)))
+    found.append(Launch(attention_kernel(variant), grid, NUM_THREADS, (part_out, part_lse, *args)))
     combine = combine_kernel(variant.query, variant.head_size, variant.sinks, variant.mixed)
     loc = xp.ascontiguousarray(call.query_start_loc)
     parts = (out, lse, part_out, part_lse, loc, np.int64(num_heads), np.int64(num_splits), sinks)
-    answer.append(Launch(combine, (items * num_heads, 1, 1), (NUM_THREADS, 8), parts))
-    return answer
+    return [*found, Launch(combine, (items * num_heads, 1), NUM_THREADS, parts)]
 
 
 def _longest(call: AttentionCall) -> int:
@@ -198,14 +188,14 @@ def _arguments(call: AttentionCall, variant: Any, none: Array) -> tuple[tuple[An
     xp = module_of(call.query)
     query = _bits(xp.ascontiguousarray(call.query))
     if variant.exact:
-        if _address(query) % ITEM_BYTES:
+        if address_of(query) % ITEM_BYTES:
             query = query.copy()
         query = query.view(np.uint32)
     tables, where_stride = call.block_tables, 1
     if tables is not None:
         if tables.strides[1] != tables.dtype.itemsize:
             tables = xp.ascontiguousarray(tables)
-        where, where_stride = _span_of(tables, tables.dtype), tables.strides[0] // tables.dtype.itemsize
+        where, where_stride = flat_view(tables), tables.strides[0] // tables.dtype.itemsize
     else:
         where = xp.ascontiguousarray(call.starts)
 
@@ -214,7 +204,7 @@ def _arguments(call: AttentionCall, variant: Any, none: Array) -> tuple[tuple[An
 
     sinks = per_head(call.sinks)
     args = (
-        query, _span_of(call.keys, np.uint32), _span_of(call.values, np.uint32),
+        query, flat_view(call.keys, np.uint32), flat_view(call.values, np.uint32),
         where, np.int64(where_stride),
         xp.ascontiguousarray(call.seq_lens), xp.ascontiguousarray(call.query_start_loc),
         np.int64(call.num_seqs), np.int64(call.num_kv_heads),
@@ -232,10 +222,8 @@ def attention(call: AttentionCall) -> None:
     if not out.flags.c_contiguous:
         call = replace(call, out=xp.empty(out.shape, dtype=out.dtype))
     number = int(xp.cuda.Device().id)
-    for kernel, grid, bounds, args in launches(call, None, _processors(number)):
-        from .machine_code import parameters
-
-        launching.loaded(kernel, parameters(args), bounds, number)(grid, (bounds[0], 1, 1), args)
+    for launch in launches(call, None, _processors(number)):
+        launching.start(launch)
     if call.out is not out:
         out[...] = call.out
 
@@ -248,24 +236,6 @@ def _processors(number: int) -> int:
 def _bits(array: Array) -> Array:
     """A contiguous query or output, flat: 16-bit floats as their bits."""
     return array.ravel().view(np.uint16) if array.dtype.itemsize == 2 else array.ravel()
-
-
-def _address(array: Array) -> int:
-    return int(array.ctypes.data if module_of(array) is np else array.data.ptr)
-
-
-def _span(array: Array) -> int:
-    """Bytes from the first to past the last element."""
-    size = array.dtype.itemsize
-    return int(size + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)))
-
-
-def _span_of(array: Array, dtype: Any) -> Array:
-    """All memory from the first element of `array` to its last, gaps included, as a flat array of this dtype."""
-    shape = (_span(array) // np.dtype(dtype).itemsize if array.size else 0,)
-    if module_of(array) is not np:
-        return module_of(array).ndarray(shape, dtype, memptr=array.data)
-    return np.lib.stride_tricks.as_strided(array.view(dtype), shape, (np.dtype(dtype).itemsize,))
 
 
 def _strides(cache_array: Array, paged: bool) -> tuple[Any, Any, Any]:

@@ -61,13 +61,13 @@ def _run(call: AttentionCall, backend: str) -> None:
         if reason is not None:
             able = [name for name in backends() if _load(name)[0].unsupported(call) is None]
             raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(able)} can")
-        module.attention(call)
+        (getattr(module, "attend", None) or module.attention)(call)
         return
     names = [name for name in _AUTO if module_of(call.query) is not np or not name.startswith("cuda")]
     for name in names:
         module, reason = _load(name)
         if reason is None and module.unsupported(call) is None:
-            module.attention(call)
+            (getattr(module, "attend", None) or module.attention)(call)
             return
     raise ValueError("no backend supports this call")  # the reference supports all, so this is a bug
 

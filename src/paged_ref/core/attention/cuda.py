@@ -7,7 +7,7 @@ on the CPU. Nothing here imports numba before a call needs it.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,16 @@ from ...interop.arguments import AttentionCall
 from .. import device
 from ..device import Array, module_of
 
-# kernel, grid, threads of a CUDA block, arguments
-Launch = tuple[Any, tuple[int, int], int, tuple[Any, ...]]
 NUM_THREADS = 128
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it needs."""
+
+    kernel: Any  # what cuda.jit made
+    grid: tuple[int, int]
+    num_threads: int  # of a CUDA block
+    args: tuple[Any, ...]
 
 
 def unavailable() -> str | None:
@@ -74,7 +81,7 @@ def launch(call: AttentionCall, num_threads: int = NUM_THREADS) -> Launch:
     else:
         kernel, where = naive.attention_kernel, (call.starts,)
     args = (call.out, lse, call.query, keys, values, *where, *ends)
-    return kernel, (num_tokens, call.num_heads), num_threads, args
+    return Launch(kernel, (num_tokens, call.num_heads), num_threads, args)
 
 
 def attention(call: AttentionCall) -> None:

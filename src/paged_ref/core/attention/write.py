@@ -12,7 +12,7 @@ import numpy as np
 from ...extras.formats import decode, encode, word
 from ...interop.arguments import CACHES, FLOATS, adopt, check_scales, like_caller, require_dtype, scales_of
 from ...tuned import launching
-from ...tuned.launching import Launch, span
+from ...tuned.store import copy_launch, write_launches
 from ..device import Array, module_of, to_host
 
 
@@ -85,61 +85,6 @@ def write_kv(
     value_cache[where] = encode(value, value_cache.dtype, value_scales)
 
 
-def write_launches(
-    key: Array,
-    value: Array,
-    key_cache: Array,
-    value_cache: Array,
-    slot_mapping: Array,
-    key_scales: Array | None = None,
-    value_scales: Array | None = None,
-) -> list[Launch]:
-    """What writes these: one kernel, by 16 bytes, where rows stay as they are; else one each, by numbers."""
-    from ...tuned import store_kernels
-
-    slots = module_of(key).ascontiguousarray(slot_mapping)
-    whole = key_cache.flags.c_contiguous and value_cache.flags.c_contiguous  # then slots are rows, too
-    row_bytes = key.shape[1] * key.shape[2] * key.dtype.itemsize
-    arrays = (key, value, key_cache, value_cache)
-    if key.dtype == key_cache.dtype and whole and row_bytes % 16 == 0 and all(map(_in_chunks, arrays)):
-        sizes = (np.int64(size // 4) for size in (row_bytes, key.strides[0], value.strides[0]))
-        args = (*map(_words, arrays), slots, *sizes)
-        return [Launch(store_kernels.move_rows_kernel, (key.shape[0], 2), _threads(row_bytes), args)]
-    kernel = store_kernels.write_rows_kernel(key.dtype.name, key_cache.dtype.name)
-    launches = []
-    for new, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
-        if cache.ndim == 3:  # slots are blocks of one
-            cache = cache[:, None]
-        if scales is None:  # a kernel takes what it does not read, too
-            scales = module_of(key).empty(key.shape[1], dtype=np.float32)
-        steps = (stride // array.itemsize for array in (new, cache) for stride in array.strides)
-        sizes = (np.int64(size) for size in (*key.shape[1:], cache.shape[1], *steps))
-        args = (span(new), span(cache), slots, module_of(key).ascontiguousarray(scales), *sizes)
-        launches.append(Launch(kernel, (key.shape[0], 1), 128, args))
-    return launches
-
-
-def _in_chunks(array: Array) -> bool:
-    """True where the rows array[i] are contiguous, 16-byte chunks that begin at multiples of 16 bytes."""
-    address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-    row = array[:1]
-    whole = row.flags.c_contiguous and array.strides[0] >= 0
-    return bool(whole and (address | row.nbytes | array.strides[0]) % 16 == 0)
-
-
-def _words(array: Array) -> Array:
-    """From the first row of `array` to its last as uint32, with whatever lies between: no copy."""
-    first = array[:1].reshape(-1).view(np.uint32)
-    count = (array.shape[0] - 1) * array.strides[0] // 4 + first.size
-    flat: Array = module_of(array).lib.stride_tricks.as_strided(first, (count,), (4,))
-    return flat
-
-
-def _threads(row_bytes: int) -> int:
-    """Threads for rows of this size: one for each chunk of 16 bytes, in whole warps, at most 256."""
-    return min(256, -(-row_bytes // 512) * 32)
-
-
 def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
     """Copy whole blocks: `block_mapping [num_pairs, 2]` of (source, destination) block ids.
 
@@ -174,19 +119,6 @@ def copy_planes(cache: Array, pairs: np.ndarray) -> None:
     else:
         sources, destinations = module_of(cache).asarray(pairs).T
         cache[:, destinations] = cache[:, sources]
-
-
-def copy_launch(cache: Array, pairs: np.ndarray) -> Launch | None:
-    """The kernel that copies these blocks in place; None where it cannot: a block is both source and destination
-    (which must be read before it is written), or blocks are no whole 16-byte chunks."""
-    from ...tuned import store_kernels
-
-    if not (cache.flags.c_contiguous and _in_chunks(cache[0])) or np.isin(pairs[:, 0], pairs[:, 1]).any():
-        return None
-    words, block_bytes = _words(cache.reshape(-1, *cache.shape[2:])), cache[0, 0].nbytes
-    plane_words = cache.shape[1] * block_bytes // 4
-    args = (words, module_of(cache).asarray(pairs.reshape(-1)), np.int64(block_bytes // 4), np.int64(plane_words))
-    return Launch(store_kernels.copy_blocks_kernel, (len(pairs), cache.shape[0]), _threads(block_bytes), args)
 
 
 def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:

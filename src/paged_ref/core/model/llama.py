@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ...kernels import naive_attention, paged_attention, write_kv
-from ...tuned import fused
 from ..device import Array, xp
 from .config import ModelConfig
 
@@ -79,8 +78,6 @@ def attend(
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """`x` over its root mean square, times `weight`; last axis, in float32 (Zhang & Sennrich 2019)."""
-    if weight.ndim == 1 and fused.usable(x, weight):
-        return fused.rms_norm(x, weight, eps)
     wide = x.astype(np.float32, copy=False)
     mean_square = (wide * wide).sum(axis=-1, keepdims=True) / x.shape[-1]  # half the calls of xp.mean
     return (wide / xp.sqrt(mean_square + np.float32(eps))).astype(x.dtype, copy=False) * weight
@@ -109,8 +106,6 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     first half and of the angle for the second, so that one expression serves both. Hugging Face's pairing;
     Meta's own files pair neighbours, which conversion to Hugging Face permutes away.
     """
-    if fused.usable(x, cos, sin) and x[0].flags.c_contiguous:
-        return fused.rotate(x, cos, sin)
     half = x.shape[-1] // 2
     partner = xp.concatenate([x[..., half:], x[..., :half]], axis=-1)  # [num_tokens, heads, head_size]
     return x * cos + partner * sin
@@ -124,8 +119,6 @@ def silu(x: Array) -> Array:
 
 def gated(gate_up: Array) -> Array:
     """silu(gate) · up, where `gate_up [num_tokens, 2 * intermediate_size]` holds both side by side."""
-    if fused.usable(gate_up):
-        return fused.gate(gate_up)
     size = gate_up.shape[1] // 2
     gate, up = gate_up[:, :size], gate_up[:, size:]  # [num_tokens, intermediate_size] each
     return silu(gate) * up
