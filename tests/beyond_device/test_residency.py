@@ -122,7 +122,9 @@ def test_pinned_pages_stay_and_too_many_are_refused_with_the_numbers() -> None:
     others = memory.add()
     assert memory.residency.device_of[pages[2]] == -1
     before = memory.state()
-    with pytest.raises(OutOfBlocks, match="2 pages are needed on the device at once; it has 3 blocks, 2 of them"):
+    with pytest.raises(
+        OutOfBlocks, match="2 pages are needed on the device at the same time; it has 3 blocks, 2 of them"
+    ):
         memory.residency.need([pages[2], *others])
     with pytest.raises(OutOfBlocks):
         memory.residency.add(2)

@@ -101,7 +101,7 @@ def test_the_embedded_model_and_quantization(capsys: pytest.CaptureFixture[str])
     )
     printed = capsys.readouterr().out
     assert "x 1 byte =" in printed
-    assert "What the GPUs say to each other is not counted" in printed
+    assert "The traffic between the GPUs is not counted" in printed
 
 
 def test_the_lists_name_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from paged_ref.cli import main
 from paged_ref.commands import compare
-from paged_ref.commands.compare_report import Cost
+from paged_ref.commands.compare_report import MeasuredCost
 from paged_ref.planner import paper
 from paged_ref.views.common.plots import Bar, Line, bars_text, lines_text, svg
 
@@ -65,7 +65,7 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
 ) -> None:
     trace = tmp_path / "lengths.csv"
     monkeypatch.setattr(
-        compare, "_cost", lambda done: Cost(1, dict.fromkeys(("standard", "swapping", "paged"), 1.0), 1.0)
+        compare, "_cost", lambda done: MeasuredCost(1, dict.fromkeys(("standard", "swapping", "paged"), 1.0), 1.0)
     )
     trace.write_text("prompt,output\n" + "30,20\n40,5000\n9000,3\n" * 4, encoding="utf-8")
     argv = ["compare", "--trace", str(trace), "--block-sizes", "32", "--kv-tokens", "4096", "--jobs", "1"]

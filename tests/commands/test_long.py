@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from paged_ref.cli import main
 from paged_ref.core.model.config import kv_bytes_per_token
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 from paged_ref.timeline.events import PagesAttended, PagesPlaced
 from paged_ref.timeline.history import History, read_histories
 from paged_ref.views.common.canvas import Scene
@@ -179,7 +179,7 @@ def test_each_event_has_its_sentence_and_its_function(run: History) -> None:
         place = place_of(actor(moment))
         assert place.file.startswith("paged_ref/")
     files = {place_of(actor(run.moment(p))).name for p in range(len(run))}
-    assert {"Residency.need", "StreamingManager.prepare", "LongContext._rows", "StreamingManager.append"} <= files
+    assert {"Residency.need", "StreamingManager.prepare", "StreamedKV._select", "StreamingManager.append"} <= files
 
 
 def test_residency_shows_each_page_where_it_is(run: History) -> None:

@@ -16,11 +16,11 @@ import pytest
 
 from paged_ref import lesson
 from paged_ref.cli import main
-from paged_ref.lesson import grading, script
+from paged_ref.lesson import grading, lesson_script
 from paged_ref.lesson.grading import grade
-from paged_ref.lesson.numbers import parse_number
+from paged_ref.lesson.lesson_session import ClaimError, LessonSession, running
+from paged_ref.lesson.number_text import parse_number
 from paged_ref.lesson.progress import Progress
-from paged_ref.lesson.session import ClaimError, Session, running
 
 # --- grading -------------------------------------------------------------------------------------------
 
@@ -121,8 +121,8 @@ def test_what_is_no_number(typed: str) -> None:
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    return Session("01_small", tmp_path, Progress(tmp_path / "lessons.json"), False)
+def session(tmp_path: Path) -> LessonSession:
+    return LessonSession("01_small", tmp_path, Progress(tmp_path / "lessons.json"), False)
 
 
 class Books:
@@ -130,7 +130,7 @@ class Books:
         return 3
 
 
-def test_a_claim_that_does_not_hold_ends_the_lesson(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_claim_that_does_not_hold_ends_the_lesson(session: LessonSession, capsys: pytest.CaptureFixture[str]) -> None:
     with running(session):
         lesson.claim("twelve slots", 12, 12)
         assert "✓ twelve slots: 12" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_a_claim_that_does_not_hold_ends_the_lesson(session: Session, capsys: py
                 lesson.claim("twelve slots", found, expected)
 
 
-def test_a_planted_bug_must_be_caught_by_whom_the_lesson_says(session: Session) -> None:
+def test_a_planted_bug_must_be_caught_by_whom_the_lesson_says(session: LessonSession) -> None:
     def plant(bug: Callable[[Any], Any], caught_by: Any) -> None:
         where = (Books, "total")
         lesson.break_it("one is lost", where=where, bug=bug, run=lambda: Books().total(), caught_by=caught_by)
@@ -150,7 +150,7 @@ def test_a_planted_bug_must_be_caught_by_whom_the_lesson_says(session: Session) 
     with running(session):
         plant(lambda real: lambda self: real(self) - 1, "contract")
         plant(lambda real: fails, "integrity")
-        with pytest.raises(ClaimError, match="caught by nobody"):
+        with pytest.raises(ClaimError, match="caught by nothing"):
             plant(lambda real: real, "contract")
         with pytest.raises(ClaimError, match="caught by the integrity check, not by the sanitizer"):
             plant(lambda real: fails, "sanitizer")
@@ -225,7 +225,7 @@ def test_an_error_of_the_lesson_is_shown_without_the_runners_frames(
     assert main(["lesson", "2", "--lessons", str(folder)]) == 1
     out = capsys.readouterr().out
     assert "ZeroDivisionError: division by zero" in out
-    assert "player.py" not in out
+    assert "lesson_player.py" not in out
     (folder / "02_two.py").write_text((folder / "02_two.py").read_text() + "print(\n")
     assert main(["lesson", "2", "--lessons", str(folder)]) == 1
     assert "SyntaxError" in capsys.readouterr().out
@@ -299,19 +299,19 @@ def test_prose_is_a_paragraph_of_comments_and_all_else_is_code(tmp_path: Path) -
         "# ## First\n#\n# Prose\n# here.\n\n# more\n\n# touches the code\nx = 1\n\n\ndef f():\n\n    # inside\n\n"
         "    return 2\n\n# ## Second\n\n# tail\n"
     )
-    lesson = script.read(path)
+    lesson = lesson_script.read(path)
     assert (lesson.number, lesson.title, lesson.question, lesson.minutes) == (1, "x", "a long one?", 15)
     assert [part.title for part in lesson.parts] == ["What it uses", "First", "Second"]
-    first = [(block.kind, block.text) for block in lesson.parts[1].blocks]
+    first = [(passage.kind, passage.text) for passage in lesson.parts[1].passages]
     assert first == [
         ("prose", "Prose\nhere.\n\nmore"),
         ("code", "# touches the code\nx = 1\n\n\ndef f():\n\n    # inside\n\n    return 2"),
     ]
     namespace: dict[str, Any] = {}
     for part in lesson.parts:
-        for block in part.blocks:
-            if block.kind == "code":
-                script.execute(block, path, namespace)
+        for passage in part.passages:
+            if passage.kind == "code":
+                lesson_script.execute(passage, path, namespace)
     assert namespace["f"]() == 2
     assert namespace["f"].__code__.co_firstlineno == 21
 
@@ -320,7 +320,7 @@ def test_long_code_is_cut_between_statements(tmp_path: Path) -> None:
     path = tmp_path / "01_x.py"
     statements = "\n\n".join(f"x{i} = (\n    {i}\n)" for i in range(12))
     path.write_text(f'"""Lesson 1: x\n\nQuestion: a?\nTime: 15 minutes.\n"""\n\n{statements}\n')
-    blocks = [block for part in script.read(path).parts for block in part.blocks]
-    assert len(blocks) == 3
-    assert sum(len(block.statements) for block in blocks) == 12
-    assert all(block.text.count("\n") < 20 for block in blocks)
+    passages = [passage for part in lesson_script.read(path).parts for passage in part.passages]
+    assert len(passages) == 3
+    assert sum(len(passage.statements) for passage in passages) == 12
+    assert all(passage.text.count("\n") < 20 for passage in passages)

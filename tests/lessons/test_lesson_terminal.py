@@ -141,7 +141,7 @@ def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
     assert "how much is twice a number?" in reader.see("1 of 6: What it uses")
     reader.see("q: leave]")
     reader.type("")
-    reader.see("a number of euros (Enter passes):")
+    reader.see("a number of euros (Enter: no answer):")
     reader.type("plenty")
     reader.see("'plenty' is not a number")
     reader.type("3 * 5")

@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
-from paged_ref.planner.assess import WASTE_LIMIT, Request, _held_in_blocks, assess
+from paged_ref.planner.assess import WASTE_LIMIT, _held_in_blocks, assess
 from paged_ref.planner.hardware import GPUS, several
 from paged_ref.planner.models import MODELS
 from paged_ref.planner.predict import predict
 from paged_ref.planner.roofline import Constants, recompute_seconds, step_time, swap_seconds
 from paged_ref.planner.settings import servers
 from paged_ref.planner.setup import Setup
-from paged_ref.planner.traces import generated
+from paged_ref.planner.traces import TraceRequest, generated
 
-SHAREGPT = [Request(161, 338)]  # the published means, rounded
+
+def request(prompt: int, output: int) -> TraceRequest:
+    return TraceRequest(0.0, prompt, output)
+
+
+SHAREGPT = [request(161, 338)]  # the published means, rounded
 OPT = assess(GPUS["A100-40GB"], MODELS["OPT-13B"], SHAREGPT)
-AZURE = assess(GPUS["A100-80GB"], MODELS["Llama-3-8B"], [Request(1155, 211)])
+AZURE = assess(GPUS["A100-80GB"], MODELS["Llama-3-8B"], [request(1155, 211)])
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 4, 16, 32]))
@@ -35,7 +40,7 @@ def test_slots_in_blocks_are_those_that_the_manager_holds(prompt: int, output: i
         manager.append([(0, 1)])
         held += manager.pool.num_blocks - manager.pool.num_free
     expected = block_size * held / output
-    assert _held_in_blocks([Request(prompt, output)], block_size) == pytest.approx(expected)
+    assert _held_in_blocks([request(prompt, output)], block_size) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("plan", "reserve"), [(0, "max"), (1, "pow2"), (2, "exact")])
@@ -91,7 +96,7 @@ def test_the_prediction_of_compare_agrees(name: str) -> None:
     """Written apart from each other: it takes no whole sequences, and half a block for the last one."""
     gpu = GPUS["A100-40GB"]
     trace = generated("alpaca", 300)
-    found = assess(gpu, MODELS[name], [Request(each.prompt_len, each.output_len) for each in trace.requests])
+    found = assess(gpu, MODELS[name], trace.requests)
     for plan in found.plans:
         manager, _, kind = plan.name.partition(" ")
         setup = Setup("", gpu, MODELS[name], max_batch_seqs=10**6)
@@ -105,7 +110,7 @@ def test_the_prediction_of_compare_agrees(name: str) -> None:
 def test_the_bottleneck_is_where_the_time_goes() -> None:
     assert OPT.bottleneck == "capacity"  # few large K and V: the weights are read for few sequences
     assert AZURE.bottleneck == "compute"  # prompts five times as long as outputs
-    long = assess(GPUS["A100-80GB"], MODELS["Llama-3-8B"], [Request(512, 7000)])
+    long = assess(GPUS["A100-80GB"], MODELS["Llama-3-8B"], [request(512, 7000)])
     assert long.bottleneck == "bandwidth"
 
 
@@ -115,7 +120,7 @@ def test_paged_is_never_behind(found: object) -> None:
 
 
 def test_the_block_size_is_the_largest_within_the_limit() -> None:
-    for found in (OPT, AZURE, assess(GPUS["H100-SXM"], MODELS["Llama-3.1-8B"], [Request(30000, 2000)])):
+    for found in (OPT, AZURE, assess(GPUS["H100-SXM"], MODELS["Llama-3.1-8B"], [request(30000, 2000)])):
         within = [each.block_size for each in found.block_sizes if each.waste <= WASTE_LIMIT]
         assert found.block_size == (max(within) if within else 16)
     assert (OPT.block_size, found.block_size) == (16, 256)
@@ -124,12 +129,12 @@ def test_the_block_size_is_the_largest_within_the_limit() -> None:
 def test_swapping_is_faster_from_the_crossover_on() -> None:
     """Half a link and a fast chip, so that the crossover is not at an end."""
     gpu, model = replace(GPUS["H100-SXM"], link=32e9), MODELS["Llama-3.1-8B"]
-    found = assess(gpu, model, [Request(512, 512)])
+    found = assess(gpu, model, [request(512, 512)])
     assert found.swap_from is not None
     assert found.swap_from > found.block_size
     for tokens, faster in ((found.swap_from, True), (found.swap_from - found.block_size, False)):
         assert (swap_seconds(gpu, model, tokens, found.block_size) < recompute_seconds(gpu, model, tokens)) == faster
-    never = assess(replace(gpu, link=1e9), model, [Request(512, 512)])
+    never = assess(replace(gpu, link=1e9), model, [request(512, 512)])
     assert never.swap_from is None
 
 
@@ -142,12 +147,12 @@ def test_small_blocks_swap_slowly() -> None:
 
 
 def test_requests_that_are_too_long_are_counted() -> None:
-    found = assess(GPUS["A100-40GB"], MODELS["OPT-13B"], [*SHAREGPT, Request(2000, 49), Request(2000, 48)])
+    found = assess(GPUS["A100-40GB"], MODELS["OPT-13B"], [*SHAREGPT, request(2000, 49), request(2000, 48)])
     assert (found.num_refused, found.longest) == (1, 2048)
 
 
 def test_a_reservation_that_holds_none_is_said() -> None:
-    found = assess(GPUS["RTX-4090"], MODELS["Llama-3.1-8B"], [Request(1000, 1000)])
+    found = assess(GPUS["RTX-4090"], MODELS["Llama-3.1-8B"], [request(1000, 1000)])
     assert (found.plans[0].sequences, found.gain["standard max"]) == (0, float("inf"))
 
 
@@ -155,13 +160,13 @@ def test_a_reservation_that_holds_none_is_said() -> None:
     ("requests", "max_model_len", "message"),
     [
         ([], None, "no request fits in 2048 tokens; the shortest of 0 has 0"),
-        ([Request(3000, 1)], None, "no request fits in 2048 tokens; the shortest of 1 has 3001"),
-        ([Request(0, 5)], None, "a request has 0 prompt and 5 output tokens; both need 1"),
+        ([request(3000, 1)], None, "no request fits in 2048 tokens; the shortest of 1 has 3001"),
+        ([request(0, 5)], None, "a request has 0 prompt and 5 output tokens; both need 1"),
         (SHAREGPT, 2049, "max_model_len is 2049; 2 to the 2048 of OPT-13B's context"),
         (SHAREGPT, 1, "max_model_len is 1; 2 to the 2048"),
     ],
 )
-def test_bad_lengths_are_refused(requests: list[Request], max_model_len: int | None, message: str) -> None:
+def test_bad_lengths_are_refused(requests: list[TraceRequest], max_model_len: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         assess(GPUS["A100-40GB"], MODELS["OPT-13B"], requests, max_model_len=max_model_len)
 
@@ -190,7 +195,7 @@ def test_the_settings_follow_gpus_bits_and_swapping() -> None:
     words = " ".join(server.command for server in servers(swapping))
     for option in ("--tensor-parallel-size 4", "--tp-size 4", "--kv-cache-dtype fp8", "dtype='fp8'", "host_cache_size"):
         assert option in words
-    assert "the 8 bits assumed here cannot be had" in " ".join(servers(swapping)[3].supports)
+    assert "the 8 bits assumed here are not available" in " ".join(servers(swapping)[3].supports)
     slow = assess(replace(gpu, link=1e8), model, SHAREGPT)
     words = " ".join(server.command for server in servers(slow))
     assert "offload" not in words

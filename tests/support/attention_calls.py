@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
 
-from paged_ref.interop.arguments import AttentionCall, build_call
+from paged_ref.core.attention.attention import Addresses, AttentionCall
+from paged_ref.extras.variants import Variant
 from support.attention_cases import Problem
 
 
 def call_of(problem: Problem, form: str) -> AttentionCall:
-    options: dict[str, Any] = dict.fromkeys(
-        ("scale", "sliding_window", "softcap", "alibi_slopes", "sinks", "key_scales", "value_scales", "out", "validate")
-    )
+    """The call for "paged" or "contiguous" memory. Its outputs hold 99, so that what is not written shows."""
+    query, seq_lens = problem.query, problem.seq_lens
     keys, values, where = getattr(problem, form)
-    places: dict[str, Any] = {"block_tables" if form == "paged" else "starts": where}
-    options |= places | problem.options
-    call = build_call(
-        problem.query, keys, values, problem.seq_lens, problem.query_start_loc,
-        names=("keys", "values"), return_lse=True, **options,
+    options = dict(problem.options)
+    scale, window = options.pop("scale", query.shape[2] ** -0.5), options.pop("sliding_window", None)
+    loc = problem.query_start_loc
+    if loc is None:
+        loc = np.arange(len(seq_lens) + 1, dtype=np.int32)
+    places = {"block_tables" if form == "paged" else "starts": where}
+    return AttentionCall(
+        query, keys, values, Addresses(seq_lens, loc, **places), scale, window,
+        out=np.full_like(query, 99), lse=np.full(query.shape[:2], 99, np.float32), variant=Variant(**options),
     )  # fmt: skip
-    call.out[...] = 99  # whatever is not written shows
-    assert call.lse is not None
-    call.lse[...] = 99
-    return call

@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike
 
 from paged_ref.core.device import xp
 from paged_ref.core.model.config import ModelConfig
-from paged_ref.training.network import Batch
+from paged_ref.training.network import PackedBatch
 from paged_ref.training.parameters import Parameters
 
 LENGTHS = (9, 9, 4, 1, 13)  # of a batch's sequences: two alike, one alone, one with a single token to predict
@@ -42,6 +42,6 @@ def weights(config: ModelConfig, dtype: DTypeLike = np.float32, seed: int = 0) -
     return made
 
 
-def batch(config: ModelConfig, seed: int = 1) -> Batch:
+def batch(config: ModelConfig, seed: int = 1) -> PackedBatch:
     rng = np.random.default_rng(seed)
-    return Batch.of([rng.integers(config.vocab_size, size=length + 1) for length in LENGTHS])
+    return PackedBatch.of([rng.integers(config.vocab_size, size=length + 1) for length in LENGTHS])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from paged_ref.core.device import to_host
-from paged_ref.core.memory.kv import KVStorage
 from paged_ref.core.memory.manager import Transfer
 from paged_ref.extras.formats import choose_scales, decode, encode, from_float8
 from paged_ref.kernels import copy_blocks, merge_states, naive_attention, paged_attention, write_kv
 from paged_ref.tuned import fused, launching
+from paged_ref.tuned.kv import TunedKV
 
 pytestmark = pytest.mark.gpu
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -189,7 +189,7 @@ def test_swaps_keep_their_order_with_the_work_around_them() -> None:
     """Large blocks and no wait by the host: a copy that came late would show."""
     import cupy
 
-    storage = KVStorage(4, 32, 16, 8, 128, "float16", num_host_blocks=32)
+    storage = TunedKV(4, 32, 16, 8, 128, "float16", num_host_blocks=32)
     first = cupy.random.standard_normal(storage.device.shape, dtype=np.float32).astype(np.float16)
     want = to_host(first)
     stream = cupy.cuda.Stream(non_blocking=True)

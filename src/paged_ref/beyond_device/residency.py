@@ -1,14 +1,13 @@
 """Which pages are on the device, which on the host, which on both: pages that move by need, one at a time.
 
-A page is a name (an int) for data of one size; what lies in it this module does not know. It decides where the
-page is and which copies that takes, and KVStorage.apply, or anyone who reads a `Transfer`, makes them. Three
-states, and no flag beside them:
+A page is a name (an int) for data of one size, and this module does not look at the data. It decides where each page
+lies and which copies that takes; PageStorage makes the copies. A page is in one of three states:
 
-  device   new, or written since it came: there is no other copy
-  both     the same on both sides: leaving the device costs nothing
-  host     has to come back before it can be used
+  device   new, or written after it was loaded: there is no other copy
+  both     the same on both sides: eviction costs nothing
+  host     must be loaded before it can be used
 
-Who leaves when room is needed, an `EvictionPolicy` says. Ints only.
+An `EvictionPolicy` decides which page leaves the device when room is needed. Ints only.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import islice
 from typing import Protocol
 
+from ..core.checks import require
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.manager import OutOfHostBlocks, Transfer
 from ..timeline.events import Log, PagesFreed, PagesPlaced, ResidencyOpened
@@ -27,20 +27,20 @@ NOWHERE = -1
 
 
 class EvictionPolicy(Protocol):
-    """Who leaves the device first. Is told of every page there."""
+    """The order in which pages leave the device. It knows all pages that are there."""
 
     def used(self, pages: Iterable[int]) -> None:
-        """These pages are on the device and were asked for just now; some may be new there."""
+        """These pages are on the device and were used just now; some may be new there."""
 
     def left(self, page: int) -> None:
         """The page is no longer on the device."""
 
     def order(self) -> Iterable[int]:
-        """The pages on the device, the first to leave first. Read only as far as pages must leave."""
+        """The pages on the device, the first to be evicted first. Read only as far as pages must leave."""
 
 
 class LeastRecentlyUsed:
-    """The page that was not asked for the longest time leaves first."""
+    """The page that has not been used for the longest time leaves first."""
 
     def __init__(self) -> None:
         self._pages: OrderedDict[int, None] = OrderedDict()
@@ -58,11 +58,11 @@ class LeastRecentlyUsed:
 
 
 class ByPriority:
-    """The page of the lowest priority leaves first; of equals, the one that came first.
+    """The page of the lowest priority leaves first; of equal pages, the one that was loaded first.
 
-    `priority` is asked when room is needed, so it may change at any time. Whoever uses the pages knows what
-    they are: sliding is their position in the sequence, relevance the last score, and where the order of
-    future needs is known, minus the next one (Belady 1966: nothing moves less).
+    `priority` is called when room is needed, so its answers may change at any time. Examples: the position in the
+    sequence (evict=sliding), the last score (evict=relevance), and where the order of future uses is known, minus the
+    time of the next use (Belady 1966: nothing moves less).
     """
 
     def __init__(self, priority: Callable[[int], float]) -> None:
@@ -82,12 +82,11 @@ class ByPriority:
 class Residency:
     """Pages on a device of `num_device_blocks` and a host of `num_host_blocks`, each block the size of a page.
 
-    Operations that can fail do all or nothing: they raise OutOfBlocks (the device) or OutOfHostBlocks and
-    change nothing. Those that return transfers count them as made; the caller makes them, in their order,
-    before it touches a page.
+    An operation that fails raises OutOfBlocks (the device) or OutOfHostBlocks and changes nothing. An operation that
+    returns transfers counts them as made; the caller makes them, in their order, before it touches a page.
 
-    `device_of` and `host_of` have the block of every page, NOWHERE where it has none: arrays of ints, so that
-    NumPy can look through them without a copy. Do not write to them.
+    `device_of` and `host_of` have the block of every page, NOWHERE where it has none: arrays of ints, so that NumPy
+    can read them without a copy. Do not write to them.
     """
 
     def __init__(
@@ -98,20 +97,17 @@ class Residency:
         log: Log | None = None,
     ) -> None:
         """`policy`: LeastRecentlyUsed by default."""
-        if num_device_blocks < 1:
-            raise ValueError(f"num_device_blocks is {num_device_blocks}; at least 1 is needed")
-        if num_host_blocks < 0:
-            raise ValueError(f"num_host_blocks is {num_host_blocks}; at least 0 is needed")
-        self.device = BlockPool(num_device_blocks)  # a reference for the page that is there, and one for each pin
+        require(num_device_blocks=(num_device_blocks, 1), num_host_blocks=(num_host_blocks, 0))
+        self.device = BlockPool(num_device_blocks)  # a reference for the page in a block, and one for each pin
         self.host = BlockPool(num_host_blocks)
         self.policy: EvictionPolicy = LeastRecentlyUsed() if policy is None else policy
         self.log = log
-        # A page that is somewhere takes a block of its own, so there are never more names in use than blocks.
+        # Each page takes a block of its own, so there are never more names in use than blocks.
         self._names = BlockPool(num_device_blocks + num_host_blocks)
         self.device_of = array("q", [NOWHERE]) * self._names.num_blocks
         self.host_of = array("q", [NOWHERE]) * self._names.num_blocks
-        self._both: dict[int, None] = {}  # pages on both sides, the last to become so at the end
-        self._moved: list[int] = []  # by the operation under way; told in its event
+        self._both: dict[int, None] = {}  # pages on both sides, the latest at the end
+        self._moved: list[int] = []  # by the operation under way, for its event
         if log:
             log(ResidencyOpened(num_device_blocks, num_host_blocks))
 
@@ -123,7 +119,7 @@ class Residency:
 
     @property
     def capacity(self) -> int:
-        """The most pages that there can be. One block stays free: without it no two could change places."""
+        """The most pages that there can be. One block stays free: without it no two pages could be exchanged."""
         return self.device.num_blocks + max(0, self.host.num_blocks - 1)
 
     @property
@@ -132,17 +128,17 @@ class Residency:
         return sum(count > 1 for count in self.device.ref_count)
 
     def _victims(self, count: int, keep: Container[int]) -> list[int]:
-        """The `count` pages that leave, of those that are neither pinned nor in `keep`."""
+        """The first `count` pages to evict that are neither pinned nor in `keep`."""
         if count <= 0:
             return []
         loose = (p for p in self.policy.order() if self.device.ref_count[self.device_of[p]] == 1 and p not in keep)
         return list(islice(loose, count))
 
-    def _make_room(self, count: int, keep: Sequence[int], comes_from_host: bool) -> list[int]:
-        """Victims so that `count` pages can come to the device beside those of `keep` that are there.
+    def _make_room(self, count: int, keep: Sequence[int], loads: bool) -> list[int]:
+        """The pages to evict so that `count` pages fit on the device, beside the pages of `keep` that are there.
 
-        Those whose leaving costs nothing come first. Raises OutOfBlocks or OutOfHostBlocks; changes nothing in
-        any case.
+        Pages whose eviction costs nothing come first. `loads`: the `count` pages come from the host; else they are
+        new. Raises OutOfBlocks or OutOfHostBlocks; changes nothing in any case.
         """
         missing = count - self.device.num_free
         kept = dict.fromkeys(keep)
@@ -150,16 +146,16 @@ class Residency:
         if len(victims) < missing:
             here = sum(self.device_of[page] >= 0 for page in kept)
             raise OutOfBlocks(
-                f"{count + here} pages are needed on the device at once; it has {self.device.num_blocks} blocks, "
-                f"{self.num_pinned} of them pinned"
+                f"{count + here} pages are needed on the device at the same time; it has {self.device.num_blocks} "
+                f"blocks, {self.num_pinned} of them pinned"
             )
         clean = sum(page in self._both for page in victims)
         dirty = len(victims) - clean
         room = self.host.num_free + len(self._both) - clean
         lacks = dirty > room
-        if comes_from_host:
-            # Who comes leaves a copy behind, whose host block the next one to leave can take. So they can change
-            # places one by one, if only the first finds a block on either side.
+        if loads:
+            # A page that is loaded frees its host block for the next page that is evicted. So pages can be exchanged
+            # one by one, given one free block on either side.
             lacks = dirty > 0 and room + clean + min(count, self.device.num_free) == 0
         if lacks:
             raise OutOfHostBlocks(
@@ -171,43 +167,43 @@ class Residency:
     # --- operations ----------------------------------------------------------------------------------
 
     def add(self, count: int = 1) -> tuple[list[int], list[Transfer]]:
-        """`count` new pages on the device, with nothing in them yet. Returns their names, and what must be
-        copied first. Raises OutOfBlocks, OutOfHostBlocks."""
+        """Make `count` new pages on the device, with nothing in them yet. Returns their names, and what must be copied
+        first. Raises OutOfBlocks, OutOfHostBlocks."""
         if self.num_pages + count > self.capacity:
             raise OutOfHostBlocks(
                 f"{count} pages to add to {self.num_pages}; {self.device.num_blocks} device and "
                 f"{self.host.num_blocks} host blocks hold {self.capacity}"
             )
-        victims = self._make_room(count, (), comes_from_host=False)
+        victims = self._make_room(count, (), loads=False)
         transfers = self._evict(victims)
         pages = [self._names.allocate() for _ in range(count)]
         for page in pages:
             self.device_of[page] = self.device.allocate()
         self.policy.used(pages)
-        self._tell(pages)
+        self._log_places(pages)
         return pages, transfers
 
     def need(self, pages: Iterable[int]) -> list[Transfer]:
-        """Bring these pages to the device, where they stay until others need the room (`pin` holds them).
+        """Load these pages to the device, where they stay until others need the room (`pin` keeps them there).
         Returns what must be copied. Raises OutOfBlocks, OutOfHostBlocks."""
         wanted = list(dict.fromkeys(pages))
         missing = [page for page in wanted if self.device_of[page] < 0]
         transfers: list[Transfer] = []
         if missing:
-            victims = self._make_room(len(missing), wanted, comes_from_host=True)
+            victims = self._make_room(len(missing), wanted, loads=True)
             for page in missing:
-                while victims and self._can_leave(victims[0]):  # mostly all of them, before the first comes
+                while victims and self._can_evict(victims[0]):  # mostly all, before the first is loaded
                     transfers += self._evict([victims.pop(0)])
                 self.device_of[page] = self.device.allocate()
                 self._both[page] = None
                 transfers.append(Transfer("swap_in", self.host_of[page], self.device_of[page]))
         self.policy.used(wanted)
-        self._tell(missing)
+        self._log_places(missing)
         return transfers
 
     def prefetch(self, pages: Iterable[int]) -> list[Transfer]:
-        """Like `need`, for as many of the leading pages as there is room for beside the pinned ones. Never
-        raises: who comes too early for the room is brought in when it is needed."""
+        """Like `need`, for as many of the leading pages as there is room for beside the pinned pages. Never raises:
+        pages that do not fit yet are loaded on demand."""
         wanted = list(dict.fromkeys(pages))
         room = self.device.num_blocks - self.num_pinned
         fitting: list[int] = []
@@ -223,11 +219,12 @@ class Residency:
             return []
 
     def pin(self, pages: Iterable[int]) -> None:
-        """These pages, all on the device, cannot leave until each is unpinned as often as it was pinned."""
+        """Keep these pages, all on the device, there until each is unpinned as often as it was pinned."""
         for page in self._on_device(pages):
             self.device.share(self.device_of[page])
 
     def unpin(self, pages: Iterable[int]) -> None:
+        """Take back one `pin` of each page. Raises ValueError, and changes nothing, if a page has none."""
         pages = self._on_device(pages)
         for page, count in Counter(pages).items():
             pins = self.device.ref_count[self.device_of[page]] - 1
@@ -237,14 +234,14 @@ class Residency:
             self.device.release(self.device_of[page])
 
     def written(self, pages: Iterable[int]) -> None:
-        """These pages, all on the device, have changed: a copy on the host is worth nothing any more."""
+        """These pages, all on the device, have changed: drop their copies on the host, which are out of date."""
         stale = [page for page in dict.fromkeys(self._on_device(pages)) if page in self._both]
         for page in stale:
             self._drop_host_copy(page)
-        self._tell(stale)
+        self._log_places(stale)
 
     def free(self, pages: Iterable[int]) -> None:
-        """These pages are gone, wherever they are. Raises ValueError, and changes nothing, if one is pinned."""
+        """End these pages, wherever they lie. Raises ValueError, and changes nothing, if a page is pinned."""
         pages = list(dict.fromkeys(pages))
         for page in pages:
             block = self.device_of[page]
@@ -252,7 +249,7 @@ class Residency:
                 raise ValueError(f"page {page} is nowhere; it cannot be freed")
             if block >= 0 and self.device.ref_count[block] > 1:
                 raise ValueError(f"page {page} is pinned; it cannot be freed")
-        for page in reversed(pages):  # the first is handed out again first
+        for page in reversed(pages):  # the first page is the next to be handed out
             if self.host_of[page] >= 0:
                 self._both.pop(page, None)
                 self.host.release(self.host_of[page])
@@ -265,17 +262,17 @@ class Residency:
 
     # --- moves ---------------------------------------------------------------------------------------
 
-    def _can_leave(self, page: int) -> bool:
+    def _can_evict(self, page: int) -> bool:
         return page in self._both or self.host.num_free > 0 or len(self._both) > 0
 
     def _evict(self, victims: Sequence[int]) -> list[Transfer]:
-        """They leave the device: without a copy where there is one on the host, else to a host block."""
+        """Evict these pages; a page without a copy on the host is copied there."""
         transfers = []
         for page in victims:
             if page in self._both:
                 del self._both[page]
             else:
-                if not self.host.num_free:  # a second copy is a convenience, and given up
+                if not self.host.num_free:  # give up a second copy
                     self._drop_host_copy(next(reversed(self._both)))
                 self.host_of[page] = self.host.allocate()
                 transfers.append(Transfer("swap_out", self.device_of[page], self.host_of[page]))
@@ -301,8 +298,8 @@ class Residency:
                 raise ValueError(f"page {page} is not on the device")
         return pages
 
-    def _tell(self, pages: Iterable[int]) -> None:
-        """Where these pages are now, and all others that the operation moved."""
+    def _log_places(self, pages: Iterable[int]) -> None:
+        """Log where these pages are now, and all others that the operation moved."""
         moved, self._moved = self._moved, []
         if self.log and (pages := tuple(dict.fromkeys([*moved, *pages]))):
             self.log(PagesPlaced(pages, tuple(self.device_of[p] for p in pages), tuple(self.host_of[p] for p in pages)))

@@ -123,6 +123,3 @@ def decode(stored: Array, scales: Array | None = None, dtype: DTypeLike | None =
 def format_name(dtype: DTypeLike) -> str:
     """The name of the format that an array of this dtype holds: "bfloat16" for uint16."""
     return FORMAT_NAMES.get(np.dtype(dtype)) or str(np.dtype(dtype))
-
-
-word, LARGEST = format_name, MAX_VALUE  # names that modules outside of this room still use

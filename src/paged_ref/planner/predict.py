@@ -12,7 +12,7 @@ from math import inf
 
 from .roofline import Bound, step_time
 from .setup import Setup
-from .traces import Trace
+from .traces import RequestTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Prediction:
     bound: Bound  # what its steps wait for
 
 
-def predict(setup: Setup, trace: Trace) -> Prediction:
+def predict(setup: Setup, trace: RequestTrace) -> Prediction:
     """The steady state. Requests that never fit are left out; so are holes, preemptions, and prefix hits.
 
     A sequence is there for as many steps as it has output tokens, so an average over time weighs by these:
@@ -39,7 +39,7 @@ def predict(setup: Setup, trace: Trace) -> Prediction:
     prompts, outputs = sum(prompt for prompt, _ in each), sum(output for _, output in each)
     tokens = sum(output * (prompt + output / 2) for prompt, output in each) / outputs  # held, half way through
     if setup.manager == "standard":  # its whole region, all the time
-        slots = sum(output * manager.most_slots(prompt, prompt + output - 1) for prompt, output in each) / outputs
+        slots = sum(output * manager.max_slots_needed(prompt, prompt + output - 1) for prompt, output in each) / outputs
     else:  # half of the last block, or of the granule, is empty
         slots = tokens + (setup.block_size if setup.manager == "paged" else 16) / 2
     running = max(1.0, min(setup.max_batch_seqs, setup.num_slots / slots))

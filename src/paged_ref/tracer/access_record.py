@@ -135,7 +135,7 @@ class Trace:
         for column, value in wanted.items():
             if value is not None:
                 keep &= getattr(self, column) == value
-        return self._rows(keep)
+        return self.rows(keep)
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """Reads and writes of each array."""
@@ -168,18 +168,10 @@ class Trace:
         """
         is_global = np.array([info.space == "global" for info in self.arrays], dtype=bool)
         rows = self.select(array, write=write)
-        rows = rows._rows(is_global[rows.array])
+        rows = rows.rows(is_global[rows.array])
         if not len(rows):
             return []
-        # For each access: how many times the same thread was at the same site before.
-        order = np.lexsort((rows.site, rows.thread, rows.block))  # stable
-        key = np.stack([rows.block, rows.thread, rows.site, rows.array, rows.write])[:, order]
-        fresh = np.ones(len(order), dtype=bool)
-        fresh[1:] = (key[:, 1:] != key[:, :-1]).any(axis=0)
-        place = np.arange(len(order))
-        turn = np.empty(len(order), dtype=np.int64)
-        turn[order] = place - np.maximum.accumulate(np.where(fresh, place, 0))
-
+        turn = rows.turns()
         warp = rows.thread // WARP_SIZE
         together = np.lexsort((turn, rows.site, warp, rows.block))
         key = np.stack([rows.block, warp, rows.site, rows.array, rows.write, turn])[:, together]
@@ -202,7 +194,19 @@ class Trace:
             )  # fmt: skip
         return answer
 
-    def _rows(self, keep: Any) -> Trace:
+    def turns(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """For each access, how many times its thread was at the same place of the kernel before."""
+        order = np.lexsort((self.site, self.thread, self.block))  # stable
+        key = np.stack([self.block, self.thread, self.site, self.array, self.write])[:, order]
+        fresh = np.ones(len(order), dtype=bool)
+        fresh[1:] = (key[:, 1:] != key[:, :-1]).any(axis=0)
+        place = np.arange(len(order))
+        turns = np.empty(len(order), dtype=np.int64)
+        turns[order] = place - np.maximum.accumulate(np.where(fresh, place, 0))
+        return turns
+
+    def rows(self, keep: Any) -> Trace:
+        """The accesses that `keep` names, by their numbers or by a mask."""
         columns = ("block", "round", "thread", "line", "site", "array", "index", "write")
         return replace(self, **{name: getattr(self, name)[keep] for name in columns})
 

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from ..core.attention import cuda as launcher
+from ..core.attention.attention import AttentionCall
 from ..core.device import module_of
-from ..interop.arguments import AttentionCall
 from .access_record import WARP_SIZE, Access, ArrayInfo, Dim3, Trace, WarpAccess
 from .traced_cuda import Cuda, Integer, Rebuilder, WaitPoint
 from .traced_memory import Fault, LocalGuard, SharedGuard, TracedArray, traced_array

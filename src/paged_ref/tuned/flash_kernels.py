@@ -1,6 +1,6 @@
 """The tuned kernels: attention at the speed of memory, through block tables or without them.
 
-One source for all. `attention_kernel` is a factory: a `Variant` says what is fixed when the kernel is compiled
+One source for all. `attention_kernel` is a factory: a `KernelVariant` says what is fixed when the kernel is compiled
 (kind of numbers, head size, group size, block size, features), and each variant is compiled once. Without a
 block size it is the contiguous twin: the same lines, the table lookup left out.
 
@@ -41,7 +41,7 @@ from numba.types import float32, int32, int64, uint32
 
 from .cuda_intrinsics import exp2, load16
 from .flash_elements import ELEMENTS
-from .flash_variant import EVERY_LANE, FROM, MAX_SPLIT_QUERIES, NUM_THREADS, NUM_WARPS, ROWS, TO, Variant
+from .flash_variant import EVERY_LANE, FROM, MAX_SPLIT_QUERIES, NUM_THREADS, NUM_WARPS, ROWS, TO, KernelVariant
 
 device = cuda.jit(device=True, inline="always")
 
@@ -74,7 +74,7 @@ def first_block_of(query_start_loc, seq, group_size, rows):
 
 
 @cache
-def attention_kernel(variant: Variant):
+def attention_kernel(variant: KernelVariant):
     """The kernel of this variant. Launch it with NUM_THREADS threads; see `flash.launches` for the grid."""
     element = ELEMENTS[variant.cache]
     score_operand, value_operand = element.score_operand, element.value_operand

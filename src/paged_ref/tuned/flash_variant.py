@@ -20,7 +20,7 @@ device = cuda.jit(device=True, inline="always")
 
 
 @dataclass(frozen=True)
-class Variant:
+class KernelVariant:
     """What is fixed when a kernel is compiled."""
 
     cache: str  # a name in ELEMENTS

@@ -77,3 +77,6 @@ def gated_launch(out: Array, gate_up: Array) -> Launch:
     num_tokens, size = out.shape
     args = (out.ravel(), gate_up.ravel(), np.int64(size))
     return Launch(gated_kernel, (num_tokens, -(-size // THREADS)), THREADS, args)
+
+
+OPERATIONS = llama.Operations(rms_norm, rotate, gated)

@@ -12,7 +12,7 @@ from support.stepping import logits_of
 from tokenizers import models
 
 from paged_ref.core.model.llama import Llama
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 
 torch = pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `compare` is not installed")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from paged_ref.core.model.config import Llama3RopeScaling, ModelConfig, kv_bytes_per_token
+from paged_ref.interop.hf_config import config_from_hf
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -33,7 +34,7 @@ SCALING = Llama3RopeScaling(8.0, 1.0, 4.0, 8192)
 
 
 def test_llama() -> None:
-    assert ModelConfig.from_hf(LLAMA) == ModelConfig(
+    assert config_from_hf(LLAMA) == ModelConfig(
         vocab_size=100,
         hidden_size=64,
         intermediate_size=128,
@@ -57,7 +58,7 @@ def test_llama() -> None:
 
 def test_left_out_keys_take_hugging_faces_defaults() -> None:
     hf = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
-    config = ModelConfig.from_hf(hf)
+    config = config_from_hf(hf)
     assert (config.num_kv_heads, config.rms_norm_eps) == (8, 1e-6)
 
 
@@ -73,7 +74,7 @@ def test_left_out_keys_take_hugging_faces_defaults() -> None:
     ],
 )
 def test_rope_in_old_and_new_words(keys: dict[str, Any], theta: float, scaling: Llama3RopeScaling | None) -> None:
-    config = ModelConfig.from_hf({**LLAMA, **keys})
+    config = config_from_hf({**LLAMA, **keys})
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
 
 
@@ -101,19 +102,19 @@ def test_rope_in_old_and_new_words(keys: dict[str, Any], theta: float, scaling: 
     ],
 )
 def test_sliding_windows_by_layer(keys: dict[str, Any], windows: tuple[int | None, ...]) -> None:
-    assert ModelConfig.from_hf({**LLAMA, **keys}).sliding_windows == windows
+    assert config_from_hf({**LLAMA, **keys}).sliding_windows == windows
 
 
 def test_the_siblings_differ_by_a_flag() -> None:
-    qwen2 = ModelConfig.from_hf({**LLAMA, "model_type": "qwen2"})
-    qwen3 = ModelConfig.from_hf({**LLAMA, "model_type": "qwen3", "head_dim": 16})
+    qwen2 = config_from_hf({**LLAMA, "model_type": "qwen2"})
+    qwen3 = config_from_hf({**LLAMA, "model_type": "qwen3", "head_dim": 16})
     assert (qwen2.attention_bias, qwen2.qk_norm, qwen2.head_size) == (True, False, 8)
     assert (qwen3.attention_bias, qwen3.qk_norm, qwen3.head_size) == (False, True, 16)
 
 
 @pytest.mark.parametrize(("eos", "ids"), [(None, ()), (0, (0,)), ([2, 7], (2, 7))])
 def test_eos_is_null_or_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
-    assert ModelConfig.from_hf({**LLAMA, "eos_token_id": eos}).eos_token_ids == ids
+    assert config_from_hf({**LLAMA, "eos_token_id": eos}).eos_token_ids == ids
 
 
 @pytest.mark.parametrize(
@@ -169,9 +170,9 @@ def test_eos_is_null_or_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
 )
 def test_what_cannot_be_is_refused_by_name(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        ModelConfig.from_hf({**LLAMA, **keys})
+        config_from_hf({**LLAMA, **keys})
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float16", 2), ("float32", 4)])
 def test_kv_bytes_per_token(dtype: str, size: int) -> None:
-    assert kv_bytes_per_token(ModelConfig.from_hf(LLAMA), dtype) == 2 * 4 * 2 * 8 * size
+    assert kv_bytes_per_token(config_from_hf(LLAMA), dtype) == 2 * 4 * 2 * 8 * size

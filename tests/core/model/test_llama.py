@@ -13,7 +13,8 @@ from support.stepping import Stepper, logits_of
 from paged_ref.core.device import to_host, xp
 from paged_ref.core.model.config import Llama3RopeScaling, ModelConfig
 from paged_ref.core.model.llama import Llama, StepInputs, rope_frequencies
-from paged_ref.core.model.loading import load, random_weights, weight_shapes
+from paged_ref.interop.architectures import random_weights, weight_shapes
+from paged_ref.interop.checkpoints import load
 from paged_ref.kernels import backends
 
 BACKENDS = [

@@ -13,9 +13,11 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import models
 
-from paged_ref.core.model.config import ModelConfig
 from paged_ref.core.model.llama import Llama
-from paged_ref.core.model.loading import TINY, CheckpointError, load, random_weights
+from paged_ref.core.model.loading import TINY
+from paged_ref.interop.architectures import random_weights
+from paged_ref.interop.checkpoints import CheckpointError, load
+from paged_ref.interop.hf_config import config_from_hf
 
 HF: dict[str, Any] = {
     "model_type": "llama",
@@ -29,7 +31,7 @@ HF: dict[str, Any] = {
     "tie_word_embeddings": False,
     "eos_token_id": 2,
 }
-WEIGHTS = random_weights(ModelConfig.from_hf(HF), seed=5)
+WEIGHTS = random_weights(config_from_hf(HF), seed=5)
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -83,7 +85,7 @@ def assert_refused(directory: Path, message: str) -> None:
 def test_float32(directory: Path) -> None:
     checkpoint = load(str(directory))
     assert checkpoint.directory == directory
-    assert checkpoint.config == ModelConfig.from_hf(HF)
+    assert checkpoint.config == config_from_hf(HF)
     assert checkpoint.tokenizer.encode("b") == [1]
     assert set(checkpoint.weights) == set(WEIGHTS)
     assert len(checkpoint.weights) == len(WEIGHTS)
@@ -98,7 +100,7 @@ def test_float16(directory: Path) -> None:
     weights = load(directory).weights
     for name, array in half.items():
         np.testing.assert_array_equal(weights[name], array)
-    assert Llama(ModelConfig.from_hf(HF), weights).embedding.dtype == np.float32
+    assert Llama(config_from_hf(HF), weights).embedding.dtype == np.float32
 
 
 def test_bfloat16(directory: Path) -> None:

@@ -28,7 +28,7 @@ from support.traces import per_thread
 
 from paged_ref.cli import main
 from paged_ref.kernels import paged_attention, slot_of
-from paged_ref.views.walk.captions import facts, sentence
+from paged_ref.views.walk.captions import caption, sentence
 from paged_ref.views.walk.frames import VIEWS, WIDE, Look, frame
 from paged_ref.views.walk.run import KERNELS, KernelRun, Sizes, Walk, walk
 from paged_ref.views.walk.walk import STEPS, Walker
@@ -109,11 +109,11 @@ def test_slots_belong_to_whom_the_picture_says(each: Walk) -> None:
 def test_the_key_that_a_sentence_names_is_the_thread_s_own(each: Walk) -> None:
     for run in each.runs.values():
         for position in range(len(run)):
-            known = facts(run, position)
+            known = caption(run, position)
             if known.array == "keys":
                 assert known.position == known.key
             if known.array == "block_tables":
-                assert known.d == known.key // run.sizes.block_size
+                assert known.last == known.key // run.sizes.block_size
 
 
 # ---- walking

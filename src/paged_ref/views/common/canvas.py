@@ -7,7 +7,7 @@ are counted in cells of the terminal, since a token may be two cells wide.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
@@ -36,7 +36,6 @@ class Scene:
     code: bool = True  # show the source where there is room
     playing: bool = False
     message: str = ""  # in place of the keys
-    extra: tuple[str, ...] = field(default=())
 
     @property
     def history(self) -> History:

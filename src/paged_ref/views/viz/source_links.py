@@ -12,7 +12,7 @@ from typing import Any
 
 import paged_ref
 
-from ...beyond_device.long_context import LongContext
+from ...beyond_device.kv import StreamedKV
 from ...beyond_device.residency import Residency
 from ...beyond_device.streaming import StreamingManager
 from ...core.engine.scheduler import Scheduler
@@ -119,7 +119,7 @@ _ALWAYS: dict[type, Function] = {
     PagesPlaced: Residency.need,
     PagesFreed: Residency.free,
     PagesNamed: StreamingManager.prepare,
-    PagesAttended: LongContext._rows,
+    PagesAttended: StreamedKV._select,
     StepPlanned: Scheduler.schedule,
     TokenSampled: LLM._accept,
     BeamsReordered: BeamSearch.step,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from ..common.canvas import DIM, TITLE, Lines, beside, exactly, fit, line, rule, wrap
+from ..common.viewer import help_lines
 from .captions import sentence
 from .panels import NOW, caches, cell_width, counters, grid_height, layouts, now, source, thread_line
 from .run import KERNELS, LETTERS, KernelRun, Walk
@@ -29,7 +30,6 @@ KEYS = (
     ("k", "naive, paged, or both side by side"),
     ("1 2 3", "all, the counters of the threads, the layouts"),
     ("?", "this help"),
-    ("q", "quit"),
 )
 MARKS = (
     ("▶", "the line, the thread, the element of the moment"),
@@ -189,11 +189,7 @@ def _words(runs: list[KernelRun], position: int, width: int, height: int) -> Lin
 
 
 def _help(width: int) -> Lines:
-    lines = [line(""), rule("keys", width)]
-    lines += [line((f" {key:>9}  ", TITLE), meaning) for key, meaning in KEYS if key != "q"]
-    lines += [rule("marks", width)]
-    lines += [line((f" {mark:>9}  ", TITLE), meaning) for mark, meaning in MARKS]
-    return lines[1:]
+    return [rule("keys", width), *help_lines(KEYS), rule("marks", width), *help_lines(MARKS)]
 
 
 if __name__ == "__main__":  # shows one frame of each arrangement: python -m paged_ref.views.walk.frames
