@@ -91,7 +91,7 @@ def attend(call: AttentionCall, copy_tiles: bool = False) -> None:
     if addresses.block_tables is not None:
         table, block_size = _whole(addresses.block_tables), call.keys.shape[1]
     else:  # one block for everything, which begins at the region's first slot
-        table, block_size = _whole(np.reshape(addresses.starts, (-1, 1))), NO_LIMIT
+        table, block_size = _whole(addresses.starts)[:, None], NO_LIMIT
     keys, key_strides = _flat(call.keys)
     values, value_strides = _flat(call.values)
     in_place = call.keys.dtype == np.float32 and key_strides[3] == value_strides[3] == 1 and not copy_tiles
