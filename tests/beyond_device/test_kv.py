@@ -256,14 +256,14 @@ REFUSED = [
     ({"device_blocks": 2, "attend": "some"}, "attend is 'some';"),
     ({"device_blocks": 2, "evict": "mru"}, "evict is 'mru'; known are lru, sliding, relevance"),
     ({"device_blocks": 2, "full_layers": -1}, "full_layers is -1; 0 to the model's"),
-    ({"device_blocks": 2, "full_layers": CONFIG.num_layers + 1}, f"the model's {CONFIG.num_layers} layers can be had"),
+    ({"device_blocks": 2, "full_layers": CONFIG.num_layers + 1}, f"the model's {CONFIG.num_layers} layers are allowed"),
     ({"device_blocks": 2, "block_size": 0}, "block_size is 0; at least 1"),
     ({"device_blocks": 2, "kv_cache_tokens": 64}, "kv_cache_tokens is 64, and device_blocks is 2"),
     ({"device_blocks": 2, "manager": "standard"}, "manager is 'standard', and device_blocks is 2"),
     ({"device_blocks": 2, "prefix_cache": True}, "prefix_cache is True, and device_blocks is 2"),
     ({"host_blocks": 8}, "host_blocks is 8, and device_blocks is not given"),
     ({"attend": 0.1}, "attend is 0.1, and device_blocks is not given"),
-    ({"device_blocks": 2, "max_model_len": CONTEXT + 1}, f"1 to the model's context of {CONTEXT} can be had"),
+    ({"device_blocks": 2, "max_model_len": CONTEXT + 1}, f"1 to the model's context of {CONTEXT} is allowed"),
     ({"device_blocks": 2, "max_model_len": 0, "beyond_context": True}, "max_model_len is 0"),
 ]
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from conftest import SHARED
 
+from paged_ref.planner.assess import predict
 from paged_ref.planner.comparison import check, longest_request, row_of, setups, small
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.metrics import Outcome
 from paged_ref.planner.models import model_named
 from paged_ref.planner.paper import ORCA, PAGED
-from paged_ref.planner.predict import predict
 from paged_ref.planner.setup import Setup
 from paged_ref.planner.simulate import Simulation
 from paged_ref.planner.sweep import AT_ONCE, curve_of, curves_of, run_once
@@ -59,8 +59,8 @@ def test_prompts_decide_on_azures_conversations() -> None:
     paged = Setup("paged", gpu_named("A100-80GB"), model_named("Llama-3-8B"))
     exact = replace(paged, manager="standard", reserve="exact")
     predicted = predict(paged, trace)
-    assert predicted.bound == "compute"
-    assert predicted.rate / predict(exact, trace).rate == pytest.approx(1.0, abs=0.02)
+    assert predicted.step.bound == "compute"
+    assert predicted.requests_per_second / predict(exact, trace).requests_per_second == pytest.approx(1.0, abs=0.02)
     rates = [run_once(setup, trace, AT_ONCE).requests_per_second for setup in (paged, exact)]
     assert rates[0] / rates[1] == pytest.approx(1.0, abs=0.02)
 
@@ -88,8 +88,8 @@ def test_predictions_are_near_what_is_simulated(name: str, count: int) -> None:
     for setup in (PAGED, ORCA["max"], ORCA["exact"]):
         measured = run_once(setup, trace, AT_ONCE)
         predicted = predict(setup, trace)
-        assert predicted.num_running == pytest.approx(measured.running_short, rel=0.2)
-        assert 0.95 < predicted.rate / measured.requests_per_second < 1.35
+        assert predicted.sequences == pytest.approx(measured.running_short, rel=0.2)
+        assert 0.95 < predicted.requests_per_second / measured.requests_per_second < 1.35
 
 
 def test_what_can_never_fit_is_counted_with_its_reason() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -67,12 +67,7 @@ def main(args: argparse.Namespace) -> int:
         if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
             runs[TRANSFORMERS] = _transformers(folder, prompts, args)
         outputs = {name: run() for name, run in runs.items()}  # compiles and warms up
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(args.rounds):
-            for name, run in runs.items():
-                began = perf_counter()
-                run()
-                seconds[name].append(perf_counter() - began)
+        seconds = _timed(runs, args.rounds)
 
     baseline = list(runs)[-1]
     results = [
@@ -91,10 +86,21 @@ def main(args: argparse.Namespace) -> int:
     title = f"Batch {args.batch}, {args.prompt_tokens} + {args.new_tokens} tokens, {describe_device()}"
     console.print(table_of(("", "tokens per second", f"times {baseline}", "same tokens"), rows, title=title))
     if baseline != TRANSFORMERS:
-        console.print("transformers is not installed: pip install 'paged_ref[compare]' adds it to the comparison.")
+        console.print("transformers is not installed: the extra `compare` adds it to the comparison.")
     if args.json:
         write_json(args.json, {"device": describe_device(), "results": results})
     return 0
+
+
+def _timed(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each run in each round, in which the runs take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = perf_counter()
+            run()
+            seconds[name].append(perf_counter() - began)
+    return seconds
 
 
 def _ours(

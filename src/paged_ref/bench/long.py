@@ -30,7 +30,7 @@ from .gpu_shapes import one_layer
 from .results import Times, shortest, table_of
 
 BLOCK_SIZE = 16
-CHUNK = 4096  # tokens written at once
+CHUNK = 4096  # tokens written in one step
 SHAPES = {"Llama 3 8B": (32, 8, 128), "TinyLlama": (32, 4, 64), "embedded": (8, 4, 16)}  # of one layer
 SMALL = (8, 2, 64)  # of the table that grows to a million tokens: 1 GiB of K and V there, in float32
 
@@ -196,7 +196,7 @@ def _both(tokens: int, kv_heads: int, head_size: int, way: str) -> tuple[TwoCach
 
 
 def budgets(tokens: int, rounds: int) -> list[Ratio]:
-    """A tenth of the pages on the device: the exact mode beside budgets."""
+    """A tenth of the pages on the device: the exact mode compared with budgets."""
     num_blocks = -(-(tokens + 4 * rounds) // BLOCK_SIZE)
     layers = {}
     for attend in ("all", 0.25, 0.1):

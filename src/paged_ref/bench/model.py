@@ -1,6 +1,6 @@
 """`paged-ref bench model`: whole-model decoding on a GPU, against the speed of its memory and against a CPU run.
 
-First the embedded model: greedy tokens in float16 on the GPU beside those in float32 on the CPU. Then a Llama of
+First the embedded model: greedy tokens in float16 on the GPU, compared with float32 on the CPU. Then a Llama of
 about a billion random parameters, float16, a batch of equal prompts: each decode step must read all weights and
 all K and V once, and a step's bound is these bytes over the bandwidth of a copy, measured in the same run.
 """

@@ -140,17 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    try:
-        known = variants()
-    except ImportError as error:
-        raise ValueError(f"the package {error.name} is not installed: the extra `ptx` brings it") from None
-    chosen = {
-        name: variant
-        for name, variant in known.items()
-        if not args.kernel or any(words in name for words in args.kernel)
-    }
-    if not chosen:
-        raise ValueError(f"--kernel is {' '.join(args.kernel)!r}; known are: {'; '.join(known)}")
+    chosen = _chosen(args.kernel or [])
     console, costs = Console(), []
     for capability in CAPABILITIES:
         with Console(stderr=True).status("compiling, which takes a minute or two ..."):
@@ -165,3 +155,15 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, {"tools": tools, "costs": [asdict(each) for each in costs]})
     return 0
+
+
+def _chosen(wanted: list[str]) -> dict[str, Variant]:
+    """The variants whose names have one of these words; without words, all variants. Raises ValueError."""
+    try:
+        known = variants()
+    except ImportError as error:
+        raise ValueError(f"the package {error.name} is not installed: the extra `ptx` brings it") from None
+    chosen = {name: variant for name, variant in known.items() if not wanted or any(words in name for words in wanted)}
+    if not chosen:
+        raise ValueError(f"--kernel is {' '.join(wanted)!r}; known are: {'; '.join(known)}")
+    return chosen

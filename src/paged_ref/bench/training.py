@@ -55,8 +55,8 @@ class ActivationCost:
 
     name: str
     budget: int | None
-    held: int = 0  # saved activations on the device, at the most, as the code counts them
-    peak: int = 0  # all arrays on the device beside weights and gradients, at the most, as the allocator saw it
+    held: int = 0  # saved activations on the device, at the most, as the code counts
+    peak: int = 0  # all arrays on the device but weights and gradients, at the most, as the allocator counts
     moved: int = 0  # out and in, in one step
     seconds: float = math.inf
     equal: bool = False  # gradients, to the bit, to those of `keep`

@@ -91,7 +91,7 @@ class StreamedKV:
         self.full_layers = max(1, config.num_layers // 16) if full_layers is None else full_layers
         if not 0 <= self.full_layers <= config.num_layers:
             raise ValueError(
-                f"full_layers is {self.full_layers}; 0 to the model's {config.num_layers} layers can be had"
+                f"full_layers is {self.full_layers}; 0 to the model's {config.num_layers} layers are allowed"
             )
         self.backend = backend
         self.log = log

@@ -160,7 +160,7 @@ class Residency:
         if lacks:
             raise OutOfHostBlocks(
                 f"{dirty} pages must leave the device, which has no other copy of them; the host has "
-                f"{self.host.num_blocks} blocks, and {room} of them can be had"
+                f"{self.host.num_blocks} blocks, and {room} of them can be used"
             )
         return sorted(victims, key=lambda page: page not in self._both)
 

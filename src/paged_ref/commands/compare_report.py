@@ -126,7 +126,7 @@ def _scalability(rows: Sequence[ComparisonRow]) -> Table:
             f"{row.longest:,}",
             f"{curve.rate:.2f}" if curve.rate else "none",
             f"{curve.rate / most:.2f}" if most else "",
-            f"{row.prediction.rate:.2f}",
+            f"{row.prediction.requests_per_second:.2f}",
             f"{at_once.preemptions}",
         )
     return table
@@ -186,7 +186,7 @@ def conclusions(rows: Sequence[ComparisonRow]) -> list[str]:
     nothing = "found nothing: no two of these requests begin with the same tokens, as far as is known."
     return [
         _gains(rows, paged),
-        BOUND_BY_COMPUTE if paged.prediction.bound == "compute" else BOUND_BY_READING,
+        BOUND_BY_COMPUTE if paged.prediction.step.bound == "compute" else BOUND_BY_READING,
         *_reservations(paged),
         f"The prefix cache {found if cached.known_tokens else nothing}",
     ]
@@ -199,7 +199,7 @@ def _gains(rows: Sequence[ComparisonRow], paged: ComparisonRow) -> str:
     for label in ("standard max", "standard exact", "exact, first fit", "swapping"):
         other = by_label[label]
         if other.curve.rate and paged.curve.rate:
-            expected = paged.prediction.rate / other.prediction.rate
+            expected = paged.prediction.requests_per_second / other.prediction.requests_per_second
             gains.append(f"{paged.curve.rate / other.curve.rate:.2f}x {label} (predicted {expected:.2f}x)")
     if not gains:
         return "No rate keeps this latency: a longer one (--latency) compares more."

@@ -22,6 +22,7 @@ from ..llm import LLM
 from ..timeline.events import Event, Log
 from ..views.common import options
 from ..views.common.files import recording
+from ..views.common.program import program
 from ..views.common.versions import describe_device
 from .long_recall import print_recall, recall
 from .long_run import OBSERVED, LongRun
@@ -84,7 +85,7 @@ def _checked(args: argparse.Namespace) -> tuple[int, int] | None:
         raise ValueError(f"{option} is given with --recall, which has no use for it")
     watch = _watch(args.watch, load(args.model).config) if args.watch or args.record else None
     if args.watch and not args.record:
-        raise ValueError(f"--watch is {args.watch}; --record FILE is needed, the log for `paged-ref viz`")
+        raise ValueError(f"--watch is {args.watch}; --record FILE is needed, the log for `{program()} viz`")
     return watch
 
 

@@ -1,13 +1,14 @@
 """What paging brings: how many sequences fit, where the GPU's time then goes, and which settings follow.
 
 This is arithmetic on shapes and datasheets, without a run: memory is full, no request waits, and there are no holes
-between regions. It takes a second; `paged-ref compare` steps the real managers over real arrivals.
+between regions. It takes a second; `paged-ref compare` steps the real managers over real arrivals, and prints what
+this predicts beside what it measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..core.memory.standard import Reserve, StandardManager
@@ -25,25 +26,27 @@ from .roofline import (
     swap_from,
     swap_seconds,
 )
-from .traces import TraceRequest
+from .setup import Setup
+from .traces import RequestTrace, TraceRequest
 
 RESERVES: tuple[Reserve, ...] = ("max", "pow2", "exact")
 # The sizes for which servers have fast kernels. Below 16 the paper's kernel loses time (Kwon et al. 2023, §7.2).
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 WASTE_LIMIT = 0.01  # share of the slots that may be empty in last blocks
 TABLE_ENTRY = 4  # bytes of a block id
+ALIGNMENT = 16  # slots to which the swapping manager rounds a region up
 Bottleneck = Literal["capacity", "bandwidth", "compute"]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One way to manage the memory, full of sequences, and a step in that steady state."""
+class SteadyState:
+    """One way to manage the memory, full of sequences: in each step all decode, and as many begin as end."""
 
     name: str
     slots: float  # held by a running sequence, mean over its time
-    sequences: int  # that fit
+    sequences: float  # that fit
     used: float  # share of the held slots that hold a token
-    prompt_tokens: float  # computed in a step beside the decodes: as many sequences begin as end
+    prompt_tokens: float  # computed in a step beside the decodes
     step: StepTime
     requests_per_second: float
 
@@ -79,7 +82,7 @@ class Assessment:
     num_refused: int  # requests longer than max_model_len, left out
     kv_bytes: int  # left for K and V
     num_tokens: int  # whose K and V fit into kv_bytes
-    plans: tuple[Plan, ...]  # standard max, pow2, exact; paged with the advised block size
+    plans: tuple[SteadyState, ...]  # standard max, pow2, exact; paged with the advised block size
     sequences_at_worst: int  # paged, every sequence as long as the longest
     bottleneck: Bottleneck
     block_sizes: tuple[BlockSize, ...]
@@ -88,7 +91,7 @@ class Assessment:
     swap_from: int | None  # tokens from which on swapping is faster, with the advised block size; None: never
 
     @property
-    def paged(self) -> Plan:
+    def paged(self) -> SteadyState:
         return self.plans[-1]
 
     @property
@@ -133,11 +136,12 @@ def assess(
     length = _mean_length(served)
     block_sizes = tuple(_block_size(gpu, model, served, size, length, constants) for size in BLOCK_SIZES)
     block_size = max((b.block_size for b in block_sizes if b.waste <= WASTE_LIMIT), default=BLOCK_SIZES[0])
-    plans = [
-        _plan(f"standard {reserve}", _reserved(served, reserve, longest_allowed), gpu, model, served, constants)
-        for reserve in RESERVES
-    ]
-    paged = _plan(f"paged {block_size}", _held_in_blocks(served, block_size), gpu, model, served, constants)
+
+    def full(name: str, slots: float) -> SteadyState:
+        return _steady_state(name, slots, int(num_tokens / slots), gpu, model, served, constants)
+
+    plans = [full(f"standard {reserve}", _reserved(served, reserve, longest_allowed)) for reserve in RESERVES]
+    paged = full(f"paged {block_size}", _held_in_blocks(served, block_size))
     return Assessment(
         gpu=gpu,
         model=model,
@@ -158,6 +162,25 @@ def assess(
         recompute_seconds=recompute_seconds(gpu, model, round(length), constants),
         swap_from=swap_from(gpu, model, block_size, constants),
     )
+
+
+def predict(setup: Setup, trace: RequestTrace) -> SteadyState:
+    """The steady state of a setup that is kept full: without holes, preemptions and prefix hits. Outputs are cut at
+    the setup's context. Raises ValueError where no request fits.
+    """
+    longest = setup.longest
+    served = [
+        replace(each, output_len=min(each.output_len, longest - each.prompt_len))
+        for each in trace.requests
+        if each.prompt_len < longest
+    ]
+    if not served:
+        raise ValueError(f"none of the requests fits in a context of {longest}")
+    slots = _slots_held(setup, served)
+    sequences = max(1.0, min(setup.max_batch_seqs, setup.num_slots / slots))
+    if setup.manager == "standard" and setup.reserve == "max":
+        sequences = int(sequences)  # all regions are equal
+    return _steady_state(setup.label, slots, sequences, setup.gpu, setup.model, served, setup.constants)
 
 
 # --- slots -------------------------------------------------------------------------------------------------
@@ -182,6 +205,16 @@ def _reserved(requests: Sequence[TraceRequest], reserve: Reserve, max_model_len:
     )
 
 
+def _slots_held(setup: Setup, requests: Sequence[TraceRequest]) -> float:
+    """Slots that the setup's manager holds for a running sequence."""
+    if setup.manager == "standard":
+        manager = setup.make_manager()
+        return _mean_while_running(
+            requests, lambda each: manager.most_slots(each.prompt_len, each.prompt_len + each.output_len - 1)
+        )
+    return _held_in_blocks(requests, setup.block_size if setup.manager == "paged" else ALIGNMENT)
+
+
 def _held_in_blocks(requests: Sequence[TraceRequest], block_size: int) -> float:
     """Slots of the blocks that a running sequence holds, over its life from the prompt to the last token."""
 
@@ -200,11 +233,16 @@ def _held_in_blocks(requests: Sequence[TraceRequest], block_size: int) -> float:
 # --- time --------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    name: str, slots: float, gpu: GPU, model: ModelSpec, requests: Sequence[TraceRequest], constants: Constants
-) -> Plan:
-    """Memory filled with sequences that hold `slots` each: in each step all decode, and as many begin as end."""
-    sequences = int(num_kv_tokens(gpu, model, constants) / slots)
+def _steady_state(
+    name: str,
+    slots: float,
+    sequences: float,
+    gpu: GPU,
+    model: ModelSpec,
+    requests: Sequence[TraceRequest],
+    constants: Constants,
+) -> SteadyState:
+    """`sequences` that hold `slots` each."""
     length, outputs = _mean_length(requests), sum(each.output_len for each in requests)
     prompt_tokens = sequences * sum(each.prompt_len for each in requests) / outputs
     prompt_pairs = sequences * sum(chunk_pairs(each.prompt_len, each.prompt_len) for each in requests) / outputs
@@ -214,11 +252,11 @@ def _plan(
         round(sequences + prompt_tokens),
         round(sequences * length + prompt_tokens),
         query_key_pairs=round(sequences * length + prompt_pairs),
-        num_logits=sequences,
+        num_logits=round(sequences),
         constants=constants,
     )
     steps_each = outputs / len(requests)
-    return Plan(
+    return SteadyState(
         name=name,
         slots=slots,
         sequences=sequences,

@@ -11,11 +11,11 @@ from typing import Any
 
 from ..core.memory.manager import KVCacheManager
 from ..timeline.events import Log
+from .assess import SteadyState, predict
 from .engine_run import engine_steps, shares_of, simulated_steps
 from .hardware import gpu_named
 from .metrics import Shares
 from .models import model_named
-from .predict import Prediction, predict
 from .setup import Setup
 from .sweep import Curve
 from .traces import RequestTrace, at_rate, clipped, first, scaled
@@ -54,7 +54,7 @@ class ComparisonRow:
     """The numbers of one technique."""
 
     curve: Curve
-    prediction: Prediction
+    prediction: SteadyState
     longest: int  # tokens of the longest request
 
     @property
@@ -69,10 +69,10 @@ class ComparisonRow:
             "label": self.curve.setup.label,
             "rate": self.curve.rate,
             "predicted": {
-                "rate": self.prediction.rate,
-                "running": self.prediction.num_running,
-                "slots_each": self.prediction.slots_each,
-                "bound": self.prediction.bound,
+                "rate": self.prediction.requests_per_second,
+                "running": self.prediction.sequences,
+                "slots_each": self.prediction.slots,
+                "bound": self.prediction.step.bound,
             },
             "longest_request": self.longest,
             "moved_bytes_per_token": self.moved_per_token,

@@ -1,6 +1,6 @@
 """The kernel walk: its numbers are the trace's, each access is visited once, and the frames are as recorded.
 
-Golden frames lie in golden/. `UPDATE_GOLDEN=1 pytest tests/terminal/test_kernel_walk.py` writes them again;
+Golden frames lie in golden/. `pytest --update-golden tests/views/walk` writes them again;
 read the diff before you commit it.
 """
 
@@ -278,7 +278,7 @@ def test_golden(toy: Walk, size: tuple[int, int], array: str, request: pytest.Fi
         text = text_of(toy, run.move(first(run, array), "thread", 1) + 7, width, height)
     text = re.sub(r"[ ]+$", "", text, flags=re.MULTILINE)
     file = GOLDEN / f"walk_{array}_{width}x{height}.txt"
-    if request.config.getoption("--update-golden", default=False) or os.environ.get("UPDATE_GOLDEN"):
+    if request.config.getoption("--update-golden"):
         file.write_text(text, encoding="utf-8")
     assert text == file.read_text(encoding="utf-8")
 

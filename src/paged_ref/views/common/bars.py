@@ -18,7 +18,7 @@ from ...core.memory.usage import MemoryUsage
 from .canvas import Lines, line
 
 
-class Part(NamedTuple):
+class MemoryPart(NamedTuple):
     """How one part of memory is drawn. Marks and shades differ without colour."""
 
     mark: str  # on screens
@@ -29,14 +29,14 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "tokens": Part("█", "█", "green", "#1a7f37", "hold tokens"),
-    "reserved": Part("▒", "▓", "cyan", "#d4a72c", "reserved, used later"),
-    "internal": Part("!", "▒", "red", "#cf222e", "internal, wasted inside"),
-    "external": Part("x", "░", "bright_red", "#8250df", "external, wasted between"),
-    "cached": Part("c", "c", "yellow", "#0969da", "cached, in no table"),
-    "free": Part("·", "·", "dim", "#d0d7de", "free"),
+    "tokens": MemoryPart("█", "█", "green", "#1a7f37", "hold tokens"),
+    "reserved": MemoryPart("▒", "▓", "cyan", "#d4a72c", "reserved, used later"),
+    "internal": MemoryPart("!", "▒", "red", "#cf222e", "internal, wasted inside"),
+    "external": MemoryPart("x", "░", "bright_red", "#8250df", "external, wasted between"),
+    "cached": MemoryPart("c", "c", "yellow", "#0969da", "cached, in no table"),
+    "free": MemoryPart("·", "·", "dim", "#d0d7de", "free"),
     # Reserved or internal, while a run goes on: only its end shows which of both.
-    "empty": Part("▒", "▓", "cyan", "#d4a72c", "allocated, empty"),
+    "empty": MemoryPart("▒", "▓", "cyan", "#d4a72c", "allocated, empty"),
 }
 USAGE = tuple(field.name for field in fields(MemoryUsage) if field.name != "shared")  # these sum to the pool
 

@@ -52,7 +52,7 @@ def fit(text: str, width: int) -> str:
 
 
 def token(text: str, width: int) -> str:
-    """A token in a slot of `width` cells. The mark of its leading space goes before a letter does."""
+    """A token in a slot of `width` cells. The mark of the leading space is cut off before any letter."""
     if cell_len(text) > width and text.startswith("·"):
         text = text[1:]
     return fit(text, width)
@@ -159,7 +159,7 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def size_of(num_bytes: int, least: int = 10) -> str:
-    """A number of bytes as people say it, in a unit of which there are at least so many."""
+    """A number of bytes in the largest unit of which there are at least `least`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= least * size:
             return f"{num_bytes / size:,.1f} {unit}"

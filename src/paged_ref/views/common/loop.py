@@ -1,4 +1,4 @@
-"""Keys in, screens out: the loop around whatever a terminal shows.
+"""Keys in, screens out: the loop around a view on a terminal.
 
 Rich draws, prompt_toolkit reads the keys. The terminal is given back as it was, whatever happens: at the end,
 at Ctrl-C, at an exception, at SIGTERM and SIGHUP, and while Ctrl-Z has stopped the program.
@@ -45,7 +45,7 @@ def play(viewer: Viewer) -> None:
 
 
 def _until_stopped(viewer: Viewer, keys: Input, console: Console, stopped: list[bool]) -> bool:
-    """False: it quit. True: it is to be stopped for a while."""
+    """False: a key quit the view. True: Ctrl-Z is to stop the program for a while."""
     drawn: tuple[int, int] | None = None
     due = 0.0
     while not stopped:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .files import check_writable
+from .program import program
 
 SUFFIXES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -100,7 +101,7 @@ def model(parser: Options) -> None:
 
 
 def backend(parser: Options) -> None:
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help=f"attention backend (see {program()} info)")
 
 
 def manager(parser: Options) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -59,22 +60,7 @@ def lines_text(
     margin = 7
     width = max(20, columns - margin - 1)
     x_most = max((x for line in lines for x, y in line.points if y <= y_most), default=1.0) * 1.02
-    grid = [[" "] * width for _ in range(rows)]
-
-    def place(x: float, y: float) -> tuple[int, int]:
-        return rows - 1 - round(y / y_most * (rows - 1)), min(width - 1, round(x / x_most * (width - 1)))
-
-    if bound is not None:
-        row, _ = place(0, bound)
-        grid[row] = ["·"] * width
-    for letter, line in zip(LETTERS, lines, strict=False):
-        for (x0, y0), (x1, y1) in zip(line.points, line.points[1:], strict=False):
-            for i in range(2 * width + 1):  # finely enough that a steep line has no gaps
-                share = i / (2 * width)
-                x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
-                if y <= y_most:
-                    row, column = place(x, y)
-                    grid[row][column] = letter if grid[row][column] in " ·" else grid[row][column]
+    grid = _letters(lines, width, rows, x_most, y_most, bound)
     text = Text(f" {y_label}\n")
     for number, cells in enumerate(grid):
         y = y_most * (rows - 1 - number) / (rows - 1)
@@ -88,6 +74,29 @@ def lines_text(
         text.append(f"   {letter} {line.label}\n")
     text.rstrip()
     return text
+
+
+def _letters(
+    lines: Sequence[Line], width: int, rows: int, x_most: float, y_most: float, bound: float | None
+) -> list[list[str]]:
+    """The cells of the grid, from the top row down. A letter does not cover the letter of an earlier line."""
+    grid = [[" "] * width for _ in range(rows)]
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        return rows - 1 - round(y / y_most * (rows - 1)), min(width - 1, round(x / x_most * (width - 1)))
+
+    if bound is not None:
+        row, _ = place(0, bound)
+        grid[row] = ["·"] * width
+    for letter, line in zip(LETTERS, lines, strict=False):
+        for (x0, y0), (x1, y1) in pairwise(line.points):
+            for i in range(2 * width + 1):  # finely enough that a steep line has no gaps
+                share = i / (2 * width)
+                x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
+                if y <= y_most:
+                    row, column = place(x, y)
+                    grid[row][column] = letter if grid[row][column] in " ·" else grid[row][column]
+    return grid
 
 
 # --- a curve -------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Monitor:
 
     def _begin(self) -> None:
         self.state = RunState()
-        self.history = History()  # of its fields only the names: what frames know sequences by
+        self.history = History()  # only the names, by which frames call the sequences
         self.samples: deque[StepSample] = deque(maxlen=KEPT)
         self.partialed: PoolOpened | None = None
         self.num_steps = 0
@@ -95,7 +95,7 @@ class Monitor:
             self.microseconds += event.microseconds
         elif isinstance(event, SequenceFinished):
             self.finished += 1
-            del self.state.sequences[event.seq_id]  # nothing comes of it any more, and a run may be long
+            del self.state.sequences[event.seq_id]  # a finished sequence stays as it is, and a run may be long
             self.history.names.pop(event.seq_id, None)
 
     def _sample(self, event: StepPlanned) -> None:
@@ -154,7 +154,7 @@ class Monitor:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """New tokens over the last steps' time; None where the log tells no times."""
+        """New tokens over the last steps' time; None where the log has no times."""
         timed = self.timed()
         return 1e6 * sum(s.sampled for s in timed) / sum(s.microseconds for s in timed) if timed else None
 

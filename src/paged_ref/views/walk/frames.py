@@ -33,13 +33,13 @@ KEYS = (
 )
 MARKS = (
     ("▶", "the line, the thread, the element of the moment"),
-    ("≠", "a line that the other kernel has otherwise: all that paging changes"),
+    ("≠", "a line that differs in the other kernel: all that paging changes"),
     ("A4", "the slot of token 4 of sequence A;  A_ is A's and empty;  . is free"),
     ("[A4]", "this thread reads it now"),
     ("(A4)", "other lanes of the warp read it in the same load"),
     ("k K", "some, all of the slot's K has been read by this CUDA block"),
-    ("v V", "the same of its V"),
-    ("■ □ ·", "elements that this thread, that others, that nobody touched so far"),
+    ("v V", "some, all of the slot's V"),
+    ("■ □ ·", "elements that this thread, that others, that no thread used so far"),
     ("12+3w", "12 reads and 3 writes"),
 )
 
@@ -52,7 +52,7 @@ class Look:
     view: str = "walk"
     help: bool = False
     playing: bool = False
-    keys: bool = True  # tell the keys; a printed frame has none
+    keys: bool = True  # show the keys; a printed frame has none
 
 
 def frame(walk: Walk, position: int, width: int, height: int, look: Look | None = None) -> Text:

@@ -96,7 +96,7 @@ class LayoutCost:
 
 @dataclass(frozen=True)
 class KernelRun:
-    """One kernel's run: its trace, its source, and whose slots are where."""
+    """One kernel's run: trace, source, and the sequence of each slot."""
 
     name: str
     sizes: Sizes

@@ -147,7 +147,7 @@ def _position(text: str, walk: Walk) -> int:
 
 
 def _print(walk: Walk, at: int | None, every: str | None, size: Size | None, look: Look) -> None:
-    """Frames one after another, for pipes: the first access to each array, unless told otherwise."""
+    """Frames one after another, for pipes: the first access to each array, or those that `at` and `every` name."""
     run = walk.runs["paged"]
     if every is not None:
         positions = range(0, len(walk), int(every)) if every.isdigit() else run.starts[every].tolist()

@@ -11,7 +11,7 @@ import tokenizers
 from support.stepping import logits_of
 from tokenizers import models
 
-from paged_ref.core.model.llama import Llama
+from paged_ref.interop.architectures import build_model
 from paged_ref.interop.checkpoints import load
 
 torch = pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
@@ -95,7 +95,7 @@ def save(model: Any, directory: Path, **how: Any) -> None:
 
 def assert_agrees(model: Any, directory: Path, **how: Any) -> None:
     checkpoint = load(directory)
-    answers = logits_of(Llama(checkpoint.config, checkpoint.weights), SEQUENCES, **how)
+    answers = logits_of(build_model(checkpoint.config, checkpoint.weights), SEQUENCES, **how)
     for tokens, logits in zip(SEQUENCES, answers, strict=True):
         with torch.no_grad():
             want = model(torch.tensor([tokens])).logits[0].numpy()
