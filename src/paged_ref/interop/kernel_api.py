@@ -331,9 +331,8 @@ def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
         raise ValueError(f"block_mapping holds block {bad}; the cache has blocks 0 to {num_blocks - 1}")
     if np.unique(pairs[:, 1]).size != len(pairs):
         raise ValueError(f"block_mapping names a destination twice: {pairs[:, 1].tolist()}")
-    sources, destinations = module_of(key_cache).asarray(pairs).T
     for cache in (key_cache, value_cache):
-        cache[destinations] = cache[sources]
+        copy_planes(cache[None], pairs)
 
 
 def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
