@@ -179,7 +179,7 @@ def predict(setup: Setup, trace: RequestTrace) -> SteadyState:
     slots = _slots_held(setup, served)
     sequences = max(1.0, min(setup.max_batch_seqs, setup.num_slots / slots))
     if setup.manager == "standard" and setup.reserve == "max":
-        sequences = int(sequences)  # all regions are equal
+        sequences = float(int(sequences))  # all regions are equal
     return _steady_state(setup.label, slots, sequences, setup.gpu, setup.model, served, setup.constants)
 
 
