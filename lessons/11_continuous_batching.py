@@ -75,7 +75,8 @@ joining.grade(len(continuous))
 
 claim("no token changes", same, tokens)
 idle = [WIDTH * len(steps) - sum(NEW) for steps in (in_groups, continuous)]
-claim(f"{idle[0]} idle places in groups, else {idle[1]}", idle[0] > idle[1])
+places = f"idle places: {idle[0]} in groups, {idle[1]} continuous"
+claim(places, idle[1] < idle[0])
 
 # One rule plans all this: **a sequence runs until its computed tokens catch
 # up with its tokens**. A new prompt is many tokens behind, a running
