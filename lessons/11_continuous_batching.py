@@ -16,6 +16,7 @@ from paged_ref.core.model import llama
 from paged_ref.core.engine.sequence import Group, Sequence
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager
 
 # ## Predict
@@ -130,7 +131,7 @@ def my_plan(behind, budget):
 
 
 def spec(behind, budget):
-    real = scheduler.Scheduler(PagedManager(99, 4), budget, 99)
+    real = scheduler.Scheduler(PagedManager(BlockPool(99), 4), budget, 99)
     for seq, n in enumerate(behind):
         real.add(Group([Sequence(seq, [0] * n, n, n + 1)]))
     return [(seq.seq_id, n) for seq, n in real.schedule().chunks]
