@@ -209,8 +209,8 @@ def bench(shape: Shape, rounds: int, threads: int) -> list[dict[str, Any]]:
     batch = Batch.of(shape)
     contenders: dict[str, Contender] = {
         STREAM: streaming_read(batch, threads),
-        PAGED: lambda: batch.paged("cpu"),
-        CONTIGUOUS: lambda: batch.contiguous("cpu"),
+        PAGED: lambda: batch.paged("cpu-simd"),
+        CONTIGUOUS: lambda: batch.contiguous("cpu-simd"),
         REFERENCE: lambda: batch.paged("reference"),
     }
     torch_ways = torch_attention(shape, batch, threads)

@@ -22,7 +22,7 @@ from ..views.common.versions import versions
 from .results import table_of
 
 if TYPE_CHECKING:
-    from ..tuned.flash_variant import Variant
+    from ..tuned.flash_variant import KernelVariant
 
 # NVIDIA's figures for the H200 SXM: HBM3e bytes and multiprocessors; 4 schedulers each; the base boost clock.
 BYTES_PER_SECOND, MULTIPROCESSORS, SCHEDULERS, CLOCK = 4.8e12, 132, 4, 1.755e9
@@ -62,11 +62,11 @@ class KernelCost:
         return self.per_kib / ISSUE_PER_KIB
 
 
-def variants() -> dict[str, Variant]:
+def variants() -> dict[str, KernelVariant]:
     """The kernels of the table: shapes of known models, kinds of cache, what paging and features add."""
-    from ..tuned.flash_variant import Variant
+    from ..tuned.flash_variant import KernelVariant
 
-    llama = Variant("float16", "float16", 128, 4, 16, split=True)
+    llama = KernelVariant("float16", "float16", 128, 4, 16, split=True)
     return {
         "Llama-3-8B 32/8": llama,
         "- contiguous": replace(llama, block_size=None),
@@ -85,7 +85,7 @@ def variants() -> dict[str, Variant]:
     }
 
 
-def types_of(variant: Variant) -> tuple[str, ...]:
+def types_of(variant: KernelVariant) -> tuple[str, ...]:
     """The kernel's parameters, as `flash.launches` passes them, with tables and lengths in int32."""
     query = "float32*" if variant.query == "float32" else "uint16*"
     return (
@@ -95,7 +95,7 @@ def types_of(variant: Variant) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def cost(name: str, variant: Variant, capability: tuple[int, int]) -> KernelCost:
+def cost(name: str, variant: KernelVariant, capability: tuple[int, int]) -> KernelCost:
     """Compile the variant, and count."""
     from ..tuned.flash_elements import ELEMENTS
     from ..tuned.flash_kernels import attention_kernel
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(wanted: list[str]) -> dict[str, Variant]:
+def _chosen(wanted: list[str]) -> dict[str, KernelVariant]:
     """The variants whose names have one of these words; without words, all variants. Raises ValueError."""
     try:
         known = variants()

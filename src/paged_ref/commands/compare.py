@@ -161,8 +161,8 @@ def _cost(done: Callable[[], object]) -> MeasuredCost:
     done()
     batch = bench_kernels.Batch.of(KERNEL)
     contenders: dict[str, bench_kernels.Contender] = {
-        bench_kernels.PAGED: lambda: batch.paged("cpu"),
-        bench_kernels.CONTIGUOUS: lambda: batch.contiguous("cpu"),
+        bench_kernels.PAGED: lambda: batch.paged("cpu-simd"),
+        bench_kernels.CONTIGUOUS: lambda: batch.contiguous("cpu-simd"),
     }
     for run in contenders.values():
         run()  # compiles

@@ -24,6 +24,8 @@ from rich.console import Console
 
 pytest.importorskip("greenlet", reason="the tracer runs CUDA threads on greenlets")
 
+from support.traces import per_thread
+
 from paged_ref.cli import main
 from paged_ref.kernels import paged_attention, slot_of
 from paged_ref.views.walk.captions import caption, sentence
@@ -180,7 +182,7 @@ def test_the_counters_are_the_trace_s(each: Walk, name: str) -> None:
         counts = run.counts(end)
         for number, info in enumerate(run.trace.arrays):
             for write in (False, True):
-                assert (counts[number, :, int(write)] == run.trace.per_thread(info.name, write=write)[block]).all()
+                assert (counts[number, :, int(write)] == per_thread(run.trace, info.name, write=write)[block]).all()
 
 
 def test_the_counters_are_shown(toy: Walk) -> None:
@@ -188,7 +190,7 @@ def test_the_counters_are_shown(toy: Walk) -> None:
     end = int(run.starts["block"][1]) - 1
     lines = text_of(toy, end, 100, 24, Look(view="threads")).splitlines()
     shown = next(line for line in lines if line.strip().startswith("keys")).split()[1:]
-    expected = run.trace.per_thread("keys")[0].tolist()
+    expected = per_thread(run.trace, "keys")[0].tolist()
     assert shown == [str(n) if n else "." for n in expected] + [str(sum(expected))]
 
 

@@ -1,7 +1,7 @@
-"""The instructions that the tuned kernels need and Numba has no name for, each with a twin in Python.
+"""The instructions that the kernels need and Numba has no name for, each with a twin in Python.
 
-An intrinsic becomes one or two lines of PTX. Its twin, `traced_as`, does the same to Python numbers, so the
-tracer runs the kernels where no GPU is. A "word" is 32 bits, uint32: two 16-bit numbers (the first in the low
+An intrinsic becomes one or two lines of PTX. Its twin, `traced_as`, does the same to Python numbers, so the tracer
+runs the kernels on machines without a GPU. A "word" is 32 bits, uint32: two 16-bit numbers (the first in the low
 half), four bytes, or one float32.
 
 Fragments of `mma` (PTX ISA, "Matrix Fragments for mma.m16n8k16"): lane 4·g + t of a warp, g in 0..7 and t in
@@ -17,6 +17,8 @@ from numba import cuda
 from numba.core import types
 from numba.cuda.extending import intrinsic
 from numba.types import float32, int64, uint32
+
+from ..extras.formats import upper_half
 
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 FOUR_WORDS, FOUR_FLOATS = types.UniTuple(uint32, 4), types.UniTuple(float32, 4)
@@ -41,7 +43,7 @@ def _assembly(result, count, text, constraints):
     return codegen
 
 
-# ---- loads
+# ---- loads and stores
 
 
 @intrinsic
@@ -67,6 +69,30 @@ def load16(typing, words, chunk, step):
 def _load16(words, chunk, step):
     first = 4 * (chunk + step)
     return words[first], words[first + 1], words[first + 2], words[first + 3]
+
+
+@intrinsic
+def copy16(typing, target, to, source, at):
+    """target[to : to + 4] = source[at : at + 4]: one load and one store of 16 bytes.
+
+    Both are uint32 that begin at a multiple of 16 bytes; `to` and `at` are multiples of 4.
+    """
+    words = types.CPointer(uint32)
+
+    def codegen(context, builder, signature, args):
+        target, to, source, at = args
+        four = ir.VectorType(ir.IntType(32), 4).as_pointer()
+        loaded = builder.load(builder.bitcast(builder.gep(source, [at]), four))
+        loaded.align = 16
+        builder.store(loaded, builder.bitcast(builder.gep(target, [to]), four)).align = 16
+        return context.get_dummy_value()
+
+    return types.void(words, types.int64, words, types.int64), codegen
+
+
+def _copy16(target, to, source, at):
+    for i in range(4):
+        target[to + i] = source[at + i]
 
 
 # ---- bits
@@ -150,15 +176,14 @@ def pack_bfloat16(typing, low, high):
 def _pack_bfloat16(low, high):
     word = 0
     for place, number in enumerate((low, high)):
-        bits = _bits_of(number)
-        half = 0x7FFF if np.isnan(number) else (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # ties to even
+        half = 0x7FFF if np.isnan(number) else upper_half(_bits_of(number))
         word |= half << 16 * place
     return word
 
 
 @intrinsic
 def add_float16(typing, first, second):
-    """Two sums of float16 at once."""
+    """Two sums of float16: the low halves, and the high halves."""
     return uint32(uint32, uint32), _assembly(I32, 1, "add.rn.f16x2 $0, $1, $2;", "=r,r,r")
 
 
@@ -202,15 +227,15 @@ def mma_tfloat32(typing, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
 
 
 def _mma_float16(*fragments):
-    return cuda.together("mma", fragments, _answer_float16)
+    return cuda.warp_collective("mma", fragments, _answer_float16)
 
 
 def _mma_bfloat16(*fragments):
-    return cuda.together("mma", fragments, _answer_bfloat16)
+    return cuda.warp_collective("mma", fragments, _answer_bfloat16)
 
 
 def _mma_tfloat32(*fragments):
-    return cuda.together("mma", fragments, _answer_tfloat32)
+    return cuda.warp_collective("mma", fragments, _answer_tfloat32)
 
 
 def _answer_float16(lane, fragments):
@@ -226,9 +251,10 @@ def _answer_tfloat32(lane, fragments):
 
 
 def _product(lane, fragments, numbers):
-    """What `lane` gets. `fragments`: what each lane brought; `numbers`: the numbers in a row of words.
+    """The part of the product that `lane` gets. `fragments`: the arguments of each lane; `numbers(words)`: the
+    numbers in a row of words.
 
-    The first lane multiplies for all, and leaves the product where the others find it.
+    The first lane multiplies for all lanes, and stores the product in `fragments`, where the other lanes find it.
     """
     if "product" not in fragments:
         words = np.array([fragments[i][:6] for i in range(32)], np.uint32).reshape(8, 4, 6)  # [g, t, word]
@@ -245,7 +271,7 @@ def _product(lane, fragments, numbers):
 
 
 for _intrinsic, _twin in (
-    (load16, _load16), (float_of, _float_of), (bits_of, _bits_of), (pick_bytes, _pick_bytes),
+    (load16, _load16), (copy16, _copy16), (float_of, _float_of), (bits_of, _bits_of), (pick_bytes, _pick_bytes),
     (pack_float16, _pack_float16), (unpack_float16, _unpack_float16), (pack_bfloat16, _pack_bfloat16),
     (add_float16, _add_float16), (exp2, _exp2),
     (mma_float16, _mma_float16), (mma_bfloat16, _mma_bfloat16), (mma_tfloat32, _mma_tfloat32),
