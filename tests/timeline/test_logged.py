@@ -205,22 +205,10 @@ def test_the_events_of_regions() -> None:
     assert events == [PoolOpened("standard", 32, 1, 0, ())]
 
 
-def test_a_manager_that_does_not_say_how_large_its_regions_are_is_refused() -> None:
-    manager = PagedManager(BlockPool(4), 2)
-    manager.paged = False
-    with pytest.raises(ValueError, match="PagedManager is neither paged nor a RegionManager"):
+def test_a_manager_without_tables_and_regions_is_refused() -> None:
+    manager = LoggedManager(PagedManager(BlockPool(4), 2), print)
+    with pytest.raises(ValueError, match="LoggedManager is no PagedManager and no RegionManager; it cannot be logged"):
         LoggedManager(manager, print)
-
-
-def test_appending_inside_a_block_logs_one_object_for_each_sequence() -> None:
-    """A log of many tokens stays small, and cheap to write."""
-    events: list[Event] = []
-    manager = LoggedManager(PagedManager(BlockPool(4), 64), events.append)
-    manager.admit(0, [1], 64)
-    manager.append([(0, 1)])
-    for _ in range(10):
-        manager.append([(0, 1)])
-    assert len({id(event) for event in events[-10:]}) == 1
 
 
 # --- an engine ---------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from typing import TextIO, Union
 
 import msgspec
@@ -53,13 +52,6 @@ class TokensAppended(Event, frozen=True):
     new_blocks: tuple[int, ...] = ()
     copied: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
-
-
-@lru_cache(maxsize=16384)  # more sequences than run at the same time: a round robin beyond the size would always miss
-def tokens_appended(seq_id: int, count: int) -> TokensAppended:
-    """The event of tokens that need no new block, as nearly all tokens do. The same event object is logged many times:
-    a log keeps one object for each sequence, not for each token."""
-    return TokensAppended(seq_id, count)
 
 
 class SequenceForked(Event, frozen=True):

@@ -1,6 +1,7 @@
 """Logs what a manager and an engine do, from outside: neither knows that it is watched.
 
-LoggedManager stands in for a manager, compares what it holds before and after each operation, and logs the difference.
+LoggedManager stands in for a manager, and logs what each operation changed: what the manager returns, and what it then
+holds. test_logged.py holds the log against the managers.
 LoggedSteps observes the steps of an engine.
 """
 
@@ -16,8 +17,8 @@ from ..core.engine.request import Request
 from ..core.engine.scheduler import Scheduler, StepPlan
 from ..core.engine.sequence import Sequence as TokenSequence
 from ..core.memory.manager import KVCacheManager, Transfer
-from ..core.memory.paged import PagedManager
-from ..core.memory.regions import RegionManager
+from ..core.memory.paged import PagedManager, Table
+from ..core.memory.regions import Region, RegionManager
 from ..core.memory.swapping import SwappingManager
 from ..core.memory.usage import Snapshot
 from ..core.model.llama import StepInputs
@@ -46,7 +47,6 @@ from .events import (
     TokenNamed,
     TokenSampled,
     TokensAppended,
-    tokens_appended,
 )
 
 
@@ -56,35 +56,35 @@ class LoggedManager(KVCacheManager):
     def __init__(self, manager: KVCacheManager, log: Log) -> None:
         """Logs that `manager` opened, which must hold no sequence yet.
 
-        Raises ValueError for a manager that keeps regions and is no RegionManager: it does not say how large they are.
+        Raises ValueError for a manager that keeps neither tables (PagedManager) nor regions (RegionManager).
         """
         self.manager = manager
         self.log = log
         self.paged, self.block_size, self.num_slots = manager.paged, manager.block_size, manager.num_slots
         self.can_fork, self.can_swap = manager.can_fork, manager.can_swap
+        self._append = manager.append  # called for every token
+        self._tables: dict[int, Table] = {}
+        self._regions: dict[int, Region] = {}
         self._evicted: list[int] = []  # by the operation under way
-        self._regions = manager.regions if isinstance(manager, RegionManager) else {}
-        if not self.paged and not isinstance(manager, RegionManager):
-            raise ValueError(f"{type(manager).__name__} is neither paged nor a RegionManager; it cannot be logged")
-        pool = manager.pool if isinstance(manager, PagedManager) else None
-        if isinstance(pool, CachingBlockPool):
-            pool.on_cached = lambda block_id, digest: log(BlockCached(block_id, digest.hex()))
-            pool.on_evicted = self._evicted.append
+        free_order: list[int] = []
+        if isinstance(manager, PagedManager):
+            name, self._tables, free_order = "paged", manager.tables, manager.pool.free_blocks
+            if isinstance(manager.pool, CachingBlockPool):
+                manager.pool.on_cached = lambda block_id, digest: log(BlockCached(block_id, digest.hex()))
+                manager.pool.on_evicted = lambda block_id: self._evicted.append(block_id)
+        elif isinstance(manager, RegionManager):
+            name, self._regions = "swapping" if manager.can_swap else "standard", manager.regions
+        else:
+            raise ValueError(f"{type(manager).__name__} is no PagedManager and no RegionManager; it cannot be logged")
         num_blocks = self.num_slots // self.block_size
-        free_order: Iterable[int] = range(num_blocks) if self.paged else ()
-        name = "paged" if self.paged else "swapping" if self.can_swap else "standard"
-        log(
-            PoolOpened(
-                name, num_blocks, self.block_size, _host_size(manager), tuple(pool.free_blocks if pool else free_order)
-            )
-        )
+        log(PoolOpened(name, num_blocks, self.block_size, _host_size(manager), tuple(free_order)))
 
     # --- operations that are logged --------------------------------------------------------------------
 
     def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
         length = self.manager.admit(seq_id, tokens, max_len)
         if self.paged:
-            self.log(SequenceAdmitted(seq_id, tuple(self.manager.placement(seq_id)), length))
+            self.log(SequenceAdmitted(seq_id, tuple(self._tables[seq_id].blocks), length))
         else:
             self.log(RegionPlaced(seq_id, self._regions[seq_id].start, self._regions[seq_id].size))
         return length
@@ -92,23 +92,27 @@ class LoggedManager(KVCacheManager):
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
         if not self.paged:
             return self._append_to_regions(appends)
-        placement = self.manager.placement
-        before = []
-        for seq_id, _ in appends:
-            blocks = placement(seq_id)
-            before.append((len(blocks), blocks[-1] if blocks else -1))
-        transfers = self.manager.append(appends)
-        for (seq_id, count), (num_blocks, last) in zip(appends, before, strict=True):
-            blocks = placement(seq_id)
-            if len(blocks) == num_blocks and (not blocks or blocks[-1] == last):
-                self.log(tokens_appended(seq_id, count))
+        transfers = self._append(appends)
+        for seq_id, count in appends:
+            used = (self._tables[seq_id].length - count) % self.block_size  # slots of the last block, before
+            if not transfers and 0 < used <= self.block_size - count:  # nearly always
+                self.log(TokensAppended(seq_id, count))
             else:
-                copied = (last, blocks[num_blocks - 1]) if num_blocks and blocks[num_blocks - 1] != last else ()
-                new_blocks = tuple(blocks[num_blocks:])
-                evicted = tuple(block for block in (*copied[1:], *new_blocks) if block in self._evicted)
-                self.log(TokensAppended(seq_id, count, new_blocks, copied, evicted))
-        self._evicted.clear()
+                self.log(self._appended(seq_id, count, transfers))
         return transfers
+
+    def _appended(self, seq_id: int, count: int, transfers: Sequence[Transfer]) -> TokensAppended:
+        """What changed in the table, which always has just enough blocks for its tokens."""
+        blocks, before = self._tables[seq_id].blocks, self._tables[seq_id].length - count
+        first_new = -(-before // self.block_size)
+        copied: tuple[int, ...] = ()
+        for transfer in transfers:
+            if count and before % self.block_size and blocks[first_new - 1] == transfer.destination:
+                copied = (transfer.source, transfer.destination)
+        new_blocks = tuple(blocks[first_new:])
+        evicted = tuple(block_id for block_id in (*copied[1:], *new_blocks) if block_id in self._evicted)
+        self._evicted = [block_id for block_id in self._evicted if block_id not in evicted]
+        return TokensAppended(seq_id, count, new_blocks, copied, evicted)
 
     def _append_to_regions(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
         regions = self._regions
@@ -118,7 +122,7 @@ class LoggedManager(KVCacheManager):
             region = regions[seq_id]
             if (region.start, region.size) != place:
                 self.log(RegionPlaced(seq_id, region.start, region.size))
-            self.log(tokens_appended(seq_id, count))
+            self.log(TokensAppended(seq_id, count))
         return transfers
 
     def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:

@@ -1,4 +1,4 @@
-"""Frame 4: the prefix cache. Which blocks the cache knows, how their digests form chains, and which block it gives up first."""
+"""Frame 4: the prefix cache. Which blocks the cache knows, how their digests form chains, what goes first."""
 
 from __future__ import annotations
 
