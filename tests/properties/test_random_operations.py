@@ -25,11 +25,12 @@ from support.watched import Oracle, Watched
 
 from paged_ref.core.engine.scheduler import Preemption, Scheduler
 from paged_ref.core.engine.sequence import Group, Sequence, Status
-from paged_ref.core.memory.manager import Forkable, KVCacheManager, Swappable
-from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.block_pool import BlockPool
+from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.standard import Reserve, StandardManager
 from paged_ref.core.memory.swapping import SwappingManager
-from paged_ref.timeline.events import Log
+from paged_ref.extras.host_swap import SwappablePagedManager
+from paged_ref.extras.prefix_cache import CachingBlockPool
 
 # --- lives that hypothesis makes up ----------------------------------------------------------------------
 
@@ -52,8 +53,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.watched.device())
     @rule(data=st.data(), token=TOKENS)
     def append(self, data: st.DataObject, token: int) -> None:
-        largest = 4 if isinstance(self.watched.manager, (PagedManager, StandardManager)) else 1
-        ids = data.draw(some_of(self.watched.device(), largest))
+        ids = data.draw(some_of(self.watched.device(), 4))
         room = [self.watched.limits[seq_id] - self.watched.lengths[seq_id] for seq_id in ids]
         counts = [data.draw(st.integers(0, min(3, most))) for most in room]
         self.watched.append(list(zip(ids, counts, strict=True)), token)
@@ -77,13 +77,13 @@ class Life(RuleBasedStateMachine):
 class StandardLife(Life):
     @initialize(num_slots=st.integers(8, 24), reserve=st.sampled_from(["max", "pow2", "exact"]))
     def open(self, num_slots: int, reserve: Reserve) -> None:
-        self.watched = Watched(lambda log: StandardManager(num_slots, num_slots // 2, reserve, log))
+        self.watched = Watched(lambda: StandardManager(num_slots, num_slots // 2, reserve))
 
 
 class SwappingLife(Life):
-    @initialize(num_slots=st.integers(4, 24), num_host_slots=st.integers(0, 16), granule=st.integers(1, 5))
-    def open(self, num_slots: int, num_host_slots: int, granule: int) -> None:
-        self.watched = Watched(lambda log: SwappingManager(num_slots, num_host_slots, granule=granule, log=log))
+    @initialize(num_slots=st.integers(4, 24), num_host_slots=st.integers(0, 16), alignment=st.integers(1, 5))
+    def open(self, num_slots: int, num_host_slots: int, alignment: int) -> None:
+        self.watched = Watched(lambda: SwappingManager(num_slots, num_host_slots, alignment))
 
     def to_swap(self) -> list[int]:
         """A sequence is swapped while it wants to grow, and has something to bring along."""
@@ -111,14 +111,11 @@ class PagedLife(Life):
     )
     def open(self, order: list[int], block_size: int, num_host_blocks: int, watermark: int, prefix_cache: bool) -> None:
         self.watched = Watched(
-            lambda log: PagedManager(
-                len(order),
+            lambda: SwappablePagedManager(
+                (CachingBlockPool if prefix_cache else BlockPool)(len(order), order),
                 block_size,
-                free_order=order,
-                num_host_blocks=num_host_blocks,
-                watermark=watermark,
-                prefix_cache=prefix_cache,
-                log=log,
+                num_host_blocks,
+                watermark,
             )
         )
 
@@ -176,33 +173,26 @@ def prompt_of(rng: random.Random, longest: int) -> list[int]:
     return beginning + [rng.randrange(3) for _ in range(rng.randrange(1, max(2, longest - len(beginning))))]
 
 
-def new_manager(kind: str, rng: random.Random, log: Log) -> KVCacheManager:
+def new_manager(kind: str, rng: random.Random) -> KVCacheManager:
     """A tiny pool of 16 to 96 slots, with a host pool of up to that size."""
     num_slots = rng.randrange(16, 97)
     if kind == "standard":
-        return StandardManager(num_slots, min(24, num_slots), rng.choice(["max", "pow2", "exact"]), log)
+        return StandardManager(num_slots, min(24, num_slots), rng.choice(["max", "pow2", "exact"]))
     if kind == "swapping":
-        return SwappingManager(num_slots, rng.randrange(num_slots), granule=rng.choice([1, 3, 8, 16]), log=log)
+        return SwappingManager(num_slots, rng.randrange(num_slots), alignment=rng.choice([1, 3, 8, 16]))
     block_size = rng.choice([1, 2, 3, 4, 4, 4, 8])
     num_blocks = num_slots // block_size
     order = list(range(num_blocks))
     rng.shuffle(order)
-    return PagedManager(
-        num_blocks,
-        block_size,
-        free_order=order,
-        num_host_blocks=rng.randrange(num_blocks + 1),
-        watermark=rng.choice([0, 0, 1, 2]),
-        prefix_cache=kind == "paged with prefix cache",
-        log=log,
-    )
+    pool = (CachingBlockPool if kind == "paged with prefix cache" else BlockPool)(num_blocks, order)
+    return SwappablePagedManager(pool, block_size, rng.randrange(num_blocks + 1), rng.choice([0, 0, 1, 2]))
 
 
 def live(watched: Watched, rng: random.Random, num_operations: int) -> None:
     """One random operation after another, until there were so many."""
     manager = watched.manager
     longest = min(24, manager.num_slots)
-    paged, swaps = isinstance(manager, Forkable), isinstance(manager, Swappable)
+    paged, swaps = manager.can_fork, manager.can_swap
     while watched.num_operations < num_operations:
         device = watched.device()
         choice = rng.random()
@@ -254,7 +244,7 @@ def test_long_random_lives_leave_nothing_behind(kind: str) -> None:
     rng = random.Random(kind)
     done = refused = 0
     while done < OPERATIONS[kind]:
-        watched = Watched(lambda log: new_manager(kind, rng, log))
+        watched = Watched(lambda: new_manager(kind, rng))
         live(watched, rng, PER_LIFE)
         watched.end()
         done += watched.num_operations
@@ -280,7 +270,7 @@ class Day:
 
     def __init__(self, kind: str, preemption: Preemption, rng: random.Random) -> None:
         self.rng = rng
-        self.oracle = Oracle(lambda log: new_manager(kind, rng, log))
+        self.oracle = Oracle(lambda: new_manager(kind, rng))
         self.scheduler = Scheduler(
             self.oracle.manager,
             max_batch_tokens=rng.choice([1, 2, 5, 16, 64]),
@@ -294,7 +284,7 @@ class Day:
     def arrive(self) -> None:
         """A request that fits; one that never could is refused, and leaves no trace."""
         rng, manager = self.rng, self.oracle.manager
-        shares = isinstance(manager, Forkable)
+        shares = manager.can_fork
         width = rng.choice([1, 1, 2, 3, 4]) if shares else 1
         beams = width > 1 and rng.random() < 0.5
         prompt = prompt_of(rng, 16)
@@ -353,21 +343,21 @@ class Day:
             request.to_fork = []
             for each in (seq, *siblings):
                 each.tokens.append(self.rng.randrange(3))
-                if len(each.tokens) >= each.max_tokens or self.rng.random() < 0.03:
+                if len(each.tokens) >= each.max_len or self.rng.random() < 0.03:
                     self.finish(request, each)
 
     def step_beams(self, request: Request) -> None:
         """As LLM._step_beams: parents chosen twice are forked, those not chosen are freed."""
         group, rng = request.group, self.rng
         beams = group.seqs.copy()
-        if len(beams[0].tokens) + 1 >= beams[0].max_tokens:
+        if len(beams[0].tokens) + 1 >= beams[0].max_len:
             self.abort(request)
             return
         going_on: list[Sequence] = []
         for _ in range(group.width):
             parent = rng.choice(beams)
             if parent in going_on:
-                child = Sequence(self.next_id, parent.tokens.copy(), parent.prompt_len, parent.max_tokens)
+                child = Sequence(self.next_id, parent.tokens.copy(), parent.prompt_len, parent.max_len)
                 self.next_id += 1
                 self.fork(group, parent, child)
                 going_on.append(child)

@@ -13,7 +13,9 @@ import numpy as np
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.swapping import SwappingManager
+from paged_ref.extras.prefix_cache import CachingBlockPool
 from paged_ref.timeline.events import Event
+from paged_ref.timeline.logged import LoggedManager
 from paged_ref.timeline.state import RunState
 from support.manager_state import state_of
 
@@ -47,7 +49,7 @@ class Engine:
         self.transfers: Counter[str] = Counter()
         options = {"sanitize": True, "log": self.events.append, "on_step": self._count, **options}
         self.llm = LLM(model, **options)
-        self.manager = self.llm.manager
+        self.manager = self.llm.engine.manager
         self._state = RunState()
         self._applied = 0
 
@@ -104,19 +106,22 @@ def recorder(into: Logits) -> Callable[[Sequence[int], np.ndarray], np.ndarray]:
 
 
 def assert_nothing_held(llm: LLM) -> None:
-    """Every slot is free, or idle in the prefix cache, and so is every slot on the host."""
-    manager = llm.manager
+    """Every slot is free, or cached, and every slot on the host is free."""
+    manager = llm.engine.manager
     manager.check_integrity()
     snapshot = manager.snapshot()
     assert snapshot.free + snapshot.cached == manager.num_slots
-    assert state_of(manager).sequences == {}
-    if isinstance(manager, PagedManager):
-        assert manager.host_pool.num_free == manager.host_pool.num_blocks
-        assert manager.cache is not None or snapshot.cached == 0
-    if isinstance(manager, SwappingManager):
-        assert sum(size for _, size in manager.host_pool.holes) == manager.host_pool.num_slots
-    assert not llm.scheduler.waiting
-    assert not llm.scheduler.running
+    state = state_of(manager)
+    assert state.sequences == {}
+    assert not any(state.host_ref_count)
+    assert len(state.host_free) == len(state.host_ref_count)
+    bare = manager.manager if isinstance(manager, LoggedManager) else manager
+    if isinstance(bare, PagedManager):
+        assert isinstance(bare.pool, CachingBlockPool) or snapshot.cached == 0
+    if isinstance(bare, SwappingManager):
+        assert sum(size for _, size in bare.host_pool.holes) == bare.host_pool.num_slots
+    assert not llm.engine.scheduler.waiting
+    assert not llm.engine.scheduler.running
 
 
 def furthest(a: Logits, b: Logits) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from paged_ref.core.memory.block_pool import OutOfBlocks
-from paged_ref.core.memory.manager import Forkable, KVCacheManager, OutOfHostBlocks, Swappable
+from paged_ref.core.memory.manager import KVCacheManager, OutOfHostBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.swapping import SwappingManager
-from paged_ref.timeline.events import BlockCached, Event, Log, PoolOpened
+from paged_ref.extras.prefix_cache import CachingBlockPool
+from paged_ref.timeline.events import BlockCached, Event, PoolOpened
+from paged_ref.timeline.logged import LoggedManager
 from paged_ref.timeline.state import MemoryState, RunState
 from support.manager_state import state_of
 from support.shadow import ShadowMemory
@@ -20,10 +22,12 @@ class Oracle:
     The value of a position stands for its K and V: it depends on all tokens up to there, and on nothing else.
     """
 
-    def __init__(self, make: Callable[[Log], KVCacheManager]) -> None:
+    def __init__(self, make: Callable[[], KVCacheManager]) -> None:
         self.events: list[Event] = []  # not yet replayed
-        self.manager = make(self.events.append)
-        self.memory = ShadowMemory(self.manager)
+        bare = make()
+        self.manager = LoggedManager(bare, self.events.append)
+        self.memory = ShadowMemory(bare)
+        self.caches = isinstance(bare, PagedManager) and isinstance(bare.pool, CachingBlockPool)
         self._state = RunState()
         self.num_events = 0  # that changed memory
         self.values: dict[int, list[int]] = {}
@@ -61,13 +65,13 @@ class Oracle:
         """A hit is whole blocks that were told to be written, and leaves a token to compute."""
         assert 0 <= num_known < num_tokens
         if num_known:
-            assert isinstance(self.manager, PagedManager)
+            assert self.caches
             assert num_known % self.manager.block_size == 0
             assert self.values[seq_id][num_known - 1] in self.committed
 
     def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:
         self.manager.commit(seq_id, tokens, num_written)
-        if isinstance(self.manager, PagedManager) and self.manager.cache:
+        if self.caches:
             size = self.manager.block_size
             self.committed.update(self.values[seq_id][size - 1 : num_written : size])
 
@@ -86,8 +90,9 @@ class Oracle:
         assert usage.free + usage.cached == self.manager.num_slots
         assert not any(state.ref_count)
         assert sorted(state.host_free) == list(range(len(state.host_ref_count)))
-        if isinstance(self.manager, SwappingManager):
-            assert self.manager.host_pool.holes in ([], [(0, self.manager.host_pool.num_slots)])
+        bare = self.manager.manager
+        if isinstance(bare, SwappingManager):
+            assert bare.host_pool.holes in ([], [(0, bare.host_pool.num_slots)])
 
 
 class Watched(Oracle):
@@ -96,7 +101,7 @@ class Watched(Oracle):
     A method returns False if the manager refused; then nothing may have changed, and there was a reason.
     """
 
-    def __init__(self, make: Callable[[Log], KVCacheManager]) -> None:
+    def __init__(self, make: Callable[[], KVCacheManager]) -> None:
         super().__init__(make)
         self.tokens: dict[int, list[int]] = {}  # all that is known of each sequence; not all may have a slot
         self.lengths: dict[int, int] = {}  # tokens with a slot
@@ -149,7 +154,7 @@ class Watched(Oracle):
 
     def fork(self, parent_id: int) -> int:
         self.num_operations += 1
-        assert isinstance(self.manager, Forkable)
+        assert self.manager.can_fork
         child_id = self._next_id
         self.manager.fork(parent_id, child_id)
         self._begin(child_id, self.tokens[parent_id].copy(), self.lengths[parent_id], self.limits[parent_id])
@@ -184,11 +189,11 @@ class Watched(Oracle):
 
     def swap_out(self, seq_ids: Sequence[int]) -> bool:
         self.num_operations += 1
-        assert isinstance(self.manager, Swappable)
+        assert self.manager.can_swap
         try:
             transfers = self.manager.swap_out(seq_ids)
         except OutOfHostBlocks:
-            if isinstance(self.manager, PagedManager):
+            if self.manager.paged:
                 blocks = {block for seq_id in seq_ids for block in self.replayed.sequences[seq_id].blocks}
                 assert len(blocks) > len(self.replayed.host_free)
             return self._refused()
@@ -198,7 +203,7 @@ class Watched(Oracle):
 
     def swap_in(self, seq_ids: Sequence[int]) -> bool:
         self.num_operations += 1
-        assert isinstance(self.manager, Swappable)
+        assert self.manager.can_swap
         try:
             transfers = self.manager.swap_in(seq_ids)
         except OutOfBlocks:
@@ -239,7 +244,7 @@ class Watched(Oracle):
 
     def _check_append_refused(self, appends: Sequence[tuple[int, int]]) -> None:
         """Count the blocks that were needed, one append after another; or, of a region, that others lie there."""
-        if not isinstance(self.manager, PagedManager):
+        if not self.manager.paged:
             assert len(self.device()) > 1, "the device has nobody else, and the sequence fits"
             return
         size, ref_count, needed = self.manager.block_size, self.replayed.ref_count.copy(), 0

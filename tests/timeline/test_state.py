@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from support.logged_managers import logged_paged
 from support.manager_state import replay, state_of
 
-from paged_ref.core.memory.manager import OutOfBlocks
-from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.timeline.events import (
     BlockCached,
     Event,
@@ -99,15 +100,16 @@ def test_replay_stops_at_the_event_that_contradicts_what_came_before(
         replay([*passed_over, *log, bad, StepTimed(1, 1)])
 
 
-def random_log(seed: int) -> tuple[list[Event], PagedManager]:
+def random_log(seed: int) -> tuple[list[Event], KVCacheManager]:
     """A small paged life with everything in it."""
     rng = random.Random(seed)
     events: list[Event] = []
-    manager = PagedManager(8, 2, num_host_blocks=4, prefix_cache=True, log=events.append)
+    manager = logged_paged(events.append, 8, 2, num_host_blocks=4, prefix_cache=True)
     tokens: dict[int, list[int]] = {}
+    swapped: set[int] = set()
     for step in range(60):
         seq_id = rng.choice(list(tokens)) if tokens else -1
-        on_host = bool(tokens) and manager.tables[seq_id].on_host
+        on_host = seq_id in swapped
         choice = rng.random()
         try:
             if choice < 0.3 or not tokens:
@@ -124,9 +126,11 @@ def random_log(seed: int) -> tuple[list[Event], PagedManager]:
                 tokens[step] = tokens[seq_id].copy()
             elif choice < 0.85:
                 (manager.swap_in if on_host else manager.swap_out)([seq_id])
+                swapped ^= {seq_id}
             else:
                 manager.free(seq_id)
                 del tokens[seq_id]
+                swapped.discard(seq_id)
         except OutOfBlocks:
             pass
     return events, manager

@@ -11,10 +11,12 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+from support.logged_managers import logged_paged
 
 import paged_ref
+from paged_ref.core.engine.engine import Engine
 from paged_ref.core.engine.scheduler import Scheduler
-from paged_ref.core.memory.paged import PagedManager
+from paged_ref.extras.prefix_cache import CachingBlockPool
 from paged_ref.timeline.events import Event, SequenceFreed, TokenNamed
 from paged_ref.timeline.history import History, histories
 from paged_ref.views.common import canvas
@@ -135,7 +137,7 @@ def test_each_event_has_its_sentence_and_its_function(runs: list[History]) -> No
 
 def test_every_function_that_events_link_to_exists_and_is_public() -> None:
     """Functions are named as strings for the managers: a name that moved must not wait for a screen to fail."""
-    functions = [*source_links.FUNCTIONS.values(), Scheduler.schedule, paged_ref.LLM.step]
+    functions = [*source_links.FUNCTIONS.values(), Scheduler.schedule, Engine.step, CachingBlockPool.allocate]
     for manager in source_links.MANAGERS.values():
         functions += [getattr(manager, name) for name in source_links.METHODS.values() if hasattr(manager, name)]
     for name in source_links.METHODS.values():
@@ -188,7 +190,7 @@ def test_beams_have_their_sentence_and_their_tree(runs: list[History]) -> None:
 
 def test_a_pool_of_ten_thousand_blocks_stays_readable() -> None:
     events: list[Event] = []
-    manager = PagedManager(10_000, 16, num_host_blocks=5_000, prefix_cache=True, log=events.append)
+    manager = logged_paged(events.append, 10_000, 16, num_host_blocks=5_000, prefix_cache=True)
     for seq_id in range(300):
         tokens = [seq_id, *range(400)]
         manager.admit(seq_id, tokens, 2000)

@@ -18,11 +18,14 @@ import paged_ref
 from ...beyond_device.kv import StreamedKV
 from ...beyond_device.residency import Residency
 from ...beyond_device.streaming import StreamingManager
+from ...core.engine.engine import Engine
 from ...core.engine.scheduler import Scheduler
-from ...core.memory.paged import PagedManager
+from ...core.memory.manager import KVCacheManager
 from ...core.memory.standard import StandardManager
 from ...core.memory.swapping import SwappingManager
 from ...extras.beam import BeamSearch
+from ...extras.host_swap import SwappablePagedManager
+from ...extras.prefix_cache import CachingBlockPool
 from ...llm import LLM
 from ...timeline.events import (
     BeamsReordered,
@@ -45,6 +48,7 @@ from ...timeline.events import (
     StepPlanned,
     SwappedIn,
     SwappedOut,
+    TokenSampled,
     TokensAppended,
 )
 from ...timeline.history import Moment
@@ -77,12 +81,14 @@ def function_for_event(moment: Moment) -> Function:
     event = moment.event
     if isinstance(event, SequenceFreed) and not ended(moment):
         return Scheduler.schedule  # it preempted the sequence
+    if isinstance(event, (TokensAppended, SwappedIn)) and event.evicted:
+        return CachingBlockPool.allocate
     name = METHODS.get(type(event))
     if isinstance(event, RegionPlaced) and moment.change.place_before is not None:
         name = "append"  # the region grew
     if name is None:
-        return FUNCTIONS.get(type(event), LLM.step)
-    function: Function = getattr(MANAGERS.get(moment.state.memory.manager, PagedManager), name)
+        return FUNCTIONS.get(type(event), Engine.step)
+    function: Function = getattr(MANAGERS.get(moment.state.memory.manager, SwappablePagedManager), name)
     return function
 
 
@@ -94,8 +100,8 @@ def ended(moment: Moment) -> bool:
     return isinstance(following, SequenceFinished) and following.seq_id == event.seq_id
 
 
-MANAGERS: dict[str, type[PagedManager | StandardManager | SwappingManager | StreamingManager]] = {
-    "paged": PagedManager,
+MANAGERS: dict[str, type[KVCacheManager]] = {
+    "paged": SwappablePagedManager,
     "standard": StandardManager,
     "swapping": SwappingManager,
     "streaming": StreamingManager,
@@ -106,7 +112,6 @@ METHODS: dict[type[Event], str] = {  # of the manager of the run
     RegionPlaced: "admit",
     TokensAppended: "append",
     SequenceForked: "fork",
-    BlockCached: "commit",
     SequenceFreed: "free",
     SwappedOut: "swap_out",
     SwappedIn: "swap_in",
@@ -114,12 +119,15 @@ METHODS: dict[type[Event], str] = {  # of the manager of the run
     RegionSwappedIn: "swap_in",
     PagesNamed: "prepare",
 }
-FUNCTIONS: dict[type[Event], Function] = {  # of the engine, and of the memory for pages; LLM.step for all others
+FUNCTIONS: dict[type[Event], Function] = {  # of the engine, and of the memory for pages; Engine.step for all others
     RequestArrived: LLM.add_request,
+    BlockCached: CachingBlockPool.filled,
     StepPlanned: Scheduler.schedule,
     BeamsReordered: BeamSearch.step,
     ResidencyOpened: Residency.__init__,
     PagesPlaced: Residency.need,
     PagesFreed: Residency.free,
     PagesAttended: StreamedKV.attend,
+    TokenSampled: Engine.add_token,
+    SequenceFinished: Engine.end_sequence,
 }
