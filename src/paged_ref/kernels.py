@@ -3,7 +3,10 @@
 from . import tracer, tuned  # each makes its backends known
 from .core.attention.addressing import slot_of
 from .core.attention.attention import backends, why_not
-from .interop.kernel_api import copy_blocks, merge_states, naive_attention, paged_attention, write_kv
+from .interop.kernel_api import copy_blocks, merge_states, movers, naive_attention, paged_attention, write_kv
+from .tuned import store
+
+movers.append(store)
 
 __all__ = [
     "backends",

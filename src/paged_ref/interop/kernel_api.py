@@ -7,7 +7,7 @@ for a step (core/attention/attention.py).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -300,8 +300,31 @@ def _check_written(key: Array, value: Array, key_cache: Array, value_cache: Arra
         _require_dtype(array, name, known)
 
 
+class Mover(Protocol):
+    """Moves K and V faster than array code. Each function returns False, having done nothing, where it cannot."""
+
+    def write(
+        self,
+        key: Array,
+        value: Array,
+        key_cache: Array,
+        value_cache: Array,
+        slot_mapping: Array,
+        key_scales: Array | None,
+        value_scales: Array | None,
+    ) -> bool: ...
+
+    def copy(self, cache: Array, pairs: np.ndarray) -> bool:
+        """`cache [num_planes, num_blocks, ...]`; `pairs [num_pairs, 2]` of block ids, in host memory."""
+
+
+movers: list[Mover] = []  # tried in order, before the array code; paged_ref/kernels.py adds the tuned kernels
+
+
 def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots: Array, scales: Any) -> None:
     """Write what is checked."""
+    if any(mover.write(key, value, key_cache, value_cache, slots, *scales) for mover in movers):
+        return
     if slots.min() < 0:
         written = slots >= 0
         key, value, slots = key[written], value[written], slots[written]
@@ -333,7 +356,8 @@ def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
         raise ValueError(f"block_mapping names a destination twice: {pairs[:, 1].tolist()}")
     sources, destinations = module_of(key_cache).asarray(pairs).T
     for cache in (key_cache, value_cache):
-        cache[destinations] = cache[sources]
+        if not any(mover.copy(cache[None], pairs) for mover in movers):
+            cache[destinations] = cache[sources]
 
 
 def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
