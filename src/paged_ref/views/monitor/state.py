@@ -56,7 +56,7 @@ class Monitor:
         self.state = RunState()
         self.history = History()  # only the names, by which frames call the sequences
         self.samples: deque[StepSample] = deque(maxlen=KEPT)
-        self.partialed: PoolOpened | None = None
+        self.opened: PoolOpened | None = None
         self.num_steps = 0
         self.computed = 0  # tokens, since the run began
         self.sampled = 0
@@ -72,7 +72,7 @@ class Monitor:
         if isinstance(event, PoolOpened):
             self._begin()
             self.num_runs += 1
-            self.partialed = event
+            self.opened = event
         self.num_events += 1
         if isinstance(event, (TokenNamed, ModelOpened)):
             if isinstance(event, ModelOpened):
@@ -164,4 +164,4 @@ class Monitor:
 
     def moment(self) -> Moment:
         """The state as frames take it, with nothing marked as changed."""
-        return Moment(self.history, 0, self.partialed or PoolOpened("", 0, 1, 0, ()), self.state, Change())
+        return Moment(self.history, 0, self.opened or PoolOpened("", 0, 1, 0, ()), self.state, Change())
