@@ -83,6 +83,43 @@ def test_a_file_of_events_comes_back_in_order(events: list[Event]) -> None:
     assert list(read_events(file)) == events
 
 
+# A line of each event, as logs hold it that were written before: names and fields never change.
+OLD_LINES = r"""
+{"event":"PoolOpened","manager":"\u00b7x","num_blocks":7,"block_size":7,"num_host_blocks":7,"free_order":[1,2]}
+{"event":"SequenceAdmitted","seq_id":7,"blocks":[1,2],"length":7}
+{"event":"TokensAppended","seq_id":7,"count":7,"new_blocks":[1,2],"copied":[1,2],"evicted":[1,2]}
+{"event":"SequenceForked","parent_id":7,"child_id":7}
+{"event":"BlockCached","block_id":7,"digest":"\u00b7x"}
+{"event":"SwappedOut","seq_ids":[1,2],"blocks":[[1,2],[3,4]]}
+{"event":"SwappedIn","seq_ids":[1,2],"blocks":[[1,2],[3,4]],"evicted":[1,2]}
+{"event":"SequenceFreed","seq_id":7}
+{"event":"RegionPlaced","seq_id":7,"start":7,"size":7}
+{"event":"RegionSwappedOut","seq_id":7,"start":7,"size":7}
+{"event":"RegionSwappedIn","seq_id":7,"start":7,"size":7}
+{"event":"ResidencyOpened","num_device_blocks":7,"num_host_blocks":7}
+{"event":"PagesPlaced","pages":[1,2],"device_blocks":[1,2],"host_blocks":[1,2]}
+{"event":"PagesFreed","pages":[1,2]}
+{"event":"PagesNamed","seq_id":7,"layer":7,"head":7,"pages":[1,2]}
+{"event":"ModelOpened","model":"\u00b7x","kv_bytes_per_token":7}
+{"event":"TokenNamed","token_id":7,"text":"\u00b7x"}
+{"event":"RequestArrived","request_id":7,"seq_ids":[1,2],"prompt":[1,2]}
+{"event":"StepPlanned","step":7,"chunks":[[1,2],[3,4]],"preempted":[1,2],"waiting":[1,2]}
+{"event":"PagesAttended","seq_id":7,"layer":7,"head":7,"chosen":[1,2],"resident":[1,2],"mass":[1,2]}
+{"event":"TokenSampled","seq_id":7,"token_id":7}
+{"event":"StepTimed","step":7,"microseconds":7}
+{"event":"BeamsReordered","chosen":[[1,2],[3,4]]}
+{"event":"SequenceFinished","seq_id":7,"reason":"\u00b7x"}
+""".split()
+
+
+def test_logs_that_were_written_before_still_open() -> None:
+    assert {json.loads(line)["event"] for line in OLD_LINES} == set(KINDS)
+    for line in OLD_LINES:
+        event = from_json(line)
+        assert json.loads(to_json(event)) == json.loads(line)
+        assert {"\u00b7x", 7, (1, 2), ((1, 2), (3, 4))}.issuperset(msgspec.structs.astuple(event))
+
+
 def test_fields_with_a_default_may_be_left_out() -> None:
     assert from_json('{"event":"TokensAppended","seq_id":3,"count":2}') == TokensAppended(3, 2)
     assert from_json('{"event":"StepPlanned","step":0,"chunks":[[1,2]]}') == StepPlanned(0, ((1, 2),))
