@@ -84,32 +84,32 @@ def test_a_file_of_events_comes_back_in_order(events: list[Event]) -> None:
 
 
 # A line of each event, as logs hold it that were written before: names and fields never change.
-OLD_LINES = r"""
-{"event":"PoolOpened","manager":"\u00b7x","num_blocks":7,"block_size":7,"num_host_blocks":7,"free_order":[1,2]}
-{"event":"SequenceAdmitted","seq_id":7,"blocks":[1,2],"length":7}
-{"event":"TokensAppended","seq_id":7,"count":7,"new_blocks":[1,2],"copied":[1,2],"evicted":[1,2]}
-{"event":"SequenceForked","parent_id":7,"child_id":7}
-{"event":"BlockCached","block_id":7,"digest":"\u00b7x"}
-{"event":"SwappedOut","seq_ids":[1,2],"blocks":[[1,2],[3,4]]}
-{"event":"SwappedIn","seq_ids":[1,2],"blocks":[[1,2],[3,4]],"evicted":[1,2]}
-{"event":"SequenceFreed","seq_id":7}
-{"event":"RegionPlaced","seq_id":7,"start":7,"size":7}
-{"event":"RegionSwappedOut","seq_id":7,"start":7,"size":7}
-{"event":"RegionSwappedIn","seq_id":7,"start":7,"size":7}
-{"event":"ResidencyOpened","num_device_blocks":7,"num_host_blocks":7}
-{"event":"PagesPlaced","pages":[1,2],"device_blocks":[1,2],"host_blocks":[1,2]}
-{"event":"PagesFreed","pages":[1,2]}
-{"event":"PagesNamed","seq_id":7,"layer":7,"head":7,"pages":[1,2]}
-{"event":"ModelOpened","model":"\u00b7x","kv_bytes_per_token":7}
-{"event":"TokenNamed","token_id":7,"text":"\u00b7x"}
-{"event":"RequestArrived","request_id":7,"seq_ids":[1,2],"prompt":[1,2]}
-{"event":"StepPlanned","step":7,"chunks":[[1,2],[3,4]],"preempted":[1,2],"waiting":[1,2]}
-{"event":"PagesAttended","seq_id":7,"layer":7,"head":7,"chosen":[1,2],"resident":[1,2],"mass":[1,2]}
-{"event":"TokenSampled","seq_id":7,"token_id":7}
-{"event":"StepTimed","step":7,"microseconds":7}
-{"event":"BeamsReordered","chosen":[[1,2],[3,4]]}
-{"event":"SequenceFinished","seq_id":7,"reason":"\u00b7x"}
-""".split()
+OLD_LINES = [
+    r'{"event":"PoolOpened","manager":"\u00b7x","num_blocks":7,"block_size":7,"num_host_blocks":7,"free_order":[1,2]}',
+    r'{"event":"SequenceAdmitted","seq_id":7,"blocks":[1,2],"length":7}',
+    r'{"event":"TokensAppended","seq_id":7,"count":7,"new_blocks":[1,2],"copied":[1,2],"evicted":[1,2]}',
+    r'{"event":"SequenceForked","parent_id":7,"child_id":7}',
+    r'{"event":"BlockCached","block_id":7,"digest":"\u00b7x"}',
+    r'{"event":"SwappedOut","seq_ids":[1,2],"blocks":[[1,2],[3,4]]}',
+    r'{"event":"SwappedIn","seq_ids":[1,2],"blocks":[[1,2],[3,4]],"evicted":[1,2]}',
+    r'{"event":"SequenceFreed","seq_id":7}',
+    r'{"event":"RegionPlaced","seq_id":7,"start":7,"size":7}',
+    r'{"event":"RegionSwappedOut","seq_id":7,"start":7,"size":7}',
+    r'{"event":"RegionSwappedIn","seq_id":7,"start":7,"size":7}',
+    r'{"event":"ResidencyOpened","num_device_blocks":7,"num_host_blocks":7}',
+    r'{"event":"PagesPlaced","pages":[1,2],"device_blocks":[1,2],"host_blocks":[1,2]}',
+    r'{"event":"PagesFreed","pages":[1,2]}',
+    r'{"event":"PagesNamed","seq_id":7,"layer":7,"head":7,"pages":[1,2]}',
+    r'{"event":"ModelOpened","model":"\u00b7x","kv_bytes_per_token":7}',
+    r'{"event":"TokenNamed","token_id":7,"text":"\u00b7x"}',
+    r'{"event":"RequestArrived","request_id":7,"seq_ids":[1,2],"prompt":[1,2]}',
+    r'{"event":"StepPlanned","step":7,"chunks":[[1,2],[3,4]],"preempted":[1,2],"waiting":[1,2]}',
+    r'{"event":"PagesAttended","seq_id":7,"layer":7,"head":7,"chosen":[1,2],"resident":[1,2],"mass":[1,2]}',
+    r'{"event":"TokenSampled","seq_id":7,"token_id":7}',
+    r'{"event":"StepTimed","step":7,"microseconds":7}',
+    r'{"event":"BeamsReordered","chosen":[[1,2],[3,4]]}',
+    r'{"event":"SequenceFinished","seq_id":7,"reason":"\u00b7x"}',
+]
 
 
 def test_logs_that_were_written_before_still_open() -> None:
