@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.driving import Engine, Run, assert_nothing_held, furthest
+from support.driving import Engine, Run, furthest
 
 from paged_ref import SamplingParams
 from paged_ref.beyond_device import kv as module
@@ -24,7 +24,7 @@ from paged_ref.beyond_device.observation import HeadPages, Observation
 from paged_ref.beyond_device.storage import PageStorage
 from paged_ref.beyond_device.streaming import StreamingManager
 from paged_ref.core.device import on_gpu
-from paged_ref.core.memory.manager import OutOfBlocks, Transfer
+from paged_ref.core.memory.manager import OutOfBlocks
 from paged_ref.core.model import loading
 from paged_ref.core.model.config import kv_bytes_per_token
 from paged_ref.core.model.loading import load
@@ -462,12 +462,3 @@ def test_the_sanitizer_catches(bug: Any, options: dict[str, Any], words: str, mo
     bug(monkeypatch)
     with pytest.raises(SanitizerError, match=r"reads position \d+ of layer \d, KV head \d from page \d+ in .*" + words):
         engine.run(PROMPTS, GREEDY)
-
-
-def test_transfers_fit_storage() -> None:
-    storage = PageStorage(2, 2, 2, (1, 1, 2), "float32")
-    storage.device[:] = np.arange(2, dtype=np.float32).reshape(1, 2, 1, 1, 1)
-    storage.apply([Transfer("swap_out", 1, 0), Transfer("swap_in", 0, 0)])
-    storage.wait()
-    assert storage.device[:, 0].ravel().tolist() == [1, 1, 1, 1]
-    assert_nothing_held(Engine("tiny", device_blocks=1).llm)
