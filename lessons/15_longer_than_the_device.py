@@ -3,9 +3,10 @@
 Question: how can a context be larger than the memory that holds it?
 Time: 20 minutes. Needs lessons 10 and 14.
 
-Swapping moved whole sequences that had to wait. What if a single one that
-runs does not fit? Then pages must come and go while it is computed. Two
-ways are open: read all of them, piece by piece, or only those that matter.
+Swapping moved whole sequences that had to wait. What if a single running
+sequence does not fit? Then its pages must be loaded and evicted while a
+step is computed. There are two ways: read all pages, some at a time, or
+only the pages that matter.
 """
 
 import numpy as np
@@ -19,9 +20,9 @@ from paged_ref.beyond_device.relevance import Extremes
 
 # ## Predict
 #
-# A story, cut into blocks of four tokens; the device holds eight blocks, a
-# quarter of which is for **staging**: there pages from the host are read
-# and then overwritten. All keys are read for each new token.
+# A story in blocks of four tokens; the device holds eight blocks. A quarter
+# of these is for **staging**: pages from the host are loaded there, read,
+# and overwritten by the next ones. All keys are read for each new token.
 
 STORY = """Lily had a red ball and a small dog. The dog was called Tom. One
 day Lily and Tom went to the park to play. In the park there was a big tree.
@@ -50,17 +51,18 @@ def run(**options):
 usual, _, _ = run()
 exact, llm, _ = run(device_blocks=8, host_blocks=60, sanitize=True)
 read = llm.engine.kv.counters
-show(f"  pages read: {read.attended}, {read.resident} of them here\n")
+show(f"  pages read: {read.attended}, of these resident: {read.resident}\n")
 moved.grade(100 * (1 - read.hit_rate), within=0.15)
 claim("the tokens are those of an ample device", exact == usual)
 away = (read.attended - read.resident) * llm.engine.kv.page_bytes
-claim("what was not here had to come", read.bytes_in >= away)
+claim("all other pages were loaded", read.bytes_in >= away)
 
-# Each piece is attention over its own keys, and the states are joined as in
-# lesson 10: exact, and slow. So, which pages matter? To know the scores one
-# would have to read the keys. But they can be **bounded**. For each block
-# the largest and the smallest value of each channel of its keys are kept.
-# No key can score higher than the better of the two, channel by channel.
+# Each group of pages gives attention over its own keys, and the states are
+# joined as in lesson 10: exact, and slow. So, which pages matter? The
+# scores are known only after the keys are read. But scores have a
+# **bound**: for each block the largest and the smallest value of each
+# channel of its keys are kept. In each channel, no key adds more to the
+# score than the better of these two values.
 
 limited, llm, seen = run(device_blocks=8, host_blocks=60, attend=0.25)
 first = llm.engine.kv.full_layers  # these read everything, always
@@ -80,8 +82,8 @@ rows += [("the last", f"{recent:.0%}"), ("by lot", f"{by_lot:.0%}")]
 table("Attention in a quarter of the blocks", ("chosen", "share"), rows)
 claim("the bounds beat chance, not the truth", by_lot < bounds < best)
 
-# One head of the last token: how much attention each block has, and what
-# the bounds chose. The first and the last block always are.
+# One head of the last token: how much attention each block has, and which
+# blocks the bounds chose. The first and the last block are always chosen.
 
 mass, chosen = seen[-1].mass[0].mean(axis=0), seen[-1].chosen[0]
 bars = ["▁▂▃▄▅▆▇█"[min(7, int(40 * share))] for share in mass]
@@ -95,8 +97,8 @@ claim("fewer bytes move", less.bytes_in < read.bytes_in)
 
 # ## What must hold
 #
-# A bound is never below a true score, or a block that matters is passed
-# over. Where a query is negative, the smallest value scores highest.
+# A bound must never be below a true score, or a block that matters is left
+# out. Where the query is negative, the smallest value scores highest.
 
 rng = np.random.default_rng(0)
 
@@ -142,9 +144,10 @@ check(my_bound, spec=spec, cases=cases, hint=hint)
 # ## In production systems
 #
 # The bounds are those of Quest (Tang et al. 2024): attention up to 7.03
-# times as fast. No large server does it by default, as it changes answers,
-# and none means it by PagedAttention. `paged-ref long` measures both ways.
+# times as fast. No large server chooses pages by default, as this changes
+# answers, and it is not what servers call PagedAttention. `paged-ref long`
+# measures both ways.
 
 # ## Next
 #
-# Lesson 16: pages for something else than K and V: training.
+# Lesson 16: pages for other data than K and V: training.

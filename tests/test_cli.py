@@ -58,10 +58,10 @@ def test_the_demo_compares_two_identical_runs(columns: int) -> None:
     for expected in (
         "Token ids of the two runs: identical",
         "·fathers",
-        "sequences at once, peak",
+        "running sequences, peak",
         "memory holding tokens",
         "preemptions",
-        "Next: paged-ref generate",
+        f"Next: {sys.executable} -m paged_ref generate",
     ):
         assert expected in words
     assert max(map(len, done.stdout.splitlines())) <= columns

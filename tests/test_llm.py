@@ -10,7 +10,7 @@ import pytest
 
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.model.config import kv_bytes_per_token
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 from paged_ref.kernels import backends
 
 BACKENDS = [

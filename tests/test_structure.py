@@ -16,8 +16,8 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "paged_ref"
 FLOORS = [
     {"core"},
     {"extras"},
-    {"tuned", "interop"},
-    {"tracer", "timeline"},
+    {"tuned"},
+    {"interop", "tracer", "timeline"},
     {"beyond_device"},
     {"views", "planner", "training"},
     {"bench"},

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,9 @@ def test_the_command_writes_what_it_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_kernels, "TUNED", "cpu")
-    monkeypatch.setattr(gpu_clock, "Clock", FakeClock)
+    monkeypatch.setattr(gpu_clock, "GpuClock", FakeClock)
     monkeypatch.setattr(gpu_kernels, "shapes", lambda: iter([GpuShape(TOY, 2, 50), GpuShape(TOY, 1, 20, 8)]))
-    args = argparse.Namespace(shape=["blocks of 8"], minutes=5, json=str(tmp_path / "k.json"))
+    args = argparse.Namespace(shape=["blocks of 8"], minutes=5, json=tmp_path / "k.json")
     assert gpu_kernels.main(args) == 0
     written = json.loads((tmp_path / "k.json").read_text(encoding="utf-8"))
     assert {"device", "date", "versions", "python", "backend", "notes"} <= written.keys()
@@ -150,10 +151,10 @@ def test_the_command_writes_what_it_prints(
         gpu_kernels.main(argparse.Namespace(shape=["nothing"], minutes=5, json=None))
 
 
-TOY_MODEL: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64, "tie_word_embeddings": True,
-}  # fmt: skip
+TOY_MODEL = ModelConfig(
+    vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8,
+    max_position_embeddings=64, tie_word_embeddings=True,
+)  # fmt: skip
 
 
 def test_a_model_is_decoded_and_put_in_proportion() -> None:
@@ -180,8 +181,8 @@ def test_the_tokens_that_agree_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
-    tied = model.weights_read(ModelConfig.from_hf(TOY_MODEL))
-    apart = model.weights_read(ModelConfig.from_hf({**TOY_MODEL, "tie_word_embeddings": False}))
+    tied = model.weights_read(TOY_MODEL)
+    apart = model.weights_read(replace(TOY_MODEL, tie_word_embeddings=False))
     assert tied == apart
 
 

@@ -22,7 +22,7 @@ from paged_ref.beyond_device.observation import Observation
 from paged_ref.core.device import on_gpu
 from paged_ref.core.model import loading
 from paged_ref.core.model.config import kv_bytes_per_token
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 from paged_ref.kernels import backends
 from paged_ref.timeline.events import Event, PagesAttended, PagesPlaced, from_json, to_json
 from paged_ref.timeline.page_state import PageState

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.driving import Engine
 
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 
 CONFIG = load("tiny").config
 PER_BLOCK = CONFIG.num_layers * CONFIG.num_kv_heads  # pages

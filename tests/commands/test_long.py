@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from paged_ref.cli import main
 from paged_ref.core.model.config import kv_bytes_per_token
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 from paged_ref.timeline.events import PagesAttended, PagesPlaced
 from paged_ref.timeline.history import History, read_histories
 from paged_ref.views.common.canvas import Scene

@@ -14,7 +14,8 @@ from support.plain import PlainLlama
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.engine.outputs import SequenceOutput
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.core.model.loading import TINY, load
+from paged_ref.core.model.loading import TINY
+from paged_ref.interop.checkpoints import load
 from paged_ref.timeline.events import BeamsReordered
 
 PAPER = "Four score and seven years ago our"

@@ -75,7 +75,7 @@ def test_the_standard_manager_counts_what_is_rounded_up_as_external() -> None:
     assert (usage.tokens, usage.reserved, usage.internal) == (10, 10, 0)
     assert (usage.external, usage.free) == (12 + 32, 0)  # rounded up, and a piece that is too small for the next
     assert manager.room(0) == 10
-    assert manager.most_slots(10, 33) == 64
+    assert manager.max_slots_needed(10, 33) == 64
     manager.check_integrity()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from conftest import SHARED
 
-from paged_ref.core.memory.manager import OutOfBlocks
+from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.extras.prefix_cache import PrefixCache, block_digests
 from paged_ref.timeline.events import BlockCached, Event, SequenceAdmitted, TokensAppended

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paged_ref.core.device import xp
-from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.kv import KVCache
 from paged_ref.core.memory.manager import KVCacheManager, Transfer
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
@@ -24,7 +24,7 @@ class Watched:
     def __init__(self, manager: KVCacheManager, num_host_blocks: int = 0, dtype: str = "float32") -> None:
         self.manager = manager
         unit = 4 if manager.paged else 1
-        self.storage = KVStorage(2, manager.num_slots // unit, unit, 1, 2, dtype, num_host_blocks)
+        self.storage = KVCache(2, manager.num_slots // unit, unit, 1, 2, dtype, num_host_blocks)
         self.sanitizer = KVSanitizer(manager, self.storage)
         self.unit = unit
         self.written = 0.0

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_ref.planner.hardware import GPUS, PCIE4, several
+from paged_ref.core.memory.manager import Transfer
+from paged_ref.planner.hardware import GPU, GPUS, gpu_named, several
 from paged_ref.planner.models import MODELS, model_named
 from paged_ref.planner.roofline import (
+    CONSTANTS,
     Constants,
+    StepClock,
     chunk_pairs,
     explain,
     kv_cache_bytes,
     kv_copies,
     num_kv_tokens,
-    step_seconds,
     step_time,
     transfer_seconds,
 )
@@ -34,7 +37,7 @@ def test_a_decode_step_by_hand() -> None:
     assert time.kv == pytest.approx(1000 * 131072 / 2039e9)
     assert time.compute == pytest.approx((2 * multiplied + 4 * 32 * 4096 * 1000) / 312e12)
     assert time.bound == "bandwidth"
-    assert step_seconds(A100, LLAMA, 1, 1000, constants=IDEAL) == time.weights + time.kv
+    assert time.seconds == time.weights + time.kv
 
 
 def test_a_prefill_is_bound_by_arithmetic() -> None:
@@ -73,18 +76,21 @@ def test_more_gpus_than_kv_heads_keep_k_and_v_twice() -> None:
 
 
 def test_small_copies_cost_more_than_their_bytes() -> None:
-    assert transfer_seconds(A100, 32e9, 1, IDEAL) == 32e9 / PCIE4
+    assert transfer_seconds(A100, 32e9, 1, IDEAL) == 1.0
     constants = Constants(link_share=0.5, copy_overhead=1e-5)
     assert transfer_seconds(A100, 16e6, 100, constants) == pytest.approx(16e6 / 16e9 + 1e-3)
 
 
 @given(st.sampled_from(list(GPUS)), st.sampled_from(list(MODELS)), st.integers(1, 4096), st.integers(0, 10**6))
 def test_more_work_is_never_faster(gpu: str, model: str, tokens: int, kv: int) -> None:
-    less = step_seconds(GPUS[gpu], MODELS[model], tokens, kv)
-    assert less <= step_seconds(GPUS[gpu], MODELS[model], tokens + 1, kv)
-    assert less <= step_seconds(GPUS[gpu], MODELS[model], tokens, kv + 1)
-    assert less >= step_seconds(several(GPUS[gpu], 2), MODELS[model], tokens, kv)
-    assert less >= step_seconds(GPUS[gpu], MODELS[model], tokens, kv, constants=IDEAL)
+    def step_seconds(gpu: GPU, tokens: int, kv: int, constants: Constants = CONSTANTS) -> float:
+        return step_time(gpu, MODELS[model], tokens, kv, constants=constants).seconds
+
+    less = step_seconds(GPUS[gpu], tokens, kv)
+    assert less <= step_seconds(GPUS[gpu], tokens + 1, kv)
+    assert less <= step_seconds(GPUS[gpu], tokens, kv + 1)
+    assert less >= step_seconds(several(GPUS[gpu], 2), tokens, kv)
+    assert less >= step_seconds(GPUS[gpu], tokens, kv, IDEAL)
 
 
 def test_every_constant_is_explained_and_bounded() -> None:
@@ -95,3 +101,37 @@ def test_every_constant_is_explained_and_bounded() -> None:
         Constants(compute_share=0)
     with pytest.raises(ValueError, match="step_overhead is -1; 0 or more"):
         Constants(step_overhead=-1)
+
+
+# --- the clock of a simulation ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("constants", [CONSTANTS, Constants(bandwidth_share=0.5, compute_share=0.3, step_overhead=0.0)])
+@pytest.mark.parametrize("name", ["OPT-13B", "Llama-3-8B", "tiny"])
+def test_a_step_of_the_clock_takes_what_the_roofline_says(name: str, constants: Constants) -> None:
+    rng = random.Random(0)
+    for gpu in (gpu_named("A100-40GB"), several(gpu_named("T4"), 16)):
+        clock = StepClock(gpu, model_named(name), constants)
+        bounds = set()
+        for _ in range(200):
+            tokens, logits = rng.randint(1, 4096), rng.randint(0, 256)
+            kv, pairs = rng.randint(1, 10**6), rng.randint(1, 10**7)
+            expected = step_time(gpu, model_named(name), tokens, kv, pairs, logits, constants).seconds
+            assert clock.step(tokens, kv, pairs, logits) == pytest.approx(expected, rel=1e-9)
+            bounds.add(clock.step(tokens, kv, 0, 0) == clock.step(tokens, kv, pairs, logits))
+        assert bounds == {True, False}  # both sides of the roof were met
+        assert clock.decode(7, 500) == clock.step(7, 500, 500, 7)
+
+
+def test_transfers_are_copies_in_each_array() -> None:
+    gpu, model = gpu_named("A100-40GB"), model_named("OPT-13B")
+    clock = StepClock(gpu, model)
+    row = 16 * model.kv_bytes_per_token
+    seconds, moved, swapped = clock.transfers([Transfer("swap_out", 0, 1), Transfer("swap_in", 0, 1, 3)], 16)
+    assert (moved, swapped) == (0, 4 * row)
+    expected = transfer_seconds(gpu, row, 80) + transfer_seconds(gpu, 3 * row, 80)  # K and V of 40 layers
+    assert seconds == pytest.approx(expected)
+    seconds, moved, swapped = clock.transfers([Transfer("move", 0, 5, 10)], 1)
+    assert (moved, swapped) == (10 * model.kv_bytes_per_token, 0)
+    assert seconds == pytest.approx(2 * moved / (gpu.bandwidth * CONSTANTS.bandwidth_share))  # read and written
+    assert clock.transfers([], 16) == (0.0, 0, 0)

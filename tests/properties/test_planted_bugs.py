@@ -22,7 +22,7 @@ from paged_ref.core.device import xp
 from paged_ref.core.engine.scheduler import Scheduler
 from paged_ref.core.engine.sequence import Status
 from paged_ref.core.memory import paged as paged_module
-from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.kv import KVCache
 from paged_ref.core.memory.paged import PagedManager, Table
 from paged_ref.extras.prefix_cache import PrefixCache, block_digests
 from paged_ref.extras.sanitizer import SanitizerError
@@ -261,8 +261,8 @@ def change_transfers(change: Callable[[list[Any]], list[Any]]) -> Plant:
     """What storage is told to move; the sanitizer is told the truth."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        real = KVStorage.apply
-        patch.setattr(KVStorage, "apply", lambda self, transfers: real(self, change(list(transfers))))
+        real = KVCache.apply
+        patch.setattr(KVCache, "apply", lambda self, transfers: real(self, change(list(transfers))))
 
     return plant
 
@@ -280,10 +280,10 @@ def late(kind: str) -> Plant:
     """Transfers of this kind are made after the step instead of before it."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        real_apply, real_commit = KVStorage.apply, LLM._sample
+        real_apply, real_commit = KVCache.apply, LLM._sample
         pending: list[Any] = []
 
-        def apply_others(self: KVStorage, transfers: Sequence[Any]) -> None:
+        def apply_others(self: KVCache, transfers: Sequence[Any]) -> None:
             pending.extend(t for t in transfers if t.kind == kind)
             real_apply(self, [t for t in transfers if t.kind != kind])
 
@@ -292,7 +292,7 @@ def late(kind: str) -> Plant:
             pending.clear()
             return real_commit(self, plan, logits)
 
-        patch.setattr(KVStorage, "apply", apply_others)
+        patch.setattr(KVCache, "apply", apply_others)
         patch.setattr(LLM, "_sample", sample)
 
     return plant

@@ -307,7 +307,7 @@ class Day:
             self.scheduler.add(request.group)
         except ValueError:
             self.num_refused += 1
-            assert manager.most_slots(len(prompt), max_tokens - 1, width) > manager.num_slots
+            assert manager.max_slots_needed(len(prompt), max_tokens - 1, width) > manager.num_slots
             assert request.group not in self.scheduler.waiting
             return
         self.next_id += len(seqs)

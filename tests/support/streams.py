@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -59,10 +60,20 @@ def run(streams: list[Stream], rng: random.Random) -> None:
             stream.work.pop(0)
 
 
+def memcpy_2d(to: int, to_pitch: int, at: int, pitch: int, width: int, height: int, kind: int, stream: int) -> None:
+    def copy() -> None:
+        for row in range(height):
+            ctypes.memmove(to + row * to_pitch, at + row * pitch, width)
+
+    assert width <= min(pitch, to_pitch)
+    Stream.everywhere[stream].put(copy)
+
+
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> Stream:
     """Make these modules believe in a GPU; returns the stream on which the model computes."""
     compute = Stream()
-    cuda = SimpleNamespace(Event=Event, Stream=Stream, get_current_stream=lambda: compute)
+    runtime = SimpleNamespace(memcpy2DAsync=memcpy_2d, memcpyDeviceToHost=2, memcpyHostToDevice=1)
+    cuda = SimpleNamespace(Event=Event, Stream=Stream, runtime=runtime, get_current_stream=lambda: compute)
 
     def full(shape: tuple[int, ...], value: float, dtype: str) -> np.ndarray:
         return np.full(shape, value, dtype).view(DeviceArray)

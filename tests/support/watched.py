@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from paged_ref.core.memory.manager import Forkable, KVCacheManager, OutOfBlocks, OutOfHostBlocks, Swappable
+from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.manager import Forkable, KVCacheManager, OutOfHostBlocks, Swappable
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.timeline.events import BlockCached, Event, Log, PoolOpened

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_ref.core.memory.manager import OutOfBlocks
+from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.timeline.events import (
     BlockCached,

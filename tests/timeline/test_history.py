@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.core.engine.outputs import StepRecord
 from paged_ref.core.memory.block_pool import OutOfBlocks
-from paged_ref.core.memory.manager import MemoryUsage
 from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.usage import MemoryUsage
+from paged_ref.extras.step_records import StepRecord
 from paged_ref.timeline.events import Event, ModelOpened, StepTimed, TokenNamed, to_json, write_events
 from paged_ref.timeline.history import MARKS, History, histories, letters, read_histories
 from paged_ref.timeline.replay import MemoryState, state_of

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from paged_ref.core.memory import kv as module
-from paged_ref.core.memory.kv import KVStorage
 from paged_ref.core.memory.manager import Transfer
+from paged_ref.tuned import copies, kv
+from paged_ref.tuned.kv import TunedKV
 
 
 class Event:
@@ -60,24 +60,24 @@ def memcpy_2d(to: int, to_pitch: int, at: int, pitch: int, width: int, height: i
 
 @pytest.fixture
 def compute(monkeypatch: pytest.MonkeyPatch) -> Stream:
-    """The stream on which the model computes, while storage.py believes in a GPU."""
+    """The stream on which the model computes, while copies.py takes it for a GPU's."""
     stream = Stream()
     runtime = SimpleNamespace(memcpy2DAsync=memcpy_2d, memcpyDeviceToHost=2, memcpyHostToDevice=1)
     cuda = SimpleNamespace(Event=Event, Stream=Stream, runtime=runtime, get_current_stream=lambda: stream)
     gpu = SimpleNamespace(cuda=cuda, full=np.full, nan=np.nan, asarray=np.asarray)
-    monkeypatch.setattr(module, "xp", gpu)
-    monkeypatch.setattr(module, "on_gpu", True)
-    monkeypatch.setattr(module, "pinned", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    monkeypatch.setattr(copies, "xp", gpu)
+    monkeypatch.setattr(copies, "on_gpu", True)
+    monkeypatch.setattr(kv, "pinned", lambda shape, dtype: np.full(shape, np.nan, dtype))
     return stream
 
 
-@pytest.mark.parametrize("max_pitch", [module.MAX_PITCH, 10])
+@pytest.mark.parametrize("max_pitch", [copies.MAX_PITCH, 10])
 @pytest.mark.parametrize("seed", range(20))
 def test_no_block_is_reused_before_its_copy(
     compute: Stream, seed: int, max_pitch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_PITCH", max_pitch)
-    storage = KVStorage(3, 6, 2, 1, 4, "float32", num_host_blocks=5)
+    monkeypatch.setattr(copies, "MAX_PITCH", max_pitch)
+    storage = TunedKV(3, 6, 2, 1, 4, "float32", num_host_blocks=5)
     first = np.random.default_rng(seed).standard_normal(storage.device.shape).astype(np.float32)
     seen = []
 
@@ -90,8 +90,7 @@ def test_no_block_is_reused_before_its_copy(
     storage.apply([Transfer("swap_in", 3, 4, 2)])
     storage.apply([Transfer("swap_in", 0, 0), Transfer("swap_out", 3, 0)])
     compute.put(lambda: seen.append(storage.device.copy()))
-    swaps = storage._swaps
-    assert swaps is not None
+    swaps = storage.copies._stream
     run([compute, swaps], random.Random(seed))
     (device,) = seen
     np.testing.assert_array_equal(device[:, :, [4, 5, 0]], first[:, :, [1, 2, 5]])

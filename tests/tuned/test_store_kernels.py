@@ -11,12 +11,12 @@ import pytest
 pytest.importorskip("greenlet", reason="greenlet runs the tracer's threads")
 pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra test, cuda12 or cuda13)")
 
-from paged_ref.core.attention.write import copy_launch, write_launches
+from paged_ref.core.attention.cuda import Launch
 from paged_ref.extras.formats import encode
 from paged_ref.kernels import copy_blocks, write_kv
 from paged_ref.tracer.trace import Trace, run
-from paged_ref.tuned.launching import Launch
-from paged_ref.tuned.machine_code import compile_kernel, parameters
+from paged_ref.tuned.machine_code import bounds_of, compile_kernel, parameters
+from paged_ref.tuned.store import copy_launch, write_launches
 from paged_ref.tuned.store_kernels import move_rows_kernel
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -122,7 +122,7 @@ def test_machine_code(name: str) -> None:
     launch = launches()[name]
     in_chunks = name in ("float16 to float16", "copy_blocks")
     for capability in ((8, 0), (9, 0)) if in_chunks else ((9, 0),):
-        code = compile_kernel(launch.kernel, parameters(launch.args), (launch.num_threads, 1), capability)
+        code = compile_kernel(launch.kernel, parameters(launch.args), bounds_of(launch), capability)
         assert ".f64" not in code.ptx
         assert ".local" not in code.ptx
         assert not re.search(r"\bcall\b", code.ptx)

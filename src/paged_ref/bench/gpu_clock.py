@@ -1,8 +1,8 @@
-"""How long work takes on a GPU, by its own clock.
+"""How long work takes on a GPU, by the GPU's own clock.
 
-Many calls are recorded as one CUDA graph, so that the time between two launches, which is the host's, stays out
-of the kernel's time; what cannot be recorded is launched one by one. How long the host takes for a call is
-measured beside it: that is the launch overhead.
+Many calls are recorded as one CUDA graph, so that a kernel's time does not contain the time between two launches,
+which the host needs; calls that cannot be recorded are launched one by one. The launch overhead, which is the time
+that the host takes for one call, is measured separately.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TOTAL = 2e-3  # seconds of work in one graph, about: an event's own half microse
 class Timing:
     seconds: float  # of one call on the device, median
     launch_seconds: float  # of one call on the host, without waiting for the device
-    graph: bool  # False where launches are in `seconds`
+    graph: bool  # False where `seconds` contains launches
 
 
-class Clock:
+class GpuClock:
     """Times calls that work on CuPy's or torch's current stream."""
 
     def __init__(self) -> None:
@@ -38,12 +38,12 @@ class Clock:
     def free_bytes(self) -> int:
         """Device memory that is left."""
         xp.get_default_memory_pool().free_all_blocks()
-        if "torch" in sys.modules:  # its pool holds what the last shape's peers needed
+        if "torch" in sys.modules:  # torch's pool still holds the memory of the last shape's peers
             sys.modules["torch"].cuda.empty_cache()
         return int(xp.cuda.Device().mem_info[0])
 
     def time(self, calls: Sequence[Call], library: Literal["cupy", "torch"] = "cupy", rounds: int = 15) -> Timing:
-        """One call's time, from rounds over `calls`, which do the same on different memory."""
+        """The time of one call, from rounds over `calls`, which do the same work on different memory."""
         for call in calls:
             call()  # compiles
         launch = self._launch_seconds(calls)
@@ -91,7 +91,7 @@ class Clock:
         return float(xp.cuda.get_elapsed_time(begin, end)) / 1e3
 
     def _recorded(self, work: Sequence[Call], library: str) -> Call | None:
-        """All calls as one graph; None where recording fails, since some calls look at what the device computed."""
+        """All calls as one graph; None where recording fails, because a call waits for the device."""
         if library == "torch":
             import torch
 

@@ -1,34 +1,34 @@
 """`paged-ref bench kernels` on a GPU: what paging costs, and how far decoding is from the speed of memory.
 
-Decoding reads every K and V once and does little else, so the yardstick is a device-to-device copy, measured in
-the same run (bytes read and written over the time). Each contender's answer is checked before it is timed, and
-its calls go from one set of K, V and tables to the next, so that none finds its inputs in the L2.
+Decoding reads every K and V once and does little else, so times are compared with a device-to-device copy, measured
+in the same run (bytes read and written over the time). Each contender's answer is checked before it is timed, and
+each call reads another set of K, V and tables than the call before, so that no call finds its inputs in the L2.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..commands.info import versions
-from ..core.device import Array, describe, on_gpu, xp
+from ..core.device import Array, on_gpu, xp
 from ..extras.formats import decode, encode
 from ..kernels import backends, naive_attention, paged_attention
+from ..views.common.files import write_json
+from ..views.common.program import program
+from ..views.common.versions import describe_device, versions
 from .gpu_clock import Timing
 from .gpu_peers import FLEX, SDPA, TRITON, peers
 from .gpu_shapes import GpuShape, shapes
+from .results import table_of
 
 Call = Callable[[], Any]
 TUNED, TEACHING = "cuda-flash", "cuda"
@@ -47,7 +47,7 @@ host: µs that the host takes to launch one call, without a graph"""
 
 
 class Timer(Protocol):
-    """gpu_clock.Clock, or a test's."""
+    """What is used of gpu_clock.GpuClock; tests have another."""
 
     l2_bytes: int
 
@@ -135,7 +135,7 @@ def _random(rng: np.random.Generator, rows: tuple[int, ...], dtype: np.dtype[Any
 
 
 def bench(shape: GpuShape, timer: Timer, tuned: str, teaching: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Measure one shape: a record ready for JSON, and sentences about what failed."""
+    """Measure one shape. Returns a record ready for JSON, and a sentence for each contender that failed."""
     sets = Sets(shape, timer.l2_bytes)
     sets.check(tuned)
     ways: dict[str, tuple[list[Call], str]] = {
@@ -177,8 +177,8 @@ def run(
     minutes: float,
     save: Callable[[list[dict[str, Any]], list[str]], None] = lambda records, notes: None,
 ) -> tuple[list[dict[str, Any]], list[str], int]:
-    """Measure shapes in their order until the time is spent. The records, what the reader should know, and how many
-    shapes failed: an error ends its shape only. `save` is called after each shape."""
+    """Measure shapes in their order until the time is spent. Returns the records, notes for the reader, and how many
+    shapes failed: an error ends the measurement of its shape only. `save` is called after each shape."""
     began, records, notes, too_large, left_out, failed = time.perf_counter(), [], [], [], 0, 0
     for shape in wanted:
         if time.perf_counter() - began > 60 * minutes:
@@ -203,30 +203,29 @@ def run(
     return records, notes, failed
 
 
-def table_of(records: list[dict[str, Any]], model: str) -> Table:
+def report_of(records: list[dict[str, Any]], model: str) -> Table:
     """The shapes of one model, a row each."""
-    table = Table(title=model, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("batch", "keys", "block", "type", "µs", "copy", "twin", *(PEERS[peer] for peer in PEERS), "host"):
-        table.add_column(heading, justify="right")
-    for record in records:
-        shape, timing = record["shape"], record["timings"]["paged"]
-        if shape["model"] != model:
-            continue
-        speed = [f"{record['speed_over'][peer]:.2f}" if peer in record["speed_over"] else "" for peer in PEERS]
-        table.add_row(
-            str(shape["batch"]), f"{'≤ ' if shape['ragged'] else ''}{shape['keys']}", str(shape["block_size"]),
-            {"float16": "f16", "bfloat16": "bf16"}[shape["dtype"]],
-            f"{1e6 * timing['seconds']:.1f}" + ("" if timing["graph"] else "*"),
-            f"{record['share_of_copy']:.0%}", f"{record['times_contiguous']:.3f}", *speed,
-            f"{1e6 * timing['launch_seconds']:.0f}",
-        )  # fmt: skip
-    return table
+    headings = ("batch", "keys", "block", "type", "µs", "copy", "twin", *PEERS.values(), "host")
+    rows = (_row(record) for record in records if record["shape"]["model"] == model)
+    return table_of(headings, rows, title=model, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _row(record: dict[str, Any]) -> tuple[str, ...]:
+    shape, timing = record["shape"], record["timings"]["paged"]
+    speed = [f"{record['speed_over'][peer]:.2f}" if peer in record["speed_over"] else "" for peer in PEERS]
+    return (
+        str(shape["batch"]), f"{'≤ ' if shape['ragged'] else ''}{shape['keys']}", str(shape["block_size"]),
+        {"float16": "f16", "bfloat16": "bf16"}[shape["dtype"]],
+        f"{1e6 * timing['seconds']:.1f}" + ("" if timing["graph"] else "*"),
+        f"{record['share_of_copy']:.0%}", f"{record['times_contiguous']:.3f}", *speed,
+        f"{1e6 * timing['launch_seconds']:.0f}",
+    )  # fmt: skip
 
 
 def report(console: Console, records: list[dict[str, Any]], notes: list[str], tuned: str) -> None:
-    """The tables and what to know about them."""
+    """Print the tables, their columns explained, and the notes."""
     for model in dict.fromkeys(record["shape"]["model"] for record in records):
-        console.print(table_of(records, model))
+        console.print(report_of(records, model))
     if records:
         copies = sorted(record["copy_bytes_per_second"] for record in records)
         console.print(f"Backend {tuned}; copy bandwidth {copies[len(copies) // 2] / 1e9:.0f} GB/s, median of the run.")
@@ -236,11 +235,11 @@ def report(console: Console, records: list[dict[str, Any]], notes: list[str], tu
 
 
 def main(args: argparse.Namespace) -> int:
-    from .gpu_clock import Clock
+    from .gpu_clock import GpuClock
 
     tuned = next((name for name in (TUNED, TEACHING) if name in backends()), None)
     if tuned is None:
-        raise ValueError("no CUDA backend works on this machine; paged-ref info says why")
+        raise ValueError(f"no CUDA backend works on this machine; {program()} info says why")
     wanted = [shape for shape in shapes() if not args.shape or any(words in str(shape) for words in args.shape)]
     if not wanted:
         raise ValueError(f"--shape is {' '.join(args.shape)}; no shape has these words, such as: {next(shapes())}")
@@ -249,19 +248,19 @@ def main(args: argparse.Namespace) -> int:
     def save(records: list[dict[str, Any]], notes: list[str]) -> None:
         if args.json:
             record = about | {"backend": tuned, "records": records, "notes": notes}
-            Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(args.json, record)
 
     about = header()
-    records, notes, failed = run(wanted, Clock(), tuned, teaching, args.minutes, save)
+    records, notes, failed = run(wanted, GpuClock(), tuned, teaching, args.minutes, save)
     report(Console(), records, notes, tuned)
     save(records, notes)
     return 1 if failed else 0
 
 
 def header() -> dict[str, Any]:
-    """Device, date and versions: what every recorded result begins with."""
+    """Device, date and versions: every recorded result of a GPU begins with these."""
     return {
-        "device": describe(),
+        "device": describe_device(),
         "driver_cuda_version": xp.cuda.runtime.driverGetVersion() if on_gpu else None,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

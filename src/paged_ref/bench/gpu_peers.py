@@ -1,7 +1,7 @@
-"""Others' attention over the same amounts of K and V: torch's, FlexAttention's over pages, a plain Triton kernel.
+"""Peers, which attend to the same amounts of K and V: torch, FlexAttention over its pages, a plain Triton kernel.
 
-Each reads the memory of the pool in the order that it likes best: the numbers are random, so heads first or
-tokens first is only a matter of reading. Each checks itself on one sequence before it is timed.
+Each peer reads the pool's memory in the order that suits it best: the numbers are random, so "heads first" and "tokens
+first" are two readings of the same bytes. Each peer is checked on one sequence before it is timed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .gpu_shapes import GpuShape
 
 Call = Callable[[], Any]
 SDPA, FLEX, TRITON = "torch SDPA", "FlexAttention", "Triton"
-FLEX_PAGE = 128  # its own block of keys: FlexAttention takes no smaller page
+FLEX_PAGE = 128  # FlexAttention's own block of keys: a page cannot be smaller
 
 
 def tensor(array: Array, shape: GpuShape) -> Any:
@@ -31,7 +31,7 @@ def peers(
     shape: GpuShape, query: Array, keys: Array, values: Array, tables: Array
 ) -> tuple[dict[str, list[Call]], list[str]]:
     """The calls of each peer that is installed and takes this shape, by name and way, one call for each set; and
-    a sentence for each that fails: another's fault is no reason to stop.
+    a sentence for each peer that fails: the benchmark goes on without it.
 
     `query [batch, num_heads, head_size]`; `keys, values [num_sets, batch * keys, num_kv_heads, head_size]`;
     `tables [num_sets, batch, blocks]` name blocks within a set.
@@ -66,14 +66,14 @@ def plain(query: Any, key: Any, value: Any) -> Any:
 
 
 def check(name: str, shape: GpuShape, got: Any, want: Any) -> None:
-    """Raise RuntimeError if the two are apart by more than rounding."""
+    """Raise RuntimeError if the two differ by more than rounding."""
     difference = float((got.float() - want).abs().max())
     if not difference < 2e-2:
         raise RuntimeError(f"{name} is off by {difference} on {shape}")
 
 
 def sdpa(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str, list[Call]]:
-    """torch's own, on contiguous K and V, said in two ways."""
+    """torch's own function on contiguous K and V, called in two ways."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -111,7 +111,7 @@ def flex(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str,
     order = torch.randperm(slots // FLEX_PAGE, device=q.device)
     per_seq = shape.keys // FLEX_PAGE
     table = order.reshape(shape.batch, per_seq)
-    # What `reserve` would do, one sequence after another with a wait for each; here at once.
+    # What `reserve` does for one sequence after another, with a wait for each; here for all in one call.
     pages.page_table[:, :per_seq] = table
     places = torch.arange(per_seq, device=q.device).expand(shape.batch, -1)
     pages.physical_to_logical.scatter_(1, table, places)
@@ -122,7 +122,7 @@ def flex(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str,
     score_mod = pages.get_score_mod(None)
     function = flex_attention
     if q.is_cuda:
-        torch._dynamo.reset()  # after eight shapes it would compile no more, and run something slow instead
+        torch._dynamo.reset()  # after eight shapes torch would stop compiling and run a slow fallback
         function = torch.compile(flex_attention)
 
     def call(k: Any, v: Any) -> Any:

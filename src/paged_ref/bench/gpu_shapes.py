@@ -1,13 +1,15 @@
-"""What `paged-ref bench kernels` measures on a GPU: which shapes, in which order, and what they ask for in memory."""
+"""What `paged-ref bench kernels` measures on a GPU: which shapes, in which order, and how much memory they need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
+from ..core.model.config import ModelConfig, kv_bytes_per_token
 from ..extras.formats import BFLOAT16
 
 # (query heads, KV heads, head size)
@@ -31,7 +33,7 @@ class GpuShape:
     keys: int  # of the longest sequence
     block_size: int = 16
     dtype: str = "float16"  # or bfloat16
-    ragged: bool = False  # lengths from an eighth of `keys` up to `keys`, else all alike
+    ragged: bool = False  # lengths from an eighth of `keys` up to `keys`, else all the same
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -39,7 +41,7 @@ class GpuShape:
 
     @property
     def array_dtype(self) -> np.dtype[Any]:
-        """Of the arrays that hold these numbers."""
+        """The type of the arrays that hold these numbers."""
         return BFLOAT16 if self.dtype == "bfloat16" else np.dtype(self.dtype)
 
     def seq_lens(self) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -53,8 +55,7 @@ class GpuShape:
     @property
     def token_bytes(self) -> int:
         """K and V of one token."""
-        _, num_kv_heads, head_size = self.heads
-        return 2 * num_kv_heads * head_size * self.array_dtype.itemsize
+        return kv_bytes_per_token(one_layer(*self.heads), self.array_dtype)
 
     @property
     def bytes_read(self) -> int:
@@ -81,22 +82,29 @@ def shapes() -> Iterator[GpuShape]:
 
 
 def _by_weight() -> Iterator[GpuShape]:
-    for model in MODELS:  # the shapes with targets
-        yield GpuShape(model, 1, 65536)
-        for batch in (64, 256):
-            yield from (GpuShape(model, batch, keys) for keys in (4096, 16384))
+    yield from _with_targets()
     for model in MODELS:
         yield GpuShape(model, 64, 4096, ragged=True)
         yield GpuShape(model, 64, 4096, dtype="bfloat16")
         yield from (GpuShape(model, 64, 4096, block_size) for block_size in BLOCK_SIZES)
-    for batch in BATCHES:
-        for keys in KEYS:
-            yield from (GpuShape(model, batch, keys) for model in MODELS)
-    for ragged, dtype, block_size in ((True, "float16", 16), (False, "bfloat16", 16), (True, "bfloat16", 16)):
-        for batch in BATCHES:
-            for keys in KEYS:
-                yield from (GpuShape(model, batch, keys, block_size, dtype, ragged) for model in MODELS)
-    for block_size in BLOCK_SIZES:
-        for batch in BATCHES:
-            for keys in KEYS:
-                yield from (GpuShape(model, batch, keys, block_size) for model in MODELS)
+    kinds = [
+        (16, "float16", False), (16, "float16", True), (16, "bfloat16", False), (16, "bfloat16", True),
+        *((block_size, "float16", False) for block_size in BLOCK_SIZES),
+    ]  # fmt: skip
+    for kind, batch, keys, model in product(kinds, BATCHES, KEYS, MODELS):
+        yield GpuShape(model, batch, keys, *kind)
+
+
+def _with_targets() -> Iterator[GpuShape]:
+    for model in MODELS:
+        yield GpuShape(model, 1, 65536)
+        for batch, keys in product((64, 256), (4096, 16384)):
+            yield GpuShape(model, batch, keys)
+
+
+def one_layer(num_heads: int, num_kv_heads: int, head_size: int) -> ModelConfig:
+    """A model of one layer with these heads; its other sizes do not matter here."""
+    return ModelConfig(
+        vocab_size=1, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_size=head_size, max_position_embeddings=1,
+    )  # fmt: skip

@@ -1,17 +1,16 @@
 """`paged-ref bench kernels`: what paging costs, and how far attention is from the speed of memory.
 
-On a GPU, gpu_kernels.py does this; here is what a CPU does.
+This file measures a CPU; gpu_kernels.py measures a GPU.
 All contenders of a shape run in turn, round after round, and the medians are compared: a busy neighbour or a
 warming core then slows all of them alike. Each is checked against the reference before it is timed.
 Decoding reads every K and V once and does little else, so the bound is a streaming read of the same bytes
-with the same threads. torch gets its K and V contiguous, in the order it likes best, and its fastest way.
+with the same threads. torch gets contiguous K and V in the order that is fastest for torch, and its fastest function.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import platform
 import statistics
 import time
@@ -20,23 +19,29 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..core.device import Array, on_gpu
+from ..core.model.config import kv_bytes_per_token
 from ..kernels import naive_attention, paged_attention
+from ..views.common import options
+from ..views.common.files import write_json
+from .gpu_shapes import one_layer
+from .results import table_of
 
 Contender = Callable[[], Any]
 STREAM, PAGED, CONTIGUOUS, REFERENCE, TORCH = "streaming read", "paged", "contiguous", "reference", "torch SDPA"
 
-# Seconds that each contender runs before its time is taken: torch's OpenMP threads spin on for a while after a
-# call, and would take a core from the next in turn. (A pause instead lets the cores fall asleep: worse.)
+# Seconds that each contender runs before its time is taken: cores and caches are then its own, and OpenMP threads of
+# the contender before it have stopped. (After a pause instead, the cores would first have to wake up.)
 WARM_UP = 0.005
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One batch: all sequences alike."""
+    """One batch of sequences of the same length."""
 
     name: str
     num_seqs: int
@@ -51,8 +56,8 @@ class Shape:
     @property
     def bytes_read(self) -> int:
         """K and V of all sequences, once."""
-        row = self.num_kv_heads * self.head_size * np.dtype(self.dtype).itemsize
-        return 2 * self.num_seqs * self.seq_len * row
+        layer = one_layer(self.num_heads, self.num_kv_heads, self.head_size)
+        return self.num_seqs * self.seq_len * kv_bytes_per_token(layer, self.dtype)
 
     @property
     def operations(self) -> int:
@@ -97,7 +102,7 @@ class Batch:
         rng = np.random.default_rng(0)
         blocks = -(-shape.seq_len // shape.block_size)
         rows = (shape.num_seqs * blocks, shape.block_size, shape.num_kv_heads, shape.head_size)
-        # Blocks lie shuffled, as they do after a while of allocating and freeing.
+        # Blocks are shuffled, as after many allocations and frees.
         tables = rng.permutation(rows[0]).reshape(shape.num_seqs, blocks).astype(np.int32)
         key_cache, value_cache = (rng.standard_normal(rows, np.float32).astype(shape.dtype) for _ in range(2))
         keys, values = (cache[tables.ravel()].reshape(-1, *rows[2:]) for cache in (key_cache, value_cache))
@@ -124,19 +129,19 @@ class Batch:
 
 
 def streaming_read(batch: Batch, threads: int) -> Contender:
-    """Add up the bytes of K and V, seen as float32, each thread its own stretch: the fastest honest read."""
+    """Adds up the bytes of K and V as float32, each thread its own part: the fastest read that uses every byte."""
     from numba import njit
 
     from ..tuned import cpu_simd as cpu
 
     @njit(nogil=True, fastmath={"reassoc", "nsz"})  # type: ignore[untyped-decorator]  # sums in vectors
-    def add_up(mine: int, threads: int, numbers: Array, sums: Array) -> None:
+    def add_up(thread: int, threads: int, numbers: Array, sums: Array) -> None:
         count = len(numbers)
-        stretch = numbers[mine * count // threads : (mine + 1) * count // threads]
+        stretch = numbers[thread * count // threads : (thread + 1) * count // threads]
         total = np.float32(0)
         for i in range(len(stretch)):
             total += stretch[i]
-        sums[mine] = total
+        sums[thread] = total
 
     sums = np.zeros(threads, np.float32)
     caches = [cache.reshape(-1).view(np.float32) for cache in (batch.key_cache, batch.value_cache)]
@@ -149,7 +154,7 @@ def streaming_read(batch: Batch, threads: int) -> Contender:
 
 
 def torch_attention(shape: Shape, batch: Batch, threads: int) -> dict[str, Contender]:
-    """The ways to say it to torch; the fastest counts. Empty where torch is not installed."""
+    """The ways to compute the batch with torch, of which the fastest counts. Empty where torch is not installed."""
     if importlib.util.find_spec("torch") is None:
         return {}
     import torch
@@ -184,7 +189,7 @@ def torch_attention(shape: Shape, batch: Batch, threads: int) -> dict[str, Conte
 
 
 def measure(contenders: dict[str, Contender], rounds: int) -> dict[str, float]:
-    """The median seconds of each contender, run in turn. The reference is slow and sits most rounds out."""
+    """The median seconds of each contender, run in turn. The reference is slow, and runs in three rounds only."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(rounds):
         for name, run in contenders.items():
@@ -204,8 +209,8 @@ def bench(shape: Shape, rounds: int, threads: int) -> list[dict[str, Any]]:
     batch = Batch.of(shape)
     contenders: dict[str, Contender] = {
         STREAM: streaming_read(batch, threads),
-        PAGED: lambda: batch.paged("cpu"),
-        CONTIGUOUS: lambda: batch.contiguous("cpu"),
+        PAGED: lambda: batch.paged("cpu-simd"),
+        CONTIGUOUS: lambda: batch.contiguous("cpu-simd"),
         REFERENCE: lambda: batch.paged("reference"),
     }
     torch_ways = torch_attention(shape, batch, threads)
@@ -235,38 +240,35 @@ def bench(shape: Shape, rounds: int, threads: int) -> list[dict[str, Any]]:
     ]
 
 
-def table_of(shape: Shape, records: list[dict[str, Any]]) -> Table:
-    table = Table(title=str(shape), title_justify="left")
-    table.add_column("", no_wrap=True)
-    for heading in ("ms", "GB/s", "GFLOP/s", "of streaming read", "time / contiguous", "speed / torch"):
-        table.add_column(heading, justify="right")
-    for record in records:
-        stream = record["contender"] == STREAM
-        torch_ratio, gigaflops = record["speed_over_torch"], record["gigaflops"]
-        table.add_row(
-            record["contender"],
-            f"{record['milliseconds']:.3f}",
-            f"{record['gigabytes_per_second']:.1f}",
-            "" if gigaflops is None else f"{gigaflops:.0f}",
-            f"{record['share_of_streaming_read']:.0%}",
-            "" if stream else f"{record['times_contiguous']:.2f}",
-            "" if stream or torch_ratio is None else f"{torch_ratio:.2f}",
-        )
+def report_of(shape: Shape, records: list[dict[str, Any]]) -> Table:
+    headings = ("", "ms", "GB/s", "GFLOP/s", "of streaming read", "time / contiguous", "speed / torch")
+    table = table_of(headings, map(_row, records), title=str(shape), title_justify="left", box=box.HEAVY_HEAD)
+    table.columns[0].no_wrap = True
     return table
 
 
+def _row(record: dict[str, Any]) -> tuple[str, ...]:
+    stream = record["contender"] == STREAM
+    torch_ratio, gigaflops = record["speed_over_torch"], record["gigaflops"]
+    return (
+        record["contender"],
+        f"{record['milliseconds']:.3f}",
+        f"{record['gigabytes_per_second']:.1f}",
+        "" if gigaflops is None else f"{gigaflops:.0f}",
+        f"{record['share_of_streaming_read']:.0%}",
+        "" if stream else f"{record['times_contiguous']:.2f}",
+        "" if stream or torch_ratio is None else f"{torch_ratio:.2f}",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=21, help="rounds for the medians (default 21)")
+    options.integer(parser, "--rounds", 21, "rounds for the medians")
     parser.add_argument("--shape", action="append", metavar="WORDS", help="only shapes whose name has these words")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE too")
-    parser.add_argument("--minutes", type=float, default=10, help="on a GPU: start no shape after that (default 10)")
+    options.json_output(parser, "write the numbers to FILE too")
+    options.positive(parser, "--minutes", 10, "on a GPU: start no shape after that")
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.rounds < 1:
-        raise ValueError(f"--rounds is {args.rounds}; at least 1 is needed")
-    if not args.minutes > 0:
-        raise ValueError(f"--minutes is {args.minutes}; a positive number is needed")
     if on_gpu:
         from . import gpu_kernels
 
@@ -281,18 +283,11 @@ def main(args: argparse.Namespace) -> int:
     results = []
     for shape in chosen:
         records = bench(shape, args.rounds, cpu.THREADS)
-        console.print(table_of(shape, records))
+        console.print(report_of(shape, records))
         results.append({"shape": asdict(shape), "records": records})
     if importlib.util.find_spec("torch") is None:
         console.print("torch is not installed: its column is empty (the extra `compare` brings it)")
     if args.json:
         machine = {"processor": platform.processor() or platform.machine(), "threads": cpu.THREADS}
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "results": results}, file, indent=1)
+        write_json(args.json, {"machine": machine, "results": results})
     return 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    raise SystemExit(main(parser.parse_args()))

@@ -15,19 +15,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..core.device import describe
 from ..planner.hardware import gpu_named
 from ..planner.models import model_named
 from ..planner.setup import Setup
 from ..planner.simulate import Simulation
 from ..planner.trace_files import read_trace
 from ..planner.traces import MEANS, at_rate, first, generated
+from ..views.common.versions import describe_device
 
 RATE = 2.0  # requests per second, of a drawn trace
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationTiming:
     """One manager's run."""
 
     name: str
@@ -41,11 +41,13 @@ class Result:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trace", default="sharegpt", metavar="FILE", help="as of compare (default sharegpt)")
+    parser.add_argument(
+        "--trace", default="sharegpt", metavar="FILE", help="a trace as compare takes it (default sharegpt)"
+    )
     parser.add_argument("--requests", type=int, default=0, metavar="N", help="the first N (default: all, or 2000)")
     parser.add_argument("--model", default="OPT-13B", metavar="NAME", help="default OPT-13B")
     parser.add_argument("--gpu", default="A100-40GB", metavar="NAME", help="default A100-40GB")
-    parser.add_argument("--plain", action="store_true", help="also step by step, without skipping quiet steps")
+    parser.add_argument("--plain", action="store_true", help="also step by step, without fast forward")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
 
 
@@ -70,9 +72,9 @@ def main(args: argparse.Namespace) -> int:
             began = process_time()
             outcome = Simulation(setup, trace, skip=skip).run()
             name = setup.label if skip else f"{setup.label}, every step"
-            results.append(Result(name, process_time() - began, outcome.steps, outcome.output_tokens))
+            results.append(SimulationTiming(name, process_time() - began, outcome.steps, outcome.output_tokens))
     console = Console(highlight=False)
-    console.print(f"{trace.describe()}; {describe()}")
+    console.print(f"{trace.describe()}; {describe_device()}")
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "CPU seconds", "steps", "output tokens/s"):
         table.add_column(column, justify="right" if column else "left")

@@ -1,10 +1,11 @@
-"""`paged-ref assess`: would paging help this model on this GPU, how much, and with which settings?"""
+"""`paged-ref assess`: does paging help a model on a GPU, how much, and with which settings?"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 from rich.console import Console
 
 from ..core import device
-from ..planner.assess import Assessment, Request, assess
+from ..planner.assess import Assessment, assess
 from ..planner.hardware import DEFAULT_GPU, gpu_named, several
 from ..planner.models import DEFAULT_MODEL, ModelSpec, model_named
 from ..planner.settings import servers
 from ..planner.trace_files import read_trace
-from ..planner.traces import MEANS, generated
+from ..planner.traces import MEANS, TraceRequest, generated
 from .assess_report import print_known, print_report
 
 DEFAULT_CONTEXT = 2048
@@ -34,17 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
         metavar="NAME",
-        help=f"a name (see --list), or auto: the one here (default: auto, without a GPU {DEFAULT_GPU})",
+        help=f"a name (see --list), or auto: that of this machine (default: auto, without a GPU {DEFAULT_GPU})",
     )
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="that share each layer (default 1)")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs that share each layer (default 1)")
     parser.add_argument("--weight-bits", type=int, choices=(4, 8, 16, 32), help="of the weights (default 16)")
     parser.add_argument("--kv-bits", type=int, choices=(8, 16, 32), help="of K and V (default 16)")
     lengths = parser.add_argument_group("lengths, in tokens")
     lengths.add_argument(
         "--context", type=int, metavar="N", help=f"of a sequence at its end (default {DEFAULT_CONTEXT}, or the model's)"
     )
-    lengths.add_argument("--prompt", type=int, metavar="N", help="of these, its prompt (default: half)")
-    lengths.add_argument("--max-model-len", type=int, metavar="N", help="longest to let in (default: the model's)")
+    lengths.add_argument("--prompt", type=int, metavar="N", help="tokens of the prompt among these (default: half)")
+    lengths.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longest that is accepted (default: the model's)"
+    )
     lengths.add_argument(
         "--trace",
         metavar="FILE",
@@ -76,8 +79,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[list[Request], str]:
-    """The requests to weigh, and where they come from in words. Raises ValueError with the option."""
+def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[Sequence[TraceRequest], str]:
+    """The requests, and a phrase that says where they come from. Raises ValueError with the option."""
     if args.trace is not None:
         for name in ("context", "prompt"):
             if getattr(args, name) is not None:
@@ -87,26 +90,25 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[list[Request]
     context = min(DEFAULT_CONTEXT, most) if args.context is None else args.context
     if not 2 <= context <= most:
         limit = f"{model.name}'s context" if most == model.max_context else "--max-model-len"
-        raise ValueError(f"--context is {context}; 2 to {limit} of {most} can be had")
+        raise ValueError(f"--context is {context}; 2 to {limit} of {most} is allowed")
     prompt = context // 2 if args.prompt is None else args.prompt
     if not 1 <= prompt < context:
-        raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} can be had")
-    return [
-        Request(prompt, context - prompt)
-    ], f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"
+        raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} is allowed")
+    source = f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"
+    return [TraceRequest(0.0, prompt, context - prompt)], source
 
 
-def _from_trace(name: str) -> tuple[list[Request], str]:
+def _from_trace(name: str) -> tuple[Sequence[TraceRequest], str]:
     trace = generated(name, DRAWN) if name in MEANS else read_trace(name)
     words = "; ".join([trace.describe(), *trace.notes])
-    return [Request(each.prompt_len, each.output_len) for each in trace.requests], words
+    return trace.requests, words
 
 
 # --- JSON --------------------------------------------------------------------------------------------------
 
 
 def as_json(found: Assessment, source: str) -> dict[str, Any]:
-    """Every number of the assessment, and what follows from them. Infinite gains are null."""
+    """Every number of the assessment, and what follows from the numbers. Infinite gains are null."""
     numbers = asdict(found)
     for plan, given in zip(found.plans, numbers["plans"], strict=True):
         given["step"] = plan.step._asdict() | {"seconds": plan.step.seconds, "bound": plan.step.bound}

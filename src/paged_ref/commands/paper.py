@@ -1,4 +1,4 @@
-"""`paged-ref paper`: the figures of the PagedAttention paper, measured here and held against its numbers."""
+"""`paged-ref paper`: the figures of the PagedAttention paper, measured here, beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..planner.findings import Figure, Finding, Lab
+from ..planner.findings import Figure, Finding, RunCache
 from ..planner.paper import FIGURES
 from ..planner.sweep import checked_jobs, on_cores
 from .compare import NARROWEST
+from .report_text import print_heading, print_paragraph
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _figures(keys: list[str], num_jobs: int | None) -> Iterator[Figure]:
-    """Each as soon as it and those before it are done."""
+    """Each figure as soon as it and the figures before it are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} runs"), TimeElapsedColumn())
     with (
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
@@ -68,16 +68,15 @@ def _figures(keys: list[str], num_jobs: int | None) -> Iterator[Figure]:
         on_cores(num_jobs) as call,
     ):
         task = progress.add_task("simulating", total=None)
-        lab = Lab(call, threads, lambda: progress.advance(task))
-        for figure in [waiting.submit(FIGURES[key], lab) for key in keys]:
+        runs = RunCache(call, threads, lambda: progress.advance(task))
+        for figure in [waiting.submit(FIGURES[key], runs) for key in keys]:
             yield figure.result()
 
 
 def show(console: Console, figure: Figure) -> None:
     name = f"Fig. {figure.key}" if figure.key[0].isdigit() else "§6.4"
-    console.print()
-    console.rule(f"[bold]{name}: {figure.title}[/bold]", align="left", characters="─")
-    console.print(Padding(figure.setting, (0, 0, 0, 1)))
+    print_heading(console, f"{name}: {figure.title}")
+    print_paragraph(console, figure.setting)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for number, column in enumerate(("", "ours", "paper", "band", "in it")):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -86,7 +85,7 @@ def show(console: Console, figure: Figure) -> None:
         table.add_row(finding.what, _value(finding.ours, finding), _value(finding.paper, finding), _band(finding), met)
     console.print(table)
     for sentence in figure.why:
-        console.print(Padding(f"- {sentence}", (0, 0, 0, 1)))
+        print_paragraph(console, f"- {sentence}")
 
 
 def _value(value: float | str, finding: Finding) -> str:

@@ -11,7 +11,7 @@ from typing import get_args
 from rich.console import Console
 from rich.text import Text
 
-from ..core.engine.sampling import SamplingParams
+from ..extras.beam import SamplingParams
 from ..extras.managers import MANAGERS, ManagerName
 from ..timeline.events import Event, write_events
 from ..timeline.history import MARKS, History, histories, read_histories

@@ -7,6 +7,9 @@ KV head, for K and for V.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from ..core.checks import require_one_of
 from ..core.device import Array, xp
@@ -14,7 +17,7 @@ from ..core.memory.kv import KVCache
 from .formats import BFLOAT16, FLOAT8, FLOAT8_NAN, INT8, choose_scales, encode
 from .variants import Variant
 
-FORMATS = {"bfloat16": BFLOAT16, "int8": INT8, "float8": FLOAT8}
+FORMATS: dict[str, np.dtype[Any]] = {"bfloat16": BFLOAT16, "int8": INT8, "float8": FLOAT8}
 NANS = {"bfloat16": 0x7FC0, "int8": 0, "float8": FLOAT8_NAN}  # int8 has none
 HEADROOM = 1.5  # of a measured scale: how far later numbers may exceed the first ones before they saturate
 

@@ -63,7 +63,7 @@ class CachingBlockPool(BlockPool):
 
     def _unused(self, block_id: int) -> None:
         digest = self.digest_of.get(block_id)
-        if digest is not None and self.block_of[digest] == block_id:
+        if digest is not None and self.block_of.get(digest) == block_id:
             self.cached[block_id] = None
         else:  # not full, or a second block with the same content
             self.digest_of.pop(block_id, None)

@@ -16,6 +16,8 @@ from ..core.attention.cuda import slots_follow
 from ..core.device import Array, module_of, to_host
 from ..extras.formats import BFLOAT16, FLOAT8, INT8, MAX_VALUE, decode, encode, format_name
 from ..extras.variants import Variant
+from ..tuned import launching
+from ..tuned.store import copy_launch, write_launches
 from .dlpack import adopt, like_caller
 
 FLOATS = (*(np.dtype(name) for name in ("float16", "float32", "float64")), BFLOAT16)
@@ -302,6 +304,10 @@ def _check_written(key: Array, value: Array, key_cache: Array, value_cache: Arra
 
 def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots: Array, scales: Any) -> None:
     """Write what is checked."""
+    if _has_kernels(key):
+        for launch in write_launches(key, value, key_cache, value_cache, slots, *scales):
+            launching.start(launch)
+        return
     if slots.min() < 0:
         written = slots >= 0
         key, value, slots = key[written], value[written], slots[written]
@@ -311,6 +317,10 @@ def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots
             by_slot(cache)[slots] = rows
         else:  # blocks from elsewhere, which do not follow one another in memory
             cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
+
+
+def _has_kernels(array: Array) -> bool:
+    return module_of(array) is not np and launching.unavailable() is None
 
 
 def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
@@ -331,9 +341,13 @@ def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
         raise ValueError(f"block_mapping holds block {bad}; the cache has blocks 0 to {num_blocks - 1}")
     if np.unique(pairs[:, 1]).size != len(pairs):
         raise ValueError(f"block_mapping names a destination twice: {pairs[:, 1].tolist()}")
-    sources, destinations = module_of(key_cache).asarray(pairs).T
     for cache in (key_cache, value_cache):
-        cache[destinations] = cache[sources]
+        launch = copy_launch(cache[None], pairs) if _has_kernels(cache) else None
+        if launch is not None:
+            launching.start(launch)
+        else:
+            sources, destinations = module_of(cache).asarray(pairs).T
+            cache[destinations] = cache[sources]
 
 
 def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:

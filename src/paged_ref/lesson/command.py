@@ -10,11 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import script
-from .player import Leave, Player, told, watch
+from . import lesson_script
+from .lesson_player import Leave, LessonPlayer, error_text, watch
+from .lesson_session import LessonSession, relative_path
 from .progress import Progress
-from .script import Script
-from .session import Session, short
 
 _CHECKOUT = Path(__file__).resolve().parents[3] / "lessons"
 
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    paths = script.find(_directory(args.lessons))
+    paths = lesson_script.find(_directory(args.lessons))
     progress = Progress()
     for warning in progress.warnings:
         print(f"paged-ref lesson: {warning}", file=sys.stderr)
@@ -41,15 +40,15 @@ def main(args: argparse.Namespace) -> int:
         for name in ("part", "solutions", "watch"):
             if getattr(args, name):
                 raise ValueError(f"--{name} needs the number of a lesson, as in paged-ref lesson 5 --{name}")
-        number = _list(paths, progress, interactive)
+        number = _choose(paths, progress, interactive)
         if number is None:
             return 0
     if args.watch and args.part is not None:
         raise ValueError(f"--part is {args.part}; --watch runs the whole lesson, so give one of the two")
     path = _path(paths, number)
 
-    def make_session(asks: bool = False) -> Session:
-        return Session(path.stem, path.parent, progress, asks, args.solutions)
+    def make_session(asks: bool = False) -> LessonSession:
+        return LessonSession(path.stem, path.parent, progress, asks, args.solutions)
 
     try:
         if args.watch:
@@ -63,11 +62,11 @@ def main(args: argparse.Namespace) -> int:
             print(f"paged-ref lesson: {warning}", file=sys.stderr)
 
 
-def _play(path: Path, session: Session, part: int | None) -> int:
+def _play(path: Path, session: LessonSession, part: int | None) -> int:
     try:
-        player = Player(path, session)
+        player = LessonPlayer(path, session)
     except SyntaxError as error:
-        session.say(told(error), "red")
+        session.say(error_text(error), "red")
         return 1
     lesson = player.script
     if part is not None and not 1 <= part <= len(lesson.parts):
@@ -80,10 +79,10 @@ def _play(path: Path, session: Session, part: int | None) -> int:
     except Leave:
         session.say(f"Left. paged-ref lesson {lesson.number} goes on from here.", "dim")
         return 0
-    is_open = [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]
-    if is_open:
+    still_open = [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]
+    if still_open:
         session.say(
-            f"The lesson is at its end; {', '.join(is_open)} is still open. Write it in {short(path)}, with "
+            f"The lesson is at its end; {', '.join(still_open)} is still open. Write it in {relative_path(path)}, with "
             f"paged-ref lesson {lesson.number} --watch beside the editor.",
             "cyan",
         )
@@ -91,13 +90,13 @@ def _play(path: Path, session: Session, part: int | None) -> int:
 
 
 def _directory(given: Path | None) -> Path:
-    """The folder of the lessons. Raises ValueError that says where they are."""
+    """The folder of the lessons. Raises ValueError, which says where the lessons are, if it is not found."""
     if given is not None:
-        if not script.find(given):
+        if not lesson_script.find(given):
             raise ValueError(f"--lessons is {given}; no file NN_name.py is in it")
         return given
     for directory in (_CHECKOUT, Path("lessons").resolve()):
-        if script.find(directory):
+        if lesson_script.find(directory):
             return directory
     raise ValueError(
         "the lessons are files to read and to edit, in the folder lessons/ of the project's repository; they are "
@@ -107,31 +106,21 @@ def _directory(given: Path | None) -> Path:
 
 def _path(paths: list[Path], number: int) -> Path:
     for path in paths:
-        if int(path.name[:2]) == number:
+        if _number(path) == number:
             return path
-    raise ValueError(f"lesson is {number}; known are {int(paths[0].name[:2])} to {int(paths[-1].name[:2])}")
+    raise ValueError(f"lesson is {number}; known are {_number(paths[0])} to {_number(paths[-1])}")
 
 
-def _list(paths: list[Path], progress: Progress, interactive: bool) -> int | None:
-    """Print all lessons and what is done; the number of the one to go on with, where the reader wants to."""
+def _choose(paths: list[Path], progress: Progress, interactive: bool) -> int | None:
+    """Print all lessons and what is done; the number of the lesson that the reader chooses, if any."""
     console = Console(highlight=False)
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (("", "right"), ("lesson", "left"), ("min", "right"), ("read", "left"), ("exercise", "left")):
         drawn.add_column(name, justify=justify)  # type: ignore[arg-type]
-    following: int | None = None
     for path in paths:
-        lesson = _read(path)
-        number, part = int(path.name[:2]), progress.part(path.stem)
-        solved = progress.solved(path.stem)
-        is_begun = progress.was_begun(path.stem)
-        reading = "to the end" if is_begun and part == 0 else f"part {part}" if is_begun else ""
-        if following is None and (not solved or reading != "to the end"):
-            following = number
-        if lesson is None:
-            drawn.add_row(str(number), path.stem, "", "not readable", "")
-        else:
-            drawn.add_row(str(number), lesson.title, str(lesson.minutes), reading, "✓ solved" if solved else "")
+        drawn.add_row(*_row(path, progress))
     console.print(drawn)
+    following = next((_number(path) for path in paths if not _is_done(path, progress)), None)
     if following is None:
         console.print("All are done. paged-ref lesson N runs one again.")
         return None
@@ -147,8 +136,22 @@ def _list(paths: list[Path], progress: Progress, interactive: bool) -> int | Non
     return None if typed else following
 
 
-def _read(path: Path) -> Script | None:
+def _row(path: Path, progress: Progress) -> tuple[str, ...]:
+    """One lesson of the list: number, title, minutes, how far it was read, whether its exercise is solved."""
     try:
-        return script.read(path)
+        lesson = lesson_script.read(path)
     except (SyntaxError, ValueError):
-        return None
+        return str(_number(path)), path.stem, "", "not readable", ""
+    part = progress.part(path.stem)
+    reading = "" if not progress.was_begun(path.stem) else f"part {part}" if part else "to the end"
+    solved = "✓ solved" if progress.solved(path.stem) else ""
+    return str(lesson.number), lesson.title, str(lesson.minutes), reading, solved
+
+
+def _is_done(path: Path, progress: Progress) -> bool:
+    """Read to the end, and the exercise solved."""
+    return progress.part(path.stem) == 0 and bool(progress.solved(path.stem))
+
+
+def _number(path: Path) -> int:
+    return int(path.name[:2])

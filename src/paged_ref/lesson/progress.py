@@ -1,4 +1,4 @@
-"""What a reader has done, in one file in the user's folder: $XDG_STATE_HOME/paged_ref/lessons.json."""
+"""What a reader has done, in one file below the home folder: $XDG_STATE_HOME/paged_ref/lessons.json."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Record = dict[str, Any]
 
 
 def default_path() -> Path:
-    """Where the XDG base directories put state that lasts; the same below the home folder everywhere."""
+    """The place that the XDG base directories give to lasting state; other systems use the same one."""
     home = os.environ.get("XDG_STATE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
     return base / "paged_ref" / "lessons.json"
 
 
 class Progress:
-    """Of each lesson (by its file's name): the part reached, exercises solved, predictions made.
+    """For each lesson (by the name of its file): the part reached, exercises solved, predictions made.
 
-    Every change is written at once, to a new file that then takes the old one's place: a crash loses nothing.
-    A file that cannot be read is put aside, one that cannot be written is told once in `warnings`.
+    Every change is written immediately, to a new file that then replaces the old one: a crash loses nothing.
+    A file that cannot be read is put aside; one that cannot be written is named once in `warnings`.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -52,7 +52,7 @@ class Progress:
             self.warnings.append(f"{self.path} is not what was written there, and stays: {error.strerror}")
 
     def part(self, lesson: str) -> int:
-        """The part to go on with: 1 at first, 0 when the reader came to the end."""
+        """The part to go on with: 1 at first, 0 after the end."""
         part = self._lessons.get(lesson, {}).get("part", 1)
         return part if isinstance(part, int) else 1
 
@@ -64,11 +64,11 @@ class Progress:
         return lesson in self._lessons
 
     def solved(self, lesson: str) -> list[str]:
-        """The exercises that were right once."""
+        """The exercises that have been right at least once."""
         return sorted(self._table(lesson, "exercises"))
 
     def set_solved(self, lesson: str, exercise: str) -> None:
-        """Once solved, solved: whoever empties the hole again to try anew has not lost it."""
+        """An exercise stays solved, also when the reader empties the hole to try again."""
         exercises = self._table(lesson, "exercises")
         if exercise not in exercises:
             self._set(lesson, "exercises", {**exercises, exercise: True})

@@ -1,4 +1,4 @@
-"""Numbers of our own beside published ones: a finding, a figure of findings, and where their runs are made."""
+"""Measured numbers beside published ones: a finding, a figure of findings, and a cache of their runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sweep import Call, T
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One number. Without a band it is shown and not judged."""
+    """One number. Without a band it is only shown."""
 
     what: str
     ours: float
@@ -30,17 +30,17 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure: the findings, what was run, why the bands, and where ours differs, why."""
+    """One figure of the paper."""
 
     key: str
     title: str
     findings: list[Finding]
-    setting: str
-    why: list[str]
+    setting: str  # what was run
+    why: list[str]  # the reasons of the bands, and of the differences
 
 
-class Lab:
-    """Where the figures have their runs made: on all cores, and each only once."""
+class RunCache:
+    """Makes the runs that the figures need, on all cores, and each run only once."""
 
     def __init__(self, call: Call, threads: ThreadPoolExecutor, on_run: Callable[[], None] | None = None) -> None:
         self._call, self._threads, self._on_run = call, threads, on_run

@@ -1,19 +1,17 @@
-"""What a simulated run counts, and what comes of it: rates, latencies, and where the memory was."""
+"""What a simulation counts, and the rates, latencies and memory shares that follow."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
-from ..core.memory.manager import MemoryUsage
-
-PARTS = ("tokens", "reserved", "internal", "external", "cached", "free")
+from ..core.memory.usage import MemoryUsage
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Shares of the pool, by the categories of the paper's Fig. 2; they sum to 1. See MemoryUsage."""
+    """Shares of the pool, which sum to 1. MemoryUsage says what each part is."""
 
     tokens: float
     reserved: float
@@ -24,25 +22,25 @@ class Shares:
 
     @property
     def used(self) -> float:
-        """The share that a newcomer cannot have."""
+        """The share that a new request cannot get."""
         return self.tokens + self.reserved + self.internal + self.external
 
     @property
-    def tokens_of_used(self) -> float:
-        """Of the used K/V memory, what holds tokens: the paper's "token states"."""
+    def occupancy(self) -> float:
+        """Of the used memory, the share that holds tokens: the paper's "token states"."""
         return self.tokens / self.used if self.used else 0.0
 
 
 @dataclass(slots=True)
-class Looks:
-    """Memory usage, weighted by the seconds for which it was so."""
+class UsageAverage:
+    """Mean memory usage. A sample counts for the seconds for which the memory was so."""
 
     seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    sums: dict[str, float] = field(default_factory=lambda: {part.name: 0.0 for part in fields(Shares)})
 
     def add(self, usage: MemoryUsage, seconds: float) -> None:
         self.seconds += seconds
-        for part in PARTS:
+        for part in self.sums:
             self.sums[part] += getattr(usage, part) / usage.total * seconds
 
     def shares(self) -> Shares:
@@ -66,16 +64,16 @@ class Outcome:
     each_token: float  # time per output token after the first, mean over requests
     normalised: float  # latency / output tokens, mean over requests: the paper's measure (§6.1)
     normalised_p99: float
-    running_mean: float  # sequences at once, over the time in which any ran
-    running_short: float  # while somebody waited, so that memory was short; over all the time if nobody ever did
+    running_mean: float  # running sequences, mean over the time in which any ran
+    running_short: float  # mean over the time in which a request waited, so that memory was short; else running_mean
     running_peak: int
-    waiting_share: float  # of that time, in which somebody waited
-    shares: Shares  # as running_short
+    waiting_share: float  # of the time in which sequences ran: the share in which a request waited
+    shares: Shares  # mean over the time of running_short
     shares_always: Shares
     preemptions: int
     computed_tokens: int
     recomputed_tokens: int  # of these, computed before and lost by a preemption
-    known_tokens: int  # of the prompts, found in the prefix cache
+    known_tokens: int  # of the prompts' tokens: found in the prefix cache
     prompt_tokens: int
     bytes_moved: int  # K and V copied on the device
     bytes_swapped: int  # K and V over the host link, both ways
@@ -93,13 +91,13 @@ class Outcome:
         return self.known_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, with what is computed from them."""
+        """The fields and the properties as plain values."""
         return {
             **asdict(self),
             "tokens_per_second": self.tokens_per_second,
             "requests_per_second": self.requests_per_second,
             "hit_rate": self.hit_rate,
-            "tokens_of_used": self.shares.tokens_of_used,
+            "tokens_of_used": self.shares.occupancy,
         }
 
 
@@ -110,9 +108,9 @@ class Tally:
         self.refused, self.refusal, self.cut = 0, "", 0
         self.steps = 0
         self.busy = self.waited = 0.0  # seconds
-        self.running_seconds = self.running_waited = 0.0  # sequences x seconds: all, and while somebody waited
+        self.running_seconds = self.running_waited = 0.0  # sequences x seconds: all, and while a request waited
         self.running_peak = 0
-        self.short, self.always = Looks(), Looks()
+        self.short, self.always = UsageAverage(), UsageAverage()
         self.preemptions = self.computed = self.recomputed = self.known = self.prompts = 0
         self.bytes_moved = self.bytes_swapped = 0
         self.output_tokens = 0
@@ -139,7 +137,7 @@ class Tally:
             self.waited += seconds
             self.running_waited += running * seconds
 
-    def look(self, usage: MemoryUsage, seconds: float, waiting: bool) -> None:
+    def sample(self, usage: MemoryUsage, seconds: float, waiting: bool) -> None:
         self.always.add(usage, seconds)
         if waiting:
             self.short.add(usage, seconds)

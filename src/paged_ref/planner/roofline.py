@@ -1,15 +1,17 @@
-"""How long one step of an engine takes on a GPU, from what it must read and multiply.
+"""How long one step of an engine takes on a GPU, from what the step must read and multiply.
 
-The roofline (Williams et al. 2009): a step takes as long as the slower of its two sides, reading memory or
-doing arithmetic, and the engine adds its own time. Everything is counted from the shapes of the model; what
-is assumed is in `Constants`, each with its reason, and `explain` prints them.
+The roofline (Williams et al. 2009): a step takes as long as the slower of two sides, reading memory or doing
+arithmetic, and the engine adds its overhead. Everything is counted from the shapes of the model; the assumptions are
+in `Constants`, each with its reason, and `explain` lists them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+from ..core.memory.manager import Transfer
 from .hardware import GIB, GPU
 from .models import ModelSpec
 
@@ -22,7 +24,7 @@ def _constant(default: float, why: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What no datasheet says. Shares are of the published peak."""
+    """Assumptions, since no datasheet has them. Shares are of the published peak."""
 
     bandwidth_share: float = _constant(0.8, "of the memory's bandwidth that kernels reach, reading weights and K, V")
     compute_share: float = _constant(0.6, "of the peak arithmetic that matrix products of a prefill reach")
@@ -43,7 +45,7 @@ CONSTANTS = Constants()
 
 
 def explain(constants: Constants = CONSTANTS) -> list[tuple[str, float, str]]:
-    """(name, value, what it is) of each constant."""
+    """(name, value, meaning) of each constant."""
     return [(each.name, getattr(constants, each.name), each.metadata["why"]) for each in fields(constants)]
 
 
@@ -101,49 +103,87 @@ def step_time(
     )
 
 
-def step_seconds(
-    gpu: GPU,
-    model: ModelSpec,
-    num_tokens: int,
-    kv_tokens_read: int,
-    query_key_pairs: int | None = None,
-    num_logits: int | None = None,
-    constants: Constants = CONSTANTS,
-) -> float:
-    """The same as one number of seconds."""
-    return step_time(gpu, model, num_tokens, kv_tokens_read, query_key_pairs, num_logits, constants).seconds
-
-
 def chunk_pairs(seq_len: int, num_tokens: int) -> int:
     """Keys that the last `num_tokens` tokens of a sequence of `seq_len` see together, causally."""
     return num_tokens * seq_len - num_tokens * (num_tokens - 1) // 2
 
 
 def transfer_seconds(gpu: GPU, num_bytes: float, num_copies: int = 1, constants: Constants = CONSTANTS) -> float:
-    """Time to bring bytes over the host link, one way, in so many single copies."""
+    """Time to bring bytes over the host link, one way, in `num_copies` single copies."""
     return num_bytes / (gpu.link * constants.link_share) + num_copies * constants.copy_overhead
+
+
+class StepClock:
+    """Seconds of steps and transfers on one GPU with one model.
+
+    A simulation asks it for every step of millions of tokens, so all that is fixed is multiplied out before.
+    """
+
+    def __init__(self, gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> None:
+        # step_time is linear in its four counts, so five of its answers give all others.
+        def sides(tokens: int, kv: int, pairs: int, logits: int) -> tuple[float, float]:
+            time = step_time(gpu, model, tokens, kv, pairs, logits, constants)
+            return time.weights + time.kv, time.compute
+
+        self._weights, _ = sides(0, 0, 0, 0)
+        self._kv = sides(0, 1, 0, 0)[0] - self._weights
+        _, self._token = sides(1, 0, 0, 0)
+        _, self._pair = sides(0, 0, 1, 0)
+        _, self._logit = sides(0, 0, 0, 1)
+        self._overhead = constants.step_overhead
+        self._gpu, self._constants = gpu, constants
+        self._bandwidth = gpu.bandwidth * constants.bandwidth_share
+        self._arrays = 2 * model.num_layers  # K and V of each layer are separate arrays
+        self._kv_bytes = model.kv_bytes_per_token
+
+    def step(self, num_tokens: int, kv_tokens_read: int, pairs: int, num_logits: int) -> float:
+        """Seconds of a step; the arguments are those of step_time."""
+        read = self._weights + self._kv * kv_tokens_read
+        compute = self._token * num_tokens + self._pair * pairs + self._logit * num_logits
+        return (read if read > compute else compute) + self._overhead
+
+    def decode(self, num_seqs: int, kv_tokens_read: int) -> float:
+        """Seconds of a step in which each of the sequences computes one token."""
+        return self.step(num_seqs, kv_tokens_read, kv_tokens_read, num_seqs)
+
+    def transfers(self, transfers: Iterable[Transfer], row_tokens: int) -> tuple[float, int, int]:
+        """(seconds, bytes moved on the device, bytes over the link) of transfers whose rows are `row_tokens` tokens.
+
+        A transfer is one copy in each array. Bytes that move on the device are read and written. The step waits for
+        its transfers: none is hidden behind other work.
+        """
+        seconds, on_device, over_link = 0.0, 0, 0
+        for transfer in transfers:
+            num_bytes = transfer.count * row_tokens * self._kv_bytes
+            if transfer.kind in ("copy", "move"):
+                on_device += num_bytes
+                seconds += 2 * num_bytes / self._bandwidth
+            else:
+                over_link += num_bytes
+                seconds += transfer_seconds(self._gpu, num_bytes, self._arrays, self._constants)
+        return seconds, on_device, over_link
 
 
 def swap_seconds(
     gpu: GPU, model: ModelSpec, num_tokens: int, block_size: int, constants: Constants = CONSTANTS
 ) -> float:
-    """Out and in again. K and V of each layer are arrays of their own, as in vLLM: 2 copies a layer and block."""
+    """Out and in again. K and V of each layer are separate arrays, as in vLLM: 2 copies for each layer and block."""
     blocks = -(-num_tokens // block_size)
     copies = 2 * model.num_layers * blocks
     return 2 * transfer_seconds(gpu, blocks * block_size * model.kv_bytes_per_token, copies, constants)
 
 
 def recompute_seconds(gpu: GPU, model: ModelSpec, num_tokens: int, constants: Constants = CONSTANTS) -> float:
-    """All tokens once more, as one prompt, in a step that others share: its arithmetic."""
+    """All tokens once more, as one prompt: the arithmetic alone, since other sequences share the step."""
     pairs = chunk_pairs(num_tokens, num_tokens)
     return step_time(gpu, model, num_tokens, num_tokens, pairs, 1, constants).compute
 
 
 def swap_from(gpu: GPU, model: ModelSpec, block_size: int, constants: Constants = CONSTANTS) -> int | None:
-    """The length from which on swapping is faster than computing again; None: not up to the model's context.
+    """The length from which on swapping is faster than computing again; None: it never is, up to the model's context.
 
-    Computing again grows with the square of the length, swapping does not: the last length at which it does not
-    pay is looked for from the top.
+    The time to compute again grows with the square of the length, that of swapping does not. So the search goes down
+    from the longest length to the last one at which swapping is slower.
     """
     lengths = range(block_size, model.max_context + 1, block_size)
     slower = (
@@ -156,14 +196,14 @@ def swap_from(gpu: GPU, model: ModelSpec, block_size: int, constants: Constants 
 
 
 def kv_copies(gpu: GPU, model: ModelSpec) -> float:
-    """How often K and V are kept: more than once where GPUs outnumber the KV heads that they share out."""
+    """How often K and V are kept: more than once where there are more GPUs than KV heads."""
     return max(1.0, gpu.count / model.num_kv_heads)
 
 
 def kv_cache_bytes(gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> int:
-    """What is left for K and V beside the weights.
+    """The memory that the weights leave for K and V.
 
-    Raises ValueError, with how many GPUs would do or how small the weights must be, where nothing is left.
+    Raises ValueError where nothing is left, and says how many GPUs or how small weights would do.
     """
     room = int(gpu.memory_bytes * constants.memory_share)
     left = room - model.weight_bytes

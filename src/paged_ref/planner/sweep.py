@@ -18,10 +18,10 @@ from typing import Any, Protocol, TypeVar
 from .metrics import Outcome
 from .setup import Setup
 from .simulate import Simulation
-from .traces import Trace, at_rate
+from .traces import RequestTrace, at_rate
 
-AT_ONCE = float("inf")
-FIXED = (0.3, 0.6)  # of the rate that a setup sustains when all come at once: the flat part of the curve
+AT_ONCE = float("inf")  # rate: all requests arrive at the same time
+FIXED = (0.3, 0.6)  # shares of the rate that a setup sustains when all requests arrive together: the flat part
 HALVINGS = 6  # of the bracket 0.75 to 1.5 times that rate; what is left of it is 1 %
 BRACKET = (0.75, 1.5)
 
@@ -39,28 +39,28 @@ class Curve:
     """All runs of one setup."""
 
     setup: Setup
-    at_once: Outcome  # all requests come at once: as full as it gets
+    at_once: Outcome  # all requests arrive at the same time: memory is as full as it gets
     points: list[Point]  # by rate
     bound: float  # on the mean normalised latency, seconds per token
     rate: float  # the highest measured at which the bound held; 0 if it held at none
 
 
-Run = Callable[[Setup, Trace, float], Outcome]
+Run = Callable[[Setup, RequestTrace, float], Outcome]
 T = TypeVar("T")
 
 
 class Call(Protocol):
-    """Call a function, wherever there is a core for it, and wait for what it returns."""
+    """Call a function on a free core, and wait for what it returns."""
 
     def __call__(self, function: Callable[..., T], *arguments: Any) -> T: ...
 
 
-def run_once(setup: Setup, trace: Trace, rate: float) -> Outcome:
+def run_once(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
     """The trace at this rate."""
     return Simulation(setup, at_rate(trace, rate)).run()
 
 
-def curve_of(setup: Setup, trace: Trace, bound: float, run: Run = run_once) -> Curve:
+def curve_of(setup: Setup, trace: RequestTrace, bound: float, run: Run = run_once) -> Curve:
     """Find the highest rate at which the mean normalised latency stays within `bound`."""
     at_once = run(setup, trace, AT_ONCE)
     most = at_once.requests_per_second
@@ -91,7 +91,7 @@ RUNS_OF_A_CURVE = 1 + len(FIXED) + 2 + HALVINGS  # at most
 
 
 def checked_jobs(num_jobs: int | None) -> int:
-    """How many processes: as many as there are cores, if nothing else is said. Raises ValueError."""
+    """The number of processes; None is one for each core. Raises ValueError."""
     if num_jobs is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_jobs < 1:
@@ -103,14 +103,14 @@ def checked_jobs(num_jobs: int | None) -> int:
 def on_cores(num_jobs: int | None = None) -> Iterator[Call]:
     """Functions in other processes, at most `num_jobs` at a time (default: one for each core); 1: in this one.
 
-    For threads: each waits for its own call. Leaving early gives up what has not begun. A script that uses it
-    needs `if __name__ == "__main__"`, since the processes read the script again.
+    Each call waits, so the calls come from threads. On leaving, calls that have not begun are given up. A script that
+    uses this needs `if __name__ == "__main__"`, since each process reads the script again.
     """
     jobs = checked_jobs(num_jobs)
     if jobs == 1:
         yield lambda function, *arguments: function(*arguments)
         return
-    # Spawned: to fork a process that has threads is not safe.
+    # Spawned, since it is not safe to fork a process that has threads.
     processes = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
     try:
         yield lambda function, *arguments: processes.submit(function, *arguments).result()
@@ -125,7 +125,7 @@ def _leave_interrupts() -> None:
 
 def curves_of(
     setups: Sequence[Setup],
-    trace: Trace,
+    trace: RequestTrace,
     bound: float,
     *,
     num_jobs: int | None = None,
@@ -134,7 +134,7 @@ def curves_of(
     """A curve for each setup, in order. `on_run` is called with the setup's label after each of its runs."""
     with ThreadPoolExecutor(len(setups) if num_jobs != 1 else 1) as threads, on_cores(num_jobs) as call:
 
-        def counted(setup: Setup, trace: Trace, rate: float) -> Outcome:
+        def counted(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
             outcome = call(run_once, setup, trace, rate)
             if on_run:
                 on_run(setup.label)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core.memory.manager import MemoryUsage, Snapshot
+from ..core.memory.usage import MemoryUsage, Snapshot
 from .change import Change, advance_and_tell
 from .events import (
     BeamsReordered,

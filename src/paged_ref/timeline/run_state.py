@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..core.memory.manager import OpenPiece, Snapshot
 from ..core.memory.regions import RegionPool
+from ..core.memory.usage import PartialAllocation, Snapshot
 from ..extras.prefix_cache import block_digests
 from .events import (
     BlockCached,
@@ -294,7 +294,7 @@ def _forget(state: RunState, evicted: Iterable[int]) -> None:
 
 
 def _paged_snapshot(memory: MemoryState) -> Snapshot:
-    pieces: dict[int, OpenPiece] = {}
+    pieces: dict[int, PartialAllocation] = {}
     entries = 0
     for seq_id, place in memory.sequences.items():
         if place.on_host:
@@ -302,7 +302,7 @@ def _paged_snapshot(memory: MemoryState) -> Snapshot:
         entries += len(place.blocks)
         filled = place.length % memory.block_size
         if filled:
-            pieces[place.blocks[-1]] = OpenPiece(seq_id, place.length, filled, memory.block_size)
+            pieces[place.blocks[-1]] = PartialAllocation(seq_id, place.length, filled, memory.block_size)
     cached, size = len(memory.idle), memory.block_size
     held = memory.num_blocks - len(memory.free) - cached
     return Snapshot(
@@ -317,7 +317,7 @@ def _paged_snapshot(memory: MemoryState) -> Snapshot:
 
 def _region_snapshot(memory: MemoryState, needed: int) -> Snapshot:
     pieces = [
-        OpenPiece(seq_id, place.length, place.length, place.size)
+        PartialAllocation(seq_id, place.length, place.length, place.size)
         for seq_id, place in memory.sequences.items()
         if not place.on_host
     ]

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..core.device import Array, module_of, on_gpu, xp
+from .flat_views import address_of
+
+MAX_PITCH = 2**31 - 1  # bytes from row to row that cudaMemcpy2D takes (cudaDeviceProp::memPitch)
 
 
 class CopyStream:
@@ -57,6 +60,31 @@ class CopyStream:
         else:
             device.set(host, stream=self._stream)
 
+    def out_planes(self, device: Array, host: np.ndarray) -> None:
+        """Copy `device` to `host`, [num_planes, ...] each: every plane is contiguous, and planes may lie apart."""
+        if self._stream is None:
+            np.copyto(host, device)
+        else:
+            self._copy_planes(device, host, xp.cuda.runtime.memcpyDeviceToHost)
+
+    def back_planes(self, host: np.ndarray, device: Array) -> None:
+        """Copy `host` to `device`, as `out_planes` does the other way."""
+        if self._stream is None:
+            np.copyto(device, host)
+        else:
+            self._copy_planes(host, device, xp.cuda.runtime.memcpyHostToDevice)
+
+    def _copy_planes(self, source: Array, target: Array, direction: int) -> None:
+        """One copy for all planes, unless the distance between planes is too large for that."""
+        pitch, target_pitch, width = source.strides[0], target.strides[0], source[0].nbytes
+        height = len(source) if max(pitch, target_pitch) <= MAX_PITCH else 1
+        at, to = address_of(source), address_of(target)
+        for plane in range(0, len(source), height):
+            xp.cuda.runtime.memcpy2DAsync(
+                to + plane * target_pitch, target_pitch, at + plane * pitch, pitch, width, height, direction,
+                self._stream.ptr,
+            )  # fmt: skip
+
     def gather(self, host: np.ndarray, rows: np.ndarray, device: Array) -> None:
         """Copy `host[rows]` to the leading rows of `device`."""
         if module_of(device) is np:
@@ -69,7 +97,7 @@ class CopyStream:
 
 
 def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Host memory full of NaN; page-locked where there is a GPU, since only then is a copy fast."""
+    """Host memory full of NaN; page-locked where a GPU is, so that copies are fast."""
     if not on_gpu:
         return np.full(shape, np.nan, dtype=dtype)
     import cupyx

@@ -1,7 +1,7 @@
 """How the tuned kernels take the numbers of a cache to the tensor cores, for each kind of number.
 
 A kind is a set of small device functions with the same names and arguments; the kernel is written once and
-gets one set. It says how 16 bytes of a cache become operands of an `mma` (see flash_intrinsics):
+gets one set. It says how 16 bytes of a cache become operands of an `mma` (see cuda_intrinsics):
 
     score_operand(words, at, i)          operand i of the K chunk whose four words begin at `words[at]`
     value_operand(words, row, next, n)   number n of the V chunk at `words[row]`, and of the next key's at `next`
@@ -20,7 +20,7 @@ from typing import Any
 from numba import cuda
 from numba.types import uint32
 
-from .flash_intrinsics import (
+from .cuda_intrinsics import (
     add_float16,
     bits_of,
     float_of,

@@ -1,6 +1,6 @@
 """The tuned kernels: attention at the speed of memory, through block tables or without them.
 
-One source for all. `attention_kernel` is a factory: a `Variant` says what is fixed when the kernel is compiled
+One source for all. `attention_kernel` is a factory: a `KernelVariant` says what is fixed when the kernel is compiled
 (kind of numbers, head size, group size, block size, features), and each variant is compiled once. Without a
 block size it is the contiguous twin: the same lines, the table lookup left out.
 
@@ -39,9 +39,9 @@ from functools import cache
 from numba import cuda
 from numba.types import float32, int32, int64, uint32
 
+from .cuda_intrinsics import exp2, load16
 from .flash_elements import ELEMENTS
-from .flash_intrinsics import exp2, load16
-from .flash_variant import EVERY_LANE, FEW, FROM, NUM_THREADS, NUM_WARPS, ROWS, TO, Variant
+from .flash_variant import EVERY_LANE, FROM, MAX_SPLIT_QUERIES, NUM_THREADS, NUM_WARPS, ROWS, TO, KernelVariant
 
 device = cuda.jit(device=True, inline="always")
 
@@ -74,7 +74,7 @@ def first_block_of(query_start_loc, seq, group_size, rows):
 
 
 @cache
-def attention_kernel(variant: Variant):
+def attention_kernel(variant: KernelVariant):
     """The kernel of this variant. Launch it with NUM_THREADS threads; see `flash.launches` for the grid."""
     element = ELEMENTS[variant.cache]
     score_operand, value_operand = element.score_operand, element.value_operand
@@ -231,7 +231,7 @@ def attention_kernel(variant: Variant):
                     a0, a1, a2, a3, p0, p1, p0_lost, p1_lost, o[at], o[at + 1], o[at + 2], o[at + 3]
                 )
 
-    @cuda.jit
+    @cuda.jit(launch_bounds=(NUM_THREADS, variant.blocks_per_multiprocessor))
     def flash_attention(
         out, lse, query, keys, values,
         where, where_stride,
@@ -243,7 +243,7 @@ def attention_kernel(variant: Variant):
         """All arrays are flat.
 
         out    [num_tokens, num_heads, head_size], or parts [num_items, num_heads, num_splits, head_size] float32
-               an item is a token; mixed: place FEW * seq + i is for query i of sequence seq
+               an item is a token; mixed: place MAX_SPLIT_QUERIES * seq + i is for query i of sequence seq
         lse    [num_tokens, num_heads], or [num_items, num_heads, num_splits] to base 2
         query  [num_tokens, num_heads, head_size]; words, from a multiple of 16 bytes, if the variant is `exact`
         keys, values       words; their strides are chunks of 16 bytes
@@ -269,7 +269,7 @@ def attention_kernel(variant: Variant):
             first_row = block % BLOCKS_PER_ITEM * ROWS
             warp_row = first_row
         first_token, num_queries = int32(query_start_loc[seq]), query_start_loc[seq + 1] - query_start_loc[seq]
-        if MIXED and (num_queries <= FEW) == PREFILL:
+        if MIXED and (num_queries <= MAX_SPLIT_QUERIES) == PREFILL:
             return  # all threads do: the other kernel has this sequence
         if not PREFILL and not MIXED:  # a token for each CUDA block
             first_token, num_queries = int32(block // BLOCKS_PER_ITEM), 1
@@ -467,7 +467,7 @@ def attention_kernel(variant: Variant):
                 norm = norm * value_scales[kv_head] * FACTOR
             here = token * (num_kv_heads * GROUP) + head
             if SPLIT and MIXED:
-                here = (seq * FEW + token - first_token) * (num_kv_heads * GROUP) + head
+                here = (seq * MAX_SPLIT_QUERIES + token - first_token) * (num_kv_heads * GROUP) + head
             logarithm = MINUS_INFINITY
             if total > ZERO or total != total:
                 logarithm = highest + math.log2(total)

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from numba import cuda
 from numba.types import uint16, uint32
 
+from .cuda_intrinsics import float_of, unpack_float16
 from .flash_elements import ELEMENTS, split_bfloat16, split_float16
-from .flash_intrinsics import float_of, unpack_float16
 
 NUM_WARPS = 4
 NUM_THREADS = 32 * NUM_WARPS
 ROWS = 8  # of a warp: a row is one query of one head
-FEW = 4  # queries of a sequence that are better split over the keys, as one is, than over warps
+MAX_SPLIT_QUERIES = 4  # up to this many queries per sequence, split the keys over warps (as in decoding)
 EVERY_LANE = 0xFFFFFFFF
 
 device = cuda.jit(device=True, inline="always")
 
 
 @dataclass(frozen=True)
-class Variant:
+class KernelVariant:
     """What is fixed when a kernel is compiled."""
 
     cache: str  # a name in ELEMENTS
@@ -29,7 +29,9 @@ class Variant:
     group_size: int  # query heads that share a KV head
     block_size: int | None  # None: contiguous
     prefill: bool = False  # each warp has rows of its own; else the warps of a CUDA block share rows
-    mixed: bool = False  # prefill leaves sequences with FEW queries or less to the other kernel, which takes only these
+    mixed: bool = (
+        False  # prefill leaves sequences of up to MAX_SPLIT_QUERIES to the other kernel, which takes only these
+    )
     split: bool = False  # write parts for `combine_kernel`; not in a prefill
     window: bool = False
     softcap: bool = False
@@ -44,7 +46,7 @@ class Variant:
     @property
     def blocks_per_item(self) -> int:
         """CUDA blocks, not in a prefill, for a token; mixed: for a sequence."""
-        return -(-self.group_size * (FEW if self.mixed else 1) // ROWS)
+        return -(-self.group_size * (MAX_SPLIT_QUERIES if self.mixed else 1) // ROWS)
 
     @property
     def exact(self) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paged_ref.core.engine.sampling import SamplingParams, draw, generator
+from paged_ref.core.engine.sampling import draw, generator
+from paged_ref.extras.beam import SamplingParams
 
 PROBABILITY = np.array([0.05, 0.4, 0.15, 0.1, 0.3])
 LOGITS = np.log(PROBABILITY).astype(np.float32)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from paged_ref.core.model.tokenizer import REPLACEMENT, Tokenizer
+from paged_ref.core.model.tokenizer import REPLACEMENT, TextStream, Tokenizer
 
 EOS = 0  # in both vocabularies
 
@@ -67,7 +65,7 @@ each_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int], prompt_len: int) -> list[str]:
-    stream = tokenizer.stream(ids[:prompt_len])
+    stream = TextStream(tokenizer, ids[:prompt_len])
     return [stream.push(token_id) for token_id in ids[prompt_len:]] + [stream.flush()]
 
 
@@ -128,24 +126,3 @@ def test_a_special_token_in_between_keeps_the_space() -> None:
     tokenizer = TOKENIZERS["sentencepiece"]
     the = tokenizer.encode("the")[1]
     assert pieces_of(tokenizer, [the, EOS, the, EOS, EOS, the], 0) == ["the", "", " the", "", "", " the", ""]
-
-
-@each_tokenizer
-def test_token_text_is_one_readable_line(name: str) -> None:
-    tokenizer = TOKENIZERS[name]
-    assert [tokenizer.token_text(i) for i in tokenizer.encode("a the")][-1] == "·the"
-    assert tokenizer.token_text(tokenizer.encode("\n")[-1]) == "↵"
-    assert tokenizer.token_text(EOS) in ("<eos>", "</s>")
-    assert tokenizer.token_text(999999) == "<999999>"
-    for token_id in range(tokenizer.vocab_size):
-        text = tokenizer.token_text(token_id)
-        assert text
-        assert text.isprintable()
-
-
-def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere/tokenizer\.json is missing"):
-        Tokenizer.from_file(tmp_path / "nowhere" / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer: "):
-        Tokenizer.from_file(tmp_path / "tokenizer.json")

@@ -16,10 +16,10 @@ from paged_ref.core.memory.paged import PagedManager
 from paged_ref.timeline.events import Event, SequenceFreed, TokenNamed
 from paged_ref.timeline.history import History, histories
 from paged_ref.views.common import canvas
+from paged_ref.views.common.bars import PARTS, USAGE
 from paged_ref.views.common.canvas import Scene
 from paged_ref.views.viz import source_links as living_code
 from paged_ref.views.viz.frames import screen
-from paged_ref.views.viz.frames.memory import PARTS
 from paged_ref.views.viz.frames.screen import FRAMES, MIN_HEIGHT, MIN_WIDTH
 from paged_ref.views.viz.narration import narrate
 from paged_ref.views.viz.source_links import Place, actor, ended, place_of
@@ -109,7 +109,7 @@ def test_nothing_is_said_by_colour_alone(runs: list[History]) -> None:
         drawn = file.getvalue()
         assert Text.from_ansi(drawn).plain.rstrip() == picture.plain.rstrip()
         assert ("\x1b[32m" in drawn or "\x1b[1;32m" in drawn) is not no_color
-    assert len({mark for _, mark, _, _ in PARTS}) == len(PARTS)
+    assert len({PARTS[part].mark for part in USAGE}) == len(USAGE)
 
 
 # --- words and code ---------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_an_exception_restores_the_terminal(start: Callable[..., Terminal], tmp_
     (tmp_path / "sitecustomize.py").write_text(
         "import paged_ref.views.viz.player as player\n"
         "def broken(self): raise RuntimeError('planted')\n"
-        "player.Player._actions['n'] = broken\n",
+        "player.Player.actions['n'] = broken\n",
         encoding="utf-8",
     )
     terminal = start(PYTHONPATH=str(tmp_path))

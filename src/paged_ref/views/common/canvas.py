@@ -7,7 +7,7 @@ are counted in cells of the terminal, since a token may be two cells wide.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
@@ -36,7 +36,6 @@ class Scene:
     code: bool = True  # show the source where there is room
     playing: bool = False
     message: str = ""  # in place of the keys
-    extra: tuple[str, ...] = field(default=())
 
     @property
     def history(self) -> History:
@@ -53,7 +52,7 @@ def fit(text: str, width: int) -> str:
 
 
 def token(text: str, width: int) -> str:
-    """A token in a slot of `width` cells. The mark of its leading space goes before a letter does."""
+    """A token in a slot of `width` cells. The mark of the leading space is cut off before any letter."""
     if cell_len(text) > width and text.startswith("·"):
         text = text[1:]
     return fit(text, width)
@@ -160,7 +159,7 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def size_of(num_bytes: int, least: int = 10) -> str:
-    """A number of bytes as people say it, in a unit of which there are at least so many."""
+    """A number of bytes in the largest unit of which there are at least `least`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= least * size:
             return f"{num_bytes / size:,.1f} {unit}"

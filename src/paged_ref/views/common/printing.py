@@ -1,4 +1,4 @@
-"""Frames where nobody presses keys: printed one after another into a pipe, or written as a picture."""
+"""Frames without keys: printed one after another into a pipe, or written as a picture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GROUND = TerminalTheme(
 
 
 def is_terminal() -> bool:
-    """A person is there to press keys."""
+    """Keys can be read, and screens shown."""
     return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 

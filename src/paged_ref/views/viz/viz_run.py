@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...core.engine.sampling import SamplingParams
-from ...core.model.loading import load
+from ...extras.beam import SamplingParams
 from ...extras.managers import ManagerName
+from ...interop.checkpoints import load
 from ...llm import LLM
 from ...timeline.events import Event
 

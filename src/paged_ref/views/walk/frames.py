@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from ..common.canvas import DIM, TITLE, Lines, beside, exactly, fit, line, rule, wrap
+from ..common.viewer import help_lines
 from .captions import sentence
 from .panels import NOW, caches, cell_width, counters, grid_height, layouts, now, source, thread_line
 from .run import KERNELS, LETTERS, KernelRun, Walk
@@ -29,17 +30,16 @@ KEYS = (
     ("k", "naive, paged, or both side by side"),
     ("1 2 3", "all, the counters of the threads, the layouts"),
     ("?", "this help"),
-    ("q", "quit"),
 )
 MARKS = (
     ("▶", "the line, the thread, the element of the moment"),
-    ("≠", "a line that the other kernel has otherwise: all that paging changes"),
+    ("≠", "a line that differs in the other kernel: all that paging changes"),
     ("A4", "the slot of token 4 of sequence A;  A_ is A's and empty;  . is free"),
     ("[A4]", "this thread reads it now"),
     ("(A4)", "other lanes of the warp read it in the same load"),
     ("k K", "some, all of the slot's K has been read by this CUDA block"),
-    ("v V", "the same of its V"),
-    ("■ □ ·", "elements that this thread, that others, that nobody touched so far"),
+    ("v V", "some, all of the slot's V"),
+    ("■ □ ·", "elements that this thread, that others, that no thread used so far"),
     ("12+3w", "12 reads and 3 writes"),
 )
 
@@ -52,7 +52,7 @@ class Look:
     view: str = "walk"
     help: bool = False
     playing: bool = False
-    keys: bool = True  # tell the keys; a printed frame has none
+    keys: bool = True  # show the keys; a printed frame has none
 
 
 def frame(walk: Walk, position: int, width: int, height: int, look: Look | None = None) -> Text:
@@ -189,11 +189,7 @@ def _words(runs: list[KernelRun], position: int, width: int, height: int) -> Lin
 
 
 def _help(width: int) -> Lines:
-    lines = [line(""), rule("keys", width)]
-    lines += [line((f" {key:>9}  ", TITLE), meaning) for key, meaning in KEYS if key != "q"]
-    lines += [rule("marks", width)]
-    lines += [line((f" {mark:>9}  ", TITLE), meaning) for mark, meaning in MARKS]
-    return lines[1:]
+    return [rule("keys", width), *help_lines(KEYS), rule("marks", width), *help_lines(MARKS)]
 
 
 if __name__ == "__main__":  # shows one frame of each arrangement: python -m paged_ref.views.walk.frames

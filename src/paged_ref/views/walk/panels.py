@@ -1,7 +1,7 @@
 """The panels of the kernel walk: lists of lines of a given width and height.
 
 source     the kernel, the line of the moment marked ▶, the lines that the other kernel has otherwise ≠
-caches     the slots: whose they are, which are read now, what the CUDA block has read so far
+caches     the slots: the sequence of each, which are read now, what the CUDA block has read so far
 now        the access itself, in its array; the warp's load and its 32-byte sectors
 counters   reads and writes of each thread
 layouts    what the same warp load would move in the cache layouts of other systems
@@ -10,16 +10,18 @@ layouts    what the same warp load would move in the cache layouts of other syst
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from pygments.token import Comment, Keyword, Number, String
 from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.text import Text
 
+from ...interop.layouts import pack_size
 from ..common.canvas import COLOURS, DIM, TITLE, Lines, exactly, fit, line, rule, window, wrap
-from .captions import facts
+from .captions import caption
 from .run import LETTERS, IntArray, KernelRun, LayoutCost
-from .source import Code
+from .source import SourceLines
 
 NOW = "bold reverse"
 
@@ -39,7 +41,7 @@ _THEME = ANSISyntaxTheme(
 
 
 @cache
-def _highlighted(code: Code) -> dict[int, Text]:
+def _highlighted(code: SourceLines) -> dict[int, Text]:
     text = "\n".join(text for _, text in code.lines)
     painted = Syntax("", "python", theme=_THEME).highlight(text)
     return {number: row for (number, _), row in zip(code.lines, painted.split("\n", allow_blank=True), strict=False)}
@@ -72,8 +74,8 @@ def source(run: KernelRun, position: int, width: int, height: int, brief: bool =
             row.stylize("bold underline", 6)
         rows.append(row)
         if different and other:
-            theirs = run.code.different[number].strip()
-            rows.append(exactly(line((f" ≠     {pad}{_OTHER[run.name]}: {theirs}", "italic")), width))
+            instead = run.code.different[number].strip()
+            rows.append(exactly(line((f" ≠     {pad}{_OTHER[run.name]}: {instead}", "italic")), width))
     first, end = window(len(rows), height, focus)
     return rows[first:end]
 
@@ -107,7 +109,7 @@ _LEGEND = (
 
 
 def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
-    """Whose slots are where, what is read now, and what the CUDA block has read so far."""
+    """The sequence of each slot, what is read now, and what the CUDA block has read so far."""
     block_size, per_row = run.sizes.block_size, _per_row(run, width)
     if run.name == "paged":
         head = f"K and V: {run.shape[0]} blocks of {block_size} slots"
@@ -140,7 +142,7 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
 
 def _slot_named(run: KernelRun, position: int) -> int | None:
     """The slot that a read of a block table leads to."""
-    return facts(run, position).slot if run.info(position).name in ("block_tables", "starts") else None
+    return caption(run, position).slot if run.info(position).name in ("block_tables", "starts") else None
 
 
 def _cell(
@@ -204,9 +206,9 @@ def now(run: KernelRun, position: int, width: int) -> Lines:
     verb = "writes" if access.write else "reads"
     name = f"{info.name}[{', '.join(map(str, access.index))}]"
     first = line((f" {where}  ", DIM), (code, TITLE))
-    told = f" thread {access.thread} {verb} {name}  "
-    strip = _strip(run, position, max(4, width - len(told) - 2))
-    second = line(told).append_text(strip)
+    sentence = f" thread {access.thread} {verb} {name}  "
+    strip = _strip(run, position, max(4, width - len(sentence) - 2))
+    second = line(sentence).append_text(strip)
     return [exactly(first, width), exactly(second, width), exactly(line(" " + _warp(run, position)), width)]
 
 
@@ -266,49 +268,57 @@ def _both(each: IntArray) -> str:
     return "+".join(part for part in (str(reads) if reads else "", f"{writes}w" if writes else "") if part) or "."
 
 
+class _CounterRow(NamedTuple):
+    """The counters of an array, or of several together, in one line."""
+
+    name: str
+    current: bool  # the access of the moment is to this array
+    threads: list[str]
+    total: str
+
+
 def counters(run: KernelRun, position: int, width: int, height: int) -> Lines:
     """Reads and writes of each thread in each array, in this CUDA block up to now; `w` marks the writes."""
-    counts, thread = run.counts(position), int(run.trace.thread[position])
-    arrays = list(run.trace.arrays)
-    rows: list[tuple[str, bool, list[str]]] = []
-
-    def add(name: str, members: list[int]) -> None:
-        current = int(run.trace.array[position]) in members
-        total = counts[members].sum(axis=0)
-        rows.append((name, current, [_both(each) for each in total] + [_both(total.sum(axis=0))]))
-
-    where = {info.name: number for number, info in enumerate(arrays)}
-    lookup = "block_tables" if "block_tables" in where else "starts"
-    in_global = ["query", lookup, "keys", "values", "out", "lse"]
-    in_shared = [info.name for info in arrays if info.space == "shared"]
-    lengths = ["seq_lens", "query_start_loc"]
-    title = "reads and writes (w) so far"
-    if height - 2 >= len(lengths) + len(in_global) + len(in_shared):
-        for name in lengths + in_global + in_shared:
-            add(name, [where[name]])
-    else:
-        title += ", global memory"
-        add("lengths", [where[name] for name in lengths])
-        for name in in_global:
-            add(name, [where[name]])
-    label = max(len(name) for name, _, _ in rows) + 2
-    cell = max(5, *(len(text) + 1 for _, _, texts in rows for text in texts[:-1]))
-    last = max(3, *(len(texts[-1]) for _, _, texts in rows)) + 2
-    first, end = window(run.trace.num_threads, max(1, (width - label - last) // cell), thread)
-    if (first, end) != (0, run.trace.num_threads):
-        title += f", threads {first} to {end - 1} of {run.trace.num_threads}"
+    title, rows = _counter_rows(run, position, height - 2)
+    thread, num_threads = int(run.trace.thread[position]), run.trace.num_threads
+    label = max(len(row.name) for row in rows) + 2
+    cell = max(5, *(len(text) + 1 for row in rows for text in row.threads))
+    last = max(3, *(len(row.total) for row in rows)) + 2
+    first, end = window(num_threads, max(1, (width - label - last) // cell), thread)
+    if (first, end) != (0, num_threads):
+        title += f", threads {first} to {end - 1} of {num_threads}"
     header = line(" " * label)
     for t in range(first, end):
         header.append(f"{f'▶t{t}' if t == thread else f't{t}':>{cell}}", NOW if t == thread else DIM)
     header.append(f"{'all':>{last}}", DIM)
     lines = [rule(title, width), header]
-    for name, current, texts in rows:
-        row = line((f"{'▶' if current else ' '}{name:<{label - 1}}", TITLE if current else ""))
+    for row in rows:
+        drawn = line((f"{'▶' if row.current else ' '}{row.name:<{label - 1}}", TITLE if row.current else ""))
         for t in range(first, end):
-            row.append(f"{texts[t]:>{cell}}", NOW if t == thread and current else DIM if texts[t] == "." else "")
-        row.append(f"{texts[-1]:>{last}}", TITLE)
-        lines.append(row)
+            text = row.threads[t]
+            drawn.append(f"{text:>{cell}}", NOW if t == thread and row.current else DIM if text == "." else "")
+        lines.append(drawn.append(f"{row.total:>{last}}", TITLE))
     return lines[:height]
+
+
+def _counter_rows(run: KernelRun, position: int, height: int) -> tuple[str, list[_CounterRow]]:
+    """The panel's title and a row for each array; where `height` is less, only those of global memory."""
+    arrays, current = run.trace.arrays, int(run.trace.array[position])
+    numbers = {info.name: number for number, info in enumerate(arrays)}
+    counts = run.counts(position)
+
+    def row(name: str, *names: str) -> _CounterRow:
+        members = [numbers[each] for each in names or (name,)]
+        total = counts[members].sum(axis=0)
+        return _CounterRow(name, current in members, [_both(each) for each in total], _both(total.sum(axis=0)))
+
+    lengths = ("seq_lens", "query_start_loc")
+    in_global = ("query", "block_tables" if "block_tables" in numbers else "starts", "keys", "values", "out", "lse")
+    in_shared = [info.name for info in arrays if info.space == "shared"]
+    title = "reads and writes (w) so far"
+    if height >= len(lengths) + len(in_global) + len(in_shared):
+        return title, [row(name) for name in (*lengths, *in_global, *in_shared)]
+    return f"{title}, global memory", [row("lengths", *lengths), *(row(name) for name in in_global)]
 
 
 # ---- the layouts
@@ -326,30 +336,34 @@ def _shape(layout: str, letter: str, x: int) -> str:
     }[layout]
 
 
+class _CostColumn(NamedTuple):
+    """What each layout moves, in one way of loading."""
+
+    title: str
+    width: int
+    sectors: list[int]
+    used: list[float] | None  # share of the bytes moved
+
+    def cell(self, row: int) -> tuple[str, str]:
+        """The text of a layout's cell, and its style: the fewest sectors are bold."""
+        sectors = self.sectors[row]
+        text = f"{sectors} ({self.used[row]:.0%})" if self.used else str(sectors)
+        return f"{text:>{self.width}}", TITLE if sectors == min(self.sectors) else ""
+
+
 def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
     """The warp's load of K or V at this moment (or the nearest one), and what it moves in other layouts."""
     at = run.nearest_load(position)
     info, load = run.info(at), run.load(at)
     costs = run.layout_costs(at)
     letter, itemsize = ("K" if info.name == "keys" else "V"), info.dtype.itemsize
-    x = 16 // itemsize
+    x = pack_size(itemsize)
     which = "this" if at == position else "the last" if at < position else "the next"
-    wide = letter == "K" and any(cost.wide_sectors is not None for cost in costs)
-    lines = [rule(f"{which} {letter} load: {len(load.threads)} lanes, {load.bytes} bytes", width)]
-    roomy = width >= 62
-    header = f"{' sectors (used)':<17}{f'{itemsize} B a lane':>10}"
-    header += (f"{'16 B a lane':>13}" if wide else "") + (f"{'whole CUDA block':>19}" if roomy else "")
-    lines.append(line((header, DIM)))
-    for cost in costs:
-        row = line(f" {cost.layout:<16}")
-        cells = [(f"{cost.sectors} ({cost.used:.0%})", 10, cost.sectors == min(c.sectors for c in costs))]
-        if wide and cost.wide_sectors is not None:
-            best = cost.wide_sectors == min(c.wide_sectors or 0 for c in costs)
-            cells.append((f"{cost.wide_sectors} ({cost.wide_used:.0%})", 13, best))
-        if roomy:
-            cells.append((str(cost.block_sectors), 19, cost.block_sectors == min(c.block_sectors for c in costs)))
-        for text, room, best in cells:
-            row.append(f"{text:>{room}}", TITLE if best else "")
+    columns = _cost_columns(costs, itemsize, whole_block=width >= 62)
+    header = f"{' sectors (used)':<17}" + "".join(f"{column.title:>{column.width}}" for column in columns)
+    lines = [rule(f"{which} {letter} load: {len(load.threads)} lanes, {load.bytes} bytes", width), line((header, DIM))]
+    for number, cost in enumerate(costs):
+        row = line(f" {cost.layout:<16}", *(column.cell(number) for column in columns))
         if width >= 100:
             row.append("   " + _shape(cost.layout, letter, x), DIM)
         lines.append(row)
@@ -363,6 +377,16 @@ def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
         lines += [line(""), line((f" the axes of {letter}", DIM))]
         lines += [line(f" {cost.layout:<17}", _shape(cost.layout, letter, x)) for cost in costs]
     return lines[:height]
+
+
+def _cost_columns(costs: list[LayoutCost], itemsize: int, whole_block: bool) -> list[_CostColumn]:
+    columns = [_CostColumn(f"{itemsize} B a lane", 10, [cost.sectors for cost in costs], [cost.used for cost in costs])]
+    wide = [(cost.wide_sectors, cost.wide_used) for cost in costs if cost.wide_sectors and cost.wide_used]
+    if wide:  # all layouts have it, or none
+        columns.append(_CostColumn("16 B a lane", 13, [sectors for sectors, _ in wide], [used for _, used in wide]))
+    if whole_block:
+        columns.append(_CostColumn("whole CUDA block", 19, [cost.block_sectors for cost in costs], None))
+    return columns
 
 
 def _groups(cost: LayoutCost, width: int) -> Text:

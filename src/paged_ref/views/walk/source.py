@@ -1,4 +1,4 @@
-"""The source of the two kernels, as the kernel walk shows it: which lines differ, and which line did an access."""
+"""The source of the two kernels, as the kernel walk shows it: which lines differ, and which line made an access."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Source = tuple[Sequence[str], int]  # lines, and the number of the first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Code:
+class SourceLines:
     """The kernel's source, its docstring folded away: (number in the file, text) of each line."""
 
     file: str
@@ -26,12 +26,12 @@ class Code:
         return next((text for n, text in self.lines if n == number), "")
 
 
-def lines_of_kernel(one: Trace) -> IntArray:
-    """The kernel's own line of each access. One made in a device function counts for the line that calls it."""
-    source, first = inspect.getsourcelines(one.function)
-    line = one.line.copy()
-    for name in one.function.__code__.co_names:
-        helper = getattr(one.function.__globals__.get(name), "py_func", None)
+def lines_of_kernel(trace: Trace) -> IntArray:
+    """The kernel's own line of each access. An access in a device function counts for the line of the call."""
+    source, first = inspect.getsourcelines(trace.function)
+    line = trace.line.copy()
+    for name in trace.function.__code__.co_names:
+        helper = getattr(trace.function.__globals__.get(name), "py_func", None)
         if helper is None:
             continue
         length, start = len(inspect.getsourcelines(helper)[0]), inspect.getsourcelines(helper)[1]
@@ -41,16 +41,16 @@ def lines_of_kernel(one: Trace) -> IntArray:
     return line
 
 
-def code_of(name: str, source: Source, other: Source) -> Code:
+def compared(name: str, source: Source, other: Source) -> SourceLines:
     """The source of kernel `name`, compared with the other kernel's."""
-    lines, theirs = _fold(source), _fold(other)
-    matcher = difflib.SequenceMatcher(None, [t for _, t in lines], [t for _, t in theirs], autojunk=False)
+    lines, other_lines = _fold(source), _fold(other)
+    matcher = difflib.SequenceMatcher(None, [t for _, t in lines], [t for _, t in other_lines], autojunk=False)
     different = {}
     for what, start, end, other_start, other_end in matcher.get_opcodes():
         if what == "replace" and end - start == other_end - other_start:
-            pairs = zip(lines[start:end], theirs[other_start:other_end], strict=True)
+            pairs = zip(lines[start:end], other_lines[other_start:other_end], strict=True)
             different.update({number: text for (number, _), (_, text) in pairs})
-    return Code(f"{name}.py", tuple(lines), different)
+    return SourceLines(f"{name}.py", tuple(lines), different)
 
 
 def _fold(source: Source) -> list[tuple[int, str]]:

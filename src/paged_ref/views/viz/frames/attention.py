@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from ....timeline.events import PagesAttended
 from ...common.canvas import DIM, Lines, Scene, colour, fit, line, rule
+from ...common.sparkline import sparkline
 from .residency import shown_sequence
-
-BARS = " ▁▂▃▄▅▆▇█"
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -44,15 +43,15 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     each = max(1, -(-total // (cells * strips)))  # blocks in one cell
     highest = max(max(event.mass), 1)
     for begin in range(0, total, cells * each):
-        mass, picked, device = "", "", ""
+        picked, device = "", ""
+        masses = []
         for block in range(begin, min(begin + cells * each, total), each):
             blocks = range(block, min(block + each, total))
-            share = max(event.mass[b] for b in blocks) / highest
-            mass += BARS[-(-int(share * 800) // 100)] if share > 0 else " "
+            masses.append(max(event.mass[b] for b in blocks))
             picked += "^" if chosen & set(blocks) else " "
             device += "#" if here & set(blocks) else "."
         rows += [
-            line((f" {'mass':<9} ", "bold"), (mass, style)),
+            line((f" {'mass':<9} ", "bold"), (sparkline(masses, cells, highest=highest, blank=True), style)),
             line((f" {'chosen':<9} ", "bold"), picked),
             line((f" {'device':<9} ", "bold"), (device, DIM)),
         ]

@@ -24,6 +24,7 @@ from ...common.canvas import (
     rule,
     window,
 )
+from ...common.trees import forest
 from .blocks import UNKNOWN, mark_of, slots
 
 
@@ -71,19 +72,7 @@ def chain(known: list[KnownBlock]) -> list[tuple[str, KnownBlock]]:
             children.setdefault(block.parent, []).append(block)
         else:
             roots.append(block)
-    rows: list[tuple[str, KnownBlock]] = []
-    for root in roots:
-        stack = [("", "", root)]
-        while stack:
-            head, below, block = stack.pop()
-            rows.append((head, block))
-            following = children.get(block.digest, [])
-            for i, child in reversed(list(enumerate(following))):
-                is_last = i == len(following) - 1
-                straight = len(following) == 1 and not below.strip() and head.endswith(("└─", ""))
-                stroke, space = ("└─" if is_last else "├─"), ("  " if is_last else "│ ")
-                stack.append((below + stroke, below + ("" if straight and len(below) > 6 else space), child))
-    return rows
+    return forest(roots, lambda block: children.get(block.digest, []), indent_only_child=True)
 
 
 def _row(

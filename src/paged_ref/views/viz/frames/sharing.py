@@ -24,6 +24,7 @@ from ...common.canvas import (
     size_of,
     window,
 )
+from ...common.trees import forest
 from .blocks import block_texts, mark_of, slots, written_in
 
 
@@ -84,21 +85,9 @@ def tree(moment: Moment) -> list[Row]:
             node = level.setdefault(block_id, Node(block_id))
             node.seq_ids.append(seq_id)
             level = node.children
-    rows: list[Row] = []
-    for root in sorted(roots.values(), key=lambda node: (-len(node.seq_ids), node.seq_ids[0])):
-        # A stack, not recursion: a table may have thousands of blocks.
-        stack = [("", "", root)]
-        while stack:
-            head, below, node = stack.pop()
-            rows.append(Row(head, node))
-            children = list(node.children.values())
-            if len(children) == 1:
-                stack.append((below, below, children[0]))
-                continue
-            for i, child in reversed(list(enumerate(children))):
-                is_last = i == len(children) - 1
-                stack.append((below + ("└─" if is_last else "├─"), below + ("  " if is_last else "│ "), child))
-    return rows
+    ordered = sorted(roots.values(), key=lambda node: (-len(node.seq_ids), node.seq_ids[0]))
+    rows = forest(ordered, lambda node: list(node.children.values()), indent_only_child=False)
+    return [Row(strokes, node) for strokes, node in rows]
 
 
 def _row(scene: Scene, row: Row, indent: int, width: int) -> Text:
