@@ -37,7 +37,7 @@ from .kernels import why_not
 from .timeline.events import Log
 from .timeline.logged import LoggedManager, LoggedSteps
 from .tuned.fused import OPERATIONS
-from .tuned.kv import TunedKV
+from .tuned.kv import TunedFormattedKV, TunedKV
 
 DEFAULT_KV_TOKENS = 4096
 
@@ -193,7 +193,7 @@ def _make_kv(
     num_host_blocks = host_kv_tokens // unit
     kv: KVCache
     if kv_dtype is not None and kv_dtype != dtype:
-        kv = FormattedKV(*sizes, kv_dtype, num_host_blocks, backend)
+        kv = (TunedFormattedKV if on_gpu else FormattedKV)(*sizes, kv_dtype, num_host_blocks, backend)
     else:
         kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, num_host_blocks, backend)
     return SanitizedKV(manager, kv) if sanitize else kv

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.manager_state import state_of
 
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.extras.managers import make_manager
@@ -16,7 +17,6 @@ from paged_ref.planner.models import model_named
 from paged_ref.planner.setup import Setup
 from paged_ref.planner.simulate import Simulation, slack
 from paged_ref.planner.traces import RequestTrace, TraceRequest, at_rate, generated
-from paged_ref.timeline.replay import state_of
 
 TINY = Setup("tiny", gpu_named("T4"), model_named("tiny"), kv_tokens=256, max_model_len=128, max_batch_tokens=64)
 OPT = Setup("opt", gpu_named("A100-40GB"), model_named("OPT-13B"))

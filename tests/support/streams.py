@@ -81,7 +81,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> Stream:
     gpu = SimpleNamespace(cuda=cuda, full=full, nan=np.nan, asarray=np.asarray)
     stand_ins = {
         "xp": gpu, "on_gpu": True, "module_of": lambda array: gpu,
-        "pinned": lambda shape, dtype: np.full(shape, np.nan, dtype),
+        "pinned": lambda shape, dtype, fill=np.nan: np.full(shape, fill, dtype),
     }  # fmt: skip
     for module in modules:
         for name, value in stand_ins.items():

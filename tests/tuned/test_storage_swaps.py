@@ -67,7 +67,7 @@ def compute(monkeypatch: pytest.MonkeyPatch) -> Stream:
     gpu = SimpleNamespace(cuda=cuda, full=np.full, nan=np.nan, asarray=np.asarray)
     monkeypatch.setattr(copies, "xp", gpu)
     monkeypatch.setattr(copies, "on_gpu", True)
-    monkeypatch.setattr(kv, "pinned", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    monkeypatch.setattr(kv, "pinned", lambda shape, dtype, fill: np.full(shape, fill, dtype))
     return stream
 
 

@@ -13,8 +13,10 @@ pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra
 
 from paged_ref.core.attention.cuda import Launch
 from paged_ref.extras.formats import encode
+from paged_ref.interop import kernel_api
 from paged_ref.kernels import copy_blocks, write_kv
 from paged_ref.tracer.trace import Trace, run
+from paged_ref.tuned import store
 from paged_ref.tuned.machine_code import bounds_of, compile_kernel, parameters
 from paged_ref.tuned.store import copy_launch, write_launches
 from paged_ref.tuned.store_kernels import move_rows_kernel
@@ -130,3 +132,35 @@ def test_machine_code(name: str) -> None:
         if in_chunks:
             for what in ("ld", "st"):
                 assert re.search(rf"{what}\.global\S*\.v4\.", code.ptx), code.ptx
+
+
+# ---- the callers
+
+
+def test_the_public_functions_ask_the_kernels_first_and_these_leave_host_memory_alone() -> None:
+    key, cache, pairs = np.ones((1, 1, 4), np.float32), np.zeros((3, 1, 1, 4), np.float32), np.array([[0, 1]])
+    assert not store.write(key, key, cache, cache, np.array([2]))
+    assert not store.copy(cache[None], pairs)
+    assert not cache.any()
+
+
+def test_what_a_mover_has_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mover:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+
+        def write(self, *arrays: Any) -> bool:
+            self.asked.append("write")
+            return True
+
+        def copy(self, *arrays: Any) -> bool:
+            self.asked.append("copy")
+            return True
+
+    mover = Mover()
+    monkeypatch.setattr(kernel_api, "store", mover)
+    key, cache = np.ones((1, 1, 4), np.float32), np.zeros((3, 1, 1, 4), np.float32)
+    write_kv(key, key, cache, cache.copy(), np.array([2]))
+    copy_blocks(cache, cache.copy(), [(0, 1)])
+    assert mover.asked == ["write", "copy", "copy"]
+    assert not cache.any()

@@ -16,8 +16,7 @@ from ..core.attention.cuda import slots_follow
 from ..core.device import Array, module_of, to_host
 from ..extras.formats import BFLOAT16, FLOAT8, INT8, MAX_VALUE, decode, encode, format_name
 from ..extras.variants import Variant
-from ..tuned import launching
-from ..tuned.store import copy_launch, write_launches
+from ..tuned import store
 from .dlpack import adopt, like_caller
 
 FLOATS = (*(np.dtype(name) for name in ("float16", "float32", "float64")), BFLOAT16)
@@ -304,9 +303,7 @@ def _check_written(key: Array, value: Array, key_cache: Array, value_cache: Arra
 
 def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots: Array, scales: Any) -> None:
     """Write what is checked."""
-    if _has_kernels(key):
-        for launch in write_launches(key, value, key_cache, value_cache, slots, *scales):
-            launching.start(launch)
+    if store.write(key, value, key_cache, value_cache, slots, *scales):
         return
     if slots.min() < 0:
         written = slots >= 0
@@ -317,10 +314,6 @@ def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots
             by_slot(cache)[slots] = rows
         else:  # blocks from elsewhere, which do not follow one another in memory
             cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
-
-
-def _has_kernels(array: Array) -> bool:
-    return module_of(array) is not np and launching.unavailable() is None
 
 
 def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
@@ -342,10 +335,7 @@ def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
     if np.unique(pairs[:, 1]).size != len(pairs):
         raise ValueError(f"block_mapping names a destination twice: {pairs[:, 1].tolist()}")
     for cache in (key_cache, value_cache):
-        launch = copy_launch(cache[None], pairs) if _has_kernels(cache) else None
-        if launch is not None:
-            launching.start(launch)
-        else:
+        if not store.copy(cache[None], pairs):
             sources, destinations = module_of(cache).asarray(pairs).T
             cache[destinations] = cache[sources]
 

@@ -96,14 +96,14 @@ class CopyStream:
             self.back(host[first : first + end - begin], device[begin:end])
 
 
-def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Host memory full of NaN; page-locked where a GPU is, so that copies are fast."""
+def pinned(shape: tuple[int, ...], dtype: str, fill: float = np.nan) -> np.ndarray:
+    """Host memory full of `fill`; page-locked where a GPU is, so that copies are fast."""
     if not on_gpu:
-        return np.full(shape, np.nan, dtype=dtype)
+        return np.full(shape, fill, dtype=dtype)
     import cupyx
 
     host: np.ndarray = cupyx.empty_pinned(shape, dtype=dtype)
-    host.fill(np.nan)
+    host.fill(fill)
     return host
 
 

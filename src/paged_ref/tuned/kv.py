@@ -10,9 +10,9 @@ import numpy as np
 from ..core.device import Array
 from ..core.memory.kv import KVCache
 from ..core.memory.manager import Transfer
-from . import launching
+from ..extras.formatted_kv import FormattedKV
+from . import store
 from .copies import CopyStream, pinned
-from .store import copy_launch, write_launches
 
 
 class TunedKV(KVCache):
@@ -33,23 +33,15 @@ class TunedKV(KVCache):
         self.copies.synchronize()
 
     def _host_array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        return pinned(shape, dtype)
+        return pinned(shape, dtype, self.nan)
 
     def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
-        if launching.unavailable() is not None:
+        if not store.write(key, value, *self.layers[layer], slot_mapping):
             super()._write(layer, key, value, slot_mapping)
-            return
-        for launch in write_launches(key, value, *self.layers[layer], slot_mapping):
-            launching.start(launch)
 
     def _copy(self, sources: np.ndarray, destinations: np.ndarray) -> None:
-        launch = None
-        if launching.unavailable() is None:
-            launch = copy_launch(_planes(self.device), np.stack([sources, destinations], axis=1))
-        if launch is None:
+        if not store.copy(_planes(self.device), np.stack([sources, destinations], axis=1)):
             super()._copy(sources, destinations)
-        else:
-            launching.start(launch)
 
     def _apply_batch(self, batch: Sequence[Transfer]) -> None:
         if batch[0].kind not in ("swap_out", "swap_in"):
@@ -65,6 +57,10 @@ class TunedKV(KVCache):
             else:
                 self.copies.back_planes(host[:, first:end], device[:, to:to_end])
         self.copies.wait()
+
+
+class TunedFormattedKV(FormattedKV, TunedKV):
+    """A FormattedKV that swaps and copies as TunedKV does. Array code writes, since it measures the scales."""
 
 
 def _planes(cache: Array) -> Array:

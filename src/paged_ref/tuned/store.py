@@ -1,6 +1,6 @@
-"""Launches of the kernels that move K and V: into slots, and from block to block.
+"""What moves K and V on a GPU, by the kernels of store_kernels.py: into slots, and from block to block.
 
-Each function says what to launch, for NumPy arrays too, so that the tracer can run it.
+The `..._launch` functions say what to launch, for NumPy arrays too, so that the tracer can run it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,40 @@ import numpy as np
 
 from ..core.attention.cuda import Launch
 from ..core.device import Array, module_of
+from . import launching
 from .flat_views import address_of, flat_view
 
 CHUNK = 16  # bytes that one instruction moves
+
+
+def write(
+    key: Array,
+    value: Array,
+    key_cache: Array,
+    value_cache: Array,
+    slot_mapping: Array,
+    key_scales: Array | None = None,
+    value_scales: Array | None = None,
+) -> bool:
+    """Write K and V to their slots; the arguments are those of `write_launches`. False, and nothing is written, where
+    the kernels cannot."""
+    if module_of(key) is np or launching.unavailable() is not None:
+        return False
+    if key.dtype == np.float64 or min(*key.strides, *value.strides, *key_cache.strides, *value_cache.strides) < 0:
+        return False
+    for launch in write_launches(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales):
+        launching.start(launch)
+    return True
+
+
+def copy(cache: Array, pairs: np.ndarray) -> bool:
+    """Copy blocks; the arguments are those of `copy_launch`. False, and nothing is copied, where the kernel cannot."""
+    if module_of(cache) is np or launching.unavailable() is not None:
+        return False
+    launch = copy_launch(cache, pairs)
+    if launch is not None:
+        launching.start(launch)
+    return launch is not None
 
 
 def write_launches(
@@ -28,7 +59,7 @@ def write_launches(
 
     One kernel for both, by chunks of 16 bytes, where rows are stored as they are; otherwise one for each, by numbers.
     Caches `[num_blocks, block_size, num_kv_heads, head_size]`, or `[num_slots, ...]`; scales [num_kv_heads] for
-    int8 and float8. No stride may be negative, and no array float64 unless all are.
+    int8 and float8. No stride may be negative, and the rows are not float64.
     """
     from . import store_kernels
 
