@@ -33,8 +33,10 @@ def test_neighbours_on_both_sides_are_copied_together() -> None:
     assert list(joined([])) == []
 
 
+@pytest.mark.parametrize("max_pitch", [copies.MAX_PITCH, 10])
 @pytest.mark.parametrize("seed", range(20))
-def test_no_block_is_used_again_before_its_copy(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_block_is_used_again_before_its_copy(seed: int, max_pitch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "MAX_PITCH", max_pitch)
     compute = pretend_gpu(monkeypatch, module, copies)
     storage = PageStorage(2, 6, 5, (2, 4), "float32")
     first = np.random.default_rng(seed).standard_normal(storage.device.shape).astype(np.float32)
