@@ -83,10 +83,10 @@ BUDGET = 1_000_000
 
 def make_engine():
     llm = LLM(kv_cache_bytes=BUDGET, backend="reference")
-    taken = llm.storage.device.nbytes
+    taken = llm.engine.kv.device.nbytes
     if taken > BUDGET:
         raise AssertionError(f"{taken:,} bytes taken of {BUDGET:,}")
-    return taken, llm.manager.num_slots
+    return taken, llm.engine.manager.num_slots
 
 
 taken, slots = make_engine()

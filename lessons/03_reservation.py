@@ -104,7 +104,7 @@ def leaves_crumbs(real):
 def come_and_go():
     manager = StandardManager(64, 64, "exact")
     for seq_id in range(4):
-        manager.admit(seq_id, range(4), max_tokens=16)
+        manager.admit(seq_id, range(4), max_len=16)
     for seq_id in range(4):
         manager.free(seq_id)
     manager.check_integrity()

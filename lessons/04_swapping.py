@@ -42,9 +42,9 @@ def picture(manager):
     return "|" + "".join(cells) + "|"
 
 
-manager = SwappingManager(64, granule=8)
+manager = SwappingManager(64, alignment=8)
 for seq_id in range(3):
-    manager.admit(seq_id, range(6), max_tokens=10)
+    manager.admit(seq_id, range(6), max_len=10)
     manager.append([(seq_id, 6)])
 show(picture(manager))
 for seq_id in cycle(range(3)):

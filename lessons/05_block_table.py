@@ -53,7 +53,7 @@ while len(request.outputs[0].token_ids) < 3:
 
 tokens = request.prompt_token_ids + request.outputs[0].token_ids[:2]
 words = [llm.tokenizer.token_text(token) for token in tokens]
-block_table = list(llm.manager.block_table(0))
+block_table = list(llm.engine.manager.placement(0))
 rows = []
 for logical, physical in enumerate(block_table):
     start, first = logical * BLOCK_SIZE, physical * BLOCK_SIZE

@@ -25,7 +25,7 @@ first = predict("Which block does C get first?")
 
 # ## Run
 
-manager = PagedManager(num_blocks=6, block_size=4)
+manager = PagedManager(BlockPool(6), block_size=4)
 rows = []
 
 
@@ -36,7 +36,7 @@ def note(what):
 
 
 def begin(seq_id, length):
-    manager.admit(seq_id, range(length), max_tokens=99)
+    manager.admit(seq_id, range(length), max_len=99)
     manager.append([(seq_id, length)])
     note(f"{'ABC'[seq_id]} begins: {length} tokens")
 
@@ -47,7 +47,7 @@ free.grade(manager.pool.num_free)
 manager.free(0)
 note("A ends")
 begin(2, 6)
-first.grade(manager.block_table(2)[0])
+first.grade(manager.placement(2)[0])
 manager.append([(1, 4)])
 note("B grows by 4 tokens")
 table("Next to be handed out first", ("", "free", "tables"), rows)
@@ -59,7 +59,7 @@ table("Next to be handed out first", ("", "free", "tables"), rows)
 # is free when no table points to it any more.
 
 manager.fork(2, 3)
-counts = [manager.pool.ref_count[b] for b in manager.block_table(2)]
+counts = [manager.pool.ref_count[b] for b in manager.placement(2)]
 claim("tables that point to the blocks of C", counts, [2, 2])
 before = manager.pool.num_free
 manager.free(2)
@@ -91,16 +91,16 @@ claim("tokens of B, as before", manager.length(1), 9)
 
 
 def frees_too_early(real):
-    def release(self, block_id, **options):
+    def release(self, block_id):
         self.ref_count[block_id] = 1  # as if no other table pointed to it
-        return real(self, block_id, **options)
+        real(self, block_id)
 
     return release
 
 
 def one_of_two_ends():
-    manager = PagedManager(num_blocks=6, block_size=4)
-    manager.admit(0, range(8), max_tokens=8)
+    manager = PagedManager(BlockPool(6), block_size=4)
+    manager.admit(0, range(8), max_len=8)
     manager.append([(0, 8)])
     manager.fork(0, 1)
     manager.free(0)

@@ -18,6 +18,7 @@ from paged_ref.core.device import module_of
 from paged_ref.kernels import naive_attention, slot_of, write_kv
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
+from paged_ref.core.memory import kv
 from paged_ref.core.model import llama
 
 # ## Predict
@@ -96,8 +97,9 @@ def generate():
 
 def whole_blocks(real):
     def forward(self, inputs, *rest):
-        up = -(-inputs.seq_lens // 4) * 4
-        return real(self, replace(inputs, seq_lens=up), *rest)
+        up = -(-inputs.addresses.seq_lens // 4) * 4
+        at = replace(inputs.addresses, seq_lens=up)
+        return real(self, replace(inputs, addresses=at), *rest)
 
     return forward
 
@@ -133,15 +135,18 @@ mine = check(my_gather, spec=spec, cases=cases, hint=hint)
 # sequence).
 
 
-def gathered(query, keys, values, tables, seq_lens, *rest, **_):
-    dense = [mine(c, tables[0], int(seq_lens[0])) for c in (keys, values)]
-    return naive_attention(
-        query, *dense, 0 * seq_lens, seq_lens, *rest, backend="reference"
+def gathered(call, backend):
+    at, kv = call.addresses, (call.keys, call.values)
+    table, seq_len = at.block_tables[0], int(at.seq_lens[0])
+    dense = [mine(cache, table, seq_len) for cache in kv]
+    where = 0 * at.seq_lens, at.seq_lens, at.query_start_loc
+    call.out[:] = naive_attention(
+        call.query, *dense, *where, scale=call.scale, backend="reference"
     )
 
 
 usual = generate()
-with plug_in((llama, "paged_attention"), gathered):
+with plug_in((kv, "attend"), gathered):
     claim("the model gives the same tokens", generate(), usual)
 
 # ## In production systems

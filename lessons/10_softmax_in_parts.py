@@ -14,7 +14,7 @@ from math import exp, log
 import numpy as np
 
 from paged_ref.kernels import merge_states, paged_attention
-from paged_ref.core.attention import write as store
+from paged_ref.interop import kernel_api
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
 
@@ -102,8 +102,8 @@ def without_the_largest(real):
 
 break_it(
     "weights are exp(lse), with scores sixty times as large",
-    where=(store, "merge_states"), bug=without_the_largest,
-    run=lambda: store.merge_states(*in_parts(60 * query, 5))[0],
+    where=(kernel_api, "merge_states"), bug=without_the_largest,
+    run=lambda: kernel_api.merge_states(*in_parts(60 * query, 5))[0],
     caught_by="contract",
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from paged_ref.core.model import llama
 from paged_ref.core.engine.sequence import Group, Sequence
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager
 
 # ## Predict
@@ -75,7 +76,8 @@ joining.grade(len(continuous))
 
 claim("no token changes", same, tokens)
 idle = [WIDTH * len(steps) - sum(NEW) for steps in (in_groups, continuous)]
-claim(f"{idle[0]} idle places in groups, else {idle[1]}", idle[0] > idle[1])
+places = f"idle places: {idle[0]} in groups, {idle[1]} continuous"
+claim(places, idle[1] < idle[0])
 
 # One rule plans all this: **a sequence runs until its computed tokens catch
 # up with its tokens**. A new prompt is many tokens behind, a running
@@ -129,7 +131,7 @@ def my_plan(behind, budget):
 
 
 def spec(behind, budget):
-    real = scheduler.Scheduler(PagedManager(99, 4), budget, 99)
+    real = scheduler.Scheduler(PagedManager(BlockPool(99), 4), budget, 99)
     for seq, n in enumerate(behind):
         real.add(Group([Sequence(seq, [0] * n, n, n + 1)]))
     return [(seq.seq_id, n) for seq, n in real.schedule().chunks]

@@ -13,6 +13,7 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.timeline.events import TokensAppended
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager, Table
 
 # ## Predict
@@ -51,11 +52,11 @@ llm = engine(log=events.append)
 llm.add_request(PROMPT, sampled(N, 7))
 llm.step()
 llm.step()
-manager = llm.manager
+manager = llm.engine.manager
 count = manager.pool.ref_count
 rows = []
 for seq in range(N):
-    blocks = manager.block_table(seq)
+    blocks = manager.placement(seq)
     names = "  ".join(f"{block} ({count[block]})" for block in blocks)
     rows.append((seq, manager.length(seq), names))
 table("The tables: block (tables)", ("sample", "tokens", "blocks"), rows)
@@ -87,18 +88,19 @@ claim(
 # shared blocks differ from step to step, without any plan.
 
 llm = engine()
+manager = llm.engine.manager
 llm.add_request(PROMPT, SamplingParams(14, beam_width=4, ignore_eos=True))
 saved, line = [], ""
 while llm.has_unfinished:
     llm.step()
-    now = llm.manager.snapshot()
-    used = llm.manager.num_slots - now.free
+    now = manager.snapshot()
+    used = manager.num_slots - now.free
     if used:
         saved.append(now.shared / (used + now.shared))
         line += f" {saved[-1]:4.0%}"
 show(f"  blocks saved by sharing among 4 beams, step by step:\n  {line}\n")
 claim("more than half is saved at the best step", max(saved) > 0.5)
-claim("at the end every block is free again", llm.manager.pool.num_free, 40)
+claim("at the end every block is free again", manager.pool.num_free, 40)
 
 # ## What must hold
 #
@@ -141,7 +143,7 @@ def my_append(blocks, ref_count, free):
 
 def spec(blocks, ref_count, free):
     order = [b for b, count in enumerate(ref_count) if count] + free[::-1]
-    manager = PagedManager(len(ref_count), BLOCK_SIZE, free_order=order)
+    manager = PagedManager(BlockPool(len(order), order), BLOCK_SIZE)
     while manager.pool.num_free > len(free):
         manager.pool.allocate()
     manager.pool.ref_count = ref_count

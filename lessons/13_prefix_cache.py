@@ -12,7 +12,7 @@ one after another. So a full block must be found by its tokens.
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
-from paged_ref.core.memory import paged
+from paged_ref.extras import prefix_cache
 from paged_ref.timeline.events import BlockCached, SequenceAdmitted
 from paged_ref.extras.prefix_cache import block_digests
 
@@ -85,7 +85,8 @@ table("The keys of full blocks", ("prompt", "keys"), rows)
 # evicted first.
 
 cached = sum(isinstance(event, BlockCached) for event in events)
-claim("blocks cached, and in no table", len(llm.manager.cache.idle), cached)
+pool = llm.engine.manager.pool
+claim("blocks cached, and in no table", pool.num_cached, cached)
 again = [[*SYSTEM, 20, 21], list(range(40, 52)), [*SYSTEM, 20, 21]]
 claim("found again, after another prompt", run(again)[1][2], 8)
 small = run(again, kv_cache_tokens=16)[1][2]
@@ -110,7 +111,7 @@ def without_parent(real):
 
 break_it(
     "a block's key is made of its own tokens only",
-    where=(paged, "block_digests"), bug=without_parent,
+    where=(prefix_cache, "block_digests"), bug=without_parent,
     run=lambda: run(PROMPTS)[0], caught_by="sanitizer",
 )  # fmt: skip
 
@@ -137,7 +138,7 @@ cases = [(prompt, 4), (prompt[:7], 4, b"x"), ([1, 2], 4), (prompt[:8], 2)]
 hint = "Each key is the parent of the next. Only full blocks have a key."
 mine = check(my_keys, spec=spec, cases=cases, hint=hint)
 
-with plug_in((paged, "block_digests"), mine):
+with plug_in((prefix_cache, "block_digests"), mine):
     claim("found with yours in place", run(REQUESTS.values())[1], found)
 
 # ## In production systems

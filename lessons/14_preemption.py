@@ -15,6 +15,7 @@ from paged_ref.core.engine.sequence import Group, Sequence
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.timeline.events import StepPlanned
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.kv import KVCache
 
@@ -91,9 +92,9 @@ claim("and computes some tokens twice", recompute[3] > ample[3])
 
 llm = LLM("tiny")
 moved = 2 * kv_bytes_per_token(llm.config, "float32")
-layer = llm.model.layers[0]
+layer = llm.engine.model.layers[0]
 weights = layer.qkv, layer.output, layer.gate_up, layer.down
-operations = 2 * len(llm.model.layers) * sum(w.size for w in weights)
+operations = 2 * len(llm.engine.model.layers) * sum(w.size for w in weights)
 show(f"  {moved:,} bytes there and back, or {operations:,} operations\n")
 
 # ## What must hold
@@ -128,7 +129,8 @@ def my_victims(blocks, free, needed):
 
 
 def spec(blocks, free, needed):
-    real = Scheduler(PagedManager(sum(blocks) + free, 1), 999, 99)
+    pool = BlockPool(sum(blocks) + free)
+    real = Scheduler(PagedManager(pool, 1), 999, 99)
     for seq, count in enumerate(blocks):
         real.add(Group([Sequence(seq, [0] * count, count, count + 1)]))
     for seq, _ in real.schedule().chunks:

@@ -16,7 +16,8 @@ from pathlib import Path
 from paged_ref import llm
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.core.memory.paged import OutOfBlocks, PagedManager
+from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
+from paged_ref.core.memory.paged import PagedManager
 from paged_ref.planner.assess import Request, assess
 from paged_ref.planner.engine_run import engine_steps, simulated_steps
 from paged_ref.planner.hardware import GPUS
@@ -130,7 +131,8 @@ def my_fit(memory, weights, kv, length, size):
 
 
 def spec(memory, weights, kv, length, size):
-    manager = PagedManager((memory - weights) // (kv * size), size)
+    pool = BlockPool((memory - weights) // (kv * size))
+    manager = PagedManager(pool, size)
     try:
         for seq in range(10**6):
             manager.admit(seq, range(length), length)

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.manager_state import replay
 
 from paged_ref.cli import main
 from paged_ref.core.model.loading import TINY
 from paged_ref.timeline.events import read_events
-from paged_ref.timeline.replay import replay
 
 PAPER = "Four score and seven years ago our"
 

@@ -3,10 +3,7 @@
 from . import tracer, tuned  # each makes its backends known
 from .core.attention.addressing import slot_of
 from .core.attention.attention import backends, why_not
-from .interop.kernel_api import copy_blocks, merge_states, movers, naive_attention, paged_attention, write_kv
-from .tuned import store
-
-movers.append(store)
+from .interop.kernel_api import copy_blocks, merge_states, naive_attention, paged_attention, write_kv
 
 __all__ = [
     "backends",

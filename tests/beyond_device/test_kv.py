@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from support.driving import Engine, Run, assert_nothing_held, furthest
+from support.manager_state import pages_of, replay
 
 from paged_ref import SamplingParams
 from paged_ref.beyond_device import kv as module
@@ -32,8 +34,6 @@ from paged_ref.extras.sanitizer import SanitizerError
 from paged_ref.interop.checkpoints import load
 from paged_ref.kernels import backends
 from paged_ref.timeline.events import Event, PagesAttended, PagesPlaced, from_json, to_json
-from paged_ref.timeline.page_state import PageState
-from paged_ref.timeline.replay import replay
 
 PROMPTS = [
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, "
@@ -373,7 +373,7 @@ def test_a_log_tells_where_every_page_was_and_survives_json() -> None:
     run = engine.run(PROMPTS[:2], GREEDY[:2])
     events = [from_json(to_json(event)) for event in engine.events]
     assert events == engine.events
-    assert replay(events).pages == PageState.of(kv_of(engine).manager)
+    assert replay(events).pages == pages_of(kv_of(engine).manager)
     told = [event for event in events if isinstance(event, PagesAttended)]
     assert {(event.layer, event.head) for event in told} == {watch}
     assert len(told) == sum(len(output.outputs[0].token_ids) for output in run.outputs)
@@ -389,7 +389,7 @@ def test_a_log_that_puts_two_pages_in_one_block_is_refused() -> None:
     engine.run(PROMPTS[1:2], GREEDY[1:2])
     events: list[Event] = list(engine.events)
     i, placed = next((i, e) for i, e in enumerate(events) if isinstance(e, PagesPlaced) and len(e.pages) > 1)
-    events[i] = replace(placed, device_blocks=(placed.device_blocks[0],) * len(placed.pages))
+    events[i] = structs.replace(placed, device_blocks=(placed.device_blocks[0],) * len(placed.pages))
     with pytest.raises(ValueError, match=f"event {i + 1}, PagesPlaced, .*device block .* has two pages"):
         replay(events)
 

@@ -17,7 +17,7 @@ from paged_ref.views.common.canvas import Scene
 from paged_ref.views.viz.frames.screen import FRAMES_OF_PAGES, MIN_HEIGHT, MIN_WIDTH, screen
 from paged_ref.views.viz.narration import narrate
 from paged_ref.views.viz.player import Player
-from paged_ref.views.viz.source_links import actor, place_of
+from paged_ref.views.viz.source_links import function_for_event, place_of
 
 CONFIG = load("tiny").config
 WATCH = (CONFIG.num_layers - 1, CONFIG.num_heads - 1)
@@ -176,10 +176,10 @@ def test_each_event_has_its_sentence_and_its_function(run: History) -> None:
         sentence = narrate(moment)
         assert sentence.endswith((".", "”"))
         assert sentence != type(moment.event).__name__
-        place = place_of(actor(moment))
+        place = place_of(function_for_event(moment))
         assert place.file.startswith("paged_ref/")
-    files = {place_of(actor(run.moment(p))).name for p in range(len(run))}
-    assert {"Residency.need", "StreamingManager.prepare", "StreamedKV._select", "StreamingManager.append"} <= files
+    files = {place_of(function_for_event(run.moment(p))).name for p in range(len(run))}
+    assert {"Residency.need", "StreamingManager.prepare", "StreamedKV.attend", "StreamingManager.append"} <= files
 
 
 def test_residency_shows_each_page_where_it_is(run: History) -> None:

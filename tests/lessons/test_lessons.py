@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from paged_ref.lesson import lesson_script
+from paged_ref.lesson.grading import grade
 from paged_ref.lesson.lesson_player import run_quietly
 from paged_ref.lesson.lesson_session import LessonSession
 from paged_ref.lesson.progress import Progress
@@ -84,7 +85,7 @@ def test_plausible_wrong_answers_are_refused(path: Path) -> None:
         wrong = {name: answer for name, answer in answers.items() if name.startswith(f"{exercise.name}__")}
         assert len(wrong) >= 2, exercise.name
         for name, answer in wrong.items():
-            verdict = exercise.grade(answer)
+            verdict = grade(answer, exercise.spec, exercise.cases)
             assert verdict.state == "wrong", name
             assert verdict.error is None, f"{name} is wrong by an error: {verdict.error!r}"
             assert verdict.yours != verdict.spec or verdict.difference, name

@@ -35,7 +35,7 @@ def keys_of(trace: RequestTrace) -> list[Sequence[int]]:
 
 def hits_in_the_cache(prompts: Sequence[Sequence[int]]) -> int:
     """Leading blocks found by a cache that never evicts: the published definition, as over the whole trace in
-    tests/memory/test_prefix_cache.py."""
+    tests/extras/test_prefix_cache.py."""
     cache, hits = PrefixCache(), 0
     for keys in prompts:
         hits += len(cache.match(keys))

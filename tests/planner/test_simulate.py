@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.manager_state import state_of
 
+from paged_ref.core.memory.paged import PagedManager
+from paged_ref.extras.managers import make_manager
 from paged_ref.planner.engine_run import StepDecisions, engine_steps, shares_of, simulated_steps
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.models import model_named
 from paged_ref.planner.setup import Setup
-from paged_ref.planner.simulate import Simulation
+from paged_ref.planner.simulate import Simulation, slack
 from paged_ref.planner.traces import RequestTrace, TraceRequest, at_rate, generated
-from paged_ref.timeline.replay import state_of
 
 TINY = Setup("tiny", gpu_named("T4"), model_named("tiny"), kv_tokens=256, max_model_len=128, max_batch_tokens=64)
 OPT = Setup("opt", gpu_named("A100-40GB"), model_named("OPT-13B"))
@@ -37,7 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def busy(seed: int, count: int = 30, longest: int = 140) -> RequestTrace:
-    """More than a pool of 256 tokens can hold at once, some of it too long for the context; prefixes repeat."""
+    """More than a pool of 256 tokens can hold, some of it too long for the context; prefixes repeat."""
     rng = random.Random(seed)
     requests, at = [], 0.0
     for _ in range(count):
@@ -106,3 +108,22 @@ def test_skipping_changes_nothing_on_a_day_of_the_papers_requests(way: str, rate
     setup = replace(OPT, **WAYS[way])
     trace = at_rate(generated("sharegpt", 150), rate)
     assert Simulation(setup, trace).run() == Simulation(setup, trace, skip=False).run()
+
+
+def test_slack_is_what_append_takes_from_no_pool() -> None:
+    manager = make_manager("paged", 32, max_model_len=32, block_size=4, watermark=0)
+    assert isinstance(manager, PagedManager)
+    manager.admit(0, [0] * 5, 20)
+    manager.append([(0, 5)])
+    free = manager.pool.num_free
+    assert slack(manager, 0) == 3
+    manager.append([(0, 3)])
+    assert (manager.pool.num_free, slack(manager, 0)) == (free, 0)
+    manager.append([(0, 1)])
+    assert (manager.pool.num_free, slack(manager, 0)) == (free - 1, 3)
+    manager.fork(0, 1)  # the next token of either sequence copies the shared last block
+    assert slack(manager, 0) == slack(manager, 1) == 0
+    regions = make_manager("standard", 32, max_model_len=32, reserve="exact")
+    regions.admit(0, [0] * 5, 20)
+    regions.append([(0, 7)])
+    assert slack(regions, 0) == 13

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from conftest import SHARED
+from support.manager_state import replay, state_of
 from support.shadow import ShadowMemory
 
 from paged_ref.core.memory.manager import Transfer
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.timeline.events import Event, SequenceFreed, TokensAppended
-from paged_ref.timeline.replay import replay, state_of
 
 FIGURES = SHARED / "paper" / "vllm_paper_figs_6_7_8_9.json"
 BLOCK_SIZE = 4

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 from support.driving import Engine, assert_nothing_held
+from support.manager_state import state_of
 
 from paged_ref import SamplingParams
 from paged_ref import llm as llm_module
@@ -28,7 +30,7 @@ from paged_ref.extras.prefix_cache import PrefixCache, block_digests
 from paged_ref.extras.sanitizer import SanitizerError
 from paged_ref.llm import LLM
 from paged_ref.timeline.events import SequenceFreed
-from paged_ref.timeline.replay import MemoryState, apply, state_of
+from paged_ref.timeline.state import RunState
 
 PAPER = "Four score and seven years ago our"
 
@@ -128,13 +130,13 @@ class ReplayError(Exception):
 
 
 def check_replay(engine: Engine) -> None:
-    state = MemoryState()
+    state = RunState()
     try:
         for event in engine.events:
-            apply(state, event)
+            state.apply(event)
     except ValueError as error:
         raise ReplayError(str(error)) from None
-    if state != state_of(engine.manager):
+    if state.memory != state_of(engine.manager):
         raise ReplayError("the replayed state is another")
 
 
@@ -342,7 +344,7 @@ def append_untold(patch: pytest.MonkeyPatch) -> None:
         if log and any(self._writes_shared_block(self.tables[seq_id], count) for seq_id, count in appends):
 
             def tell_less(event: Any) -> None:
-                log(replace(event, copied=()) if hasattr(event, "copied") else event)
+                log(structs.replace(event, copied=()) if hasattr(event, "copied") else event)
 
             self.log = tell_less
         transfers = real(self, appends)

@@ -14,7 +14,8 @@ from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.timeline.events import Event
-from paged_ref.timeline.replay import MemoryState, apply, state_of
+from paged_ref.timeline.state import RunState
+from support.manager_state import state_of
 
 Logits = dict[tuple[int, ...], np.ndarray]  # by the tokens before
 Prompt = str | list[int]
@@ -47,7 +48,7 @@ class Engine:
         options = {"sanitize": True, "log": self.events.append, "on_step": self._count, **options}
         self.llm = LLM(model, **options)
         self.manager = self.llm.manager
-        self._state = MemoryState()
+        self._state = RunState()
         self._applied = 0
 
     def _count(self, record: Any) -> None:
@@ -66,10 +67,10 @@ class Engine:
     def check(self) -> None:
         self.manager.check_integrity()
         for event in self.events[self._applied :]:
-            apply(self._state, event)
+            self._state.apply(event)
         self._applied = len(self.events)
         if self.events:
-            assert self._state == state_of(self.manager)
+            assert self._state.memory == state_of(self.manager)
 
     def finish(self, each_step: Callable[[], None] | None = None) -> None:
         """Steps to the end; then nothing is held."""

@@ -9,7 +9,8 @@ from paged_ref.core.memory.manager import Forkable, KVCacheManager, OutOfHostBlo
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.timeline.events import BlockCached, Event, Log, PoolOpened
-from paged_ref.timeline.replay import MemoryState, apply, state_of
+from paged_ref.timeline.state import MemoryState, RunState
+from support.manager_state import state_of
 from support.shadow import ShadowMemory
 
 
@@ -23,16 +24,21 @@ class Oracle:
         self.events: list[Event] = []  # not yet replayed
         self.manager = make(self.events.append)
         self.memory = ShadowMemory(self.manager)
-        self.replayed = MemoryState()
+        self._state = RunState()
         self.num_events = 0  # that changed memory
         self.values: dict[int, list[int]] = {}
         self.committed: set[int] = set()  # values at the ends of all blocks that the prefix cache was told of
         self.settle()
 
+    @property
+    def replayed(self) -> MemoryState:
+        """The manager's memory, as the events say it."""
+        return self._state.memory
+
     def settle(self) -> None:
         """Replay the events since the last time."""
         for event in self.events:
-            apply(self.replayed, event)
+            self._state.apply(event)
             if not isinstance(event, (PoolOpened, BlockCached)):
                 self.num_events += 1
         self.events.clear()
@@ -243,4 +249,4 @@ class Watched(Oracle):
                 ref_count[place.blocks[-1]] -= 1
                 needed += 1
             needed += -(-(place.length + count) // size) - len(place.blocks)
-        assert needed > len(self.replayed.free) + len(self.replayed.idle)
+        assert needed > len(self.replayed.free) + len(self.replayed.cached)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.manager_state import state_of
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.memory.block_pool import OutOfBlocks
@@ -16,8 +17,7 @@ from paged_ref.core.memory.usage import MemoryUsage
 from paged_ref.extras.step_records import StepRecord
 from paged_ref.timeline.events import Event, ModelOpened, StepTimed, TokenNamed, to_json, write_events
 from paged_ref.timeline.history import MARKS, History, histories, letters, read_histories
-from paged_ref.timeline.replay import MemoryState, state_of
-from paged_ref.timeline.run_state import RunState
+from paged_ref.timeline.state import MemoryState, RunState
 from paged_ref.views.viz.viz_run import PAPER
 
 # --- the replay property ---------------------------------------------------------------------------------
@@ -171,6 +171,10 @@ def test_a_copy_shares_nothing_that_changes(runs: list[History]) -> None:
     run.moment(150)
     assert kept == again
     assert isinstance(kept, RunState)
+    # What only the log knows of a block takes no part in comparing.
+    blocks = [(block.parent, block.tokens) for block in kept.memory.known.values()]
+    assert blocks == [(block.parent, block.tokens) for block in again.memory.known.values()]
+    assert any(tokens for _, tokens in blocks)
 
 
 # --- names and finding ------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ def damaged(log_file: Path, tmp_path: Path, change: Any) -> Path:
         (lambda lines: lines[1:], "bad.jsonl, line 1: a run begins with PoolOpened; this is ModelOpened"),
         (
             lambda lines: [s for s in lines if '"SequenceAdmitted"' not in s],
-            "line 11: event 11, TokensAppended, does not fit what came before: 0 is not there",
+            "line 11: event 11, TokensAppended, does not fit what came before: sequence 0 is not there",
         ),
         (lambda lines: [s.replace('"token_id"', '"tokenid"') for s in lines], "line 3: TokenNamed has no field 'toke"),
         (lambda lines: [*lines[:4], to_json(TokenNamed(5, "x")).replace("5", '"5"')], "line 5: token_id of TokenNamed"),

@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(wanted: list[str]) -> dict[str, Variant]:
+def _chosen(wanted: list[str]) -> dict[str, KernelVariant]:
     """The variants whose names have one of these words; without words, all variants. Raises ValueError."""
     try:
         known = variants()

@@ -20,7 +20,7 @@ from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import OutOfBlocks
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.usage import PartialAllocation, Snapshot
-from ..timeline.events import Log, PagesNamed, PoolOpened, SequenceAdmitted, SequenceFreed, tokens_appended
+from ..timeline.events import Log, PagesNamed, PoolOpened, SequenceAdmitted, SequenceFreed, TokensAppended
 from .residency import ByPriority, EvictionPolicy, LeastRecentlyUsed, Residency
 
 Eviction = Literal["lru", "sliding", "relevance"]
@@ -110,7 +110,7 @@ class StreamingManager(KVCacheManager):
         for seq_id, count in appends:
             self.tables[seq_id].length += count
             if self.log:
-                self.log(tokens_appended(seq_id, count))
+                self.log(TokensAppended(seq_id, count))
         return []  # what moves is decided layer by layer
 
     def free(self, seq_id: int) -> None:

@@ -163,7 +163,7 @@ def _article(rows: Sequence[ComparisonRow], cost: MeasuredCost) -> Table:
         table.add_row(
             manager,
             f"{used}: {_range([100 * row.curve.at_once.shares.occupancy for row in of_manager], '.0f')} % tokens",
-            f"{scale}: {_range([row.curve.at_once.running_short for row in of_manager], '.0f')} at once, "
+            f"{scale}: {_range([row.curve.at_once.running_short for row in of_manager], '.0f')} running, "
             f"{_range([row.curve.rate for row in of_manager], '.2f')} requests/s",
             f"{effort}: {_range(lines, '.0f')} lines, {cost.micros[manager]:.0f} µs a step",
         )

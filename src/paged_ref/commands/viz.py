@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -87,13 +87,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def show(frame: str) -> None:
-    """What `python -m paged_ref.views.viz.frames.NAME` does: the paper's example, in that frame."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    main(parser.parse_args(["--frame", frame, *sys.argv[1:]]))
-
-
 # --- what to show -----------------------------------------------------------------------------------------
 
 
@@ -159,43 +152,26 @@ def _runs(args: argparse.Namespace) -> list[History]:
 
 
 def _workload(args: argparse.Namespace) -> Workload:
-    asked = (
-        args.model,
-        args.prompt,
-        args.n,
-        args.max_tokens,
-        args.seed,
-        args.block_size,
-        args.blocks,
-        args.host_blocks,
-    )
-    if all(option is None for option in asked):
-        return PAPER
     for option, value, least in (("--blocks", args.blocks, 1), ("--host-blocks", args.host_blocks, 0)):
         if value is not None and value < least:
             raise ValueError(f"{option} is {value}; at least {least} is needed")
+    sizes = {
+        "model": args.model,
+        "block_size": args.block_size,
+        "num_blocks": args.blocks,
+        "num_host_blocks": args.host_blocks,
+    }
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if not args.prompt and _params(args) == SamplingParams(max_tokens=MAX_TOKENS, seed=0):
+        return replace(PAPER, **given)  # the paper's requests in another memory, or on another model
+    return workload(args.prompt or [prompt for _, prompt, _ in PAPER.arrivals], _params(args), **given)
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
     n = 1 if args.n is None else args.n
-    params = SamplingParams(
+    return SamplingParams(
         max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens,
         n=n,
         temperature=0.8 if n > 1 else 0.0,
         seed=0 if args.seed is None else args.seed,
-    )
-    if not args.prompt and params == SamplingParams(max_tokens=MAX_TOKENS, seed=0):
-        # The paper's requests in another memory, or on another model.
-        return Workload(
-            PAPER.arrivals,
-            model=args.model or PAPER.model,
-            block_size=PAPER.block_size if args.block_size is None else args.block_size,
-            num_blocks=PAPER.num_blocks if args.blocks is None else args.blocks,
-            num_host_blocks=PAPER.num_host_blocks if args.host_blocks is None else args.host_blocks,
-            first_blocks=PAPER.first_blocks,
-        )
-    return workload(
-        args.prompt or [prompt for _, prompt, _ in PAPER.arrivals],
-        params,
-        model=args.model or "tiny",
-        block_size=4 if args.block_size is None else args.block_size,
-        num_blocks=args.blocks,
-        num_host_blocks=args.host_blocks,
     )

@@ -7,7 +7,7 @@ for a step (core/attention/attention.py).
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..core.attention.cuda import slots_follow
 from ..core.device import Array, module_of, to_host
 from ..extras.formats import BFLOAT16, FLOAT8, INT8, MAX_VALUE, decode, encode, format_name
 from ..extras.variants import Variant
+from ..tuned import store
 from .dlpack import adopt, like_caller
 
 FLOATS = (*(np.dtype(name) for name in ("float16", "float32", "float64")), BFLOAT16)
@@ -300,30 +301,9 @@ def _check_written(key: Array, value: Array, key_cache: Array, value_cache: Arra
         _require_dtype(array, name, known)
 
 
-class Mover(Protocol):
-    """Moves K and V faster than array code. Each function returns False, having done nothing, where it cannot."""
-
-    def write(
-        self,
-        key: Array,
-        value: Array,
-        key_cache: Array,
-        value_cache: Array,
-        slot_mapping: Array,
-        key_scales: Array | None,
-        value_scales: Array | None,
-    ) -> bool: ...
-
-    def copy(self, cache: Array, pairs: np.ndarray) -> bool:
-        """`cache [num_planes, num_blocks, ...]`; `pairs [num_pairs, 2]` of block ids, in host memory."""
-
-
-movers: list[Mover] = []  # tried in order, before the array code; paged_ref/kernels.py adds the tuned kernels
-
-
 def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots: Array, scales: Any) -> None:
     """Write what is checked."""
-    if any(mover.write(key, value, key_cache, value_cache, slots, *scales) for mover in movers):
+    if store.write(key, value, key_cache, value_cache, slots, *scales):
         return
     if slots.min() < 0:
         written = slots >= 0
@@ -354,9 +334,9 @@ def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
         raise ValueError(f"block_mapping holds block {bad}; the cache has blocks 0 to {num_blocks - 1}")
     if np.unique(pairs[:, 1]).size != len(pairs):
         raise ValueError(f"block_mapping names a destination twice: {pairs[:, 1].tolist()}")
-    sources, destinations = module_of(key_cache).asarray(pairs).T
     for cache in (key_cache, value_cache):
-        if not any(mover.copy(cache[None], pairs) for mover in movers):
+        if not store.copy(cache[None], pairs):
+            sources, destinations = module_of(cache).asarray(pairs).T
             cache[destinations] = cache[sources]
 
 

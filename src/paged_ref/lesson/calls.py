@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,12 +170,9 @@ def _say_wrong(session: LessonSession, yours: Callable[..., Any], verdict: Verdi
 
 def _place_of(error: BaseException, function: Callable[..., Any]) -> str:
     """The error, and the line of the reader's file that raised it."""
-    trace, line = error.__traceback__, 0
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == function.__code__.co_filename:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f"{type(error).__name__} at line {line}: {error}"
+    file = function.__code__.co_filename
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{type(error).__name__} at line {lines[-1] if lines else '?'}: {error}"
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import linecache
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class LessonPlayer:
     def play(self, first: int = 1) -> bool:
         """Play from part `first` on; earlier parts run unseen. False: an error ended the lesson. Raises Leave."""
         session = self.session
-        with running(session), self._counted():
+        session.before_ask = self._release
+        with running(session), redirect_stdout(self._output):
             if not 1 <= first <= len(self.script.parts):
                 first = 1
             heading = f"Lesson {self.script.number}: {self.script.title}"
@@ -115,12 +116,11 @@ class LessonPlayer:
         session = self.session
         session.say(f"From part {count + 1} on. The parts before it run again unseen; --part 1 begins anew.", "dim")
         session.interactive, interactive = False, session.interactive
-        console, session.console = session.console, type(session.console)(file=StringIO())
         try:
             with redirect_stdout(StringIO()):
                 went_well = self.run_code(self.script.parts[:count])
         finally:
-            session.interactive, session.console = interactive, console
+            session.interactive = interactive
         if not went_well:
             session.say("One of them stopped at an error: begin with --part 1.", "yellow")
 
@@ -194,17 +194,6 @@ class LessonPlayer:
             self._output.held = None
             self._print(text, "what it prints")
             self._output.held = held
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count all rows that are printed from here on."""
-        if not self.session.interactive:
-            yield
-            return
-        self._output = CountedOutput(sys.stdout)
-        self.session.before_ask = self._release
-        with redirect_stdout(self._output):
-            yield
 
 
 def watch(path: Path, make_session: Callable[[], LessonSession]) -> None:

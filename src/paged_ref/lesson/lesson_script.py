@@ -23,7 +23,6 @@ class Passage:
 
     kind: Kind
     text: str  # prose: Markdown, without the #
-    first: int  # number of its first line in the file
     statements: tuple[ast.stmt, ...] = ()
 
 
@@ -81,7 +80,7 @@ def _parts(source: str, tree: ast.Module) -> Iterator[Part]:
             title, passages = heading[3:].strip(), []
             if not text.strip():
                 continue
-            passage = Passage("prose", text.strip(), passage.first + 1)
+            passage = Passage("prose", text.strip())
         passages.append(passage)
     if passages:
         yield Part(title, tuple(passages))
@@ -99,10 +98,10 @@ def _passages(source: str, tree: ast.Module) -> Iterator[Passage]:
     for kind, first, last in _joined(_paragraphs(lines, statement_at, end + 1), lines):
         text = "\n".join(lines[first - 1 : last])
         if kind == "prose":
-            yield Passage("prose", re.sub(r"^# ?", "", text, flags=re.MULTILINE), first)
+            yield Passage("prose", re.sub(r"^# ?", "", text, flags=re.MULTILINE))
         else:
             inside = dict.fromkeys(statement_at[n] for n in range(first, last + 1) if n in statement_at)
-            yield Passage("code", text, first, tuple(inside))
+            yield Passage("code", text, tuple(inside))
 
 
 def _paragraphs(lines: list[str], statement_at: dict[int, ast.stmt], first: int) -> Iterator[Lines]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ast
+import inspect
 import os
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from .grading import Verdict, grade
+from .grading import Verdict
 from .progress import Progress
 
 
@@ -33,9 +34,6 @@ class Exercise:
     cases: Sequence[tuple[Any, ...]]
     hint: str
     verdict: Verdict
-
-    def grade(self, answer: Callable[..., Any]) -> Verdict:
-        return grade(answer, self.spec, self.cases)
 
 
 @dataclass(slots=True)
@@ -72,13 +70,8 @@ class LessonSession:
         path = self.directory / "solutions" / f"{self.lesson}.py"
         if not path.is_file():
             return None
-        source = path.read_text(encoding="utf-8")
-        namespace: dict[str, Any] = {"__name__": f"solutions of {self.lesson}", "__file__": str(path)}
-        exec(compile(source, str(path), "exec", dont_inherit=True), namespace)
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef) and node.name == name:
-                return namespace[name], ast.get_source_segment(source, node) or ""
-        return None
+        function = runpy.run_path(str(path)).get(name)
+        return (function, inspect.getsource(function).rstrip()) if function else None
 
 
 def relative_path(path: str | Path) -> str:

@@ -179,7 +179,7 @@ def predict(setup: Setup, trace: RequestTrace) -> SteadyState:
     slots = _slots_held(setup, served)
     sequences = max(1.0, min(setup.max_batch_seqs, setup.num_slots / slots))
     if setup.manager == "standard" and setup.reserve == "max":
-        sequences = int(sequences)  # all regions are equal
+        sequences = float(int(sequences))  # all regions are equal
     return _steady_state(setup.label, slots, sequences, setup.gpu, setup.model, served, setup.constants)
 
 
@@ -210,7 +210,7 @@ def _slots_held(setup: Setup, requests: Sequence[TraceRequest]) -> float:
     if setup.manager == "standard":
         manager = setup.make_manager()
         return _mean_while_running(
-            requests, lambda each: manager.most_slots(each.prompt_len, each.prompt_len + each.output_len - 1)
+            requests, lambda each: manager.max_slots_needed(each.prompt_len, each.prompt_len + each.output_len - 1)
         )
     return _held_in_blocks(requests, setup.block_size if setup.manager == "paged" else ALIGNMENT)
 

@@ -233,9 +233,9 @@ class Simulation:
 def fast_forward_decode(simulation: Simulation) -> None:
     """Take decode steps until the scheduler has a decision to make.
 
-    It has one when a request arrives that could be admitted, when a sequence ends and another waits, or when a block
-    is needed and none is free. Before the first of these steps all running sequences decode, and the waiting ones
-    could not be admitted; until a sequence ends, memory only gets shorter.
+    The scheduler has one when a request arrives that could be admitted, when a sequence ends and another waits, or
+    when a block is needed and none is free. Before the first of these steps all running sequences decode, and the
+    waiting ones could not be admitted; until a sequence ends, the free memory only shrinks.
     """
     forward = FastForward(simulation)
     while simulation.scheduler.running and forward.step():

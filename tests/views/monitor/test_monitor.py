@@ -159,7 +159,9 @@ def test_memory_stays_bounded_in_a_long_run() -> None:
 def test_a_log_that_contradicts_itself_is_refused() -> None:
     events = hand_made()
     first = next(i for i, event in enumerate(events) if isinstance(event, SequenceAdmitted))
-    with pytest.raises(ValueError, match=r"event 6, TokensAppended, does not fit what came before: 0 is not there"):
+    with pytest.raises(
+        ValueError, match=r"event 6, TokensAppended, does not fit what came before: sequence 0 is not there"
+    ):
         monitored(events[:first] + events[first + 1 :])
 
 

@@ -50,10 +50,11 @@ class Addresses:
             _check_tables(self.block_tables, seq_lens, num_blocks, block_size)
         elif self.starts is not None:
             _check_starts(self.starts, seq_lens, num_blocks * block_size)
-        slots, num_slots = self.slot_mapping, num_blocks * block_size
-        if slots is not None and slots.size and not 0 <= slots.min() <= slots.max() < num_slots:
-            bad = int(slots.min() if slots.min() < 0 else slots.max())
-            raise ValueError(f"slot_mapping holds {bad}; the cache has slots 0 to {num_slots - 1}")
+        if self.slot_mapping is not None:
+            slots, num_slots = self.slot_mapping, num_blocks * block_size
+            outside = slots[(slots < 0) | (slots >= num_slots)]
+            if outside.size:
+                raise ValueError(f"slot_mapping holds {outside[0]}; the cache has slots 0 to {num_slots - 1}")
 
 
 def _check_tables(tables: np.ndarray, seq_lens: np.ndarray, num_blocks: int, block_size: int) -> None:

@@ -51,13 +51,14 @@ class LLM:
         require(block_size=(block_size, 1))
         checkpoint = load(model)
         config = checkpoint.config
+        decoder = Llama(config, checkpoint.weights, dtype)
         if manager is None:
             manager = PagedManager(BlockPool(kv_cache_tokens // block_size), block_size)
         num_blocks = manager.num_slots // manager.block_size
         sizes = (config.num_layers, num_blocks, manager.block_size, config.num_kv_heads, config.head_size)
         kv = KVCache(*sizes, dtype, backend=backend)
         scheduler = Scheduler(manager, max_batch_tokens, max_batch_seqs)
-        engine = Engine(Llama(config, checkpoint.weights, dtype), kv, scheduler, config.eos_token_ids)
+        engine = Engine(decoder, kv, scheduler, config.eos_token_ids)
         self.open(engine, config, checkpoint.tokenizer, min(config.max_position_embeddings, manager.num_slots))
 
     def open(self, engine: Engine, config: ModelConfig, tokenizer: Tokenizer, max_model_len: int) -> None:

@@ -7,33 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..attention.attention import Addresses, AttentionCall, attend, by_slot
 from ..device import Array, to_host, xp
+from ..engine.scheduler import StepPlan
+from ..model.llama import AttendingKV, StepInputs
 from .manager import Transfer
 
-if TYPE_CHECKING:
-    from ..engine.scheduler import StepPlan
-    from ..model.llama import StepInputs
 
-
-class KV(Protocol):
-    """K and V of all layers: what the engine and the model ask of memory."""
+class KV(AttendingKV, Protocol):
+    """K and V of all layers: what the engine asks of memory, and what the model does."""
 
     def begin_step(self, plan: StepPlan, inputs: StepInputs) -> None:
         """Before the forward pass: carry out the plan's transfers. `inputs` still lie in host memory."""
-
-    def attend(
-        self, layer: int, query: Array, key: Array, value: Array, addresses: Addresses, window: int | None
-    ) -> Array:
-        """Write this step's K and V of one layer, then attend: [num_tokens, num_heads, head_size].
-
-        `query [num_tokens, num_heads, head_size]`, `key, value [num_tokens, num_kv_heads, head_size]`; a query sees
-        the last `window` keys up to its own (None: all of them).
-        """
 
 
 class KVCache:

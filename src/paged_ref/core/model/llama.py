@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ..attention.attention import Addresses
 from ..device import Array, xp
-from ..memory.kv import KV
 from .config import ModelConfig
 
 
@@ -28,6 +27,19 @@ class StepInputs:
     positions: Array  # [num_tokens] place of each token in its sequence
     logits_rows: Array  # [num_rows] the tokens whose logits are wanted: mostly the last of each sequence
     addresses: Addresses  # where the K and V of these tokens and of those before them lie
+
+
+class AttendingKV(Protocol):
+    """K and V of all layers: the one thing that the decoder asks of memory."""
+
+    def attend(
+        self, layer: int, query: Array, key: Array, value: Array, addresses: Addresses, window: int | None
+    ) -> Array:
+        """Write this step's K and V of one layer, then attend: [num_tokens, num_heads, head_size].
+
+        `query [num_tokens, num_heads, head_size]`, `key, value [num_tokens, num_kv_heads, head_size]`; a query sees
+        the last `window` keys up to its own (None: all of them).
+        """
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -136,7 +148,7 @@ class Llama:
         """RoPE's frequencies: [head_size // 2]."""
         return rope_frequencies(self.config)
 
-    def forward(self, inputs: StepInputs, kv: KV) -> Array:
+    def forward(self, inputs: StepInputs, kv: AttendingKV) -> Array:
         """One step: write the new tokens' K and V, and give logits [num_rows, vocab_size], float32.
 
         Nothing is checked: the inputs' maker stands for them.

@@ -64,8 +64,8 @@ def _pool_rule(monitor: Monitor, width: int) -> Text:
     memory = monitor.state.memory
     if not monitor.state.paged:
         return rule(f"Pool: {memory.num_blocks:,} slots", width, "a letter holds a token, ░ is allocated and empty")
-    used = memory.num_blocks - len(memory.free) - len(memory.idle)
-    cached = f"{len(memory.idle):,} cached, " if memory.idle else ""
+    used = memory.num_blocks - len(memory.free) - len(memory.cached)
+    cached = f"{len(memory.cached):,} cached, " if memory.cached else ""
     note = f"{used:,} used, {cached}{len(memory.free):,} free"
     return rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
 
@@ -142,11 +142,12 @@ def _traffic(monitor: Monitor) -> tuple[str, str]:
 
 def _prefix(monitor: Monitor) -> tuple[str, str]:
     totals, rate = monitor.totals, monitor.hit_rate
-    if rate is None or not (totals.hits or totals.evicted or monitor.state.known):
+    known = monitor.state.memory.known
+    if rate is None or not (totals.hits or totals.evicted or known):
         return "prefix", "nothing found: no prefix cache, or no two prompts that begin alike"
     return "prefix", (
         f"{rate:.0%} of {count(totals.asked, 'token')} found, {count(totals.evicted, 'block')} evicted, "
-        f"{len(monitor.state.known):,} in the cache"
+        f"{len(known):,} in the cache"
     )
 
 

@@ -1,7 +1,7 @@
 """What the monitor knows: the state of the run after the last event, and a sample of each step.
 
-The monitor takes events one at a time and keeps no log, so a run of any length fits in memory. The state is
-run_state.py's.
+The monitor takes events one at a time and keeps no log, so a run of any length fits in memory. The state is that of
+timeline/state.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...timeline.change import Change
 from ...timeline.events import (
     Event,
     ModelOpened,
@@ -23,7 +22,7 @@ from ...timeline.events import (
     TokenSampled,
 )
 from ...timeline.history import History, Moment, letters
-from ...timeline.run_state import RunState, Totals, advance
+from ...timeline.state import Change, RunState, Totals
 
 KEPT = 1024  # samples: more steps than a screen has columns
 WINDOW = 32  # steps over which rates are taken
@@ -57,7 +56,7 @@ class Monitor:
         self.state = RunState()
         self.history = History()  # only the names, by which frames call the sequences
         self.samples: deque[StepSample] = deque(maxlen=KEPT)
-        self.partialed: PoolOpened | None = None
+        self.opened: PoolOpened | None = None
         self.num_steps = 0
         self.computed = 0  # tokens, since the run began
         self.sampled = 0
@@ -73,13 +72,13 @@ class Monitor:
         if isinstance(event, PoolOpened):
             self._begin()
             self.num_runs += 1
-            self.partialed = event
+            self.opened = event
         self.num_events += 1
         if isinstance(event, (TokenNamed, ModelOpened)):
             if isinstance(event, ModelOpened):
                 self.history.model, self.history.bytes_per_token = event.model, event.kv_bytes_per_token
             return
-        advance(self.state, event, self.num_events)
+        self.state.apply(event, self.num_events)
         if isinstance(event, RequestArrived):
             several = len(event.seq_ids) > 1
             for i, seq_id in enumerate(event.seq_ids, start=1):
@@ -99,7 +98,7 @@ class Monitor:
             self.history.names.pop(event.seq_id, None)
 
     def _sample(self, event: StepPlanned) -> None:
-        snapshot, totals = self.state.snapshot(), self.state.totals
+        snapshot, totals = self.state.memory.snapshot(), self.state.totals
         in_open = sum(piece.tokens for piece in snapshot.partial)
         on_host = [place.on_host for place in self.state.memory.sequences.values()]
         computed = sum(count for _, count in event.chunks)
@@ -165,4 +164,4 @@ class Monitor:
 
     def moment(self) -> Moment:
         """The state as frames take it, with nothing marked as changed."""
-        return Moment(self.history, 0, self.partialed or PoolOpened("", 0, 1, 0, ()), self.state, Change())
+        return Moment(self.history, 0, self.opened or PoolOpened("", 0, 1, 0, ()), self.state, Change())

@@ -25,7 +25,6 @@ from ...timeline.events import (
     TokensAppended,
 )
 from ...timeline.history import Moment
-from ...timeline.run_state import holes
 from ..common.canvas import count, in_words, size_of
 from .page_narration import OF_PAGES
 from .source_links import ended
@@ -43,8 +42,9 @@ _REASONS = {
 def narrate(moment: Moment) -> str:
     """What the event of this moment did, and why."""
     streaming = moment.state.memory.manager == "streaming"
-    tell = (OF_PAGES if streaming else {}).get(type(moment.event)) or _SENTENCES.get(type(moment.event))
-    return tell(moment, moment.event) if tell else type(moment.event).__name__
+    sentences = {**_SENTENCES, **OF_PAGES} if streaming else _SENTENCES
+    sentence = sentences.get(type(moment.event))
+    return sentence(moment, moment.event) if sentence else type(moment.event).__name__
 
 
 def _names(moment: Moment, seq_ids: tuple[int, ...]) -> str:
@@ -79,7 +79,7 @@ def _pool_opened(moment: Moment, event: PoolOpened) -> str:
         first = ", ".join(map(str, event.free_order[:3]))
         return (
             f"The KV cache opened: {count(event.num_blocks, 'block')} of {count(event.block_size, 'slot')}"
-            f"{_bytes(moment, event.block_size)} each. All are free, and will be handed out in this order: {first} …"
+            f"{_bytes(moment, event.block_size)} each. All blocks are free, to be handed out in this order: {first} …"
         )
     return (
         f"The KV cache opened: one piece of {count(event.num_blocks, 'slot')}, all free. Each sequence gets a region."
@@ -92,14 +92,14 @@ def _arrived(moment: Moment, event: RequestArrived) -> str:
     text += " …" if len(event.prompt) > 12 else ""
     return (
         f"{_names(moment, event.seq_ids)} arrived: “{text}”, {count(len(event.prompt), 'token')}{samples}. "
-        "It waits for the next step."
+        "The request waits for the next step."
     )
 
 
 def _admitted(moment: Moment, event: SequenceAdmitted) -> str:
     name, total = moment.history.name(event.seq_id), len(moment.state.sequences[event.seq_id].tokens)
     if not event.blocks:
-        return f"{name} begins with an empty block table. Not one block of its beginning is known already."
+        return f"{name} begins with an empty block table: no block of its prompt is known."
     left = (
         f"{total - event.length} of its {total} tokens are left to compute" if total else "they are not computed again"
     )
@@ -150,7 +150,7 @@ def _forked(moment: Moment, event: SequenceForked) -> str:
 
 
 def _cached(moment: Moment, event: BlockCached) -> str:
-    known = moment.state.known[event.block_id]
+    known = moment.state.memory.known[event.block_id]
     before = f", which holds that of the block before it ({known.parent[:6]}…)" if known.parent else ""
     return (
         f"Block {event.block_id} is full and computed: the prefix cache knows it from now on as {event.digest[:6]}…, "
@@ -182,18 +182,18 @@ def _freed(moment: Moment, event: SequenceFreed) -> str:
     held = 0 if before is None else len(before.blocks)
     if not moment.state.paged:
         size = 0 if before is None else before.size
-        return f"{name} gives its region back: {count(size, 'slot')} become a hole, joined with the holes beside it."
+        return f"{name} gives its region back: {count(size, 'slot')} become a hole, joined with the holes next to it."
     freed = sum(1 for block in moment.change.before if not moment.state.memory.ref_count[block])
-    idle = sum(1 for block in moment.change.before if block in moment.state.memory.idle)
-    kept = f"; {idle} of them stay known to the prefix cache" if idle else ""
-    shared = f" {held - freed} are shared and stay with the others." if held > freed else ""
+    cached = sum(1 for block in moment.change.before if block in moment.state.memory.cached)
+    kept = f"; {cached} of them stay in the prefix cache" if cached else ""
+    shared = f" {held - freed} are shared, and stay in other tables." if held > freed else ""
     if before is not None and before.on_host:
         return f"{name} gives back {count(held, 'block')} of host memory, without having run again."
     if ended(moment):
-        return f"{name} is at its end and gives back {count(held, 'block')}. {freed} can be had again{kept}.{shared}"
+        return f"{name} is at its end and gives back {count(held, 'block')}. {freed} are available again{kept}.{shared}"
     return (
-        f"No block is left, so the last to arrive gives way: {name} is preempted by recompute. It gives back "
-        f"{count(held, 'block')}{kept}; its K and V will be computed again.{shared}"
+        f"No block is left, so the last to arrive gives way: {name} is preempted by recompute, and gives back "
+        f"{count(held, 'block')}{kept}. The K and V of {name} will be computed again.{shared}"
     )
 
 
@@ -203,7 +203,9 @@ def _placed(moment: Moment, event: RegionPlaced) -> str:
     slots = f"slots {event.start} to {event.start + event.size - 1}"
     if before is None:
         why = "for its whole life, used or not" if moment.state.memory.manager == "standard" else "of today's size"
-        return f"{name} gets a region of {count(event.size, 'slot')} {why}: {slots}. It has {len(view.tokens)} tokens."
+        return (
+            f"{name} gets a region of {count(event.size, 'slot')} {why}: {slots}. {name} has {len(view.tokens)} tokens."
+        )
     if before.start == event.start:
         return f"{name} has outgrown its region, and the hole behind it is large enough: it grows in place, to {slots}."
     return (
@@ -253,21 +255,23 @@ def _planned(moment: Moment, event: StepPlanned) -> str:
 def _room(moment: Moment) -> str:
     memory = moment.state.memory
     if moment.state.paged:
-        idle = f" and {len(memory.idle)} idle" if memory.idle else ""
-        return f": {len(memory.free)} free{idle} blocks are too few"
-    largest = max((size for _, size in holes(memory)), default=0)
+        cached = f" and {len(memory.cached)} cached" if memory.cached else ""
+        return f": {len(memory.free)} free{cached} blocks are too few"
+    largest = max((size for _, size in memory.holes()), default=0)
     return f": the largest hole has {count(largest, 'slot')}"
 
 
 def _sampled(moment: Moment, event: TokenSampled) -> str:
     name, text = moment.history.name(event.seq_id), moment.history.text(event.token_id)
-    return f"{name} goes on with “{text}”. It has no slot yet: its K and V are computed, and stored, in the next step."
+    return f"{name} goes on with “{text}”. The token has no slot yet: the next step computes and stores its K and V."
 
 
 def _reordered(moment: Moment, event: BeamsReordered) -> str:
     name = moment.history.name
     pairs = [f"{name(new)} from {name(old)}" if new != old else name(new) for old, new in event.chosen]
-    return f"Beam search keeps the likeliest continuations: {in_words(pairs)}. What they have in common stays shared."
+    return (
+        f"Beam search keeps the likeliest continuations: {in_words(pairs)}. What the beams have in common stays shared."
+    )
 
 
 def _finished(moment: Moment, event: SequenceFinished) -> str:

@@ -60,16 +60,16 @@ def _placed(moment: Moment, event: PagesPlaced) -> str:
         ("on both sides", sum(d >= 0 <= h for d, h in zip(event.device_blocks, event.host_blocks, strict=True))),
         ("on the host only", sum(d < 0 for d in event.device_blocks)),
     ]
-    told = in_words([f"{number:,} {where}" for where, number in parts if number])
-    return f"{count(len(event.pages), 'page')} came or moved: now {told}. Who leaves the device is the policy's choice."
+    places = in_words([f"{number:,} {where}" for where, number in parts if number])
+    return f"{count(len(event.pages), 'page')} came or moved: now {places}. The policy chooses what leaves the device."
 
 
 def _freed(moment: Moment, event: PagesFreed) -> str:
-    return f"{count(len(event.pages), 'page')} are gone, wherever they were."
+    return f"{count(len(event.pages), 'page')} are gone, on the device and on the host."
 
 
 def _ended(moment: Moment, event: SequenceFreed) -> str:
-    return f"{moment.history.name(event.seq_id)} holds nothing any more, on the device or on the host."
+    return f"{moment.history.name(event.seq_id)} holds no page any more, on the device or on the host."
 
 
 def _attended(moment: Moment, event: PagesAttended) -> str:

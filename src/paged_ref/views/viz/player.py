@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from ...timeline.change import sequences_of
+from ...timeline.events import sequences_of
 from ...timeline.history import MARKS, History, Moment
 from ..common.canvas import DIM, Scene, exactly, fit, line, pack, rule
 from ..common.viewer import Viewer, help_lines
@@ -182,9 +182,3 @@ def _help(width: int, height: int) -> Text:
     rows += [line("")] * (height - 1 - len(rows))
     rows = [*rows[: height - 1], line((fit("  any key: back", width), DIM))]
     return Text("\n").join(exactly(row, width) for row in rows)
-
-
-if __name__ == "__main__":
-    from ...commands.viz import show
-
-    show("timeline")

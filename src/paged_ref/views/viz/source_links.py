@@ -1,4 +1,7 @@
-"""Which function of this package did what an event tells: file and line, read from the living code."""
+"""Which function of this package did what an event says: file, line and source, read from the code that runs.
+
+Functions are named here by their public names: what they call to do their work may change.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ from ...core.memory.paged import PagedManager
 from ...core.memory.standard import StandardManager
 from ...core.memory.swapping import SwappingManager
 from ...extras.beam import BeamSearch
-from ...extras.prefix_cache import PrefixCache
 from ...llm import LLM
 from ...timeline.events import (
     BeamsReordered,
     BlockCached,
+    Event,
     PagesAttended,
     PagesFreed,
     PagesNamed,
@@ -42,7 +45,6 @@ from ...timeline.events import (
     StepPlanned,
     SwappedIn,
     SwappedOut,
-    TokenSampled,
     TokensAppended,
 )
 from ...timeline.history import Moment
@@ -70,58 +72,54 @@ def place_of(function: Function) -> Place:
     return Place(shown, first, function.__qualname__, tuple(lines))
 
 
-def actor(moment: Moment) -> Function:
-    """The function that did what the event of this moment tells."""
+def function_for_event(moment: Moment) -> Function:
+    """The function that did what the event of this moment says."""
     event = moment.event
-    manager = _MANAGERS.get(moment.state.memory.manager, PagedManager)
-    if isinstance(event, SequenceFreed):
-        return manager.free if ended(moment) else Scheduler._preempt
-    if isinstance(event, TokensAppended) and event.copied:
-        return PagedManager._copy_on_write
-    if isinstance(event, TokensAppended) and event.evicted:
-        return PrefixCache.evict
+    if isinstance(event, SequenceFreed) and not ended(moment):
+        return Scheduler.schedule  # it preempted the sequence
+    name = METHODS.get(type(event))
     if isinstance(event, RegionPlaced) and moment.change.place_before is not None:
-        return SwappingManager._make_room
-    if isinstance(event, SequenceAdmitted) and manager is StreamingManager:
-        return StreamingManager.admit
-    named = _BY_MANAGER.get(type(event))
-    if named is not None:
-        function: Function = getattr(manager, named)
-        return function
-    return _ALWAYS.get(type(event), LLM.step)
+        name = "append"  # the region grew
+    if name is None:
+        return FUNCTIONS.get(type(event), LLM.step)
+    function: Function = getattr(MANAGERS.get(moment.state.memory.manager, PagedManager), name)
+    return function
 
 
 def ended(moment: Moment) -> bool:
-    """A sequence gave its memory back because it came to its end: the engine says so in the next event."""
+    """A sequence gave its memory back because it came to its end: then the next event says so."""
     following, event = moment.next_event, moment.event
     if not isinstance(event, SequenceFreed) or following is None:
         return True
     return isinstance(following, SequenceFinished) and following.seq_id == event.seq_id
 
 
-_MANAGERS: dict[str, type[PagedManager | StandardManager | SwappingManager | StreamingManager]] = {
+MANAGERS: dict[str, type[PagedManager | StandardManager | SwappingManager | StreamingManager]] = {
     "paged": PagedManager,
     "standard": StandardManager,
     "swapping": SwappingManager,
     "streaming": StreamingManager,
 }
-_BY_MANAGER: dict[type, str] = {PoolOpened: "__init__", TokensAppended: "append", RegionPlaced: "admit"}
-_ALWAYS: dict[type, Function] = {
+METHODS: dict[type[Event], str] = {  # of the manager of the run
+    PoolOpened: "__init__",
+    SequenceAdmitted: "admit",
+    RegionPlaced: "admit",
+    TokensAppended: "append",
+    SequenceForked: "fork",
+    BlockCached: "commit",
+    SequenceFreed: "free",
+    SwappedOut: "swap_out",
+    SwappedIn: "swap_in",
+    RegionSwappedOut: "swap_out",
+    RegionSwappedIn: "swap_in",
+    PagesNamed: "prepare",
+}
+FUNCTIONS: dict[type[Event], Function] = {  # of the engine, and of the memory for pages; LLM.step for all others
     RequestArrived: LLM.add_request,
-    SequenceAdmitted: PagedManager.admit,
-    SequenceForked: PagedManager.fork,
-    BlockCached: PagedManager.commit,
-    SwappedOut: PagedManager.swap_out,
-    SwappedIn: PagedManager.swap_in,
-    RegionSwappedOut: SwappingManager.swap_out,
-    RegionSwappedIn: SwappingManager.swap_in,
+    StepPlanned: Scheduler.schedule,
+    BeamsReordered: BeamSearch.step,
     ResidencyOpened: Residency.__init__,
     PagesPlaced: Residency.need,
     PagesFreed: Residency.free,
-    PagesNamed: StreamingManager.prepare,
-    PagesAttended: StreamedKV._select,
-    StepPlanned: Scheduler.schedule,
-    TokenSampled: LLM._accept,
-    BeamsReordered: BeamSearch.step,
-    SequenceFinished: LLM._end_sequence,
+    PagesAttended: StreamedKV.attend,
 }

@@ -26,7 +26,7 @@ class Workload:
     first_blocks: tuple[int, ...] = ()  # to be handed out before the others
 
 
-# What the paper draws, on so few blocks that they have to work for their living: Figure 6 (A begins in blocks
+# What the paper draws, with so few blocks that all of memory management is needed: Figure 6 (A begins in blocks
 # 7, 1 and 3), Figure 8 (B is two samples of a prompt), Figure 7 (C), and then D and E, until there is no room.
 PAPER = Workload(
     arrivals=(
@@ -49,7 +49,7 @@ def workload(
     num_blocks: int | None = None,
     num_host_blocks: int | None = None,
 ) -> Workload:
-    """Prompts that come two steps apart. Without `num_blocks` there are too few for all at once."""
+    """Prompts that come two steps apart. Without `num_blocks` there are too few for all prompts together."""
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; at least 1 is needed")
     if num_blocks is None:

@@ -1,4 +1,4 @@
-"""The attention of one query head: the mass of each page, beside what was chosen and what was on the device."""
+"""The attention of one query head: the mass of each page, which pages were chosen, and which were on the device."""
 
 from __future__ import annotations
 
@@ -69,9 +69,3 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
             line((head, "bold" if block in chosen else ""), (where, DIM), (fit(text.strip(), width - 26), style))
         )
     return rows
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("attention")

@@ -79,9 +79,3 @@ def manager_of(run: History) -> str:
 def total_slots(run: History) -> int:
     opened = run.events[0]
     return int(getattr(opened, "num_blocks", 0)) * int(getattr(opened, "block_size", 1))
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("memory")

@@ -1,4 +1,4 @@
-"""Frame 4: the prefix cache. Which blocks it knows, how their digests hang together, who goes first."""
+"""Frame 4: the prefix cache. Which blocks the cache knows, how their digests form chains, what goes first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import islice
 
 from rich.text import Text
 
-from ....timeline.run_state import KnownBlock
+from ....timeline.state import KnownBlock
 from ...common.canvas import (
     DIM,
     NEW,
@@ -33,7 +33,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     if not moment.history.caches:
         return _without(scene, width)
     memory, totals = moment.state.memory, moment.state.totals
-    chains = chain(list(moment.state.known.values()))
+    chains = chain(list(moment.state.memory.known.values()))
     share = f" ({100 * totals.hits / totals.asked:.0f} %)" if totals.asked else ""
     tail = [
         rule("Hits and evictions so far", width),
@@ -41,7 +41,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
             f" {totals.hits} of {count(totals.asked, 'token')} were found{share}; "
             f"{count(totals.evicted, 'block')} given up for new tokens."
         ),
-        listing(" Idle, first to go first:", islice(memory.idle, width), width, len(memory.idle)),
+        listing(" Cached, oldest first:", islice(memory.cached, width), width, len(memory.cached)),
     ]
     if height > 20:
         tail.append(
@@ -52,10 +52,10 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     first, last = 0, len(chains)
     if len(chains) > room:
         first, last = window(len(chains), room, next(marked, 0) + scene.scroll)
-    note = f"{len(moment.state.known):,} known: {len(memory.idle):,} idle, the others in use"
+    note = f"{len(moment.state.memory.known):,} known: {len(memory.cached):,} cached, the others in use"
     deepest = min(width // 4, max((len(strokes) for strokes, _ in chains[first:last]), default=0))
     owned = owners(moment)
-    ranks = {block: rank for rank, block in enumerate(memory.idle, start=1)}
+    ranks = {block: rank for rank, block in enumerate(memory.cached, start=1)}
     rows = [_row(scene, strokes, known, deepest, width, owned, ranks) for strokes, known in chains[first:last]]
     if not rows:
         rows = [line((" Nothing yet. A block is known once it is full and its K and V are computed.", DIM))]
@@ -97,7 +97,9 @@ def _row(
     texts = [moment.history.text(t) for t in known.tokens] or [UNKNOWN] * moment.state.memory.block_size
     row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - who - 1, set(), style))
     names = [moment.history.name(s) for s in in_tables]
-    state = f"×{len(in_tables)} {brief(names, who - 4)}" if in_tables else f"idle, goes {ordinal(ranks.get(block, 0))}"
+    state = (
+        f"×{len(in_tables)} {brief(names, who - 4)}" if in_tables else f"cached, goes {ordinal(ranks.get(block, 0))}"
+    )
     row.append(" " * max(1, width - who - row.cell_len))
     row.append(fit(state, who), f"{style} bold" if in_tables else style)
     return row
@@ -112,13 +114,9 @@ def ordinal(number: int) -> str:
 def _without(scene: Scene, width: int) -> Lines:
     manager = scene.moment.state.memory.manager
     if manager != "paged":
-        why = f"The {manager} manager has none: what cannot be shared cannot be found again by another sequence."
+        why = (
+            f"The {manager} manager has none: a region cannot be shared, so no other sequence could use what is in it."
+        )
     else:
         why = "This run has none: it is off, or no block was ever full. generate --prefix-cache switches it on."
     return [rule("Prefix cache", width), line(" " + why)]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("prefix")

@@ -74,9 +74,3 @@ def sign(moment: Moment, pages: list[int]) -> str:
         return "." if device < 0 else "=" if host >= 0 else "#"
     here = sum(device >= 0 for device, _ in places)
     return SHADES[-(-4 * here // len(places))]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("residency")

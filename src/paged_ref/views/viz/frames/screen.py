@@ -10,7 +10,7 @@ from rich.text import Text
 from ....timeline.history import History
 from ...common.canvas import DIM, Lines, Scene, beside, colour, exactly, fit, line, rule, window, wrap
 from ..narration import narrate
-from ..source_links import actor, place_of
+from ..source_links import function_for_event, place_of
 from . import attention, memory, prefix, residency, sharing, swap, tables, timeline
 
 MIN_WIDTH: int = 60
@@ -120,7 +120,7 @@ def _tabs(frames: tuple[Frame, ...], frame: int, width: int) -> Text:
 
 def _foot(scene: Scene, width: int, room: int) -> Lines:
     moment = scene.moment
-    place = place_of(actor(moment))
+    place = place_of(function_for_event(moment))
     said = wrap(narrate(moment), width - 2)
     if len(said) > room:
         said = [*said[: room - 1], fit(" ".join(said[room - 1 :]), width - 2)]
@@ -164,7 +164,7 @@ def _keys(scene: Scene, width: int) -> Text:
     return row
 
 
-# --- beside it, where there is room ------------------------------------------------------------------------
+# --- next to it, where there is room -------------------------------------------------------------------------
 
 
 def _side(scene: Scene, width: int, height: int) -> Lines:
@@ -176,7 +176,7 @@ def _side(scene: Scene, width: int, height: int) -> Lines:
 
 
 def _code(scene: Scene, width: int, height: int) -> Lines:
-    place = place_of(actor(scene.moment))
+    place = place_of(function_for_event(scene.moment))
     rows = [rule("The code that did it", width, f"{place.file.rsplit('/', 1)[-1]}:{place.line}")]
     for number, text in enumerate(place.source[: height - 1]):
         left = len(place.source) - number
@@ -205,9 +205,3 @@ def _texts(scene: Scene, width: int) -> Lines:
         for i, row in enumerate(wrap(text, width - 6)[:3]):
             rows.append(line((f"{name if i == 0 else '':<5} ", f"{style} bold"), (row, style)))
     return rows
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("tables")

@@ -68,7 +68,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     drawn = [_row(scene, row, min(deepest, width // 3), width) for row in rows[first:last]]
     note = f"{first + 1}-{last} of {len(rows)} blocks" if len(rows) > room else "a branch is where they part"
     return [
-        rule("Who shares what", width, note),
+        rule("Which sequences share which blocks", width, note),
         line(" ", (now, "bold")),
         *drawn,
         *[line("")] * (room - len(drawn)),
@@ -141,7 +141,7 @@ def _copy(scene: Scene, width: int) -> Lines:
     source, copy = moment.change.copied
     writer = moment.change.seq_ids[0]
     # What was copied is what lay there before the write: the slots in front of it.
-    offset = min(position for _, position in moment.change.written) % size
+    offset = moment.change.written.start % size
     cost = f", {size_of(size * moment.history.bytes_per_token)}" if moment.history.bytes_per_token else ""
     rows = [rule(f"A copy on write in this event: 1 block, {count(offset, 'token')} in it{cost}", width)]
     for block, who, what in (
@@ -165,8 +165,8 @@ def _cannot_share(scene: Scene, width: int) -> Lines:
     moment = scene.moment
     manager = moment.state.memory.manager
     rows = [
-        rule("Who shares what", width),
-        line(f" Nobody. The {manager} manager gives each sequence a region of its own, and a region cannot be"),
+        rule("Which sequences share which blocks", width),
+        line(f" None do. The {manager} manager gives each sequence a region of its own, and a region cannot be"),
         line(" in two places. Each sample of a request holds the whole prompt once more."),
         line(""),
     ]
@@ -182,9 +182,3 @@ def _cannot_share(scene: Scene, width: int) -> Lines:
     if len(rows) == 4:
         rows.append(line((" No request has two samples in memory at this point.", DIM)))
     return rows
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("sharing")

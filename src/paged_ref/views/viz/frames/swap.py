@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.text import Text
 
 from ....timeline.events import RegionPlaced, RegionSwappedIn, RegionSwappedOut, SwappedIn, SwappedOut
-from ....timeline.run_state import holes
 from ...common.canvas import (
     DIM,
     NEW,
@@ -41,7 +40,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
 def _device(scene: Scene, width: int, height: int) -> Lines:
     moment, memory = scene.moment, scene.moment.state.memory
     owned = owners(moment)
-    head = rule("Device", width, f"{memory.num_blocks:,} blocks, {len(memory.free) + len(memory.idle):,} can be had")
+    head = rule("Device", width, f"{memory.num_blocks:,} blocks, {len(memory.free) + len(memory.cached):,} available")
     room = height - 1
     if memory.num_blocks <= room:
         rows = [block_row(moment, b, owned.get(b, []), width, scene.selected) for b in range(memory.num_blocks)]
@@ -134,7 +133,7 @@ def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
     if not total:
         return [rule(name, width), line((" no host memory: this manager does not swap", DIM))]
     here = [(p.start, p.size, seq_id) for seq_id, p in memory.sequences.items() if p.on_host == on_host]
-    free = [(start, size, -1) for start, size in holes(memory, on_host)]
+    free = [(start, size, -1) for start, size in memory.holes(on_host)]
     note = f"{total:,} slots, {sum(size for _, size, _ in free):,} free"
     rows = [rule(name, width, note)]
     for start, size, seq_id in sorted(here + free):
@@ -149,9 +148,3 @@ def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
         head = f"{moment.history.name(seq_id):<4}{place.length}/{size} "
         rows.append(line((f"{mark} {where:>9}  ", "bold"), (head, f"{style} bold"), (text, style)))
     return rows[:height]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("swap")

@@ -9,7 +9,6 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ....timeline.run_state import holes
 from ...common.canvas import (
     DIM,
     NEW,
@@ -74,10 +73,9 @@ def _table(scene: Scene, seq_id: int, width: int) -> Lines:
     rows = [head]
     if place is None or not place.blocks:
         return rows
-    before = moment.change.place_before if concerned and len(moment.change.seq_ids) == 1 else None
-    known = place.blocks if before is None else before.blocks
+    new_entries = moment.change.new_entries if concerned else range(0)
     row = line("  ")
-    for entry, is_new in _entries(place.blocks, known, "h" if place.on_host else ""):
+    for entry, is_new in _entries(place.blocks, new_entries, "h" if place.on_host else ""):
         if row.cell_len + len(entry) + 1 > width and row.cell_len > 2:
             rows.append(row)
             row = line("  ")
@@ -85,12 +83,12 @@ def _table(scene: Scene, seq_id: int, width: int) -> Lines:
     return [*rows, row]
 
 
-def _entries(blocks: list[int], known: list[int], host: str) -> list[tuple[str, bool]]:
+def _entries(blocks: list[int], new_entries: range, host: str) -> list[tuple[str, bool]]:
     """`logical→physical` of a table, and whether it is new. In a long table, neighbours that run in step are one."""
     entries: list[tuple[str, bool]] = []
     run = 0  # entries in step before this one
     for logical, physical in enumerate(blocks):
-        is_new = logical >= len(known) or known[logical] != physical
+        is_new = logical in new_entries
         follows = len(blocks) > 12 and logical > 0 and physical == blocks[logical - 1] + 1
         if follows and entries[-1][1] == is_new:
             run += 1
@@ -108,22 +106,22 @@ def _pool(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
     memory = moment.state.memory
     owned = owners(moment)
-    used = memory.num_blocks - len(memory.free) - len(memory.idle)
+    used = memory.num_blocks - len(memory.free) - len(memory.cached)
     note = f"{used:,} used, {len(memory.free):,} free"
-    if moment.state.known:
-        note = f"{used:,} used, {len(memory.idle):,} idle, {len(memory.free):,} free"
+    if moment.state.memory.known:
+        note = f"{used:,} used, {len(memory.cached):,} cached, {len(memory.free):,} free"
     head = rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
     # The lists may be long; a screen never shows a hundred of them.
     tail = [listing("Free, next first:", memory.free[: -width - 1 : -1], width, len(memory.free))]
-    if moment.state.known:
-        tail.append(listing("Idle, first to go first:", islice(memory.idle, width), width, len(memory.idle)))
+    if moment.state.memory.known:
+        tail.append(listing("Cached, oldest first:", islice(memory.cached, width), width, len(memory.cached)))
     room = height - 1 - len(tail)
     if memory.num_blocks <= room:
         return [head, *(_row(scene, block, owned, width) for block in range(memory.num_blocks)), *tail]
     # Zoom: the map shows all, the rows a part around what changed.
     map_height = max(1, min(6, room // 3, -(-memory.num_blocks // width)))
     rows = room - map_height - 1
-    concerned = [*moment.change.copied[1:], *(b for b in moment.change.before), *moment.change.cached]
+    concerned = [*moment.change.copied[1:], *(b for b in moment.change.before), *moment.change.known]
     if not concerned and scene.selected is not None and scene.selected in memory.sequences:
         concerned = [] if memory.sequences[scene.selected].on_host else memory.sequences[scene.selected].blocks
     first, last = window(memory.num_blocks, rows, (min(concerned) if concerned else 0) + scene.scroll)
@@ -152,7 +150,7 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
     pieces: list[tuple[int, int, int | None]] = [
         (place.start, place.size, seq_id) for seq_id, place in memory.sequences.items() if not place.on_host
     ]
-    pieces += [(start, size, None) for start, size in holes(memory)]
+    pieces += [(start, size, None) for start, size in memory.holes()]
     pieces.sort()
     note = f"{count(len(pieces), 'piece')}, one for each sequence, in one array"
     head = rule(f"{memory.manager.capitalize()} manager: {memory.num_blocks:,} slots", width, note)
@@ -211,9 +209,3 @@ def slot_map(moment: Moment, width: int, height: int) -> Lines:
             name, style = moment.history.name(seq_id)[0], colour(moment.history, moment, seq_id)
             cells[first:last] = [(name, style)] * (full - first) + [("░", WARM)] * (last - full)
     return [Text.assemble(*cells[top : top + width]) for top in range(0, len(cells), width)]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("tables")

@@ -49,7 +49,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     first, last = window(len(seq_ids), room, wanted + scene.scroll) if len(seq_ids) > room else (0, len(seq_ids))
     note = f"sequences {first + 1}-{last} of {len(seq_ids)}" if len(seq_ids) > room else count(total, "step")
     rows = [
-        rule("Who did what in each step", width, note),
+        rule("What each sequence did in each step", width, note),
         _scale(label, wide, first_step, last_step),
         *(_row(scene, seq_id, label, wide, first_step, last_step) for seq_id in seq_ids[first:last]),
         line(
@@ -118,9 +118,3 @@ def _legend(scene: Scene, width: int) -> Lines:
     used = {code for spans in scene.history.spans.values() for _, code in spans}
     shown = [f"{_SHOWN.get(code, code)} {what}" for code, what in CODES.items() if code in used]
     return [line((f" {row}", DIM)) for row in pack(shown, width - 2)]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("timeline")

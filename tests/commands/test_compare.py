@@ -1,4 +1,4 @@
-"""`paged-ref compare` and `paged-ref paper` as a user meets them: tables, plots, JSON, SVG, bad input."""
+"""`paged-ref compare` as a user meets it: tables, plots, JSON, SVG, bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from paged_ref.cli import main
 from paged_ref.commands import compare
 from paged_ref.commands.compare_report import MeasuredCost
-from paged_ref.planner import paper
 from paged_ref.views.common.plots import Bar, Line, bars_text, lines_text, svg
 
 COMPARE = ["compare", "--trace", "alpaca", "--requests", "24", "--kv-tokens", "4096", "--block-sizes", "16"]
@@ -95,9 +94,6 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
         (["compare", "--max-batch-seqs", "0"], "max_batch_seqs is 0"),
         (["compare", "--json", "no/such/place.json"], "--json no/such/place.json cannot be written"),
         (["compare", "--svg", "no/such/place.svg"], "--svg no/such/place.svg cannot be written"),
-        (["paper", "99"], "figure is '99'; known are 2, 13, 15, 18b, 19, prefix"),
-        (["paper", "2", "--jobs", "0"], "jobs is 0"),
-        (["paper", "2", "--json", "no/such/place.json"], "cannot be written"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -108,24 +104,6 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert printed.err.startswith("paged-ref: error: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
-
-
-@pytest.mark.usefixtures("narrow")
-def test_paper_prints_ours_beside_the_papers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(paper, "NUM_REQUESTS", {"sharegpt": 300, "alpaca": 600})
-    file = tmp_path / "p.json"
-    assert main(["paper", "2", "18b", "--jobs", "1", "--json", str(file)]) == 0
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 80
-    findings = json.loads(file.read_text(encoding="utf-8"))
-    assert {finding["figure"] for finding in findings} == {"2", "18b"}
-    for finding in findings:
-        line = next(line for line in shown.splitlines() if line.startswith(f"  {finding['what']} "))
-        assert f"{finding['ours']:.1f}" in line or f"{finding['ours']:.2f}" in line
-        assert (" NO " in line) == (finding["met"] is False)
-    assert re.search(r"\d+ of \d+ numbers are in their bands", shown)
 
 
 # --- plots ---------------------------------------------------------------------------------------------
