@@ -107,7 +107,7 @@ claim("pages move fewer bytes", page.moved_out < swap.moved_out)
 
 break_it(
     "pages come back without their bytes",
-    where=(CopyStream, "back"),
+    where=(CopyStream, "back_planes"),
     bug=lambda real: lambda self, host, device: None,
     run=lambda: learn("page")[0], caught_by="contract",
 )  # fmt: skip

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.streams import DeviceArray, pretend_gpu, run
 
-from paged_ref.beyond_device.attention import TwoCaches, streamed_attention
+from paged_ref.beyond_device.attention import TwoCaches, _Piece, streamed_attention
 from paged_ref.kernels import paged_attention
+from paged_ref.tuned import copies
 
 WAYS = ["tiled", "staged"]
 
@@ -160,3 +164,32 @@ def test_on_a_gpu_copies_run_beside_the_kernel(num_staging: int) -> None:
         )
         np.testing.assert_allclose(out.get(), expected, rtol=0, atol=1e-5)
         np.testing.assert_allclose(lse.get(), expected_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_half_is_written_while_it_is_read(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Staging on streams made of Python, in every order that their events allow."""
+    compute = pretend_gpu(monkeypatch, copies)
+    host = np.arange(12, dtype=np.float32).reshape(12, 1, 1, 1)
+    device = np.full((5, 1, 1, 1), np.nan, dtype=np.float32).view(DeviceArray)
+    caches = TwoCaches(device, device.copy().view(DeviceArray), host, host + 100, range(1, 5))
+    table = np.array([[3, 4, 7, 1, 0, 2, 9, 11, 10, 5]])  # nothing is on the device
+    stager = caches.stager(halves=2)
+    seen: list[float] = []
+
+    def read(blocks: np.ndarray) -> None:
+        seen.extend(caches.keys[blocks].ravel().tolist())
+        assert (caches.values[blocks] == caches.keys[blocks] + 100).all()
+
+    on_the_way = []
+    for begin in range(0, 10, 2):
+        piece = _Piece(0, 0, np.array([begin]), np.array([begin + 2]))
+        on_the_way.append(stager.fetch(piece, np.full_like(table, -1), table))
+        if len(on_the_way) == 2 or begin == 8:
+            for blocks, half in on_the_way[: 1 if begin < 8 else 2]:
+                stager.wait(half)
+                compute.put(partial(read, blocks[0]))
+                stager.done(half)
+            del on_the_way[0]
+    run([compute, caches.copies._stream], random.Random(seed))
+    assert seen == table[0].tolist()

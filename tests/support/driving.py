@@ -47,7 +47,7 @@ class Engine:
         self.transfers: Counter[str] = Counter()
         options = {"sanitize": True, "log": self.events.append, "on_step": self._count, **options}
         self.llm = LLM(model, **options)
-        self.manager = self.llm.manager
+        self.manager = self.llm.engine.manager
         self._state = RunState()
         self._applied = 0
 
@@ -105,7 +105,7 @@ def recorder(into: Logits) -> Callable[[Sequence[int], np.ndarray], np.ndarray]:
 
 def assert_nothing_held(llm: LLM) -> None:
     """Every slot is free, or idle in the prefix cache, and so is every slot on the host."""
-    manager = llm.manager
+    manager = llm.engine.manager
     manager.check_integrity()
     snapshot = manager.snapshot()
     assert snapshot.free + snapshot.cached == manager.num_slots
@@ -115,8 +115,8 @@ def assert_nothing_held(llm: LLM) -> None:
         assert manager.cache is not None or snapshot.cached == 0
     if isinstance(manager, SwappingManager):
         assert sum(size for _, size in manager.host_pool.holes) == manager.host_pool.num_slots
-    assert not llm.scheduler.waiting
-    assert not llm.scheduler.running
+    assert not llm.engine.scheduler.waiting
+    assert not llm.engine.scheduler.running
 
 
 def furthest(a: Logits, b: Logits) -> float:

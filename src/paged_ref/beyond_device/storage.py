@@ -41,16 +41,12 @@ class PageStorage:
         """Begin to make these copies, in their order. Call `wait` before computing on their blocks."""
         self._copies.begin()
         for transfer in joined(transfers):
-            leaves = transfer.kind == "swap_out"
-            first, first_host = transfer.source, transfer.destination
-            if not leaves:
-                first, first_host = first_host, first
-            for device, host in zip(self.device, self.host, strict=True):
-                here, there = device[first : first + transfer.count], host[first_host : first_host + transfer.count]
-                if leaves:
-                    self._copies.out(here, there)
-                else:
-                    self._copies.back(there, here)
+            source = slice(transfer.source, transfer.source + transfer.count)
+            destination = slice(transfer.destination, transfer.destination + transfer.count)
+            if transfer.kind == "swap_out":
+                self._copies.out_planes(self.device[:, source], self.host[:, destination])
+            else:
+                self._copies.back_planes(self.host[:, source], self.device[:, destination])
 
     def wait(self) -> None:
         """What is computed from now on sees all copies."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.device import Array, on_gpu, xp
+from ..core.device import Array, module_of, on_gpu, xp
 from .flat_views import address_of
 
 MAX_PITCH = 2**31 - 1  # bytes from row to row that cudaMemcpy2D takes (cudaDeviceProp::memPitch)
@@ -87,7 +87,7 @@ class CopyStream:
 
     def gather(self, host: np.ndarray, rows: np.ndarray, device: Array) -> None:
         """Copy `host[rows]` to the leading rows of `device`."""
-        if isinstance(device, np.ndarray):
+        if module_of(device) is np:
             np.take(host, rows, axis=0, out=device[: len(rows)], mode="clip")
             return
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1).tolist()  # one copy for each run of rows
