@@ -47,7 +47,7 @@ def unsupported(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`."""
-    floats = all(array.dtype.kind == "f" for array in (call.query, call.keys, call.values))
+    floats = call.query.dtype.kind == call.keys.dtype.kind == call.values.dtype.kind == "f"
     if call.variant is None and floats and slots_follow(call.keys) and slots_follow(call.values):
         reference.attend(call)
         return
