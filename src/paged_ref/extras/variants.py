@@ -47,8 +47,9 @@ def unsupported(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`."""
-    floats = all(array.dtype.kind == "f" for array in (call.query, call.keys, call.values))
-    if call.variant is None and floats and slots_follow(call.keys) and slots_follow(call.values):
+    floats = call.query.dtype.kind == call.keys.dtype.kind == call.values.dtype.kind == "f"
+    whole = call.keys.flags.c_contiguous and call.values.flags.c_contiguous
+    if call.variant is None and floats and (whole or (slots_follow(call.keys) and slots_follow(call.values))):
         reference.attend(call)
         return
     ends = call.addresses.query_start_loc.tolist()

@@ -1,8 +1,8 @@
 """The memory that a traced kernel sees: arrays that check and record each access.
 
-An access outside an array stops the kernel; NumPy would take a negative index for one from the end, and a
-GPU would take anything. Shared and local arrays have a guard, too: memory that nobody wrote holds garbage,
-and what one thread writes to shared memory another may only see after a barrier.
+An access outside an array stops the kernel; NumPy would count a negative index from the end, and a GPU would read or
+write whatever lies there. Shared and local arrays also have a guard: memory that was not written holds garbage, and
+another thread may read what a thread wrote to shared memory only after a barrier.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .access_record import WARP_SIZE, ArrayInfo
 
 
 class Fault(Exception):  # noqa: N818
-    """What a kernel did wrong, in words. The tracer adds where, and raises KernelError."""
+    """A mistake of a kernel, in words. The tracer adds the place, and raises KernelError."""
 
 
 class Machine(Protocol):
-    """What memory needs to know of the running kernel."""
+    """What arrays ask of the machine that runs the kernel."""
 
     thread: int  # number of the thread that runs now
     clock: int  # rises at each barrier and warp barrier
@@ -48,12 +48,12 @@ class LocalGuard:
     update = write
 
 
-# In the place of a thread's number. Readers: several threads of warp w are _ONE_WARP - w.
+# In the place of a thread's number. As readers, several threads of warp w are _ONE_WARP - w.
 _NEVER, _ATOMIC, _SEVERAL, _ONE_WARP = -1, -2, -2, -3
 
 
 class SharedGuard:
-    """An array of one CUDA block: two threads that touch an element, one writing, need a barrier between.
+    """An array of one CUDA block: between two threads that touch an element, one of them writing, a barrier must stand.
 
     A warp barrier orders the threads of its warp (all of them, whatever its mask). A shuffle orders none.
     """
@@ -62,7 +62,7 @@ class SharedGuard:
         self.machine = machine
         self.writer = [_NEVER] * size  # of each element, the last one
         self.write_time = [-1] * size
-        self.reader = [_NEVER] * size  # those that no barrier has ordered yet
+        self.reader = [_NEVER] * size  # of each element, since the last barrier that orders them
         self.read_time = [-1] * size
 
     def read(self, flat: int) -> None:
@@ -122,19 +122,7 @@ class SharedGuard:
 class TracedArray:
     """A NumPy array, or a view of one, that a kernel reads and writes one element at a time."""
 
-    __slots__ = (
-        "data",
-        "dtype",
-        "first",
-        "guard",
-        "info",
-        "machine",
-        "ndim",
-        "number",
-        "shape",
-        "size",
-        "steps",
-    )
+    __slots__ = ("data", "dtype", "first", "guard", "info", "machine", "ndim", "number", "shape", "size", "steps")
 
     def __init__(
         self,
@@ -185,7 +173,7 @@ class TracedArray:
         self.data[index] = value
 
     def update(self, index: Any, compute: Any, frame: Any) -> Any:
-        """An atomic: put `compute(old)` in the place of `old` in one step, and answer `old`."""
+        """An atomic: put `compute(old)` in the place of `old` in one step, and return `old`."""
         index = index if type(index) is tuple else (index,)
         flat, machine = self._flat(index), self.machine
         for write in (0, 1):
@@ -236,7 +224,7 @@ class TracedArray:
 
 
 class TracedVector(TracedArray):
-    """A TracedArray of one dimension. The tuned kernels know no others, so here time is saved."""
+    """A TracedArray of one dimension, made fast: all arrays of the tuned kernels have one dimension."""
 
     __slots__ = ()
 

@@ -9,7 +9,7 @@ the kernel to it (the kernel's own docstring has the details):
 * paging costs one table entry for each tile, read two tiles ahead.
 
 Why tensor cores for a single query? The 8 heads of a group have 8 multiply-adds for each number of K and of V. A
-warp does 32 at once, so a KiB of float16 (512 numbers) would take 8 * 512 / 32 = 128 instructions before any
+warp does 32 in one instruction, so a KiB of float16 (512 numbers) would take 8 * 512 / 32 = 128 instructions before any
 conversion, shuffle or exponential. What a GPU can issue: an H200 reads 4.8 TB/s = 4.69e9 KiB/s; its 132
 multiprocessors * 4 schedulers * 1.755 GHz issue 927e9 warp instructions a second, so 198 for each KiB. More, and
 memory waits for instructions. With tensor cores a KiB takes 30 in float16 with heads of 128 (45 with heads of 64),

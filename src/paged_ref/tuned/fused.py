@@ -21,7 +21,7 @@ THREADS = 256
 def _takes(*arrays: Array) -> bool:
     """True where the kernels can take these arrays: float16 or float32, on a GPU."""
     known = (np.float16, np.float32)
-    return module_of(arrays[0]) is not np and launching.unavailable() is None and all(a.dtype in known for a in arrays)
+    return module_of(arrays[0]) is not np and all(array.dtype in known for array in arrays)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -79,4 +79,5 @@ def gated_launch(out: Array, gate_up: Array) -> Launch:
     return Launch(gated_kernel, (num_tokens, -(-size // THREADS)), THREADS, args)
 
 
-OPERATIONS = llama.Operations(rms_norm, rotate, gated)
+# What a model is given on this machine.
+OPERATIONS = llama.Operations(rms_norm, rotate, gated) if launching.unavailable() is None else llama.ARRAY_OPERATIONS

@@ -82,12 +82,12 @@ def link(ptx: str, name: str, capability: tuple[int, int]) -> Code:
         nvjitlink.get_info_log(linker, log)
     finally:
         nvjitlink.destroy(linker)
-    said = log.decode()
-    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    used = re.search(r"[Uu]sed (\d+) registers", said)
-    shared = re.search(r"(\d+) bytes smem", said)
+    report = log.decode()
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    used = re.search(r"[Uu]sed (\d+) registers", report)
+    shared = re.search(r"(\d+) bytes smem", report)
     if stack is None or used is None:
-        raise RuntimeError(f"nvJitLink does not say what the kernel needs: {said}")
+        raise RuntimeError(f"nvJitLink does not say what the kernel needs: {report}")
     return Code(
         name, ptx, bytes(binary), int(used[1]), int(shared[1]) if shared else 0, *(int(n) for n in stack.groups())
     )
