@@ -75,5 +75,5 @@ def attention_loop(
                         acc[d] = acc[d] * shrink + weight * values[slot, kv_head, d]
                     highest = new_highest
                 for d in range(len(acc)):
-                    out[token, head, d] = acc[d] / total if total > 0 else np.float32(0)
-                lse[token, head] = highest + math.log(total) if total > 0 else np.float32(-math.inf)
+                    out[token, head, d] = acc[d] / total if total != 0 else np.float32(0)
+                lse[token, head] = highest + math.log(total) if total != 0 else np.float32(-math.inf)
