@@ -47,8 +47,11 @@ def unsupported(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`."""
-    floats = all(array.dtype.kind == "f" for array in (call.query, call.keys, call.values))
-    if call.variant is None and floats and slots_follow(call.keys) and slots_follow(call.values):
+    keys, values = call.keys, call.values
+    plain = call.variant is None and call.query.dtype.kind == keys.dtype.kind == values.dtype.kind == "f"
+    # The engine's caches, which are asked about in every layer, lie in one piece: no look at strides for them.
+    in_one_piece = keys.flags.c_contiguous and values.flags.c_contiguous
+    if plain and (in_one_piece or (slots_follow(keys) and slots_follow(values))):
         reference.attend(call)
         return
     ends = call.addresses.query_start_loc.tolist()
