@@ -97,11 +97,11 @@ def test_out_is_filled_and_returned(backend: str, form: str, dtype: str) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_but_out_is_written(backend: str) -> None:
-    problem = build(Case(query_lens=(1, 5, 20), per_head=() if backend == "cpu" else ("sinks",)))
+    problem = build(Case(query_lens=(1, 5, 20), per_head=("sinks",)))
     arrays = [on(backend, a) for a in (problem.query, *problem.paged, problem.seq_lens, problem.query_start_loc)]
     before = [to_host(a).copy() for a in arrays]
-    options = {name: on(backend, value) for name, value in problem.options.items()}
-    paged_attention(*arrays, backend=backend, **options)
+    options = {} if backend in ("cpu", "cuda") else {"sinks": on(backend, problem.options["sinks"])}
+    paged_attention(*arrays, **options, backend=backend)
     for array, copy in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(to_host(array), copy)
 
@@ -129,15 +129,16 @@ def test_float64_runs_on_the_reference_and_the_cpu_backend_says_why_not() -> Non
     problem = build(Case(cache_dtype="float64", query_dtype="float64"))
     want, _ = oracle.attention(problem.query, problem.keys, problem.values, problem.query_lens)
     np.testing.assert_allclose(run(problem, "auto", "paged"), want, rtol=1e-13, atol=1e-13)
-    with pytest.raises(ValueError, match=r"backend 'cpu-simd' cannot run this call: query is float64.*reference can"):
-        run(problem, "cpu-simd", "paged")
+    with pytest.raises(ValueError, match=r"backend 'cpu' cannot run this call: query is float64.*reference can"):
+        run(problem, "cpu", "paged")
 
 
-def test_several_python_threads_may_call_at_once() -> None:
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "cpu-simd") if name in BACKENDS])
+def test_several_python_threads_may_call_at_the_same_time(backend: str) -> None:
     problem = build(Case(seq_lens=(900, 1300), head_size=64))
-    want = run(problem, "cpu-simd", "paged")
+    want = run(problem, backend, "paged")
     with ThreadPoolExecutor(4) as pool:
-        for out in pool.map(lambda _: run(problem, "cpu-simd", "paged"), range(16)):
+        for out in pool.map(lambda _: run(problem, backend, "paged"), range(16)):
             np.testing.assert_array_equal(out, want)
 
 
@@ -155,12 +156,12 @@ def test_torch_in_torch_out_without_a_copy_of_the_cache() -> None:
         for a in (problem.query, *problem.paged, problem.seq_lens, problem.query_start_loc)
         if a is not None
     ]
-    result, lse = paged_attention(*tensors, return_lse=True, backend="cpu-simd")
+    result, lse = paged_attention(*tensors, return_lse=True, backend="cpu")
     assert isinstance(result, torch.Tensor)
     assert isinstance(lse, torch.Tensor)
-    np.testing.assert_array_equal(result.numpy(), run(problem, "cpu-simd", "paged"))
+    np.testing.assert_array_equal(result.numpy(), run(problem, "cpu", "paged"))
     out = torch.empty_like(tensors[0])
-    assert paged_attention(*tensors, out=out, backend="cpu-simd") is out
+    assert paged_attention(*tensors, out=out, backend="cpu") is out
     np.testing.assert_array_equal(out.numpy(), result.numpy())
 
 
@@ -180,13 +181,13 @@ def test_torch_bfloat16_and_float8_without_a_copy() -> None:
         write_kv(new, -new, keys, values, torch.arange(8), **scales)
         scale = 1 if dtype == torch.bfloat16 else 0.01
         assert torch.equal(keys.float(), (new.float() / scale).to(dtype).float().reshape(2, 4, 2, 16))
-        out, lse = paged_attention(query, keys, values, tables, seq_lens, return_lse=True, backend="cpu-simd", **scales)
+        out, lse = paged_attention(query, keys, values, tables, seq_lens, return_lse=True, **scales)
         assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
         worth = keys.float() * scale, values.float() * 2 * scale if scales else values.float()
         want = paged_attention(query.float(), worth[0], worth[1], tables, seq_lens, backend="reference")
         np.testing.assert_allclose(out.float(), want, rtol=4e-3, atol=4e-3)
         given = torch.empty_like(query)
-        assert paged_attention(query, keys, values, tables, seq_lens, out=given, backend="cpu-simd", **scales) is given
+        assert paged_attention(query, keys, values, tables, seq_lens, out=given, **scales) is given
         assert torch.equal(given, out)
 
 

@@ -19,7 +19,7 @@ from paged_ref.kernels import naive_attention, paged_attention
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-# What NumPy has no dtype for: bfloat16, int8 and float8 with scales (quantize.py). As poison, NaN; int8 has none.
+# What NumPy has no dtype for: bfloat16, int8 and float8 with scales (extras/formats.py). As poison, NaN; int8 has none.
 FORMATS = {"uint16": 0x7FC0, "int8": 127, "uint8": 0x7F}
 
 

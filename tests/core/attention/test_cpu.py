@@ -39,10 +39,11 @@ def test_the_block_size_changes_no_bit() -> None:
         np.testing.assert_array_equal(answer, answers[0])
 
 
-def test_a_nan_in_a_visible_slot_shows() -> None:
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_a_nan_in_a_visible_slot_shows(which: str) -> None:
     problem = plain_call([11, 9])
     tables: Any = problem.call.addresses.block_tables
-    problem.call.values[tables[0, 1], 2] = np.nan
+    getattr(problem.call, which)[tables[0, 1], 2] = np.nan
     cpu.attend(problem.call)
     assert np.isnan(problem.call.out[0]).all()
     np.testing.assert_allclose(problem.call.out[1], problem.output[1], rtol=2e-5, atol=2e-5)
