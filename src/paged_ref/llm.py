@@ -14,7 +14,7 @@ from .beyond_device.options import LongOptions
 from .beyond_device.relevance import Attend
 from .beyond_device.streaming import Eviction
 from .core.device import on_gpu
-from .core.engine.engine import Engine, Observer
+from .core.engine.engine import Observer
 from .core.engine.outputs import RequestOutput
 from .core.engine.request import Request
 from .core.engine.sampling import SamplingParams as CoreSamplingParams
@@ -31,6 +31,7 @@ from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.sanitizer import SanitizedKV
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import StreamingLLM
+from .extras.transaction import TransactionalEngine
 from .interop.architectures import build_model
 from .interop.checkpoints import load
 from .kernels import why_not
@@ -151,7 +152,7 @@ class LLM(StreamingLLM):
         if self._log_steps:
             observers.append(self._log_steps)
         decoder = build_model(config, checkpoint.weights, dtype, OPERATIONS)
-        engine = Engine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
+        engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
         if self._log_steps:

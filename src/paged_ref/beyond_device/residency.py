@@ -111,6 +111,20 @@ class Residency:
         if log:
             log(ResidencyOpened(num_device_blocks, num_host_blocks))
 
+    def clear(self) -> None:
+        """End every page, pinned or not, whatever state an interrupted operation left behind."""
+        pages = [page for page, places in enumerate(zip(self.device_of, self.host_of, strict=True)) if max(places) >= 0]
+        for page in list(self.policy.order()):
+            self.policy.left(page)
+        for pool in (self.device, self.host, self._names):
+            pool.clear()
+        for page in pages:
+            self.device_of[page] = self.host_of[page] = NOWHERE
+        self._both.clear()
+        self._moved.clear()
+        if self.log and pages:
+            self.log(PagesFreed(tuple(pages)))
+
     # --- room ----------------------------------------------------------------------------------------
 
     @property

@@ -119,6 +119,10 @@ class StreamingManager(KVCacheManager):
         if self.log:
             self.log(SequenceFreed(seq_id))
 
+    def clear(self) -> None:
+        self.tables.clear()
+        self.residency.clear()
+
     def length(self, seq_id: int) -> int:
         return self.tables[seq_id].length
 

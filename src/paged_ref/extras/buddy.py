@@ -22,11 +22,13 @@ class BuddyPool(RegionPool):
     def __init__(self, num_slots: int) -> None:
         """`num_slots` need not be a power of two: the pool is the fewest pieces that are, the largest first."""
         super().__init__(num_slots)
+
+    def clear(self) -> None:
         self.free: dict[int, set[int]] = {}  # size of the piece -> where such pieces begin
         start = 0
-        for bit in reversed(range(num_slots.bit_length())):
+        for bit in reversed(range(self.num_slots.bit_length())):
             self.free[1 << bit] = set()
-            if num_slots >> bit & 1:
+            if self.num_slots >> bit & 1:
                 self.free[1 << bit].add(start)
                 start += 1 << bit
 

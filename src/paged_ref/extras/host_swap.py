@@ -42,6 +42,11 @@ class SwappablePagedManager(PagedManager):
             for block_id in reversed(self.swapped.pop(seq_id).blocks):
                 self.host_pool.release(block_id)
 
+    def clear(self) -> None:
+        super().clear()
+        self.swapped.clear()
+        self.host_pool.clear()
+
     def length(self, seq_id: int) -> int:
         return (self.tables.get(seq_id) or self.swapped[seq_id]).length
 

@@ -34,11 +34,14 @@ class CachingBlockPool(BlockPool):
 
     def __init__(self, num_blocks: int, free_order: Sequence[int] | None = None) -> None:
         super().__init__(num_blocks, free_order)
+        self.on_cached: Callable[[int, bytes], None] | None = None  # called with a block that can be looked up now
+        self.on_evicted: Callable[[int], None] | None = None
+
+    def clear(self) -> None:
+        super().clear()
         self.digest_of: dict[int, bytes] = {}  # full blocks, while they are in use or cached
         self.block_of: dict[bytes, int] = {}  # the one block that is looked up for a digest
         self.cached: OrderedDict[int, None] = OrderedDict()  # the block to evict first comes first
-        self.on_cached: Callable[[int, bytes], None] | None = None  # called with a block that can be looked up now
-        self.on_evicted: Callable[[int], None] | None = None
 
     @property
     def num_cached(self) -> int:

@@ -11,6 +11,7 @@ from ..core.engine.llm import LLM, Prompt
 from ..core.engine.outputs import RequestOutput, TokenOutput
 from ..core.engine.request import Request
 from ..core.engine.sampling import SamplingParams
+from .transaction import Turns
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -20,7 +21,17 @@ class StreamingLLM(LLM):
 
     def open(self, *parts: Any) -> None:
         super().open(*parts)
+        self._turns = Turns()
         self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: tokens for the loop that waits for them
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        with self._turns.taken("add_request"):
+            return super().add_request(prompt, params)
+
+    def step(self) -> list[TokenOutput]:
+        """One step for every sequence that runs; [] when nothing is left."""
+        with self._turns.taken("step"):
+            return self.engine.step()
 
     @property
     def has_unfinished(self) -> bool:
@@ -32,7 +43,8 @@ class StreamingLLM(LLM):
 
     def abort(self, request_id: int) -> None:
         """Stop a request where it is and free its memory. A request that has finished is left alone."""
-        self.engine.abort(request_id)
+        with self._turns.taken("abort"):
+            self.engine.abort(request_id)
 
     def generate(
         self,
@@ -85,4 +97,4 @@ class StreamingLLM(LLM):
         finally:
             for request_id in own:
                 del self._loops[request_id]
-                self.engine.abort(request_id)
+                self.abort(request_id)

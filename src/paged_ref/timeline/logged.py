@@ -66,6 +66,7 @@ class LoggedManager(KVCacheManager):
         self._tables: dict[int, Table] = {}
         self._regions: dict[int, Region] = {}
         self._evicted: list[int] = []  # by the operation under way
+        self._alive: set[int] = set()  # sequences that began in the log and did not end there
         free_order: list[int] = []
         if isinstance(manager, PagedManager):
             name, self._tables, free_order = "paged", manager.tables, manager.pool.free_blocks
@@ -83,6 +84,7 @@ class LoggedManager(KVCacheManager):
 
     def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
         length = self.manager.admit(seq_id, tokens, max_len)
+        self._alive.add(seq_id)
         if self.paged:
             self.log(SequenceAdmitted(seq_id, tuple(self._tables[seq_id].blocks), length))
         else:
@@ -130,10 +132,19 @@ class LoggedManager(KVCacheManager):
 
     def free(self, seq_id: int) -> None:
         self.manager.free(seq_id)
+        self._alive.discard(seq_id)
         self.log(SequenceFreed(seq_id))
+
+    def clear(self) -> None:
+        self.manager.clear()
+        for seq_id in sorted(self._alive):
+            self.log(SequenceFreed(seq_id))
+        self._alive.clear()
+        self._evicted.clear()
 
     def fork(self, parent_id: int, child_id: int) -> None:
         self.manager.fork(parent_id, child_id)
+        self._alive.add(child_id)
         self.log(SequenceForked(parent_id, child_id))
 
     def swap_out(self, seq_ids: Sequence[int]) -> list[Transfer]:

@@ -136,8 +136,7 @@ def _load(name: str) -> tuple[Any, str | None]:
 
 def known_backends() -> dict[str, str]:
     """All backends and what they are: those that `auto` takes first come first."""
-    last = 1 + max(backend.rank or 0 for backend in _backends.values())
-    ordered = sorted(_backends.values(), key=lambda backend: last if backend.rank is None else backend.rank)
+    ordered = sorted(_backends.values(), key=lambda backend: np.inf if backend.rank is None else backend.rank)
     return {backend.name: backend.summary for backend in ordered}
 
 

@@ -13,6 +13,7 @@ from ..memory.kv import KV
 from ..model.llama import Llama, StepInputs
 from .outputs import TokenOutput
 from .request import Request
+from .sampling import RequestError
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 
@@ -115,8 +116,8 @@ class Engine:
                 continue  # the request ended in this step, by an error in the hook of another of its sequences
             try:
                 tokens += request.take_logits(self, seq, row)
-            except Exception as error:
-                request.output.error = error  # generate() raises it; the other requests go on
+            except RequestError as error:
+                request.output.error = error.__cause__  # generate() raises it; the other requests go on
                 self.end_request(request, "error")
         return tokens
 

@@ -19,7 +19,7 @@ from ..model.llama import Llama
 from ..model.loading import load
 from ..model.tokenizer import TextStream, Tokenizer
 from .engine import Engine
-from .outputs import RequestOutput, SequenceOutput, TokenOutput
+from .outputs import RequestOutput, SequenceOutput
 from .request import Request, Sample
 from .sampling import SamplingParams, random_generator
 from .scheduler import Scheduler
@@ -118,10 +118,6 @@ class LLM:
 
     # --- tokens out ------------------------------------------------------------------------------------
 
-    def step(self) -> list[TokenOutput]:
-        """One step for every sequence that runs; [] when nothing is left."""
-        return self.engine.step()
-
     def generate(
         self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
     ) -> list[RequestOutput]:
@@ -132,7 +128,7 @@ class LLM:
         requests = self.queue(prompts, params)
         try:
             while any(request.output.finished is None for request in requests):
-                self.step()
+                self.engine.step()
                 for request in requests:
                     if request.output.error is not None:
                         raise request.output.error

@@ -31,7 +31,7 @@ class RequestOutput:
     first_token: float | None = None
     finished: float | None = None
     num_preemptions: int = 0
-    error: Exception | None = None  # what a hook raised; the request ended there
+    error: BaseException | None = None  # what a hook raised; the request ended there
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,14 +43,21 @@ class SamplingParams:
             raise ValueError("stop holds an empty string; every output would end before its first token")
 
 
+class RequestError(Exception):
+    """Its cause is what a request's own hook raised: this request ends, and the others go on."""
+
+
 def apply_logits_hook(logits: np.ndarray, tokens: Sequence[int], params: SamplingParams) -> np.ndarray:
-    """`logits [vocab_size]` after the caller's hook, if there is one."""
+    """`logits [vocab_size]` after the caller's hook, if there is one. Raises RequestError."""
     if params.logits_hook is None:
         return logits
-    changed = np.asarray(params.logits_hook(tokens, logits.copy()))
-    if changed.shape != logits.shape:
-        raise ValueError(f"logits_hook returned shape {list(changed.shape)}; {list(logits.shape)} is needed")
-    return changed
+    try:
+        changed = np.asarray(params.logits_hook(tokens, logits.copy()))
+        if changed.shape != logits.shape:
+            raise ValueError(f"logits_hook returned shape {list(changed.shape)}; {list(logits.shape)} is needed")
+        return changed
+    except Exception as error:
+        raise RequestError from error
 
 
 def random_generator(params: SamplingParams, sample: int) -> np.random.Generator:

@@ -25,8 +25,13 @@ class BlockPool:
         if sorted(order) != list(range(num_blocks)):
             raise ValueError(f"free_order must name each of the blocks 0 to {num_blocks - 1} once")
         self.num_blocks = num_blocks
-        self.ref_count = [0] * num_blocks
-        self._free = order[::-1]  # a stack: the block freed last is handed out first, still warm in caches
+        self._first_order = order
+        self.clear()
+
+    def clear(self) -> None:
+        """Every block is free, as at the beginning."""
+        self.ref_count = [0] * self.num_blocks
+        self._free = self._first_order[::-1]  # a stack: the block freed last is handed out first, still warm in caches
 
     @property
     def num_free(self) -> int:

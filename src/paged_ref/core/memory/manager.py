@@ -71,6 +71,10 @@ class KVCacheManager(ABC):
         """End the sequence and take back all that it holds."""
 
     @abstractmethod
+    def clear(self) -> None:
+        """Forget every sequence, whatever state an interrupted operation left behind: all slots are free."""
+
+    @abstractmethod
     def length(self, seq_id: int) -> int:
         """Tokens of the sequence that have a slot."""
 

@@ -123,6 +123,10 @@ class PagedManager(KVCacheManager):
         for block_id in reversed(self.tables.pop(seq_id).blocks):
             self.pool.release(block_id)
 
+    def clear(self) -> None:
+        self.tables.clear()
+        self.pool.clear()
+
     # --- looking -------------------------------------------------------------------------------------
 
     def length(self, seq_id: int) -> int:

@@ -30,7 +30,11 @@ class RegionPool:
     def __init__(self, num_slots: int) -> None:
         require(num_slots=(num_slots, 0))
         self.num_slots = num_slots
-        self.holes: list[tuple[int, int]] = [(0, num_slots)] if num_slots else []  # (start, size)
+        self.clear()
+
+    def clear(self) -> None:
+        """Every slot is free."""
+        self.holes: list[tuple[int, int]] = [(0, self.num_slots)] if self.num_slots else []  # (start, size)
 
     def slots_taken(self, size: int) -> int:
         """Slots that a region of `size` takes from the pool."""
@@ -110,6 +114,10 @@ class RegionManager(KVCacheManager):
     def free(self, seq_id: int) -> None:
         region = self.regions.pop(seq_id)
         self.pool.release(region.start, region.size)
+
+    def clear(self) -> None:
+        self.regions.clear()
+        self.pool.clear()
 
     def length(self, seq_id: int) -> int:
         return self.regions[seq_id].length

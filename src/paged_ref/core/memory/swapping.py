@@ -107,6 +107,11 @@ class SwappingManager(RegionManager):
         self.slots_swapped += sum(lengths)
         return transfers
 
+    def clear(self) -> None:
+        super().clear()
+        self.swapped.clear()
+        self.host_pool.clear()
+
     def length(self, seq_id: int) -> int:
         return (self.regions.get(seq_id) or self.swapped[seq_id]).length
 

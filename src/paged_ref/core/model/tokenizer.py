@@ -38,7 +38,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` adds; "" while a character is incomplete."""
-        self._window.append(token_id)
+        self._window = [*self._window, token_id]
         text = self._tokenizer.decode(self._window)
         if text.endswith(REPLACEMENT):
             return ""
