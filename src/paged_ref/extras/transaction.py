@@ -64,19 +64,24 @@ class TransactionalEngine(Engine):
 
     def __init__(self, *parts: Any, **more: Any) -> None:
         super().__init__(*parts, **more)
+        self._saved: list[SavedRequest] = []  # the requests of the step under way, before its tokens are drawn
         self._given_up = False
 
     def step(self) -> list[TokenOutput]:
         self.require_usable()
-        scheduler = self.scheduler
-        groups = [*scheduler.running, *scheduler.waiting]
-        before = [(group, group.seqs.copy(), group.num_preemptions) for group in scheduler.running]
+        groups = [*self.scheduler.running, *self.scheduler.waiting]
+        running = [(group, group.seqs.copy(), group.num_preemptions) for group in self.scheduler.running]
+        next_seq_id = self.next_seq_id
+        self._saved = []
         try:
             return super().step()
         except BaseException:
-            self.require_usable()  # else the way back from sampling was interrupted
             self._given_up = True
-            for group, seqs, num_preemptions in before:
+            for seq_id in range(next_seq_id, self.next_seq_id):
+                self.request_of.pop(seq_id, None)
+            for saved in self._saved:
+                saved.restore(self)
+            for group, seqs, num_preemptions in running:
                 group.seqs, group.num_preemptions = seqs, num_preemptions
             self._wait_all(groups)
             self._given_up = False
@@ -84,18 +89,8 @@ class TransactionalEngine(Engine):
 
     def _sample(self, plan: StepPlan, logits: Array) -> list[TokenOutput]:
         requests = {id(request): request for request in (self.request_of[seq.seq_id] for seq, _ in plan.chunks)}
-        before = [SavedRequest(request) for request in requests.values()]
-        next_seq_id = self.next_seq_id
-        try:
-            return super()._sample(plan, logits)
-        except BaseException:
-            self._given_up = True
-            for seq_id in range(next_seq_id, self.next_seq_id):
-                self.request_of.pop(seq_id, None)
-            for saved in before:
-                saved.restore(self)
-            self._given_up = False
-            raise
+        self._saved = [SavedRequest(request) for request in requests.values()]
+        return super()._sample(plan, logits)
 
     def add(self, request: Request) -> None:
         self.require_usable()

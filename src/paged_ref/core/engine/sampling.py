@@ -52,7 +52,7 @@ def apply_logits_hook(logits: np.ndarray, tokens: Sequence[int], params: Samplin
     if params.logits_hook is None:
         return logits
     try:
-        changed = np.asarray(params.logits_hook(tokens, logits.copy()))
+        changed = np.asarray(params.logits_hook(tuple(tokens), logits.copy()))
         if changed.shape != logits.shape:
             raise ValueError(f"logits_hook returned shape {list(changed.shape)}; {list(logits.shape)} is needed")
         return changed
