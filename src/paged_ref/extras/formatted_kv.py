@@ -15,7 +15,7 @@ from ..core.checks import require_one_of
 from ..core.device import Array, xp
 from ..core.memory.kv import KVCache
 from .formats import BFLOAT16, FLOAT8, FLOAT8_NAN, INT8, choose_scales, encode
-from .variants import Variant
+from .variants import PLAIN, Variant
 
 FORMATS: dict[str, np.dtype[Any]] = {"bfloat16": BFLOAT16, "int8": INT8, "float8": FLOAT8}
 NANS = {"bfloat16": 0x7FC0, "int8": 0, "float8": FLOAT8_NAN}  # int8 has none
@@ -43,17 +43,15 @@ class FormattedKV(KVCache):
         self.nan = NANS[kv_dtype]
         sizes = (num_layers, num_blocks, block_size, num_kv_heads, head_size)
         super().__init__(*sizes, FORMATS[kv_dtype].name, num_host_blocks, backend)
-        self.needs_scales = kv_dtype != "bfloat16"
-        self.scales = dict(enumerate(scales))  # by layer
+        self._measures = kv_dtype != "bfloat16"
+        for layer, (key_scales, value_scales) in enumerate(scales):
+            self.variants[layer] = Variant(key_scales=key_scales, value_scales=value_scales)
 
     def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
         keys, values = self.slots[layer]
-        if self.needs_scales and layer not in self.scales:
+        if self._measures and self.variants[layer] is None:
             measured = [choose_scales(new, keys.dtype) * xp.float32(HEADROOM) for new in (key, value)]
-            self.scales[layer] = (measured[0], measured[1])
-        key_scales, value_scales = self.scales.get(layer, (None, None))
-        keys[slot_mapping] = encode(key, keys.dtype, key_scales)
-        values[slot_mapping] = encode(value, values.dtype, value_scales)
-
-    def _variant(self, layer: int) -> Variant | None:
-        return Variant(None, None, None, *self.scales[layer]) if self.needs_scales else None
+            self.variants[layer] = Variant(key_scales=measured[0], value_scales=measured[1])
+        variant = self.variants[layer] or PLAIN
+        keys[slot_mapping] = encode(key, keys.dtype, variant.key_scales)
+        values[slot_mapping] = encode(value, values.dtype, variant.value_scales)

@@ -18,10 +18,11 @@ from typing import Any
 
 from ..core.device import Array
 from ..core.engine.engine import Engine
-from ..core.engine.outputs import TokenOutput
-from ..core.engine.request import Request
+from ..core.engine.outputs import SequenceOutput, TokenOutput
+from ..core.engine.request import Request, Sample
 from ..core.engine.scheduler import StepPlan
-from ..core.engine.sequence import Group, Status
+from ..core.engine.sequence import Group, Sequence, Status
+from ..core.model.tokenizer import TextStream
 
 
 class Turns:
@@ -70,7 +71,9 @@ class TransactionalEngine(Engine):
     def step(self) -> list[TokenOutput]:
         self.require_usable()
         groups = [*self.scheduler.running, *self.scheduler.waiting]
-        running = [(group, group.seqs.copy(), group.num_preemptions) for group in self.scheduler.running]
+        running = []
+        for group in self.scheduler.running:
+            running.append((group, group.seqs.copy(), group.num_preemptions))
         next_seq_id = self.next_seq_id
         self._saved = []
         try:
@@ -88,8 +91,11 @@ class TransactionalEngine(Engine):
             raise
 
     def _sample(self, plan: StepPlan, logits: Array) -> list[TokenOutput]:
-        requests = {id(request): request for request in (self.request_of[seq.seq_id] for seq, _ in plan.chunks)}
-        self._saved = [SavedRequest(request) for request in requests.values()]
+        requests: dict[int, Request] = {}
+        for seq, _ in plan.chunks:
+            request = self.request_of[seq.seq_id]
+            requests[request.output.request_id] = request
+        self._saved = list(map(SavedRequest, requests.values()))
         return super()._sample(plan, logits)
 
     def add(self, request: Request) -> None:
@@ -146,48 +152,49 @@ class TransactionalEngine(Engine):
 
 
 class SavedRequest:
-    """What sampling changes of a request, as it is now."""
+    """What drawing tokens changes of a request, as it is now."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        changed = {name: value for name, value in vars(request).items() if name in CHANGED}
-        self.fields = {name: deepcopy(value) if name == "search" else copy(value) for name, value in changed.items()}
+        self.fields: dict[str, Any] = {}
+        for name in CHANGED:
+            if name in request.__dict__:
+                value = request.__dict__[name]
+                self.fields[name] = deepcopy(value) if name == "search" else copy(value)
         output = request.output
-        self.output = {name: getattr(output, name) for name in ("first_token", "finished", "num_preemptions", "error")}
-        self.output["outputs"] = output.outputs.copy()
-        self.groups = [(group, group.seqs.copy(), group.status) for group in request.groups]
-        self.tokens = [(seq, len(seq.tokens)) for group in request.groups for seq in group.seqs]
-        self.tokens += [(sample.seq, len(sample.seq.tokens)) for sample in request.to_fork]
+        self.output = (output.outputs.copy(), output.first_token, output.finished, output.num_preemptions, output.error)
+        self.groups: list[tuple[Group, list[Sequence], Status]] = []
+        self.tokens: list[tuple[Sequence, int]] = []
+        for group in request.groups:
+            self.groups.append((group, group.seqs.copy(), group.status))
+            for seq in group.seqs:
+                self.tokens.append((seq, len(seq.tokens)))
         draws = request.params.temperature != 0
-        self.samples = [
-            (
-                sample,
-                sample.held_back,
-                copy(sample.text),
-                sample.rng.bit_generator.state if draws else None,
-                copy(sample.output),
-            )
-            for sample in request.samples.values()
-        ]
-        self.num_ids = [len(sample.output.token_ids) for sample in request.samples.values()]
+        self.samples: list[tuple[Sample, str, TextStream, Any, SequenceOutput, int]] = []
+        for sample in request.samples.values():
+            rng_state = sample.rng.bit_generator.state if draws else None
+            made = copy(sample.output)
+            self.samples.append((sample, sample.held_back, copy(sample.text), rng_state, made, len(made.token_ids)))
+        for sample in request.to_fork:
+            self.tokens.append((sample.seq, len(sample.seq.tokens)))
 
     def restore(self, engine: Engine) -> None:
         """Make the request what it was, and let the engine know it again."""
         request = self.request
         request.__dict__.update(self.fields)
-        for name, value in self.output.items():
-            setattr(request.output, name, value)
+        output = request.output
+        output.outputs, output.first_token, output.finished, output.num_preemptions, output.error = self.output
         for group, seqs, status in self.groups:
             group.seqs, group.status = seqs, status
         for seq, length in self.tokens:
             del seq.tokens[length:]
             engine.request_of[seq.seq_id] = request
-        for (sample, held_back, text, rng_state, output), num_ids in zip(self.samples, self.num_ids, strict=True):
+        for sample, held_back, text, rng_state, made, num_ids in self.samples:
             sample.held_back, sample.text = held_back, text
             if rng_state is not None:
                 sample.rng.bit_generator.state = rng_state
             del sample.output.token_ids[num_ids:]
-            sample.output.text, sample.output.finish_reason = output.text, output.finish_reason
+            sample.output.text, sample.output.finish_reason = made.text, made.finish_reason
         engine.requests[request.output.request_id] = request
 
 

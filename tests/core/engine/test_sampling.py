@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paged_ref.core.engine.sampling import SamplingParams, apply_logits_hook, draw, random_generator
+from paged_ref.core.engine.sampling import RequestError, SamplingParams, apply_logits_hook, draw, random_generator
 
 PROBABILITY = np.array([0.05, 0.4, 0.15, 0.1, 0.3])
 LOGITS = np.log(PROBABILITY).astype(np.float32)
@@ -86,5 +86,6 @@ def test_a_hook_gets_a_copy_and_its_answer_is_used() -> None:
 
 def test_a_hook_that_answers_in_another_shape_is_refused() -> None:
     params = SamplingParams(logits_hook=lambda tokens, logits: logits[:2])
-    with pytest.raises(ValueError, match=r"logits_hook returned shape \[2\]; \[5\] is needed"):
+    with pytest.raises(RequestError) as caught:
         apply_logits_hook(LOGITS, [], params)
+    assert str(caught.value.__cause__) == "logits_hook returned shape [2]; [5] is needed"

@@ -19,7 +19,7 @@ from ..model.llama import Llama
 from ..model.loading import load
 from ..model.tokenizer import TextStream, Tokenizer
 from .engine import Engine
-from .outputs import RequestOutput, SequenceOutput
+from .outputs import RequestOutput, SequenceOutput, TokenOutput
 from .request import Request, Sample
 from .sampling import SamplingParams, random_generator
 from .scheduler import Scheduler
@@ -107,16 +107,18 @@ class LLM:
         if unknown:
             raise ValueError(f"the prompt holds token id {unknown[0]}; known are 0 to {self.config.vocab_size - 1}")
         if len(ids) >= self.max_model_len:
-            context, why = self.config.max_position_embeddings, ""
-            if self.max_model_len < context:
-                slots = self.engine.manager.num_slots
-                why = f" (the model's own is {context}; the KV cache holds {slots} tokens)"
+            context, slots = self.config.max_position_embeddings, self.engine.manager.num_slots
             raise ValueError(
-                f"the prompt has {len(ids)} tokens; the context of {self.max_model_len} has no room for more{why}"
+                f"the prompt has {len(ids)} tokens; the context of {self.max_model_len} has no room for more "
+                f"(the model's own is {context}; the KV cache holds {slots} tokens)"
             )
         return ids
 
     # --- tokens out ------------------------------------------------------------------------------------
+
+    def step(self) -> list[TokenOutput]:
+        """One step for every sequence that runs; [] when nothing is left."""
+        return self.engine.step()
 
     def generate(
         self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None = None
@@ -128,7 +130,7 @@ class LLM:
         requests = self.queue(prompts, params)
         try:
             while any(request.output.finished is None for request in requests):
-                self.engine.step()
+                self.step()
                 for request in requests:
                     if request.output.error is not None:
                         raise request.output.error

@@ -44,6 +44,7 @@ class KVCache:
         self.block_size = block_size
         self.backend = backend
         self.scale = head_size**-0.5
+        self.variants: list[Any] = [None] * num_layers  # what attention over a layer needs beyond the plain one
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_size)
         self.device = xp.full(shape, self.nan, dtype=dtype)
         # (key_cache, value_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_size]
@@ -68,7 +69,7 @@ class KVCache:
         self._write(layer, key, value, addresses.slot_mapping)
         keys, values = (self.slots if addresses.block_tables is None else self.layers)[layer]
         out = xp.empty_like(query)
-        call = AttentionCall(query, keys, values, addresses, self.scale, window, out, variant=self._variant(layer))
+        call = AttentionCall(query, keys, values, addresses, self.scale, window, out, variant=self.variants[layer])
         attend(call, self.backend)
         return call.out
 
@@ -76,10 +77,6 @@ class KVCache:
         """Write K and V of the step's tokens into their slots. vLLM calls this reshape_and_cache."""
         keys, values = self.slots[layer]
         keys[slot_mapping], values[slot_mapping] = key, value
-
-    def _variant(self, layer: int) -> Any:
-        """What attention over this cache needs beyond the plain one."""
-        return None
 
     # --- transfers -----------------------------------------------------------------------------------
 
