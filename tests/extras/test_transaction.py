@@ -1,4 +1,4 @@
-"""A step is all or nothing: exceptions at every call of a step, and the other requests get the tokens of a quiet run."""
+"""A step is all or nothing: whatever raises in it, the other requests get the tokens of a quiet run."""
 
 from __future__ import annotations
 
@@ -57,10 +57,14 @@ def opened(options: dict[str, Any]) -> tuple[LLM, dict[int, RequestOutput]]:
     return llm, {i: llm.output_of(llm.add_request(*REQUESTS[i])) for i in requests_for(options)}
 
 
-def finish(llm: LLM, outputs: dict[int, RequestOutput]) -> None:
-    """Step to the end: every request has the tokens of a run alone, nothing is held, and a new request works."""
+def run(llm: LLM) -> None:
     while llm.has_unfinished:
         llm.step()
+
+
+def finish(llm: LLM, outputs: dict[int, RequestOutput]) -> None:
+    """Step to the end: every request has the tokens of a run alone, nothing is held, and a new request works."""
+    run(llm)
     for i, output in outputs.items():
         assert tokens_of(output) == alone(i)
     manager = llm.engine.manager
@@ -122,8 +126,7 @@ def test_a_transfer_that_fails_once() -> None:
 
     llm.engine.kv.apply = failing  # type: ignore[attr-defined]
     with pytest.raises(OSError, match="page-locked"):
-        while llm.has_unfinished:
-            llm.step()
+        run(llm)
     assert failed
     finish(llm, outputs)
 
@@ -186,8 +189,7 @@ def test_an_observer_that_raises_ends_no_request(name: str, method: str, after: 
     llm, outputs = opened(SETUPS[name])
     llm.engine.observers.append(Raising(method, after))
     with pytest.raises(ValueError, match="the disk is full"):
-        while llm.has_unfinished:
-            llm.step()
+        run(llm)
     finish(llm, outputs)
 
 
@@ -204,8 +206,7 @@ def test_a_log_that_raises_ends_no_request(name: str, after: int) -> None:
     llm, outputs = opened(SETUPS[name] | {"log": log})
     left[0] = after
     with pytest.raises(OSError, match="no space"):
-        while llm.has_unfinished:
-            llm.step()
+        run(llm)
     finish(llm, outputs)
 
 
