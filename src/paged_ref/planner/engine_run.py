@@ -52,12 +52,7 @@ def simulated_steps(setup: Setup, trace: RequestTrace) -> tuple[list[StepDecisio
 
 
 def engine_steps(
-    setup: Setup,
-    trace: RequestTrace,
-    arrived: list[int],
-    *,
-    backend: str = "auto",
-    log: Log | None = None,
+    setup: Setup, trace: RequestTrace, arrived: list[int], *, backend: str = "auto", log: Log | None = None
 ) -> list[StepDecisions]:
     """Every step of an engine with the embedded model, given that `arrived[i]` requests have arrived before step i.
 
@@ -95,7 +90,7 @@ def engine_steps(
                 pass  # the simulation refuses the same requests: otherwise the steps differ
             else:
                 place_of[len(place_of)] = num_added
-                final_slots[len(final_slots)] = min(request.prompt_len + request.output_len, setup.longest) - 1
+                final_slots[len(final_slots)] = min(request.num_tokens, setup.longest) - 1
             num_added += 1
         llm.step()
     return [

@@ -21,6 +21,10 @@ class TraceRequest:
     output_len: int
     hash_ids: tuple[int, ...] = ()  # identify the blocks of the prompt; equal leading ids mean the same beginning
 
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + self.output_len
+
 
 @dataclass(frozen=True, slots=True)
 class RequestTrace:
