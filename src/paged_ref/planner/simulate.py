@@ -70,7 +70,6 @@ class Simulation:
         self.sample_every = sample_every
         self._final_slots: dict[int, int] = {}  # seq_id -> the most slots that the sequence will hold
         self._longest = setup.longest
-        self._row_tokens = setup.block_size if self.manager.paged else 1
         # A region of the swapping manager may have to move when it grows, which takes time: no step is skipped there.
         self._skips = skip and on_step is None and isinstance(self.manager, (PagedManager, StandardManager))
         self._on_step, self._on_sample = on_step, on_sample
@@ -134,7 +133,7 @@ class Simulation:
         plan = scheduler.schedule()
         self._note_lost_tokens(plan.preempted)
         num_tokens, compute_seconds, caught_up = self._compute(plan)
-        seconds, moved, swapped = self.clock.transfers(plan.transfers, self._row_tokens)
+        seconds, moved, swapped = self.clock.transfers(plan.transfers, self.manager.block_size)
         seconds += compute_seconds
         self.now += seconds
         counts.preemptions += len(plan.preempted)
