@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
 from paged_ref.planner.assess import WASTE_LIMIT, _held_in_blocks, assess, predict
 from paged_ref.planner.comparison import setups
 from paged_ref.planner.hardware import GPUS, several
 from paged_ref.planner.models import MODELS
-from paged_ref.planner.roofline import Constants, recompute_seconds, step_time, swap_seconds
+from paged_ref.planner.roofline import Constants, Roofline
 from paged_ref.planner.settings import servers
 from paged_ref.planner.setup import Setup
 from paged_ref.planner.traces import RequestTrace, TraceRequest, generated
@@ -33,7 +33,7 @@ AZURE = assess(GPUS["A100-80GB"], MODELS["Llama-3-8B"], [request(1155, 211)])
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 4, 16, 32]))
 def test_slots_in_blocks_are_those_that_the_manager_holds(prompt: int, output: int, block_size: int) -> None:
-    manager = PagedManager(200, block_size)
+    manager = PagedManager(BlockPool(200), block_size)
     manager.admit(0, [0] * prompt, prompt + output)
     manager.append([(0, prompt)])
     held = 0
@@ -58,7 +58,7 @@ def test_as_many_regions_fit_in_the_standard_manager(plan: int, reserve: str) ->
 
 
 def test_as_many_of_the_longest_fit_in_the_paged_manager() -> None:
-    manager = PagedManager(OPT.num_tokens // OPT.block_size, OPT.block_size)
+    manager = PagedManager(BlockPool(OPT.num_tokens // OPT.block_size), OPT.block_size)
     for seq_id in range(OPT.sequences_at_worst):
         manager.admit(seq_id, [0] * OPT.longest, OPT.longest)
         manager.append([(seq_id, OPT.longest)])
@@ -78,9 +78,7 @@ def test_requests_per_second_by_hand() -> None:
     plan = OPT.paged
     begin = plan.sequences / 338
     length = 161 + 339 / 2
-    step = step_time(
-        OPT.gpu,
-        OPT.model,
+    step = Roofline(OPT.gpu, OPT.model).step(
         round(plan.sequences + begin * 161),
         round(plan.sequences * length + begin * 161),
         round(plan.sequences * length + begin * 161 * 162 / 2),
@@ -108,7 +106,7 @@ def estimate(setup: Setup, trace: RequestTrace) -> Estimate:
     tokens = sum(output * (prompt + output / 2) for prompt, output in each) / outputs  # held, half way through
     if setup.manager == "standard":  # the whole region, all the time
         manager = setup.make_manager()
-        slots = sum(output * manager.most_slots(prompt, prompt + output - 1) for prompt, output in each) / outputs
+        slots = sum(output * manager.max_slots_needed(prompt, prompt + output - 1) for prompt, output in each) / outputs
     else:  # half of the last block, or of the last 16 slots of a region, is empty
         slots = tokens + (setup.block_size if setup.manager == "paged" else 16) / 2
     running = max(1.0, min(setup.max_batch_seqs, setup.num_slots / slots))
@@ -117,14 +115,8 @@ def estimate(setup: Setup, trace: RequestTrace) -> Estimate:
     # In each step every sequence gets a token, and as many prompts are computed as outputs end.
     prompt_tokens = running * prompts / outputs
     pairs = running * (tokens + sum(prompt * prompt / 2 for prompt, _ in each) / outputs)
-    step = step_time(
-        setup.gpu,
-        setup.model,
-        round(running + prompt_tokens),
-        round(running * tokens + prompt_tokens),
-        round(pairs),
-        round(running),
-        setup.constants,
+    step = Roofline(setup.gpu, setup.model, setup.constants).step(
+        round(running + prompt_tokens), round(running * tokens + prompt_tokens), round(pairs), round(running)
     )
     return Estimate(slots, running, running / (outputs / len(each)) / step.seconds, step.bound)
 
@@ -177,21 +169,22 @@ def test_the_block_size_is_the_largest_within_the_limit() -> None:
 def test_swapping_is_faster_from_the_crossover_on() -> None:
     """Half a link and a fast chip, so that the crossover is not at an end."""
     gpu, model = replace(GPUS["H100-SXM"], link=32e9), MODELS["Llama-3.1-8B"]
-    found = assess(gpu, model, [request(512, 512)])
+    found, roofline = assess(gpu, model, [request(512, 512)]), Roofline(gpu, model)
     assert found.swap_from is not None
     assert found.swap_from > found.block_size
     for tokens, faster in ((found.swap_from, True), (found.swap_from - found.block_size, False)):
-        assert (swap_seconds(gpu, model, tokens, found.block_size) < recompute_seconds(gpu, model, tokens)) == faster
+        assert (roofline.swap_seconds(tokens, found.block_size) < roofline.recompute_seconds(tokens)) == faster
     never = assess(replace(gpu, link=1e9), model, [request(512, 512)])
     assert never.swap_from is None
 
 
 def test_small_blocks_swap_slowly() -> None:
     """The paper's §7.3: many small copies; computing again does not depend on the block size."""
-    times = [swap_seconds(OPT.gpu, OPT.model, 512, size) for size in (1, 4, 16, 64)]
+    roofline = Roofline(OPT.gpu, OPT.model)
+    times = [roofline.swap_seconds(512, size) for size in (1, 4, 16, 64)]
     assert times == sorted(times, reverse=True)
     assert times[0] > 3 * times[2]
-    assert times[0] > recompute_seconds(OPT.gpu, OPT.model, 512)
+    assert times[0] > roofline.recompute_seconds(512)
 
 
 def test_requests_that_are_too_long_are_counted() -> None:

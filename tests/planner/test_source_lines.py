@@ -13,6 +13,7 @@ from paged_ref.planner.paper import PAGED
 from paged_ref.planner.source_lines import code_lines, lines_of, modules_of
 
 SETUPS = {setup.label: setup for setup in setups(replace(PAGED, kv_tokens=4096), [16])}
+PAGED_MODULES = {"core.memory.paged", "core.memory.block_pool", "extras.host_swap"}
 
 
 def names(modules: set[ModuleType]) -> set[str]:
@@ -22,11 +23,11 @@ def names(modules: set[ModuleType]) -> set[str]:
 @pytest.mark.parametrize(
     ("label", "expected"),
     [
-        ("standard max", {"core.memory.standard", "extras.buddy"}),
+        ("standard max", {"core.memory.standard", "core.memory.regions", "extras.buddy"}),
         ("exact, first fit", {"core.memory.standard", "core.memory.regions"}),
         ("swapping", {"core.memory.swapping", "core.memory.regions"}),
-        ("paged 16", {"core.memory.paged", "core.memory.block_pool"}),
-        ("paged 16 + prefix", {"core.memory.paged", "core.memory.block_pool", "extras.prefix_cache"}),
+        ("paged 16", PAGED_MODULES),
+        ("paged 16 + prefix", PAGED_MODULES | {"extras.prefix_cache"}),
     ],
 )
 def test_the_modules_are_those_of_the_manager_and_its_parts(label: str, expected: set[str]) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
 from ..planner.assess import WASTE_LIMIT, Assessment
-from ..planner.hardware import GIB, GPU, GPUS
-from ..planner.models import MODELS, ModelSpec
-from ..planner.roofline import explain
+from ..planner.hardware import GIB, GPUS
+from ..planner.models import MODELS
 from ..planner.settings import servers
 from ..views.common.canvas import count, size_of
-from .report_text import print_heading, print_paragraph
+from .report_text import number_table, print_constants, print_heading, print_paragraph, print_rows
 
 _WHY = {
     "capacity": "The weights are read, and a step begins, once for all sequences of a batch: more sequences make each "
@@ -39,13 +37,14 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
     if found.num_refused:
         print_paragraph(console, f"Left out: {count(found.num_refused, 'longer request')}.")
     print_heading(console, "Memory")
-    rows = Table.grid(padding=(0, 2))
-    rows.add_row("K, V a token", model.kv_arithmetic)
-    rows.add_row(f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token))
-    rows.add_row("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}")
     share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
-    rows.add_row("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens")
-    console.print(Padding(rows, (0, 0, 0, 1)))
+    rows = [
+        ("K, V a token", model.kv_arithmetic),
+        (f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token)),
+        ("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}"),
+        ("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens"),
+    ]
+    print_rows(console, rows)
     if model.num_windowed_layers:
         print_paragraph(
             console, f"{model.num_windowed_layers} layers see only a window; their K and V are counted in full."
@@ -68,10 +67,7 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
         for sentence in server.supports:
             console.print(Padding(f"- {sentence}", (0, 0, 0, 3)))
     print_heading(console, "Assumed, beside the datasheet")
-    rows = Table.grid(padding=(0, 2))
-    for name, value, why in explain(found.constants):
-        rows.add_row(name, f"{value:g}", why)
-    console.print(Padding(rows, (0, 0, 0, 1)))
+    print_constants(console, found.constants)
     print_paragraph(
         console, "paged-ref compare runs the real managers over real arrivals: waiting, holes, preemptions."
     )
@@ -79,13 +75,15 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
 
 def _plans(found: Assessment, width: int) -> Table:
     """Numbers are never cut: in a narrow window the columns stand closer, and only a name may wrap."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1) if width >= 80 else 0)
-    for column in ("", "slots", "in\nuse", "fit", "step,\nms", "tokens\n/s", "req\n/s"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    columns = ("", "slots", "in\nuse", "fit", "step,\nms", "tokens\n/s", "req\n/s")
+    table = number_table(*columns, wrap_names=True, padding=(0, 1) if width >= 80 else 0)
     for plan in found.plans:
-        timed = (f"{1000 * plan.step.seconds:.1f}", f"{plan.tokens_per_second:,.0f}")
-        last = f"{plan.requests_per_second:.2f}"
-        cells = (*timed, last) if plan.sequences else ("-", "-", "-")
+        speeds = [
+            f"{1000 * plan.step.seconds:.1f}",
+            f"{plan.tokens_per_second:,.0f}",
+            f"{plan.requests_per_second:.2f}",
+        ]
+        cells = speeds if plan.sequences else ["-"] * 3
         table.add_row(plan.name, f"{plan.slots:,.0f}", f"{plan.used:.1%}", f"{plan.sequences:,}", *cells)
     return table
 
@@ -113,18 +111,11 @@ def _roofline(found: Assessment) -> str:
 
 
 def _block_sizes(found: Assessment) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("block size", "slots empty", "table", "K in one piece", "swap out, in"):
-        table.add_column(column, justify="right")
+    table = number_table("block\nsize", "slots\nempty", "table", "K in one\npiece", "swap\nout, in")
     for each in found.block_sizes:
-        style = "bold" if each.block_size == found.block_size else ""
-        cells = (
-            f"{each.waste:.1%}",
-            _size(each.table_bytes),
-            _size(each.run_bytes),
-            f"{1000 * each.swap_seconds:.1f} ms",
-        )
-        table.add_row(str(each.block_size), *cells, style=style)
+        sizes = _size(each.table_bytes), _size(each.run_bytes)
+        cells = (f"{each.block_size:>5}", f"{each.waste:.1%}", *sizes, f"{1000 * each.swap_seconds:.1f} ms")
+        table.add_row(*cells, style="bold" if each.block_size == found.block_size else "")
     return table
 
 
@@ -157,30 +148,20 @@ def _swap_advice(found: Assessment) -> str:
 
 
 def print_known(console: Console) -> None:
-    """The tables of models and GPUs."""
-    console.print(_known("Known models", MODEL_COLUMNS, [_model_cells(model) for model in MODELS.values()], console))
-    console.print(_known("Known GPUs, as published", GPU_COLUMNS, [_gpu_cells(gpu) for gpu in GPUS.values()], console))
-
-
-def _known(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> Table:
-    """Numbers are never cut: in a narrow window the columns stand closer."""
+    """The tables of models and GPUs. In a narrow window the columns stand closer."""
     wide = console.width >= 80
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1) if wide else 0, show_edge=wide)
-    for column in ("", *columns):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for cells in rows:
-        table.add_row(*cells)
-    return table
-
-
-def _model_cells(model: ModelSpec) -> tuple[str, ...]:
-    sizes = (model.num_layers, model.num_heads, model.num_kv_heads, model.max_context)
-    return model.name, f"{model.num_parameters / 1e9:.2f}", *map(str, sizes), f"{model.kv_bytes_per_token:,}"
-
-
-def _gpu_cells(gpu: GPU) -> tuple[str, ...]:
-    rates = f"{gpu.bandwidth / 1e9:,.0f} GB/s", f"{gpu.flops / 1e12:,.1f} TFLOPS", f"{gpu.link / 1e9:.0f} GB/s"
-    return gpu.name, f"{gpu.memory_bytes // GIB} GiB", *rates
+    style: dict[str, Any] = {"padding": (0, 1) if wide else 0, "show_edge": wide}
+    table = number_table("", *MODEL_COLUMNS, title="Known models", **style)
+    for model in MODELS.values():
+        sizes = (model.num_layers, model.num_heads, model.num_kv_heads, model.max_context)
+        cells = f"{model.num_parameters / 1e9:.2f}", *map(str, sizes), f"{model.kv_bytes_per_token:,}"
+        table.add_row(model.name, *cells)
+    console.print(table)
+    table = number_table("", *GPU_COLUMNS, title="Known GPUs, as published", **style)
+    for gpu in GPUS.values():
+        rates = f"{gpu.bandwidth / 1e9:,.0f} GB/s", f"{gpu.flops / 1e12:,.1f} TFLOPS", f"{gpu.link / 1e9:.0f} GB/s"
+        table.add_row(gpu.name, f"{gpu.memory_bytes // GIB} GiB", *rates)
+    console.print(table)
 
 
 def _size(num_bytes: int) -> str:

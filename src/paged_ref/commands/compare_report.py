@@ -11,15 +11,19 @@ from rich.padding import Padding
 from rich.table import Table
 
 from ..planner.comparison import Checked, ComparisonRow
-from ..planner.roofline import explain
 from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
 from ..planner.traces import RequestTrace
 from .compare_plots import latency_plot, memory_plot
-from .report_text import print_heading, print_paragraph
+from .report_text import number_table, print_constants, print_heading, print_paragraph
 
 GIB = 2**30
 FEW_REQUESTS = 500  # with fewer, a rate says little
+ARTICLE = {  # its words for memory utilization, scalability, complexity
+    "standard": ("poor", "limited", "low"),
+    "swapping": ("moderate", "moderate", "medium"),
+    "paged": ("high", "high", "high"),
+}
 BOUND_BY_COMPUTE = (
     "Its steps wait for arithmetic, most of it for prompts. More running sequences than the GPU can compute for bring "
     "nothing, so better memory management cannot show here. It shows where memory is shorter (--kv-tokens), or where "
@@ -54,10 +58,7 @@ def print_setting(console: Console, base: Setup, trace: RequestTrace, bound: flo
         "tokens in a step at most. The real schedulers and managers decide; the time of a step is computed from the "
         "datasheet and:"
     )
-    rows = Table.grid(padding=(0, 2))
-    for name, value, why in explain(base.constants):
-        rows.add_row(f"  {name}", f"{value:g}", why)
-    console.print(rows)
+    print_constants(console, base.constants)
 
 
 def print_report(console: Console, rows: Sequence[ComparisonRow], cost: MeasuredCost) -> None:
@@ -98,10 +99,7 @@ def print_report(console: Console, rows: Sequence[ComparisonRow], cost: Measured
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
+    return number_table(*columns, padding=(0, 0, 0, 1), pad_edge=False)
 
 
 def _utilization(rows: Sequence[ComparisonRow]) -> Table:
@@ -109,8 +107,7 @@ def _utilization(rows: Sequence[ComparisonRow]) -> Table:
     for row in rows:
         shares = row.curve.at_once.shares
         parts = (shares.tokens, shares.reserved, shares.internal, shares.external, shares.free + shares.cached)
-        cells = [f"{part:.1%}" for part in (*parts, shares.occupancy)]
-        table.add_row(row.curve.setup.label, *cells)
+        table.add_row(row.curve.setup.label, *(f"{part:.1%}" for part in (*parts, shares.occupancy)))
     return table
 
 
@@ -152,12 +149,7 @@ def _article(rows: Sequence[ComparisonRow], cost: MeasuredCost) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("technique", "memory utilization", "scalability", "complexity"):
         table.add_column(column, no_wrap=column == "technique")
-    words = {
-        "standard": ("poor", "limited", "low"),
-        "swapping": ("moderate", "moderate", "medium"),
-        "paged": ("high", "high", "high"),
-    }
-    for manager, (used, scale, effort) in words.items():
+    for manager, (used, scale, effort) in ARTICLE.items():
         of_manager = [row for row in rows if row.curve.setup.manager == manager]
         lines = [sum(lines_of(row.curve.setup)) for row in of_manager]
         table.add_row(
@@ -229,13 +221,8 @@ def print_checked(console: Console, trace: RequestTrace, checked: Sequence[Check
     print_paragraph(console, f"{trace.describe()}; {'; '.join(trace.notes)}.")
     table = _table("", "occupancy, simulated", "run", "steps", "each step the same")
     for each in checked:
-        table.add_row(
-            each.label,
-            f"{each.simulated.occupancy:.2%}",
-            f"{each.ran.occupancy:.2%}",
-            f"{each.steps}",
-            "yes" if each.same else "NO",
-        )
+        shares = f"{each.simulated.occupancy:.2%}", f"{each.ran.occupancy:.2%}"
+        table.add_row(each.label, *shares, f"{each.steps}", "yes" if each.same else "NO")
     console.print(table)
     print_paragraph(
         console,

@@ -1,8 +1,7 @@
 """What paging brings: how many sequences fit, where the GPU's time then goes, and which settings follow.
 
 This is arithmetic on shapes and datasheets, without a run: memory is full, no request waits, and there are no holes
-between regions. It takes a second; `paged-ref compare` steps the real managers over real arrivals, and prints what
-this predicts beside what it measures.
+between regions. `paged-ref compare` prints this prediction beside what the real managers do.
 """
 
 from __future__ import annotations
@@ -14,18 +13,7 @@ from typing import Literal
 from ..core.memory.standard import Reserve, StandardManager
 from .hardware import GPU
 from .models import ModelSpec
-from .roofline import (
-    CONSTANTS,
-    Constants,
-    StepTime,
-    chunk_pairs,
-    kv_cache_bytes,
-    num_kv_tokens,
-    recompute_seconds,
-    step_time,
-    swap_from,
-    swap_seconds,
-)
+from .roofline import CONSTANTS, Constants, Roofline, StepTime, chunk_pairs
 from .setup import Setup
 from .traces import RequestTrace, TraceRequest
 
@@ -97,12 +85,8 @@ class Assessment:
     @property
     def gain(self) -> dict[str, float]:
         """Requests per second of paged against each standard reservation; infinite where that holds none."""
-        return {
-            plan.name: self.paged.requests_per_second / plan.requests_per_second
-            if plan.requests_per_second
-            else float("inf")
-            for plan in self.plans[:-1]
-        }
+        paged, rates = self.paged.requests_per_second, {each.name: each.requests_per_second for each in self.plans[:-1]}
+        return {name: paged / rate if rate else float("inf") for name, rate in rates.items()}
 
 
 def assess(
@@ -127,20 +111,25 @@ def assess(
             raise ValueError(
                 f"a request has {request.prompt_len} prompt and {request.output_len} output tokens; both need 1"
             )
-    served = [each for each in requests if each.prompt_len + each.output_len <= longest_allowed]
+    served = [each for each in requests if each.num_tokens <= longest_allowed]
     if not served:
-        shortest = min((each.prompt_len + each.output_len for each in requests), default=0)
+        shortest = min((each.num_tokens for each in requests), default=0)
         raise ValueError(f"no request fits in {longest_allowed} tokens; the shortest of {len(requests)} has {shortest}")
-    num_tokens = num_kv_tokens(gpu, model, constants)
-    longest = max(each.prompt_len + each.output_len for each in served)
+    roofline = Roofline(gpu, model, constants)
+    num_tokens = roofline.num_kv_tokens()
+    longest = max(each.num_tokens for each in served)
     length = _mean_length(served)
-    block_sizes = tuple(_block_size(gpu, model, served, size, length, constants) for size in BLOCK_SIZES)
+    block_sizes = tuple(_block_size(roofline, served, size) for size in BLOCK_SIZES)
     block_size = max((b.block_size for b in block_sizes if b.waste <= WASTE_LIMIT), default=BLOCK_SIZES[0])
 
     def full(name: str, slots: float) -> SteadyState:
-        return _steady_state(name, slots, int(num_tokens / slots), gpu, model, served, constants)
+        return _steady_state(name, slots, int(num_tokens / slots), roofline, served)
 
-    plans = [full(f"standard {reserve}", _reserved(served, reserve, longest_allowed)) for reserve in RESERVES]
+    def reserved(reserve: Reserve) -> float:
+        manager = StandardManager(longest_allowed, longest_allowed, reserve)
+        return _mean_while_running(served, lambda each: manager.region_size(each.prompt_len, each.num_tokens))
+
+    plans = [full(f"standard {reserve}", reserved(reserve)) for reserve in RESERVES]
     paged = full(f"paged {block_size}", _held_in_blocks(served, block_size))
     return Assessment(
         gpu=gpu,
@@ -152,15 +141,15 @@ def assess(
         mean_length=length,
         longest=longest,
         num_refused=len(requests) - len(served),
-        kv_bytes=kv_cache_bytes(gpu, model, constants),
+        kv_bytes=roofline.kv_cache_bytes(),
         num_tokens=num_tokens,
         plans=(*plans, paged),
         sequences_at_worst=num_tokens // block_size // -(-longest // block_size),
         bottleneck=_bottleneck(paged.step),
         block_sizes=block_sizes,
         block_size=block_size,
-        recompute_seconds=recompute_seconds(gpu, model, round(length), constants),
-        swap_from=swap_from(gpu, model, block_size, constants),
+        recompute_seconds=roofline.recompute_seconds(round(length)),
+        swap_from=roofline.swap_from(block_size),
     )
 
 
@@ -176,43 +165,26 @@ def predict(setup: Setup, trace: RequestTrace) -> SteadyState:
     ]
     if not served:
         raise ValueError(f"none of the requests fits in a context of {longest}")
-    slots = _slots_held(setup, served)
+    if setup.manager == "standard":
+        manager = setup.make_manager()
+        slots = _mean_while_running(served, lambda each: manager.max_slots_needed(each.prompt_len, each.num_tokens - 1))
+    else:
+        slots = _held_in_blocks(served, setup.block_size if setup.manager == "paged" else ALIGNMENT)
     sequences = max(1.0, min(setup.max_batch_seqs, setup.num_slots / slots))
     if setup.manager == "standard" and setup.reserve == "max":
         sequences = float(int(sequences))  # all regions are equal
-    return _steady_state(setup.label, slots, sequences, setup.gpu, setup.model, served, setup.constants)
-
-
-# --- slots -------------------------------------------------------------------------------------------------
+    return _steady_state(setup.label, slots, sequences, setup.roofline, served)
 
 
 def _mean_while_running(requests: Sequence[TraceRequest], value: Callable[[TraceRequest], float]) -> float:
-    """Mean over the sequences that run at a moment, where one that runs twice as long counts twice. A sequence runs
-    for as many steps as it has output tokens."""
+    """Mean over the sequences that run at a moment. A sequence runs for as many steps as it has output tokens, and
+    counts as many times."""
     return sum(each.output_len * value(each) for each in requests) / sum(each.output_len for each in requests)
 
 
 def _mean_length(requests: Sequence[TraceRequest]) -> float:
-    """Tokens of a running sequence: it grows evenly from its prompt to its end."""
+    """Tokens of a running sequence, which grows evenly from its prompt to its end."""
     return _mean_while_running(requests, lambda each: each.prompt_len + (each.output_len + 1) / 2)
-
-
-def _reserved(requests: Sequence[TraceRequest], reserve: Reserve, max_model_len: int) -> float:
-    """Slots that the standard manager reserves for a running sequence."""
-    manager = StandardManager(max_model_len, max_model_len, reserve)
-    return _mean_while_running(
-        requests, lambda each: manager.region_size(each.prompt_len, each.prompt_len + each.output_len)
-    )
-
-
-def _slots_held(setup: Setup, requests: Sequence[TraceRequest]) -> float:
-    """Slots that the setup's manager holds for a running sequence."""
-    if setup.manager == "standard":
-        manager = setup.make_manager()
-        return _mean_while_running(
-            requests, lambda each: manager.max_slots_needed(each.prompt_len, each.prompt_len + each.output_len - 1)
-        )
-    return _held_in_blocks(requests, setup.block_size if setup.manager == "paged" else ALIGNMENT)
 
 
 def _held_in_blocks(requests: Sequence[TraceRequest], block_size: int) -> float:
@@ -224,47 +196,26 @@ def _held_in_blocks(requests: Sequence[TraceRequest], block_size: int) -> float:
         return block_size * full * (full + 1) // 2 + rest * (full + 1)
 
     def slots(each: TraceRequest) -> float:
-        held = blocks_up_to(each.prompt_len + each.output_len) - blocks_up_to(each.prompt_len)
-        return block_size * held / each.output_len
+        return block_size * (blocks_up_to(each.num_tokens) - blocks_up_to(each.prompt_len)) / each.output_len
 
     return _mean_while_running(requests, slots)
 
 
-# --- time --------------------------------------------------------------------------------------------------
-
-
 def _steady_state(
-    name: str,
-    slots: float,
-    sequences: float,
-    gpu: GPU,
-    model: ModelSpec,
-    requests: Sequence[TraceRequest],
-    constants: Constants,
+    name: str, slots: float, sequences: float, roofline: Roofline, requests: Sequence[TraceRequest]
 ) -> SteadyState:
     """`sequences` that hold `slots` each."""
     length, outputs = _mean_length(requests), sum(each.output_len for each in requests)
     prompt_tokens = sequences * sum(each.prompt_len for each in requests) / outputs
     prompt_pairs = sequences * sum(chunk_pairs(each.prompt_len, each.prompt_len) for each in requests) / outputs
-    step = step_time(
-        gpu,
-        model,
+    step = roofline.step(
         round(sequences + prompt_tokens),
         round(sequences * length + prompt_tokens),
-        query_key_pairs=round(sequences * length + prompt_pairs),
+        pairs=round(sequences * length + prompt_pairs),
         num_logits=round(sequences),
-        constants=constants,
     )
-    steps_each = outputs / len(requests)
-    return SteadyState(
-        name=name,
-        slots=slots,
-        sequences=sequences,
-        used=length / slots,
-        prompt_tokens=prompt_tokens,
-        step=step,
-        requests_per_second=sequences / steps_each / step.seconds,
-    )
+    requests_per_second = sequences / (outputs / len(requests)) / step.seconds
+    return SteadyState(name, slots, sequences, length / slots, prompt_tokens, step, requests_per_second)
 
 
 def _bottleneck(step: StepTime) -> Bottleneck:
@@ -275,16 +226,12 @@ def _bottleneck(step: StepTime) -> Bottleneck:
     return "bandwidth" if step.kv > max(step.weights, step.overhead) else "capacity"
 
 
-# --- blocks, swapping --------------------------------------------------------------------------------------
-
-
-def _block_size(
-    gpu: GPU, model: ModelSpec, requests: Sequence[TraceRequest], block_size: int, length: float, constants: Constants
-) -> BlockSize:
+def _block_size(roofline: Roofline, requests: Sequence[TraceRequest], block_size: int) -> BlockSize:
+    model, length = roofline.model, _mean_length(requests)
     return BlockSize(
         block_size=block_size,
         waste=1 - length / _held_in_blocks(requests, block_size),
         table_bytes=-(-round(length) // block_size) * TABLE_ENTRY,
         run_bytes=block_size * model.num_kv_heads * model.head_size * model.kv_bits // 8,
-        swap_seconds=swap_seconds(gpu, model, round(length), block_size, constants),
+        swap_seconds=roofline.swap_seconds(round(length), block_size),
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,13 +41,8 @@ def setups(base: Setup, block_sizes: Sequence[int]) -> list[Setup]:
 
 def longest_request(manager: KVCacheManager, context: int) -> int:
     """Tokens of the longest request that an empty pool holds, up to the model's context."""
-    low, high = 0, context
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if manager.max_slots_needed(1, middle - 1) <= manager.num_slots else (low, middle - 1)
-        )
-    return low
+    lengths = range(1, context + 1)
+    return bisect_right(lengths, manager.num_slots, key=lambda length: manager.max_slots_needed(1, length - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +100,7 @@ class Checked:
 def small(trace: RequestTrace) -> RequestTrace:
     """The first requests, arriving at the same time, made short enough for the embedded model."""
     part = first(trace, RUN_REQUESTS)
-    mean = sum(each.prompt_len + each.output_len for each in part.requests) / len(part.requests)
+    mean = sum(each.num_tokens for each in part.requests) / len(part.requests)
     factor = min(1.0, RUN_LENGTH / mean)
     return at_rate(clipped(scaled(part, factor), RUN_CONTEXT), float("inf"))
 
@@ -114,16 +110,12 @@ def check(
 ) -> list[Checked]:
     """Each setup with the embedded model: simulated, and run. `trace` is as `small` makes it. `log` gets the events of
     the engines, one after another."""
-    checked = []
+    gpu, model, checked = gpu_named("T4"), model_named("tiny"), []
     for row in rows:
-        setup = replace(
-            row, gpu=gpu_named("T4"), model=model_named("tiny"), kv_tokens=RUN_POOL, max_model_len=RUN_CONTEXT
-        )
+        setup = replace(row, gpu=gpu, model=model, kv_tokens=RUN_POOL, max_model_len=RUN_CONTEXT)
         simulated, arrived = simulated_steps(setup, trace)
         ran = engine_steps(setup, trace, arrived, log=log)
-        checked.append(
-            Checked(setup.label, shares_of(simulated), shares_of(ran), len(ran), same=simulated == ran)
-        )  # fmt: skip
+        checked.append(Checked(setup.label, shares_of(simulated), shares_of(ran), len(ran), same=simulated == ran))
         if on_run:
             on_run(setup.label)
     return checked

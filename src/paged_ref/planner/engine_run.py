@@ -52,12 +52,7 @@ def simulated_steps(setup: Setup, trace: RequestTrace) -> tuple[list[StepDecisio
 
 
 def engine_steps(
-    setup: Setup,
-    trace: RequestTrace,
-    arrived: list[int],
-    *,
-    backend: str = "auto",
-    log: Log | None = None,
+    setup: Setup, trace: RequestTrace, arrived: list[int], *, backend: str = "auto", log: Log | None = None
 ) -> list[StepDecisions]:
     """Every step of an engine with the embedded model, given that `arrived[i]` requests have arrived before step i.
 
@@ -82,7 +77,7 @@ def engine_steps(
         log=log,
         on_step=records.append,
     )
-    place_of: dict[int, int] = {}  # the engine's seq_id -> the request's place in the trace
+    place_of: list[int] = []  # by the engine's seq_id: the request's place in the trace
     final_slots: dict[int, int] = {}
     num_added = 0
     for count in arrived:
@@ -94,8 +89,8 @@ def engine_steps(
             except ValueError:
                 pass  # the simulation refuses the same requests: otherwise the steps differ
             else:
-                place_of[len(place_of)] = num_added
-                final_slots[len(final_slots)] = min(request.prompt_len + request.output_len, setup.longest) - 1
+                final_slots[len(place_of)] = min(request.num_tokens, setup.longest) - 1
+                place_of.append(num_added)
             num_added += 1
         llm.step()
     return [

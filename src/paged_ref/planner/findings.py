@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
-from .sweep import Call, T
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +41,21 @@ class Figure:
 
 
 class RunCache:
-    """Makes the runs that the figures need, on all cores, and each run only once."""
+    """The runs that the figures need, each only once. Figures may be made at the same time, in several threads."""
 
-    def __init__(self, call: Call, threads: ThreadPoolExecutor, on_run: Callable[[], None] | None = None) -> None:
-        self._call, self._threads, self._on_run = call, threads, on_run
+    def __init__(self, executor: Executor, on_run: Callable[[], object] = lambda: None) -> None:
+        """`on_run` is called after each run."""
+        self._executor, self._on_run = executor, on_run
         self._known: dict[tuple[Any, ...], Future[Any]] = {}
+        self._lock = Lock()
 
     def all(self, function: Callable[..., T], jobs: Iterable[tuple[Any, ...]]) -> list[T]:
         """What `function` returns for the arguments of each job, in order."""
-        waiting = []
-        for job in jobs:
-            key = (function, *job)
-            if key not in self._known:
-                self._known[key] = self._threads.submit(self._one, function, job)
-            waiting.append(self._known[key])
-        return [future.result() for future in waiting]
+        return [future.result() for future in [self._run(function, *job) for job in jobs]]
 
-    def _one(self, function: Callable[..., T], job: tuple[Any, ...]) -> T:
-        result = self._call(function, *job)
-        if self._on_run:
-            self._on_run()
-        return result
+    def _run(self, *call: Any) -> Future[Any]:
+        with self._lock:
+            if call not in self._known:
+                self._known[call] = self._executor.submit(*call)
+                self._known[call].add_done_callback(lambda _: self._on_run())
+            return self._known[call]

@@ -37,26 +37,19 @@ DEFAULT_GPU = "A100-80GB"
 
 
 def gpu_named(name: str) -> GPU:
-    """A known GPU, or with "auto" the one in this machine. Case, spaces and hyphens do not matter.
-
-    Raises ValueError that lists the known names, or says why no GPU was found.
+    """A known GPU, or with "auto" the one in this machine, with the memory that the driver reports. Case, spaces and
+    hyphens do not matter. Raises ValueError that lists the known names, or says why no GPU was found.
     """
     if name.strip().casefold() == "auto":
-        return present_gpu()
+        if not device.on_gpu:
+            raise ValueError(f"gpu is 'auto'; {device.reason}. Name one: known are {', '.join(GPUS)}")
+        properties = device.xp.cuda.runtime.getDeviceProperties(0)
+        gpu = gpu_of_driver(properties["name"].decode())
+        return replace(gpu, memory_bytes=int(properties["totalGlobalMem"]))
     for gpu in GPUS.values():
         if _plain(gpu.name) == _plain(name):
             return gpu
     raise ValueError(f"gpu is {name!r}; known are auto, {', '.join(GPUS)}")
-
-
-def present_gpu() -> GPU:
-    """The GPU in this machine with the memory that the driver reports. Raises ValueError without one, or for one
-    whose datasheet is not in the table."""
-    if not device.on_gpu:
-        raise ValueError(f"gpu is 'auto'; {device.reason}. Name one: known are {', '.join(GPUS)}")
-    properties = device.xp.cuda.runtime.getDeviceProperties(0)
-    gpu = gpu_of_driver(properties["name"].decode())
-    return replace(gpu, memory_bytes=int(properties["totalGlobalMem"]))
 
 
 def gpu_of_driver(driver_name: str) -> GPU:
@@ -78,15 +71,8 @@ def several(gpu: GPU, count: int) -> GPU:
         raise ValueError(f"num_gpus is {count}; at least 1 is needed")
     if count == 1:
         return gpu
-    return replace(
-        gpu,
-        name=f"{count} x {gpu.name}",
-        memory_bytes=count * gpu.memory_bytes,
-        bandwidth=count * gpu.bandwidth,
-        flops=count * gpu.flops,
-        link=count * gpu.link,
-        count=count,
-    )
+    sums = {name: count * getattr(gpu, name) for name in ("memory_bytes", "bandwidth", "flops", "link")}
+    return replace(gpu, name=f"{count} x {gpu.name}", count=count, **sums)
 
 
 def _plain(name: str) -> str:

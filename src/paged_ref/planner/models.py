@@ -1,7 +1,6 @@
-"""Known models in numbers, so that a model can be assessed without its weights.
+"""Models in numbers: names of data/models.toml, and Hugging Face directories, of which only config.json is read.
 
-A model is a name of data/models.toml, or a Hugging Face directory of which only config.json is read. Parameters are
-counted from the sizes.
+Parameters are counted from the sizes.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ class ModelSpec:
     """One decoder, and in how many bytes its weights and its K and V are kept."""
 
     name: str
-    num_layers: int
+    num_layers: int  # this and the next fields: in the order of the columns of data/models.toml
+    hidden_size: int
+    intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_size: int
-    hidden_size: int
-    intermediate_size: int
     vocab_size: int
     max_context: int  # tokens, prompt and output together
     num_parameters: int = 0
@@ -33,11 +32,6 @@ class ModelSpec:
     num_windowed_layers: int = 0  # layers that see only a window; their K and V are counted in full nevertheless
     weight_bits: int = 16
     kv_bits: int = 16
-
-    @property
-    def num_head_parameters(self) -> int:
-        """Of the matrix that turns a hidden state into logits, which may be the embedding table itself."""
-        return self.vocab_size * self.hidden_size
 
     @property
     def weight_bytes(self) -> int:
@@ -86,24 +80,15 @@ def _with_parameters(spec: ModelSpec, family: str, tied: bool) -> ModelSpec:
         layer = attention + 3 * hidden * intermediate + 2 * hidden
         layer += {"qwen2": q_size + 2 * kv_size, "qwen3": 2 * spec.head_size}.get(family, 0)  # biases; norms of q, k
         looked_up, final_norm = 0 if tied else embedding, hidden
-    return replace(
-        spec, num_parameters=spec.num_layers * layer + final_norm + embedding + looked_up, num_looked_up=looked_up
-    )
+    num_parameters = spec.num_layers * layer + final_norm + embedding + looked_up
+    return replace(spec, num_parameters=num_parameters, num_looked_up=looked_up)
 
 
-def _known() -> dict[str, ModelSpec]:
-    table = read_table("models")
-    specs = {}
-    for family, models in table["families"].items():
-        for name, values in models.items():
-            sizes = dict(zip(table["columns"], values, strict=True))
-            del sizes["source"]
-            tied = sizes.pop("tied")
-            specs[name] = _with_parameters(ModelSpec(name, **sizes), family, tied)
-    return specs
-
-
-MODELS = _known()
+MODELS = {
+    name: _with_parameters(ModelSpec(name, *sizes), family, tied)
+    for family, models in read_table("models")["families"].items()
+    for name, (*sizes, tied, _source) in models.items()
+}
 DEFAULT_MODEL = "Llama-3-8B"
 
 

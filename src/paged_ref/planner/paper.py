@@ -18,7 +18,6 @@ from .findings import Figure, Finding, RunCache
 from .hardware import gpu_named
 from .metrics import Outcome
 from .models import model_named
-from .roofline import swap_seconds
 from .setup import Setup
 from .sharing import beams_saving, samples_saving
 from .sweep import AT_ONCE, run_once
@@ -59,15 +58,10 @@ def figure_2(runs: RunCache) -> Figure:
     findings = []
     for reserve, outcome in zip(FIG_2, outcomes, strict=False):
         shares = outcome.shares
-        parts = zip(
-            ("tokens", "reserved", "internal", "external"),
-            (shares.tokens, shares.reserved, shares.internal, shares.external),
-            FIG_2[reserve],
-            strict=True,
-        )
+        parts = zip(("tokens", "reserved", "internal", "external"), FIG_2[reserve], strict=True)
         findings += [
-            Finding(f"Orca {reserve}: {part}", unit="%", **within(100 * ours, paper, POINTS))
-            for part, ours, paper in parts
+            Finding(f"Orca {reserve}: {part}", unit="%", **within(100 * getattr(shares, part), paper, POINTS))
+            for part, paper in parts
         ]
     findings.append(Finding("paged 16: occupancy", 100 * outcomes[-1].shares.occupancy, 96.3, "%", 95.0, 100.0))
     return Figure(
@@ -110,22 +104,23 @@ def figure_13(runs: RunCache) -> Figure:
 
 FIG_15_SAMPLES = {ALPACA: {2: 6.09, 4: 8.53, 6: 9.79}, SHAREGPT: {2: 16.2, 6: 30.5}}
 FIG_15_BEAMS = {ALPACA: {2: 37.56, 4: 53.13, 6: 55.16}, SHAREGPT: {2: 44.3, 6: 66.3}}
+NUM_SAMPLED = {ALPACA: 400, SHAREGPT: 400}  # requests
 NUM_SEARCHED = {ALPACA: 12, SHAREGPT: 4}  # requests with beams: the embedded model computes every token
 
 
 def figure_15(runs: RunCache) -> Figure:
-    samples = [(name, n, paper) for name, values in FIG_15_SAMPLES.items() for n, paper in values.items()]
-    beams = [(name, n, paper) for name, values in FIG_15_BEAMS.items() for n, paper in values.items()]
-    searched = runs.all(beams_saving, [(first(requests(name), NUM_SEARCHED[name]), width) for name, width, _ in beams])
-    drawn_ = runs.all(samples_saving, [(first(requests(name), 400), n) for name, n, _ in samples])
-    findings = [
-        Finding(f"{name}, {n} samples", unit="%", **within(100 * ours, paper, SAMPLES_POINTS))
-        for (name, n, paper), ours in zip(samples, drawn_, strict=True)
+    findings = []
+    kinds: list[tuple[str, Callable[..., float], dict[str, dict[int, float]], dict[str, int], float]] = [
+        ("samples", samples_saving, FIG_15_SAMPLES, NUM_SAMPLED, SAMPLES_POINTS),
+        ("beams", beams_saving, FIG_15_BEAMS, NUM_SEARCHED, BEAMS_POINTS),
     ]
-    findings += [
-        Finding(f"{name}, {n} beams", unit="%", **within(100 * ours, paper, BEAMS_POINTS))
-        for (name, n, paper), ours in zip(beams, searched, strict=True)
-    ]
+    for kind, saving, published, num_requests, points in kinds:
+        rows = [(name, n, paper) for name, values in published.items() for n, paper in values.items()]
+        saved = runs.all(saving, [(first(requests(name), num_requests[name]), n) for name, n, _ in rows])
+        findings += [
+            Finding(f"{name}, {n} {kind}", unit="%", **within(100 * ours, paper, points))
+            for (name, n, paper), ours in zip(rows, saved, strict=True)
+        ]
     return Figure(
         "15", "blocks saved by sharing", findings,
         f"Blocks of 16; 400 requests with samples; beams of the embedded model on {NUM_SEARCHED[ALPACA]} requests with "
@@ -189,7 +184,7 @@ def figure_19(runs: RunCache) -> Figure:
         words, low, high = ("worse", TIME, None) if size == 1 else ("comparable", 1 / TIME, TIME)
         ratio = swap.normalised / again.normalised
         findings.append(Finding(f"swap / recompute, blocks of {size}", ratio, words, "x", low, high))
-    slow, fast = (swap_seconds(PAGED.gpu, PAGED.model, 256, size, PAGED.constants) for size in (1, 64))
+    slow, fast = (PAGED.roofline.swap_seconds(256, size) for size in (1, 64))
     findings.append(Finding("256 tokens swapped, 1 / 64", slow / fast, "worse", "x", TIME, None))
     lost = [outcome.recomputed_tokens / outcome.preemptions for outcome in outcomes[1::2]]
     findings.append(Finding("lost when recomputed, 1 / 64", lost[0] / lost[-1], "the same", "x", 1 / TIME, TIME))

@@ -64,43 +64,9 @@ class StepTime(NamedTuple):
     @property
     def bound(self) -> Bound:
         """What the step waits for most."""
-        sides: dict[Bound, float] = {
-            "bandwidth": self.weights + self.kv,
-            "compute": self.compute,
-            "overhead": self.overhead,
-        }
+        reading = self.weights + self.kv
+        sides: dict[Bound, float] = {"bandwidth": reading, "compute": self.compute, "overhead": self.overhead}
         return max(sides, key=sides.__getitem__)
-
-
-def step_time(
-    gpu: GPU,
-    model: ModelSpec,
-    num_tokens: int,
-    kv_tokens_read: int,
-    query_key_pairs: int | None = None,
-    num_logits: int | None = None,
-    constants: Constants = CONSTANTS,
-) -> StepTime:
-    """The time of a step that computes `num_tokens` tokens and reads the K and V of `kv_tokens_read`.
-
-    `kv_tokens_read` is the sum of the sequences' lengths, this step's tokens included: a kernel reads each key
-    once for all queries of its sequence. `query_key_pairs` is how many keys all queries see together (default:
-    kv_tokens_read, which is a step of decodes; `chunk_pairs` gives it for a chunk of prefill). `num_logits` is
-    for how many tokens the head is computed (default: all).
-    """
-    pairs = kv_tokens_read if query_key_pairs is None else query_key_pairs
-    logits = num_tokens if num_logits is None else num_logits
-    bandwidth = gpu.bandwidth * constants.bandwidth_share
-    weights_read = (model.num_parameters - model.num_looked_up) * model.weight_bits / 8
-    in_layers = model.num_parameters - model.num_looked_up - model.num_head_parameters
-    flops = 2 * (in_layers * num_tokens + model.num_head_parameters * logits)  # a product and a sum for each weight
-    flops += 4 * model.num_layers * model.num_heads * model.head_size * pairs  # q.k, and the sum over values
-    return StepTime(
-        weights=weights_read / bandwidth,
-        kv=kv_tokens_read * model.kv_bytes_per_token * kv_copies(gpu, model) / bandwidth,
-        compute=flops / (gpu.flops * constants.compute_share),
-        overhead=constants.step_overhead,
-    )
 
 
 def chunk_pairs(seq_len: int, num_tokens: int) -> int:
@@ -108,122 +74,122 @@ def chunk_pairs(seq_len: int, num_tokens: int) -> int:
     return num_tokens * seq_len - num_tokens * (num_tokens - 1) // 2
 
 
-def transfer_seconds(gpu: GPU, num_bytes: float, num_copies: int = 1, constants: Constants = CONSTANTS) -> float:
-    """Time to bring bytes over the host link, one way, in `num_copies` single copies."""
-    return num_bytes / (gpu.link * constants.link_share) + num_copies * constants.copy_overhead
-
-
-class StepClock:
-    """Seconds of steps and transfers on one GPU with one model.
-
-    A simulation asks it for every step of millions of tokens, so all that is fixed is multiplied out before.
-    """
+class Roofline:
+    """One model on one GPU: the seconds of steps and transfers, and the memory for K and V."""
 
     def __init__(self, gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> None:
-        # step_time is linear in its four counts, so five of its answers give all others.
-        def sides(tokens: int, kv: int, pairs: int, logits: int) -> tuple[float, float]:
-            time = step_time(gpu, model, tokens, kv, pairs, logits, constants)
-            return time.weights + time.kv, time.compute
+        self.gpu, self.model, self.constants = gpu, model, constants
+        self.kv_copies = max(1.0, gpu.count / model.num_kv_heads)  # more than one with more GPUs than KV heads
+        self.bandwidth = gpu.bandwidth * constants.bandwidth_share
+        multiplied = model.num_parameters - model.num_looked_up
+        head = model.vocab_size * model.hidden_size  # the matrix that turns a hidden state into logits
+        arithmetic = gpu.flops * constants.compute_share
+        self.weights = multiplied * model.weight_bits / 8 / self.bandwidth
+        # A simulation asks for the seconds of millions of steps, so what is fixed is multiplied out here.
+        self._kv = model.kv_bytes_per_token * self.kv_copies / self.bandwidth  # for each token whose K and V are read
+        self._token = 2 * (multiplied - head) / arithmetic  # a product and a sum for each weight
+        self._logits = 2 * head / arithmetic
+        self._pair = 4 * model.num_layers * model.num_heads * model.head_size / arithmetic  # q.k, the sum over values
 
-        self._weights, _ = sides(0, 0, 0, 0)
-        self._kv = sides(0, 1, 0, 0)[0] - self._weights
-        _, self._token = sides(1, 0, 0, 0)
-        _, self._pair = sides(0, 0, 1, 0)
-        _, self._logit = sides(0, 0, 0, 1)
-        self._overhead = constants.step_overhead
-        self._gpu, self._constants = gpu, constants
-        self._bandwidth = gpu.bandwidth * constants.bandwidth_share
-        self._arrays = 2 * model.num_layers  # K and V of each layer are separate arrays
-        self._kv_bytes = model.kv_bytes_per_token
+    # --- a step ------------------------------------------------------------------------------------
 
-    def step(self, num_tokens: int, kv_tokens_read: int, pairs: int, num_logits: int) -> float:
-        """Seconds of a step; the arguments are those of step_time."""
-        read = self._weights + self._kv * kv_tokens_read
-        compute = self._token * num_tokens + self._pair * pairs + self._logit * num_logits
-        return (read if read > compute else compute) + self._overhead
+    def step(
+        self, num_tokens: int, kv_tokens: int, pairs: int | None = None, num_logits: int | None = None
+    ) -> StepTime:
+        """The time of a step that computes `num_tokens` tokens and reads the K and V of `kv_tokens`.
 
-    def decode(self, num_seqs: int, kv_tokens_read: int) -> float:
-        """Seconds of a step in which each of the sequences computes one token."""
-        return self.step(num_seqs, kv_tokens_read, kv_tokens_read, num_seqs)
+        `kv_tokens` is the sum of the sequences' lengths, this step's tokens included: a kernel reads each key once for
+        all queries of its sequence. `pairs` is how many keys all queries see together (default: `kv_tokens`, which is
+        a step of decodes; `chunk_pairs` gives it for a chunk of prefill). `num_logits` is for how many tokens the head
+        is computed (default: all).
+        """
+        pairs = kv_tokens if pairs is None else pairs
+        num_logits = num_tokens if num_logits is None else num_logits
+        compute = self._token * num_tokens + self._pair * pairs + self._logits * num_logits
+        return StepTime(self.weights, self._kv * kv_tokens, compute, self.constants.step_overhead)
+
+    def seconds(self, num_tokens: int, kv_tokens: int, pairs: int, num_logits: int) -> float:
+        """`step(...).seconds`, in a third of the time."""
+        read = self.weights + self._kv * kv_tokens
+        compute = self._token * num_tokens + self._pair * pairs + self._logits * num_logits
+        return (read if read > compute else compute) + self.constants.step_overhead
+
+    # --- transfers ---------------------------------------------------------------------------------
+
+    def link_seconds(self, num_bytes: float, num_copies: int) -> float:
+        """Time to bring bytes over the host link, one way, in `num_copies` single copies."""
+        link = self.gpu.link * self.constants.link_share
+        return num_bytes / link + num_copies * self.constants.copy_overhead
 
     def transfers(self, transfers: Iterable[Transfer], row_tokens: int) -> tuple[float, int, int]:
         """(seconds, bytes moved on the device, bytes over the link) of transfers whose rows are `row_tokens` tokens.
 
-        A transfer is one copy in each array. Bytes that move on the device are read and written. The step waits for
-        its transfers: none is hidden behind other work.
+        A transfer is one copy in each array: K and V of each layer, as in vLLM. Bytes that move on the device are read
+        and written. The step waits for its transfers: none is hidden behind other work.
         """
         seconds, on_device, over_link = 0.0, 0, 0
         for transfer in transfers:
-            num_bytes = transfer.count * row_tokens * self._kv_bytes
+            num_bytes = transfer.count * row_tokens * self.model.kv_bytes_per_token
             if transfer.kind in ("copy", "move"):
                 on_device += num_bytes
-                seconds += 2 * num_bytes / self._bandwidth
+                seconds += 2 * num_bytes / self.bandwidth
             else:
                 over_link += num_bytes
-                seconds += transfer_seconds(self._gpu, num_bytes, self._arrays, self._constants)
+                seconds += self.link_seconds(num_bytes, 2 * self.model.num_layers)
         return seconds, on_device, over_link
 
+    def swap_seconds(self, num_tokens: int, block_size: int) -> float:
+        """Out and in again, each block a copy for K and for V of each layer."""
+        blocks = -(-num_tokens // block_size)
+        num_bytes = blocks * block_size * self.model.kv_bytes_per_token
+        return 2 * self.link_seconds(num_bytes, 2 * self.model.num_layers * blocks)
 
-def swap_seconds(
-    gpu: GPU, model: ModelSpec, num_tokens: int, block_size: int, constants: Constants = CONSTANTS
-) -> float:
-    """Out and in again. K and V of each layer are separate arrays, as in vLLM: 2 copies for each layer and block."""
-    blocks = -(-num_tokens // block_size)
-    copies = 2 * model.num_layers * blocks
-    return 2 * transfer_seconds(gpu, blocks * block_size * model.kv_bytes_per_token, copies, constants)
+    def recompute_seconds(self, num_tokens: int) -> float:
+        """All tokens once more, as one prompt: the arithmetic alone, since other sequences share the step."""
+        return self.step(num_tokens, num_tokens, chunk_pairs(num_tokens, num_tokens), 1).compute
 
+    def swap_from(self, block_size: int) -> int | None:
+        """The length from which on swapping is faster than computing again; None: never, up to the model's context.
 
-def recompute_seconds(gpu: GPU, model: ModelSpec, num_tokens: int, constants: Constants = CONSTANTS) -> float:
-    """All tokens once more, as one prompt: the arithmetic alone, since other sequences share the step."""
-    pairs = chunk_pairs(num_tokens, num_tokens)
-    return step_time(gpu, model, num_tokens, num_tokens, pairs, 1, constants).compute
+        The time to compute again grows with the square of the length, that of swapping does not. So the search goes
+        down from the longest length to the last one at which swapping is slower.
+        """
+        lengths = range(block_size, self.model.max_context + 1, block_size)
+        slower = (
+            length
+            for length in reversed(lengths)
+            if self.swap_seconds(length, block_size) >= self.recompute_seconds(length)
+        )
+        first = next(slower, 0) + block_size
+        return first if first in lengths else None
 
+    # --- memory ------------------------------------------------------------------------------------
 
-def swap_from(gpu: GPU, model: ModelSpec, block_size: int, constants: Constants = CONSTANTS) -> int | None:
-    """The length from which on swapping is faster than computing again; None: it never is, up to the model's context.
+    def kv_cache_bytes(self) -> int:
+        """The memory that the weights leave for K and V.
 
-    The time to compute again grows with the square of the length, that of swapping does not. So the search goes down
-    from the longest length to the last one at which swapping is slower.
-    """
-    lengths = range(block_size, model.max_context + 1, block_size)
-    slower = (
-        length
-        for length in reversed(lengths)
-        if swap_seconds(gpu, model, length, block_size, constants) >= recompute_seconds(gpu, model, length, constants)
-    )
-    last = next(slower, 0)
-    return last + block_size if last + block_size in lengths else None
+        Raises ValueError where nothing is left, and says how many GPUs or how small weights would do.
+        """
+        gpu, model, share = self.gpu, self.model, self.constants.memory_share
+        room = int(gpu.memory_bytes * share)
+        if room > model.weight_bytes:
+            return room - model.weight_bytes
+        needed = 1
+        while needed * room / gpu.count <= model.weight_bytes:
+            needed *= 2
+        smaller = [bits for bits in (8, 4) if bits < model.weight_bits and model.num_parameters * bits / 8 < room]
+        quantized = f", or its weights in {smaller[0]} bits" if smaller else ""
+        raise ValueError(
+            f"{model.name} has {model.weight_bytes / GIB:.1f} GiB of weights; {gpu.name} has {room / GIB:.1f} GiB for "
+            f"them ({share:.0%} of {gpu.memory_bytes / GIB:.0f}). {needed} such GPUs hold it{quantized}"
+        )
 
-
-def kv_copies(gpu: GPU, model: ModelSpec) -> float:
-    """How often K and V are kept: more than once where there are more GPUs than KV heads."""
-    return max(1.0, gpu.count / model.num_kv_heads)
-
-
-def kv_cache_bytes(gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> int:
-    """The memory that the weights leave for K and V.
-
-    Raises ValueError where nothing is left, and says how many GPUs or how small weights would do.
-    """
-    room = int(gpu.memory_bytes * constants.memory_share)
-    left = room - model.weight_bytes
-    if left > 0:
-        return left
-    one = room / gpu.count
-    needed = next(count for count in (2**i for i in range(40)) if count * one > model.weight_bytes)
-    smaller = [bits for bits in (8, 4) if bits < model.weight_bits and model.num_parameters * bits / 8 < room]
-    quantized = f", or its weights in {smaller[0]} bits" if smaller else ""
-    raise ValueError(
-        f"{model.name} has {model.weight_bytes / GIB:.1f} GiB of weights; {gpu.name} has {room / GIB:.1f} GiB for "
-        f"them ({constants.memory_share:.0%} of {gpu.memory_bytes / GIB:.0f}). "
-        f"{needed} such GPUs hold it{quantized}"
-    )
-
-
-def num_kv_tokens(gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> int:
-    """Tokens whose K and V fit beside the weights. Raises ValueError as kv_cache_bytes does, or if none fits."""
-    each = model.kv_bytes_per_token * kv_copies(gpu, model)
-    tokens = int(kv_cache_bytes(gpu, model, constants) / each)
-    if tokens < 1:
-        raise ValueError(f"{gpu.name} has no room for the K and V of one token beside {model.name}: {each:,.0f} bytes")
-    return tokens
+    def num_kv_tokens(self) -> int:
+        """Tokens whose K and V fit beside the weights. Raises ValueError as kv_cache_bytes does, or if none fits."""
+        each = self.model.kv_bytes_per_token * self.kv_copies
+        tokens = int(self.kv_cache_bytes() / each)
+        if tokens < 1:
+            raise ValueError(
+                f"{self.gpu.name} has no room for the K and V of one token beside {self.model.name}: {each:,.0f} bytes"
+            )
+        return tokens

@@ -1,18 +1,15 @@
 """The same decisions in the words of other servers: which options to set, and what the servers support.
 
-data/servers.toml says it, with the version, date and source of each entry; here the numbers of an assessment go in.
+data/servers.toml has the words, with the version, date and source of each entry; the numbers of an assessment go in.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from .assess import Assessment
 from .hardware import GIB
 from .tables import read_table
-
-SERVERS: list[dict[str, Any]] = read_table("servers")["server"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +32,8 @@ class Server:
 
 def servers(found: Assessment) -> tuple[Server, ...]:
     """vLLM, SGLang, TensorRT-LLM and Hugging Face continuous batching, set up as the assessment advises."""
-    numbers, holds = _numbers(found), _conditions(found)
-
-    def chosen(entries: list[dict[str, str]]) -> list[dict[str, str]]:
-        return [each for each in entries if "when" not in each or holds[each["when"]]]
-
-    return tuple(
-        Server(
-            name=server["name"],
-            version=server["version"],
-            start=server["start"].format_map(numbers),
-            options=tuple((each["name"], each["value"].format_map(numbers)) for each in chosen(server["options"])),
-            supports=tuple(each["text"].format_map(numbers) for each in chosen(server["supports"])),
-        )
-        for server in SERVERS
-    )
-
-
-def _numbers(found: Assessment) -> dict[str, Any]:
-    """What a value of the table may name."""
     host_gib = found.kv_bytes / GIB  # as much host memory as the device has for K and V
-    return {
+    numbers = {  # what a value of the table may name
         "model": found.model.name,
         "num_gpus": found.gpu.count,
         "block_size": found.block_size,
@@ -67,11 +45,23 @@ def _numbers(found: Assessment) -> dict[str, Any]:
         "host_gib": host_gib,
         "whole_host_gib": f"{host_gib:.0f}" if host_gib >= 1 else f"{host_gib:.2f}",
     }
-
-
-def _conditions(found: Assessment) -> dict[str, bool]:
-    return {
+    holds = {  # what `when` may name
         "swap": found.swap_from is not None and found.swap_from <= found.mean_length,
         "fp8": found.model.kv_bits == 8,
         "several_gpus": found.gpu.count > 1,
     }
+
+    def chosen(entries: list[dict[str, str]]) -> list[dict[str, str]]:
+        held = [each for each in entries if "when" not in each or holds[each["when"]]]
+        return [{key: text.format_map(numbers) for key, text in each.items()} for each in held]
+
+    return tuple(
+        Server(
+            name=server["name"],
+            version=server["version"],
+            start=server["start"].format_map(numbers),
+            options=tuple((each["name"], each["value"]) for each in chosen(server["options"])),
+            supports=tuple(each["text"] for each in chosen(server["supports"])),
+        )
+        for server in read_table("servers")["server"]
+    )

@@ -10,7 +10,7 @@ from ..core.memory.standard import Reserve
 from ..extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .hardware import GPU
 from .models import ModelSpec
-from .roofline import CONSTANTS, Constants, num_kv_tokens
+from .roofline import CONSTANTS, Constants, Roofline
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,13 @@ class Setup:
     constants: Constants = CONSTANTS
 
     @property
+    def roofline(self) -> Roofline:
+        return Roofline(self.gpu, self.model, self.constants)
+
+    @property
     def num_slots(self) -> int:
         """Tokens whose K and V the pool holds. Raises ValueError if the weights leave no room."""
-        return num_kv_tokens(self.gpu, self.model, self.constants) if self.kv_tokens is None else self.kv_tokens
+        return self.roofline.num_kv_tokens() if self.kv_tokens is None else self.kv_tokens
 
     @property
     def longest(self) -> int:
@@ -46,15 +50,13 @@ class Setup:
 
     def make_manager(self) -> KVCacheManager:
         """Raises ValueError, as extras.managers.make_manager does."""
-        host = self.host_kv_tokens
-        if host is None:
-            host = self.num_slots if self.preemption == "swap" else 0
+        host_slots = self.num_slots if self.preemption == "swap" else 0
         return make_manager(
             self.manager,
             self.num_slots,
             max_model_len=self.longest,
             block_size=self.block_size,
-            num_host_slots=host,
+            num_host_slots=host_slots if self.host_kv_tokens is None else self.host_kv_tokens,
             reserve=self.reserve,
             allocator=self.allocator,
             watermark=self.watermark,

@@ -5,9 +5,6 @@ The paper's measure: blocks saved, divided by the blocks that there would be wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
-
 from ..core.engine.scheduler import Scheduler, StepPlan
 from ..core.engine.sequence import Group, Sequence
 from ..core.memory.block_pool import BlockPool
@@ -46,14 +43,15 @@ def samples_saving(trace: RequestTrace, num_samples: int, *, block_size: int = 1
     There is no model: which blocks are shared does not depend on the tokens. The pool is ample, so that no group is
     preempted: a preempted group would begin anew again and again, and a young group shares more.
     """
-    longest = max(each.prompt_len + each.output_len for each in trace.requests)
+    longest = max(each.num_tokens for each in trace.requests)
     manager = PagedManager(BlockPool(MAX_SEQUENCES * (longest // block_size + 2)), block_size)
     scheduler = Scheduler(manager, max_batch_tokens=2048, max_batch_seqs=MAX_SEQUENCES)
     saving = Saving(manager.num_slots)
     to_fork = _queue_groups(scheduler, trace, num_samples)
     steps = 0
     while scheduler.waiting or scheduler.running:
-        plan, steps = scheduler.schedule(), steps + 1
+        plan = scheduler.schedule()
+        steps += 1
         for seq, count in plan.chunks:
             seq.num_computed += count
         if steps % SAMPLE_EVERY == 0:
@@ -66,9 +64,8 @@ def _queue_groups(scheduler: Scheduler, trace: RequestTrace, num_samples: int) -
     """Queue a group for each request; return the samples that are forked later, by their leader's seq_id."""
     to_fork: dict[int, list[Sequence]] = {}
     for number, request in enumerate(trace.requests):
-        length = request.prompt_len + request.output_len
         seqs = [
-            Sequence(seq_id, cast("list[int]", bytearray(request.prompt_len)), request.prompt_len, length)
+            Sequence(seq_id, [0] * request.prompt_len, request.prompt_len, request.num_tokens)
             for seq_id in range(number * num_samples, (number + 1) * num_samples)
         ]
         scheduler.add(Group(seqs[:1], num_samples))
@@ -93,19 +90,15 @@ def _sample_tokens(scheduler: Scheduler, plan: StepPlan, to_fork: dict[int, list
                 scheduler.finish(group, each)
 
 
-def beams_saving(
-    trace: RequestTrace, beam_width: int, *, block_size: int = 16, on_step: Callable[[], None] | None = None
-) -> float:
+def beams_saving(trace: RequestTrace, beam_width: int, *, block_size: int = 16) -> float:
     """Each request is a beam search of the embedded model on a prompt of random tokens. The model decides which beams
     go on, and so what they share; no output ends early at an end of text."""
-    num_slots = sum(each.prompt_len + each.output_len + block_size for each in trace.requests) * beam_width
+    num_slots = sum(each.num_tokens + block_size for each in trace.requests) * beam_width
     num_slots += -num_slots % block_size
     saving = Saving(num_slots)
 
     def sample(record: StepRecord) -> None:
         saving.sample(record.snapshot)
-        if on_step:
-            on_step()
 
     llm = LLM("tiny", kv_cache_tokens=num_slots, block_size=block_size, on_step=sample, max_batch_tokens=2048)
     for number, request in enumerate(clipped(trace, llm.max_model_len).requests):

@@ -2,17 +2,16 @@
 
 Every decision (which sequence runs, waits or is preempted, which block it gets) is made by the code that serves real
 requests; only the forward pass is replaced by the time that the roofline gives it. So a simulation counts what an
-engine counts on the same requests, and a test compares the two step by step.
-
-Decode steps in which the scheduler has nothing to decide are taken without it (`fast_forward_decode`), which makes
-millions of tokens a matter of seconds.
+engine counts on the same requests, step by step. Decode steps in which the scheduler has nothing to decide are taken
+without it (`FastForward`), which makes millions of tokens a matter of seconds.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import cast
 
 from ..core.engine.scheduler import StepPlan
@@ -23,7 +22,7 @@ from ..core.memory.paged import PagedManager
 from ..core.memory.standard import StandardManager
 from ..core.memory.usage import MemoryUsage
 from .metrics import Outcome, Tally
-from .roofline import StepClock, chunk_pairs
+from .roofline import chunk_pairs
 from .setup import Setup
 from .traces import RequestTrace, TraceRequest
 
@@ -43,16 +42,6 @@ class SimulatedRequest:
     furthest: int = 0  # tokens that were computed before a preemption took them
 
 
-@dataclass(slots=True)
-class StepWork:
-    """What the clock has to know of a step."""
-
-    num_tokens: int = 0  # computed
-    kv_tokens: int = 0  # whose K and V are read
-    pairs: int = 0  # of a query and a key that it sees
-    caught_up: list[Sequence] = field(default_factory=list)  # sequences that get a new token from this step
-
-
 class Simulation:
     """One run of a trace. `run` takes it to its end."""
 
@@ -65,17 +54,15 @@ class Simulation:
         sample_every: int = SAMPLE_EVERY,
         on_step: Callable[[StepPlan], None] | None = None,
         on_sample: Callable[[MemoryUsage], None] | None = None,
-        on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """`skip` allows `fast_forward_decode`, which changes nothing that is counted. `on_step` gets the plan of each
-        step, after its tokens are computed and before sequences end; with it no step is skipped. `on_sample` gets the
-        memory's usage just before that, every `sample_every` steps; `on_progress` the number of requests that are
-        done. Raises ValueError for a setup that is impossible."""
+        """`skip` allows `FastForward`, which changes nothing that is counted. `on_step` gets the plan of each step,
+        after its tokens are computed and before sequences end; with it no step is skipped. `on_sample` gets the
+        memory's usage just before that, every `sample_every` steps. Raises ValueError for an impossible setup."""
         self.setup = setup
         self.requests, self._hash_block = trace.requests, trace.hash_block
         self.manager = setup.make_manager()
         self.scheduler = setup.make_scheduler(self.manager)
-        self.clock = StepClock(setup.gpu, setup.model, setup.constants)
+        self.clock = setup.roofline
         self.tally = Tally()
         self.now = 0.0  # seconds since the trace began
         self.num_arrived = 0
@@ -83,10 +70,9 @@ class Simulation:
         self.sample_every = sample_every
         self._final_slots: dict[int, int] = {}  # seq_id -> the most slots that the sequence will hold
         self._longest = setup.longest
-        self._row_tokens = setup.block_size if self.manager.paged else 1
         # A region of the swapping manager may have to move when it grows, which takes time: no step is skipped there.
         self._skips = skip and on_step is None and isinstance(self.manager, (PagedManager, StandardManager))
-        self._on_step, self._on_sample, self._on_progress = on_step, on_sample, on_progress
+        self._on_step, self._on_sample = on_step, on_sample
 
     def run(self) -> Outcome:
         """Serve all requests."""
@@ -98,7 +84,7 @@ class Simulation:
                 self.now = max(self.now, self.requests[self.num_arrived].arrival)  # idle until then
             self.arrive()
             if (scheduler.running or scheduler.waiting) and self._step() and self._skips:
-                fast_forward_decode(self)
+                FastForward(self).run()
 
     # --- requests in and out -----------------------------------------------------------------------
 
@@ -116,7 +102,7 @@ class Simulation:
                 continue
             self.unfinished[seq_id] = simulated
             self._final_slots[seq_id] = simulated.seq.max_slots
-            self.tally.cut += simulated.seq.max_len < request.prompt_len + request.output_len
+            self.tally.counts.cut += simulated.seq.max_len < request.num_tokens
 
     def _simulated(self, seq_id: int, request: TraceRequest) -> SimulatedRequest:
         prompt, context = request.prompt_len, self._longest
@@ -127,7 +113,7 @@ class Simulation:
             filler = -1 - seq_id
             tokens = [each for hash_id in request.hash_ids for each in [hash_id] * self._hash_block][:prompt]
             tokens += [filler] * (prompt - len(tokens))
-        seq = Sequence(seq_id, tokens, prompt, min(prompt + request.output_len, context))
+        seq = Sequence(seq_id, tokens, prompt, min(request.num_tokens, context))
         return SimulatedRequest(request, Group([seq]), seq, filler)
 
     def finish(self, seq_id: int) -> None:
@@ -137,30 +123,28 @@ class Simulation:
         self.scheduler.finish(simulated.group, seq)
         first = self.now if simulated.first_token is None else simulated.first_token
         self.tally.finish(simulated.request.arrival, first, self.now, seq.max_len - seq.prompt_len)
-        if self._on_progress:
-            self._on_progress(self.tally.num_done)
 
     # --- one step, as the engine makes it ----------------------------------------------------------
 
     def _step(self) -> bool:
         """True if decode steps without a decision may follow: all running sequences decode, and the first waiting
         one cannot be admitted."""
-        scheduler = self.scheduler
+        scheduler, counts = self.scheduler, self.tally.counts
         plan = scheduler.schedule()
         self._note_lost_tokens(plan.preempted)
-        work = self._compute(plan)
-        seconds, moved, swapped = self.clock.transfers(plan.transfers, self._row_tokens)
-        seconds += self.clock.step(work.num_tokens, work.kv_tokens, work.pairs, len(work.caught_up))
+        num_tokens, compute_seconds, caught_up = self._compute(plan)
+        seconds, moved, swapped = self.clock.transfers(plan.transfers, self.manager.block_size)
+        seconds += compute_seconds
         self.now += seconds
-        self.tally.preemptions += len(plan.preempted)
-        self.tally.bytes_moved += moved
-        self.tally.bytes_swapped += swapped
-        self.count(work.num_tokens, seconds)
+        counts.preemptions += len(plan.preempted)
+        counts.bytes_moved += moved
+        counts.bytes_swapped += swapped
+        self.count(num_tokens, seconds)
         if self._on_step:
             self._on_step(plan)
-        in_prefill = len(plan.chunks) > len(work.caught_up)
-        num_ended = self._sample_tokens(work.caught_up)
-        tried_to_admit = work.num_tokens < scheduler.max_batch_tokens and not plan.preempted
+        in_prefill = len(plan.chunks) > len(caught_up)
+        num_ended = self._sample_tokens(caught_up)
+        tried_to_admit = num_tokens < scheduler.max_batch_tokens and not plan.preempted
         return not in_prefill and (not scheduler.waiting or (tried_to_admit and not num_ended))
 
     def _note_lost_tokens(self, preempted: Iterable[Group]) -> None:
@@ -170,30 +154,32 @@ class Simulation:
             if group.status is Status.WAITING and simulated.first_token is not None:
                 simulated.furthest = len(simulated.seq.tokens) - 1
 
-    def _compute(self, plan: StepPlan) -> StepWork:
-        """In place of the forward pass: the planned tokens count as computed."""
-        work = StepWork()
+    def _compute(self, plan: StepPlan) -> tuple[int, float, list[Sequence]]:
+        """In place of the forward pass: the planned tokens count as computed. Returns how many there are, the seconds
+        that they take, and the sequences that get a new token."""
+        num_tokens = kv_tokens = pairs = 0
+        caught_up = []
         for seq, count in plan.chunks:
             begin = seq.num_computed
             length = seq.num_computed = begin + count
-            work.num_tokens += count
-            work.kv_tokens += length
-            work.pairs += length if count == 1 else chunk_pairs(length, count)
-            caught_up = length == len(seq.tokens)
-            if caught_up:
-                work.caught_up.append(seq)
-            if count > 1 or length <= seq.prompt_len or not caught_up:
+            num_tokens += count
+            kv_tokens += length
+            pairs += length if count == 1 else chunk_pairs(length, count)
+            if length == len(seq.tokens):
+                caught_up.append(seq)
+            if count > 1 or length <= seq.prompt_len or length < len(seq.tokens):
                 self._count_prefill(self.unfinished[seq.seq_id], begin, length)
             if self.setup.prefix_cache:
                 self.manager.commit(seq.seq_id, seq.tokens, length)
-        return work
+        return num_tokens, self.clock.seconds(num_tokens, kv_tokens, pairs, len(caught_up)), caught_up
 
     def _count_prefill(self, simulated: SimulatedRequest, begin: int, length: int) -> None:
+        counts = self.tally.counts
         if not simulated.begun:
             simulated.begun = True
-            self.tally.prompts += simulated.seq.prompt_len
-            self.tally.known += begin
-        self.tally.recomputed += max(0, min(length, simulated.furthest) - begin)
+            counts.prompt_tokens += simulated.seq.prompt_len
+            counts.known_tokens += begin
+        counts.recomputed_tokens += max(0, min(length, simulated.furthest) - begin)
         simulated.furthest = max(simulated.furthest, length)
 
     def _sample_tokens(self, caught_up: list[Sequence]) -> int:
@@ -218,7 +204,7 @@ class Simulation:
         scheduler, tally = self.scheduler, self.tally
         waiting = bool(scheduler.waiting)
         tally.step(num_tokens, seconds, len(scheduler.running), waiting)
-        if tally.steps % self.sample_every == 0:
+        if tally.counts.steps % self.sample_every == 0:
             head = scheduler.waiting[0].leader if waiting else None
             snapshot = self.manager.snapshot((len(head.tokens), head.max_slots) if head else None)
             usage = snapshot.usage(self._final_slots)
@@ -230,25 +216,16 @@ class Simulation:
 # --- many decode steps together ----------------------------------------------------------------------------
 
 
-def fast_forward_decode(simulation: Simulation) -> None:
-    """Take decode steps until the scheduler has a decision to make.
-
-    The scheduler has one when a request arrives that could be admitted, when a sequence ends and another waits, or
-    when a block is needed and none is free. Before the first of these steps all running sequences decode, and the
-    waiting ones could not be admitted; until a sequence ends, the free memory only shrinks.
-    """
-    forward = FastForward(simulation)
-    while simulation.scheduler.running and forward.step():
-        pass
-    forward.append_all()
-
-
 class FastForward:
     """Decode steps in each of which `schedule` would append one token to every sequence, in order of arrival.
 
+    The scheduler has a decision to make when a request arrives that could be admitted, when a sequence ends and another
+    waits, or when a block is needed and none is free. Before the first of these steps all running sequences decode,
+    and the waiting ones could not be admitted; until a sequence ends, the free memory only shrinks.
+
     Most sequences have room for the token in what they hold, so the append is postponed until the memory is sampled
     or the sequence ends; only a sequence that needs a new block is appended in its step. So the cost of a step is
-    that of the blocks that it takes. A test compares the result with the plain loop.
+    that of the blocks that it takes.
     """
 
     def __init__(self, simulation: Simulation) -> None:
@@ -265,7 +242,13 @@ class FastForward:
             self._appended[seq.seq_id] = 0
             self._kv_tokens += seq.num_computed
 
-    def step(self) -> bool:
+    def run(self) -> None:
+        """Take steps until the scheduler has a decision to make."""
+        while self._simulation.scheduler.running and self._step():
+            pass
+        self._append_all()
+
+    def _step(self) -> bool:
         """Take one step, or none where the scheduler must decide first. False: the scheduler comes next."""
         simulation = self._simulation
         running, waiting = simulation.scheduler.running, simulation.scheduler.waiting
@@ -275,28 +258,27 @@ class FastForward:
             return False
         self._num_steps += 1
         self._kv_tokens += len(running)
-        seconds = simulation.clock.decode(len(running), self._kv_tokens)
+        seconds = simulation.clock.seconds(len(running), self._kv_tokens, self._kv_tokens, len(running))
         simulation.now += seconds
-        if (simulation.tally.steps + 1) % simulation.sample_every == 0:
-            self.append_all()
+        if (simulation.tally.counts.steps + 1) % simulation.sample_every == 0:
+            self._append_all()
         simulation.count(len(running), seconds)
         if self._num_steps not in self._ending:
             return True
         self._finish(self._ending.pop(self._num_steps))
         return not waiting
 
-    def append_all(self) -> None:
+    def _append_all(self) -> None:
         """Give manager and sequences every token that was postponed."""
         self._append([group.leader for group in self._simulation.scheduler.running], self._num_steps)
 
     def _append_full(self) -> bool:
         """Append the next token of the sequences that have no slot left for it. False, and nothing changes, where
         the pool has no block for them."""
-        full = sorted(
-            (seq for seq in self._full.pop(self._num_steps, ()) if seq.seq_id in self._appended), key=_arrival
-        )
+        full = [seq for seq in self._full.pop(self._num_steps, ()) if seq.seq_id in self._appended]
         if not full:
             return True
+        full.sort(key=attrgetter("seq_id"))  # in order of arrival
         upto = self._num_steps + 1
         try:
             self._append(full, upto)
@@ -319,16 +301,12 @@ class FastForward:
                 simulation.manager.commit(seq_id, seq.tokens, seq.num_computed)
 
     def _finish(self, ending: list[Sequence]) -> None:
-        ending.sort(key=_arrival)
+        ending.sort(key=attrgetter("seq_id"))
         self._append(ending, self._num_steps)
         for seq in ending:
             self._kv_tokens -= seq.num_computed
             del self._appended[seq.seq_id]
             self._simulation.finish(seq.seq_id)
-
-
-def _arrival(seq: Sequence) -> int:
-    return seq.seq_id
 
 
 def slack(manager: KVCacheManager, seq_id: int) -> int:

@@ -10,10 +10,9 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
 
 from .metrics import Outcome
 from .setup import Setup
@@ -46,13 +45,6 @@ class Curve:
 
 
 Run = Callable[[Setup, RequestTrace, float], Outcome]
-T = TypeVar("T")
-
-
-class Call(Protocol):
-    """Call a function on a free core, and wait for what it returns."""
-
-    def __call__(self, function: Callable[..., T], *arguments: Any) -> T: ...
 
 
 def run_once(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
@@ -90,32 +82,22 @@ def curve_of(setup: Setup, trace: RequestTrace, bound: float, run: Run = run_onc
 RUNS_OF_A_CURVE = 1 + len(FIXED) + 2 + HALVINGS  # at most
 
 
-def checked_jobs(num_jobs: int | None) -> int:
-    """The number of processes; None is one for each core. Raises ValueError."""
-    if num_jobs is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_jobs < 1:
-        raise ValueError(f"jobs is {num_jobs}; at least 1 is needed")
-    return num_jobs
-
-
 @contextmanager
-def on_cores(num_jobs: int | None = None) -> Iterator[Call]:
-    """Functions in other processes, at most `num_jobs` at a time (default: one for each core); 1: in this one.
+def on_cores(num_jobs: int | None = None) -> Iterator[Executor]:
+    """Runs functions in other processes, `num_jobs` at a time (default: one for each core); 1: in a thread of this one.
 
-    Each call waits, so the calls come from threads. On leaving, calls that have not begun are given up. A script that
-    uses this needs `if __name__ == "__main__"`, since each process reads the script again.
+    On leaving, calls that have not begun are given up. A script that uses this needs `if __name__ == "__main__"`, since
+    each process reads the script again.
     """
-    jobs = checked_jobs(num_jobs)
-    if jobs == 1:
-        yield lambda function, *arguments: function(*arguments)
-        return
-    # Spawned, since it is not safe to fork a process that has threads.
-    processes = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
+    jobs = num_jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    spawn = multiprocessing.get_context("spawn")  # it is not safe to fork a process that has threads
+    executor: Executor = (
+        ProcessPoolExecutor(jobs, spawn, initializer=_leave_interrupts) if jobs > 1 else ThreadPoolExecutor(1)
+    )
     try:
-        yield lambda function, *arguments: processes.submit(function, *arguments).result()
+        yield executor
     finally:
-        processes.shutdown(cancel_futures=True)
+        executor.shutdown(cancel_futures=True)
 
 
 def _leave_interrupts() -> None:
@@ -129,16 +111,14 @@ def curves_of(
     bound: float,
     *,
     num_jobs: int | None = None,
-    on_run: Callable[[str], None] | None = None,
+    on_run: Callable[[], object] = lambda: None,
 ) -> list[Curve]:
-    """A curve for each setup, in order. `on_run` is called with the setup's label after each of its runs."""
-    with ThreadPoolExecutor(len(setups) if num_jobs != 1 else 1) as threads, on_cores(num_jobs) as call:
+    """A curve for each setup, in order. `on_run` is called after each run."""
+    with ThreadPoolExecutor(len(setups)) as threads, on_cores(num_jobs) as cores:
 
-        def counted(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
-            outcome = call(run_once, setup, trace, rate)
-            if on_run:
-                on_run(setup.label)
+        def run(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
+            outcome = cores.submit(run_once, setup, trace, rate).result()
+            on_run()
             return outcome
 
-        curves = [threads.submit(curve_of, setup, trace, bound, counted) for setup in setups]
-        return [curve.result() for curve in curves]
+        return list(threads.map(lambda setup: curve_of(setup, trace, bound, run), setups))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from .traces import RequestTrace, TraceRequest
+from .traces import MEANS, RequestTrace, TraceRequest, first, generated
 
 # The columns of prompt tokens, output tokens and time, by what a header must have to be of that form.
 AZURE = ("ContextTokens", "GeneratedTokens", "TIMESTAMP")
@@ -46,9 +46,16 @@ def read_trace(path: str | Path) -> RequestTrace:
         raise ValueError(f"trace {path} is damaged: {error}") from None
     except OSError as error:
         raise ValueError(f"trace {path} cannot be read: {error.strerror}") from None
-    start = requests[0].arrival
-    name = path.name.removesuffix(".gz")
-    return RequestTrace(name, tuple(replace(each, arrival=each.arrival - start) for each in requests), timed)
+    began = tuple(replace(each, arrival=each.arrival - requests[0].arrival) for each in requests)
+    return RequestTrace(path.name.removesuffix(".gz"), began, timed)
+
+
+def trace_named(name: str, num_requests: int, num_drawn: int, seed: int = 0) -> RequestTrace:
+    """The first `num_requests` of a file (0: all), or as many (0: `num_drawn`) drawn as "sharegpt" or "alpaca"."""
+    if name in MEANS:
+        return generated(name, num_requests or num_drawn, seed)
+    trace = read_trace(name)
+    return first(trace, num_requests) if num_requests else trace
 
 
 def _read(lines: list[Line]) -> tuple[list[TraceRequest], bool]:

@@ -21,6 +21,10 @@ class TraceRequest:
     output_len: int
     hash_ids: tuple[int, ...] = ()  # identify the blocks of the prompt; equal leading ids mean the same beginning
 
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + self.output_len
+
 
 @dataclass(frozen=True, slots=True)
 class RequestTrace:
@@ -103,19 +107,14 @@ def clipped(trace: RequestTrace, longest: int) -> RequestTrace:
     """Prompt and output together at most `longest` tokens: a long output is cut, then a long prompt."""
     if longest < 2:
         raise ValueError(f"the longest request has {longest} tokens; at least 2 are needed")
-    requests, cut = [], 0
+    requests = []
     for each in trace.requests:
         prompt = min(each.prompt_len, longest - 1)
-        output = min(each.output_len, longest - prompt)
-        if (prompt, output) != (each.prompt_len, each.output_len):
-            cut += 1
-            ids = each.hash_ids[: -(-prompt // trace.hash_block)]
-            each = TraceRequest(each.arrival, prompt, output, ids)
-        requests.append(each)
-    if not cut:
-        return trace
+        ids = each.hash_ids[: -(-prompt // trace.hash_block)]
+        requests.append(TraceRequest(each.arrival, prompt, min(each.output_len, longest - prompt), ids))
+    cut = sum(each.num_tokens > longest for each in trace.requests)
     note = f"{cut} requests cut to {longest} tokens"
-    return replace(trace, requests=tuple(requests), notes=(*trace.notes, note))
+    return replace(trace, requests=tuple(requests), notes=(*trace.notes, note)) if cut else trace
 
 
 def with_prefix(trace: RequestTrace, length: int) -> RequestTrace:
