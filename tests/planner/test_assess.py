@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
 from paged_ref.planner.assess import WASTE_LIMIT, _held_in_blocks, assess, predict
@@ -33,7 +33,7 @@ AZURE = assess(GPUS["A100-80GB"], MODELS["Llama-3-8B"], [request(1155, 211)])
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 4, 16, 32]))
 def test_slots_in_blocks_are_those_that_the_manager_holds(prompt: int, output: int, block_size: int) -> None:
-    manager = PagedManager(200, block_size)
+    manager = PagedManager(BlockPool(200), block_size)
     manager.admit(0, [0] * prompt, prompt + output)
     manager.append([(0, prompt)])
     held = 0
@@ -58,7 +58,7 @@ def test_as_many_regions_fit_in_the_standard_manager(plan: int, reserve: str) ->
 
 
 def test_as_many_of_the_longest_fit_in_the_paged_manager() -> None:
-    manager = PagedManager(OPT.num_tokens // OPT.block_size, OPT.block_size)
+    manager = PagedManager(BlockPool(OPT.num_tokens // OPT.block_size), OPT.block_size)
     for seq_id in range(OPT.sequences_at_worst):
         manager.admit(seq_id, [0] * OPT.longest, OPT.longest)
         manager.append([(seq_id, OPT.longest)])
@@ -108,7 +108,7 @@ def estimate(setup: Setup, trace: RequestTrace) -> Estimate:
     tokens = sum(output * (prompt + output / 2) for prompt, output in each) / outputs  # held, half way through
     if setup.manager == "standard":  # the whole region, all the time
         manager = setup.make_manager()
-        slots = sum(output * manager.most_slots(prompt, prompt + output - 1) for prompt, output in each) / outputs
+        slots = sum(output * manager.max_slots_needed(prompt, prompt + output - 1) for prompt, output in each) / outputs
     else:  # half of the last block, or of the last 16 slots of a region, is empty
         slots = tokens + (setup.block_size if setup.manager == "paged" else 16) / 2
     running = max(1.0, min(setup.max_batch_seqs, setup.num_slots / slots))
