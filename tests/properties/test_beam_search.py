@@ -16,6 +16,7 @@ from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.engine.outputs import SequenceOutput
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.model.loading import TINY
+from paged_ref.extras.sanitizer import SanitizedKV
 from paged_ref.interop.checkpoints import load
 from paged_ref.timeline.events import BeamsReordered
 
@@ -185,8 +186,9 @@ def tables(manager: PagedManager) -> list[list[int]]:
 def test_the_papers_figure_8_on_the_real_engine() -> None:
     """Two samples share the prompt's blocks 7 and 1; the first to write copies 1 to 3, the second writes in place."""
     engine = Engine(block_size=4, kv_cache_tokens=36, free_order=[7, 1, 3, 0, 2, 4, 5, 6, 8])
-    manager, kv = engine.manager, engine.llm.engine.kv
+    manager, kv = engine.bare, engine.llm.engine.kv
     assert isinstance(manager, PagedManager)
+    assert isinstance(kv, SanitizedKV)
     encode = engine.llm.tokenizer.encode
     other = " mother"  # the paper's second sample says mothers, which need not be one token
     words = iter(encode(word)[0] for word in (" fathers", other, " brought", " brought"))
@@ -199,7 +201,7 @@ def test_the_papers_figure_8_on_the_real_engine() -> None:
     engine.step()
     assert tables(manager) == [[7, 1], [7, 1]]
     assert {block: manager.pool.ref_count[block] for block in (7, 1, 3)} == {7: 2, 1: 2, 3: 0}
-    prompt = kv.device[:, :, 1, :3].copy()  # K and V of "years ago our"
+    prompt = kv.inner.device[:, :, 1, :3].copy()  # K and V of "years ago our"
 
     plan = engine.llm.engine.scheduler.schedule()  # what step() begins with; then it could be seen only after its end
     assert [(t.kind, t.source, t.destination) for t in plan.transfers] == [("copy", 1, 3)]
@@ -209,8 +211,8 @@ def test_the_papers_figure_8_on_the_real_engine() -> None:
     engine.step()
     assert [sample.text for sample in output.outputs] == [" fathers brought", f"{other} brought"]
     for block in (3, 1):
-        assert (kv.device[:, :, block, :3] == prompt).all()
-    fathers, mothers = kv.device[:, :, 3, 3], kv.device[:, :, 1, 3]
+        assert (kv.inner.device[:, :, block, :3] == prompt).all()
+    fathers, mothers = kv.inner.device[:, :, 3, 3], kv.inner.device[:, :, 1, 3]
     assert not np.isnan(fathers).any()
     assert (fathers != mothers).any()
     assert manager.pool.num_free == 9

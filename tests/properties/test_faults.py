@@ -37,7 +37,7 @@ def greedy(max_tokens: int = 20, **options: Any) -> SamplingParams:
 
 
 def status_of(engine: Engine, request: RequestOutput) -> Status:
-    return engine.llm._requests[request.request_id].groups[0].status
+    return engine.llm.engine.requests[request.request_id].groups[0].status
 
 
 class FromTheHookError(Exception):
@@ -66,8 +66,8 @@ def test_the_device_pool_runs_out_when_several_groups_grow_in_one_step(preemptio
     engine = Engine(block_size=4, kv_cache_tokens=4 * 10, preemption=preemption, watermark=0)
     outputs = [engine.add(prompt, greedy(5, ignore_eos=True)) for prompt in prompts]
     engine.step()
-    assert isinstance(engine.manager, PagedManager)
-    assert engine.manager.pool.num_free == 2
+    assert isinstance(engine.bare, PagedManager)
+    assert engine.bare.pool.num_free == 2
     assert [status_of(engine, output) for output in outputs] == [Status.RUNNING] * 4
     engine.step()
     assert [status_of(engine, output) is Status.RUNNING for output in outputs] == [True, True, True, False]
@@ -143,7 +143,7 @@ def test_abort_while_swapped(manager: str) -> None:
     while engine.llm.has_unfinished:
         engine.step()
         for output in outputs[1:]:
-            unfinished = output.request_id in engine.llm._requests
+            unfinished = output.request_id in engine.llm.engine.requests
             if unfinished and not aborted and status_of(engine, output) is Status.SWAPPED:
                 aborted.append(output)
                 engine.llm.abort(output.request_id)
@@ -239,7 +239,7 @@ def test_a_callback_raises(manager: str, params: SamplingParams, at: int) -> Non
         engine.llm.generate(PROMPTS, params, on_token=on_token)
     assert len(calls) == at
     engine.check()
-    assert set(engine.llm._requests) == {other.request_id}
+    assert set(engine.llm.engine.requests) == {other.request_id}
     engine.finish()
     assert tokens_of(other) == alone("The cat")
 
@@ -257,7 +257,7 @@ def test_the_consumer_of_a_stream_raises() -> None:
         consume()
     del caught  # its traceback holds the loop
     gc.collect()
-    assert set(engine.llm._requests) == {other.request_id}
+    assert set(engine.llm.engine.requests) == {other.request_id}
     engine.finish()
     assert tokens_of(other) == alone("The cat")
 
@@ -334,7 +334,7 @@ def test_generate_raises_what_a_hook_raised(manager: str, options: dict[str, Any
     with pytest.raises(FromTheHookError, match="from the hook"):
         engine.llm.generate([PAPER, PAPER], [greedy(), greedy(logits_hook=failing_hook(after), **options)])
     engine.check()
-    assert set(engine.llm._requests) == {other.request_id}
+    assert set(engine.llm.engine.requests) == {other.request_id}
     engine.finish()
     assert tokens_of(other) == alone("The cat")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from paged_ref import LLM, RequestOutput, SamplingParams
+from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
@@ -50,6 +51,7 @@ class Engine:
         options = {"sanitize": True, "log": self.events.append, "on_step": self._count, **options}
         self.llm = LLM(model, **options)
         self.manager = self.llm.engine.manager
+        self.bare = bare(self.manager)
         self._state = RunState()
         self._applied = 0
 
@@ -105,6 +107,11 @@ def recorder(into: Logits) -> Callable[[Sequence[int], np.ndarray], np.ndarray]:
     return hook
 
 
+def bare(manager: KVCacheManager) -> KVCacheManager:
+    """The manager without its log."""
+    return manager.manager if isinstance(manager, LoggedManager) else manager
+
+
 def assert_nothing_held(llm: LLM) -> None:
     """Every slot is free, or cached, and every slot on the host is free."""
     manager = llm.engine.manager
@@ -115,11 +122,11 @@ def assert_nothing_held(llm: LLM) -> None:
     assert state.sequences == {}
     assert not any(state.host_ref_count)
     assert len(state.host_free) == len(state.host_ref_count)
-    bare = manager.manager if isinstance(manager, LoggedManager) else manager
-    if isinstance(bare, PagedManager):
-        assert isinstance(bare.pool, CachingBlockPool) or snapshot.cached == 0
-    if isinstance(bare, SwappingManager):
-        assert sum(size for _, size in bare.host_pool.holes) == bare.host_pool.num_slots
+    unlogged = bare(manager)
+    if isinstance(unlogged, PagedManager):
+        assert isinstance(unlogged.pool, CachingBlockPool) or snapshot.cached == 0
+    if isinstance(unlogged, SwappingManager):
+        assert sum(size for _, size in unlogged.host_pool.holes) == unlogged.host_pool.num_slots
     assert not llm.engine.scheduler.waiting
     assert not llm.engine.scheduler.running
 
