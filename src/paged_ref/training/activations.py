@@ -33,7 +33,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..beyond_device.residency import ByPriority, Residency
+from ..beyond_device.residency import Residency
 from ..beyond_device.storage import PageStorage
 from ..core.device import Array, xp
 from ..core.memory.manager import Transfer
@@ -206,7 +206,7 @@ class Paged:
         self._storage = PageStorage(1, in_pool, on_host, (self._page,), f"float{8 * itemsize}")
         self._pool = self._storage.device[0]  # [in_pool, self._page]
         self._layer_of: dict[int, int] = {}  # of each page
-        self.residency = Residency(in_pool, on_host, ByPriority(self._layer_of.__getitem__))
+        self.residency = Residency(in_pool, on_host, self._layer_of.__getitem__)
         self._layers: dict[int, _PagedLayer] = {}
 
     @property
