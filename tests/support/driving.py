@@ -113,8 +113,8 @@ def assert_nothing_held(llm: LLM) -> None:
     assert snapshot.free + snapshot.cached == manager.num_slots
     state = state_of(manager)
     assert state.sequences == {}
-    assert not any(state.host_ref_count)
-    assert len(state.host_free) == len(state.host_ref_count)
+    assert not any(state.host.ref_count)
+    assert len(state.host.free) == len(state.host.ref_count)
     bare = manager.manager if isinstance(manager, LoggedManager) else manager
     if isinstance(bare, PagedManager):
         assert isinstance(bare.pool, CachingBlockPool) or snapshot.cached == 0
