@@ -131,7 +131,7 @@ class Residency:
         if missing:
             victims = self._make_room(len(missing), wanted, loads=True)
             for page in missing:
-                while victims and self._can_evict(victims[0]):  # mostly all, before the first is loaded
+                while victims and (self.host.num_free or self._both):  # mostly all, before the first is loaded
                     transfers += self._evict([victims.pop(0)])
                 self.device_of[page] = self.device.allocate()
                 self._both[page] = None
@@ -167,9 +167,7 @@ class Residency:
                 raise ValueError(f"page {page} is nowhere; it cannot be freed")
         for page in reversed(pages):  # the first page is the next to be handed out
             if self.host_of[page] >= 0:
-                self._both.pop(page, None)
-                self.host.release(self.host_of[page])
-                self.host_of[page] = NOWHERE
+                self._drop_host_copy(page)
             if self.device_of[page] >= 0:
                 self._leave(page)
             self._names.release(page)
@@ -177,9 +175,6 @@ class Residency:
             self.log(PagesFreed(tuple(pages)))
 
     # --- moves ---------------------------------------------------------------------------------------
-
-    def _can_evict(self, page: int) -> bool:
-        return page in self._both or self.host.num_free > 0 or len(self._both) > 0
 
     def _evict(self, victims: Sequence[int]) -> list[Transfer]:
         """Evict these pages; a page without a copy on the host is copied there."""
@@ -189,7 +184,8 @@ class Residency:
                 del self._both[page]
             else:
                 if not self.host.num_free:  # give up a second copy
-                    self._drop_host_copy(next(reversed(self._both)))
+                    self._moved.append(next(reversed(self._both)))
+                    self._drop_host_copy(self._moved[-1])
                 self.host_of[page] = self.host.allocate()
                 transfers.append(Transfer("swap_out", self.device_of[page], self.host_of[page]))
             self._leave(page)
@@ -202,10 +198,9 @@ class Residency:
         del self._here[page]
 
     def _drop_host_copy(self, page: int) -> None:
-        del self._both[page]
+        self._both.pop(page, None)
         self.host.release(self.host_of[page])
         self.host_of[page] = NOWHERE
-        self._moved.append(page)
 
     def _use(self, pages: Iterable[int]) -> None:
         """These pages are on the device, and are used now."""

@@ -63,14 +63,10 @@ class StreamingManager(KVCacheManager):
         self.priority = array("d", [0.0]) * max(0, num_device_pages + num_host_pages)  # by page
         priority = None if evict == "lru" else self.priority.__getitem__
         self.residency = Residency(num_device_pages, num_host_pages, priority, log)
-        self.num_blocks = self.residency.capacity // self.pages_per_block
+        self.num_blocks = self.residency.capacity // (num_layers * num_kv_heads)
         self.num_slots = self.num_blocks * block_size
         self.tables: dict[int, PageTable] = {}
         self.log = log
-
-    @property
-    def pages_per_block(self) -> int:
-        return self.num_layers * self.num_kv_heads
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
