@@ -58,7 +58,7 @@ class Placement(Table):
     on_host: bool = False
 
     def copy(self) -> Placement:
-        return replace(self, blocks=self.blocks.copy())
+        return Placement(self.blocks.copy(), self.length, self.start, self.size, self.on_host)
 
 
 @dataclass(frozen=True, slots=True)
