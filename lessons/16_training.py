@@ -15,7 +15,7 @@ from paged_ref.core.model.config import ModelConfig
 from paged_ref.core.device import to_host
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
-from paged_ref.beyond_device.residency import ByPriority
+from paged_ref.beyond_device.residency import Residency
 from paged_ref.training.activations import MEMORY, activations_for
 from paged_ref.tuned.copies import CopyStream
 from paged_ref.training.network import PackedBatch, loss_and_gradient
@@ -114,7 +114,7 @@ break_it(
 
 # ## Exercise
 #
-# The policy. `layers[i]` is the layer of page i; the pages were saved in
+# Eviction. `layers[i]` is the layer of page i; the pages were saved in
 # this order. Which `count` pages are moved out, and in which order? Of the
 # same layer, the page that was saved first.
 
@@ -124,9 +124,9 @@ def my_leaving(layers, count):
 
 
 def spec(layers, count):
-    policy = ByPriority(layers.__getitem__)
-    policy.used(range(len(layers)))
-    return list(policy.order())[:count]
+    memory = Residency(len(layers), 0, priority=layers.__getitem__)
+    memory.add(len(layers))
+    return list(memory.eviction_order())[:count]
 
 
 cases = [([0, 0, 1, 2], 3), ([3, 1, 2, 1, 0], 4), ([5, 5, 4, 4], 1)]

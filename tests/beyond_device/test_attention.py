@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.streams import DeviceArray, pretend_gpu, run
 
-from paged_ref.beyond_device.attention import TwoCaches, _Piece, streamed_attention
+from paged_ref.beyond_device.attention import TwoCaches, _Piece, _Stager, streamed_attention
 from paged_ref.kernels import paged_attention
 from paged_ref.tuned import copies
 
@@ -174,7 +174,7 @@ def test_no_half_is_written_while_it_is_read(seed: int, monkeypatch: pytest.Monk
     device = np.full((5, 1, 1, 1), np.nan, dtype=np.float32).view(DeviceArray)
     caches = TwoCaches(device, device.copy().view(DeviceArray), host, host + 100, range(1, 5))
     table = np.array([[3, 4, 7, 1, 0, 2, 9, 11, 10, 5]])  # nothing is on the device
-    stager = caches.stager(halves=2)
+    stager = _Stager(caches, halves=2)
     seen: list[float] = []
 
     def read(blocks: np.ndarray) -> None:

@@ -8,7 +8,7 @@ import pytest
 from support.driving import Engine
 
 from paged_ref import SamplingParams
-from paged_ref.beyond_device import kv as module
+from paged_ref.beyond_device import attention
 from paged_ref.beyond_device.kv import StreamedKV
 from paged_ref.beyond_device.observation import HeadPages
 from paged_ref.beyond_device.storage import PageStorage
@@ -51,25 +51,13 @@ def takes_the_table_of_the_next_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stages_into_the_half_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = module.streamed_attention  # type: ignore[attr-defined]
+    right = attention._Stager.fetch
 
-    def attention(query: Any, caches: Any, *args: Any, **options: Any) -> Any:
-        class Overlapping(type(caches)):  # type: ignore[misc]
-            def stager(self, halves: int) -> Any:
-                stager = super().stager(halves)
-                fetch = stager.fetch
+    def always_the_first(self: Any, *args: Any) -> Any:
+        self._next = 0
+        return right(self, *args)
 
-                def always_the_first(*args: Any) -> Any:
-                    stager._next = 0
-                    return fetch(*args)
-
-                stager.fetch = always_the_first
-                return stager
-
-        fields = {name: getattr(caches, name) for name in caches.__dataclass_fields__}
-        return right(query, Overlapping(**fields), *args, **options)
-
-    monkeypatch.setattr(module, "streamed_attention", attention)
+    monkeypatch.setattr(attention._Stager, "fetch", always_the_first)
 
 
 BUGS = [

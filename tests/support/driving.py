@@ -120,8 +120,8 @@ def assert_nothing_held(llm: LLM) -> None:
     assert snapshot.free + snapshot.cached == manager.num_slots
     state = state_of(manager)
     assert state.sequences == {}
-    assert not any(state.host_ref_count)
-    assert len(state.host_free) == len(state.host_ref_count)
+    assert not any(state.host.ref_count)
+    assert len(state.host.free) == len(state.host.ref_count)
     unlogged = bare(manager)
     if isinstance(unlogged, PagedManager):
         assert isinstance(unlogged.pool, CachingBlockPool) or snapshot.cached == 0

@@ -14,7 +14,7 @@ from paged_ref.extras.host_swap import SwappablePagedManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
 from paged_ref.timeline.events import Event
 from paged_ref.timeline.logged import LoggedManager
-from paged_ref.timeline.state import KnownBlock, MemoryState, PageState, Placement, RunState
+from paged_ref.timeline.state import Blocks, KnownBlock, MemoryState, PageState, Placement, RunState
 
 
 def replay(events: Iterable[Event]) -> MemoryState:
@@ -35,14 +35,14 @@ def state_of(manager: KVCacheManager) -> MemoryState:
             num_blocks=manager.residency.device.num_blocks,
             block_size=manager.block_size,
             num_host_blocks=manager.residency.host.num_blocks,
-            sequences={seq_id: Placement(table.length) for seq_id, table in manager.tables.items()},
+            sequences={seq_id: Placement(length=table.length) for seq_id, table in manager.tables.items()},
             pages=pages_of(manager),
         )
     if isinstance(manager, PagedManager):
         return _paged_state(manager)
     assert isinstance(manager, RegionManager)
     swaps = isinstance(manager, SwappingManager)
-    state = MemoryState("swapping" if swaps else "standard", manager.num_slots)
+    state = MemoryState(manager="swapping" if swaps else "standard", num_blocks=manager.num_slots)
     state.sequences = {seq_id: _placement(region) for seq_id, region in manager.regions.items()}
     if isinstance(manager, SwappingManager):
         state.num_host_blocks = manager.host_pool.num_slots
@@ -52,23 +52,23 @@ def state_of(manager: KVCacheManager) -> MemoryState:
 
 def _paged_state(manager: PagedManager) -> MemoryState:
     pool = manager.pool
-    state = MemoryState("paged", pool.num_blocks, manager.block_size)
+    state = MemoryState(manager="paged", num_blocks=pool.num_blocks, block_size=manager.block_size)
     state.ref_count, state.free = pool.ref_count.copy(), pool.free_blocks[::-1]
-    state.sequences = {s: Placement(table.length, table.blocks.copy()) for s, table in manager.tables.items()}
+    state.sequences = {s: Placement(table.blocks.copy(), table.length) for s, table in manager.tables.items()}
     if isinstance(pool, CachingBlockPool):
         state.known = {block_id: KnownBlock(block_id, digest.hex()) for digest, block_id in pool.block_of.items()}
         state.cached = OrderedDict(pool.cached)
     if isinstance(manager, SwappablePagedManager):
         host = manager.host_pool
         state.num_host_blocks = host.num_blocks
-        state.host_ref_count, state.host_free = host.ref_count.copy(), host.free_blocks[::-1]
+        state.host = Blocks(host.ref_count.copy(), host.free_blocks[::-1])
         swapped = manager.swapped.items()
-        state.sequences |= {s: Placement(table.length, table.blocks.copy(), on_host=True) for s, table in swapped}
+        state.sequences |= {s: Placement(table.blocks.copy(), table.length, on_host=True) for s, table in swapped}
     return state
 
 
 def _placement(region: Region, on_host: bool = False) -> Placement:
-    return Placement(region.length, start=region.start, size=region.size, on_host=on_host)
+    return Placement(length=region.length, start=region.start, size=region.size, on_host=on_host)
 
 
 def pages_of(manager: StreamingManager) -> PageState:

@@ -80,7 +80,7 @@ def test_every_state_shown_is_the_managers_own(setup: dict[str, Any]) -> None:
     for i, record in enumerate(records):
         if record.num_waiting or setup["manager"] == "paged":
             assert run.usage_of_step(i) == record.snapshot.usage(run.final_lengths)
-            assert run.moment(run.steps[i].position).usage == run.usage_of_step(i)
+            assert run.moment(run.step_positions[i]).usage == run.usage_of_step(i)
             compared += 1
     assert compared > 3
 

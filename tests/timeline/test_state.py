@@ -157,5 +157,5 @@ def test_a_log_may_hand_out_blocks_in_any_order() -> None:
     """Which free block is taken is the manager's decision; the state follows it."""
     memory = replay([OPENED, *begun(0, 2, 0), SequenceForked(0, 1), SwappedOut((0, 1), ((2, 1), (0, 0)))])
     assert [place.blocks for place in memory.sequences.values()] == [[1, 0], [1, 0]]
-    assert memory.host_ref_count == [2, 2]
+    assert memory.host.ref_count == [2, 2]
     assert sorted(memory.free) == [0, 1, 2, 3]

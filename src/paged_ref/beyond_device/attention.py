@@ -53,9 +53,6 @@ class TwoCaches:
     def block_size(self) -> int:
         return int(self.keys.shape[1])
 
-    def stager(self, halves: int) -> _Stager:
-        return _Stager(self, halves)
-
 
 def streamed_attention(
     query: Array,
@@ -66,7 +63,6 @@ def streamed_attention(
     query_start_loc: np.ndarray,
     *,
     sliding_window: int | None = None,
-    scale: float | None = None,
     backend: str = "auto",
     check: Check | None = None,
 ) -> tuple[Array, Array]:
@@ -78,29 +74,19 @@ def streamed_attention(
     staging blocks.
     """
     if caches.staging:
-        work = _Staged(query, caches, device_tables, host_tables, seq_lens, query_start_loc, scale, backend, check)
+        work = _Staged(query, caches, device_tables, host_tables, seq_lens, query_start_loc, backend, check)
         return work.in_pieces() if sliding_window is None else work.window(sliding_window)
     table = np.where(device_tables >= 0, device_tables, host_tables + len(caches.keys))
     if check:
         check(np.arange(len(seq_lens)), table, np.zeros_like(seq_lens), seq_lens)
-    reads_host = bool(((device_tables < 0) & (host_tables >= 0)).any())
-    return _tiled(query, caches, table, seq_lens, query_start_loc, sliding_window, scale, copy_tiles=reads_host)
-
-
-def _tiled(
-    query: Array, caches: TwoCaches, table: np.ndarray, seq_lens: np.ndarray, query_start_loc: np.ndarray,
-    window: int | None, scale: float | None, copy_tiles: bool,
-) -> tuple[Array, Array]:  # fmt: skip
-    """One call of the compiled loop. `table` has blocks of `caches.whole`."""
     from ..tuned import cpu_simd  # compiled code: loaded when it is needed
 
     assert caches.whole is not None
     addresses = Addresses(seq_lens, query_start_loc, block_tables=table)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    lse = np.empty(query.shape[:2], dtype=np.float32)
-    call = AttentionCall(query, *caches.whole, addresses, scale, window, out=np.empty_like(query), lse=lse)
-    cpu_simd.attend(call, copy_tiles=copy_tiles)
-    return call.out, lse
+    out, lse = np.empty_like(query), np.empty(query.shape[:2], dtype=np.float32)
+    call = AttentionCall(query, *caches.whole, addresses, query.shape[-1] ** -0.5, sliding_window, out=out, lse=lse)
+    cpu_simd.attend(call, copy_tiles=bool(((device_tables < 0) & (host_tables >= 0)).any()))
+    return out, lse
 
 
 # --- staged ------------------------------------------------------------------------------------------------
@@ -113,10 +99,6 @@ class _Piece(NamedTuple):
     last: int  # sequence, included
     begin: np.ndarray  # [last - first + 1] the first block of each sequence
     end: np.ndarray  # [last - first + 1] the block behind the last one of each sequence
-
-    def num_keys(self, block_size: int) -> np.ndarray:
-        count: np.ndarray = (self.end - self.begin) * block_size
-        return count
 
 
 def _pieces(device_tables: np.ndarray, seq_lens: np.ndarray, block_size: int, room: int) -> Iterator[_Piece]:
@@ -163,7 +145,6 @@ class _Staged:
     host_tables: np.ndarray
     seq_lens: np.ndarray
     query_start_loc: np.ndarray
-    scale: float | None
     backend: str
     check: Check | None
 
@@ -177,7 +158,7 @@ class _Staged:
         visible = np.arange(len(seq_of)) + first_position + 1  # [num_tokens] keys that each query sees
         out = xp.zeros(self.query.shape, dtype=np.promote_types(self.query.dtype, np.float32))
         lse = xp.full(self.query.shape[:2], -np.inf, dtype=np.float32)
-        stager = self.caches.stager(halves=min(2, len(self.caches.staging)))
+        stager = _Stager(self.caches, halves=min(2, len(self.caches.staging)))
         on_the_way: deque[tuple[_Piece, np.ndarray, int]] = deque()
 
         def attend() -> None:
@@ -185,7 +166,7 @@ class _Staged:
             rows = slice(int(self.query_start_loc[piece.first]), int(self.query_start_loc[piece.last + 1]))
             seq = seq_of[rows] - piece.first  # [rows] of the piece's sequences
             first_key = piece.begin * size
-            lens = np.clip(visible[rows] - first_key[seq], 0, piece.num_keys(size)[seq])
+            lens = np.clip(visible[rows] - first_key[seq], 0, ((piece.end - piece.begin) * size)[seq])
             stager.wait(half)
             if self.check:
                 longest = np.zeros(len(table), dtype=np.int64)
@@ -208,7 +189,7 @@ class _Staged:
         staged together, one sequence after another, since the window begins elsewhere for each query."""
         xp, size, loc = module_of(self.query), self.caches.block_size, self.query_start_loc
         out, lse = xp.empty_like(self.query), xp.empty(self.query.shape[:2], dtype=np.float32)
-        stager = self.caches.stager(halves=1)
+        stager = _Stager(self.caches, halves=1)
         first_blocks = np.maximum(0, self.seq_lens - np.diff(loc) - sliding_window + 1) // size
         for seq, begin in enumerate(first_blocks.tolist()):
             end = -(-int(self.seq_lens[seq]) // size)
@@ -238,7 +219,7 @@ class _Staged:
         xp = module_of(self.query)
         part: tuple[Array, Array] = paged_attention(
             self.query[rows], self.caches.keys, self.caches.values, xp.asarray(table), xp.asarray(seq_lens),
-            xp.asarray(query_start_loc), scale=self.scale, sliding_window=window, return_lse=True,
+            xp.asarray(query_start_loc), sliding_window=window, return_lse=True,
             backend=self.backend, validate=False,
         )  # fmt: skip
         return part

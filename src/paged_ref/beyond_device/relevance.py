@@ -36,7 +36,9 @@ class Extremes:
         num_tokens, num_kv_heads, head_size = keys.shape
         size, begin = self._block_size, first // self._block_size
         num_blocks = -(-(first + num_tokens) // size)
-        self._grow(num_blocks)
+        if num_blocks > (room := self._values.shape[1]):
+            more = xp.empty((num_kv_heads, max(num_blocks - room, room // 8), 2 * head_size), dtype=np.float32)
+            self._values = xp.concatenate([self._values, more], axis=1)
         offset = first - begin * size
         padded = xp.full(((num_blocks - begin) * size, num_kv_heads, head_size), -np.inf, dtype=np.float32)
         padded[offset : offset + num_tokens] = keys
@@ -50,13 +52,6 @@ class Extremes:
             new[:, 0, head_size:] = xp.minimum(new[:, 0, head_size:], old[:, head_size:])
         self._values[:, begin:num_blocks] = new
         self._num_blocks = num_blocks
-
-    def _grow(self, num_blocks: int) -> None:
-        room = self._values.shape[1]
-        if num_blocks > room:
-            more = max(num_blocks, room + room // 8) - room
-            shape = (self._values.shape[0], more, self._values.shape[2])
-            self._values = xp.concatenate([self._values, xp.empty(shape, dtype=np.float32)], axis=1)
 
     def bounds(self, query: Array) -> Array:
         """The product with the query that no key of a block exceeds: [num_kv_heads, group_size, num_blocks].

@@ -7,16 +7,14 @@ lies and which copies that takes; PageStorage makes the copies. A page is in one
   both     the same on both sides: eviction costs nothing
   host     must be loaded before it can be used
 
-An `EvictionPolicy` decides which page leaves the device when room is needed. Ints only.
+Ints only.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Protocol
 
 from ..core.checks import require
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
@@ -24,59 +22,7 @@ from ..core.memory.manager import OutOfHostBlocks, Transfer
 from ..timeline.events import Log, PagesFreed, PagesPlaced, ResidencyOpened
 
 NOWHERE = -1
-
-
-class EvictionPolicy(Protocol):
-    """The order in which pages leave the device. It knows all pages that are there."""
-
-    def used(self, pages: Iterable[int]) -> None:
-        """These pages are on the device and were used just now; some may be new there."""
-
-    def left(self, page: int) -> None:
-        """The page is no longer on the device."""
-
-    def order(self) -> Iterable[int]:
-        """The pages on the device, the first to be evicted first. Read only as far as pages must leave."""
-
-
-class LeastRecentlyUsed:
-    """The page that has not been used for the longest time leaves first."""
-
-    def __init__(self) -> None:
-        self._pages: OrderedDict[int, None] = OrderedDict()
-
-    def used(self, pages: Iterable[int]) -> None:
-        for page in pages:
-            self._pages[page] = None
-            self._pages.move_to_end(page)
-
-    def left(self, page: int) -> None:
-        del self._pages[page]
-
-    def order(self) -> Iterable[int]:
-        return iter(self._pages)
-
-
-class ByPriority:
-    """The page of the lowest priority leaves first; of equal pages, the one that was loaded first.
-
-    `priority` is called when room is needed, so its answers may change at any time. Examples: the position in the
-    sequence (evict=sliding), the last score (evict=relevance), and where the order of future uses is known, minus the
-    time of the next use (Belady 1966: nothing moves less).
-    """
-
-    def __init__(self, priority: Callable[[int], float]) -> None:
-        self.priority = priority
-        self._pages: dict[int, None] = {}
-
-    def used(self, pages: Iterable[int]) -> None:
-        self._pages.update(dict.fromkeys(pages))
-
-    def left(self, page: int) -> None:
-        del self._pages[page]
-
-    def order(self) -> Iterable[int]:
-        return sorted(self._pages, key=self.priority)
+Priority = Callable[[int], float]  # of a page
 
 
 class Residency:
@@ -90,17 +36,19 @@ class Residency:
     """
 
     def __init__(
-        self,
-        num_device_blocks: int,
-        num_host_blocks: int,
-        policy: EvictionPolicy | None = None,
-        log: Log | None = None,
+        self, num_device_blocks: int, num_host_blocks: int, priority: Priority | None = None, log: Log | None = None
     ) -> None:
-        """`policy`: LeastRecentlyUsed by default."""
+        """When room is needed, the page of the lowest `priority` leaves the device first; of equal pages, the page that
+        was loaded first. Without a priority, the page leaves first that has not been used for the longest time.
+
+        `priority` is called when room is needed, so its answers may change at any time. Where the order of future uses
+        is known, minus the time of the next use is best (Belady 1966: nothing moves less).
+        """
         require(num_device_blocks=(num_device_blocks, 1), num_host_blocks=(num_host_blocks, 0))
-        self.device = BlockPool(num_device_blocks)  # a reference for the page in a block, and one for each pin
+        self.device = BlockPool(num_device_blocks)
         self.host = BlockPool(num_host_blocks)
-        self.policy: EvictionPolicy = LeastRecentlyUsed() if policy is None else policy
+        self._priority = priority
+        self._here: dict[int, None] = {}  # pages on the device: as loaded with a priority, else as used last
         self.log = log
         # Each page takes a block of its own, so there are never more names in use than blocks.
         self._names = BlockPool(num_device_blocks + num_host_blocks)
@@ -112,14 +60,13 @@ class Residency:
             log(ResidencyOpened(num_device_blocks, num_host_blocks))
 
     def clear(self) -> None:
-        """End every page, pinned or not, whatever state an interrupted operation left behind."""
+        """End every page, whatever state an interrupted operation left behind."""
         pages = [page for page, places in enumerate(zip(self.device_of, self.host_of, strict=True)) if max(places) >= 0]
-        for page in list(self.policy.order()):
-            self.policy.left(page)
         for pool in (self.device, self.host, self._names):
             pool.clear()
         for page in pages:
             self.device_of[page] = self.host_of[page] = NOWHERE
+        self._here.clear()
         self._both.clear()
         self._moved.clear()
         if self.log and pages:
@@ -136,32 +83,24 @@ class Residency:
         """The most pages that there can be. One block stays free: without it no two pages could be exchanged."""
         return self.device.num_blocks + max(0, self.host.num_blocks - 1)
 
-    @property
-    def num_pinned(self) -> int:
-        """Device blocks whose page cannot leave."""
-        return sum(count > 1 for count in self.device.ref_count)
+    def eviction_order(self) -> Iterable[int]:
+        """The pages on the device, the page that is evicted first at the front."""
+        return iter(self._here) if self._priority is None else sorted(self._here, key=self._priority)
 
-    def _victims(self, count: int, keep: Container[int]) -> list[int]:
-        """The first `count` pages to evict that are neither pinned nor in `keep`."""
-        if count <= 0:
-            return []
-        loose = (p for p in self.policy.order() if self.device.ref_count[self.device_of[p]] == 1 and p not in keep)
-        return list(islice(loose, count))
-
-    def _make_room(self, count: int, keep: Sequence[int], loads: bool) -> list[int]:
+    def _make_room(self, count: int, keep: Iterable[int], loads: bool) -> list[int]:
         """The pages to evict so that `count` pages fit on the device, beside the pages of `keep` that are there.
 
         Pages whose eviction costs nothing come first. `loads`: the `count` pages come from the host; else they are
         new. Raises OutOfBlocks or OutOfHostBlocks; changes nothing in any case.
         """
-        missing = count - self.device.num_free
-        kept = dict.fromkeys(keep)
-        victims = self._victims(missing, kept)
+        missing = max(0, count - self.device.num_free)
+        kept = set(keep)
+        victims = list(islice((page for page in self.eviction_order() if page not in kept), missing)) if missing else []
         if len(victims) < missing:
             here = sum(self.device_of[page] >= 0 for page in kept)
             raise OutOfBlocks(
                 f"{count + here} pages are needed on the device at the same time; it has {self.device.num_blocks} "
-                f"blocks, {self.num_pinned} of them pinned"
+                "blocks"
             )
         clean = sum(page in self._both for page in victims)
         dirty = len(victims) - clean
@@ -180,94 +119,68 @@ class Residency:
 
     # --- operations ----------------------------------------------------------------------------------
 
-    def add(self, count: int = 1) -> tuple[list[int], list[Transfer]]:
-        """Make `count` new pages on the device, with nothing in them yet. Returns their names, and what must be copied
-        first. Raises OutOfBlocks, OutOfHostBlocks."""
+    def add(self, count: int = 1, keep: Iterable[int] = ()) -> tuple[list[int], list[Transfer]]:
+        """Make `count` new pages on the device, with nothing in them yet; pages of `keep` that are there stay there.
+        Returns the names of the new pages, and what must be copied first. Raises OutOfBlocks, OutOfHostBlocks."""
         if self.num_pages + count > self.capacity:
             raise OutOfHostBlocks(
                 f"{count} pages to add to {self.num_pages}; {self.device.num_blocks} device and "
                 f"{self.host.num_blocks} host blocks hold {self.capacity}"
             )
-        victims = self._make_room(count, (), loads=False)
-        transfers = self._evict(victims)
+        transfers = self._evict(self._make_room(count, keep, loads=False))
         pages = [self._names.allocate() for _ in range(count)]
         for page in pages:
             self.device_of[page] = self.device.allocate()
-        self.policy.used(pages)
+        self._use(pages)
         self._log_places(pages)
         return pages, transfers
 
     def need(self, pages: Iterable[int]) -> list[Transfer]:
-        """Load these pages to the device, where they stay until others need the room (`pin` keeps them there).
-        Returns what must be copied. Raises OutOfBlocks, OutOfHostBlocks."""
+        """Load these pages to the device, where they stay until others need the room. Returns what must be copied.
+        Raises OutOfBlocks, OutOfHostBlocks."""
         wanted = list(dict.fromkeys(pages))
         missing = [page for page in wanted if self.device_of[page] < 0]
         transfers: list[Transfer] = []
         if missing:
             victims = self._make_room(len(missing), wanted, loads=True)
             for page in missing:
-                while victims and self._can_evict(victims[0]):  # mostly all, before the first is loaded
+                while victims and (self.host.num_free or self._both):  # mostly all, before the first is loaded
                     transfers += self._evict([victims.pop(0)])
                 self.device_of[page] = self.device.allocate()
                 self._both[page] = None
                 transfers.append(Transfer("swap_in", self.host_of[page], self.device_of[page]))
-        self.policy.used(wanted)
+        self._use(wanted)
         self._log_places(missing)
         return transfers
 
     def prefetch(self, pages: Iterable[int]) -> list[Transfer]:
-        """Like `need`, for as many of the leading pages as there is room for beside the pinned pages. Never raises:
-        pages that do not fit yet are loaded on demand."""
-        wanted = list(dict.fromkeys(pages))
-        room = self.device.num_blocks - self.num_pinned
-        fitting: list[int] = []
-        for page in wanted:
-            pinned = self.device_of[page] >= 0 and self.device.ref_count[self.device_of[page]] > 1
-            room -= not pinned
-            if room < 0:
-                break
-            fitting.append(page)
+        """Like `need`, for as many of the leading pages as the device holds. Never raises: pages that do not fit yet
+        are loaded on demand."""
         try:
-            return self.need(fitting)
+            return self.need(islice(dict.fromkeys(pages), self.device.num_blocks))
         except OutOfHostBlocks:
             return []
 
-    def pin(self, pages: Iterable[int]) -> None:
-        """Keep these pages, all on the device, there until each is unpinned as often as it was pinned."""
-        for page in self._on_device(pages):
-            self.device.share(self.device_of[page])
-
-    def unpin(self, pages: Iterable[int]) -> None:
-        """Take back one `pin` of each page. Raises ValueError, and changes nothing, if a page has none."""
-        pages = self._on_device(pages)
-        for page, count in Counter(pages).items():
-            pins = self.device.ref_count[self.device_of[page]] - 1
-            if count > pins:
-                raise ValueError(f"page {page} is pinned {pins} times; it cannot be unpinned {count} times")
-        for page in pages:
-            self.device.release(self.device_of[page])
-
     def written(self, pages: Iterable[int]) -> None:
         """These pages, all on the device, have changed: drop their copies on the host, which are out of date."""
-        stale = [page for page in dict.fromkeys(self._on_device(pages)) if page in self._both]
+        pages = dict.fromkeys(pages)
+        for page in pages:
+            if self.device_of[page] < 0:
+                raise ValueError(f"page {page} is not on the device")
+        stale = [page for page in pages if page in self._both]
         for page in stale:
             self._drop_host_copy(page)
         self._log_places(stale)
 
     def free(self, pages: Iterable[int]) -> None:
-        """End these pages, wherever they lie. Raises ValueError, and changes nothing, if a page is pinned."""
+        """End these pages, wherever they lie. Raises ValueError, and changes nothing, if a page is nowhere."""
         pages = list(dict.fromkeys(pages))
         for page in pages:
-            block = self.device_of[page]
-            if block < 0 and self.host_of[page] < 0:
+            if self.device_of[page] < 0 and self.host_of[page] < 0:
                 raise ValueError(f"page {page} is nowhere; it cannot be freed")
-            if block >= 0 and self.device.ref_count[block] > 1:
-                raise ValueError(f"page {page} is pinned; it cannot be freed")
         for page in reversed(pages):  # the first page is the next to be handed out
             if self.host_of[page] >= 0:
-                self._both.pop(page, None)
-                self.host.release(self.host_of[page])
-                self.host_of[page] = NOWHERE
+                self._drop_host_copy(page)
             if self.device_of[page] >= 0:
                 self._leave(page)
             self._names.release(page)
@@ -275,9 +188,6 @@ class Residency:
             self.log(PagesFreed(tuple(pages)))
 
     # --- moves ---------------------------------------------------------------------------------------
-
-    def _can_evict(self, page: int) -> bool:
-        return page in self._both or self.host.num_free > 0 or len(self._both) > 0
 
     def _evict(self, victims: Sequence[int]) -> list[Transfer]:
         """Evict these pages; a page without a copy on the host is copied there."""
@@ -287,7 +197,8 @@ class Residency:
                 del self._both[page]
             else:
                 if not self.host.num_free:  # give up a second copy
-                    self._drop_host_copy(next(reversed(self._both)))
+                    self._moved.append(next(reversed(self._both)))
+                    self._drop_host_copy(self._moved[-1])
                 self.host_of[page] = self.host.allocate()
                 transfers.append(Transfer("swap_out", self.device_of[page], self.host_of[page]))
             self._leave(page)
@@ -297,20 +208,19 @@ class Residency:
     def _leave(self, page: int) -> None:
         self.device.release(self.device_of[page])
         self.device_of[page] = NOWHERE
-        self.policy.left(page)
+        del self._here[page]
 
     def _drop_host_copy(self, page: int) -> None:
-        del self._both[page]
+        self._both.pop(page, None)
         self.host.release(self.host_of[page])
         self.host_of[page] = NOWHERE
-        self._moved.append(page)
 
-    def _on_device(self, pages: Iterable[int]) -> list[int]:
-        pages = list(pages)
+    def _use(self, pages: Iterable[int]) -> None:
+        """These pages are on the device, and are used now."""
         for page in pages:
-            if self.device_of[page] < 0:
-                raise ValueError(f"page {page} is not on the device")
-        return pages
+            if self._priority is None:
+                self._here.pop(page, None)
+            self._here[page] = None
 
     def _log_places(self, pages: Iterable[int]) -> None:
         """Log where these pages are now, and all others that the operation moved."""
@@ -325,8 +235,7 @@ class Residency:
         used = [page for page, count in enumerate(self._names.ref_count) if count]
         self._names.check_integrity(used)
         here = [page for page in used if self.device_of[page] >= 0]
-        pins = [self.device_of[p] for p in here for _ in range(self.device.ref_count[self.device_of[p]] - 1)]
-        self.device.check_integrity([*(self.device_of[page] for page in here), *pins])
+        self.device.check_integrity(self.device_of[page] for page in here)
         self.host.check_integrity(self.host_of[page] for page in used if self.host_of[page] >= 0)
         for page in range(self._names.num_blocks):
             somewhere = self.device_of[page] >= 0 or self.host_of[page] >= 0
@@ -334,5 +243,5 @@ class Residency:
                 raise AssertionError(f"page {page} is {'in no use, but ' * somewhere or 'in use, and no'}where")
         if sorted(self._both) != [page for page in here if self.host_of[page] >= 0]:
             raise AssertionError(f"pages {sorted(self._both)} are said to be on both sides, and are not")
-        if sorted(self.policy.order()) != here:
-            raise AssertionError("the policy's pages are not those on the device")
+        if sorted(self._here) != here:
+            raise AssertionError(f"pages {sorted(self._here)} are said to be on the device; it has {here}")

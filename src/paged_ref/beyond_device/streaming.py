@@ -21,7 +21,7 @@ from ..core.memory.block_pool import OutOfBlocks
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.usage import PartialAllocation, Snapshot
 from ..timeline.events import Log, PagesNamed, PoolOpened, SequenceAdmitted, SequenceFreed, TokensAppended
-from .residency import ByPriority, EvictionPolicy, LeastRecentlyUsed, Residency
+from .residency import Residency
 
 Eviction = Literal["lru", "sliding", "relevance"]
 EVICTIONS = ("lru", "sliding", "relevance")
@@ -61,16 +61,12 @@ class StreamingManager(KVCacheManager):
         if log and num_device_pages > 0:
             log(PoolOpened("streaming", num_device_pages, block_size, num_host_pages, ()))
         self.priority = array("d", [0.0]) * max(0, num_device_pages + num_host_pages)  # by page
-        policy: EvictionPolicy = LeastRecentlyUsed() if evict == "lru" else ByPriority(self.priority.__getitem__)
-        self.residency = Residency(num_device_pages, num_host_pages, policy, log)
-        self.num_blocks = self.residency.capacity // self.pages_per_block
+        priority = None if evict == "lru" else self.priority.__getitem__
+        self.residency = Residency(num_device_pages, num_host_pages, priority, log)
+        self.num_blocks = self.residency.capacity // (num_layers * num_kv_heads)
         self.num_slots = self.num_blocks * block_size
         self.tables: dict[int, PageTable] = {}
         self.log = log
-
-    @property
-    def pages_per_block(self) -> int:
-        return self.num_layers * self.num_kv_heads
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -166,9 +162,7 @@ class StreamingManager(KVCacheManager):
         lists = [self.tables[seq_id].pages[layer][head] for seq_id, head, _ in wanted]
         old = [pages[block] for pages, (_, _, block) in zip(lists, wanted, strict=True) if block < len(pages)]
         transfers = self.residency.need(old)
-        self.residency.pin(old)
-        new, more = self.residency.add(len(wanted) - len(old))
-        self.residency.unpin(old)
+        new, more = self.residency.add(len(wanted) - len(old), keep=old)
         fresh = iter(new)
         found = []
         named: dict[tuple[int, int], list[int]] = {}  # (sequence, KV head) -> its new pages

@@ -8,10 +8,9 @@ more than `max_checkpoints` checkpoints, so memory is bounded, and never more th
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..core.memory.usage import MemoryUsage, Snapshot
 from .events import (
@@ -64,13 +63,19 @@ CHECKPOINT_BUDGET = 4_000_000  # list entries that all checkpoints of a run may 
 
 
 @dataclass(frozen=True, slots=True)
-class StepInfo:
-    """One step of the engine."""
+class Room:
+    """Where the slots were at one moment, as far as the log says it up to there."""
 
-    position: int  # of its StepPlanned
     snapshot: Snapshot
-    head: int | None  # the sequence that waits for a region, first in the queue
-    holes: tuple[int, ...]  # their sizes
+    holes: tuple[int, ...]  # sizes of the free regions; none for blocks
+    head: int | None  # the sequence that is first in the queue for a region
+
+    @classmethod
+    def of(cls, state: RunState) -> Room:
+        order = state.plan.waiting if state.plan else ()
+        queue = (s for s in (*order, *state.sequences) if state.sequences[s].status in ("waiting", "swapped"))
+        holes = () if state.paged else tuple(size for _, size in state.memory.holes())
+        return cls(state.memory.snapshot(), holes, next(queue, None))
 
 
 @dataclass(slots=True)
@@ -96,11 +101,7 @@ class Moment:
     @property
     def usage(self) -> MemoryUsage:
         """Where the slots are now, given the final length of each sequence."""
-        state = self.state
-        order = state.plan.waiting if state.plan else ()
-        queue = [s for s in (*order, *state.sequences) if state.sequences[s].status in ("waiting", "swapped")]
-        needed = self.history.size_at(queue[0], self.position) if queue else 0
-        return state.memory.snapshot(needed).usage(self.history.final_lengths)
+        return self.history.usage(self.position, Room.of(self.state))
 
 
 @dataclass(slots=True)
@@ -113,8 +114,8 @@ class History:
     token_texts: dict[int, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)  # of sequences: A, B, or A1, A2 for samples of a request
     final_lengths: dict[int, int] = field(default_factory=dict)  # the most slots that each sequence came to hold
-    steps: list[StepInfo] = field(default_factory=list)
-    step_positions: list[int] = field(default_factory=list)
+    steps: list[Room] = field(default_factory=list)  # after the plan of each step
+    step_positions: list[int] = field(default_factory=list)  # of their StepPlanned
     spans: dict[int, list[tuple[int, str]]] = field(default_factory=dict)  # of sequences: (first step, what it does)
     marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS): what is worth a look
     caches: bool = False  # a prefix cache is on
@@ -163,19 +164,16 @@ class History:
         self._shown = Moment(self, position, self.events[position], self._now, change)
         return self._shown
 
-    def size_at(self, seq_id: int, position: int) -> int:
-        """The size of the region that the sequence gets next, later in the log; 0 if it gets none."""
-        sizes = self._sizes.get(seq_id, [])
-        i = bisect_left(sizes, (position + 1, 0))
-        return sizes[i][1] if i < len(sizes) else 0
-
     def usage_of_step(self, step: int) -> MemoryUsage:
-        info = self.steps[step]
-        snapshot = info.snapshot
-        if info.head is not None:
-            needed = self.size_at(info.head, info.position)
-            external = sum(size for size in info.holes if size < needed)
-            snapshot = replace(snapshot, external=external, free=snapshot.free - external)
+        return self.usage(self.step_positions[step], self.steps[step])
+
+    def usage(self, position: int, room: Room) -> MemoryUsage:
+        """The parts of memory after the event at `position`. Which holes are too small is said later in the log: it
+        depends on the size of the region that the head of the queue gets next."""
+        sizes = self._sizes.get(room.head, []) if room.head is not None else []
+        i = bisect_left(sizes, (position + 1, 0))
+        external = sum(size for size in room.holes if size < sizes[i][1]) if i < len(sizes) else 0
+        snapshot = replace(room.snapshot, external=external, free=room.snapshot.free - external)
         return snapshot.usage(self.final_lengths)
 
     def code_at(self, seq_id: int, step: int) -> str:
@@ -204,19 +202,24 @@ class History:
     def _take(self, line: int, event: Event) -> None:
         if not self.events and not isinstance(event, PoolOpened):
             raise ValueError(f"line {line}: a run begins with PoolOpened; this is {type(event).__name__}")
-        silent = isinstance(event, _SILENT)
-        if not silent:
-            self._keep_checkpoint()
-            try:
-                self._now.apply(event, line)
-            except ValueError as error:
-                raise ValueError(f"line {line}: {error}") from None
-        note = _NOTES.get(type(event))
-        if note is not None:
-            note(self, event)
-        if not silent:
-            self.marks += ((len(self.events), mark) for mark in _marks(event, self._now))
-            self.events.append(event)
+        match event:  # three kinds change nothing in a frame, so they are no moments
+            case TokenNamed():
+                self.token_texts[event.token_id] = event.text
+            case ModelOpened():
+                self.model, self.bytes_per_token = event.model, event.kv_bytes_per_token
+            case StepTimed():
+                pass
+            case _:
+                self._keep_checkpoint()
+                try:
+                    change = self._now.apply(event, line)
+                except ValueError as error:
+                    raise ValueError(f"line {line}: {error}") from None
+                for seq_id in change.seq_ids:
+                    self.names.setdefault(seq_id, f"#{seq_id}")
+                self._note(event)
+                self.marks += ((len(self.events), mark) for mark in _marks(event, self._now))
+                self.events.append(event)
 
     def _keep_checkpoint(self) -> None:
         """A copy of the state, if one is due. When there are too many, every second one goes."""
@@ -226,56 +229,39 @@ class History:
         if len(self.events) % self.interval == 0:
             self._checkpoints.append(self._now.copy())
 
-    # --- what frames need of the whole run: one method for each event that says some of it ---------------
+    # --- what frames need of the whole run ---------------------------------------------------------------
 
-    def _note_pool(self, event: PoolOpened) -> None:
-        self.streams = event.manager == "streaming"
-        # Far fewer copies of a state with a million blocks than of one with a dozen.
-        size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
-        self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))
-
-    def _note_model(self, event: ModelOpened) -> None:
-        self.model, self.bytes_per_token = event.model, event.kv_bytes_per_token
-
-    def _note_token(self, event: TokenNamed) -> None:
-        self.token_texts[event.token_id] = event.text
-
-    def _note_length(self, event: TokensAppended) -> None:
-        length = self._now.memory.sequences[event.seq_id].length
-        self.final_lengths[event.seq_id] = max(length, self.final_lengths.get(event.seq_id, 0))
-
-    def _note_request(self, event: RequestArrived) -> None:
-        self._members[event.request_id] = list(event.seq_ids)
-        for seq_id in event.seq_ids:
-            self._span(seq_id, len(self.steps), "w")
-
-    def _note_fork(self, event: SequenceForked) -> None:
-        members = self._members.get(self._now.sequences[event.child_id].request_id)
-        if members is None:
-            self.names[event.child_id] = f"#{event.child_id}"
-        elif event.child_id not in members:
-            members.append(event.child_id)
-
-    def _note_admission(self, event: SequenceAdmitted) -> None:
-        self.names.setdefault(event.seq_id, f"#{event.seq_id}")
-
-    def _note_region(self, event: RegionPlaced | RegionSwappedIn) -> None:
-        self.names.setdefault(event.seq_id, f"#{event.seq_id}")
-        self._sizes.setdefault(event.seq_id, []).append((len(self.events), event.size))
-
-    def _note_cached(self, event: BlockCached) -> None:
-        self.caches = True
-
-    def _note_finish(self, event: SequenceFinished) -> None:
-        self._span(event.seq_id, len(self.steps), "F")
-        self._span(event.seq_id, len(self.steps) + 1, " ")
+    def _note(self, event: Event) -> None:
+        match event:
+            case TokensAppended():
+                length = self._now.memory.sequences[event.seq_id].length
+                self.final_lengths[event.seq_id] = max(length, self.final_lengths.get(event.seq_id, 0))
+            case RequestArrived():
+                self._members[event.request_id] = list(event.seq_ids)
+                for seq_id in event.seq_ids:
+                    self._span(seq_id, len(self.steps), "w")
+            case StepPlanned():
+                self._note_step(event)
+            case SequenceForked():
+                members = self._members.get(self._now.sequences[event.child_id].request_id, [event.child_id])
+                if event.child_id not in members:
+                    members.append(event.child_id)
+            case RegionPlaced() | RegionSwappedIn():
+                self._sizes.setdefault(event.seq_id, []).append((len(self.events), event.size))
+            case BlockCached():
+                self.caches = True
+            case SequenceFinished():
+                self._span(event.seq_id, len(self.steps), "F")
+                self._span(event.seq_id, len(self.steps) + 1, " ")
+            case PoolOpened():
+                self.streams = event.manager == "streaming"
+                # Far fewer copies of a state with a million blocks than of one with a dozen.
+                size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
+                self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))
 
     def _note_step(self, event: StepPlanned) -> None:
         state, step = self._now, len(self.steps)
-        # Which holes count as external depends on the size of the next region, which comes later in the log.
-        head = event.waiting[0] if event.waiting and not state.paged else None
-        sizes = () if head is None else tuple(size for _, size in state.memory.holes())
-        self.steps.append(StepInfo(len(self.events), state.memory.snapshot(), head, sizes))
+        self.steps.append(Room.of(state))
         self.step_positions.append(len(self.events))
         for seq_id, count in event.chunks:
             self._span(seq_id, step, self._code_of_chunk(seq_id, count))
@@ -303,23 +289,6 @@ class History:
             spans.pop()
         if not spans or spans[-1][1] != code:
             spans.append((step, code))
-
-
-_SILENT = (TokenNamed, ModelOpened, StepTimed)  # change nothing in a frame, so they are no moments
-_NOTES: dict[type[Event], Callable[[History, Any], None]] = {
-    PoolOpened: History._note_pool,
-    ModelOpened: History._note_model,
-    TokenNamed: History._note_token,
-    TokensAppended: History._note_length,
-    RequestArrived: History._note_request,
-    SequenceForked: History._note_fork,
-    SequenceAdmitted: History._note_admission,
-    RegionPlaced: History._note_region,
-    RegionSwappedIn: History._note_region,
-    BlockCached: History._note_cached,
-    StepPlanned: History._note_step,
-    SequenceFinished: History._note_finish,
-}
 
 
 def _marks(event: Event, state: RunState) -> str:

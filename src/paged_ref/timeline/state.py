@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from ..core.memory.paged import Table, snapshot_of
 from ..core.memory.usage import PartialAllocation, Snapshot
 from ..extras.prefix_cache import block_digests
 from .events import (
@@ -42,23 +43,22 @@ from .events import (
 )
 
 Status = Literal["waiting", "running", "swapped", "finished"]
+PageEvent = ResidencyOpened | PagesPlaced | PagesFreed | PagesNamed
 
 
 # --- memory ----------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class Placement:
+class Placement(Table):
     """Where one sequence lies: in blocks, or in a region (then `blocks` is empty)."""
 
-    length: int = 0
-    blocks: list[int] = field(default_factory=list)
     start: int = 0
     size: int = 0
     on_host: bool = False
 
     def copy(self) -> Placement:
-        return Placement(self.length, self.blocks.copy(), self.start, self.size, self.on_host)
+        return Placement(self.blocks.copy(), self.length, self.start, self.size, self.on_host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,19 @@ class PageState:
         tables = {key: pages.copy() for key, pages in self.tables.items()}
         return PageState(self.num_device_blocks, self.num_host_blocks, self.places.copy(), tables)
 
-    def place(self, event: PagesPlaced) -> None:
+    def apply(self, event: PageEvent) -> None:
+        match event:
+            case ResidencyOpened():
+                self.num_device_blocks, self.num_host_blocks = event.num_device_blocks, event.num_host_blocks
+            case PagesPlaced():
+                self._place(event)
+            case PagesFreed():
+                for page in event.pages:
+                    del self.places[page]
+            case PagesNamed():
+                self.tables.setdefault((event.seq_id, event.layer, event.head), []).extend(event.pages)
+
+    def _place(self, event: PagesPlaced) -> None:
         """All pages leave their old places before one comes to its new place."""
         for page in event.pages:
             self.places.pop(page, None)
@@ -106,76 +118,43 @@ class PageState:
 
 
 @dataclass(slots=True)
-class MemoryState:
-    """What a manager holds, as plain values. A block is in tables, or free, or cached: in the prefix cache alone."""
+class Blocks:
+    """The blocks of the device, or of the host. A block is in tables, or free, or cached: in the prefix cache alone."""
 
-    manager: str = ""
-    num_blocks: int = 0
-    block_size: int = 1
-    num_host_blocks: int = 0
-    sequences: dict[int, Placement] = field(default_factory=dict)
     ref_count: list[int] = field(default_factory=list)  # tables that point to each block
     free: list[int] = field(default_factory=list)  # free[-1] was freed last; the managers allocate it next
-    host_ref_count: list[int] = field(default_factory=list)
-    host_free: list[int] = field(default_factory=list)
     known: dict[int, KnownBlock] = field(default_factory=dict)  # blocks in the prefix cache, in tables or cached
     cached: OrderedDict[int, None] = field(default_factory=OrderedDict)  # the block unused longest first
-    pages: PageState = field(default_factory=PageState)
     counts_before: dict[int, int] = field(default_factory=dict, compare=False)  # of blocks that this event touched
 
-    @property
-    def paged(self) -> bool:
-        return bool(self.ref_count)
-
-    def copy(self) -> MemoryState:
-        """A state of its own. Known blocks never change, and are shared."""
-        return replace(
-            self,
-            sequences={seq_id: place.copy() for seq_id, place in self.sequences.items()},
-            ref_count=self.ref_count.copy(),
-            free=self.free.copy(),
-            host_ref_count=self.host_ref_count.copy(),
-            host_free=self.host_free.copy(),
-            known=self.known.copy(),
-            cached=self.cached.copy(),
-            pages=self.pages.copy(),
-            counts_before={},
-        )
-
-    # --- one block -------------------------------------------------------------------------------------
-
-    def take(self, block_id: int, on_host: bool = False) -> None:
+    def take(self, block_id: int) -> None:
         """A free block is in one table now."""
-        ref_count, free = self._pool_of(block_id, on_host)
-        if ref_count[block_id] or (block_id in self.cached and not on_host):
+        if self._count_of(block_id) or block_id in self.cached:
             raise ValueError(f"block {block_id} is not free")
-        if free[-1] == block_id:
-            free.pop()
+        if self.free[-1] == block_id:
+            self.free.pop()
         else:
-            free.remove(block_id)
-        ref_count[block_id] = 1
+            self.free.remove(block_id)
+        self.ref_count[block_id] = 1
 
-    def share(self, block_id: int, on_host: bool = False) -> None:
+    def share(self, block_id: int) -> None:
         """A block that is in a table, or cached, is in one table more."""
-        ref_count, _ = self._pool_of(block_id, on_host)
-        if not ref_count[block_id]:
-            if on_host or block_id not in self.cached:
+        if not self._count_of(block_id):
+            if block_id not in self.cached:
                 raise ValueError(f"block {block_id} is free")
             del self.cached[block_id]
-        ref_count[block_id] += 1
+        self.ref_count[block_id] += 1
 
-    def release(self, block_id: int, on_host: bool = False) -> None:
+    def release(self, block_id: int) -> None:
         """A block is in one table less. From its last table it goes to the free blocks, or to the cached ones."""
-        ref_count, free = self._pool_of(block_id, on_host)
-        if ref_count[block_id] < 1:
-            raise ValueError(f"block {block_id} is in no table")
-        ref_count[block_id] -= 1
-        if ref_count[block_id]:
+        self.check_held(block_id)
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id]:
             return
-        if block_id in self.known and not on_host:
+        if block_id in self.known:
             self.cached[block_id] = None
         else:
-            free.append(block_id)
+            self.free.append(block_id)
 
     def give_up(self, blocks: Iterable[int]) -> None:
         """The prefix cache gave up these cached blocks: they are free."""
@@ -185,14 +164,48 @@ class MemoryState:
             del self.cached[block_id], self.known[block_id]
             self.free.append(block_id)
 
-    def _pool_of(self, block_id: int, on_host: bool) -> tuple[list[int], list[int]]:
-        """Reference counts and free blocks of the pool of a block that is about to change."""
-        ref_count, free = (self.host_ref_count, self.host_free) if on_host else (self.ref_count, self.free)
-        if not 0 <= block_id < len(ref_count):
+    def check_held(self, block_id: int) -> None:
+        """Raise ValueError unless the block is in a table."""
+        if not self._count_of(block_id):
+            raise ValueError(f"block {block_id} is in no table")
+
+    def _count_of(self, block_id: int) -> int:
+        """Tables that point to a block that is about to change."""
+        if not 0 <= block_id < len(self.ref_count):
             raise ValueError(f"block {block_id} is not in the pool")
-        if not on_host:
-            self.counts_before.setdefault(block_id, ref_count[block_id])
-        return ref_count, free
+        self.counts_before.setdefault(block_id, self.ref_count[block_id])
+        return self.ref_count[block_id]
+
+
+@dataclass(slots=True)
+class MemoryState(Blocks):
+    """What a manager holds, as plain values. The blocks of the device are its own, those of the host are in `host`."""
+
+    manager: str = ""
+    num_blocks: int = 0
+    block_size: int = 1
+    num_host_blocks: int = 0
+    sequences: dict[int, Placement] = field(default_factory=dict)
+    host: Blocks = field(default_factory=Blocks)
+    pages: PageState = field(default_factory=PageState)
+
+    @property
+    def paged(self) -> bool:
+        return bool(self.ref_count)
+
+    def copy(self) -> MemoryState:
+        """A state of its own. Known blocks never change, and are shared."""
+        return replace(
+            self,
+            ref_count=self.ref_count.copy(),
+            free=self.free.copy(),
+            known=self.known.copy(),
+            cached=self.cached.copy(),
+            counts_before={},
+            sequences={seq_id: place.copy() for seq_id, place in self.sequences.items()},
+            host=Blocks(self.host.ref_count.copy(), self.host.free.copy()),
+            pages=self.pages.copy(),
+        )
 
     # --- one sequence ----------------------------------------------------------------------------------
 
@@ -226,20 +239,19 @@ class MemoryState:
 
     def move_tables(self, seq_ids: Sequence[int], moved: Pairs, to_host: bool) -> None:
         """Tables move from one pool to the other. A block that several of the sequences share moves once."""
+        source, destination = (self, self.host) if to_host else (self.host, self)
         new_of, taken = dict(moved), set()
         for seq_id in seq_ids:
             for block_id in self.find(seq_id, on_host=not to_host).blocks:
                 if block_id not in new_of:
                     raise ValueError(f"block {block_id} of sequence {seq_id} is not among the blocks that moved")
-                if new_of[block_id] in taken:
-                    self.share(new_of[block_id], on_host=to_host)
-                else:
-                    self.take(new_of[block_id], on_host=to_host)
-                    taken.add(new_of[block_id])
+                new = new_of[block_id]
+                (destination.share if new in taken else destination.take)(new)
+                taken.add(new)
         for seq_id in seq_ids:
             place = self.sequences[seq_id]
             for block_id in reversed(place.blocks):
-                self.release(block_id, on_host=not to_host)
+                source.release(block_id)
             place.blocks, place.on_host = [new_of[block_id] for block_id in place.blocks], to_host
             self.now_last(seq_id)
 
@@ -249,34 +261,18 @@ class MemoryState:
 
     # --- where the slots are ---------------------------------------------------------------------------
 
-    def snapshot(self, needed: int = 0) -> Snapshot:
-        """What the manager's own snapshot() says. Holes smaller than `needed` slots count as external. For pages that
-        stream: how full the device is."""
-        size = self.block_size
+    def snapshot(self) -> Snapshot:
+        """What the manager's own snapshot() says, with no request waiting. For pages that stream: how full the device
+        is."""
         if self.manager == "streaming":
             here = sum(device >= 0 for device, _ in self.pages.places.values())
-            return Snapshot(here * size, [], external=0, free=(self.num_blocks - here) * size)
-        on_device = [(seq_id, place) for seq_id, place in self.sequences.items() if not place.on_host]
-        if not self.paged:
-            regions = [PartialAllocation(seq_id, place.length, place.length, place.size) for seq_id, place in on_device]
-            sizes = [size for _, size in self.holes()]
-            external = sum(size for size in sizes if size < needed)
-            return Snapshot(0, regions, external, free=sum(sizes) - external)
-        # Only the last block of a table can have empty slots; sequences that share that block count it once.
-        partial: dict[int, PartialAllocation] = {}
-        for seq_id, place in on_device:
-            if filled := place.length % size:
-                partial[place.blocks[-1]] = PartialAllocation(seq_id, place.length, filled, size)
-        held = self.num_blocks - len(self.free) - len(self.cached)
-        entries = sum(len(place.blocks) for _, place in on_device)
-        return Snapshot(
-            (held - len(partial)) * size,
-            list(partial.values()),
-            external=0,
-            free=len(self.free) * size,
-            cached=len(self.cached) * size,
-            shared=(entries - held) * size,
-        )
+            return Snapshot(here * self.block_size, [], external=0, free=(self.num_blocks - here) * self.block_size)
+        on_device = {seq_id: place for seq_id, place in self.sequences.items() if not place.on_host}
+        if self.paged:
+            free, cached = len(self.free), len(self.cached)
+            return snapshot_of(on_device, self.block_size, self.num_blocks - free - cached, free, cached)
+        regions = [PartialAllocation(seq_id, p.length, p.length, p.size) for seq_id, p in on_device.items()]
+        return Snapshot(0, regions, external=0, free=sum(size for _, size in self.holes()))
 
     def holes(self, on_host: bool = False) -> list[tuple[int, int]]:
         """(start, size) of the free slots between the regions of one pool."""
@@ -376,26 +372,21 @@ class RunState:
         return self._change(event, place_before)
 
     def _change(self, event: Event, place_before: Placement | None) -> Change:
-        ref_count = self.memory.ref_count
-        before = {block: count for block, count in self.memory.counts_before.items() if ref_count[block] != count}
-        seq_ids = sequences_of(event)
+        ref_count, seq_ids = self.memory.ref_count, sequences_of(event)
+        written = new_entries = range(0)
         if isinstance(event, TokensAppended):
             place = self.memory.sequences[event.seq_id]
-            num_new = len(event.new_blocks) + bool(event.copied)
-            return Change(
-                seq_ids,
-                before,
-                written=range(place.length - event.count, place.length),
-                new_entries=range(len(place.blocks) - num_new, len(place.blocks)),
-                copied=event.copied,
-                evicted=event.evicted,
-            )
-        moved = isinstance(event, (SwappedOut, SwappedIn)) and len(seq_ids) == 1
+            written = range(place.length - event.count, place.length)
+            new_entries = range(len(place.blocks) - len(event.new_blocks) - bool(event.copied), len(place.blocks))
+        elif isinstance(event, (SwappedOut, SwappedIn)) and len(seq_ids) == 1:
+            new_entries = range(len(self.memory.sequences[seq_ids[0]].blocks))
         return Change(
             seq_ids,
-            before,
-            new_entries=range(len(self.memory.sequences[seq_ids[0]].blocks)) if moved else range(0),
-            evicted=event.evicted if isinstance(event, SwappedIn) else (),
+            before={block: old for block, old in self.memory.counts_before.items() if ref_count[block] != old},
+            written=written,
+            new_entries=new_entries,
+            copied=getattr(event, "copied", ()),
+            evicted=getattr(event, "evicted", ()),
             hits=event.blocks if isinstance(event, SequenceAdmitted) else (),
             known=(event.block_id,) if isinstance(event, BlockCached) else (),
             place_before=place_before,
@@ -412,17 +403,15 @@ class RunState:
         if event.free_order:
             memory.ref_count = [0] * event.num_blocks
             memory.free = list(reversed(event.free_order))
-            memory.host_ref_count = [0] * event.num_host_blocks
-            memory.host_free = list(reversed(range(event.num_host_blocks)))
+            memory.host = Blocks([0] * event.num_host_blocks, list(reversed(range(event.num_host_blocks))))
 
     def _request_arrived(self, event: RequestArrived) -> None:
         for seq_id in event.seq_ids:
             self.sequences[seq_id] = SequenceView(seq_id, event.request_id, len(event.prompt), list(event.prompt))
 
     def _admitted(self, event: SequenceAdmitted) -> None:
-        self.memory.begin(event.seq_id, Placement(event.length, list(event.blocks)))
-        view = self._view(event.seq_id)
-        view.status = "running"
+        self.memory.begin(event.seq_id, Placement(list(event.blocks), event.length))
+        view = self._set_status(event.seq_id, "running")
         self.totals.hits += event.length
         self.totals.asked += len(view.tokens)
 
@@ -448,19 +437,15 @@ class RunState:
         memory.check_fit(event.seq_id, place)
 
     def _forked(self, event: SequenceForked) -> None:
-        place, parent = self.memory.find(event.parent_id, on_host=False), self._view(event.parent_id)
+        place, parent = self.memory.find(event.parent_id, on_host=False), self._arrived(event.parent_id)
         self.memory.begin(event.child_id, place.copy())
         if event.child_id not in self.sequences:  # a beam; a sample has arrived with its request
             self.sequences[event.child_id] = replace(parent, seq_id=event.child_id, tokens=parent.tokens.copy())
-        self.sequences[event.child_id].status = "running"
+        self._set_status(event.child_id, "running")
         self.totals.forks += 1
 
     def _block_cached(self, event: BlockCached) -> None:
-        ref_count = self.memory.ref_count
-        if not 0 <= event.block_id < len(ref_count):
-            raise ValueError(f"block {event.block_id} is not in the pool")
-        if not ref_count[event.block_id]:
-            raise ValueError(f"block {event.block_id} is in no table")
+        self.memory.check_held(event.block_id)
         view, index = self._writer_of(event.block_id)
         size = self.memory.block_size
         tokens = tuple(view.tokens[index * size : (index + 1) * size])
@@ -476,7 +461,7 @@ class RunState:
     def _swapped_out(self, event: SwappedOut) -> None:
         self.memory.move_tables(event.seq_ids, event.blocks, to_host=True)
         for seq_id in event.seq_ids:
-            self._view(seq_id).status = "swapped"
+            self._set_status(seq_id, "swapped")
         self.totals.rows_out += len(event.blocks)
         self.totals.preemptions += len(event.seq_ids)
 
@@ -484,7 +469,7 @@ class RunState:
         self._give_up(event.evicted)
         self.memory.move_tables(event.seq_ids, event.blocks, to_host=False)
         for seq_id in event.seq_ids:
-            self._view(seq_id).status = "running"
+            self._set_status(seq_id, "running")
             for index, block_id in enumerate(self.memory.sequences[seq_id].blocks):
                 self.writer[block_id] = (seq_id, index)
         self.totals.rows_in += len(event.blocks)
@@ -494,38 +479,26 @@ class RunState:
         if place is None:
             raise ValueError(f"sequence {event.seq_id} is not there")
         for block_id in reversed(place.blocks):  # managers free the last block first
-            self.memory.release(block_id, place.on_host)
+            (self.memory.host if place.on_host else self.memory).release(block_id)
         self.memory.pages.end(event.seq_id)
-        view = self._view(event.seq_id)
-        view.status = "waiting"  # unless SequenceFinished follows, it was preempted
+        view = self._set_status(event.seq_id, "waiting")  # preempted, unless SequenceFinished follows
         if view.request_id < 0:  # no engine was logged, so SequenceFinished never follows
             del self.sequences[event.seq_id]
 
-    def _region_placed(self, event: RegionPlaced) -> None:
-        place = self.memory.sequences.setdefault(event.seq_id, Placement())
-        self.totals.rows_moved += place.length if place.start != event.start else 0
-        self._lay_region(event, from_host=False, to_host=False)
-        self._view(event.seq_id).status = "running"
-
-    def _region_out(self, event: RegionSwappedOut) -> None:
-        place = self._lay_region(event, from_host=False, to_host=True)
-        self._view(event.seq_id).status = "swapped"
-        self.totals.rows_out += place.length
-        self.totals.preemptions += 1
-
-    def _region_in(self, event: RegionSwappedIn) -> None:
-        place = self._lay_region(event, from_host=True, to_host=False)
-        self._view(event.seq_id).status = "running"
-        self.totals.rows_in += place.length
-
-    def _lay_region(
-        self, event: RegionPlaced | RegionSwappedOut | RegionSwappedIn, from_host: bool, to_host: bool
-    ) -> Placement:
+    def _region_moved(self, event: RegionPlaced | RegionSwappedOut | RegionSwappedIn) -> None:
         """The region of the sequence lies here now, where no other region may lie."""
-        memory = self.memory
+        memory, totals = self.memory, self.totals
+        from_host, to_host = isinstance(event, RegionSwappedIn), isinstance(event, RegionSwappedOut)
+        if isinstance(event, RegionPlaced):
+            memory.sequences.setdefault(event.seq_id, Placement())
         place = memory.find(event.seq_id, on_host=from_host)
-        if place.on_host != to_host:
+        if from_host != to_host:
             memory.now_last(event.seq_id)
+            totals.rows_in += place.length * from_host
+            totals.rows_out += place.length * to_host
+            totals.preemptions += to_host
+        elif place.start != event.start:
+            totals.rows_moved += place.length
         place.start, place.size, place.on_host = event.start, event.size, to_host
         stop = event.start + event.size
         if event.start < 0 or stop > (memory.num_host_blocks if to_host else memory.num_blocks):
@@ -535,21 +508,10 @@ class RunState:
             if overlap and other is not place and other.on_host == to_host:
                 raise ValueError(f"sequences {event.seq_id} and {seq_id} lie in the same slots")
         memory.check_fit(event.seq_id, place)
-        return place
+        self._set_status(event.seq_id, "swapped" if to_host else "running")
 
-    def _residency_opened(self, event: ResidencyOpened) -> None:
-        pages = self.memory.pages
-        pages.num_device_blocks, pages.num_host_blocks = event.num_device_blocks, event.num_host_blocks
-
-    def _pages_placed(self, event: PagesPlaced) -> None:
-        self.memory.pages.place(event)
-
-    def _pages_freed(self, event: PagesFreed) -> None:
-        for page in event.pages:
-            del self.memory.pages.places[page]
-
-    def _pages_named(self, event: PagesNamed) -> None:
-        self.memory.pages.tables.setdefault((event.seq_id, event.layer, event.head), []).extend(event.pages)
+    def _pages_changed(self, event: PageEvent) -> None:
+        self.memory.pages.apply(event)
 
     def _pages_attended(self, event: PagesAttended) -> None:
         self.attended[event.seq_id] = event
@@ -573,9 +535,11 @@ class RunState:
 
     # --- what several of them do -----------------------------------------------------------------------
 
-    def _view(self, seq_id: int) -> SequenceView:
-        """The sequence, made where no engine was logged."""
-        return self.sequences.setdefault(seq_id, SequenceView(seq_id, -1, 0, []))
+    def _set_status(self, seq_id: int, status: Status) -> SequenceView:
+        """The sequence, made where no engine was logged, with this status from now on."""
+        view = self.sequences.setdefault(seq_id, SequenceView(seq_id, -1, 0, []))
+        view.status = status
+        return view
 
     def _arrived(self, seq_id: int) -> SequenceView:
         """The sequence, which must be there."""
@@ -607,13 +571,8 @@ _FOLLOW: dict[type[Event], Callable[[RunState, Any], None]] = {
     SwappedOut: RunState._swapped_out,
     SwappedIn: RunState._swapped_in,
     SequenceFreed: RunState._freed,
-    RegionPlaced: RunState._region_placed,
-    RegionSwappedOut: RunState._region_out,
-    RegionSwappedIn: RunState._region_in,
-    ResidencyOpened: RunState._residency_opened,
-    PagesPlaced: RunState._pages_placed,
-    PagesFreed: RunState._pages_freed,
-    PagesNamed: RunState._pages_named,
+    **dict.fromkeys((RegionPlaced, RegionSwappedOut, RegionSwappedIn), RunState._region_moved),
+    **dict.fromkeys((ResidencyOpened, PagesPlaced, PagesFreed, PagesNamed), RunState._pages_changed),
     PagesAttended: RunState._pages_attended,
     StepPlanned: RunState._planned,
     TokenSampled: RunState._sampled,

@@ -9,22 +9,14 @@ are loaded one layer ahead.
 The budget is for saved activations only: each of the four also has the arrays of the layer that is being computed. All
 give the same gradients to the bit, since moving bytes changes none.
 
-Paging gains little in training, because the paper's problem is not there. A KV cache grows to a length that is not
-known, so reservations waste memory. A training step knows the size of every tensor before it begins, frees tensors in
-the opposite order of allocation, and reads each tensor once: a stack has no holes to close. `paged-ref bench training`
-measures three things:
+Paging gains little in training. A KV cache grows to a length that is not known; a training step knows the size of every
+tensor before it begins, and frees tensors in the opposite order of allocation, so no room is wasted. `paged-ref bench
+training` measures what is left. Pages use a budget to its last page, which saves at most one layer out and in; but each
+tensor is copied into its pages and out of them, since BLAS reads no block table. Recompute wins if a link moves bytes
+more slowly than the device computes them again: the bytes of a layer grow with hidden_size, its work with its square.
 
-* Pages use a budget to its last page, whole layers only to the last layer that fits. With half of what five layers
-  save, swapping holds 2 layers and moves 3; pages hold 2.5 and move 2.5. The gain is at most one layer out and in.
-* Pages need a copy that swapping does not need. A matrix product reads a tensor in one piece, so each tensor is copied
-  into its pages and out of them. An attention kernel reads through a block table; BLAS does not.
-* Recompute holds least and moves nothing, for one more forward. It wins where a link moves bytes more slowly than the
-  device computes them again. The bytes that a layer saves for each token grow with hidden_size, its work with
-  hidden_size squared: so wide layers are cheap to move, and narrow layers are cheap to compute again.
-
-Practice agrees. Checkpointing (Chen et al. 2016) is in every framework; vDNN (Rhu et al. 2016) moved whole layers;
-ZeRO-Offload (Ren et al. 2021) moves gradients and optimizer state. QLoRA (Dettmers et al. 2023) pages the optimizer
-state, for the reason that inference has: it is not known when a long sequence makes a peak.
+Practice: checkpointing (Chen et al. 2016) is in every framework; vDNN (Rhu et al. 2016) moved whole layers; QLoRA
+(Dettmers et al. 2023) pages the optimizer state, since it is not known when a long sequence makes a peak.
 """
 
 from __future__ import annotations
@@ -33,7 +25,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..beyond_device.residency import ByPriority, Residency
+import numpy as np
+
+from ..beyond_device.residency import Residency
 from ..beyond_device.storage import PageStorage
 from ..core.device import Array, xp
 from ..core.memory.manager import Transfer
@@ -97,10 +91,9 @@ class Keep:
         self.counts.hold(nbytes(saved))
 
     def load(self, layer: int) -> Saved:
-        return self._saved[layer]
-
-    def release(self, layer: int) -> None:
-        self.counts.hold(-nbytes(self._saved.pop(layer)))
+        saved = self._saved.pop(layer)
+        self.counts.hold(-nbytes(saved))
+        return saved
 
 
 class Recompute(Keep):
@@ -114,12 +107,12 @@ class Swap:
 
     recompute = False
 
-    def __init__(self, budget: int, config: ModelConfig, most_tokens: int, itemsize: int = 4) -> None:
+    def __init__(self, budget: int, config: ModelConfig, most_tokens: int) -> None:
         """`budget` in bytes; a forward never has more than `most_tokens`."""
         self.counts = Counts()
         self.budget = budget
         size = sum(map(math.prod, saved_shapes(config, most_tokens).values()))  # elements of one layer
-        self._host = pinned((config.num_layers, size), f"float{8 * itemsize}")
+        self._host = pinned((config.num_layers, size), "float32")
         self._copies = CopyStream()
         self._here: dict[int, Saved] = {}  # on the device, the lowest layer first
         self._away: dict[int, dict[str, tuple[int, ...]]] = {}  # on the host: the shapes of each layer
@@ -136,7 +129,7 @@ class Swap:
             self._evict(layer, saved)
 
     def load(self, layer: int) -> Saved:
-        """Give the layer away, and start loading the highest layer that is on the host, if it fits the budget."""
+        """Also start loading the highest layer that is on the host, if it fits the budget."""
         if layer in self._here:
             saved = self._here.pop(layer)
             self.counts.hold(-nbytes(saved))
@@ -148,15 +141,10 @@ class Swap:
             self.counts.hold(nbytes(self._here[lower]))
         return saved
 
-    def release(self, layer: int) -> None:
-        """Do nothing: `load` gave the layer away."""
-
     def _evict(self, layer: int, saved: Saved) -> None:
-        offset = 0
         self._copies.begin()
-        for array in saved.values():
-            self._copies.out(array.reshape(-1), self._host[layer, offset : offset + array.size])
-            offset += array.size
+        for array, host in self._on_host(layer, saved):
+            self._copies.out(array.reshape(-1), host)
         self._copies.wait()  # before the device memory is used again
         self._away[layer] = {name: array.shape for name, array in saved.items()}
         self.counts.moved_out += nbytes(saved)
@@ -164,13 +152,17 @@ class Swap:
     def _load(self, layer: int) -> Saved:
         shapes = self._away.pop(layer)
         saved = {name: xp.empty(shape, dtype=self._host.dtype) for name, shape in shapes.items()}
-        offset = 0
         self._copies.begin()
-        for array in saved.values():
-            self._copies.back(self._host[layer, offset : offset + array.size], array.reshape(-1))
-            offset += array.size
+        for array, host in self._on_host(layer, saved):
+            self._copies.back(host, array.reshape(-1))
         self.counts.moved_in += nbytes(saved)
         return saved
+
+    def _on_host(self, layer: int, saved: Saved) -> Iterator[tuple[Array, np.ndarray]]:
+        """Each array, and its place in host memory [size]: one after another."""
+        ends = np.cumsum([array.size for array in saved.values()]).tolist()
+        for array, end in zip(saved.values(), ends, strict=True):
+            yield array, self._host[layer, end - array.size : end]
 
     def _size(self, layer: int) -> int:
         return self._host.itemsize * sum(map(math.prod, self._away[layer].values()))
@@ -189,24 +181,24 @@ class Paged:
 
     recompute = False
 
-    def __init__(self, budget: int, page_size: int, config: ModelConfig, most_tokens: int, itemsize: int = 4) -> None:
+    def __init__(self, budget: int, page_size: int, config: ModelConfig, most_tokens: int) -> None:
         """`budget` and `page_size` in bytes; a forward never has more than `most_tokens`.
 
         Raises ValueError for a budget smaller than a page, or a page that is not whole elements.
         """
-        if page_size < itemsize or page_size % itemsize:
-            raise ValueError(f"the page size is {page_size} bytes; a multiple of {itemsize} is needed")
+        if page_size < 4 or page_size % 4:
+            raise ValueError(f"the page size is {page_size} bytes; a multiple of 4 is needed")
         if budget < page_size:
             raise ValueError(f"the budget is {budget} bytes; at least one page of {page_size} bytes is needed")
         self.counts = Counts()
-        self._page = page_size // itemsize  # elements
+        self._page = page_size // 4  # float32 elements
         layer_size = sum(map(math.prod, saved_shapes(config, most_tokens).values()))  # elements
         most_pages = config.num_layers * -(-layer_size // self._page)
         in_pool, on_host = min(budget // page_size, most_pages), most_pages + 1  # one spare, to exchange two pages
-        self._storage = PageStorage(1, in_pool, on_host, (self._page,), f"float{8 * itemsize}")
+        self._storage = PageStorage(1, in_pool, on_host, (self._page,), "float32")
         self._pool = self._storage.device[0]  # [in_pool, self._page]
         self._layer_of: dict[int, int] = {}  # of each page
-        self.residency = Residency(in_pool, on_host, ByPriority(self._layer_of.__getitem__))
+        self.residency = Residency(in_pool, on_host, self._layer_of.__getitem__)
         self._layers: dict[int, _PagedLayer] = {}
 
     @property
@@ -220,7 +212,10 @@ class Paged:
             if pages.start < len(paged.pages):  # the previous tensor ends in this page
                 self._move(self.residency.need(paged.pages[pages]))
             else:
-                paged.pages += self._add(layer, pages.stop - pages.start)
+                new, transfers = self.residency.add(pages.stop - pages.start)
+                self._layer_of.update(dict.fromkeys(new, layer))
+                self._move(transfers)
+                paged.pages += new
             self._storage.wait()
             piece = saved[name].reshape(-1)[elements]
             self._pool[self._blocks(paged.pages[pages]), place] = piece.reshape(pages.stop - pages.start, -1)
@@ -244,9 +239,6 @@ class Paged:
             self._move(self.residency.prefetch(self._layers[layer - 1].pages))
         return saved
 
-    def release(self, layer: int) -> None:
-        """Do nothing: `load` gave the layer away."""
-
     def _pieces(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, slice, slice, slice]]:
         """The tensors in pieces: name, elements of the tensor, pages of the layer, place in each of these pages.
 
@@ -265,12 +257,6 @@ class Paged:
                 first += count * length
                 page += count if place + length == self._page else 0
                 place = (place + length) % self._page
-
-    def _add(self, layer: int, count: int) -> list[int]:
-        pages, transfers = self.residency.add(count)
-        self._layer_of.update(dict.fromkeys(pages, layer))
-        self._move(transfers)
-        return pages
 
     def _free(self, pages: Sequence[int]) -> None:
         self.residency.free(pages)

@@ -28,15 +28,13 @@ Saved = dict[str, Array]  # what a layer's backward needs
 
 
 class Activations(Protocol):
-    """Storage for saved activations. Backward loads the last layer first."""
+    """Storage for saved activations. Backward loads the last layer first; what is loaded is no longer stored."""
 
     recompute: bool  # save a layer's input only, and run its forward once more
 
     def save(self, layer: int, saved: Saved) -> None: ...
 
     def load(self, layer: int) -> Saved: ...
-
-    def release(self, layer: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,6 @@ def loss_and_gradient(
             saved = layer_forward(weights.layers[index], saved["x"], shared, index)[1]
         dx = layer_backward(weights.layers[index], gradient.layers[index], dx, saved, shared, index)
         del saved
-        activations.release(index)
     _add_rows(gradient.embedding, batch.inputs, shared.dropout(dx, 0))
     return loss
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.checks import require
 from ..core.device import Array, to_host, xp
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
@@ -39,12 +40,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer is {self.optimizer!r}; known are 'adamw' and 'muon'")
-        for name in ("num_steps", "batch_tokens", "micro_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        for name in ("warmup", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 0 is needed")
+        require(**{name: (getattr(self, name), 1) for name in ("num_steps", "batch_tokens", "micro_tokens")})
+        require(**{name: (getattr(self, name), 0) for name in ("warmup", "weight_decay", "seed")})
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
@@ -99,9 +96,8 @@ class Trainer:
         loss = 0.0
         for index, part in enumerate(micro_batches(batch, settings.micro_tokens)):
             dropout = Dropout(settings.dropout, [settings.seed, number, index])
-            loss += loss_and_gradient(
-                self.weights, self.gradient, PackedBatch.of(part), self.activations, dropout, 1 / num_tokens
-            )
+            packed = PackedBatch.of(part)
+            loss += loss_and_gradient(self.weights, self.gradient, packed, self.activations, dropout, 1 / num_tokens)
         length = clip(self.gradient.flat, settings.clip)
         rate = learning_rate(number, settings.num_steps, settings.warmup, settings.learning_rate)
         for optimizer in self.optimizers:
@@ -110,7 +106,7 @@ class Trainer:
         return TrainingStep(number + 1, loss, length, num_tokens, perf_counter() - began)
 
     def state(self, run: dict[str, Any]) -> State:
-        """All that is needed to continue. `run` is kept with it, so that a run that continues can be compared."""
+        """All that is needed to continue, and `run`, which says what determines the weights."""
         arrays = {name: to_host(array).copy() for name, array in self._arrays().items()}
         return State(run, len(self.losses), arrays | {"losses": np.array(self.losses)})
 

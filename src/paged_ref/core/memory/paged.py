@@ -6,7 +6,7 @@ to show what it does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..attention.addressing import slot_of
@@ -140,24 +140,27 @@ class PagedManager(KVCacheManager):
         return [slot_of(blocks, position, self.block_size) for position in range(first, first + count)]
 
     def snapshot(self, next_request: tuple[int, int] | None = None) -> Snapshot:
-        # Only the last block of a table can have empty slots; sequences that share that block count it once.
-        partial: dict[int, PartialAllocation] = {}
-        for seq_id, table in self.tables.items():
-            if filled := table.length % self.block_size:
-                partial[table.blocks[-1]] = PartialAllocation(seq_id, table.length, filled, self.block_size)
-        held = self.pool.num_blocks - self.pool.num_free
-        entries = sum(len(table.blocks) for table in self.tables.values())
-        return Snapshot(
-            full=(held - len(partial)) * self.block_size,
-            partial=list(partial.values()),
-            external=0,  # any free block serves any request
-            free=(self.pool.num_free - self.pool.num_cached) * self.block_size,
-            cached=self.pool.num_cached * self.block_size,
-            shared=(entries - held) * self.block_size,
-        )
+        held, free = self.pool.num_blocks - self.pool.num_free, self.pool.num_free - self.pool.num_cached
+        return snapshot_of(self.tables, self.block_size, held, free, self.pool.num_cached)
 
     def check_integrity(self) -> None:
         for seq_id, table in self.tables.items():
             if len(table.blocks) != self.blocks_for(table.length):
                 raise AssertionError(f"sequence {seq_id}: {len(table.blocks)} blocks for {table.length} tokens")
         self.pool.check_integrity(block_id for table in self.tables.values() for block_id in table.blocks)
+
+
+def snapshot_of(tables: Mapping[int, Table], block_size: int, held: int, free: int, cached: int) -> Snapshot:
+    """Where the slots of a pool are, from its blocks in tables, free blocks and cached blocks."""
+    partial: dict[int, PartialAllocation] = {}  # by block: sequences that share a block count it once
+    for seq_id, table in tables.items():
+        if filled := table.length % block_size:
+            partial[table.blocks[-1]] = PartialAllocation(seq_id, table.length, filled, block_size)
+    return Snapshot(
+        full=(held - len(partial)) * block_size,
+        partial=list(partial.values()),
+        external=0,  # any free block serves any request
+        free=free * block_size,
+        cached=cached * block_size,
+        shared=(sum(len(table.blocks) for table in tables.values()) - held) * block_size,
+    )

@@ -131,10 +131,7 @@ class RegionManager(KVCacheManager):
 
     def partial_allocations(self) -> list[PartialAllocation]:
         """Every region, for a snapshot."""
-        return [
-            PartialAllocation(seq_id, region.length, region.length, region.size)
-            for seq_id, region in self.regions.items()
-        ]
+        return [PartialAllocation(seq_id, r.length, r.length, r.size) for seq_id, r in self.regions.items()]
 
     def check_integrity(self) -> None:
         for seq_id, region in self.regions.items():

@@ -57,7 +57,7 @@ def _host(scene: Scene, width: int, height: int) -> Lines:
     if not memory.num_host_blocks:
         return [rule("Host", width), line((" no host memory: preemption is", DIM)), line((" by recompute", DIM))]
     owned = owners(moment, on_host=True)
-    head = rule("Host", width, f"{memory.num_host_blocks:,} blocks, {len(memory.host_free):,} free")
+    head = rule("Host", width, f"{memory.num_host_blocks:,} blocks, {len(memory.host.free):,} free")
     room = height - 1
     first, last, above = 0, memory.num_host_blocks, []
     if memory.num_host_blocks > room:
@@ -79,7 +79,7 @@ def _host_row(scene: Scene, block_id: int, in_tables: list[int], width: int) -> 
         return row.append_text(slots([], memory.block_size, width - row.cell_len, set(), free=True))
     style = colour(moment.history, moment, in_tables[0])
     names = brief([moment.history.name(s) for s in in_tables], 4)
-    row.append(fit(f"×{memory.host_ref_count[block_id]}", 4), DIM)
+    row.append(fit(f"×{memory.host.ref_count[block_id]}", 4), DIM)
     row.append(fit(names, 5), style)
     index = memory.sequences[in_tables[0]].blocks.index(block_id)
     texts = contents(moment, in_tables[0], index)
