@@ -18,15 +18,7 @@ from ..timeline.history import MARKS, History, histories, read_histories
 from ..views.common.canvas import Scene
 from ..views.common.loop import play
 from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg
-from ..views.viz.frames.screen import (
-    FRAMES,
-    FRAMES_OF_PAGES,
-    MIN_HEIGHT,
-    MIN_WIDTH,
-    Frame,
-    frames_of,
-    screen,
-)
+from ..views.viz.frames.screen import FRAMES, FRAMES_OF_PAGES, MIN_HEIGHT, MIN_WIDTH, Frame, frames_of, screen
 from ..views.viz.player import Player
 from ..views.viz.viz_run import PAPER, Workload, record, workload
 from .recording import record_to

@@ -26,11 +26,7 @@ def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> 
         "events": monitor.num_events,
         "complete": complete,
         "steps": monitor.num_steps,
-        "slots": {
-            "total": monitor.num_slots,
-            "block_size": memory.block_size,
-            **monitor.slots,
-        },
+        "slots": {"total": monitor.num_slots, "block_size": memory.block_size, **monitor.slots},
         "sequences": {
             "running": last.running if last else 0,
             "waiting": last.waiting if last else 0,
@@ -108,9 +104,7 @@ def _families(numbers: dict[str, Any]) -> list[Metric]:
         counter("sequences_finished", "Sequences that came to their end", sequences["finished"]),
         counter("steps", "Steps of the engine", numbers["steps"]),
         counter(
-            "tokens_computed",
-            "Tokens whose K and V were computed, those computed again included",
-            tokens["computed"],
+            "tokens_computed", "Tokens whose K and V were computed, those computed again included", tokens["computed"]
         ),
         counter("tokens_sampled", "New tokens", tokens["sampled"]),
         counter("step_seconds", "Time of all steps", numbers["step_seconds"]["total"]),

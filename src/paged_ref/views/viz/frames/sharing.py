@@ -144,10 +144,7 @@ def _copy(scene: Scene, width: int) -> Lines:
     offset = moment.change.written.start % size
     cost = f", {size_of(size * moment.history.bytes_per_token)}" if moment.history.bytes_per_token else ""
     rows = [rule(f"A copy on write in this event: 1 block, {count(offset, 'token')} in it{cost}", width)]
-    for block, who, what in (
-        (source, owned.get(source, []), "stays as it is"),
-        (copy, [writer], "is written"),
-    ):
+    for block, who, what in ((source, owned.get(source, []), "stays as it is"), (copy, [writer], "is written")):
         names = brief([moment.history.name(s) for s in who], 10)
         before, now = moment.change.before.get(block, 0), moment.state.memory.ref_count[block]
         head = line(f"  block {block:<5}{before}→{now}  ", (fit(names, 11), "bold"))
