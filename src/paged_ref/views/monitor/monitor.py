@@ -23,7 +23,7 @@ from ...timeline.events import Event
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames
 from ..common.viewer import Viewer
-from ..viz.frames.screen import MIN_HEIGHT, MIN_WIDTH
+from ..viz.frames.screen import SMALLEST
 from .following import Follower
 from .gpu_meter import GPUMeter, GPUReading
 from .report import as_json, as_prometheus
@@ -32,7 +32,6 @@ from .state import Monitor
 
 RECORDING = ("demo", "generate", "compare")  # commands that --run starts: they take --record
 MAX_BYTES = 1 << 18  # of the log that are read between two pictures: some thousand events
-SMALLEST: Size = (MIN_WIDTH, MIN_HEIGHT)
 KEYS = "space pause   + - faster, slower   q quit"
 
 

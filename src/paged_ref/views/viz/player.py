@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ...timeline.events import sequences_of
 from ...timeline.history import MARKS, History, Moment
-from ..common.canvas import DIM, Scene, exactly, fit, line, pack, rule
+from ..common.canvas import DIM, Scene, filled, line, pack, page, rule
 from ..common.viewer import Viewer, help_lines
 from .frames.blocks import EMPTY, UNKNOWN, WRITTEN
 from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
@@ -179,6 +179,4 @@ def _help(width: int, height: int) -> Text:
     for where, signs in SIGNS:
         for i, text in enumerate(pack(signs, width - 18)):
             rows.append(line((f" {where if i == 0 else '':<17}", "bold"), text))
-    rows += [line("")] * (height - 1 - len(rows))
-    rows = [*rows[: height - 1], line((fit("  any key: back", width), DIM))]
-    return Text("\n").join(exactly(row, width) for row in rows)
+    return page([*filled(rows, height - 1), line(("  any key: back", DIM))], width, height)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from ..common.canvas import DIM, TITLE, Lines, beside, exactly, fit, line, rule, wrap
+from ..common.canvas import DIM, TITLE, Lines, beside, filled, fit, line, page, rule, too_small, wrap
 from ..common.viewer import help_lines
 from .captions import sentence
 from .panels import NOW, caches, cell_width, counters, grid_height, layouts, now, source, thread_line
 from .run import KERNELS, LETTERS, KernelRun, Walk
 
-MIN_WIDTH, MIN_HEIGHT = 60, 20
+SMALLEST = (60, 20)
 WIDE = 140  # columns from which both kernels fit side by side
 VIEWS = ("walk", "threads", "layouts")
 KEYS = (
@@ -58,9 +58,8 @@ class Look:
 def frame(walk: Walk, position: int, width: int, height: int, look: Look | None = None) -> Text:
     """The whole screen at one moment: exactly `height` lines of at most `width` cells."""
     look = look or Look()
-    if width < MIN_WIDTH or height < MIN_HEIGHT:
-        small = [f"{width}x{height} is too small:", f"the walk needs {MIN_WIDTH}x{MIN_HEIGHT}"]
-        return Text("\n", no_wrap=True, end="").join(exactly(line(row), width) for row in small[:height])
+    if (small := too_small(width, height, SMALLEST)) is not None:
+        return small
     run = walk.runs["naive" if look.kernel == "naive" else "paged"]
     if look.help:
         lines = _help(width)
@@ -74,9 +73,8 @@ def frame(walk: Walk, position: int, width: int, height: int, look: Look | None 
         lines = _everything(run, position, width, height - 2)
     else:
         lines = _essentials(run, position, width, height - 2)
-    lines = (lines + [line("")] * height)[: max(0, height - 2)]
-    lines = [_title(walk, run, position, width, look), *lines, _footer(width, look)]
-    return Text("\n", no_wrap=True, end="").join(exactly(one, width) for one in lines[:height])
+    head, foot = _title(walk, run, position, width, look), _footer(width, look)
+    return page([head, *filled(lines, height - 2), foot], width, height)
 
 
 # ---- the arrangements
@@ -92,7 +90,7 @@ def _essentials(run: KernelRun, position: int, width: int, height: int) -> Lines
         caches(run, position, right, room),
         width - right - 1,
     )
-    return [*_exactly(top, room), *below, *words]
+    return [*filled(top, room), *below, *words]
 
 
 def _everything(run: KernelRun, position: int, width: int, height: int) -> Lines:
@@ -104,7 +102,7 @@ def _everything(run: KernelRun, position: int, width: int, height: int) -> Lines
     top = beside(source(run, position, left, room, brief=width < 200), caches(run, position, right, room), left)
     panels = beside(counters(run, position, left, panel), layouts(run, position, right, panel), left)
     return [
-        *_exactly(top, room), rule("now", width), *now(run, position, width), *_exactly(panels, panel),
+        *filled(top, room), rule("now", width), *now(run, position, width), *filled(panels, panel),
         rule("why", width), *words,
     ]  # fmt: skip
 
@@ -120,27 +118,23 @@ def _side_by_side(walk: Walk, position: int, width: int, height: int) -> Lines:
     for run in runs:
         top = [
             rule(f"{run.code.file}", left),
-            *_exactly(source(run, position, left, room - grid - 1, brief=left < 100, other=False), room - grid - 1),
+            *filled(source(run, position, left, room - grid - 1, brief=left < 100, other=False), room - grid - 1),
         ]
         columns.append(
-            [*top, *_exactly(caches(run, position, left, grid), grid), rule("now", left), *now(run, position, left)]
+            [*top, *filled(caches(run, position, left, grid), grid), rule("now", left), *now(run, position, left)]
         )
     lines = beside(columns[0], columns[1], left, 3)
     if panel:
         paged = walk.runs["paged"]
         half = width - left - 3
-        lines += _exactly(
+        lines += filled(
             beside(counters(paged, position, left, panel), layouts(paged, position, half, panel), left, 3), panel
         )
     return [*lines, rule("why", width), *words]
 
 
 def _alone(panel: Lines, run: KernelRun, position: int, width: int, height: int) -> Lines:
-    return [*_exactly(panel, height - 4), rule("why", width), *_words([run], position, width, 3)]
-
-
-def _exactly(lines: Lines, height: int) -> Lines:
-    return (lines + [line("")] * height)[:height]
+    return [*filled(panel, height - 4), rule("why", width), *_words([run], position, width, 3)]
 
 
 # ---- title, words, keys
@@ -185,19 +179,8 @@ def _words(runs: list[KernelRun], position: int, width: int, height: int) -> Lin
         differ = naive_line in runs[0].code.different or paged_line in runs[1].code.different
         texts = [f"{run.name}: {text}" for run, text in zip(runs, texts, strict=True)] if differ else texts[1:]
     lines = [line(row) for text in dict.fromkeys(texts) for row in wrap(text, width - 2)]
-    return [line(" ").append_text(row) for row in _exactly(lines, height)]
+    return [line(" ").append_text(row) for row in filled(lines, height)]
 
 
 def _help(width: int) -> Lines:
     return [rule("keys", width), *help_lines(KEYS), rule("marks", width), *help_lines(MARKS)]
-
-
-if __name__ == "__main__":  # shows one frame of each arrangement: python -m paged_ref.views.walk.frames
-    from rich.console import Console
-
-    from .run import walk
-
-    shown = walk()
-    for columns, rows in ((80, 24), (100, 30), (160, 50)):
-        console = Console(width=columns, height=rows)
-        console.print(frame(shown, shown.runs["paged"].tour()[7], columns, rows), no_wrap=True, crop=True)

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from ...interop.layouts import pack_size
 from ..common.canvas import COLOURS, DIM, TITLE, Lines, exactly, fit, line, rule, window, wrap
-from .captions import caption
 from .run import LETTERS, IntArray, KernelRun, LayoutCost
 from .source import SourceLines
 
@@ -116,7 +115,7 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
     else:
         head = f"K and V: {run.num_slots} slots, by regions"
     load = run.load(position)
-    now_slot, in_array = run.slot(position), run.info(position).name
+    now_slot, named = run.slot(position), run.slot_named(position)
     with_it = {slot for row in load.rows if (slot := run.slot(int(row))) is not None}
     read = {name: run.read_so_far(position, name) for name in ("keys", "values")}
     own_head = run.sizes.head_size  # a CUDA block reads the elements of one KV head
@@ -128,9 +127,9 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
             label = f"b{block}" if run.name == "paged" else str(first)
             row = line((f"{label if not begin or run.name == 'naive' else '':>4} ", DIM))
             for slot in range(first, min(first + per_row, (block + 1) * block_size)):
-                if slot == now_slot or (now_slot is None and slot == _slot_named(run, position)):
+                if slot == named:
                     focus = len(rows)
-                row.append_text(_cell(run, slot, now_slot, with_it, read["keys"], read["values"], own_head, in_array))
+                row.append_text(_cell(run, slot, now_slot, with_it, read["keys"], read["values"], own_head))
             rows.append(row)
     top = [rule(head, width), _tables(run, position, width)]
     first, end = window(len(rows), height - len(top), focus)
@@ -140,20 +139,8 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
     return lines
 
 
-def _slot_named(run: KernelRun, position: int) -> int | None:
-    """The slot that a read of a block table leads to."""
-    return caption(run, position).slot if run.info(position).name in ("block_tables", "starts") else None
-
-
 def _cell(
-    run: KernelRun,
-    slot: int,
-    now_slot: int | None,
-    with_it: set[int],
-    keys: IntArray,
-    values: IntArray,
-    full: int,
-    array: str,
+    run: KernelRun, slot: int, now_slot: int | None, with_it: set[int], keys: IntArray, values: IntArray, full: int
 ) -> Text:
     owner = run.owner.get(slot)
     digits = len(str(max(run.sizes.tokens) - 1))

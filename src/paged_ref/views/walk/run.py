@@ -130,6 +130,20 @@ class KernelRun:
             return None
         return int(self.trace.index[position]) // (self.shape[2] * self.shape[3])
 
+    def key(self, position: int) -> int:
+        """The key of the thread in the tile of the moment."""
+        n = self.sizes.num_threads
+        # Each tile costs the same number of barriers: 4, and 2 for each halving of the threads.
+        tile = max(0, int(self.trace.round[position]) - 1) // (4 + 2 * (n.bit_length() - 1))
+        return tile * n + int(self.trace.thread[position])
+
+    def slot_named(self, position: int) -> int | None:
+        """The slot that an access to the cache falls in, or that a read of a block table, or of a start, leads to."""
+        access, key, block_size = self.access(position), self.key(position), self.sizes.block_size
+        if access.array == "block_tables":
+            return self.tables[access.block[0]][access.index[-1]] * block_size + key % block_size
+        return self.tables[access.block[0]][0] + key if access.array == "starts" else self.slot(position)
+
     # ---- where the runs of accesses begin
 
     @cached_property

@@ -6,7 +6,6 @@ The kernels run in the tracer, here, without a GPU. What is shown is the record 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from rich.text import Text
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..common.viewer import Viewer
-from .frames import MIN_HEIGHT, MIN_WIDTH, VIEWS, WIDE, Look, frame
+from .frames import SMALLEST, VIEWS, WIDE, Look, frame
 from .run import KERNELS, Sizes, Walk, walk
 
 STEPS = ("access", "line", "thread", "round", "block")
-SMALLEST = (MIN_WIDTH, MIN_HEIGHT)
 _TOY = Sizes()
 
 
@@ -156,9 +154,3 @@ def _print(walk: Walk, at: int | None, every: str | None, size: Size | None, loo
         positions = run.tour() if at is None else [at]
     still = replace(look, keys=False)
     print_frames(lambda position, width, height: frame(walk, position, width, height, still), positions, size, SMALLEST)
-
-
-if __name__ == "__main__":  # shows the walk: python -m paged_ref.views.walk.walk
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))

@@ -47,7 +47,7 @@ def _watched(scene: Scene) -> PagesAttended | None:
 def _strips(moment: Moment, event: PagesAttended, cells: int, each: int) -> Lines:
     """Three lines for each `cells * each` blocks: the mass, what was chosen, and what was on the device."""
     total, chosen, here = len(event.mass), set(event.chosen), set(event.resident)
-    highest, style = max(max(event.mass), 1), colour(moment.history, moment, event.seq_id)
+    highest, style = max(max(event.mass), 1), colour(moment, event.seq_id)
     rows = []
     for begin in range(0, total, cells * each):
         firsts = range(begin, min(begin + cells * each, total), each)
@@ -66,7 +66,7 @@ def _strips(moment: Moment, event: PagesAttended, cells: int, each: int) -> Line
 def _best_pages(moment: Moment, event: PagesAttended, width: int, first: int, count: int) -> Lines:
     """A line for each of `count` pages, in the order of their attention from place `first` on."""
     chosen, here = set(event.chosen), set(event.resident)
-    size, style = moment.state.memory.block_size, colour(moment.history, moment, event.seq_id)
+    size, style = moment.state.memory.block_size, colour(moment, event.seq_id)
     tokens = moment.state.sequences[event.seq_id].tokens
     rows = []
     order = sorted(range(len(event.mass)), key=lambda block: -event.mass[block])

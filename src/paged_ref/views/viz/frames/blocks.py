@@ -119,10 +119,10 @@ def block_row(moment: Moment, block_id: int, in_tables: Sequence[int], width: in
         if cached:
             row.append(fit("cached", who + 1), WARM)
         else:
-            style = colour(moment.history, moment, in_tables[0])
+            style = colour(moment, in_tables[0])
             row.append(fit(brief(names, who), who + 1), f"{style} reverse" if selected in in_tables else style)
     texts = block_texts(moment, block_id, in_tables)
-    style = colour(moment.history, moment, in_tables[0]) if in_tables else WARM if cached else DIM
+    style = colour(moment, in_tables[0]) if in_tables else WARM if cached else DIM
     row.append_text(
         slots(
             texts,
@@ -167,5 +167,5 @@ def _letter(moment: Moment, block_id: int, in_tables: Sequence[int], on_host: bo
     if len(in_tables) > 1:
         return (str(len(in_tables)) if len(in_tables) < 10 else "+"), "bold"
     if in_tables:
-        return moment.history.name(in_tables[0])[0], colour(moment.history, moment, in_tables[0])
+        return moment.history.name(in_tables[0])[0], colour(moment, in_tables[0])
     return ("c", WARM) if not on_host and block_id in moment.state.memory.cached else (".", DIM)

@@ -7,7 +7,7 @@ from rich.text import Text
 from ....core.memory.usage import MemoryUsage
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
-from ...common.canvas import DIM, Lines, Scene, line, pack, rule
+from ...common.canvas import DIM, Lines, Scene, filled, line, pack, rule
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -21,7 +21,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     for run in shown:
         share = spare // len(shown) if spare >= 4 * len(shown) else spare if run is scene.history else 0
         rows += _run(scene, run, width, min(share, 10))
-    return [*rows[:room], *[line("")] * (room - len(rows)), *marks]
+    return [*filled(rows, room), *marks]
 
 
 def _run(scene: Scene, run: History, width: int, chart_height: int) -> Lines:

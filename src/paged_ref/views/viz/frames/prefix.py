@@ -17,6 +17,7 @@ from ...common.canvas import (
     colour,
     count,
     exactly,
+    filled,
     fit,
     line,
     listing,
@@ -49,9 +50,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
         )
     room = height - 1 - len(tail)
     marked = (i for i, (_, known) in enumerate(chains) if mark_of(moment, known.block_id) != " ")
-    first, last = 0, len(chains)
-    if len(chains) > room:
-        first, last = window(len(chains), room, next(marked, 0) + scene.scroll)
+    first, last = window(len(chains), room, next(marked, 0) + scene.scroll)
     note = f"{len(moment.state.memory.known):,} known: {len(memory.cached):,} cached, the others in use"
     deepest = min(width // 4, max((len(strokes) for strokes, _ in chains[first:last]), default=0))
     owned = owners(moment)
@@ -59,7 +58,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     rows = [_row(scene, strokes, known, deepest, width, owned, ranks) for strokes, known in chains[first:last]]
     if not rows:
         rows = [line((" Nothing yet. A block is known once it is full and its K and V are computed.", DIM))]
-    return [rule("Known blocks, by their digests", width, note), *rows, *[line("")] * (room - len(rows)), *tail]
+    return [rule("Known blocks, by their digests", width, note), *filled(rows, room), *tail]
 
 
 def chain(known: list[KnownBlock]) -> list[tuple[str, KnownBlock]]:
@@ -88,7 +87,7 @@ def _row(
     block = known.block_id
     mark = mark_of(moment, block)
     in_tables = owned.get(block, [])
-    style = colour(moment.history, moment, in_tables[0]) if in_tables else WARM
+    style = colour(moment, in_tables[0]) if in_tables else WARM
     who = 16 if width < 100 else 24
     number = len(str(moment.state.memory.num_blocks - 1))
     row = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (known.digest[:6], "bold"))

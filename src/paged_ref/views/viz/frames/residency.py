@@ -30,14 +30,12 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     longest = max(len(pages) for pages in tables.values())
     label = 10
     each = max(1, -(-longest // (width - label - 1)))  # blocks in one cell
-    style = colour(moment.history, moment, seq_id)
+    style = colour(moment, seq_id)
     rows.append(_about(moment, seq_id, longest, each, style))
     moved = set(getattr(moment.event, "pages", ()))
     keys = list(tables)
     changed = next((i for i, key in enumerate(keys) if moved & set(tables[key])), 0)
-    first, last = window(len(keys), height - len(rows) - 1, max(0, min(changed + scene.scroll, len(keys) - 1)))
-    if len(keys) <= height - len(rows) - 1:
-        first, last = 0, len(keys)
+    first, last = window(len(keys), height - len(rows) - 1, changed + scene.scroll)
     for layer, head in keys[first:last]:
         row = line((f" L{layer:<3} h{head:<3} ", "bold"))
         for cell in range(0, len(tables[layer, head]), each):

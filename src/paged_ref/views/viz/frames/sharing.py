@@ -17,11 +17,12 @@ from ...common.canvas import (
     colour,
     count,
     exactly,
+    filled,
     fit,
+    kv_size,
     line,
     owners,
     rule,
-    size_of,
     window,
 )
 from ...common.trees import forest
@@ -57,21 +58,20 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     entries = sum(map(len, several.values()))
     now = "Nothing is shared now."
     if several:
-        cost = f", {size_of(saved * scene.history.bytes_per_token)}" if scene.history.bytes_per_token else ""
         verb = "is" if len(several) == 1 else "are"
-        now = f"{count(len(several), 'block')} {verb} in {entries} places. Sharing saves {count(saved, 'slot')}{cost}."
+        now = f"{count(len(several), 'block')} {verb} in {entries} places. "
+        now += f"Sharing saves {count(saved, 'slot')}{kv_size(scene.history, saved)}."
     rows = tree(moment)
     room = height - 2 - len(below)
     wanted = next((i for i, row in enumerate(rows) if mark_of(moment, row.node.block_id) != " "), 0) + scene.scroll
-    first, last = window(len(rows), room, wanted) if len(rows) > room else (0, len(rows))
+    first, last = window(len(rows), room, wanted)
     deepest = max((len(row.strokes) for row in rows[first:last]), default=0)
     drawn = [_row(scene, row, min(deepest, width // 3), width) for row in rows[first:last]]
     note = f"{first + 1}-{last} of {len(rows)} blocks" if len(rows) > room else "a branch is where they part"
     return [
         rule("Which sequences share which blocks", width, note),
         line(" ", (now, "bold")),
-        *drawn,
-        *[line("")] * (room - len(drawn)),
+        *filled(drawn, room),
         *below,
     ]
 
@@ -96,7 +96,7 @@ def _row(scene: Scene, row: Row, indent: int, width: int) -> Text:
     number = len(str(memory.num_blocks - 1))
     mark, before = mark_of(moment, node.block_id), moment.change.before.get(node.block_id)
     now = len(node.seq_ids)
-    style = colour(moment.history, moment, node.seq_ids[0])
+    style = colour(moment, node.seq_ids[0])
     who = max(8, min(20, width // 7))
     drawn = line((mark, NEW if mark != " " else ""), (f" {row.strokes}", DIM), (f"{node.block_id} ", "bold"))
     counted = f"×{now}" if before is None else f"{before}→{now}"
@@ -142,13 +142,13 @@ def _copy(scene: Scene, width: int) -> Lines:
     writer = moment.change.seq_ids[0]
     # What was copied is what lay there before the write: the slots in front of it.
     offset = moment.change.written.start % size
-    cost = f", {size_of(size * moment.history.bytes_per_token)}" if moment.history.bytes_per_token else ""
+    cost = kv_size(moment.history, size)
     rows = [rule(f"A copy on write in this event: 1 block, {count(offset, 'token')} in it{cost}", width)]
     for block, who, what in ((source, owned.get(source, []), "stays as it is"), (copy, [writer], "is written")):
         names = brief([moment.history.name(s) for s in who], 10)
         before, now = moment.change.before.get(block, 0), moment.state.memory.ref_count[block]
         head = line(f"  block {block:<5}{before}→{now}  ", (fit(names, 11), "bold"))
-        style = colour(moment.history, moment, who[0]) if who else ""
+        style = colour(moment, who[0]) if who else ""
         room = width - head.cell_len - 16
         head.append_text(slots(block_texts(moment, block, who), size, room, written_in(moment, block, who), style))
         head.append(f"  {what}")

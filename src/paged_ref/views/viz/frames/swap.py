@@ -14,12 +14,14 @@ from ...common.canvas import (
     brief,
     colour,
     count,
+    filled,
     fit,
+    kv_size,
     line,
     listing,
     owners,
+    prose,
     rule,
-    size_of,
     window,
 )
 from .blocks import block_row, contents, overview, slots
@@ -34,7 +36,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     else:
         device, host = _regions(scene, left, room, False), _regions(scene, width - 2 - left, room, True)
     pools = beside(device[:room], host[:room], left, gap=2)
-    return [*pools, *[line("")] * (room - len(pools)), *below]
+    return [*filled(pools, room), *below]
 
 
 def _device(scene: Scene, width: int, height: int) -> Lines:
@@ -77,7 +79,7 @@ def _host_row(scene: Scene, block_id: int, in_tables: list[int], width: int) -> 
     if not in_tables:
         row.append(fit("free", 9), DIM)
         return row.append_text(slots([], memory.block_size, width - row.cell_len, set(), free=True))
-    style = colour(moment.history, moment, in_tables[0])
+    style = colour(moment, in_tables[0])
     names = brief([moment.history.name(s) for s in in_tables], 4)
     row.append(fit(f"×{memory.host_ref_count[block_id]}", 4), DIM)
     row.append(fit(names, 5), style)
@@ -98,11 +100,10 @@ def _sources_or_targets(scene: Scene, device: bool) -> set[int]:
 def _moved(scene: Scene, width: int) -> Lines:
     """What went which way in this event, and in all."""
     moment, event, totals = scene.moment, scene.moment.event, scene.moment.state.totals
-    unit = moment.state.memory.block_size * moment.history.bytes_per_token
     row = "block" if moment.state.paged else "slot"
 
     def cost(rows: int) -> str:
-        return count(rows, row) + (f", {size_of(rows * unit)}" if unit and rows else "")
+        return count(rows, row) + (kv_size(moment.history, rows * moment.state.memory.block_size) if rows else "")
 
     rows = [line(" None in this event.")]
     title = "Moved between device and host"
@@ -142,9 +143,9 @@ def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
             rows.append(line((f"  {where:>9}  free", DIM)))
             continue
         place, view = memory.sequences[seq_id], moment.state.sequences[seq_id]
-        style = colour(moment.history, moment, seq_id)
+        style = colour(moment, seq_id)
         mark = "*" if seq_id in moment.change.seq_ids else " "
-        text = "".join(moment.history.text(t) for t in view.tokens[: place.length]).replace("·", " ").strip()
+        text = prose(moment.history, view.tokens[: place.length])
         head = f"{moment.history.name(seq_id):<4}{place.length}/{size} "
         rows.append(line((f"{mark} {where:>9}  ", "bold"), (head, f"{style} bold"), (text, style)))
     return rows[:height]

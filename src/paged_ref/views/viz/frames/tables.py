@@ -19,6 +19,7 @@ from ...common.canvas import (
     colour,
     count,
     exactly,
+    filled,
     fit,
     line,
     listing,
@@ -54,7 +55,7 @@ def _tables(scene: Scene, width: int, height: int) -> Lines:
     groups = [_table(scene, seq_id, width) for seq_id in near]
     rows = [row for group in groups for row in group]
     wanted = sum(len(group) for seq_id, group in zip(near, groups, strict=True) if seq_id < (looked_at or 0))
-    first, last = window(len(rows), body, wanted) if len(rows) > body else (0, len(rows))
+    first, last = window(len(rows), body, wanted)
     note = f"{len(live)} sequences" if len(rows) > body or len(near) < len(live) else ""
     return [rule("Block tables", width, note), *(rows[first:last] or [line((" no sequence", DIM))])]
 
@@ -64,7 +65,7 @@ def _table(scene: Scene, seq_id: int, width: int) -> Lines:
     moment = scene.moment
     view, place = moment.state.sequences[seq_id], moment.state.memory.sequences.get(seq_id)
     concerned = seq_id in moment.change.seq_ids
-    style = colour(moment.history, moment, seq_id)
+    style = colour(moment, seq_id)
     pointer = "▶" if seq_id == scene.selected else "*" if concerned else " "
     status = view.status if view.status != "swapped" else "on the host"
     tokens = f", {count(place.length, 'token')}" if place else ""
@@ -167,9 +168,9 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
     room = height - 1 - len(below) - map_height
     wanted = next((i for i, (_, _, s) in enumerate(pieces) if s in moment.change.seq_ids), 0) + scene.scroll
     each = 2 if 2 * len(pieces) <= room else 1
-    first, last = window(len(pieces), room // each, wanted) if each * len(pieces) > room else (0, len(pieces))
+    first, last = window(len(pieces), room // each, wanted)
     rows = [row for piece in pieces[first:last] for row in _piece(scene, *piece, width)[:each]]
-    return [head, *rows, *[line("")] * (room - len(rows)), below[0], below[1], *slot_map(moment, width, map_height)]
+    return [head, *filled(rows, room), *below, *slot_map(moment, width, map_height)]
 
 
 def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) -> Lines:
@@ -178,7 +179,7 @@ def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) 
     if seq_id is None:
         return [line(("  ", ""), (f"{where:>11} ", DIM), (f"free: a hole of {count(size, 'slot')}", DIM)), line("")]
     place, view = moment.state.memory.sequences[seq_id], moment.state.sequences[seq_id]
-    style = colour(moment.history, moment, seq_id)
+    style = colour(moment, seq_id)
     mark = "▶" if seq_id == scene.selected else "*" if seq_id in moment.change.seq_ids else " "
     gauge_room = max(10, width - 48)
     full = round(gauge_room * place.length / size)
@@ -206,6 +207,6 @@ def slot_map(moment: Moment, width: int, height: int) -> Lines:
         if not place.on_host:
             slots = (place.start, place.start + place.length, place.start + place.size)
             first, full, last = (-(-slot // each) for slot in slots)
-            name, style = moment.history.name(seq_id)[0], colour(moment.history, moment, seq_id)
+            name, style = moment.history.name(seq_id)[0], colour(moment, seq_id)
             cells[first:last] = [(name, style)] * (full - first) + [("░", WARM)] * (last - full)
     return [Text.assemble(*cells[top : top + width]) for top in range(0, len(cells), width)]
