@@ -24,11 +24,9 @@ from ..planner.source_lines import lines_of
 from ..planner.sweep import RUNS_OF_A_CURVE, checked_jobs, curves_of
 from ..planner.trace_files import read_trace
 from ..planner.traces import MEANS, RequestTrace, first, generated, scaled
-from ..timeline.events import Log, write_events
-from ..views.common.plots import write_svg
+from ..views.common.files import recording, write_text
 from .compare_plots import picture
 from .compare_report import MeasuredCost, print_checked, print_report, print_setting
-from .recording import record_to
 
 NARROWEST = 78  # columns: a narrower terminal wraps the lines, so that no number is cut
 BOUND = 0.2  # seconds per token: a person reads four words a second, about five tokens
@@ -87,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
         numbers = as_json(base, trace, args.latency, found, cost, checked)
         args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     if args.svg:
-        write_svg(args.svg, picture(found))
+        write_text(args.svg, picture(found))
     return 0 if all(each.same for each in checked) else 1
 
 
@@ -111,7 +109,7 @@ def _measure(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     checked: list[Checked] = []
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
-    with record_to(args.record) as file, bars as progress:
+    with recording(args.record) as log, bars as progress:
         task = progress.add_task("timing bookkeeping and kernels", total=2)
         cost = _cost(lambda: progress.advance(task))
         task = progress.add_task("simulating", total=len(rows) * RUNS_OF_A_CURVE)
@@ -120,7 +118,6 @@ def _measure(
         found = [row_of(curve, trace) for curve in curves]
         if args.run:
             task = progress.add_task("running the embedded model", total=len(rows))
-            log: Log | None = None if file is None else lambda event: write_events([event], file)
             checked = check(rows, small(trace), on_run=lambda _: progress.advance(task), log=log)
     return found, cost, checked
 

@@ -144,6 +144,11 @@ def svg_output(parser: Options, help: str = "write the plots here") -> None:
     output(parser, "--svg", help)
 
 
+def printed(parser: Options) -> None:
+    parser.add_argument("--size", metavar="WxH", help="of printed frames (default: COLUMNS and LINES, or 80x24)")
+    parser.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
+
+
 def first_given(args: argparse.Namespace, *names: str) -> str | None:
     """The first of these attributes that the command line gave, as its option: `full_layers` is --full-layers."""
     return next((f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None), None)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from rich.text import Text
@@ -203,11 +202,3 @@ def _lines_svg(lines: Sequence[Line], top: float, y_most: float, x_label: str, y
         x, y = 20 + 245 * (number % 3), bottom + 66 + 20 * (number // 3)
         parts += [f'<rect x="{x}" y="{y - 9}" width="14" height="4" fill="{colour}"/>', _label(x + 20, y, line.label)]
     return parts
-
-
-def write_svg(path: Path, picture: str) -> None:
-    """Raises ValueError where it cannot be written."""
-    try:
-        path.write_text(picture, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--svg {path} cannot be written: {error.strerror}") from None

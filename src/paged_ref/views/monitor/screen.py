@@ -9,7 +9,7 @@ from rich.text import Text
 from ..common.bars import bar, chart, legend, numbers
 from ..common.canvas import DIM, Lines, count, filled, fit, line, owners, page, rule, size_of, title_line, too_small
 from ..common.sparkline import sparkline
-from ..viz.frames.blocks import overview
+from ..viz.frames.blocks import overview, pool_title
 from ..viz.frames.screen import SMALLEST
 from ..viz.frames.tables import slot_map
 from .gpu_meter import GPUReading
@@ -66,7 +66,7 @@ def _pool_rule(monitor: Monitor, width: int) -> Text:
     used = memory.num_blocks - len(memory.free) - len(memory.cached)
     cached = f"{len(memory.cached):,} cached, " if memory.cached else ""
     note = f"{used:,} used, {cached}{len(memory.free):,} free"
-    return rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
+    return rule(pool_title(monitor.moment()), width, note)
 
 
 def _map(monitor: Monitor, width: int, height: int) -> Lines:

@@ -55,7 +55,8 @@ def _pool_opened(moment: Moment, event: events.PoolOpened) -> str:
         first = ", ".join(map(str, event.free_order[:3]))
         return (
             f"The KV cache opened: {count(event.num_blocks, 'block')} of {count(event.block_size, 'slot')}"
-            f"{kv_size(moment.history, event.block_size)} each. All blocks are free, to be handed out in this order: {first} …"
+            f"{kv_size(moment.history, event.block_size)} each. All blocks are free, to be handed out in this order: "
+            f"{first} …"
         )
     return (
         f"The KV cache opened: one piece of {count(event.num_blocks, 'slot')}, all free. Each sequence gets a region."

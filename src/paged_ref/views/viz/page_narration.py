@@ -18,21 +18,6 @@ def _opened(moment: Moment, event: events.PoolOpened) -> str:
     )
 
 
-def _residency(moment: Moment, event: events.ResidencyOpened) -> str:
-    return "No page is anywhere yet. A page will be on the device, on the host, or the same on both."
-
-
-def _admitted(moment: Moment, event: events.SequenceAdmitted) -> str:
-    return f"{moment.history.name(event.seq_id)} begins, without a page. Each layer makes its own when it writes."
-
-
-def _appended(moment: Moment, event: events.TokensAppended) -> str:
-    name, place = moment.history.name(event.seq_id), moment.state.memory.sequences[event.seq_id]
-    return (
-        f"{name} has room for {count(event.count, 'token')} more, {place.length:,} in all, on the device and the host."
-    )
-
-
 def _named(moment: Moment, event: events.PagesNamed) -> str:
     pages = moment.state.memory.pages.tables[event.seq_id, event.layer, event.head]
     first = len(pages) - len(event.pages)
@@ -53,14 +38,6 @@ def _placed(moment: Moment, event: events.PagesPlaced) -> str:
     return f"{count(len(event.pages), 'page')} came or moved: now {places}. The policy chooses what leaves the device."
 
 
-def _freed(moment: Moment, event: events.PagesFreed) -> str:
-    return f"{count(len(event.pages), 'page')} are gone, on the device and on the host."
-
-
-def _ended(moment: Moment, event: events.SequenceFreed) -> str:
-    return f"{moment.history.name(event.seq_id)} holds no page any more, on the device or on the host."
-
-
 def _attended(moment: Moment, event: events.PagesAttended) -> str:
     chosen, total = len(event.chosen), len(event.mass)
     covered = sum(event.mass[block] for block in event.chosen) / 1e4
@@ -72,14 +49,29 @@ def _attended(moment: Moment, event: events.PagesAttended) -> str:
     )
 
 
+def _name(moment: Moment, event: Any) -> str:
+    return moment.history.name(event.seq_id)
+
+
 OF_PAGES: dict[type[events.Event], Callable[[Moment, Any], str]] = {
     events.PoolOpened: _opened,
-    events.ResidencyOpened: _residency,
-    events.SequenceAdmitted: _admitted,
-    events.TokensAppended: _appended,
+    events.ResidencyOpened: lambda moment, event: (
+        "No page is anywhere yet. A page will be on the device, on the host, or the same on both."
+    ),
+    events.SequenceAdmitted: lambda moment, event: (
+        f"{_name(moment, event)} begins, without a page. Each layer makes its own when it writes."
+    ),
+    events.TokensAppended: lambda moment, event: (
+        f"{_name(moment, event)} has room for {count(event.count, 'token')} more, "
+        f"{moment.state.memory.sequences[event.seq_id].length:,} in all, on the device and the host."
+    ),
     events.PagesNamed: _named,
     events.PagesPlaced: _placed,
-    events.PagesFreed: _freed,
-    events.SequenceFreed: _ended,
+    events.PagesFreed: lambda moment, event: (
+        f"{count(len(event.pages), 'page')} are gone, on the device and on the host."
+    ),
+    events.SequenceFreed: lambda moment, event: (
+        f"{_name(moment, event)} holds no page any more, on the device or on the host."
+    ),
     events.PagesAttended: _attended,
 }

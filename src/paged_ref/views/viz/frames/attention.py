@@ -5,6 +5,7 @@ from __future__ import annotations
 from ....timeline.events import PagesAttended
 from ....timeline.history import Moment
 from ...common.canvas import DIM, Lines, Scene, colour, fit, line, rule
+from ...common.program import program
 from ...common.sparkline import sparkline
 from .residency import shown_sequence
 
@@ -13,11 +14,9 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
     event = _watched(scene)
     if event is None:
-        return [
-            rule("Attention", width),
-            line((" nothing was watched up to here; `paged-ref long --watch LAYER:HEAD --record FILE` does it,", DIM)),
-            line((" and n goes to the next time", DIM)),
-        ]
+        advice = f" {program()} long --watch LAYER:HEAD --record FILE"
+        nothing = " Nothing was watched up to here; n goes to the next time. What watches and records:"
+        return [rule("Attention", width), line((nothing, DIM)), line((advice, DIM))]
     total, chosen = len(event.mass), len(event.chosen)
     covered = sum(event.mass[block] for block in event.chosen) / 1e6
     best = sum(sorted(event.mass, reverse=True)[:chosen]) / 1e6

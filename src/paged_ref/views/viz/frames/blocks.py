@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, WARM, brief, colour, fit, line, token
+from ...common.canvas import DIM, NEW, WARM, Lines, Scene, brief, colour, fit, line, owners, rule, token, window
 
 EMPTY = "_"  # a slot that was given out and holds nothing yet
 UNKNOWN = "#"  # a slot that holds a token that the log does not name
@@ -136,6 +136,11 @@ def block_row(moment: Moment, block_id: int, in_tables: Sequence[int], width: in
     return row
 
 
+def pool_title(moment: Moment) -> str:
+    memory = moment.state.memory
+    return f"Pool: {memory.num_blocks:,} × {memory.block_size} slots"
+
+
 def overview(moment: Moment, owned: dict[int, list[int]], width: int, height: int, on_host: bool = False) -> list[Text]:
     """The whole pool as a map: a letter for each block, or a shade for each run of blocks.
 
@@ -169,3 +174,22 @@ def _letter(moment: Moment, block_id: int, in_tables: Sequence[int], on_host: bo
     if in_tables:
         return moment.history.name(in_tables[0])[0], colour(moment, in_tables[0])
     return ("c", WARM) if not on_host and block_id in moment.state.memory.cached else (".", DIM)
+
+
+def pool_rows(
+    scene: Scene, wanted: int, row: Callable[[int], Text], width: int, room: int, on_host: bool = False
+) -> Lines:
+    """`row(block_id)` of each block; where there is no room, a map of all blocks, and the rows around `wanted`."""
+    memory = scene.moment.state.memory
+    total = memory.num_host_blocks if on_host else memory.num_blocks
+    if total <= room:
+        return [row(block_id) for block_id in range(total)]
+    height = max(1, min(6, room // 3, -(-total // width)))
+    first, last = window(total, room - height - 1, wanted + scene.scroll)
+    each = -(-total // (width * height))
+    title = f"{'Host blocks' if on_host else 'Blocks'} {first} to {last - 1}"
+    return [
+        *overview(scene.moment, owners(scene.moment, on_host), width, height, on_host),
+        rule(title, width, "a letter for each block" if each == 1 else f"each mark is {each} blocks"),
+        *map(row, range(first, last)),
+    ]

@@ -38,14 +38,6 @@ class Node:
     children: dict[int, Node] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A line of the tree: the strokes before it, and its block."""
-
-    strokes: str
-    node: Node
-
-
 def draw(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
     if not moment.state.paged:
@@ -63,10 +55,10 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
         now += f"Sharing saves {count(saved, 'slot')}{kv_size(scene.history, saved)}."
     rows = tree(moment)
     room = height - 2 - len(below)
-    wanted = next((i for i, row in enumerate(rows) if mark_of(moment, row.node.block_id) != " "), 0) + scene.scroll
+    wanted = next((i for i, (_, node) in enumerate(rows) if mark_of(moment, node.block_id) != " "), 0) + scene.scroll
     first, last = window(len(rows), room, wanted)
-    deepest = max((len(row.strokes) for row in rows[first:last]), default=0)
-    drawn = [_row(scene, row, min(deepest, width // 3), width) for row in rows[first:last]]
+    deepest = max((len(strokes) for strokes, _ in rows[first:last]), default=0)
+    drawn = [_row(scene, *row, min(deepest, width // 3), width) for row in rows[first:last]]
     note = f"{first + 1}-{last} of {len(rows)} blocks" if len(rows) > room else "a branch is where they part"
     return [
         rule("Which sequences share which blocks", width, note),
@@ -76,8 +68,8 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     ]
 
 
-def tree(moment: Moment) -> list[Row]:
-    """All tables on the device as one forest, those that share first."""
+def tree(moment: Moment) -> list[tuple[str, Node]]:
+    """All tables on the device as one forest, those that share first: strokes and node of each row."""
     roots: dict[int, Node] = {}
     for seq_id, place in sorted(moment.state.memory.sequences.items()):
         level = roots
@@ -86,19 +78,17 @@ def tree(moment: Moment) -> list[Row]:
             node.seq_ids.append(seq_id)
             level = node.children
     ordered = sorted(roots.values(), key=lambda node: (-len(node.seq_ids), node.seq_ids[0]))
-    rows = forest(ordered, lambda node: list(node.children.values()), indent_only_child=False)
-    return [Row(strokes, node) for strokes, node in rows]
+    return forest(ordered, lambda node: list(node.children.values()), indent_only_child=False)
 
 
-def _row(scene: Scene, row: Row, indent: int, width: int) -> Text:
-    moment, node = scene.moment, row.node
-    memory = moment.state.memory
+def _row(scene: Scene, strokes: str, node: Node, indent: int, width: int) -> Text:
+    moment, memory = scene.moment, scene.moment.state.memory
     number = len(str(memory.num_blocks - 1))
     mark, before = mark_of(moment, node.block_id), moment.change.before.get(node.block_id)
     now = len(node.seq_ids)
     style = colour(moment, node.seq_ids[0])
     who = max(8, min(20, width // 7))
-    drawn = line((mark, NEW if mark != " " else ""), (f" {row.strokes}", DIM), (f"{node.block_id} ", "bold"))
+    drawn = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (f"{node.block_id} ", "bold"))
     counted = f"×{now}" if before is None else f"{before}→{now}"
     # Deeper trees than there is room for keep their slots in line, and lose their strokes.
     drawn = exactly(drawn, 2 + indent + number + 1)
@@ -117,9 +107,8 @@ def _event(scene: Scene, width: int) -> Lines:
     """The copy or the fork of this event, or how many there were."""
     moment = scene.moment
     totals = moment.state.totals
-    so_far = f"So far: {count(totals.forks, 'fork')}, {totals.copies} copies on write."
-    if totals.copies == 1:
-        so_far = f"So far: {count(totals.forks, 'fork')}, 1 copy on write."
+    copies = "1 copy" if totals.copies == 1 else f"{totals.copies} copies"
+    so_far = f"So far: {count(totals.forks, 'fork')}, {copies} on write."
     if moment.change.copied:
         return _copy(scene, width)
     if isinstance(moment.event, SequenceForked):

@@ -27,7 +27,7 @@ from ...common.canvas import (
     rule,
     window,
 )
-from .blocks import block_row, overview
+from .blocks import block_row, pool_rows, pool_title
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -104,41 +104,22 @@ def _entries(blocks: list[int], new_entries: range, host: str) -> list[tuple[str
 
 
 def _pool(scene: Scene, width: int, height: int) -> Lines:
-    moment = scene.moment
-    memory = moment.state.memory
-    owned = owners(moment)
+    moment, memory, owned = scene.moment, scene.moment.state.memory, owners(scene.moment)
     used = memory.num_blocks - len(memory.free) - len(memory.cached)
-    note = f"{used:,} used, {len(memory.free):,} free"
-    if moment.state.memory.known:
-        note = f"{used:,} used, {len(memory.cached):,} cached, {len(memory.free):,} free"
-    head = rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
+    cached = f"{len(memory.cached):,} cached, " if memory.known else ""
+    head = rule(pool_title(moment), width, f"{used:,} used, {cached}{len(memory.free):,} free")
     # The lists may be long; a screen never shows a hundred of them.
     tail = [listing("Free, next first:", memory.free[: -width - 1 : -1], width, len(memory.free))]
-    if moment.state.memory.known:
+    if memory.known:
         tail.append(listing("Cached, oldest first:", islice(memory.cached, width), width, len(memory.cached)))
-    room = height - 1 - len(tail)
-    if memory.num_blocks <= room:
-        return [head, *(_row(scene, block, owned, width) for block in range(memory.num_blocks)), *tail]
-    # Zoom: the map shows all, the rows a part around what changed.
-    map_height = max(1, min(6, room // 3, -(-memory.num_blocks // width)))
-    rows = room - map_height - 1
-    concerned = [*moment.change.copied[1:], *(b for b in moment.change.before), *moment.change.known]
-    if not concerned and scene.selected is not None and scene.selected in memory.sequences:
-        concerned = [] if memory.sequences[scene.selected].on_host else memory.sequences[scene.selected].blocks
-    first, last = window(memory.num_blocks, rows, (min(concerned) if concerned else 0) + scene.scroll)
-    each = max(1, -(-memory.num_blocks // (width * map_height)))
-    what = "a letter for each block" if each == 1 else f"each mark is {each} blocks"
-    return [
-        head,
-        *overview(moment, owned, width, map_height),
-        rule(f"Blocks {first} to {last - 1}", width, what),
-        *(_row(scene, block, owned, width) for block in range(first, last)),
-        *tail,
-    ]
+    concerned = [*moment.change.copied[1:], *moment.change.before, *moment.change.known]
+    if not concerned and scene.selected in memory.sequences and not memory.sequences[scene.selected].on_host:
+        concerned = memory.sequences[scene.selected].blocks
 
+    def row(block_id: int) -> Text:
+        return block_row(moment, block_id, owned.get(block_id, []), width, scene.selected)
 
-def _row(scene: Scene, block_id: int, owned: dict[int, list[int]], width: int) -> Text:
-    return block_row(scene.moment, block_id, owned.get(block_id, []), width, scene.selected)
+    return [head, *pool_rows(scene, min(concerned, default=0), row, width, height - 1 - len(tail)), *tail]
 
 
 # --- managers without blocks ------------------------------------------------------------------------------

@@ -17,17 +17,8 @@ CODES = {
     "-": "idle",
     "F": "finished",
 }
-_SHOWN = {"w": ".", "d": "d"}
-_STYLES = {
-    "P": "bold",
-    "R": "bold",
-    "S": "bold reverse",
-    "x": "bold reverse",
-    "w": DIM,
-    "s": DIM,
-    "-": DIM,
-    "F": "bold",
-}
+_SHOWN = {"w": "."}  # in place of the code
+_STYLES = {**dict.fromkeys("PRF", "bold"), **dict.fromkeys("Sx", "bold reverse"), **dict.fromkeys("ws-", DIM)}
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -39,23 +30,17 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     columns = width - label - 1
     wide = 3 if 3 * (total + 1) <= columns else 2 if 2 * (total + 1) <= columns else 1
     first_step, last_step = window(total + 1, columns // wide, max(0, now))
-    seq_ids = sorted(moment.history.names)
+    seq_ids = sorted(history.names)
     room = height - 3 - len(legend) - len(batch)
-    wanted = 0
-    concerned = [scene.selected] if scene.selected is not None else list(moment.change.seq_ids[:1])
-    if concerned and concerned[0] in moment.history.names:
-        wanted = seq_ids.index(concerned[0])
+    concerned = next((s for s in (scene.selected, *moment.change.seq_ids) if s is not None), None)
+    wanted = seq_ids.index(concerned) if concerned in history.names else 0
     first, last = window(len(seq_ids), room, wanted + scene.scroll)
     note = f"sequences {first + 1}-{last} of {len(seq_ids)}" if len(seq_ids) > room else count(total, "step")
     rows = [
         rule("What each sequence did in each step", width, note),
         _scale(label, wide, first_step, last_step),
         *(_row(scene, seq_id, label, wide, first_step, last_step) for seq_id in seq_ids[first:last]),
-        line(
-            " " * (label + 1 + (max(0, now) - first_step) * wide),
-            ("▲", "bold"),
-            (f" step {now}" if now >= 0 else "", "bold"),
-        ),
+        line(" " * (label + 1 + (max(0, now) - first_step) * wide), (f"▲ step {now}" if now >= 0 else "▲", "bold")),
     ]
     return [*filled(rows, height - len(batch) - len(legend)), *batch, *legend]
 
