@@ -14,7 +14,7 @@ from ..common.canvas import DIM, TITLE, Lines, beside, filled, fit, line, page, 
 from ..common.viewer import help_lines
 from .captions import sentence
 from .panels import NOW, caches, cell_width, counters, grid_height, layouts, now, source, thread_line
-from .run import KERNELS, LETTERS, KernelRun, Walk
+from .run import LETTERS, KernelRun, Walk
 
 SMALLEST = (60, 20)
 WIDE = 140  # columns from which both kernels fit side by side
@@ -64,9 +64,9 @@ def frame(walk: Walk, position: int, width: int, height: int, look: Look | None 
     if look.help:
         lines = _help(width)
     elif look.view == "threads":
-        lines = _alone(counters(run, position, width, height - 6), run, position, width, height - 2)
+        lines = [*filled(counters(run, position, width, height - 6), height - 6), *_why([run], position, width)]
     elif look.view == "layouts":
-        lines = _alone(layouts(run, position, width, height - 6), run, position, width, height - 2)
+        lines = [*filled(layouts(run, position, width, height - 6), height - 6), *_why([run], position, width)]
     elif width >= WIDE and look.kernel == "both":
         lines = _side_by_side(walk, position, width, height - 2)
     elif width >= 100 and height >= 30:
@@ -81,60 +81,47 @@ def frame(walk: Walk, position: int, width: int, height: int, look: Look | None 
 
 
 def _essentials(run: KernelRun, position: int, width: int, height: int) -> Lines:
-    words = _words([run], position, width, 3)
-    below = [rule("now", width), *now(run, position, width), *thread_line(run, position, width), rule("why", width)]
-    room = height - len(words) - len(below)
+    below = [rule("now", width), *now(run, position, width), *thread_line(run, position, width)]
+    why = _why([run], position, width)
+    room = height - len(below) - len(why)
     right = max(36, min(5 + run.sizes.block_size * cell_width(run), width // 2))
-    top = beside(
-        source(run, position, width - right - 1, room, brief=True),
-        caches(run, position, right, room),
-        width - right - 1,
-    )
-    return [*filled(top, room), *below, *words]
+    return [*_code_and_cache(run, position, width, right, room, brief=True), *below, *why]
 
 
 def _everything(run: KernelRun, position: int, width: int, height: int) -> Lines:
-    words = _words([run], position, width, 3)
     right = 40 if width < 120 else min(60, width * 2 // 5)
-    left = width - right - 1
     panel = 15 if height >= 38 else 9  # 15: each array has a line of its own
-    room = height - panel - 4 - len(words) - 1
-    top = beside(source(run, position, left, room, brief=width < 200), caches(run, position, right, room), left)
-    panels = beside(counters(run, position, left, panel), layouts(run, position, right, panel), left)
-    return [
-        *filled(top, room), rule("now", width), *now(run, position, width), *filled(panels, panel),
-        rule("why", width), *words,
-    ]  # fmt: skip
+    why = _why([run], position, width)
+    top = _code_and_cache(run, position, width, right, height - panel - 4 - len(why), brief=width < 200)
+    return [*top, rule("now", width), *now(run, position, width), *_panels(run, position, width, right, panel), *why]
+
+
+def _code_and_cache(run: KernelRun, position: int, width: int, right: int, height: int, brief: bool) -> Lines:
+    left = width - right - 1
+    code = source(run, position, left, height, brief=brief)
+    return filled(beside(code, caches(run, position, right, height), left), height)
+
+
+def _panels(run: KernelRun, position: int, width: int, right: int, height: int, gap: int = 1) -> Lines:
+    left = width - right - gap
+    panels = beside(counters(run, position, left, height), layouts(run, position, right, height), left, gap)
+    return filled(panels, height)
 
 
 def _side_by_side(walk: Walk, position: int, width: int, height: int) -> Lines:
     left = (width - 3) // 2
-    runs = [walk.runs[name] for name in KERNELS]
-    words = _words(runs, position, width, 3)
+    why = _why(list(walk.runs.values()), position, width)
     panel = max(0, min(15, (height - 24) * 2 // 3))
-    room = height - panel - 4 - len(words) - 1
+    room = height - panel - 4 - len(why)
     grid = min(room // 2, 3 + grid_height(walk.runs["paged"], left))
     columns: list[Lines] = []
-    for run in runs:
-        top = [
-            rule(f"{run.code.file}", left),
-            *filled(source(run, position, left, room - grid - 1, brief=left < 100, other=False), room - grid - 1),
-        ]
-        columns.append(
-            [*top, *filled(caches(run, position, left, grid), grid), rule("now", left), *now(run, position, left)]
-        )
-    lines = beside(columns[0], columns[1], left, 3)
-    if panel:
-        paged = walk.runs["paged"]
-        half = width - left - 3
-        lines += filled(
-            beside(counters(paged, position, left, panel), layouts(paged, position, half, panel), left, 3), panel
-        )
-    return [*lines, rule("why", width), *words]
-
-
-def _alone(panel: Lines, run: KernelRun, position: int, width: int, height: int) -> Lines:
-    return [*filled(panel, height - 4), rule("why", width), *_words([run], position, width, 3)]
+    for run in walk.runs.values():
+        code = source(run, position, left, room - grid - 1, brief=left < 100, other=False)
+        cache = filled(caches(run, position, left, grid), grid)
+        top = [rule(run.code.file, left), *filled(code, room - grid - 1), *cache]
+        columns.append([*top, rule("now", left), *now(run, position, left)])
+    panels = _panels(walk.runs["paged"], position, width, width - left - 3, panel, gap=3)
+    return [*beside(columns[0], columns[1], left, 3), *panels, *why]
 
 
 # ---- title, words, keys
@@ -172,14 +159,14 @@ def _footer(width: int, look: Look) -> Text:
     return line((fit(text, width), DIM))
 
 
-def _words(runs: list[KernelRun], position: int, width: int, height: int) -> Lines:
+def _why(runs: list[KernelRun], position: int, width: int) -> Lines:
+    """A heading, and three lines: what the thread does, of each kernel where the two differ."""
     texts = [sentence(run, position) for run in runs]
-    if len(set(texts)) > 1 and len(texts) > 1:
-        naive_line, paged_line = (int(run.line[position]) for run in runs)
-        differ = naive_line in runs[0].code.different or paged_line in runs[1].code.different
+    if len(set(texts)) > 1:
+        differ = any(int(run.line[position]) in run.code.different for run in runs)
         texts = [f"{run.name}: {text}" for run, text in zip(runs, texts, strict=True)] if differ else texts[1:]
-    lines = [line(row) for text in dict.fromkeys(texts) for row in wrap(text, width - 2)]
-    return [line(" ").append_text(row) for row in filled(lines, height)]
+    rows = [line(" " + row) for text in dict.fromkeys(texts) for row in wrap(text, width - 2)]
+    return [rule("why", width), *filled(rows, 3)]
 
 
 def _help(width: int) -> Lines:
