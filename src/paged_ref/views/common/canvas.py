@@ -153,15 +153,11 @@ def listing(title: str, items: Iterable[object], width: int, total: int | None =
     if not shown:
         return line((title, TITLE), (" none", DIM))
     text = ""
-    for i, item in enumerate(shown):
-        left = total - i - 1
-        more = f" … {left:,} more" if left else ""
-        if cell_len(title) + cell_len(text) + 1 + len(item) + len(more) > width:
-            text += f" … {total - i:,} more"
+    for fitting in range(len(shown), -1, -1):
+        left = total - fitting
+        text = "".join(f" {item}" for item in shown[:fitting]) + (f" … {left:,} more" if left else "")
+        if cell_len(title) + cell_len(text) <= width:
             break
-        text += f" {item}"
-        if i + 1 == len(shown) and left:
-            text += more
     return line((title, TITLE), text)
 
 

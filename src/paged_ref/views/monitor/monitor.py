@@ -55,18 +55,13 @@ def main(args: argparse.Namespace) -> int:
     if (args.file is None) == (args.run is None):
         raise ValueError("one of FILE and --run COMMAND is needed: a log to follow, or a command to start")
     live = is_terminal() and not (args.once or args.prometheus or args.print or size)
-    if args.run is None:
-        _follow(args, size, live)
-        return 0
-    return _watch(args, size, live)
-
-
-def _follow(args: argparse.Namespace, size: Size | None, live: bool) -> None:
-    """The log FILE: as it grows, or up to its end."""
+    if args.run is not None:
+        return _watch(args, size, live)
     if live:
         play(Live(args.file))
     else:
         _report(args, args.file, size)
+    return 0
 
 
 def _watch(args: argparse.Namespace, size: Size | None, live: bool) -> int:

@@ -6,6 +6,8 @@ line that touches memory has one.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .run import LETTERS, KernelRun
 
 
@@ -18,7 +20,7 @@ def sentence(run: KernelRun, position: int) -> str:
     raise LookupError(f"no sentence for {source.strip()!r} and the array {array}")
 
 
-def caption(run: KernelRun, position: int) -> dict[str, int | str]:
+def caption(run: KernelRun, position: int) -> dict[str, Any]:
     """What the sentences may name. -1: the access has none."""
     access, sizes = run.access(position), run.sizes
     token, head, _ = access.block
