@@ -151,7 +151,8 @@ def _report(args: argparse.Namespace, path: Path, size: Size | None) -> None:
 
 def _take(monitor: Monitor, events: list[Event], path: Path) -> None:
     try:
-        monitor.take_all(events)
+        for event in events:
+            monitor.take(event)
     except ValueError as error:
         raise ValueError(f"{path}, {error}") from None
 

@@ -35,16 +35,12 @@ def _names(moment: Moment, seq_ids: tuple[int, ...]) -> str:
 
 def _blocks(blocks: tuple[int, ...]) -> str:
     """`block 3`, `blocks 3 and 5`, `blocks 3, 5, 8 and 20 more`."""
-    shown = [str(block) for block in blocks[:4]]
-    if len(blocks) > 5:
-        return f"blocks {', '.join(shown)} and {len(blocks) - 4} more"
-    return ("block " if len(blocks) == 1 else "blocks ") + in_words([str(block) for block in blocks])
+    shown = list(map(str, blocks)) if len(blocks) <= 5 else [*map(str, blocks[:4]), f"{len(blocks) - 4} more"]
+    return ("block " if len(blocks) == 1 else "blocks ") + in_words(shown)
 
 
 def _gave_up(evicted: tuple[int, ...]) -> str:
-    if not evicted:
-        return ""
-    return f" No block was free: the prefix cache gave up {_blocks(evicted)}, used longest ago."
+    return f" No block was free: the prefix cache gave up {_blocks(evicted)}, used longest ago." if evicted else ""
 
 
 # --- one function for each event ------------------------------------------------------------------------
@@ -65,8 +61,7 @@ def _pool_opened(moment: Moment, event: events.PoolOpened) -> str:
 
 def _arrived(moment: Moment, event: events.RequestArrived) -> str:
     samples = f" for {len(event.seq_ids)} samples" if len(event.seq_ids) > 1 else ""
-    text = prose(moment.history, event.prompt[:12])
-    text += " …" if len(event.prompt) > 12 else ""
+    text = prose(moment.history, event.prompt[:12]) + (" …" if len(event.prompt) > 12 else "")
     return (
         f"{_names(moment, event.seq_ids)} arrived: “{text}”, {count(len(event.prompt), 'token')}{samples}. "
         "The request waits for the next step."
@@ -99,10 +94,8 @@ def _appended(moment: Moment, event: events.TokensAppended) -> str:
     if event.copied:
         source, copy = event.copied
         others = tuple(s for s, p in moment.state.memory.sequences.items() if not p.on_host and source in p.blocks)
-        need = "needs" if len(others) == 1 else "need"
-        text = (
-            f"Copy on write: {name} is to write into block {source}, which {_names(moment, others)} {need} as it is. "
-        )
+        needed_by = f"{_names(moment, others)} {'needs' if len(others) == 1 else 'need'}"
+        text = f"Copy on write: {name} is to write into block {source}, which {needed_by} as it is. "
         text += f"So {name} gets a copy, block {copy}, and writes there."
     elif event.new_blocks and first:
         where = "" if event.evicted else ", the next on the free list, wherever they lie"
@@ -135,23 +128,23 @@ def _cached(moment: Moment, event: events.BlockCached) -> str:
     )
 
 
-def _swapped_out(moment: Moment, event: events.SwappedOut) -> str:
+def _moved(moment: Moment, event: events.SwappedOut | events.SwappedIn) -> str:
     blocks = len(event.blocks)
-    size = kv_size(moment.history, blocks * moment.state.memory.block_size)
+    return f"{count(blocks, 'block')}{kv_size(moment.history, blocks * moment.state.memory.block_size)}"
+
+
+def _swapped_out(moment: Moment, event: events.SwappedOut) -> str:
     return (
         "A block is needed and none is left, so the last to arrive gives way: "
-        f"{_names(moment, event.seq_ids)} is preempted by swap, {count(blocks, 'block')}{size}, to host memory."
+        f"{_names(moment, event.seq_ids)} is preempted by swap, {_moved(moment, event)}, to host memory."
     )
 
 
 def _swapped_in(moment: Moment, event: events.SwappedIn) -> str:
-    blocks = len(event.blocks)
-    size = kv_size(moment.history, blocks * moment.state.memory.block_size)
-    text = (
-        f"There is room again: {_names(moment, event.seq_ids)} comes back from the host, "
-        f"{count(blocks, 'block')}{size}, to other places. Nothing is computed again."
+    return (
+        f"There is room again: {_names(moment, event.seq_ids)} comes back from the host, {_moved(moment, event)}, "
+        f"to other places. Nothing is computed again.{_gave_up(event.evicted)}"
     )
-    return text + _gave_up(event.evicted)
 
 
 def _freed(moment: Moment, event: events.SequenceFreed) -> str:

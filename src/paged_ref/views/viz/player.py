@@ -73,12 +73,8 @@ class Player(Viewer):
         message = self.message
         if self.typed is not None:
             message = f"find a sequence: {self.typed}▏  (Enter: go, Esc: back)"
-        return screen(
-            Scene(self.moment(), self.runs, self.selected, self.scroll, playing=self.playing, message=message),
-            self.frame,
-            width,
-            height,
-        )
+        scene = Scene(self.moment(), self.runs, self.selected, self.scroll, playing=self.playing, message=message)
+        return screen(scene, self.frame, width, height)
 
     def press(self, key: str) -> bool:
         if self.typed is None:
@@ -149,9 +145,8 @@ class Player(Viewer):
     def _find(self, what: str) -> None:
         seq_id = self.history.find(what)
         if seq_id is None:
-            self.message = (
-                f"no sequence {what!r} in this run; there are {', '.join(list(self.history.names.values())[:12])}"
-            )
+            known = ", ".join(list(self.history.names.values())[:12])
+            self.message = f"no sequence {what!r} in this run; there are {known}"
             return
         self._last_find, self.selected, self.scroll = what, seq_id, 0
         events = self.history.events

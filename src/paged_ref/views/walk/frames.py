@@ -146,12 +146,8 @@ def _title(walk: Walk, run: KernelRun, position: int, width: int, look: Look) ->
 
 
 def _footer(width: int, look: Look) -> Text:
-    if look.help:
-        return line(("any key goes back", DIM))
-    if not look.keys:
-        return line("")
-    if look.playing:
-        return line(("playing; any key stops", DIM))
+    if look.help or look.playing or not look.keys:
+        return line(("any key goes back" if look.help else "playing; any key stops" if look.keys else "", DIM))
     text = "←→ access ↑↓ line t thread n round b block │ k kernel 1 2 3 view ? help q quit"
     if width >= 110:
         text = "←→ access  ↑↓ line  t/T thread  n/p round  b/B CUDA block  space play "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ....timeline.events import PagesAttended
 from ....timeline.history import Moment
-from ...common.canvas import DIM, Lines, Scene, colour, fit, line, rule
+from ...common.canvas import DIM, Lines, Scene, colour, fit, line, prose, rule
 from ...common.program import program
 from ...common.sparkline import sparkline
 from .residency import shown_sequence
@@ -70,10 +70,9 @@ def _best_pages(moment: Moment, event: PagesAttended, width: int, first: int, co
     rows = []
     order = sorted(range(len(event.mass)), key=lambda block: -event.mass[block])
     for block in order[first : first + count]:
-        text = "".join(moment.history.text(t) for t in tokens[block * size : (block + 1) * size]).replace("·", " ")
+        text = prose(moment.history, tokens[block * size : (block + 1) * size])
         head = f" {'^' if block in chosen else ' '} {block:>6,} {event.mass[block] / 1e4:5.1f}% "
         where = "device " if block in here else "host   "
-        rows.append(
-            line((head, "bold" if block in chosen else ""), (where, DIM), (fit(text.strip(), width - 26), style))
-        )
+        head_style = "bold" if block in chosen else ""
+        rows.append(line((head, head_style), (where, DIM), (fit(text, width - 26), style)))
     return rows

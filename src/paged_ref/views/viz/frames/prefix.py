@@ -83,17 +83,17 @@ def _row(
     block = known.block_id
     mark = mark_of(moment, block)
     style = colour(moment, in_tables[0]) if in_tables else WARM
-    who = 16 if width < 100 else 24
+    owners_width = 16 if width < 100 else 24
     number = len(str(moment.state.memory.num_blocks - 1))
     row = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (known.digest[:6], "bold"))
     row = exactly(row, 2 + indent + 6)
     row.append(f" {block:>{number}} ")
     texts = [moment.history.text(t) for t in known.tokens] or [UNKNOWN] * moment.state.memory.block_size
-    row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - who - 1, set(), style))
+    row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - owners_width - 1, set(), style))
     names = [moment.history.name(s) for s in in_tables]
-    state = f"×{len(in_tables)} {brief(names, who - 4)}" if in_tables else f"cached, goes {ordinal(rank)}"
-    row.append(" " * max(1, width - who - row.cell_len))
-    row.append(fit(state, who), f"{style} bold" if in_tables else style)
+    state = f"×{len(in_tables)} {brief(names, owners_width - 4)}" if in_tables else f"cached, goes {ordinal(rank)}"
+    row.append(" " * max(1, width - owners_width - row.cell_len))
+    row.append(fit(state, owners_width), f"{style} bold" if in_tables else style)
     return row
 
 

@@ -16,13 +16,8 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     memory = moment.state.memory
     here = sum(device >= 0 for device, _ in memory.pages.places.values())
     away = sum(host >= 0 for _, host in memory.pages.places.values())
-    rows: Lines = [
-        rule(
-            "Pages",
-            width,
-            f"{here:,} of {memory.num_blocks:,} on the device, {away:,} of {memory.num_host_blocks:,} on the host",
-        )
-    ]
+    note = f"{here:,} of {memory.num_blocks:,} on the device, {away:,} of {memory.num_host_blocks:,} on the host"
+    rows: Lines = [rule("Pages", width, note)]
     seq_id = shown_sequence(scene)
     if seq_id is None:
         return [*rows, line((" no sequence has a page now", DIM))]

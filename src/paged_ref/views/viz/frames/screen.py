@@ -196,11 +196,9 @@ def _texts(scene: Scene, width: int) -> Lines:
     moment = scene.moment
     rows = [rule("The texts so far", width)]
     shown = sorted(moment.state.sequences)
-    if len(shown) > 8:  # those that the event is about, and their neighbours
-        about = next((s for s in (scene.selected, *moment.change.seq_ids) if s in moment.state.sequences), shown[0])
-        first, last = window(len(shown), 8, shown.index(about))
-        shown = shown[first:last]
-    for seq_id in shown:
+    about = next((shown.index(s) for s in (scene.selected, *moment.change.seq_ids) if s in shown), 0)
+    first, last = window(len(shown), 8, about)  # those that the event is about, and their neighbours
+    for seq_id in shown[first:last]:
         view = moment.state.sequences[seq_id]
         name = moment.history.name(seq_id)
         prompt, output = view.tokens[: view.prompt_len], view.tokens[view.prompt_len :]

@@ -87,19 +87,19 @@ def _row(scene: Scene, strokes: str, node: Node, indent: int, width: int) -> Tex
     mark, before = mark_of(moment, node.block_id), moment.change.before.get(node.block_id)
     now = len(node.seq_ids)
     style = colour(moment, node.seq_ids[0])
-    who = max(8, min(20, width // 7))
+    owners_width = max(8, min(20, width // 7))
     drawn = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (f"{node.block_id} ", "bold"))
     counted = f"×{now}" if before is None else f"{before}→{now}"
     # Deeper trees than there is room for keep their slots in line, and lose their strokes.
     drawn = exactly(drawn, 2 + indent + number + 1)
     drawn.append(fit(counted, 4), "bold" if now > 1 or before is not None else DIM)
     texts = block_texts(moment, node.block_id, node.seq_ids)
-    room = width - drawn.cell_len - who - 1
+    room = width - drawn.cell_len - owners_width - 1
     new = written_in(moment, node.block_id, node.seq_ids)
     drawn.append_text(slots(texts, memory.block_size, room, new, style))
     names = [moment.history.name(seq_id) for seq_id in node.seq_ids]
-    drawn.append(" " * max(1, width - who - drawn.cell_len))
-    drawn.append(brief(names, who), f"{style} {'reverse' if scene.selected in node.seq_ids else 'bold'}")
+    drawn.append(" " * max(1, width - owners_width - drawn.cell_len))
+    drawn.append(brief(names, owners_width), f"{style} {'reverse' if scene.selected in node.seq_ids else 'bold'}")
     return drawn
 
 
@@ -133,13 +133,15 @@ def _copy(scene: Scene, width: int) -> Lines:
     offset = moment.change.written.start % size
     cost = kv_size(moment.history, size)
     rows = [rule(f"A copy on write in this event: 1 block, {count(offset, 'token')} in it{cost}", width)]
-    for block, who, what in ((source, owned.get(source, []), "stays as it is"), (copy, [writer], "is written")):
-        names = brief([moment.history.name(s) for s in who], 10)
+    for block, holders, what in ((source, owned.get(source, []), "stays as it is"), (copy, [writer], "is written")):
+        names = brief([moment.history.name(s) for s in holders], 10)
         before, now = moment.change.before.get(block, 0), moment.state.memory.ref_count[block]
         head = line(f"  block {block:<5}{before}→{now}  ", (fit(names, 11), "bold"))
-        style = colour(moment, who[0]) if who else ""
+        style = colour(moment, holders[0]) if holders else ""
         room = width - head.cell_len - 16
-        head.append_text(slots(block_texts(moment, block, who), size, room, written_in(moment, block, who), style))
+        head.append_text(
+            slots(block_texts(moment, block, holders), size, room, written_in(moment, block, holders), style)
+        )
         head.append(f"  {what}")
         rows.append(head)
     rows.insert(2, line((" " * 9 + "↓ copied, so that the other tables see no change", "bold")))

@@ -45,16 +45,14 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
 def _tables(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
     live = sorted(view.seq_id for view in moment.state.sequences.values() if view.status != "finished")
-    looked_at = (
-        scene.selected if scene.selected in live else next((s for s in moment.change.seq_ids if s in live), None)
-    )
-    place = 0 if looked_at is None else bisect_left(live, looked_at)
+    looked_at = next((s for s in (scene.selected, *moment.change.seq_ids) if s in live), 0)
+    place = bisect_left(live, looked_at)
     body = height - 1
     # A sequence takes a line at least, so these are enough to fill the window around the one looked at.
     near = live[max(0, place - body) : place + body]
     groups = [_table(scene, seq_id, width) for seq_id in near]
     rows = [row for group in groups for row in group]
-    wanted = sum(len(group) for seq_id, group in zip(near, groups, strict=True) if seq_id < (looked_at or 0))
+    wanted = sum(len(group) for seq_id, group in zip(near, groups, strict=True) if seq_id < looked_at)
     first, last = window(len(rows), body, wanted)
     note = f"{len(live)} sequences" if len(rows) > body or len(near) < len(live) else ""
     return [rule("Block tables", width, note), *(rows[first:last] or [line((" no sequence", DIM))])]
@@ -70,8 +68,7 @@ def _table(scene: Scene, seq_id: int, width: int) -> Lines:
     status = view.status if view.status != "swapped" else "on the host"
     tokens = f", {count(place.length, 'token')}" if place else ""
     name = moment.history.name(seq_id)
-    head = line((pointer, "bold"), (name, f"{style} bold"), " ", fit(f"{status}{tokens}", width - 2 - len(name)))
-    rows = [head]
+    rows = [line((pointer, "bold"), (name, f"{style} bold"), " ", fit(f"{status}{tokens}", width - 2 - len(name)))]
     if place is None or not place.blocks:
         return rows
     new_entries = moment.change.new_entries if concerned else range(0)
@@ -148,7 +145,7 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
     map_height = max(1, min(-(-memory.num_blocks // width), height // 3))
     room = height - 1 - len(below) - map_height
     wanted = next((i for i, (_, _, s) in enumerate(pieces) if s in moment.change.seq_ids), 0) + scene.scroll
-    each = 2 if 2 * len(pieces) <= room else 1
+    each = 2 if 2 * len(pieces) <= room else 1  # lines for a piece
     first, last = window(len(pieces), room // each, wanted)
     rows = [row for piece in pieces[first:last] for row in _piece(scene, *piece, width)[:each]]
     return [head, *filled(rows, room), *below, *slot_map(moment, width, map_height)]
@@ -172,8 +169,7 @@ def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) 
         ("█" * full, style),
         ("░" * (gauge_room - full), DIM),
     )
-    texts = [moment.history.text(token) for token in view.tokens[: place.length]]
-    text = "│".join(texts)
+    text = "│".join(map(moment.history.text, view.tokens[: place.length]))
     if cell_len(text) > width - 15:  # the newest are worth more
         text = "…" + set_cell_size(text[::-1], width - 16)[::-1]
     return [exactly(head, width), line(" " * 14, (text, style))]
