@@ -129,7 +129,7 @@ def test_lines_rise_to_the_right_and_end_at_the_top() -> None:
 
 
 def test_what_is_above_the_plot_is_left_out() -> None:
-    text = str(lines_text([Line("a", [(0.0, 5.0), (1.0, 9.0)])], 60, 5, 1.0, "x", "y", None))
+    text = str(lines_text([Line("a", [(0.0, 5.0), (1.0, 9.0)])], 60, 5, 1.0, "x", "y", 0.5))
     assert "A" not in text.replace("A a", "")
 
 

@@ -14,7 +14,7 @@ from paged_ref.interop.checkpoints import load
 from paged_ref.timeline.events import PagesAttended, PagesPlaced
 from paged_ref.timeline.history import History, read_histories
 from paged_ref.views.common.canvas import Scene
-from paged_ref.views.viz.frames.screen import FRAMES_OF_PAGES, MIN_HEIGHT, MIN_WIDTH, screen
+from paged_ref.views.viz.frames.screen import FRAMES_OF_PAGES, SMALLEST, screen
 from paged_ref.views.viz.narration import narrate
 from paged_ref.views.viz.player import Player
 from paged_ref.views.viz.source_links import function_for_event, place_of
@@ -163,7 +163,7 @@ def test_a_text_too_short_says_how_short(tmp_path: Path, capsys: pytest.CaptureF
 def test_every_frame_at_every_event_fills_its_window(run: History) -> None:
     for position in range(len(run)):
         frame = position % len(FRAMES_OF_PAGES)
-        size = ((80, 24), (MIN_WIDTH, MIN_HEIGHT), (97, 33), (141, 61))[position % 4]
+        size = ((80, 24), SMALLEST, (97, 33), (141, 61))[position % 4]
         scene = Scene(run.moment(position), [run])
         lines = screen(scene, frame, *size).plain.split("\n")
         assert (len(lines), {cell_len(line) for line in lines}) == (size[1], {size[0]})

@@ -226,8 +226,8 @@ def _comparison(runs: list[DemoRun]) -> Table:
     for label, part in (
         ("memory holding tokens", "tokens"),
         ("  reserved for later", "reserved"),
-        ("  wasted inside", "internal"),
-        ("  wasted between", "external"),
+        ("  internal", "internal"),
+        ("  external", "external"),
         ("  free", "free"),
     ):
         row(label, lambda run, part=part: f"{run.share(part):.1%}")  # type: ignore[misc]
@@ -236,8 +236,8 @@ def _comparison(runs: list[DemoRun]) -> Table:
     row("tokens per second", lambda run: f"{run.tokens_per_second:.0f}")
     row("time to first token", lambda run: f"{1000 * run.first_token_seconds:.0f} ms")
     table.caption = (
-        "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Wasted inside: "
-        "never used by the request that holds it. Wasted between: in holes too small for the next one. "
+        "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Internal: "
+        "never used by the request that holds it. External: in holes too small for the next one. "
         "Time to first token: mean."
     )
     return table

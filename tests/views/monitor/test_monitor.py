@@ -40,7 +40,8 @@ H100 = GPUReading("NVIDIA H100 80GB HBM3", 87, 45, 44 * 2**30, 80 * 2**30, 1_200
 
 def monitored(events: list[Event]) -> Monitor:
     monitor = Monitor()
-    monitor.take_all(events)
+    for event in events:
+        monitor.take(event)
     return monitor
 
 

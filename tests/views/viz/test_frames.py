@@ -24,7 +24,7 @@ from paged_ref.views.common.bars import PARTS, USAGE
 from paged_ref.views.common.canvas import Scene
 from paged_ref.views.viz import source_links
 from paged_ref.views.viz.frames import screen
-from paged_ref.views.viz.frames.screen import FRAMES, MIN_HEIGHT, MIN_WIDTH
+from paged_ref.views.viz.frames.screen import FRAMES, SMALLEST
 from paged_ref.views.viz.narration import narrate
 from paged_ref.views.viz.source_links import Place, ended, function_for_event, place_of
 
@@ -77,7 +77,7 @@ def test_every_frame_at_every_event_fills_its_window_and_is_a_pure_function(runs
     for run in range(len(runs)):
         for position in range(len(runs[run])):
             frame = position % len(FRAMES)
-            size = ((80, 24), (MIN_WIDTH, MIN_HEIGHT), (97, 33), (141, 61))[position % 4]
+            size = ((80, 24), SMALLEST, (97, 33), (141, 61))[position % 4]
             lines = draw(runs, frame, position, size, run)
             assert (len(lines), {cell_len(line) for line in lines}) == (size[1], {size[0]})
             assert draw(runs, frame, position, size, run) == lines
@@ -88,7 +88,7 @@ def test_a_window_that_is_too_small_says_what_is_needed(runs: list[History], siz
     lines = draw(runs, 0, 5, size)
     assert (len(lines), {cell_len(line) for line in lines}) == (size[1], {size[0]})
     if size[0] > 50:
-        assert f"at least {MIN_WIDTH}x{MIN_HEIGHT} is needed" in " ".join(lines)
+        assert "at least {}x{} is needed".format(*SMALLEST) in " ".join(lines)
 
 
 def test_a_state_at_80x24_shows_the_essentials(runs: list[History]) -> None:

@@ -110,10 +110,10 @@ def test_the_key_that_a_sentence_names_is_the_thread_s_own(each: Walk) -> None:
     for run in each.runs.values():
         for position in range(len(run)):
             known = caption(run, position)
-            if known.array == "keys":
-                assert known.position == known.key
-            if known.array == "block_tables":
-                assert known.last == known.key // run.sizes.block_size
+            if run.info(position).name == "keys":
+                assert known["position"] == known["key"]
+            if run.info(position).name == "block_tables":
+                assert known["last"] == known["key"] // run.sizes.block_size
 
 
 # ---- walking

@@ -31,8 +31,8 @@ class MemoryPart(NamedTuple):
 PARTS = {
     "tokens": MemoryPart("█", "█", "green", "#1a7f37", "hold tokens"),
     "reserved": MemoryPart("▒", "▓", "cyan", "#d4a72c", "reserved, used later"),
-    "internal": MemoryPart("!", "▒", "red", "#cf222e", "internal, wasted inside"),
-    "external": MemoryPart("x", "░", "bright_red", "#8250df", "external, wasted between"),
+    "internal": MemoryPart("!", "▒", "red", "#cf222e", "internal, never used"),
+    "external": MemoryPart("x", "░", "bright_red", "#8250df", "external, holes too small"),
     "cached": MemoryPart("c", "c", "yellow", "#0969da", "cached, in no table"),
     "free": MemoryPart("·", "·", "dim", "#d0d7de", "free"),
     # Reserved or internal, while a run goes on: only its end shows which of both.

@@ -33,7 +33,6 @@ class Scene:
     selected: int | None = None  # a sequence
     scroll: int = 0  # lines that the list of the frame is moved down
     hints: bool = True  # show the keys
-    code: bool = True  # show the source where there is room
     playing: bool = False
     message: str = ""  # in place of the keys
 
@@ -85,15 +84,34 @@ def exactly(text: Text, width: int) -> Text:
     return fixed
 
 
+def filled(rows: Lines, height: int) -> Lines:
+    """Exactly `height` lines: the first of `rows`, then empty ones."""
+    return (rows + [line("")] * (height - len(rows)))[: max(0, height)]
+
+
+def page(rows: Lines, width: int, height: int) -> Text:
+    """The rows as one text of exactly `width` x `height` cells."""
+    return Text("\n", no_wrap=True).join(exactly(row, width) for row in filled(rows, height))
+
+
+def title_line(parts: Sequence[str], right: str, width: int) -> Text:
+    """The first line of a screen: the program, what is shown, and on the right where the viewer is."""
+    return line((" paged_ref ", "bold reverse"), " ", fit(", ".join(parts), width - 12 - len(right)), (right, "bold"))
+
+
+def too_small(width: int, height: int, smallest: tuple[int, int]) -> Text | None:
+    """What a window shows that has fewer columns or rows than `smallest`; None for one that is large enough."""
+    if width >= smallest[0] and height >= smallest[1]:
+        return None
+    needed = f"This window is {width}x{height}; at least {smallest[0]}x{smallest[1]} is needed. Enlarge it, or press q."
+    return page([line(row) for row in wrap(needed, max(1, width))], width, height)
+
+
 def beside(left: Lines, right: Lines, left_width: int, gap: int = 1) -> Lines:
     """Two columns of lines."""
-    rows = []
-    for i in range(max(len(left), len(right))):
-        row = exactly(left[i] if i < len(left) else line(""), left_width + gap)
-        if i < len(right):
-            row.append_text(right[i])
-        rows.append(row)
-    return rows
+    height = max(len(left), len(right))
+    columns = zip(filled(left, height), filled(right, height), strict=True)
+    return [exactly(one, left_width + gap).append_text(other) for one, other in columns]
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -123,7 +141,7 @@ def pack(items: Iterable[str], width: int, gap: str = "   ") -> list[str]:
 
 
 def window(count: int, room: int, wanted: int) -> tuple[int, int]:
-    """Which `room` of `count` lines to show so that line `wanted` is among them, near the middle."""
+    """Which of `count` lines to show in `room`: all, or those around line `wanted`. The first, and the end."""
     first = max(0, min(wanted - room // 2, count - room))
     return first, min(count, first + room)
 
@@ -135,15 +153,11 @@ def listing(title: str, items: Iterable[object], width: int, total: int | None =
     if not shown:
         return line((title, TITLE), (" none", DIM))
     text = ""
-    for i, item in enumerate(shown):
-        left = total - i - 1
-        more = f" … {left:,} more" if left else ""
-        if cell_len(title) + cell_len(text) + 1 + len(item) + len(more) > width:
-            text += f" … {total - i:,} more"
+    for fitting in range(len(shown), -1, -1):
+        left = total - fitting
+        text = "".join(f" {item}" for item in shown[:fitting]) + (f" … {left:,} more" if left else "")
+        if cell_len(title) + cell_len(text) <= width:
             break
-        text += f" {item}"
-        if i + 1 == len(shown) and left:
-            text += more
     return line((title, TITLE), text)
 
 
@@ -166,7 +180,17 @@ def size_of(num_bytes: int, least: int = 10) -> str:
     return f"{num_bytes:,} bytes"
 
 
-def colour(history: History, moment: Moment, seq_id: int) -> str:
+def prose(history: History, tokens: Iterable[int]) -> str:
+    """The tokens as running text."""
+    return "".join(map(history.text, tokens)).replace("·", " ").strip()
+
+
+def kv_size(history: History, tokens: int) -> str:
+    """`, 12,288 bytes`: what so many tokens keep, where the log says it."""
+    return f", {size_of(tokens * history.bytes_per_token)}" if history.bytes_per_token else ""
+
+
+def colour(moment: Moment, seq_id: int) -> str:
     """The colour of the sequence's request."""
     view = moment.state.sequences.get(seq_id)
     number = seq_id if view is None or view.request_id < 0 else view.request_id

@@ -11,6 +11,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,8 +40,9 @@ class _Checked(argparse.Action):
 
 
 def _number(
-    parser: Options, option: str, default: Any, help: str, accepts: Callable[[Any], bool], needed: str, **settings: Any
-) -> None:
+    parser: Options, option: str, default: Any = None, help: str = "", *, accepts: Callable[[Any], bool], needed: str,
+    **settings: Any,
+) -> None:  # fmt: skip
     def check(option: str, values: Any) -> None:
         verb = "holds" if isinstance(values, list) else "is"
         for value in values if isinstance(values, list) else [values]:
@@ -59,26 +61,19 @@ def integer(
 ) -> None:  # fmt: skip
     """An integer of at least `least`, or with `least=None` any; with `nargs="+"` a list of them."""
     _number(
-        parser, option, default, help, lambda value: least is None or value >= least, f"at least {least}", type=int,
-        metavar=metavar, nargs=nargs,
+        parser, option, default, help, accepts=lambda value: least is None or value >= least,
+        needed=f"at least {least}", type=int, metavar=metavar, nargs=nargs,
     )  # fmt: skip
 
 
-def number(parser: Options, option: str, default: float | None = None, help: str = "", *, metavar: str = "X") -> None:
-    """Any number, which the library checks."""
-    _number(parser, option, default, help, lambda value: True, "", type=float, metavar=metavar)
-
-
-def positive(parser: Options, option: str, default: float | None = None, help: str = "", *, metavar: str = "X") -> None:
-    """A finite number above 0."""
-    needed = "a positive number"
-    _number(parser, option, default, help, lambda value: 0 < value < math.inf, needed, type=float, metavar=metavar)
-
-
-def share(parser: Options, option: str, default: float | None = None, help: str = "") -> None:
-    """A number between 0 and 1, both excluded."""
-    needed = "a share between 0 and 1"
-    _number(parser, option, default, help, lambda value: 0 < value < 1, needed, type=float, metavar="SHARE")
+# Any number, which the library checks; a finite number above 0; a number between 0 and 1, both excluded.
+number = partial(_number, accepts=lambda value: True, needed="", type=float, metavar="X")
+positive = partial(
+    _number, accepts=lambda value: 0 < value < math.inf, needed="a positive number", type=float, metavar="X"
+)
+share = partial(
+    _number, accepts=lambda value: 0 < value < 1, needed="a share between 0 and 1", type=float, metavar="SHARE"
+)
 
 
 def size(parser: Options, option: str, default: int | None = None, help: str = "") -> None:
@@ -142,6 +137,11 @@ def record_output(parser: Options, help: str = "write what happens as JSON lines
 
 def svg_output(parser: Options, help: str = "write the plots here") -> None:
     output(parser, "--svg", help)
+
+
+def printed(parser: Options) -> None:
+    parser.add_argument("--size", metavar="WxH", help="of printed frames (default: COLUMNS and LINES, or 80x24)")
+    parser.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
 
 
 def first_given(args: argparse.Namespace, *names: str) -> str | None:

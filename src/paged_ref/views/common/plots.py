@@ -53,12 +53,12 @@ def bars_text(bars: Sequence[Bar], columns: int) -> Text:
 
 
 def lines_text(
-    lines: Sequence[Line], columns: int, rows: int, y_most: float, x_label: str, y_label: str, bound: float | None
+    lines: Sequence[Line], columns: int, rows: int, y_most: float, x_label: str, y_label: str, bound: float
 ) -> Text:
     """Letters on a grid: A is the first line. What is above `y_most` is not drawn; `bound` is a dotted line."""
     margin = 7
     width = max(20, columns - margin - 1)
-    x_most = max((x for line in lines for x, y in line.points if y <= y_most), default=1.0) * 1.02
+    x_most = _x_most(lines, y_most)
     grid = _letters(lines, width, rows, x_most, y_most, bound)
     text = Text(f" {y_label}\n")
     for number, cells in enumerate(grid):
@@ -75,8 +75,13 @@ def lines_text(
     return text
 
 
+def _x_most(lines: Sequence[Line], y_most: float) -> float:
+    """Where the x axis ends: a little after the last point that is drawn."""
+    return 1.02 * max((x for line in lines for x, y in line.points if y <= y_most), default=1.0)
+
+
 def _letters(
-    lines: Sequence[Line], width: int, rows: int, x_most: float, y_most: float, bound: float | None
+    lines: Sequence[Line], width: int, rows: int, x_most: float, y_most: float, bound: float
 ) -> list[list[str]]:
     """The cells of the grid, from the top row down. A letter does not cover the letter of an earlier line."""
     grid = [[" "] * width for _ in range(rows)]
@@ -84,9 +89,7 @@ def _letters(
     def place(x: float, y: float) -> tuple[int, int]:
         return rows - 1 - round(y / y_most * (rows - 1)), min(width - 1, round(x / x_most * (width - 1)))
 
-    if bound is not None:
-        row, _ = place(0, bound)
-        grid[row] = ["·"] * width
+    grid[place(0, bound)[0]] = ["·"] * width
     for letter, line in zip(LETTERS, lines, strict=False):
         for (x0, y0), (x1, y1) in pairwise(line.points):
             for i in range(2 * width + 1):  # finely enough that a steep line has no gaps
@@ -174,7 +177,7 @@ def _bars_svg(bars: Sequence[Bar], top: float) -> list[str]:
 
 def _lines_svg(lines: Sequence[Line], top: float, y_most: float, x_label: str, y_label: str, bound: float) -> list[str]:
     left, width, height = 70, WIDTH - 100, 220
-    x_most = max((x for line in lines for x, y in line.points if y <= y_most), default=1.0) * 1.02
+    x_most = _x_most(lines, y_most)
     bottom = top + 30 + height
 
     def place(x: float, y: float) -> tuple[float, float]:

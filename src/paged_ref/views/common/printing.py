@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from .files import write_text
+
 Size = tuple[int, int]  # columns, rows
 
 
@@ -61,13 +63,10 @@ def print_frames(
 
 
 def write_svg(path: Path, frame: Text, size: Size, title: str) -> None:
-    """A picture of one frame, which fetches nothing. Raises ValueError where it cannot be written."""
+    """A picture of one frame, which fetches nothing. Raises ValueError."""
     console = Console(
         width=size[0], height=size[1], record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
     console.print(frame, no_wrap=True, overflow="crop", crop=True)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title, theme=_GROUND), flags=re.DOTALL)
-    try:
-        path.write_text(svg, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--svg {path} cannot be written: {error.strerror}") from None
+    write_text(path, svg)

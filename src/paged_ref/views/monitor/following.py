@@ -11,8 +11,6 @@ from typing import BinaryIO
 
 from ...timeline.events import Event, PoolOpened, from_json
 
-CHUNK = 1 << 16  # bytes of one read
-
 
 class Follower:
     """Reads a log in pieces, and never waits: a file that is missing, or has nothing new, gives no events."""
@@ -44,7 +42,7 @@ class Follower:
         self.restarted = False
         try:
             self._open()
-            data = self._read(max_bytes)
+            data = self._file.read(max_bytes) if self._file else b""
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read: {error.strerror}") from None
         self.num_bytes = len(data)
@@ -74,13 +72,3 @@ class Follower:
             self.num_lines, self._rest, self.restarted = 0, b"", True
         if self._file is None and self.path.exists():
             self._file = self.path.open("rb")
-
-    def _read(self, max_bytes: int) -> bytes:
-        pieces: list[bytes] = []
-        while self._file is not None and max_bytes > 0:
-            piece = self._file.read(min(CHUNK, max_bytes))
-            if not piece:
-                break
-            pieces.append(piece)
-            max_bytes -= len(piece)
-        return b"".join(pieces)

@@ -23,7 +23,7 @@ from ...timeline.events import Event
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames
 from ..common.viewer import Viewer
-from ..viz.frames.screen import MIN_HEIGHT, MIN_WIDTH
+from ..viz.frames.screen import SMALLEST
 from .following import Follower
 from .gpu_meter import GPUMeter, GPUReading
 from .report import as_json, as_prometheus
@@ -32,7 +32,6 @@ from .state import Monitor
 
 RECORDING = ("demo", "generate", "compare")  # commands that --run starts: they take --record
 MAX_BYTES = 1 << 18  # of the log that are read between two pictures: some thousand events
-SMALLEST: Size = (MIN_WIDTH, MIN_HEIGHT)
 KEYS = "space pause   + - faster, slower   q quit"
 
 
@@ -56,18 +55,13 @@ def main(args: argparse.Namespace) -> int:
     if (args.file is None) == (args.run is None):
         raise ValueError("one of FILE and --run COMMAND is needed: a log to follow, or a command to start")
     live = is_terminal() and not (args.once or args.prometheus or args.print or size)
-    if args.run is None:
-        _follow(args, size, live)
-        return 0
-    return _watch(args, size, live)
-
-
-def _follow(args: argparse.Namespace, size: Size | None, live: bool) -> None:
-    """The log FILE: as it grows, or up to its end."""
+    if args.run is not None:
+        return _watch(args, size, live)
     if live:
         play(Live(args.file))
     else:
         _report(args, args.file, size)
+    return 0
 
 
 def _watch(args: argparse.Namespace, size: Size | None, live: bool) -> int:
@@ -157,7 +151,8 @@ def _report(args: argparse.Namespace, path: Path, size: Size | None) -> None:
 
 def _take(monitor: Monitor, events: list[Event], path: Path) -> None:
     try:
-        monitor.take_all(events)
+        for event in events:
+            monitor.take(event)
     except ValueError as error:
         raise ValueError(f"{path}, {error}") from None
 

@@ -26,11 +26,7 @@ def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> 
         "events": monitor.num_events,
         "complete": complete,
         "steps": monitor.num_steps,
-        "slots": {
-            "total": monitor.num_slots,
-            "block_size": memory.block_size,
-            **monitor.slots,
-        },
+        "slots": {"total": monitor.num_slots, "block_size": memory.block_size, **monitor.slots},
         "sequences": {
             "running": last.running if last else 0,
             "waiting": last.waiting if last else 0,
@@ -96,41 +92,29 @@ def _families(numbers: dict[str, Any]) -> list[Metric]:
     link = {"in": gpu.get("to_gpu"), "out": gpu.get("from_gpu")}
     run = {"manager": numbers["manager"], "model": numbers["model"] or ""}
 
-    def gauge(name: str, meaning: str, value: Value, label: str = "") -> Metric:
-        return _family(GaugeMetricFamily, name, meaning, value, label, run)
-
-    def counter(name: str, meaning: str, value: Value, label: str = "") -> Metric:
-        return _family(CounterMetricFamily, name, meaning, value, label, run)  # its samples end in _total
-
-    return [
-        gauge("slots", "Slots of the KV cache by what is in them, in the last step", parts, "part"),
-        gauge("sequences", "Sequences by what they do, in the last step", states, "state"),
-        counter("sequences_finished", "Sequences that came to their end", sequences["finished"]),
-        counter("steps", "Steps of the engine", numbers["steps"]),
-        counter(
-            "tokens_computed",
-            "Tokens whose K and V were computed, those computed again included",
-            tokens["computed"],
-        ),
-        counter("tokens_sampled", "New tokens", tokens["sampled"]),
-        counter("step_seconds", "Time of all steps", numbers["step_seconds"]["total"]),
-        gauge("tokens_per_second", "New tokens over the time of the last steps", numbers["tokens_per_second"]),
-        counter("swap_rows", "Rows that travelled between device and host", rows, "direction"),
-        counter("swap_bytes", "Their bytes", sizes, "direction"),
-        counter("preemptions", "Sequences that had to make room", numbers["preemptions"]),
-        counter("copies_on_write", "Blocks copied because two sequences shared them", numbers["copies_on_write"]),
-        counter("prefix_hit_tokens", "Tokens that the prefix cache found", prefix["hit_tokens"]),
-        counter("prefix_asked_tokens", "Tokens of admitted sequences", prefix["asked_tokens"]),
-        counter("prefix_evicted_blocks", "Blocks that the prefix cache gave up", prefix["evicted_blocks"]),
-        gauge("gpu_busy_ratio", "Share of the time in which a kernel ran", _ratio(gpu.get("busy"))),
-        gauge(
-            "gpu_memory_busy_ratio",
-            "Share of the time in which the memory was read or written",
-            _ratio(gpu.get("memory_busy")),
-        ),
-        gauge("gpu_memory_used_bytes", "Memory in use on the GPU", gpu.get("memory_used")),
-        gauge("gpu_link_bytes_per_second", "What goes over the host link", link, "direction"),
+    gauge, counter = GaugeMetricFamily, CounterMetricFamily  # the samples of a counter end in _total
+    families: list[tuple[Kind, str, str, Value, str]] = [
+        (gauge, "slots", "Slots of the KV cache by what is in them, in the last step", parts, "part"),
+        (gauge, "sequences", "Sequences by what they do, in the last step", states, "state"),
+        (counter, "sequences_finished", "Sequences that came to their end", sequences["finished"], ""),
+        (counter, "steps", "Steps of the engine", numbers["steps"], ""),
+        (counter, "tokens_computed", "Tokens whose K and V were computed, some of them again", tokens["computed"], ""),
+        (counter, "tokens_sampled", "New tokens", tokens["sampled"], ""),
+        (counter, "step_seconds", "Time of all steps", numbers["step_seconds"]["total"], ""),
+        (gauge, "tokens_per_second", "New tokens over the time of the last steps", numbers["tokens_per_second"], ""),
+        (counter, "swap_rows", "Rows that travelled between device and host", rows, "direction"),
+        (counter, "swap_bytes", "Their bytes", sizes, "direction"),
+        (counter, "preemptions", "Sequences that had to make room", numbers["preemptions"], ""),
+        (counter, "copies_on_write", "Blocks copied because two sequences shared them", numbers["copies_on_write"], ""),
+        (counter, "prefix_hit_tokens", "Tokens that the prefix cache found", prefix["hit_tokens"], ""),
+        (counter, "prefix_asked_tokens", "Tokens of admitted sequences", prefix["asked_tokens"], ""),
+        (counter, "prefix_evicted_blocks", "Blocks that the prefix cache gave up", prefix["evicted_blocks"], ""),
+        (gauge, "gpu_busy_ratio", "Share of the time in which a kernel ran", _ratio(gpu.get("busy")), ""),
+        (gauge, "gpu_memory_busy_ratio", "Share of the time with memory busy", _ratio(gpu.get("memory_busy")), ""),
+        (gauge, "gpu_memory_used_bytes", "Memory in use on the GPU", gpu.get("memory_used"), ""),
+        (gauge, "gpu_link_bytes_per_second", "What goes over the host link", link, "direction"),
     ]
+    return [_family(*family, run) for family in families]
 
 
 def _family(kind: Kind, name: str, meaning: str, value: Value, label: str, run: Mapping[str, str]) -> Metric:

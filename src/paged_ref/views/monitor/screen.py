@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from ..common.bars import bar, chart, legend, numbers
-from ..common.canvas import DIM, Lines, count, exactly, fit, line, owners, rule, size_of
+from ..common.canvas import DIM, Lines, count, filled, fit, line, owners, page, rule, size_of, title_line, too_small
 from ..common.sparkline import sparkline
-from ..viz.frames.blocks import overview
-from ..viz.frames.screen import MIN_HEIGHT, MIN_WIDTH, too_small
+from ..viz.frames.blocks import overview, pool_title
+from ..viz.frames.screen import SMALLEST
 from ..viz.frames.tables import slot_map
 from .gpu_meter import GPUReading
 from .state import WINDOW, Monitor, StepSample
@@ -23,8 +23,8 @@ def screen(
     monitor: Monitor, width: int, height: int, *, gpu: GPUReading | str = "", status: str = "", keys: str = ""
 ) -> Text:
     """The run in exactly `width` x `height` cells. `gpu` is a reading, or why there is none; `keys` goes below."""
-    if width < MIN_WIDTH or height < MIN_HEIGHT:
-        return too_small(width, height)
+    if (small := too_small(width, height, SMALLEST)) is not None:
+        return small
     if monitor.opened is None:
         rows = [_title(monitor, width, status), line(""), line(f" {status or 'No event yet.'}")]
     else:
@@ -40,8 +40,7 @@ def screen(
             rule("Run", width, f"times of the last {WINDOW} steps"),
             *_numbers(monitor, width, gpu),
         ]
-    rows = rows[: height - 1] + [line("")] * (height - 1 - len(rows))
-    return Text("\n").join(exactly(row, width) for row in [*rows, line((f" {keys}", DIM))])
+    return page([*filled(rows, height - 1), line((f" {keys}", DIM))], width, height)
 
 
 def _title(monitor: Monitor, width: int, status: str) -> Text:
@@ -54,7 +53,7 @@ def _title(monitor: Monitor, width: int, status: str) -> Text:
         parts.append(status)
     step = f"step {monitor.last.step:,}" if monitor.last else "no step yet"
     right = f"  {step}, {count(monitor.num_events, 'event')} "
-    return line((" paged_ref ", "bold reverse"), " ", fit(", ".join(parts), width - 12 - len(right)), (right, "bold"))
+    return title_line(parts, right, width)
 
 
 # --- memory ------------------------------------------------------------------------------------------------
@@ -67,7 +66,7 @@ def _pool_rule(monitor: Monitor, width: int) -> Text:
     used = memory.num_blocks - len(memory.free) - len(memory.cached)
     cached = f"{len(memory.cached):,} cached, " if memory.cached else ""
     note = f"{used:,} used, {cached}{len(memory.free):,} free"
-    return rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
+    return rule(pool_title(monitor.moment()), width, note)
 
 
 def _map(monitor: Monitor, width: int, height: int) -> Lines:

@@ -7,7 +7,6 @@ timeline/state.py.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...timeline.events import (
@@ -63,10 +62,6 @@ class Monitor:
         self.finished = 0  # sequences
         self.microseconds = 0  # of all steps that say
         self._rows = (0, 0)  # out and in, before this step
-
-    def take_all(self, events: Iterable[Event]) -> None:
-        for event in events:
-            self.take(event)
 
     def take(self, event: Event) -> None:
         if isinstance(event, PoolOpened):

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ...timeline.events import sequences_of
 from ...timeline.history import MARKS, History, Moment
-from ..common.canvas import DIM, Scene, exactly, fit, line, pack, rule
+from ..common.canvas import DIM, Scene, filled, line, pack, page, rule
 from ..common.viewer import Viewer, help_lines
 from .frames.blocks import EMPTY, UNKNOWN, WRITTEN
 from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
@@ -73,12 +73,8 @@ class Player(Viewer):
         message = self.message
         if self.typed is not None:
             message = f"find a sequence: {self.typed}▏  (Enter: go, Esc: back)"
-        return screen(
-            Scene(self.moment(), self.runs, self.selected, self.scroll, playing=self.playing, message=message),
-            self.frame,
-            width,
-            height,
-        )
+        scene = Scene(self.moment(), self.runs, self.selected, self.scroll, playing=self.playing, message=message)
+        return screen(scene, self.frame, width, height)
 
     def press(self, key: str) -> bool:
         if self.typed is None:
@@ -149,9 +145,8 @@ class Player(Viewer):
     def _find(self, what: str) -> None:
         seq_id = self.history.find(what)
         if seq_id is None:
-            self.message = (
-                f"no sequence {what!r} in this run; there are {', '.join(list(self.history.names.values())[:12])}"
-            )
+            known = ", ".join(list(self.history.names.values())[:12])
+            self.message = f"no sequence {what!r} in this run; there are {known}"
             return
         self._last_find, self.selected, self.scroll = what, seq_id, 0
         events = self.history.events
@@ -179,6 +174,4 @@ def _help(width: int, height: int) -> Text:
     for where, signs in SIGNS:
         for i, text in enumerate(pack(signs, width - 18)):
             rows.append(line((f" {where if i == 0 else '':<17}", "bold"), text))
-    rows += [line("")] * (height - 1 - len(rows))
-    rows = [*rows[: height - 1], line((fit("  any key: back", width), DIM))]
-    return Text("\n").join(exactly(row, width) for row in rows)
+    return page([*filled(rows, height - 1), line(("  any key: back", DIM))], width, height)

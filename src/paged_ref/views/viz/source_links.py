@@ -27,30 +27,7 @@ from ...extras.beam import BeamSearch
 from ...extras.host_swap import SwappablePagedManager
 from ...extras.prefix_cache import CachingBlockPool
 from ...llm import LLM
-from ...timeline.events import (
-    BeamsReordered,
-    BlockCached,
-    Event,
-    PagesAttended,
-    PagesFreed,
-    PagesNamed,
-    PagesPlaced,
-    PoolOpened,
-    RegionPlaced,
-    RegionSwappedIn,
-    RegionSwappedOut,
-    RequestArrived,
-    ResidencyOpened,
-    SequenceAdmitted,
-    SequenceFinished,
-    SequenceForked,
-    SequenceFreed,
-    StepPlanned,
-    SwappedIn,
-    SwappedOut,
-    TokenSampled,
-    TokensAppended,
-)
+from ...timeline import events
 from ...timeline.history import Moment
 
 Function = Callable[..., Any]
@@ -79,12 +56,12 @@ def place_of(function: Function) -> Place:
 def function_for_event(moment: Moment) -> Function:
     """The function that did what the event of this moment says."""
     event = moment.event
-    if isinstance(event, SequenceFreed) and not ended(moment):
+    if isinstance(event, events.SequenceFreed) and not ended(moment):
         return Scheduler.schedule  # it preempted the sequence
-    if isinstance(event, (TokensAppended, SwappedIn)) and event.evicted:
+    if isinstance(event, (events.TokensAppended, events.SwappedIn)) and event.evicted:
         return CachingBlockPool.allocate
     name = METHODS.get(type(event))
-    if isinstance(event, RegionPlaced) and moment.change.place_before is not None:
+    if isinstance(event, events.RegionPlaced) and moment.change.place_before is not None:
         name = "append"  # the region grew
     if name is None:
         return FUNCTIONS.get(type(event), Engine.step)
@@ -95,9 +72,9 @@ def function_for_event(moment: Moment) -> Function:
 def ended(moment: Moment) -> bool:
     """A sequence gave its memory back because it came to its end: then the next event says so."""
     following, event = moment.next_event, moment.event
-    if not isinstance(event, SequenceFreed) or following is None:
+    if not isinstance(event, events.SequenceFreed) or following is None:
         return True
-    return isinstance(following, SequenceFinished) and following.seq_id == event.seq_id
+    return isinstance(following, events.SequenceFinished) and following.seq_id == event.seq_id
 
 
 MANAGERS: dict[str, type[KVCacheManager]] = {
@@ -106,28 +83,30 @@ MANAGERS: dict[str, type[KVCacheManager]] = {
     "swapping": SwappingManager,
     "streaming": StreamingManager,
 }
-METHODS: dict[type[Event], str] = {  # of the manager of the run
-    PoolOpened: "__init__",
-    SequenceAdmitted: "admit",
-    RegionPlaced: "admit",
-    TokensAppended: "append",
-    SequenceForked: "fork",
-    SequenceFreed: "free",
-    SwappedOut: "swap_out",
-    SwappedIn: "swap_in",
-    RegionSwappedOut: "swap_out",
-    RegionSwappedIn: "swap_in",
-    PagesNamed: "prepare",
+METHODS: dict[type[events.Event], str] = {  # of the manager of the run
+    events.PoolOpened: "__init__",
+    events.SequenceAdmitted: "admit",
+    events.RegionPlaced: "admit",
+    events.TokensAppended: "append",
+    events.SequenceForked: "fork",
+    events.SequenceFreed: "free",
+    events.SwappedOut: "swap_out",
+    events.SwappedIn: "swap_in",
+    events.RegionSwappedOut: "swap_out",
+    events.RegionSwappedIn: "swap_in",
+    events.PagesNamed: "prepare",
 }
-FUNCTIONS: dict[type[Event], Function] = {  # of the engine, and of the memory for pages; Engine.step for all others
-    RequestArrived: LLM.add_request,
-    BlockCached: CachingBlockPool.filled,
-    StepPlanned: Scheduler.schedule,
-    BeamsReordered: BeamSearch.step,
-    ResidencyOpened: Residency.__init__,
-    PagesPlaced: Residency.need,
-    PagesFreed: Residency.free,
-    PagesAttended: StreamedKV.attend,
-    TokenSampled: Engine.add_token,
-    SequenceFinished: Engine.end_sequence,
+FUNCTIONS: dict[
+    type[events.Event], Function
+] = {  # of the engine, and of the memory for pages; Engine.step for all others
+    events.RequestArrived: LLM.add_request,
+    events.BlockCached: CachingBlockPool.filled,
+    events.StepPlanned: Scheduler.schedule,
+    events.BeamsReordered: BeamSearch.step,
+    events.ResidencyOpened: Residency.__init__,
+    events.PagesPlaced: Residency.need,
+    events.PagesFreed: Residency.free,
+    events.PagesAttended: StreamedKV.attend,
+    events.TokenSampled: Engine.add_token,
+    events.SequenceFinished: Engine.end_sequence,
 }

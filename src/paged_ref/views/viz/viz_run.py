@@ -66,19 +66,19 @@ def workload(
 def record(work: Workload, manager: ManagerName) -> list[Event]:
     """Run the requests under one manager, and return all that happened."""
     events: list[Event] = []
+    model = load(work.model)
+    longest = max(len(model.tokenizer.encode(prompt)) + params.max_tokens for _, prompt, params in work.arrivals)
+    num_slots = work.num_blocks * work.block_size
+    paged, can_swap = manager == "paged", manager != "standard" and work.num_host_blocks > 0
     first = [block for block in work.first_blocks if block < work.num_blocks]
-    tokenizer = load(work.model).tokenizer
-    context = load(work.model).config.max_position_embeddings
-    longest = max(len(tokenizer.encode(prompt)) + params.max_tokens for _, prompt, params in work.arrivals)
-    paged = manager == "paged"
     llm = LLM(
         work.model,
         manager=manager,
         block_size=work.block_size,
-        kv_cache_tokens=work.num_blocks * work.block_size,
-        host_kv_tokens=0 if manager == "standard" else work.num_host_blocks * work.block_size,
-        max_model_len=min(longest, context, max(1, work.num_blocks * work.block_size)),
-        preemption="recompute" if manager == "standard" or not work.num_host_blocks else "swap",
+        kv_cache_tokens=num_slots,
+        host_kv_tokens=work.num_host_blocks * work.block_size if can_swap else 0,
+        max_model_len=min(longest, model.config.max_position_embeddings, max(1, num_slots)),
+        preemption="swap" if can_swap else "recompute",
         prefix_cache=paged,
         watermark=0.0,
         free_order=[*first, *(b for b in range(work.num_blocks) if b not in first)] if paged else None,

@@ -10,7 +10,6 @@ layouts    what the same warp load would move in the cache layouts of other syst
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 from pygments.token import Comment, Keyword, Number, String
 from rich.style import Style
@@ -19,7 +18,6 @@ from rich.text import Text
 
 from ...interop.layouts import pack_size
 from ..common.canvas import COLOURS, DIM, TITLE, Lines, exactly, fit, line, rule, window, wrap
-from .captions import caption
 from .run import LETTERS, IntArray, KernelRun, LayoutCost
 from .source import SourceLines
 
@@ -30,14 +28,8 @@ NOW = "bold reverse"
 
 
 # Readable on a dark and on a light ground.
-_THEME = ANSISyntaxTheme(
-    {
-        Comment: Style(dim=True, italic=True),
-        Keyword: Style(bold=True),
-        String: Style(dim=True),
-        Number: Style(color="cyan"),
-    }
-)
+_STYLES = {Comment: "dim italic", Keyword: "bold", String: "dim", Number: "cyan"}
+_THEME = ANSISyntaxTheme({kind: Style.parse(style) for kind, style in _STYLES.items()})
 
 
 @cache
@@ -116,7 +108,7 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
     else:
         head = f"K and V: {run.num_slots} slots, by regions"
     load = run.load(position)
-    now_slot, in_array = run.slot(position), run.info(position).name
+    now_slot, named = run.slot(position), run.slot_named(position)
     with_it = {slot for row in load.rows if (slot := run.slot(int(row))) is not None}
     read = {name: run.read_so_far(position, name) for name in ("keys", "values")}
     own_head = run.sizes.head_size  # a CUDA block reads the elements of one KV head
@@ -128,9 +120,9 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
             label = f"b{block}" if run.name == "paged" else str(first)
             row = line((f"{label if not begin or run.name == 'naive' else '':>4} ", DIM))
             for slot in range(first, min(first + per_row, (block + 1) * block_size)):
-                if slot == now_slot or (now_slot is None and slot == _slot_named(run, position)):
+                if slot == named:
                     focus = len(rows)
-                row.append_text(_cell(run, slot, now_slot, with_it, read["keys"], read["values"], own_head, in_array))
+                row.append_text(_cell(run, slot, now_slot, with_it, read["keys"], read["values"], own_head))
             rows.append(row)
     top = [rule(head, width), _tables(run, position, width)]
     first, end = window(len(rows), height - len(top), focus)
@@ -140,20 +132,8 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
     return lines
 
 
-def _slot_named(run: KernelRun, position: int) -> int | None:
-    """The slot that a read of a block table leads to."""
-    return caption(run, position).slot if run.info(position).name in ("block_tables", "starts") else None
-
-
 def _cell(
-    run: KernelRun,
-    slot: int,
-    now_slot: int | None,
-    with_it: set[int],
-    keys: IntArray,
-    values: IntArray,
-    full: int,
-    array: str,
+    run: KernelRun, slot: int, now_slot: int | None, with_it: set[int], keys: IntArray, values: IntArray, full: int
 ) -> Text:
     owner = run.owner.get(slot)
     digits = len(str(max(run.sizes.tokens) - 1))
@@ -268,57 +248,47 @@ def _both(each: IntArray) -> str:
     return "+".join(part for part in (str(reads) if reads else "", f"{writes}w" if writes else "") if part) or "."
 
 
-class _CounterRow(NamedTuple):
-    """The counters of an array, or of several together, in one line."""
-
-    name: str
-    current: bool  # the access of the moment is to this array
-    threads: list[str]
-    total: str
-
-
 def counters(run: KernelRun, position: int, width: int, height: int) -> Lines:
     """Reads and writes of each thread in each array, in this CUDA block up to now; `w` marks the writes."""
     title, rows = _counter_rows(run, position, height - 2)
-    thread, num_threads = int(run.trace.thread[position]), run.trace.num_threads
-    label = max(len(row.name) for row in rows) + 2
-    cell = max(5, *(len(text) + 1 for row in rows for text in row.threads))
-    last = max(3, *(len(row.total) for row in rows)) + 2
+    thread, num_threads, current = int(run.trace.thread[position]), run.trace.num_threads, run.info(position).name
+    label = max(map(len, rows)) + 2
+    cell = max(5, *(len(_both(each)) + 1 for counts in rows.values() for each in counts))  # counts [threads, 2]
+    totals = {name: _both(counts.sum(axis=0)) for name, counts in rows.items()}
+    last = max(3, *map(len, totals.values())) + 2
     first, end = window(num_threads, max(1, (width - label - last) // cell), thread)
     if (first, end) != (0, num_threads):
         title += f", threads {first} to {end - 1} of {num_threads}"
     header = line(" " * label)
     for t in range(first, end):
         header.append(f"{f'▶t{t}' if t == thread else f't{t}':>{cell}}", NOW if t == thread else DIM)
-    header.append(f"{'all':>{last}}", DIM)
-    lines = [rule(title, width), header]
-    for row in rows:
-        drawn = line((f"{'▶' if row.current else ' '}{row.name:<{label - 1}}", TITLE if row.current else ""))
+    lines = [rule(title, width), header.append(f"{'all':>{last}}", DIM)]
+    for name, counts in rows.items():
+        here = name == current or (name == "lengths" and current in _LENGTHS)
+        row = line((f"{'▶' if here else ' '}{name:<{label - 1}}", TITLE if here else ""))
         for t in range(first, end):
-            text = row.threads[t]
-            drawn.append(f"{text:>{cell}}", NOW if t == thread and row.current else DIM if text == "." else "")
-        lines.append(drawn.append(f"{row.total:>{last}}", TITLE))
+            text = _both(counts[t])
+            row.append(f"{text:>{cell}}", NOW if t == thread and here else DIM if text == "." else "")
+        lines.append(row.append(f"{totals[name]:>{last}}", TITLE))
     return lines[:height]
 
 
-def _counter_rows(run: KernelRun, position: int, height: int) -> tuple[str, list[_CounterRow]]:
-    """The panel's title and a row for each array; where `height` is less, only those of global memory."""
-    arrays, current = run.trace.arrays, int(run.trace.array[position])
-    numbers = {info.name: number for number, info in enumerate(arrays)}
-    counts = run.counts(position)
+_LENGTHS = ("seq_lens", "query_start_loc")
 
-    def row(name: str, *names: str) -> _CounterRow:
-        members = [numbers[each] for each in names or (name,)]
-        total = counts[members].sum(axis=0)
-        return _CounterRow(name, current in members, [_both(each) for each in total], _both(total.sum(axis=0)))
 
-    lengths = ("seq_lens", "query_start_loc")
-    in_global = ("query", "block_tables" if "block_tables" in numbers else "starts", "keys", "values", "out", "lse")
-    in_shared = [info.name for info in arrays if info.space == "shared"]
+def _counter_rows(run: KernelRun, position: int, height: int) -> tuple[str, dict[str, IntArray]]:
+    """The panel's title, and reads and writes of each thread [threads, 2] by the name of the array.
+
+    Where `height` is less than all arrays need, only those of global memory, the lengths together.
+    """
+    counts = dict(zip((info.name for info in run.trace.arrays), run.counts(position), strict=True))
+    in_global = ("query", "block_tables" if "block_tables" in counts else "starts", "keys", "values", "out", "lse")
+    in_shared = [info.name for info in run.trace.arrays if info.space == "shared"]
     title = "reads and writes (w) so far"
-    if height >= len(lengths) + len(in_global) + len(in_shared):
-        return title, [row(name) for name in (*lengths, *in_global, *in_shared)]
-    return f"{title}, global memory", [row("lengths", *lengths), *(row(name) for name in in_global)]
+    if height >= len(counts):
+        return title, {name: counts[name] for name in (*_LENGTHS, *in_global, *in_shared)}
+    lengths = counts["seq_lens"] + counts["query_start_loc"]
+    return f"{title}, global memory", {"lengths": lengths, **{name: counts[name] for name in in_global}}
 
 
 # ---- the layouts
@@ -336,21 +306,6 @@ def _shape(layout: str, letter: str, x: int) -> str:
     }[layout]
 
 
-class _CostColumn(NamedTuple):
-    """What each layout moves, in one way of loading."""
-
-    title: str
-    width: int
-    sectors: list[int]
-    used: list[float] | None  # share of the bytes moved
-
-    def cell(self, row: int) -> tuple[str, str]:
-        """The text of a layout's cell, and its style: the fewest sectors are bold."""
-        sectors = self.sectors[row]
-        text = f"{sectors} ({self.used[row]:.0%})" if self.used else str(sectors)
-        return f"{text:>{self.width}}", TITLE if sectors == min(self.sectors) else ""
-
-
 def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
     """The warp's load of K or V at this moment (or the nearest one), and what it moves in other layouts."""
     at = run.nearest_load(position)
@@ -359,14 +314,11 @@ def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
     letter, itemsize = ("K" if info.name == "keys" else "V"), info.dtype.itemsize
     x = pack_size(itemsize)
     which = "this" if at == position else "the last" if at < position else "the next"
-    columns = _cost_columns(costs, itemsize, whole_block=width >= 62)
-    header = f"{' sectors (used)':<17}" + "".join(f"{column.title:>{column.width}}" for column in columns)
-    lines = [rule(f"{which} {letter} load: {len(load.threads)} lanes, {load.bytes} bytes", width), line((header, DIM))]
-    for number, cost in enumerate(costs):
-        row = line(f" {cost.layout:<16}", *(column.cell(number) for column in columns))
-        if width >= 100:
+    lines = [rule(f"{which} {letter} load: {len(load.threads)} lanes, {load.bytes} bytes", width)]
+    lines += _cost_table(costs, itemsize, whole_block=width >= 62)
+    if width >= 100:
+        for row, cost in zip(lines[2:], costs, strict=True):
             row.append("   " + _shape(cost.layout, letter, x), DIM)
-        lines.append(row)
     ends = [cost for cost in costs if cost.layout in ("ours", "vLLM packed")]
     lines += [_groups(cost, width) for cost in ends]
     text = _why_packed(letter, x, itemsize, len(ends) > 1)
@@ -379,14 +331,23 @@ def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
     return lines[:height]
 
 
-def _cost_columns(costs: list[LayoutCost], itemsize: int, whole_block: bool) -> list[_CostColumn]:
-    columns = [_CostColumn(f"{itemsize} B a lane", 10, [cost.sectors for cost in costs], [cost.used for cost in costs])]
-    wide = [(cost.wide_sectors, cost.wide_used) for cost in costs if cost.wide_sectors and cost.wide_used]
+def _cost_table(costs: list[LayoutCost], itemsize: int, whole_block: bool) -> Lines:
+    """A header and a row for each layout: what it moves in each way of loading. The fewest sectors are bold."""
+    narrow = [(cost.sectors, f"{cost.sectors} ({cost.used:.0%})") for cost in costs]
+    wide = [(cost.wide_sectors, f"{cost.wide_sectors} ({cost.wide_used:.0%})") for cost in costs if cost.wide_sectors]
+    columns = [(f"{itemsize} B a lane", 10, narrow)]
     if wide:  # all layouts have it, or none
-        columns.append(_CostColumn("16 B a lane", 13, [sectors for sectors, _ in wide], [used for _, used in wide]))
+        columns.append(("16 B a lane", 13, wide))
     if whole_block:
-        columns.append(_CostColumn("whole CUDA block", 19, [cost.block_sectors for cost in costs], None))
-    return columns
+        columns.append(("whole CUDA block", 19, [(cost.block_sectors, str(cost.block_sectors)) for cost in costs]))
+    rows = [line((f"{' sectors (used)':<17}" + "".join(f"{title:>{room}}" for title, room, _ in columns), DIM))]
+    for number, cost in enumerate(costs):
+        row = line(f" {cost.layout:<16}")
+        for _, room, cells in columns:
+            sectors, text = cells[number]
+            row.append(f"{text:>{room}}", TITLE if sectors == min(cells)[0] else "")
+        rows.append(row)
+    return rows
 
 
 def _groups(cost: LayoutCost, width: int) -> Text:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -130,21 +130,31 @@ class KernelRun:
             return None
         return int(self.trace.index[position]) // (self.shape[2] * self.shape[3])
 
+    def key(self, position: int) -> int:
+        """The key of the thread in the tile of the moment."""
+        n = self.sizes.num_threads
+        # Each tile costs the same number of barriers: 4, and 2 for each halving of the threads.
+        tile = max(0, int(self.trace.round[position]) - 1) // (4 + 2 * (n.bit_length() - 1))
+        return tile * n + int(self.trace.thread[position])
+
+    def slot_named(self, position: int) -> int | None:
+        """The slot that an access to the cache falls in, or that a read of a block table, or of a start, leads to."""
+        access, key, block_size = self.access(position), self.key(position), self.sizes.block_size
+        if access.array == "block_tables":
+            return self.tables[access.block[0]][access.index[-1]] * block_size + key % block_size
+        return self.tables[access.block[0]][0] + key if access.array == "starts" else self.slot(position)
+
     # ---- where the runs of accesses begin
 
     @cached_property
     def starts(self) -> dict[str, IntArray]:
         """For each kind of step, the positions where it begins."""
         t = self.trace
-        keys: dict[str, list[IntArray]] = {"block": [t.block]}
-        keys["round"] = [*keys["block"], t.round]
-        keys["thread"] = [*keys["round"], t.thread]
-        keys["line"] = [*keys["thread"], self.line]
         answer = {"access": np.arange(len(t))}
-        for name, columns in keys.items():
-            rows = np.stack(columns)
-            change = (rows[:, 1:] != rows[:, :-1]).any(axis=0)
-            answer[name] = np.concatenate([[0], np.flatnonzero(change) + 1])
+        changed = np.zeros(len(t) - 1, dtype=bool)  # each kind of step is also a step of the kinds after it
+        for name, column in (("block", t.block), ("round", t.round), ("thread", t.thread), ("line", self.line)):
+            changed = changed | (column[1:] != column[:-1])
+            answer[name] = np.concatenate([[0], np.flatnonzero(changed) + 1])
         return answer
 
     def move(self, position: int, kind: str, step: int) -> int:
@@ -262,20 +272,6 @@ class Walk:
         return len(self.runs["paged"])
 
 
-class _Cache(NamedTuple):
-    """K and V of one kernel."""
-
-    keys: Array  # [num_blocks, block_size, num_kv_heads, head_size]
-    values: Array
-    owner: dict[int, tuple[int, int | None]]  # as KernelRun has it
-
-    def by_slot(self) -> tuple[Array, Array]:
-        """Keys and values [num_slots, num_kv_heads, head_size]."""
-        shape = self.keys.shape
-        by_slot = (shape[0] * shape[1], *shape[2:])
-        return self.keys.reshape(by_slot), self.values.reshape(by_slot)
-
-
 def walk(sizes: Sizes | None = None) -> Walk:
     """Run both kernels on the same sequences. Raises ValueError where the sizes are out of bounds."""
     sizes = sizes or Sizes()
@@ -291,9 +287,11 @@ def walk(sizes: Sizes | None = None) -> Walk:
     starts = tuple((seq * region * block_size,) for seq in range(len(needed)))
     kv = [rng.standard_normal((2, count, *shape[2:])).astype(sizes.dtype) for count in sizes.tokens]
     query = rng.standard_normal((len(needed), sizes.num_heads, sizes.head_size)).astype(sizes.dtype)
-    offsets = range(block_size)
-    naive = _filled(shape, [range(first, first + region * block_size) for (first,) in starts], kv)
-    paged = _filled(shape, [[block * block_size + i for block in table for i in offsets] for table in tables], kv)
+    naive: list[Sequence[int]] = [range(first, first + region * block_size) for (first,) in starts]
+    paged: list[Sequence[int]] = [
+        [block * block_size + i for block in table for i in range(block_size)] for table in tables
+    ]
+    naive_kv, paged_kv = _filled(shape, naive, kv), _filled(shape, paged, kv)
 
     block_tables = np.full((len(needed), region), -1, dtype=np.int32)  # -1: padding, never followed
     for seq, table in enumerate(tables):
@@ -301,26 +299,33 @@ def walk(sizes: Sizes | None = None) -> Walk:
     seq_lens = np.array(sizes.tokens, dtype=np.int32)
     first_slots = np.array(starts, dtype=np.int32)[:, 0]
     with trace.recording(sizes.num_threads) as traces:
-        naive_attention(query, *naive.by_slot(), first_slots, seq_lens, backend="trace")
-        paged_attention(query, paged.keys, paged.values, block_tables, seq_lens, backend="trace")
+        keys, values = naive_kv.reshape(2, -1, *shape[2:])  # [num_slots, num_kv_heads, head_size]
+        naive_attention(query, keys, values, first_slots, seq_lens, backend="trace")
+        paged_attention(query, paged_kv[0], paged_kv[1], block_tables, seq_lens, backend="trace")
     sources = [inspect.getsourcelines(each.function) for each in traces]
     runs = {}
-    for i, (name, cache, table) in enumerate(zip(KERNELS, (naive, paged), (starts, tables), strict=True)):
+    for i, (name, slots, table) in enumerate(zip(KERNELS, (naive, paged), (starts, tables), strict=True)):
         code = compared(name, sources[i], sources[1 - i])
-        runs[name] = KernelRun(name, sizes, traces[i], code, cache.owner, table, shape, lines_of_kernel(traces[i]))
+        owner = _owner(slots, sizes.tokens)
+        runs[name] = KernelRun(name, sizes, traces[i], code, owner, table, shape, lines_of_kernel(traces[i]))
     return Walk(sizes, runs)
 
 
-def _filled(shape: tuple[int, int, int, int], slots: Sequence[Sequence[int]], kv: Sequence[Array]) -> _Cache:
-    """A cache with the K and V of each sequence in the first of its `slots`; the other slots stay NaN.
+def _filled(shape: tuple[int, int, int, int], slots: Sequence[Sequence[int]], kv: Sequence[Array]) -> Array:
+    """[2, *shape]: K and V of each sequence in the first of its `slots`; the other slots stay NaN.
 
     `kv` has [2, num_tokens, num_kv_heads, head_size] for each sequence. A kernel that reads an empty slot computes NaN.
     """
     caches = np.full((2, *shape), np.nan, dtype=kv[0].dtype)
-    by_slot = caches.reshape(2, -1, *shape[2:])
-    owner: dict[int, tuple[int, int | None]] = {}
-    for seq, (of_seq, of_tokens) in enumerate(zip(slots, kv, strict=True)):
-        count = of_tokens.shape[1]
-        by_slot[:, of_seq[:count]] = of_tokens
-        owner |= {slot: (seq, position if position < count else None) for position, slot in enumerate(of_seq)}
-    return _Cache(caches[0], caches[1], owner)
+    for of_seq, of_tokens in zip(slots, kv, strict=True):
+        caches.reshape(2, -1, *shape[2:])[:, of_seq[: of_tokens.shape[1]]] = of_tokens
+    return caches
+
+
+def _owner(slots: Sequence[Sequence[int]], lengths: Sequence[int]) -> dict[int, tuple[int, int | None]]:
+    """Slot -> (sequence, position; None: allocated and empty)."""
+    return {
+        slot: (seq, position if position < length else None)
+        for seq, (of_seq, length) in enumerate(zip(slots, lengths, strict=True))
+        for position, slot in enumerate(of_seq)
+    }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
-import io
-import tokenize
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +34,8 @@ def lines_of_kernel(trace: Trace) -> IntArray:
         helper = getattr(trace.function.__globals__.get(name), "py_func", None)
         if helper is None:
             continue
-        length, start = len(inspect.getsourcelines(helper)[0]), inspect.getsourcelines(helper)[1]
-        inside = (line >= start) & (line < start + length) & ((line < first) | (line >= first + len(source)))
+        of_helper, start = inspect.getsourcelines(helper)
+        inside = (line >= start) & (line < start + len(of_helper)) & ((line < first) | (line >= first + len(source)))
         call = next(first + i for i, text in enumerate(source) if f"{name}(" in text)
         line[inside] = call
     return line
@@ -54,18 +54,14 @@ def compared(name: str, source: Source, other: Source) -> SourceLines:
 
 
 def _fold(source: Source) -> list[tuple[int, str]]:
-    """The lines of a function with its docstring cut to `\"\"\"...\"\"\"`."""
+    """The lines of a function, each with its number. The docstring is cut to `\"\"\"...\"\"\"`."""
     lines, first = source
-    strings = [
-        token
-        for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
-        if token.type == tokenize.STRING and token.string.startswith('"""')
-    ]
-    begin, end = (strings[0].start[0], strings[0].end[0]) if strings else (0, -1)
-    answer = []
-    for i, text in enumerate(lines, start=1):
-        if i == begin:
-            answer.append((first + i - 1, text[: len(text) - len(text.lstrip())] + '"""..."""'))
-        elif not begin < i <= end:
-            answer.append((first + i - 1, text.rstrip("\n")))
-    return answer
+    function = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    numbered = [(first + i, text.rstrip("\n")) for i, text in enumerate(lines)]
+    if ast.get_docstring(function) is None:
+        return numbered
+    begin, end = function.body[0].lineno - 1, function.body[0].end_lineno
+    text = numbered[begin][1]
+    numbered[begin:end] = [(first + begin, text[: len(text) - len(text.lstrip())] + '"""..."""')]
+    return numbered

@@ -6,20 +6,18 @@ The kernels run in the tracer, here, without a GPU. What is shown is the record 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 from rich.text import Text
 
+from ..common import options
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..common.viewer import Viewer
-from .frames import MIN_HEIGHT, MIN_WIDTH, VIEWS, WIDE, Look, frame
+from .frames import SMALLEST, VIEWS, WIDE, Look, frame
 from .run import KERNELS, Sizes, Walk, walk
 
 STEPS = ("access", "line", "thread", "round", "block")
-SMALLEST = (MIN_WIDTH, MIN_HEIGHT)
 _TOY = Sizes()
 
 
@@ -91,20 +89,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--every", metavar="STEP", help=f"without a terminal: {', '.join(STEPS)}, or a number of accesses"
     )
-    show.add_argument("--size", metavar="WxH", help="of printed frames (default: COLUMNS and LINES, or 80x24)")
-    show.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
-    show.add_argument("--svg", type=Path, metavar="FILE", help="write the frame at --at (default: keys) as a picture")
+    options.printed(show)
+    options.svg_output(show, "write the frame at --at (default: keys) as a picture")
     call = parser.add_argument_group("the attention call, one query token for each sequence")
-    tokens = " ".join(map(str, _TOY.tokens))
-    call.add_argument("--tokens", type=int, nargs="+", metavar="N", default=_TOY.tokens,
-                      help=f"keys of each sequence (default {tokens})")  # fmt: skip
-    call.add_argument("--block-size", type=int, default=_TOY.block_size, metavar="N", help="tokens in a block (4)")
-    call.add_argument("--heads", type=int, default=_TOY.num_heads, metavar="N", help="query heads (2)")
-    call.add_argument("--kv-heads", type=int, default=_TOY.num_kv_heads, metavar="N", help="KV heads (1)")
-    call.add_argument("--head-size", type=int, default=_TOY.head_size, metavar="N", help="elements of a head (8)")
-    call.add_argument("--threads", type=int, default=_TOY.num_threads, metavar="N", help="of a CUDA block (8)")
+    options.integer(call, "--tokens", list(_TOY.tokens), "keys of each sequence", least=None, nargs="+")
+    options.integer(call, "--block-size", _TOY.block_size, "tokens in a block", least=None)
+    options.integer(call, "--heads", _TOY.num_heads, "query heads", least=None)
+    options.integer(call, "--kv-heads", _TOY.num_kv_heads, "KV heads", least=None)
+    options.integer(call, "--head-size", _TOY.head_size, "elements of a head", least=None)
+    options.integer(call, "--threads", _TOY.num_threads, "of a CUDA block", least=None)
     call.add_argument("--dtype", default=_TOY.dtype, choices=("float32", "float16"), help="of K, V and the query")
-    call.add_argument("--seed", type=int, default=_TOY.seed, metavar="N", help="which blocks are taken (0)")
+    options.seed(call, _TOY.seed, "which blocks are taken")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -113,7 +108,6 @@ def main(args: argparse.Namespace) -> int:
         args.seed,
     )  # fmt: skip
     size = parse_size(args.size, SMALLEST) if args.size else None
-    sizes.check()
     every = _every(args.every) if args.every else None
     made = walk(sizes)
     at = _position(args.at, made) if args.at else None
@@ -156,9 +150,3 @@ def _print(walk: Walk, at: int | None, every: str | None, size: Size | None, loo
         positions = run.tour() if at is None else [at]
     still = replace(look, keys=False)
     print_frames(lambda position, width, height: frame(walk, position, width, height, still), positions, size, SMALLEST)
-
-
-if __name__ == "__main__":  # shows the walk: python -m paged_ref.views.walk.walk
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))

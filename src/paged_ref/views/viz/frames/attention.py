@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ....timeline.events import PagesAttended
 from ....timeline.history import Moment
-from ...common.canvas import DIM, Lines, Scene, colour, fit, line, rule
+from ...common.canvas import DIM, Lines, Scene, colour, fit, line, prose, rule
+from ...common.program import program
 from ...common.sparkline import sparkline
 from .residency import shown_sequence
 
@@ -13,11 +14,9 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
     event = _watched(scene)
     if event is None:
-        return [
-            rule("Attention", width),
-            line((" nothing was watched up to here; `paged-ref long --watch LAYER:HEAD --record FILE` does it,", DIM)),
-            line((" and n goes to the next time", DIM)),
-        ]
+        advice = f" {program()} long --watch LAYER:HEAD --record FILE"
+        nothing = " Nothing was watched up to here; n goes to the next time. What watches and records:"
+        return [rule("Attention", width), line((nothing, DIM)), line((advice, DIM))]
     total, chosen = len(event.mass), len(event.chosen)
     covered = sum(event.mass[block] for block in event.chosen) / 1e6
     best = sum(sorted(event.mass, reverse=True)[:chosen]) / 1e6
@@ -47,7 +46,7 @@ def _watched(scene: Scene) -> PagesAttended | None:
 def _strips(moment: Moment, event: PagesAttended, cells: int, each: int) -> Lines:
     """Three lines for each `cells * each` blocks: the mass, what was chosen, and what was on the device."""
     total, chosen, here = len(event.mass), set(event.chosen), set(event.resident)
-    highest, style = max(max(event.mass), 1), colour(moment.history, moment, event.seq_id)
+    highest, style = max(max(event.mass), 1), colour(moment, event.seq_id)
     rows = []
     for begin in range(0, total, cells * each):
         firsts = range(begin, min(begin + cells * each, total), each)
@@ -66,15 +65,14 @@ def _strips(moment: Moment, event: PagesAttended, cells: int, each: int) -> Line
 def _best_pages(moment: Moment, event: PagesAttended, width: int, first: int, count: int) -> Lines:
     """A line for each of `count` pages, in the order of their attention from place `first` on."""
     chosen, here = set(event.chosen), set(event.resident)
-    size, style = moment.state.memory.block_size, colour(moment.history, moment, event.seq_id)
+    size, style = moment.state.memory.block_size, colour(moment, event.seq_id)
     tokens = moment.state.sequences[event.seq_id].tokens
     rows = []
     order = sorted(range(len(event.mass)), key=lambda block: -event.mass[block])
     for block in order[first : first + count]:
-        text = "".join(moment.history.text(t) for t in tokens[block * size : (block + 1) * size]).replace("·", " ")
+        text = prose(moment.history, tokens[block * size : (block + 1) * size])
         head = f" {'^' if block in chosen else ' '} {block:>6,} {event.mass[block] / 1e4:5.1f}% "
         where = "device " if block in here else "host   "
-        rows.append(
-            line((head, "bold" if block in chosen else ""), (where, DIM), (fit(text.strip(), width - 26), style))
-        )
+        head_style = "bold" if block in chosen else ""
+        rows.append(line((head, head_style), (where, DIM), (fit(text, width - 26), style)))
     return rows

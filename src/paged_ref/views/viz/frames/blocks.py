@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, WARM, brief, colour, fit, line, token
+from ...common.canvas import DIM, NEW, WARM, Lines, Scene, brief, colour, fit, line, owners, rule, token, window
 
 EMPTY = "_"  # a slot that was given out and holds nothing yet
 UNKNOWN = "#"  # a slot that holds a token that the log does not name
@@ -61,12 +61,8 @@ def slots(texts: Sequence[str], size: int, width: int, new: set[int], style: str
     if each < 3 and size > 1:
         mark = WRITTEN if new else "│"
         number = "" if free else f"{len(texts)}/{size} "
-        return line(
-            (mark, NEW if new else DIM),
-            (number, DIM),
-            (fit("".join(texts), width - 2 - len(number)), style),
-            ("│", DIM),
-        )
+        text = fit("".join(texts), width - 2 - len(number))
+        return line((mark, NEW if new else DIM), (number, DIM), (text, style), ("│", DIM))
     row = Text()
     for offset in range(size):
         is_new = offset in new
@@ -106,34 +102,33 @@ def block_row(moment: Moment, block_id: int, in_tables: Sequence[int], width: in
     memory = moment.state.memory
     number = len(str(memory.num_blocks - 1))
     names = [moment.history.name(seq_id) for seq_id in in_tables]
-    who = 5 if width < 60 else 8
+    owners_width = 5 if width < 60 else 8
     mark = mark_of(moment, block_id)
     row = line((mark, NEW if mark != " " else ""), (f"{block_id:>{number + 1}} ", "bold" if mark != " " else ""))
     cached = block_id in memory.cached
     if not in_tables and not cached:
-        row.append(fit("free", 4 + who + 1), DIM)
+        row.append(fit("free", 4 + owners_width + 1), DIM)
     else:
         before = moment.change.before.get(block_id)
         count = f"×{memory.ref_count[block_id]}" if before is None else f"{before}→{memory.ref_count[block_id]}"
         row.append(fit(count, 4), "bold" if before is not None else DIM)
         if cached:
-            row.append(fit("cached", who + 1), WARM)
+            row.append(fit("cached", owners_width + 1), WARM)
         else:
-            style = colour(moment.history, moment, in_tables[0])
-            row.append(fit(brief(names, who), who + 1), f"{style} reverse" if selected in in_tables else style)
+            style = colour(moment, in_tables[0])
+            row.append(
+                fit(brief(names, owners_width), owners_width + 1),
+                f"{style} reverse" if selected in in_tables else style,
+            )
     texts = block_texts(moment, block_id, in_tables)
-    style = colour(moment.history, moment, in_tables[0]) if in_tables else WARM if cached else DIM
-    row.append_text(
-        slots(
-            texts,
-            memory.block_size,
-            width - row.cell_len,
-            written_in(moment, block_id, in_tables),
-            style,
-            free=not in_tables and not cached,
-        )
-    )
-    return row
+    style = colour(moment, in_tables[0]) if in_tables else WARM if cached else DIM
+    new, free = written_in(moment, block_id, in_tables), not in_tables and not cached
+    return row.append_text(slots(texts, memory.block_size, width - row.cell_len, new, style, free))
+
+
+def pool_title(moment: Moment) -> str:
+    memory = moment.state.memory
+    return f"Pool: {memory.num_blocks:,} × {memory.block_size} slots"
 
 
 def overview(moment: Moment, owned: dict[int, list[int]], width: int, height: int, on_host: bool = False) -> list[Text]:
@@ -153,8 +148,8 @@ def overview(moment: Moment, owned: dict[int, list[int]], width: int, height: in
             blocks = range(first, min(first + each, total))
             style = "reverse" if changed and not changed.isdisjoint(blocks) else ""
             if each == 1:
-                letter, its_style = _letter(moment, first, owned.get(first, ()), on_host)
-                row.append(letter, f"{its_style} {style}".strip())
+                letter, of_block = _letter(moment, first, owned.get(first, ()), on_host)
+                row.append(letter, f"{of_block} {style}".strip())
             else:
                 used = sum(block in owned or (not on_host and block in memory.cached) for block in blocks)
                 shade = " ░▒▓█"[-(-4 * used // each)]
@@ -167,5 +162,24 @@ def _letter(moment: Moment, block_id: int, in_tables: Sequence[int], on_host: bo
     if len(in_tables) > 1:
         return (str(len(in_tables)) if len(in_tables) < 10 else "+"), "bold"
     if in_tables:
-        return moment.history.name(in_tables[0])[0], colour(moment.history, moment, in_tables[0])
+        return moment.history.name(in_tables[0])[0], colour(moment, in_tables[0])
     return ("c", WARM) if not on_host and block_id in moment.state.memory.cached else (".", DIM)
+
+
+def pool_rows(
+    scene: Scene, wanted: int, row: Callable[[int], Text], width: int, room: int, on_host: bool = False
+) -> Lines:
+    """`row(block_id)` of each block; where there is no room, a map of all blocks, and the rows around `wanted`."""
+    memory = scene.moment.state.memory
+    total = memory.num_host_blocks if on_host else memory.num_blocks
+    if total <= room:
+        return [row(block_id) for block_id in range(total)]
+    height = max(1, min(6, room // 3, -(-total // width)))
+    first, last = window(total, room - height - 1, wanted + scene.scroll)
+    each = -(-total // (width * height))
+    title = f"{'Host blocks' if on_host else 'Blocks'} {first} to {last - 1}"
+    return [
+        *overview(scene.moment, owners(scene.moment, on_host), width, height, on_host),
+        rule(title, width, "a letter for each block" if each == 1 else f"each mark is {each} blocks"),
+        *map(row, range(first, last)),
+    ]

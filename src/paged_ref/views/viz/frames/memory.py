@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from rich.text import Text
-
 from ....core.memory.usage import MemoryUsage
+from ....timeline.events import PoolOpened
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
-from ...common.canvas import DIM, Lines, Scene, line, pack, rule
+from ...common.canvas import DIM, Lines, Scene, filled, line, pack, rule
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -21,35 +20,30 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     for run in shown:
         share = spare // len(shown) if spare >= 4 * len(shown) else spare if run is scene.history else 0
         rows += _run(scene, run, width, min(share, 10))
-    return [*rows[:room], *[line("")] * (room - len(rows)), *marks]
+    return [*filled(rows, room), *marks]
 
 
 def _run(scene: Scene, run: History, width: int, chart_height: int) -> Lines:
     """One manager: a heading, the pool now as a bar with its numbers, and the run as a chart below."""
-    here = run is scene.history
+    here, opened = run is scene.history, run.events[0]
+    assert isinstance(opened, PoolOpened)
     step = min(scene.moment.step, len(run.steps) - 1)
     when = f"step {step}" if step >= 0 else "before step 0"
     if here:
         usage = scene.moment.usage
     elif step < 0:
-        usage = MemoryUsage(0, 0, 0, 0, 0, total_slots(run))
+        usage = MemoryUsage(0, 0, 0, 0, 0, opened.num_blocks * opened.block_size)
     else:
         usage = run.usage_of_step(step)
         when = when if step == scene.moment.step else f"at its end, {when}"
-    title = f"{'▶ ' if here else ''}{manager_of(run)}: {usage.total:,} slots, {when}"
+    saved = f"+ sharing saves {usage.shared} slots" if usage.shared else ""
+    title = f"{'▶ ' if here else ''}{opened.manager}: {usage.total:,} slots, {when}"
     return [
         rule(title, width, f"{len(run.steps)} steps in all"),
         bar(amounts_of(usage), usage.total, width - 2),
-        _numbers(usage, width),
+        numbers(amounts_of(usage), usage.total, labels=width >= 120).append(saved, "bold"),
         *_chart(run, step, width, chart_height),
     ]
-
-
-def _numbers(usage: MemoryUsage, width: int) -> Text:
-    row = numbers(amounts_of(usage), usage.total, labels=width >= 120)
-    if usage.shared:
-        row.append(f"+ sharing saves {usage.shared} slots", "bold")
-    return row
 
 
 def _chart(run: History, now: int, width: int, height: int) -> Lines:
@@ -70,12 +64,3 @@ def _chart(run: History, now: int, width: int, height: int) -> Lines:
 
 def _marks(width: int) -> Lines:
     return [rule("Marks", width), *(line(" ", row) for row in pack(legend(USAGE), width - 2))]
-
-
-def manager_of(run: History) -> str:
-    return str(getattr(run.events[0], "manager", ""))
-
-
-def total_slots(run: History) -> int:
-    opened = run.events[0]
-    return int(getattr(opened, "num_blocks", 0)) * int(getattr(opened, "block_size", 1))

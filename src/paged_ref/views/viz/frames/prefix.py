@@ -6,6 +6,7 @@ from itertools import islice
 
 from rich.text import Text
 
+from ....timeline.history import Moment
 from ....timeline.state import KnownBlock
 from ...common.canvas import (
     DIM,
@@ -17,6 +18,7 @@ from ...common.canvas import (
     colour,
     count,
     exactly,
+    filled,
     fit,
     line,
     listing,
@@ -33,7 +35,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     if not moment.history.caches:
         return _without(scene, width)
     memory, totals = moment.state.memory, moment.state.totals
-    chains = chain(list(moment.state.memory.known.values()))
+    chains = chain(list(memory.known.values()))
     share = f" ({100 * totals.hits / totals.asked:.0f} %)" if totals.asked else ""
     tail = [
         rule("Hits and evictions so far", width),
@@ -44,22 +46,22 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
         listing(" Cached, oldest first:", islice(memory.cached, width), width, len(memory.cached)),
     ]
     if height > 20:
-        tail.append(
-            line((" A digest holds its parent's: the same tokens after another beginning are another block.", DIM))
-        )
+        holds = " A digest holds its parent's: the same tokens after another beginning are another block."
+        tail.append(line((holds, DIM)))
     room = height - 1 - len(tail)
     marked = (i for i, (_, known) in enumerate(chains) if mark_of(moment, known.block_id) != " ")
-    first, last = 0, len(chains)
-    if len(chains) > room:
-        first, last = window(len(chains), room, next(marked, 0) + scene.scroll)
-    note = f"{len(moment.state.memory.known):,} known: {len(memory.cached):,} cached, the others in use"
+    first, last = window(len(chains), room, next(marked, 0) + scene.scroll)
+    note = f"{len(memory.known):,} known: {len(memory.cached):,} cached, the others in use"
     deepest = min(width // 4, max((len(strokes) for strokes, _ in chains[first:last]), default=0))
     owned = owners(moment)
     ranks = {block: rank for rank, block in enumerate(memory.cached, start=1)}
-    rows = [_row(scene, strokes, known, deepest, width, owned, ranks) for strokes, known in chains[first:last]]
+    rows = []
+    for strokes, known in chains[first:last]:
+        in_tables, rank = owned.get(known.block_id, []), ranks.get(known.block_id, 0)
+        rows.append(_row(moment, strokes, known, deepest, width, in_tables, rank))
     if not rows:
         rows = [line((" Nothing yet. A block is known once it is full and its K and V are computed.", DIM))]
-    return [rule("Known blocks, by their digests", width, note), *rows, *[line("")] * (room - len(rows)), *tail]
+    return [rule("Known blocks, by their digests", width, note), *filled(rows, room), *tail]
 
 
 def chain(known: list[KnownBlock]) -> list[tuple[str, KnownBlock]]:
@@ -76,32 +78,22 @@ def chain(known: list[KnownBlock]) -> list[tuple[str, KnownBlock]]:
 
 
 def _row(
-    scene: Scene,
-    strokes: str,
-    known: KnownBlock,
-    indent: int,
-    width: int,
-    owned: dict[int, list[int]],
-    ranks: dict[int, int],
+    moment: Moment, strokes: str, known: KnownBlock, indent: int, width: int, in_tables: list[int], rank: int
 ) -> Text:
-    moment = scene.moment
     block = known.block_id
     mark = mark_of(moment, block)
-    in_tables = owned.get(block, [])
-    style = colour(moment.history, moment, in_tables[0]) if in_tables else WARM
-    who = 16 if width < 100 else 24
+    style = colour(moment, in_tables[0]) if in_tables else WARM
+    owners_width = 16 if width < 100 else 24
     number = len(str(moment.state.memory.num_blocks - 1))
     row = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (known.digest[:6], "bold"))
     row = exactly(row, 2 + indent + 6)
     row.append(f" {block:>{number}} ")
     texts = [moment.history.text(t) for t in known.tokens] or [UNKNOWN] * moment.state.memory.block_size
-    row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - who - 1, set(), style))
+    row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - owners_width - 1, set(), style))
     names = [moment.history.name(s) for s in in_tables]
-    state = (
-        f"×{len(in_tables)} {brief(names, who - 4)}" if in_tables else f"cached, goes {ordinal(ranks.get(block, 0))}"
-    )
-    row.append(" " * max(1, width - who - row.cell_len))
-    row.append(fit(state, who), f"{style} bold" if in_tables else style)
+    state = f"×{len(in_tables)} {brief(names, owners_width - 4)}" if in_tables else f"cached, goes {ordinal(rank)}"
+    row.append(" " * max(1, width - owners_width - row.cell_len))
+    row.append(fit(state, owners_width), f"{style} bold" if in_tables else style)
     return row
 
 
@@ -113,10 +105,9 @@ def ordinal(number: int) -> str:
 
 def _without(scene: Scene, width: int) -> Lines:
     manager = scene.moment.state.memory.manager
+    why = " This run has none: it is off, or no block was ever full. generate --prefix-cache switches it on."
     if manager != "paged":
         why = (
-            f"The {manager} manager has none: a region cannot be shared, so no other sequence could use what is in it."
+            f" The {manager} manager has none: a region cannot be shared, so no other sequence could use what is in it."
         )
-    else:
-        why = "This run has none: it is off, or no block was ever full. generate --prefix-cache switches it on."
-    return [rule("Prefix cache", width), line(" " + why)]
+    return [rule("Prefix cache", width), line(why)]
