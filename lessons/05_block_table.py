@@ -10,6 +10,7 @@ takes any free pages, and a table lists which.
 """
 
 from paged_ref import LLM, SamplingParams
+from paged_ref.extras.token_text import token_text
 from paged_ref.kernels import slot_of
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
@@ -52,7 +53,7 @@ while len(request.outputs[0].token_ids) < 3:
 # known, but its K and V are computed in the next step.) The table now:
 
 tokens = request.prompt_token_ids + request.outputs[0].token_ids[:2]
-words = [llm.tokenizer.token_text(token) for token in tokens]
+words = [token_text(llm.tokenizer, token) for token in tokens]
 block_table = list(llm.engine.manager.placement(0))
 rows = []
 for logical, physical in enumerate(block_table):

@@ -136,12 +136,12 @@ mine = check(my_gather, spec=spec, cases=cases, hint=hint)
 
 
 def gathered(call, backend):
-    at, kv = call.addresses, (call.keys, call.values)
+    at, caches = call.addresses, (call.keys, call.values)
     table, seq_len = at.block_tables[0], int(at.seq_lens[0])
-    dense = [mine(cache, table, seq_len) for cache in kv]
-    where = 0 * at.seq_lens, at.seq_lens, at.query_start_loc
+    dense = [mine(cache, table, seq_len) for cache in caches]
+    sizes = 0 * at.seq_lens, at.seq_lens, at.query_start_loc
     call.out[:] = naive_attention(
-        call.query, *dense, *where, scale=call.scale, backend="reference"
+        call.query, *dense, *sizes, scale=call.scale, backend="reference"
     )
 
 

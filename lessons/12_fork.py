@@ -52,7 +52,7 @@ llm = engine(log=events.append)
 llm.add_request(PROMPT, sampled(N, 7))
 llm.step()
 llm.step()
-manager = llm.engine.manager
+manager = llm.engine.manager.manager  # inside the one that logs
 count = manager.pool.ref_count
 rows = []
 for seq in range(N):

@@ -85,7 +85,7 @@ table("The keys of full blocks", ("prompt", "keys"), rows)
 # evicted first.
 
 cached = sum(isinstance(event, BlockCached) for event in events)
-pool = llm.engine.manager.pool
+pool = llm.engine.manager.manager.pool  # inside the one that logs
 claim("blocks cached, and in no table", pool.num_cached, cached)
 again = [[*SYSTEM, 20, 21], list(range(40, 52)), [*SYSTEM, 20, 21]]
 claim("found again, after another prompt", run(again)[1][2], 8)

@@ -18,7 +18,7 @@ from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.planner.assess import Request, assess
+from paged_ref.planner.assess import assess
 from paged_ref.planner.engine_run import engine_steps, simulated_steps
 from paged_ref.planner.hardware import GPUS
 from paged_ref.planner.models import MODELS, model_named
@@ -44,10 +44,10 @@ other = predict("And for Llama 3, against exact?", "times")
 # `paged-ref assess` prints it with every constant.
 
 traffic = generated("sharegpt", 300)
-requests = [Request(r.prompt_len, r.output_len) for r in traffic.requests]
 rows, found = [], {}
 for model in models:
-    a = found[model.name] = assess(gpu, model, requests, max_model_len=2048)
+    a = assess(gpu, model, traffic.requests, max_model_len=2048)
+    found[model.name] = a
     for plan in a.plans:
         used, rate = f"{plan.used:.0%}", plan.requests_per_second
         rows.append((model.name, plan.name, plan.sequences, used, rate))

@@ -43,7 +43,8 @@ def verdict(word, said, command, found, holds, why):
 # forecast.
 
 MIXED = traces.generated("sharegpt", 80)
-LONGEST = traces.Trace("", (traces.TraceRequest(0, 1024, 1024),) * 24, True)
+REQUEST = traces.TraceRequest(0, 1024, 1024)
+LONGEST = traces.RequestTrace("", (REQUEST,) * 24, timed=True)
 GPU, OPT = hardware.GPUS["A100-40GB"], models.MODELS["OPT-13B"]
 
 
@@ -56,7 +57,7 @@ WAYS = {"standard": "recompute", "swapping": "swap", "paged": "recompute"}
 show(f"  In this order: {', '.join(WAYS)}.\n")
 mixed = [serve(name, MIXED, way) for name, way in WAYS.items()]
 long = [serve(name, LONGEST, way) for name, way in WAYS.items()]
-used = [round(run.shares.tokens_of_used, 2) for run in mixed]
+used = [round(run.shares.occupancy, 2) for run in mixed]
 rate = [round(run.requests_per_second, 2) for run in mixed]
 long = [round(run.requests_per_second, 2) for run in long]
 steps = [run.steps for run in mixed]
@@ -96,7 +97,7 @@ verdict("false", "only the most relevant is read", "long --attend 0.1",
 config, saved = LLM("tiny").config, activations.Keep()
 weights, gradient = [parameters.Parameters(config) for _ in range(2)]
 weights.initialize(seed=0)
-batch = network.Batch.of([np.arange(33)])
+batch = network.PackedBatch.of([np.arange(33)])
 network.loss_and_gradient(weights, gradient, batch, saved)
 shapes = network.saved_shapes(config, 32).values()
 planned = 4 * config.num_layers * sum(int(np.prod(s)) for s in shapes)

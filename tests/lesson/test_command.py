@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from paged_ref.cli import main
-from paged_ref.lesson.progress import Progress
+from paged_ref.lesson.progress import LessonRecord, Progress
+from paged_ref.views.common.program import program
 
 
 @pytest.fixture
@@ -41,11 +42,10 @@ def test_an_error_of_the_lesson_is_shown_without_the_runners_frames(
 
 def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lesson", "--lessons", str(folder)]) == 0
-    assert "Go on with: paged-ref lesson 1" in capsys.readouterr().out
+    assert f"Go on with: {program()} lesson 1\n" in capsys.readouterr().out
     main(["lesson", "1", "--lessons", str(folder)])
-    assert not Progress().was_begun("01_one"), "a pipe has no reader"
-    Progress().set_part("01_one", 0)
-    Progress().set_solved("01_one", "my_f")
+    assert not Progress().lessons, "a pipe has no reader"
+    Progress().save("01_one", LessonRecord(part=0, exercises={"my_f": True}))
     (folder / "02_two.py").write_text("def\n")
     capsys.readouterr()
     assert main(["lesson", "--lessons", str(folder)]) == 0
@@ -53,7 +53,7 @@ def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture
     assert "to the end" in out
     assert "✓ solved" in out
     assert "not readable" in out
-    assert "Go on with: paged-ref lesson 2" in out
+    assert f"Go on with: {program()} lesson 2\n" in out
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ check(my_twice, spec=lambda number: 2 * number, cases=[(3,), (5,)], hint="Multip
 # That was all.
 '''
 CTRL_C = b"\x03"
+PROGRAM = f"{sys.executable} -m paged_ref"  # as started below
 
 
 class Reader:
@@ -135,7 +136,7 @@ def progress(directory: Path) -> Any:
 
 def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
     reader = Reader(directory)
-    reader.see("Go on with: paged-ref lesson 1")
+    reader.see(f"Go on with: {PROGRAM} lesson 1")
     reader.see("q: leave]")
     reader.type("")
     assert "how much is twice a number?" in reader.see("1 of 6: What it uses")
@@ -198,7 +199,7 @@ def test_leaving_and_interrupting_lose_nothing(directory: Path) -> None:
     reader.type("14")
     reader.see("q: leave]")
     reader.interrupt()
-    reader.see("Interrupted. What you did is kept: paged-ref lesson 1 goes on from here.")
+    reader.see(f"Interrupted. What you did is kept: {PROGRAM} lesson 1 goes on from here.")
     assert reader.end() == 130
     assert progress(directory)["part"] == 2
 

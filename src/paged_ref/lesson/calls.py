@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from .grading import Pending, Verdict, first_difference, grade
-from .lesson_session import ClaimError, Exercise, LessonSession, current, relative_path
+from .lesson_session import ClaimError, Exercise, LessonSession, current, python_code, relative_path
 from .number_text import number_text, parse_number
 
 Catcher = Literal["sanitizer", "integrity", "tracer", "contract", "engine"]
-_CATCHER_OF_ERROR: dict[str, Catcher] = {
-    "SanitizerError": "sanitizer", "AssertionError": "integrity", "KernelError": "tracer",
-}  # fmt: skip
+_CATCHER_OF_ERROR = {"SanitizerError": "sanitizer", "AssertionError": "integrity", "KernelError": "tracer"}
 _CATCHER_IN_WORDS = {
     "sanitizer": "the sanitizer", "integrity": "the integrity check", "tracer": "the tracer",
     "contract": "the contract (the result must not change)", "engine": "the engine itself", "nothing": "nothing",
@@ -59,7 +57,8 @@ def predict(question: str, unit: str = "") -> Guess:
     The reader may type 2*3*8, 1,000, 50% or 2.5e6. Enter alone keeps an earlier answer, or gives none.
     """
     session = current()
-    earlier = session.progress.prediction(session.lesson, question)
+    record = session.progress.of(session.lesson)
+    earlier = record.predictions.get(question)
     if not session.interactive:
         return Guess(question, unit, earlier)
     session.say(f"Predict: {question}", "bold")
@@ -72,24 +71,20 @@ def predict(question: str, unit: str = "") -> Guess:
             value = parse_number(typed.rstrip("% ") if unit == "percent" else typed)
         except ValueError as error:
             session.say(f"{error}", "yellow")
-            continue
-        session.progress.set_prediction(session.lesson, question, value)
-        return Guess(question, unit, value)
+        else:
+            record.predictions[question] = value
+            session.progress.save(session.lesson, record)
+            return Guess(question, unit, value)
 
 
 def claim(text: str, found: Any, expected: Any = True) -> None:
     """Print what the run shows, and require it: `found` is `expected`. Raises ClaimError otherwise."""
-    difference = first_difference(found, expected)
-    if difference is not None:
-        raise ClaimError(
-            f"This claim does not hold: {text}\n  found {found!r}, expected {expected!r} {difference}".rstrip()
-        )
-    if isinstance(expected, (bool, str)):
-        counted = ""
-    elif isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
+    if (difference := first_difference(found, expected)) is not None:
+        problem = f"This claim does not hold: {text}\n  found {found!r}, expected {expected!r} {difference}"
+        raise ClaimError(problem.rstrip())
+    counted = "" if isinstance(expected, (bool, str)) else f": {number_text(expected)}"
+    if isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
         counted = f" (all {len(expected)})"
-    else:
-        counted = f": {number_text(expected)}"
     current().say(f"✓ {text}{counted}", "green")
 
 
@@ -131,15 +126,14 @@ def check(
     if session.solutions and solution:
         yours = solution[0]
     verdict = grade(yours, spec, cases)
-    session.exercises[name] = Exercise(name, yours, spec, cases, hint, verdict)
+    session.exercises[name] = Exercise(name, spec, cases, hint, verdict)
     session.checked.append(name)
     if verdict.printed:
         session.say(f"{name} printed:\n{verdict.printed[:800].rstrip()}", "dim")
     if verdict.state == "pending":
         at = f"{relative_path(yours.__code__.co_filename)}, line {yours.__code__.co_firstlineno}"
-        session.say(
-            f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used.", "cyan"
-        )
+        open_hole = f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used."
+        session.say(open_hole, "cyan")
         return spec
     if verdict.state == "wrong":
         _say_wrong(session, yours, verdict, hint)
@@ -147,10 +141,12 @@ def check(
     whose = "the solution" if session.solutions else "yours"
     session.say(f"✓ {name} is right in all {len(cases)} cases. The lesson goes on with {whose}.", "bold green")
     if not session.solutions:
-        session.progress.set_solved(session.lesson, name)
+        record = session.progress.of(session.lesson)
+        record.exercises[name] = True
+        session.progress.save(session.lesson, record)
     if solution:
         session.say("One way to write it:", indent=4)
-        show(Padding(Syntax(solution[1], "python", theme="ansi_dark", word_wrap=True), (0, 0, 0, 2), expand=False))
+        show(python_code(solution[1]))
     return yours
 
 
@@ -175,25 +171,13 @@ def _place_of(error: BaseException, function: Callable[..., Any]) -> str:
     return f"{type(error).__name__} at line {lines[-1] if lines else '?'}: {error}"
 
 
-@contextmanager
-def plug_in(where: tuple[Any, str], function: Any) -> Iterator[None]:
+def plug_in(where: tuple[Any, str], function: Any) -> AbstractContextManager[Any]:
     """Put `function` in the place of the package's own for a while. `where` is (class or module, name)."""
-    owner, name = where
-    real = owner.__dict__[name]
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        setattr(owner, name, real)
+    return patch.object(where[0], where[1], new=function)
 
 
 def break_it(
-    what: str,
-    *,
-    where: tuple[Any, str],
-    bug: Callable[[Any], Any],
-    run: Callable[[], Any],
-    caught_by: Catcher,
+    what: str, *, where: tuple[Any, str], bug: Callable[[Any], Any], run: Callable[[], Any], caught_by: Catcher
 ) -> None:
     """Plant a bug for one run, if the reader wishes, and show which check catches it.
 
@@ -215,10 +199,8 @@ def break_it(
     except Exception as error:
         by, words = _CATCHER_OF_ERROR.get(type(error).__name__, "engine"), f"{type(error).__name__}: {error}"
     if by != caught_by:
-        raise ClaimError(
-            f"The planted bug is caught by {_CATCHER_IN_WORDS[by]}, not by {_CATCHER_IN_WORDS[caught_by]}: "
-            f"{what}. {words}"
-        )
+        found, expected = _CATCHER_IN_WORDS[by], _CATCHER_IN_WORDS[caught_by]
+        raise ClaimError(f"The planted bug is caught by {found}, not by {expected}: {what}. {words}")
     session.caught[what] = by
     session.say(f"✓ Caught by {_CATCHER_IN_WORDS[by]}:", "green")
     session.say(words, indent=4)

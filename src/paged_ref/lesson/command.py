@@ -10,10 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..views.common.program import program
 from . import lesson_script
 from .lesson_player import Leave, LessonPlayer, error_text, watch
 from .lesson_session import LessonSession, relative_path
-from .progress import Progress
+from .progress import LessonRecord, Progress
 
 _CHECKOUT = Path(__file__).resolve().parents[3] / "lessons"
 
@@ -29,23 +30,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    paths = lesson_script.find(_directory(args.lessons))
+    paths = {int(path.name[:2]): path for path in lesson_script.find(_directory(args.lessons))}
     progress = Progress()
-    for warning in progress.warnings:
-        print(f"paged-ref lesson: {warning}", file=sys.stderr)
-    known = len(progress.warnings)
+    try:
+        return _run(args, paths, progress)
+    finally:
+        for warning in progress.warnings:
+            print(f"paged-ref lesson: {warning}", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace, paths: dict[int, Path], progress: Progress) -> int:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     number = args.number
     if number is None:
         for name in ("part", "solutions", "watch"):
             if getattr(args, name):
-                raise ValueError(f"--{name} needs the number of a lesson, as in paged-ref lesson 5 --{name}")
+                raise ValueError(f"--{name} needs the number of a lesson, as in {program()} lesson 5 --{name}")
         number = _choose(paths, progress, interactive)
         if number is None:
             return 0
     if args.watch and args.part is not None:
         raise ValueError(f"--part is {args.part}; --watch runs the whole lesson, so give one of the two")
-    path = _path(paths, number)
+    if number not in paths:
+        raise ValueError(f"lesson is {number}; known are {min(paths)} to {max(paths)}")
+    path = paths[number]
 
     def make_session(asks: bool = False) -> LessonSession:
         return LessonSession(path.stem, path.parent, progress, asks, args.solutions)
@@ -55,11 +63,8 @@ def main(args: argparse.Namespace) -> int:
             watch(path, make_session)
         return _play(path, make_session(interactive), args.part)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What you did is kept: paged-ref lesson {number} goes on from here.")
+        print(f"\nInterrupted. What you did is kept: {program()} lesson {number} goes on from here.")
         return 130
-    finally:
-        for warning in progress.warnings[known:]:
-            print(f"paged-ref lesson: {warning}", file=sys.stderr)
 
 
 def _play(path: Path, session: LessonSession, part: int | None) -> int:
@@ -69,23 +74,20 @@ def _play(path: Path, session: LessonSession, part: int | None) -> int:
         session.say(error_text(error), "red")
         return 1
     lesson = player.script
+    again = f"{program()} lesson {lesson.number}"
     if part is not None and not 1 <= part <= len(lesson.parts):
         raise ValueError(f"--part is {part}; lesson {lesson.number} has the parts 1 to {len(lesson.parts)}")
     if part is None:
-        part = session.progress.part(session.lesson) if session.interactive else 1
+        part = session.progress.of(session.lesson).part if session.interactive else 1
     try:
         if not player.play(part):
             return 1
     except Leave:
-        session.say(f"Left. paged-ref lesson {lesson.number} goes on from here.", "dim")
+        session.say(f"Left. {again} goes on from here.", "dim")
         return 0
-    still_open = [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]
-    if still_open:
-        session.say(
-            f"The lesson is at its end; {', '.join(still_open)} is still open. Write it in {relative_path(path)}, with "
-            f"paged-ref lesson {lesson.number} --watch beside the editor.",
-            "cyan",
-        )
+    if still_open := [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]:
+        session.say(f"The lesson is at its end; {', '.join(still_open)} is still open. Write it in", "cyan")
+        session.say(f"{relative_path(path)}, with {again} --watch beside the editor.", "cyan")
     return 0
 
 
@@ -104,27 +106,22 @@ def _directory(given: Path | None) -> Path:
     )
 
 
-def _path(paths: list[Path], number: int) -> Path:
-    for path in paths:
-        if _number(path) == number:
-            return path
-    raise ValueError(f"lesson is {number}; known are {_number(paths[0])} to {_number(paths[-1])}")
-
-
-def _choose(paths: list[Path], progress: Progress, interactive: bool) -> int | None:
+def _choose(paths: dict[int, Path], progress: Progress, interactive: bool) -> int | None:
     """Print all lessons and what is done; the number of the lesson that the reader chooses, if any."""
     console = Console(highlight=False)
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (("", "right"), ("lesson", "left"), ("min", "right"), ("read", "left"), ("exercise", "left")):
-        drawn.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for path in paths:
-        drawn.add_row(*_row(path, progress))
+    drawn = Table("", "lesson", "min", "read", "exercise", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn.columns[0].justify = drawn.columns[2].justify = "right"
+    following = None
+    for number, path in paths.items():
+        record = progress.of(path.stem)
+        drawn.add_row(str(number), *_row(path, record, path.stem in progress.lessons))
+        if following is None and (record.part > 0 or not record.exercises):
+            following = number
     console.print(drawn)
-    following = next((_number(path) for path in paths if not _is_done(path, progress)), None)
     if following is None:
-        console.print("All are done. paged-ref lesson N runs one again.")
+        console.print(f"All are done. {program()} lesson N runs one again.", soft_wrap=True)
         return None
-    console.print(f"Go on with: paged-ref lesson {following}")
+    console.print(f"Go on with: {program()} lesson {following}", soft_wrap=True)
     if not interactive:
         return None
     try:
@@ -136,22 +133,11 @@ def _choose(paths: list[Path], progress: Progress, interactive: bool) -> int | N
     return None if typed else following
 
 
-def _row(path: Path, progress: Progress) -> tuple[str, ...]:
-    """One lesson of the list: number, title, minutes, how far it was read, whether its exercise is solved."""
+def _row(path: Path, record: LessonRecord, begun: bool) -> tuple[str, str, str, str]:
+    """A lesson of the list: title, minutes, how far it was read, whether its exercise is solved."""
     try:
         lesson = lesson_script.read(path)
     except (SyntaxError, ValueError):
-        return str(_number(path)), path.stem, "", "not readable", ""
-    part = progress.part(path.stem)
-    reading = "" if not progress.was_begun(path.stem) else f"part {part}" if part else "to the end"
-    solved = "✓ solved" if progress.solved(path.stem) else ""
-    return str(lesson.number), lesson.title, str(lesson.minutes), reading, solved
-
-
-def _is_done(path: Path, progress: Progress) -> bool:
-    """Read to the end, and the exercise solved."""
-    return progress.part(path.stem) == 0 and bool(progress.solved(path.stem))
-
-
-def _number(path: Path) -> int:
-    return int(path.name[:2])
+        return path.stem, "", "not readable", ""
+    reading = "" if not begun else f"part {record.part}" if record.part else "to the end"
+    return lesson.title, str(lesson.minutes), reading, "✓ solved" if record.exercises else ""

@@ -21,6 +21,7 @@ import numpy as np
 SECONDS = 5.0  # for one call
 CHARACTERS = 20_000  # that an answer may print
 MAX_SHOWN = 400  # characters of a value
+MUTABLE = (list, dict, set, np.ndarray)
 
 
 class Pending(Exception):  # noqa: N818  (no error: the hole is not filled yet)
@@ -100,8 +101,7 @@ def _outcomes_differ(found: _Outcome, wanted: _Outcome) -> str | None:
     if (difference := first_difference(found.value, wanted.value)) is not None:
         return difference
     for number, (left, right) in enumerate(zip(found.arguments, wanted.arguments, strict=True), start=1):
-        kind = (list, dict, set, np.ndarray)
-        if isinstance(right, kind) and first_difference(left, right) is not None:
+        if isinstance(right, MUTABLE) and first_difference(left, right) is not None:
             return f"argument {number} is left as {_text(left)}; the spec leaves {_text(right)}"
     return None
 
@@ -143,8 +143,6 @@ def _list_difference(found: Sequence[Any], wanted: Sequence[Any], at: str) -> st
 def _outcome_text(outcome: _Outcome) -> str:
     if outcome.error is not None:
         return f"raises {type(outcome.error).__name__}: {outcome.error}".removesuffix(": ")
-    if outcome.value is None:
-        return "None"
     return _text(outcome.value)
 
 

@@ -7,21 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class KernelBug(NamedTuple):
-    """One change of a kernel's source."""
-
-    fragment: str
-    replacement: str
-
-
-KERNEL_BUGS = {
-    "no barrier after the largest score is read": KernelBug(
-        "cuda.syncthreads()  # All have read work[0].", "pass  # All have read work[0]."
+KERNEL_BUGS = {  # what the bug is -> source text, and what stands there with the bug
+    "no barrier after the largest score is read": (
+        "cuda.syncthreads()  # All have read work[0].",
+        "pass  # All have read work[0].",
     ),
-    "the first sequence's block table for all": KernelBug("block_tables[seq]", "block_tables[0]"),
+    "the first sequence's block table for all": ("block_tables[seq]", "block_tables[0]"),
 }
 
 
@@ -34,7 +27,7 @@ def plant(kernel: Any, bug: str) -> Callable[..., None]:
         raise ValueError(f"the bug is {bug!r}; known are {', '.join(map(repr, KERNEL_BUGS))}")
     function = kernel.py_func
     source = inspect.getsource(function)
-    for fragment, replacement in (KernelBug("@cuda.jit\n", ""), KERNEL_BUGS[bug]):
+    for fragment, replacement in (("@cuda.jit\n", ""), KERNEL_BUGS[bug]):
         if (count := source.count(fragment)) != 1:
             raise ValueError(f"{fragment!r} is {count} times in {function.__module__}.{function.__name__}, not once")
         source = source.replace(fragment, replacement)

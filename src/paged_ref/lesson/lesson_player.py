@@ -7,22 +7,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import RenderableType
 from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.rule import Rule
-from rich.syntax import Syntax
 from rich.text import Text
 
 from . import lesson_script
-from .counted_output import CountedOutput, forget_keys
-from .lesson_script import LessonScript, Part, Passage
-from .lesson_session import ClaimError, LessonSession, running
+from .lesson_script import Part, Passage
+from .lesson_session import ClaimError, LessonSession, python_code, running
 
 PROSE_WIDTH = 88  # columns: longer lines are hard to read
 _HERE = str(Path(__file__).parent)
@@ -30,6 +28,25 @@ _HERE = str(Path(__file__).parent)
 
 class Leave(Exception):  # noqa: N818  (the reader's wish, not an error)
     """The reader leaves the lesson, to go on another time."""
+
+
+class CountedOutput:
+    """Standard output that counts its rows. While `held` is a list, text is kept there and not printed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.rows = 0
+        self.held: list[str] | None = None
+
+    def write(self, text: str) -> int:
+        if self.held is not None:
+            self.held.append(text)
+            return len(text)
+        self.rows += text.count("\n")
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class LessonPlayer:
@@ -44,17 +61,16 @@ class LessonPlayer:
 
     def play(self, first: int = 1) -> bool:
         """Play from part `first` on; earlier parts run unseen. False: an error ended the lesson. Raises Leave."""
-        session = self.session
+        session, script = self.session, self.script
         session.before_ask = self._release
         with running(session), redirect_stdout(self._output):
-            if not 1 <= first <= len(self.script.parts):
-                first = 1
-            heading = f"Lesson {self.script.number}: {self.script.title}"
-            self._show(Rule(heading, characters="═", align="left"), Text(), Markdown(_below_title(self.script)))
-            if first > 1:
-                self._run_unseen(first - 1)
-            number = first
-            while number <= len(self.script.parts):
+            number = first if 1 <= first <= len(script.parts) else 1
+            below_title = script.head.partition("\n\n")[2].replace("\nTime:", "  \nTime:")
+            heading = Rule(f"Lesson {script.number}: {script.title}", characters="═", align="left")
+            self._show(heading, Text(), Markdown(below_title))
+            if number > 1:
+                self._run_unseen(number - 1)
+            while number <= len(script.parts):
                 self._save_part(number)
                 went_well = self._play_part(number)
                 if not (went_well or session.interactive):
@@ -66,8 +82,11 @@ class LessonPlayer:
 
     def _save_part(self, number: int) -> None:
         """Save the part that the reader has reached; 0 is the end. Without a reader nothing is saved."""
-        if self.session.interactive:
-            self.session.progress.set_part(self.session.lesson, number)
+        session = self.session
+        if session.interactive:
+            record = session.progress.of(session.lesson)
+            record.part = number
+            session.progress.save(session.lesson, record)
 
     # --- parts -------------------------------------------------------------------------------------
 
@@ -82,11 +101,7 @@ class LessonPlayer:
                 self._show(Text(), Markdown(passage.text))
                 continue
             code = passage.text.replace("  # fmt: skip", "")  # a word for the formatter, not for the reader
-            self._show(
-                Text(),
-                Padding(Syntax(code, "python", theme="ansi_dark", word_wrap=True), (0, 0, 0, 2), expand=False),
-                Text(),
-            )
+            self._show(Text(), python_code(code), Text())
             self._output.held = [] if self.session.interactive else None
             try:
                 if not self._run(passage):
@@ -130,11 +145,11 @@ class LessonPlayer:
         """True: the next part. False: the same part again, from the file as it is now. Raises Leave."""
         exercises = [self.session.exercises[name] for name in self.session.checked]
         open_ones = [exercise for exercise in exercises if exercise.verdict.state != "right"]
+        keys = "Enter: on   r: this part again, from the file" if went_well else "Enter: this part again"
+        keys += "   h: hint" if open_ones else ""
         while True:
-            keys = ["Enter: this part again"] if not went_well else ["Enter: on", "r: this part again, from the file"]
-            keys += ["h: hint"] if open_ones else []
-            typed = self._wait("   ".join([*keys, "q: leave"]))
-            if typed == "h" and open_ones:
+            typed = self._wait(f"{keys}   q: leave")
+            if typed == "h":
                 for exercise in open_ones:
                     self.session.say(f"hint for {exercise.name}: {exercise.hint}")
             elif typed == "" and went_well:
@@ -159,7 +174,7 @@ class LessonPlayer:
     def _wait(self, keys: str) -> str:
         """A line typed by the reader, after which the prompt is erased. Raises Leave at q and at the end of input."""
         plain = self.session.console.is_dumb_terminal
-        forget_keys()
+        _forget_keys()
         typed = self.session.ask(f"[{keys}] " if plain else f"\x1b[2m[{keys}]\x1b[0m ")
         self._output.rows = 0
         if typed is None or typed.lower() in ("q", "quit", "exit"):
@@ -171,7 +186,6 @@ class LessonPlayer:
     # --- output ------------------------------------------------------------------------------------
 
     def _show(self, *pictures: RenderableType) -> None:
-        """Print; where the screen is full, wait for Enter first, so that nothing scrolls away unread."""
         console = self.session.console
         with console.capture() as captured:
             for picture in pictures:
@@ -180,6 +194,7 @@ class LessonPlayer:
         self._print(captured.get(), "more")
 
     def _print(self, text: str, what: str) -> None:
+        """Print; where the screen is full, wait for Enter first, so that nothing scrolls away unread."""
         full = 0 < self._output.rows > self.session.console.height - 2 - text.count("\n")
         if self.session.interactive and full:
             self._wait(f"Enter: {what}")
@@ -187,23 +202,19 @@ class LessonPlayer:
 
     def _release(self) -> None:
         """Print the output that a run has held back, before the reader is asked and at the end of the run."""
-        held = self._output.held
+        held, self._output.held = self._output.held, None
         if held:
-            text = "".join(held)
-            held.clear()
-            self._output.held = None
-            self._print(text, "what it prints")
-            self._output.held = held
+            self._print("".join(held), "what it prints")
+        self._output.held = None if held is None else []
 
 
 def watch(path: Path, make_session: Callable[[], LessonSession]) -> None:
     """Run the lesson again each time its file is saved, without asking; until Ctrl-C."""
     seen: float | None = None
     while True:
-        try:
-            changed: float | None = path.stat().st_mtime
-        except OSError:  # some editors remove the file for a moment while they save it
-            changed = seen
+        changed = seen
+        with suppress(OSError):  # some editors remove the file for a moment while they save it
+            changed = path.stat().st_mtime
         if changed == seen:
             time.sleep(0.2)
             continue
@@ -226,15 +237,19 @@ def run_quietly(path: Path, session: LessonSession) -> bool:
         return player.run_code(player.script.parts)
 
 
-def _below_title(lesson: LessonScript) -> str:
-    return lesson.head.partition("\n\n")[2].replace("\nTime:", "  \nTime:")
-
-
 def error_text(error: BaseException) -> str:
     """An error of the lesson's code, without the frames of this room."""
+    last = "".join(traceback.format_exception_only(error)).rstrip()
     if isinstance(error, SyntaxError) or error.__traceback__ is None:
-        lines = traceback.format_exception_only(error)
-        return "".join(lines).rstrip() + "\nMend the line and save. What you did so far is kept."
+        return f"{last}\nMend the line and save. What you did so far is kept."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_HERE)]
-    lines = ["Traceback, the last call at the end:\n", *traceback.format_list(frames[-6:])]
-    return "".join([*lines, *traceback.format_exception_only(error)]).rstrip()
+    return f"Traceback, the last call at the end:\n{''.join(traceback.format_list(frames[-6:]))}{last}"
+
+
+def _forget_keys() -> None:
+    """Drop what was typed before the question: it is no answer."""
+    with suppress(ImportError, OSError, ValueError):  # no such terminal: nothing was typed
+        import termios
+
+        with suppress(termios.error):
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)

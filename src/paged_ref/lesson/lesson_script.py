@@ -23,7 +23,7 @@ class Passage:
 
     kind: Kind
     text: str  # prose: Markdown, without the #
-    statements: tuple[ast.stmt, ...] = ()
+    line: int = 1  # of the file, on which code begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ def find(directory: Path) -> list[Path]:
 
 def execute(passage: Passage, path: Path, namespace: dict[str, Any]) -> None:
     """Run a passage of code; errors in it name the lesson's file and line."""
-    module = ast.Module(body=list(passage.statements), type_ignores=[])
-    exec(compile(module, str(path), "exec", dont_inherit=True), namespace)
+    source = "\n" * (passage.line - 1) + passage.text
+    exec(compile(source, str(path), "exec", dont_inherit=True), namespace)
 
 
 def _parts(source: str, tree: ast.Module) -> Iterator[Part]:
@@ -94,14 +94,12 @@ def _passages(source: str, tree: ast.Module) -> Iterator[Passage]:
         decorators = [d.lineno for d in getattr(statement, "decorator_list", [])]
         for number in range(min([statement.lineno, *decorators]), (statement.end_lineno or statement.lineno) + 1):
             statement_at[number] = statement
-    end = tree.body[0].end_lineno or 1
-    for kind, first, last in _joined(_paragraphs(lines, statement_at, end + 1), lines):
+    for kind, first, last in _joined(_paragraphs(lines, statement_at, (tree.body[0].end_lineno or 1) + 1), lines):
         text = "\n".join(lines[first - 1 : last])
         if kind == "prose":
             yield Passage("prose", re.sub(r"^# ?", "", text, flags=re.MULTILINE))
         else:
-            inside = dict.fromkeys(statement_at[n] for n in range(first, last + 1) if n in statement_at)
-            yield Passage("code", text, tuple(inside))
+            yield Passage("code", text, first)
 
 
 def _paragraphs(lines: list[str], statement_at: dict[int, ast.stmt], first: int) -> Iterator[Lines]:
@@ -118,16 +116,14 @@ def _paragraphs(lines: list[str], statement_at: dict[int, ast.stmt], first: int)
         first = last + 1
 
 
-def _joined(paragraphs: Iterable[Lines], lines: list[str]) -> Iterator[Lines]:
+def _joined(paragraphs: Iterable[Lines], lines: list[str]) -> list[Lines]:
     """Neighbours of one kind as one; a heading begins anew, and so does code of more than a screen."""
-    open_one: Lines | None = None
+    joined: list[Lines] = []
     for kind, first, last in paragraphs:
-        if open_one is not None:
-            fits = kind == "prose" or last - open_one[1] < MAX_ROWS
-            if open_one[0] == kind and fits and not lines[first - 1].startswith("# ## "):
-                open_one = (kind, open_one[1], last)
-                continue
-            yield open_one
-        open_one = (kind, first, last)
-    if open_one is not None:
-        yield open_one
+        before, start, _ = joined[-1] if joined else ("", 0, 0)
+        fits = kind == "prose" or last - start < MAX_ROWS
+        if before == kind and fits and not lines[first - 1].startswith("# ## "):
+            joined[-1] = (kind, start, last)
+        else:
+            joined.append((kind, first, last))
+    return joined

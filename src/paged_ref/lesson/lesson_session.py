@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
+from rich.syntax import Syntax
 from rich.text import Text
 
 from .grading import Verdict
@@ -29,7 +30,6 @@ class Exercise:
     """One check() and its verdict."""
 
     name: str
-    yours: Callable[..., Any]
     spec: Callable[..., Any]
     cases: Sequence[tuple[Any, ...]]
     hint: str
@@ -52,9 +52,8 @@ class LessonSession:
     before_ask: Callable[[], None] = lambda: None  # prints what was held back, so that the reader sees it first
 
     def say(self, text: str, style: str = "", indent: int = 2) -> None:
-        self.console.print(
-            Padding(Text(text, style), (0, 0, 0, indent), expand=False), width=min(self.console.width, 100)
-        )
+        padded = Padding(Text(text, style), (0, 0, 0, indent), expand=False)
+        self.console.print(padded, width=min(self.console.width, 100))
 
     def ask(self, prompt: str) -> str | None:
         """A line typed by the reader; None at the end of input."""
@@ -72,6 +71,11 @@ class LessonSession:
             return None
         function = runpy.run_path(str(path)).get(name)
         return (function, inspect.getsource(function).rstrip()) if function else None
+
+
+def python_code(source: str) -> Padding:
+    """The source with colours, for a Console to print."""
+    return Padding(Syntax(source, "python", theme="ansi_dark", word_wrap=True), (0, 0, 0, 2), expand=False)
 
 
 def relative_path(path: str | Path) -> str:
