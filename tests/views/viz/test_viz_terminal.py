@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import termios
@@ -119,7 +120,8 @@ def test_an_exception_restores_the_terminal(start: Callable[..., Terminal], tmp_
         "player.Player.actions['n'] = broken\n",
         encoding="utf-8",
     )
-    terminal = start(PYTHONPATH=str(tmp_path))
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    terminal = start(PYTHONPATH=os.pathsep.join(filter(None, paths)))
     terminal.see("event 1 of")
     terminal.press("n")
     assert terminal.end() == 1
