@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -37,8 +36,6 @@ FLOORS = [
 UPPER = {"views", "planner", "training", "bench", "commands", "lesson"}
 # The doors put rooms together, and stand outside the floors. Rooms that may go through them:
 DOORS = {"llm": UPPER, "kernels": UPPER | {"beyond_device"}, "__init__": UPPER, "__main__": set(), "cli": {"commands"}}
-# The imports that are still to be cut: file -> rooms; and the files that still import each other in a circle.
-STILL_TO_CUT: dict[str, list[Any]] = json.loads((Path(__file__).parent / "still_to_cut.json").read_text("utf-8"))
 
 # In the order in which the README gives them to the reader.
 READING_PATH = (
@@ -110,14 +107,7 @@ def forbidden(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=short)
 def test_imports_go_down(path: Path) -> None:
-    assert forbidden(path) <= set(STILL_TO_CUT.get(short(path), ()))
-
-
-def test_what_is_still_to_be_cut_is_there() -> None:
-    """A line of the list that is cut leaves the list."""
-    found = {short(path): sorted(rooms) for path in FILES if (rooms := forbidden(path))}
-    listed = {name: rooms for name, rooms in STILL_TO_CUT.items() if name != "circles"}
-    assert {name: rooms for name, rooms in listed.items() if found.get(name) != rooms} == {}
+    assert forbidden(path) == set()
 
 
 @pytest.mark.parametrize("path", CORE_FILES, ids=short)
@@ -153,7 +143,7 @@ def circles() -> list[list[str]]:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    assert circles() == STILL_TO_CUT.get("circles", [])
+    assert circles() == []
 
 
 # --- what importing loads --------------------------------------------------------------------------------

@@ -478,15 +478,40 @@ def test_beams_are_refused_by_managers_that_cannot_share(manager: Any) -> None:
 
 
 @pytest.mark.parametrize("manager", MANAGERS)
-@pytest.mark.parametrize("watch", ["log", "sanitize", "on_step"])
-def test_watching_changes_no_token(manager: Any, watch: str) -> None:
+@pytest.mark.parametrize("watch", [["log"], ["sanitize"], ["on_step"], ["log", "sanitize", "on_step"]], ids=" ".join)
+def test_watching_changes_no_token(manager: Any, watch: list[str]) -> None:
     options: dict[str, Any] = {"manager": manager, "block_size": 4, "kv_cache_tokens": 64}
     if manager == "standard":
         options["reserve"] = "exact"
-    how: Any = True if watch == "sanitize" else [].append
     params = [greedy(), greedy(n=2, temperature=0.8, seed=4), greedy()]
     plain = LLM("tiny", **options).generate(PROMPTS[:3], params)
-    options[watch] = how
-    watched = LLM("tiny", **options).generate(PROMPTS[:3], params)
+    watchers: dict[str, Any] = {name: True if name == "sanitize" else [].append for name in watch}
+    llm = LLM("tiny", **options, **watchers)
+    watched = llm.generate(PROMPTS[:3], params)
     assert [tokens_of(output) for output in watched] == [tokens_of(output) for output in plain]
     assert [output.num_preemptions for output in watched] == [output.num_preemptions for output in plain]
+    assert sum(output.num_preemptions for output in plain) > 0 or manager == "standard"
+    llm.engine.observers.clear()
+    without = llm.generate(PROMPTS[:3], params)
+    assert [tokens_of(output) for output in without] == [tokens_of(output) for output in plain]
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_observers_that_are_deleted_between_two_steps_change_no_token(manager: Any) -> None:
+    options: dict[str, Any] = {"prefix_cache": True, "preemption": "swap"} if manager == "paged" else {}
+    if manager == "standard":
+        options["reserve"] = "exact"
+    params = [greedy(), greedy(n=2, temperature=0.8, seed=4), greedy()]
+    if manager == "paged":
+        params[2] = greedy(beam_width=3)
+    engine = Engine(manager=manager, block_size=4, kv_cache_tokens=96, **options)
+    plain = LLM("tiny", manager=manager, block_size=4, kv_cache_tokens=96, **options).generate(PROMPTS[:3], params)
+    outputs = [engine.add(prompt, its) for prompt, its in zip(PROMPTS, params, strict=False)]
+    for _ in range(5):
+        engine.step()
+    assert len(engine.llm.engine.observers) == 2
+    engine.llm.engine.observers.clear()
+    while engine.llm.has_unfinished:
+        engine.llm.step()
+    assert [tokens_of(output) for output in outputs] == [tokens_of(output) for output in plain]
+    assert_nothing_held(engine.llm)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
-from support.manager_state import state_of
+from support.manager_state import replay, state_of
 
 from paged_ref.core.engine.engine import Engine
 from paged_ref.core.engine.llm import LLM
@@ -179,6 +179,19 @@ def test_the_events_of_each_operation() -> None:
     manager.append([(0, 1)])
     manager.append([(0, 2)])  # no block is free any more, so the cached one is evicted
     assert logged() == [SequenceFreed(2), TokensAppended(0, 1, (3,)), TokensAppended(0, 2, (0,), (), (0,))]
+
+
+def test_an_admission_says_what_was_found() -> None:
+    events: list[Event] = []
+    manager = LoggedManager(PagedManager(CachingBlockPool(8), 4), events.append)
+    for seq_id, tokens in enumerate(([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 10, 11, 12])):
+        known = manager.admit(seq_id, tokens, 16)
+        manager.append([(seq_id, len(tokens) - known)])
+        manager.commit(seq_id, tokens, len(tokens))
+    admitted = [event for event in events if isinstance(event, SequenceAdmitted)]
+    assert [(event.seq_id, event.length) for event in admitted] == [(0, 0), (1, 4)]
+    assert admitted[1].blocks == (manager.placement(0)[0],)
+    assert replay(events) == state_of(manager)
 
 
 def test_the_events_of_regions() -> None:
