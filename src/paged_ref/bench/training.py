@@ -33,18 +33,10 @@ from ..views.common.files import write_json
 from ..views.common.versions import describe_device
 from .results import shortest, table_of
 
-CONFIG = ModelConfig(
-    vocab_size=2048,
-    hidden_size=128,
-    intermediate_size=352,
-    num_layers=5,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=32,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-)  # the embedded model's sizes
+CONFIG = ModelConfig(  # the embedded model's sizes
+    vocab_size=2048, hidden_size=128, intermediate_size=352, num_layers=5, num_heads=4, num_kv_heads=2, head_size=32,
+    max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
+)  # fmt: skip
 SHARES = (0.75, 0.5, 0.25)  # of what `keep` holds, as budgets
 MIB = 2**20
 
