@@ -37,7 +37,7 @@ class Times(NamedTuple):
 
 def take_turns(contenders: Iterable[Callable[[], object]], rounds: int) -> list[tuple[Times, ...]]:
     """For each contender the times of so many rounds, in which the contenders take turns."""
-    times = [[_timed(contender) for contender in contenders] for _ in range(rounds)]
+    times = [[timed(contender) for contender in contenders] for _ in range(rounds)]
     return list(zip(*times, strict=True))
 
 
@@ -48,7 +48,8 @@ def shortest(contenders: Sequence[Callable[[], object]], rounds: int) -> list[Ti
     return [Times(*map(min, zip(*times, strict=True))) for times in take_turns(contenders, rounds)]
 
 
-def _timed(run: Callable[[], object]) -> Times:
+def timed(run: Callable[[], object]) -> Times:
+    """How long one call takes, until the device has done its work."""
     synchronize()
     began, cores = perf_counter(), process_time()
     run()
