@@ -29,6 +29,7 @@ from .peers import FLEX, SDPA, TRITON, peers
 from .results import table_of
 from .shapes import Shape, gpu_shapes
 
+Record = dict[str, Any]  # of one shape, ready for JSON
 TUNED, TEACHING = "cuda-flash", "cuda"
 SLOW = 64 * 4096 * 8  # KV heads times keys beyond which the teaching kernels are left out: they take too long
 MAX_SETS = 512
@@ -43,8 +44,8 @@ as FlexAttention over its own pages, as a plain Triton kernel over ours
 host: µs that the host takes to launch one call, without a graph"""
 
 
-def bench(shape: Shape, timer: GpuClock, tuned: str, teaching: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Measure one shape. Returns a record ready for JSON, and a sentence for each contender that failed."""
+def bench(shape: Shape, timer: GpuClock, tuned: str, teaching: str | None) -> tuple[Record, list[str]]:
+    """Measure one shape. Also returns a sentence for each contender that failed."""
     batch = Batch(shape, xp, min(MAX_SETS, max(1, -(-4 * timer.l2_bytes // shape.bytes_held))))
     batch.out = xp.empty_like(batch.query)
     batch.check(tuned)
@@ -80,16 +81,14 @@ def bench(shape: Shape, timer: GpuClock, tuned: str, teaching: str | None) -> tu
 
 
 def run(
-    wanted: Iterable[Shape],
-    timer: GpuClock,
-    tuned: str,
-    teaching: str | None,
-    minutes: float,
-    save: Callable[[list[dict[str, Any]], list[str]], None] = lambda records, notes: None,
-) -> tuple[list[dict[str, Any]], list[str], int]:
+    wanted: Iterable[Shape], timer: GpuClock, tuned: str, teaching: str | None, minutes: float,
+    save: Callable[[list[Record], list[str]], None] = lambda records, notes: None,
+) -> tuple[list[Record], list[str], int]:  # fmt: skip
     """Measure shapes in their order until the time is spent. Returns the records, notes for the reader, and how many
     shapes failed: an error ends the measurement of its shape only. `save` is called after each shape."""
-    began, records, notes, too_large, left_out, failed = time.perf_counter(), [], [], [], 0, 0
+    began, too_large, left_out, failed = time.perf_counter(), [], 0, 0
+    records: list[Record] = []
+    notes: list[str] = []
     for shape in wanted:
         if time.perf_counter() - began > 60 * minutes:
             left_out += 1
@@ -113,14 +112,14 @@ def run(
     return records, notes, failed
 
 
-def report_of(records: list[dict[str, Any]], model: str) -> Table:
+def report_of(records: list[Record], model: str) -> Table:
     """The shapes of one model, a row each."""
     headings = ("batch", "keys", "block", "type", "µs", "copy", "twin", *PEERS.values(), "host")
     rows = (_row(record) for record in records if record["shape"]["model"] == model)
     return table_of(headings, rows, title=model, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _row(record: dict[str, Any]) -> tuple[str, ...]:
+def _row(record: Record) -> tuple[str, ...]:
     shape, timing = record["shape"], record["timings"]["paged"]
     speed = [f"{record['speed_over'][peer]:.2f}" if peer in record["speed_over"] else "" for peer in PEERS]
     return (
@@ -132,7 +131,7 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def report(console: Console, records: list[dict[str, Any]], notes: list[str], tuned: str) -> None:
+def report(console: Console, records: list[Record], notes: list[str], tuned: str) -> None:
     """Print the tables, their columns explained, and the notes."""
     for model in dict.fromkeys(record["shape"]["model"] for record in records):
         console.print(report_of(records, model))
@@ -153,7 +152,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--shape is {' '.join(args.shape)}; no shape has these words, such as: {next(gpu_shapes())}")
     teaching = TEACHING if tuned != TEACHING and TEACHING in backends() else None
 
-    def save(records: list[dict[str, Any]], notes: list[str]) -> None:
+    def save(records: list[Record], notes: list[str]) -> None:
         if args.json:
             write_json(args.json, about | {"backend": tuned, "records": records, "notes": notes})
 
