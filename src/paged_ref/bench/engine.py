@@ -9,41 +9,30 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from ..core.model.config import ModelConfig
 from ..extras.beam import SamplingParams
+from ..extras.managers import ManagerName
 from ..interop.architectures import random_weights
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import write_json
 from ..views.common.versions import describe_device
 from .random_model import save_checkpoint
-from .results import table_of
+from .results import table_of, take_turns
 
+Run = Callable[[], list[list[int]]]  # the new tokens of each sequence
 TRANSFORMERS = "transformers generate"
-
 CONFIG = ModelConfig(
-    vocab_size=32000,
-    hidden_size=288,
-    intermediate_size=768,
-    num_layers=6,
-    num_heads=6,
-    num_kv_heads=6,
-    head_size=48,
-    max_position_embeddings=1024,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    bos_token_id=1,
-    eos_token_ids=(2,),
-)
+    vocab_size=32000, hidden_size=288, intermediate_size=768, num_layers=6, num_heads=6, num_kv_heads=6, head_size=48,
+    max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=1, eos_token_ids=(2,),
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,24 +49,23 @@ def main(args: argparse.Namespace) -> int:
     prompts = rng.integers(3, CONFIG.vocab_size, size=(args.batch, args.prompt_tokens)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), CONFIG, random_weights(CONFIG))
-        runs = {
-            "paged": _ours(folder, "paged", prompts, args),
-            "standard": _ours(folder, "standard", prompts, args),
-        }
+        managers: tuple[ManagerName, ...] = ("paged", "standard")
+        runs: dict[str, Run] = {manager: _ours(folder, manager, prompts, args) for manager in managers}
         if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
             runs[TRANSFORMERS] = _transformers(folder, prompts, args)
         outputs = {name: run() for name, run in runs.items()}  # compiles and warms up
-        seconds = _timed(runs, args.rounds)
+        turns = take_turns(runs.values(), args.rounds)
 
+    seconds = {name: median(t.seconds for t in times) for name, times in zip(runs, turns, strict=True)}
     baseline = list(runs)[-1]
     results = [
         {
             "name": name,
-            "tokens_per_second": args.batch * args.new_tokens / median(times),
-            f"times_{baseline}": median(seconds[baseline]) / median(times),
+            "tokens_per_second": args.batch * args.new_tokens / taken,
+            f"times_{baseline}": seconds[baseline] / taken,
             "same_sequences": sum(a == b for a, b in zip(outputs[name], outputs["paged"], strict=True)),
         }
-        for name, times in seconds.items()
+        for name, taken in seconds.items()
     ]
     rows = (
         (name, f"{rate:.0f}", f"{ratio:.2f}", f"{same}/{args.batch}")
@@ -92,27 +80,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _timed(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each run in each round, in which the runs take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began = perf_counter()
-            run()
-            seconds[name].append(perf_counter() - began)
-    return seconds
-
-
-def _ours(
-    folder: str, manager: Any, prompts: list[list[int]], args: argparse.Namespace
-) -> Callable[[], list[list[int]]]:
+def _ours(folder: str, manager: ManagerName, prompts: list[list[int]], args: argparse.Namespace) -> Run:
     length = args.prompt_tokens + args.new_tokens
     llm = LLM(folder, manager=manager, max_model_len=length, kv_cache_tokens=args.batch * (length + 16))
     params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True)
     return lambda: [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
 
 
-def _transformers(folder: str, prompts: list[list[int]], args: argparse.Namespace) -> Callable[[], list[list[int]]]:
+def _transformers(folder: str, prompts: list[list[int]], args: argparse.Namespace) -> Run:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -122,13 +97,9 @@ def _transformers(folder: str, prompts: list[list[int]], args: argparse.Namespac
     def run() -> list[list[int]]:
         with torch.inference_mode():
             tokens = model.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                max_new_tokens=args.new_tokens,
-                min_new_tokens=args.new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
+                batch, attention_mask=torch.ones_like(batch), max_new_tokens=args.new_tokens,
+                min_new_tokens=args.new_tokens, do_sample=False, pad_token_id=0,
+            )  # fmt: skip
         new: list[list[int]] = tokens[:, batch.shape[1] :].tolist()
         return new
 

@@ -2,8 +2,7 @@
 
 The keys and values are random: the times and counts do not depend on them. Three questions: does device memory stay
 constant while the context grows; what does streaming cost, compared with a run that holds everything; and what does a
-budget save. Contenders take turns, and their shortest times are compared: by the clock, and in the time that all
-cores spent.
+budget save. Contenders take turns, and their shortest times are compared.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from ..beyond_device.relevance import Attend
 from ..core.device import Array, on_gpu, xp
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Sequence
+from ..core.model.config import ModelConfig
 from ..kernels import paged_attention
 from ..views.common import options
 from ..views.common.files import write_json
 from ..views.common.versions import describe_device
-from .gpu_shapes import one_layer
 from .results import Times, shortest, table_of
 
 BLOCK_SIZE = 16
@@ -55,9 +54,9 @@ class Ratio:
     against: float
     cores: float  # the ratio of the times that all cores together spent
 
-    @property
-    def ratio(self) -> float:
-        return self.seconds / self.against
+    @classmethod
+    def of(cls, name: str, times: Times, against: Times) -> Ratio:
+        return cls(name, times.seconds, against.seconds, times.cores / against.cores)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,12 +79,8 @@ def main(args: argparse.Namespace) -> int:
     ratios = [*streaming(args.tokens, args.rounds), *budgets(args.tokens, args.rounds)]
     console.print(_ratio_table(ratios, args.tokens))
     if args.json:
-        results = {
-            "device": describe_device(),
-            "growth": [asdict(g) for g in growth],
-            "ratios": [asdict(r) for r in ratios],
-        }
-        write_json(args.json, results)
+        rows = {"growth": [asdict(row) for row in growth], "ratios": [asdict(row) for row in ratios]}
+        write_json(args.json, {"device": describe_device()} | rows)
     return 0
 
 
@@ -97,36 +92,34 @@ class Layer:
 
     def __init__(self, shape: tuple[int, int, int], device_blocks: int, host_blocks: int, attend: Attend) -> None:
         num_heads, num_kv_heads, head_size = shape
-        config = one_layer(num_heads, num_kv_heads, head_size)
+        config = ModelConfig(
+            vocab_size=1, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, head_size=head_size, max_position_embeddings=1,
+        )  # fmt: skip
         choice = LongOptions(device_blocks, host_blocks, attend=attend, full_layers=0)
         self.manager, self.kv = choice.make(config, BLOCK_SIZE, "float32", CHUNK, "auto", False, None)
         self._rng = np.random.default_rng(0)
         self._noise = xp.asarray(self._rng.standard_normal((2, 2 * CHUNK, num_kv_heads, head_size), dtype=np.float32))
         self.query = xp.asarray(self._rng.standard_normal((1, num_heads, head_size), dtype=np.float32))
-        self._seq = Sequence(0, [], 0, 0)
+        self.seq = Sequence(0, [], 0, 0)
         self.manager.admit(0, [], 1)
-
-    @property
-    def length(self) -> int:
-        return self._seq.num_computed
 
     def _begin(self, count: int) -> Array:
         """Keys and values of `count` more tokens: [2, count, num_kv_heads, head_size]."""
         self.manager.append([(0, count)])
-        self.kv.begin_step(StepPlan([(self._seq, count)]))
-        self._seq.num_computed += count
+        self.kv.begin_step(StepPlan([(self.seq, count)]))
+        self.seq.num_computed += count
         first = int(self._rng.integers(CHUNK))
         return self._noise[:, first : first + count]
 
     def grow(self, length: int) -> None:
-        while self.length < length:
-            count = min(CHUNK, length - self.length)
-            self.kv.write(0, *self._begin(count))
+        while self.seq.num_computed < length:
+            self.kv.write(0, *self._begin(min(CHUNK, length - self.seq.num_computed)))
 
-    def step(self, query: Array | None = None) -> None:
+    def step(self) -> None:
         """One more token."""
         key, value = self._begin(1)
-        self.kv.attend(0, self.query if query is None else query, key, value, None, None)
+        self.kv.attend(0, self.query, key, value, None, None)
 
 
 def grow(contexts: list[int], device_blocks: int, rounds: int) -> list[Growth]:
@@ -137,7 +130,7 @@ def grow(contexts: list[int], device_blocks: int, rounds: int) -> list[Growth]:
     for tokens in contexts:
         layer.grow(tokens)
         layer.step()
-        pages = SMALL[1] * -(-(layer.length + 1) // BLOCK_SIZE)
+        pages = SMALL[1] * -(-(layer.seq.num_computed + 1) // BLOCK_SIZE)
         before = kv.counters.bytes_in
         ((seconds, _),) = shortest([layer.step], rounds)
         moved = (kv.counters.bytes_in - before) // (rounds + 1)  # and the first step, which is not timed
@@ -161,12 +154,11 @@ def streaming(tokens: int, rounds: int) -> list[Ratio]:
                 on_device = (xp.asarray(table), xp.asarray(lens), xp.asarray(loc))
                 resident = partial(paged_attention, query, caches.keys, caches.values, *on_device, validate=False)
                 streamed = partial(streamed_attention, query, caches, nowhere, table, lens, loc)
-                found.append(
-                    _ratio(f"{name}, {queries} new: {way} / resident", *shortest([streamed, resident], rounds))
-                )
+                times = shortest([streamed, resident], rounds)
+                found.append(Ratio.of(f"{name}, {queries} new: {way} / resident", *times))
                 if on_gpu and queries == 1:  # the bus is the limit: how close is this to a plain copy?
                     times = shortest([streamed, partial(_copy, caches, table.size)], rounds)
-                    found.append(_ratio(f"{name}, 1 new: {way} / a plain copy", *times))
+                    found.append(Ratio.of(f"{name}, 1 new: {way} / a plain copy", *times))
     return found
 
 
@@ -184,31 +176,26 @@ def _both(tokens: int, kv_heads: int, head_size: int, way: str) -> tuple[TwoCach
     shape = (2 * total + num_staging, *noise.shape[1:])
     keys, values = (np.broadcast_to(noise, shape).copy() for _ in range(2))
     first_host = total + num_staging
-    caches = TwoCaches(
-        xp.asarray(keys[:first_host]),
-        xp.asarray(values[:first_host]),
-        _pinned(keys[first_host:]),
-        _pinned(values[first_host:]),
-        range(total, first_host),
-        None if way == "pieces" else (keys, values),
-    )
+    device_keys, device_values = (xp.asarray(array[:first_host]) for array in (keys, values))
+    host_keys, host_values = (_pinned(array[first_host:]) for array in (keys, values))
+    whole = None if way == "pieces" else (keys, values)
+    caches = TwoCaches(device_keys, device_values, host_keys, host_values, range(total, first_host), whole)
     return caches, np.arange(total).reshape(kv_heads, per_head)
 
 
 def budgets(tokens: int, rounds: int) -> list[Ratio]:
     """A tenth of the pages on the device: the exact mode compared with budgets."""
     num_blocks = -(-(tokens + 4 * rounds) // BLOCK_SIZE)
-    layers = {}
-    for attend in ("all", 0.25, 0.1):
-        layer = Layer(SHAPES["Llama 3 8B"], num_blocks // 10, num_blocks + 1, attend)
+    attends: tuple[Attend, ...] = ("all", 0.25, 0.1)
+    layers = [Layer(SHAPES["Llama 3 8B"], num_blocks // 10, num_blocks + 1, attend) for attend in attends]
+    for layer in layers:
         layer.grow(tokens)
         for _ in range(3):
             layer.step()
-        layers[attend] = layer.step
-    times = shortest(list(layers.values()), rounds)
+    everything, *others = shortest([layer.step for layer in layers], rounds)
     return [
-        _ratio(f"Llama 3 8B, 1 new: attend all / {attend}", times[0], against)
-        for attend, against in zip(list(layers)[1:], times[1:], strict=True)
+        Ratio.of(f"Llama 3 8B, 1 new: attend all / {attend}", everything, against)
+        for attend, against in zip(attends[1:], others, strict=True)
     ]
 
 
@@ -220,10 +207,6 @@ def _pinned(array: np.ndarray) -> np.ndarray:
     pinned: np.ndarray = cupyx.empty_pinned(array.shape, array.dtype)
     pinned[:] = array
     return pinned
-
-
-def _ratio(name: str, times: Times, against: Times) -> Ratio:
-    return Ratio(name, times.seconds, against.seconds, times.cores / against.cores)
 
 
 # --- tables ------------------------------------------------------------------------------------------------
@@ -248,7 +231,12 @@ def _growth_table(growth: list[Growth], device_blocks: int) -> Table:
 
 def _ratio_table(ratios: list[Ratio], tokens: int) -> Table:
     rows = (
-        (row.name, f"{row.seconds * 1e3:.3g} / {row.against * 1e3:.3g}", f"{row.ratio:.2f}", f"{row.cores:.2f}")
+        (
+            row.name,
+            f"{row.seconds * 1e3:.3g} / {row.against * 1e3:.3g}",
+            f"{row.seconds / row.against:.2f}",
+            f"{row.cores:.2f}",
+        )
         for row in ratios
     )
     title = (

@@ -1,7 +1,7 @@
 """`paged-ref bench memory`: what the bookkeeping costs, on the CPU, with no model and no K or V.
 
 The scheduler and a manager plan decode steps for a batch of sequences with contexts of mixed lengths. All
-contenders take turns step by step, and medians are compared: a busy neighbour slows all of them alike.
+contenders take turns step by step, and medians are compared.
 """
 
 from __future__ import annotations
@@ -97,10 +97,12 @@ class DecodeBatch:
         """`manager` needs room for all of the next `num_steps` steps: no sequence may be preempted in them."""
         self.manager = manager
         self.scheduler = Scheduler(manager, max_batch_tokens=sum(lengths), max_batch_seqs=len(lengths))
-        self.groups = []
-        for seq_id, length in enumerate(lengths):
-            self.groups.append(Group([TokenSequence(seq_id, [0] * length, length, length + num_steps + 1)]))
-            self.scheduler.add(self.groups[-1])
+        self.groups = [
+            Group([TokenSequence(seq_id, [0] * length, length, length + num_steps + 1)])
+            for seq_id, length in enumerate(lengths)
+        ]
+        for group in self.groups:
+            self.scheduler.add(group)
         self.step()  # the prompts
 
     def step(self) -> float:
@@ -143,14 +145,13 @@ def scheduling(num_seqs: int, num_steps: int) -> list[Measurement]:
         batches["paged"].manager.snapshot()
         seconds["snapshot"].append(perf_counter() - began)
     micros = {name: 1e6 * median(times) for name, times in seconds.items()}
+    recording = median_ratio(seconds["recorded"], seconds["paged"])
     return [
         Measurement("scheduling step, paged", micros["paged"], "µs", target=400),
         Measurement("scheduling step, standard", micros["standard"], "µs"),
         Measurement("scheduling step, swapping", micros["swapping"], "µs"),
         Measurement("scheduling step, paged, events recorded", micros["recorded"], "µs"),
-        Measurement(
-            "recording events, times as long", median_ratio(seconds["recorded"], seconds["paged"]), "", target=1.3
-        ),
+        Measurement("recording events, times as long", recording, "", target=1.3),
         Measurement("snapshot of the pool", micros["snapshot"], "µs"),
     ]
 
@@ -171,14 +172,13 @@ def appending(num_seqs: int, num_steps: int, pools: Sequence[int]) -> list[Measu
                 times.append(batch.step())
         for batch in batches:
             batch.end()
-    results = [
-        Measurement(f"appended token, pool of {num_blocks} blocks", 1e6 * median(times) / num_seqs, "µs")
-        for num_blocks, times in zip(pools, seconds, strict=True)
-    ]
-    largest, smallest = seconds[pools.index(max(pools))], seconds[pools.index(min(pools))]
+    ratio = median_ratio(seconds[pools.index(max(pools))], seconds[pools.index(min(pools))])
     return [
-        *results,
-        Measurement("  the largest pool, times the smallest", median_ratio(largest, smallest), "", target=1.2),
+        *(
+            Measurement(f"appended token, pool of {num_blocks} blocks", 1e6 * median(times) / num_seqs, "µs")
+            for num_blocks, times in zip(pools, seconds, strict=True)
+        ),
+        Measurement("  the largest pool, times the smallest", ratio, "", target=1.2),
     ]
 
 
@@ -191,7 +191,7 @@ def admission(num_tokens: int, num_rounds: int) -> list[Measurement]:
     manager.append([(0, num_tokens)])
     manager.commit(0, tokens, num_tokens)
     manager.free(0)
-    parts: dict[str, list[float]] = {name: [] for name in ("admit", "digests", "match", "share")}
+    rounds = []
     for _ in range(num_rounds):
         marks = [perf_counter()]
         digests = list(block_digests(tokens, BLOCK_SIZE))
@@ -203,12 +203,11 @@ def admission(num_tokens: int, num_rounds: int) -> list[Measurement]:
         marks.append(perf_counter())
         manager.free(0)
         digested, match, admit = (after - before for before, after in pairwise(marks))
-        for times, took in zip(parts.values(), (admit, digested, match, admit - digested - match), strict=True):
-            times.append(took)
-    millis = {name: 1e3 * median(times) for name, times in parts.items()}
+        rounds.append((admit, digested, match, admit - digested - match))
+    admit, digested, match, share = (1e3 * median(times) for times in zip(*rounds, strict=True))
     return [
-        Measurement(f"admitting a known prompt of {num_tokens} tokens", millis["admit"], "ms", target=20),
-        Measurement("  of this, digests of its blocks", millis["digests"], "ms"),
-        Measurement("  of this, match in the prefix cache", millis["match"], "ms"),
-        Measurement("  of this, room and sharing", millis["share"], "ms"),
+        Measurement(f"admitting a known prompt of {num_tokens} tokens", admit, "ms", target=20),
+        Measurement("  of this, digests of its blocks", digested, "ms"),
+        Measurement("  of this, match in the prefix cache", match, "ms"),
+        Measurement("  of this, room and sharing", share, "ms"),
     ]

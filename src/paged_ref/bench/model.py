@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,23 +30,16 @@ from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import write_json
 from ..views.common.versions import describe_device
+from .gpu_clock import GpuClock
+from .gpu_kernels import header
 from .random_model import repeated_weights, save_checkpoint
 from .results import table_of
 
 # The sizes of Llama 3.2 1B: 1.24 billion parameters.
 ONE_BILLION = ModelConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_layers=16,
-    num_heads=32,
-    num_kv_heads=8,
-    head_size=64,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    tie_word_embeddings=True,
-)
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8,
+    head_size=64, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True,
+)  # fmt: skip
 PROMPTS = (
     "Four score and seven years ago our",
     "Once upon a time, there was a little girl named",
@@ -67,9 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if not on_gpu:
         raise ValueError(f"this benchmark needs a GPU: {reason}")
-    from .gpu_clock import GpuClock
-    from .gpu_kernels import header
-
     same = same_tokens(cpu_tokens())
     bandwidth = GpuClock().copy_bandwidth()
     results = decode_speed(ONE_BILLION, "float16", args, bandwidth)
@@ -145,7 +136,7 @@ def decode_speed(config: ModelConfig, dtype: str, args: argparse.Namespace, band
 def weights_read(config: ModelConfig) -> int:
     """How many weights a decode step reads: all; but where the embeddings are not also the head, only the few rows of
     the step's tokens, which are not counted."""
-    count = sum(int(np.prod(shape)) for shape in weight_shapes(config).values())
+    count = sum(math.prod(shape) for shape in weight_shapes(config).values())
     return count - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 
@@ -159,10 +150,8 @@ def report(console: Console, same: list[int], result: dict[str, Any], bandwidth:
         f"Embedded model, float16: {whole} of {len(same)} continuations of {NEW_TOKENS} tokens are those of "
         "float32 on the CPU" + ("" if whole == len(same) else f"; tokens that agree: {same}")
     )
-    row = (
-        f"{1e3 * result['seconds_per_step']:.2f}", f"{result['tokens_per_second']:.0f}",
-        f"{result['share_of_bound']:.0%}",
-    )  # fmt: skip
+    milliseconds, share = f"{1e3 * result['seconds_per_step']:.2f}", f"{result['share_of_bound']:.0%}"
+    row = (milliseconds, f"{result['tokens_per_second']:.0f}", share)
     title = f"Decoding, batch {result['batch']}, {result['keys']} keys, {describe_device()}"
     console.print(table_of(("ms per step", "tokens/s", "of the bound"), [row], title=title, title_justify="left"))
     console.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from time import perf_counter, process_time
@@ -30,22 +29,29 @@ def median_ratio(times: Iterable[float], against: Iterable[float]) -> float:
 
 
 class Times(NamedTuple):
-    """The shortest times of one contender."""
+    """How long a contender took."""
 
     seconds: float
     cores: float  # seconds of all cores together, which a busy neighbour hardly changes
 
 
+def take_turns(contenders: Iterable[Callable[[], object]], rounds: int) -> list[tuple[Times, ...]]:
+    """For each contender the times of so many rounds, in which the contenders take turns."""
+    times = [[timed(contender) for contender in contenders] for _ in range(rounds)]
+    return list(zip(*times, strict=True))
+
+
 def shortest(contenders: Sequence[Callable[[], object]], rounds: int) -> list[Times]:
-    """For each contender the shortest times of so many rounds, in which the contenders take turns."""
+    """For each contender the shortest times of so many rounds, after one call that is not timed."""
     for contender in contenders:
-        contender()  # warm
-    best = [Times(math.inf, math.inf)] * len(contenders)
-    for _ in range(rounds):
-        for i, contender in enumerate(contenders):
-            synchronize()
-            began, cores = perf_counter(), process_time()
-            contender()
-            synchronize()
-            best[i] = Times(min(best[i].seconds, perf_counter() - began), min(best[i].cores, process_time() - cores))
-    return best
+        contender()
+    return [Times(*map(min, zip(*times, strict=True))) for times in take_turns(contenders, rounds)]
+
+
+def timed(run: Callable[[], object]) -> Times:
+    """How long one call takes, until the device has done its work."""
+    synchronize()
+    began, cores = perf_counter(), process_time()
+    run()
+    synchronize()
+    return Times(perf_counter() - began, process_time() - cores)

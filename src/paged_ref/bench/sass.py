@@ -147,11 +147,9 @@ def main(args: argparse.Namespace) -> int:
             rows = [cost(name, variant, capability) for name, variant in chosen.items()]
         console.print(report_of(rows, f"Tuned kernels for {rows[0].capability}"))
         costs += rows
-    for line in LEGEND:
-        console.print(line)
     tools = {package: number or "-" for package, number in versions(PACKAGES).items()}
-    for package, number in tools.items():
-        console.print(f"{package} {number}")
+    for line in (*LEGEND, *map(" ".join, tools.items())):
+        console.print(line)
     if args.json:
         write_json(args.json, {"tools": tools, "costs": [asdict(each) for each in costs]})
     return 0

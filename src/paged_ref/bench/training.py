@@ -11,7 +11,7 @@ import math
 import os
 import tracemalloc
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,20 +31,12 @@ from ..training.parameters import Parameters
 from ..views.common import options
 from ..views.common.files import write_json
 from ..views.common.versions import describe_device
-from .results import shortest, table_of
+from .results import shortest, table_of, timed
 
-CONFIG = ModelConfig(
-    vocab_size=2048,
-    hidden_size=128,
-    intermediate_size=352,
-    num_layers=5,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=32,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-)  # the embedded model's sizes
+CONFIG = ModelConfig(  # the embedded model's sizes
+    vocab_size=2048, hidden_size=128, intermediate_size=352, num_layers=5, num_heads=4, num_kv_heads=2, head_size=32,
+    max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
+)  # fmt: skip
 SHARES = (0.75, 0.5, 0.25)  # of what `keep` holds, as budgets
 MIB = 2**20
 
@@ -87,8 +79,10 @@ def main(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         results["times_as_fast_as_torch"] = ratio = against_torch(weights, tokens, args.rounds)
         threads = os.environ.get("OPENBLAS_NUM_THREADS", "all")
-        console.print(f"Forward and backward, times as fast as torch eager with 2 threads: {ratio:.2f} (asked: 0.5; "
-                      f"BLAS threads here: {threads})")  # fmt: skip
+        console.print(
+            f"Forward and backward, times as fast as torch eager with 2 threads: {ratio:.2f} (asked: 0.5; BLAS "
+            f"threads here: {threads})"
+        )
     else:
         console.print("The comparison with torch needs the extra `compare`.")
     if args.json:
@@ -128,7 +122,7 @@ def memory(weights: Parameters, tokens: np.ndarray, page_size: int, rounds: int)
         row.equal = bool(np.array_equal(found, wanted))
         row.held, row.moved, row.peak = counts.peak, counts.moved_out + counts.moved_in, peak[0] + pool
     times = shortest([partial(step, activations) for _, activations in ways], rounds)
-    return [replace(row, seconds=seconds) for (row, _), (seconds, _) in zip(ways, times, strict=True)]
+    return [replace(row, seconds=taken.seconds) for (row, _), taken in zip(ways, times, strict=True)]
 
 
 @contextmanager
@@ -172,9 +166,8 @@ class Timed(np.ndarray):
             options["out"] = tuple(x.view(np.ndarray) if isinstance(x, Timed) else x for x in out)
         began = perf_counter()
         result = getattr(ufunc, method)(*plain, **options)
-        Timed.seconds[ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"] += (
-            perf_counter() - began
-        )
+        name = ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"
+        Timed.seconds[name] += perf_counter() - began
         if out is not None:
             return out[0]
         return result.view(Timed) if isinstance(result, np.ndarray) else result
@@ -183,12 +176,11 @@ class Timed(np.ndarray):
 def profile(weights: Parameters, tokens: np.ndarray, rounds: int) -> dict[str, float]:
     """The share of a step's time in each kind of NumPy operation; the rest is `other`.
 
-    The operations are timed in one step and divided by the time of another one: timing them takes time too, which is
-    no part of a step.
+    The operations are timed in one step, and the whole in another: timing the operations takes time too.
     """
-    timed, gradient = Parameters(weights.config), Parameters(weights.config)
-    timed.flat[:] = weights.flat
-    for arrays in (timed, gradient):
+    watched, gradient = Parameters(weights.config), Parameters(weights.config)
+    watched.flat[:] = weights.flat
+    for arrays in (watched, gradient):
         arrays.embedding, arrays.final_norm = arrays.embedding.view(Timed), arrays.final_norm.view(Timed)
         arrays.layers = [
             type(layer)(**{name: getattr(layer, name).view(Timed) for name in layer.__slots__})
@@ -198,10 +190,10 @@ def profile(weights: Parameters, tokens: np.ndarray, rounds: int) -> dict[str, f
     spent: dict[str, float] = {}
     for _ in range(rounds + 1):
         Timed.seconds.clear()
-        seconds = _seconds(lambda: loss_and_gradient(timed, gradient, batch, Keep()))
+        seconds = timed(partial(loss_and_gradient, watched, gradient, batch, Keep())).seconds
         if seconds < best:
             best, spent = seconds, dict(Timed.seconds)
-        whole = min(whole, _seconds(lambda: loss_and_gradient(weights, gradient, batch, Keep())))
+        whole = min(whole, timed(partial(loss_and_gradient, weights, gradient, batch, Keep())).seconds)
     longest = sorted(spent.items(), key=lambda item: -item[1])[:8]
     shares = {name: seconds / whole for name, seconds in longest}
     return {**shares, "other": 1 - sum(shares.values())}
@@ -237,12 +229,6 @@ def against_torch(weights: Parameters, tokens: np.ndarray, rounds: int) -> float
     return torch_times.seconds / our_times.seconds
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    began = perf_counter()
-    run()
-    return perf_counter() - began
-
-
 def _memory_table(costs: list[ActivationCost], args: argparse.Namespace) -> Table:
     def row(cost: ActivationCost) -> tuple[str, ...]:
         budget = "" if cost.budget is None else f"{cost.budget / MIB:.1f}"
@@ -257,8 +243,7 @@ def _memory_table(costs: list[ActivationCost], args: argparse.Namespace) -> Tabl
 
 def _profile_table(shares: dict[str, float]) -> Table:
     title = "What the time of a step goes into (asked: matmul at least 60 %)"
-    table = table_of(
-        ("operation", "share"), ((name, f"{100 * share:.0f} %") for name, share in shares.items()), title=title
-    )
+    rows = [(name, f"{100 * share:.0f} %") for name, share in shares.items()]
+    table = table_of(("operation", "share"), rows, title=title)
     table.columns[0].justify = "left"
     return table

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..bench import kernels as bench_kernels
 from ..bench import memory as bench_memory
+from ..bench.batch import Batch
+from ..bench.shapes import Shape
 from ..extras.managers import ManagerName
 from ..planner.comparison import Checked, ComparisonRow, check, row_of, setups, small
 from ..planner.hardware import gpu_named
@@ -32,7 +35,7 @@ BOUND = 0.2  # seconds per token: a person reads four words a second, about five
 REQUESTS = 1000
 TECHNIQUES: tuple[ManagerName, ...] = ("standard", "swapping", "paged")  # in the order of the article
 BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 31
-KERNEL = bench_kernels.Shape("decode", 4, 1, 1024, 32, 8, 128)
+KERNEL = Shape("Llama-3-8B", 4, 1024, dtype="float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,10 +126,10 @@ def _cost(done: Callable[[], object]) -> MeasuredCost:
     """What bookkeeping and the paged kernel take on this machine: real code, timed now."""
     steps = {each.name: each.measured for each in bench_memory.scheduling(BENCH_SEQUENCES, BENCH_STEPS)}
     done()
-    batch = bench_kernels.Batch.of(KERNEL)
-    contenders: dict[str, bench_kernels.Contender] = {
-        bench_kernels.PAGED: lambda: batch.paged("cpu-simd"),
-        bench_kernels.CONTIGUOUS: lambda: batch.contiguous("cpu-simd"),
+    batch = Batch(KERNEL, np)
+    contenders = {
+        bench_kernels.PAGED: batch.paged("cpu-simd")[0],
+        bench_kernels.CONTIGUOUS: batch.contiguous("cpu-simd")[0],
     }
     for run in contenders.values():
         run()  # compiles

@@ -6,7 +6,6 @@ All numbers and texts shown come from the two runs.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 from time import perf_counter
@@ -76,24 +75,12 @@ class DemoRun:
     block_table: list[int]  # of the first request, at its longest; empty without blocks
     block_tokens: list[int]  # the tokens in these blocks
 
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(len(output.outputs[0].token_ids) for output in self.outputs) / self.seconds
-
-    @property
-    def first_token_seconds(self) -> float:
-        """Mean over the requests."""
-        return mean((output.first_token or output.arrival) - output.arrival for output in self.outputs)
-
     def share(self, part: str) -> float:
         """One part of MemoryUsage as a share of the pool: mean over the steps in which a request waited for memory,
         or over all steps if no request ever waited."""
+        lengths = [len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1 for output in self.outputs]
         # The requests were added in order, with one sequence each: their sequence ids follow each other.
-        first = min(seq_id for seq_id, _ in self.records[0].chunks)
-        final = {
-            first + i: len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1
-            for i, output in enumerate(self.outputs)
-        }
+        final = dict(enumerate(lengths, start=min(seq_id for seq_id, _ in self.records[0].chunks)))
         short = [record for record in self.records if record.num_waiting] or self.records
         usages = [record.snapshot.usage(final) for record in short]
         return float(mean(getattr(usage, part) / usage.total for usage in usages))
@@ -121,30 +108,23 @@ def main(args: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with recording(args.record) as log, Progress(*columns, console=console) as progress:
         if log:  # each log begins with a new engine: the runs above are not part of it
-            runs = [_run(manager, _engine(args, manager, log), progress) for manager in MANAGERS]
-        else:
-            runs = [_run(manager, llm, progress) for manager, llm in zip(MANAGERS, engines, strict=True)]
+            engines = [_engine(args, manager, log) for manager in MANAGERS]
+        runs = [_run(manager, llm, progress) for manager, llm in zip(MANAGERS, engines, strict=True)]
     return _report(console, engines[1], *runs)
 
 
 def _engine(args: argparse.Namespace, manager: Manager, log: Log | None = None) -> LLM:
     context = load(args.model).config.max_position_embeddings
     return LLM(
-        args.model,
-        manager=manager,
-        block_size=args.block_size,
-        kv_cache_tokens=args.kv_tokens,
-        max_model_len=min(MAX_MODEL_LEN, context, max(args.kv_tokens, 1)),
-        backend=args.backend,
-        log=log,
-    )
+        args.model, manager=manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens, backend=args.backend,
+        max_model_len=min(MAX_MODEL_LEN, context, max(args.kv_tokens, 1)), log=log,
+    )  # fmt: skip
 
 
 def _run(name: str, llm: LLM, progress: Progress) -> DemoRun:
     """All requests in one batch, step by step. The first request's block table is copied before each step."""
-    task = progress.add_task(
-        f"{name} manager, {'paged' if llm.engine.manager.paged else 'naive'} attention", total=len(REQUESTS)
-    )
+    kernel = "paged" if llm.engine.manager.paged else "naive"
+    task = progress.add_task(f"{name} manager, {kernel} attention", total=len(REQUESTS))
     records: list[StepRecord] = []
     llm.engine.observers.append(StepRecords(llm.engine.scheduler, records.append))
     began = perf_counter()
@@ -168,18 +148,15 @@ def _run(name: str, llm: LLM, progress: Progress) -> DemoRun:
 
 def _report(console: Console, llm: LLM, standard: DemoRun, paged: DemoRun) -> int:
     """Print the two runs side by side. The exit status: 1 if their tokens differ. `llm` made the paged run."""
-    token_ids = [[output.outputs[0].token_ids for output in run.outputs] for run in (standard, paged)]
-    same = token_ids[0] == token_ids[1]
+    wanted, found = ([output.outputs[0].token_ids for output in run.outputs] for run in (standard, paged))
+    verdict = "identical" if found == wanted else "DIFFERENT"
     console.print(_texts(paged))
-    console.print(
-        f"Token ids of the two runs: {'identical' if same else 'DIFFERENT'} "
-        f"({sum(map(len, token_ids[1]))} new tokens).\n"
-    )
+    console.print(f"Token ids of the two runs: {verdict} ({sum(map(len, found))} new tokens).\n")
     console.print(_block_table(paged, llm))
     console.print(_comparison([standard, paged]))
     console.print(f"Next: {program()} generate --prompt Once", highlight=False)
     console.print("lets the model write. src/paged_ref/core/memory/paged.py is what made the difference.")
-    return 0 if same else 1
+    return 0 if found == wanted else 1
 
 
 def _texts(run: DemoRun) -> Table:
@@ -196,13 +173,10 @@ def _texts(run: DemoRun) -> Table:
 def _block_table(run: DemoRun, llm: LLM) -> Table:
     """The first request's tokens in their slots, block by block."""
     size = llm.engine.manager.block_size
-    table = Table(
-        title=f"The first request: its block table, and the tokens in its slots (block size {size})",
-        box=box.SIMPLE,
-    )
-    table.add_column("logical\nblock", justify="right")
-    table.add_column("physical\nblock", justify="right")
-    table.add_column("slots", justify="right", no_wrap=True)
+    title = f"The first request: its block table, and the tokens in its slots (block size {size})"
+    table = Table(title=title, box=box.SIMPLE)
+    for column in ("logical\nblock", "physical\nblock", "slots"):
+        table.add_column(column, justify="right", no_wrap=column == "slots")
     table.add_column("tokens")
     for logical, physical in enumerate(run.block_table):
         held = run.block_tokens[logical * size : (logical + 1) * size]
@@ -213,6 +187,7 @@ def _block_table(run: DemoRun, llm: LLM) -> Table:
 
 
 def _comparison(runs: list[DemoRun]) -> Table:
+<<<<<<< HEAD
     table = Table(title="The same requests, the same KV budget", box=box.SIMPLE_HEAD)
     table.add_column("")
     for run in runs:
@@ -238,6 +213,37 @@ def _comparison(runs: list[DemoRun]) -> Table:
     table.caption = (
         "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Internal: "
         "never used by the request that holds it. External: in holes too small for the next one. "
+=======
+    caption = (
+        "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Wasted inside: "
+        "never used by the request that holds it. Wasted between: in holes too small for the next one. "
+>>>>>>> options
         "Time to first token: mean."
     )
+    table = Table(title="The same requests, the same KV budget", caption=caption, box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    figures = [_figures(run) for run in runs]
+    for label in figures[0]:
+        table.add_row(label, *(each[label] for each in figures))
     return table
+
+
+def _figures(run: DemoRun) -> dict[str, str]:
+    running = [record.num_running for record in run.records]
+    num_tokens = sum(len(output.outputs[0].token_ids) for output in run.outputs)
+    first_token = mean((output.first_token or output.arrival) - output.arrival for output in run.outputs)
+    return {
+        "running sequences, mean": f"{mean(running):.1f}",
+        "running sequences, peak": f"{max(running)}",
+        "memory holding tokens": f"{run.share('tokens'):.1%}",
+        "  reserved for later": f"{run.share('reserved'):.1%}",
+        "  wasted inside": f"{run.share('internal'):.1%}",
+        "  wasted between": f"{run.share('external'):.1%}",
+        "  free": f"{run.share('free'):.1%}",
+        "steps": f"{len(run.records)}",
+        "preemptions": f"{sum(output.num_preemptions for output in run.outputs)}",
+        "tokens per second": f"{num_tokens / run.seconds:.0f}",
+        "time to first token": f"{1000 * first_token:.0f} ms",
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from ..extras.beam import SamplingParams
 from ..llm import LLM
@@ -40,30 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        n=args.n,
-        stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
-        beam_width=args.beam_width,
+        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+        n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos, beam_width=args.beam_width,
         length_penalty=args.length_penalty,
-    )
+    )  # fmt: skip
     with recording(args.record) as log:
         llm = LLM(
-            args.model,
-            manager=args.manager,
-            block_size=args.block_size,
-            kv_cache_tokens=args.kv_tokens,
-            host_kv_tokens=args.host_kv_tokens,
-            preemption=args.preemption,
-            prefix_cache=args.prefix_cache,
-            backend=args.backend,
-            sanitize=args.sanitize,
-            log=log,
-        )
+            args.model, manager=args.manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens,
+            host_kv_tokens=args.host_kv_tokens, preemption=args.preemption, prefix_cache=args.prefix_cache,
+            backend=args.backend, sanitize=args.sanitize, log=log,
+        )  # fmt: skip
         _show_in_turn(llm, args.prompt, params)
     return 0
 
@@ -78,19 +63,14 @@ def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
     for request, sample in turns:
         if len(turns) > 1:
             print(f"--- prompt {request + 1}, sample {sample + 1}" if samples > 1 else f"--- prompt {request + 1}")
-        _show(prompts[request] + pending[request, sample])
+        print(prompts[request] + pending[request, sample], end="", flush=True)
         while (request, sample) not in finished:
             token = next(tokens)
             turn = (token.request_id, token.index)  # a new engine counts requests from 0
             if turn == (request, sample):
-                _show(token.text)
+                print(token.text, end="", flush=True)
             else:
                 pending[turn] += token.text
             if token.finish_reason is not None:
                 finished.add(turn)
         print()
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

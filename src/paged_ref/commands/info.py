@@ -16,7 +16,7 @@ from ..views.common.versions import describe_device, versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`info` has no options."""
+    """There are none."""
 
 
 def main(args: argparse.Namespace) -> int:

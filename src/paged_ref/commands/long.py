@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,8 @@ def _runs(
         if watch:
             assert isinstance(llm.engine.kv, StreamedKV)
             llm.engine.kv.watch = watch
-        run = LongRun(str(attend), llm)
-        run.go(ids, args.new_tokens, exact)
-        runs.append(run)
+        runs.append(LongRun(str(attend), llm))
+        runs[-1].go(ids, args.new_tokens, exact)
     if log:
         for event in events:
             log(event)
@@ -126,29 +126,34 @@ def _runs(
 
 
 def _show(console: Console, args: argparse.Namespace, runs: Sequence[LongRun], device_blocks: int, needed: int) -> None:
-    exact = runs[0]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{args.tokens} tokens of text, then {args.new_tokens} new ones; {describe_device()}\n"
-        f"device: {device_blocks} of the {needed} blocks of {args.block_size} tokens that all of it needs",
+    title = (
+        f"{args.tokens} tokens of text, then {args.new_tokens} new ones; {describe_device()}\n"
+        f"device: {device_blocks} of the {needed} blocks of {args.block_size} tokens that all of it needs"
     )
+    table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("attend")  # a narrow terminal breaks these words, not the numbers
     for run in runs:
         table.add_column(run.name, justify="right", no_wrap=True)
 
-    def row(name: str, cell: Callable[[LongRun], str]) -> None:
-        table.add_row(name, *map(cell, runs))
-
-    row("device memory, KiB", lambda run: f"{run.device_bytes / 1024:,.0f}")
-    row("from the host, KiB/token", lambda run: f"{run.counters.bytes_in / args.new_tokens / 1024:,.1f}")
-    row("to the host, KiB/token", lambda run: f"{run.counters.bytes_out / args.new_tokens / 1024:,.1f}")
-    row("pages found on the device", lambda run: f"{run.counters.hit_rate if run is not exact else 1:.1%}")
-    row("ms/token", lambda run: f"{run.seconds * 1000:.1f}")
-    row("attention mass covered", lambda run: f"{np.mean(run.covered or [1]):.1%}")
-    row("tokens agree", lambda run: f"{run.agreement(exact)[0]:.1%}")
-    row("logits differ at most by", lambda run: f"{run.agreement(exact)[1]:.2g}")
+    figures = [_figures(run, runs[0], args.new_tokens) for run in runs]
+    for label in figures[0]:
+        table.add_row(label, *(each[label] for each in figures))
     console.print(table)
-    console.print(_about_context(exact.llm.config.max_position_embeddings, _length(args)))
+    console.print(_about_context(runs[0].llm.config.max_position_embeddings, _length(args)))
+
+
+def _figures(run: LongRun, exact: LongRun, new_tokens: int) -> dict[str, str]:
+    same, difference = run.agreement(exact)
+    return {
+        "device memory, KiB": f"{run.device_bytes / 1024:,.0f}",
+        "from the host, KiB/token": f"{run.counters.bytes_in / new_tokens / 1024:,.1f}",
+        "to the host, KiB/token": f"{run.counters.bytes_out / new_tokens / 1024:,.1f}",
+        "pages found on the device": f"{run.counters.hit_rate if run is not exact else 1:.1%}",
+        "ms/token": f"{run.seconds * 1000:.1f}",
+        "attention mass covered": f"{np.mean(run.covered or [1]):.1%}",
+        "tokens agree": f"{same:.1%}",
+        "logits differ at most by": f"{difference:.2g}",
+    }
 
 
 def _about_context(context: int, length: int) -> str:
@@ -165,10 +170,8 @@ def _attend(text: str) -> Attend:
     """The value of --attend. What is not allowed is refused in the words of the engine."""
     attend: Attend = text
     for kind in (float, int):
-        try:
+        with suppress(ValueError):
             attend = kind(text)
-        except ValueError:
-            continue
     try:
         check_attend(attend)
     except ValueError as error:

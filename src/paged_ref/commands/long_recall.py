@@ -23,9 +23,10 @@ BUDGETS = (0.05, 0.10, 0.25, 0.50)
 CHOICES = ("oracle", "relevance", "random", "recent")
 
 
-def recall(
-    model: str, ids: Sequence[int], new_tokens: int, block_size: int, seed: int = 0
-) -> dict[tuple[float, str], float]:
+Shares = dict[tuple[float, str], float]
+
+
+def recall(model: str, ids: Sequence[int], new_tokens: int, block_size: int, seed: int = 0) -> Shares:
     """(budget, choice) to the mean share of attention mass, over tokens, heads and the layers that choose."""
     # A budget of all blocks: every layer keeps its bounds, and attends to everything.
     llm = LLM(
@@ -63,14 +64,12 @@ def recall(
     return {key: float(np.mean(values)) for key, values in covered.items()}
 
 
-def print_recall(
-    console: Console, found: dict[tuple[float, str], float], model: str, tokens: int, new_tokens: int, block_size: int
-) -> None:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Share of attention mass in the chosen blocks: {model}, {tokens} tokens, blocks of "
-        f"{block_size}\n(mean over {new_tokens} tokens, all heads, and the layers that choose)",
+def print_recall(console: Console, found: Shares, model: str, tokens: int, new_tokens: int, block_size: int) -> None:
+    title = (
+        f"Share of attention mass in the chosen blocks: {model}, {tokens} tokens, blocks of {block_size}\n"
+        f"(mean over {new_tokens} tokens, all heads, and the layers that choose)"
     )
+    table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("budget")
     for choice in CHOICES:
         table.add_column(choice, justify="right")

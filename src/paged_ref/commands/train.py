@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--out is missing; it names the directory that the model goes to")
     if not args.resume and (args.out / STATE).exists():
         raise ValueError(f"--out {args.out} holds a run already; --resume continues it")
-    return _train(_prepare(args, learned, held), args.out, args.save_every)
+    return _train(args, *_prepare(args, learned, held), held)
 
 
 def _measure(directory: str, held: list[str]) -> int:
@@ -98,18 +98,11 @@ def _measure(directory: str, held: list[str]) -> int:
     return 0
 
 
-class TrainingRun(NamedTuple):
-    """What a run needs: its trainer at the step where the run goes on, and what the checkpoints say about it."""
-
-    trainer: Trainer
-    tokenizer: Tokenizer
-    held: list[str]  # stories that are measured
-    dtype: str  # of the model's file
-    run: dict[str, Any]  # what the weights follow from
-
-
-def _prepare(args: argparse.Namespace, learned: list[str], held: list[str]) -> TrainingRun:
-    """A new run, or with --resume the one in --out. Raises ValueError."""
+def _prepare(
+    args: argparse.Namespace, learned: list[str], held: list[str]
+) -> tuple[Trainer, Tokenizer, dict[str, Any]]:
+    """A new run, or with --resume the one in --out: its trainer at the step where the run goes on, the tokenizer, and
+    what the weights follow from, for the checkpoints. Raises ValueError."""
     names = ("batch_tokens", "micro_tokens", "optimizer", "learning_rate", "warmup", "weight_decay", "dropout", "seed")
     settings = Settings(num_steps=args.steps, **{name: getattr(args, name) for name in names})
     config = _config(args)
@@ -128,39 +121,37 @@ def _prepare(args: argparse.Namespace, learned: list[str], held: list[str]) -> T
     trainer = Trainer(config, settings, encode(tokenizer, learned + memorized), activations)
     if state is not None:
         trainer.restore(state)
-    return TrainingRun(trainer, tokenizer, held, args.dtype, run)
+    return trainer, tokenizer, run
 
 
-def _train(planned: TrainingRun, out: Path, save_every: int) -> int:
-    trainer, held, num_steps = planned.trainer, planned.held, planned.trainer.settings.num_steps
+def _train(
+    args: argparse.Namespace, trainer: Trainer, tokenizer: Tokenizer, run: dict[str, Any], held: list[str]
+) -> int:
+    """Train to the end, or to Ctrl-C. `held`: the stories that are measured."""
 
     def measure() -> float:
-        return bits_per_byte(trainer.weights, planned.tokenizer, held)
+        return bits_per_byte(trainer.weights, tokenizer, held)
 
     def save() -> None:
-        save_state(out, trainer.state(planned.run))
-        save_model(out, trainer.weights, planned.tokenizer, planned.dtype)
+        save_state(args.out, trainer.state(run))
+        save_model(args.out, trainer.weights, tokenizer, args.dtype)
 
     display = Display(trainer)
-    with _stop_on_interrupt() as interrupts, display:
+    with _stop_on_interrupt() as interrupts, display.progress:
         while not trainer.done and not interrupts:
             display.show(trainer.step())
-            if len(trainer.losses) % save_every == 0 and not trainer.done:
+            if len(trainer.losses) % args.save_every == 0 and not trainer.done:
                 save()
                 display.measured(measure())
     save()
-    _print_curve(trainer, display)
-    if not trainer.done:
-        print(f"stopped after step {len(trainer.losses)} of {num_steps}; --resume continues", file=sys.stderr)
-        return 130
-    print(f"{out}: {trainer.weights.flat.size} weights, {num_steps} steps, {measure():.4f} bits per byte "
-          f"on {len(held)} stories held out")  # fmt: skip
-    return 0
-
-
-def _print_curve(trainer: Trainer, display: Display) -> None:
     for line in curve(trainer.losses, min(display.console.width, 100), CURVE_ROWS, "loss"):
         print(line)
+    if not trainer.done:
+        print(f"stopped after step {len(trainer.losses)} of {args.steps}; --resume continues", file=sys.stderr)
+        return 130
+    print(f"{args.out}: {trainer.weights.flat.size} weights, {args.steps} steps, {measure():.4f} bits per byte "
+          f"on {len(held)} stories held out")  # fmt: skip
+    return 0
 
 
 def _config(args: argparse.Namespace) -> ModelConfig:
@@ -168,19 +159,11 @@ def _config(args: argparse.Namespace) -> ModelConfig:
         raise ValueError(f"--hidden-size is {args.hidden_size}; without --head-size a multiple of --heads "
                          f"{args.heads} is needed")  # fmt: skip
     return ModelConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_layers=args.layers,
-        num_heads=args.heads,
-        num_kv_heads=args.kv_heads,
-        head_size=args.head_size or args.hidden_size // max(1, args.heads),
-        max_position_embeddings=args.context,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_ids=(0,),
-    )
+        vocab_size=args.vocab_size, hidden_size=args.hidden_size, intermediate_size=args.intermediate_size,
+        num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads,
+        head_size=args.head_size or args.hidden_size // max(1, args.heads), max_position_embeddings=args.context,
+        rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,),
+    )  # fmt: skip
 
 
 def _refuse_other_run(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -214,7 +197,7 @@ class Display:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.console = Console()
-        self._progress = Progress(
+        self.progress = Progress(
             BarColumn(bar_width=10),
             TextColumn("step {task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
             TextColumn("{task.fields[speed]:.0f} tokens/s  {task.fields[bits]}"),
@@ -222,26 +205,18 @@ class Display:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = TaskID(0)
+        total, made = trainer.settings.num_steps, len(trainer.losses)
+        self._task = self.progress.add_task("", total=total, completed=made, loss=float("nan"), speed=0.0, bits="")
         self._loss, self._tokens, self._seconds = 0.0, 0, 0.0
-
-    def __enter__(self) -> Display:
-        self._progress.start()
-        total, made = self.trainer.settings.num_steps, len(self.trainer.losses)
-        self._task = self._progress.add_task("", total=total, completed=made, loss=float("nan"), speed=0.0, bits="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def show(self, step: TrainingStep) -> None:
         self._loss = step.loss if not self._tokens else 0.95 * self._loss + 0.05 * step.loss
         self._tokens += step.num_tokens
         self._seconds += step.seconds
-        self._progress.update(self._task, completed=step.number, loss=self._loss, speed=self._tokens / self._seconds)
+        self.progress.update(self._task, completed=step.number, loss=self._loss, speed=self._tokens / self._seconds)
 
     def measured(self, bits: float) -> None:
-        self._progress.update(self._task, bits=f"{bits:.3f} bits/byte")
+        self.progress.update(self._task, bits=f"{bits:.3f} bits/byte")
         if not self.console.is_terminal:
             at = f"step {len(self.trainer.losses)}/{self.trainer.settings.num_steps}"
             speed = f"{self._tokens / self._seconds:.0f} tokens/s"

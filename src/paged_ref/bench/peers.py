@@ -2,6 +2,8 @@
 
 Each peer reads the pool's memory in the order that suits it best: the numbers are random, so "heads first" and "tokens
 first" are two readings of the same bytes. Each peer is checked on one sequence before it is timed.
+
+`query`, `keys`, `values` and `tables` are those of a Batch.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from functools import partial
 from typing import Any
 
 from ..core.device import Array
-from .gpu_shapes import GpuShape
+from .batch import Call
+from .shapes import Shape
 
-Call = Callable[[], Any]
 SDPA, FLEX, TRITON = "torch SDPA", "FlexAttention", "Triton"
 FLEX_PAGE = 128  # FlexAttention's own block of keys: a page cannot be smaller
 
 
-def tensor(array: Array, shape: GpuShape) -> Any:
+def tensor(array: Array, shape: Shape) -> Any:
     """A torch tensor on the same memory."""
     import torch
 
@@ -28,14 +30,10 @@ def tensor(array: Array, shape: GpuShape) -> Any:
 
 
 def peers(
-    shape: GpuShape, query: Array, keys: Array, values: Array, tables: Array
+    shape: Shape, query: Array, keys: Array, values: Array, tables: Array
 ) -> tuple[dict[str, list[Call]], list[str]]:
     """The calls of each peer that is installed and takes this shape, by name and way, one call for each set; and
-    a sentence for each peer that fails: the benchmark goes on without it.
-
-    `query [batch, num_heads, head_size]`; `keys, values [num_sets, batch * keys, num_kv_heads, head_size]`;
-    `tables [num_sets, batch, blocks]` name blocks within a set.
-    """
+    a sentence for each peer that fails: the benchmark goes on without it."""
     if importlib.util.find_spec("torch") is None:
         return {}, []
     wanted: dict[str, Callable[[], dict[str, list[Call]]]] = {}
@@ -65,39 +63,48 @@ def plain(query: Any, key: Any, value: Any) -> Any:
     return torch.einsum("hk,hkd->hd", scores.softmax(-1), value)
 
 
-def check(name: str, shape: GpuShape, got: Any, want: Any) -> None:
+def check(name: str, shape: Shape, got: Any, want: Any) -> None:
     """Raise RuntimeError if the two differ by more than rounding."""
     difference = float((got.float() - want).abs().max())
-    if not difference < 2e-2:
+    if not difference < 2 * shape.tolerance:
         raise RuntimeError(f"{name} is off by {difference} on {shape}")
 
 
-def sdpa(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str, list[Call]]:
-    """torch's own function on contiguous K and V, called in two ways."""
+def sdpa(shape: Shape, query: Array, keys: Array, values: Array) -> dict[str, list[Call]]:
+    """torch's own function on contiguous K and V, called in one way or in two."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     num_heads, num_kv_heads, head_size = shape.heads
-    q = tensor(query, shape)
     heads_first = (len(keys), shape.batch, num_kv_heads, -1, head_size)
     ks, vs = (tensor(cache, shape).reshape(heads_first)[:, :, :, : shape.keys] for cache in (keys, values))
+    tokens = tensor(query, shape)
+    q = tokens.reshape(shape.batch, shape.query_len, num_heads, head_size).transpose(1, 2).contiguous()
+    mask = None
+    if shape.query_len > 1:  # is_causal aligns at the start; a chunk at the end needs the mask in full
+        mask = torch.ones(shape.query_len, shape.keys, dtype=torch.bool, device=q.device)
+        mask = mask.tril(shape.keys - shape.query_len)
 
     def shared(k: Any, v: Any) -> Any:
         with torch.inference_mode():
-            return scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=num_heads > num_kv_heads)[:, :, 0]
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=num_heads > num_kv_heads)
+            return out.transpose(1, 2).reshape(tokens.shape)
 
     def grouped(k: Any, v: Any) -> Any:  # the heads of a group as queries of one head: no K is read twice
         with torch.inference_mode():
             rows = q.reshape(shape.batch, num_kv_heads, -1, head_size)
-            return scaled_dot_product_attention(rows, k, v).reshape(q.shape)
+            return scaled_dot_product_attention(rows, k, v).reshape(tokens.shape)
 
-    ways = {f"{SDPA}, enable_gqa": shared} | ({f"{SDPA}, grouped": grouped} if num_heads > num_kv_heads else {})
+    ways = {f"{SDPA}, enable_gqa": shared}
+    if num_heads > num_kv_heads and mask is None:
+        ways[f"{SDPA}, grouped"] = grouped
+    last = shape.query_len - 1  # of the first sequence: this query sees all keys
     for name, way in ways.items():
-        check(name, shape, way(ks[0], vs[0])[0], plain(q[0], ks[0, 0], vs[0, 0]))
+        check(name, shape, way(ks[0], vs[0])[last], plain(tokens[last], ks[0, 0], vs[0, 0]))
     return {name: [partial(way, k, v) for k, v in zip(ks, vs, strict=True)] for name, way in ways.items()}
 
 
-def flex(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str, list[Call]]:
+def flex(shape: Shape, query: Array, keys: Array, values: Array) -> dict[str, list[Call]]:
     """FlexAttention over its own paged cache, with pages in a shuffled order."""
     import torch
     from torch.nn.attention.experimental._paged_attention import PagedAttention
@@ -139,7 +146,7 @@ def flex(shape: GpuShape, query: Array, keys: Array, values: Array) -> dict[str,
     return {FLEX: [partial(call, k, v) for k, v in zip(ks, vs, strict=True)]}
 
 
-def triton_paged(shape: GpuShape, query: Array, keys: Array, values: Array, tables: Array) -> dict[str, list[Call]]:
+def triton_paged(shape: Shape, query: Array, keys: Array, values: Array, tables: Array) -> dict[str, list[Call]]:
     """A plain split-KV kernel in Triton, over our own layout."""
     import torch
 
