@@ -187,37 +187,9 @@ def _block_table(run: DemoRun, llm: LLM) -> Table:
 
 
 def _comparison(runs: list[DemoRun]) -> Table:
-<<<<<<< HEAD
-    table = Table(title="The same requests, the same KV budget", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for run in runs:
-        table.add_column(f"{run.name}", justify="right")
-
-    def row(label: str, cell: Callable[[DemoRun], str]) -> None:
-        table.add_row(label, *map(cell, runs))
-
-    row("running sequences, mean", lambda run: f"{mean(r.num_running for r in run.records):.1f}")
-    row("running sequences, peak", lambda run: f"{max(r.num_running for r in run.records)}")
-    for label, part in (
-        ("memory holding tokens", "tokens"),
-        ("  reserved for later", "reserved"),
-        ("  internal", "internal"),
-        ("  external", "external"),
-        ("  free", "free"),
-    ):
-        row(label, lambda run, part=part: f"{run.share(part):.1%}")  # type: ignore[misc]
-    row("steps", lambda run: f"{len(run.records)}")
-    row("preemptions", lambda run: f"{sum(output.num_preemptions for output in run.outputs)}")
-    row("tokens per second", lambda run: f"{run.tokens_per_second:.0f}")
-    row("time to first token", lambda run: f"{1000 * run.first_token_seconds:.0f} ms")
-    table.caption = (
+    caption = (
         "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Internal: "
         "never used by the request that holds it. External: in holes too small for the next one. "
-=======
-    caption = (
-        "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Wasted inside: "
-        "never used by the request that holds it. Wasted between: in holes too small for the next one. "
->>>>>>> options
         "Time to first token: mean."
     )
     table = Table(title="The same requests, the same KV budget", caption=caption, box=box.SIMPLE_HEAD)
@@ -239,8 +211,8 @@ def _figures(run: DemoRun) -> dict[str, str]:
         "running sequences, peak": f"{max(running)}",
         "memory holding tokens": f"{run.share('tokens'):.1%}",
         "  reserved for later": f"{run.share('reserved'):.1%}",
-        "  wasted inside": f"{run.share('internal'):.1%}",
-        "  wasted between": f"{run.share('external'):.1%}",
+        "  internal": f"{run.share('internal'):.1%}",
+        "  external": f"{run.share('external'):.1%}",
         "  free": f"{run.share('free'):.1%}",
         "steps": f"{len(run.records)}",
         "preemptions": f"{sum(output.num_preemptions for output in run.outputs)}",
