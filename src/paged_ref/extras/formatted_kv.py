@@ -47,6 +47,11 @@ class FormattedKV(KVCache):
         for layer, (key_scales, value_scales) in enumerate(scales):
             self.variants[layer] = Variant(key_scales=key_scales, value_scales=value_scales)
 
+    @property
+    def scales(self) -> dict[int, tuple[Array, Array]]:
+        """By layer, as far as they are known: those of K and of V, [num_kv_heads] float32."""
+        return {i: (each.key_scales, each.value_scales) for i, each in enumerate(self.variants) if each is not None}
+
     def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
         keys, values = self.slots[layer]
         if self._measures and self.variants[layer] is None:
