@@ -22,10 +22,9 @@ from ..extras.managers import ManagerName
 from ..interop.architectures import random_weights
 from ..llm import LLM
 from ..views.common import options
-from ..views.common.files import write_json
 from ..views.common.versions import describe_device
 from .random_model import save_checkpoint
-from .results import table_of, take_turns
+from .results import table_of, take_turns, write_results
 
 Run = Callable[[], list[list[int]]]  # the new tokens of each sequence
 TRANSFORMERS = "transformers generate"
@@ -75,8 +74,7 @@ def main(args: argparse.Namespace) -> int:
     console.print(table_of(("", "tokens per second", f"times {baseline}", "same tokens"), rows, title=title))
     if baseline != TRANSFORMERS:
         console.print("transformers is not installed: the extra `compare` adds it to the comparison.")
-    if args.json:
-        write_json(args.json, {"device": describe_device(), "results": results})
+    write_results(args.json, results=results)
     return 0
 
 

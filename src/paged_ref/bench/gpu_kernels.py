@@ -8,8 +8,6 @@ each call reads another set of K, V and tables than the call before, so that no 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -18,15 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..core.device import on_gpu, xp
+from ..core.device import xp
 from ..kernels import backends
-from ..views.common.files import write_json
 from ..views.common.program import program
-from ..views.common.versions import describe_device, versions
 from .batch import Batch, Call
 from .gpu_clock import GpuClock, Library, Timing
 from .peers import FLEX, SDPA, TRITON, peers
-from .results import table_of
+from .results import table_of, write_results
 from .shapes import Shape, gpu_shapes
 
 Record = dict[str, Any]  # of one shape, ready for JSON
@@ -153,22 +149,9 @@ def main(args: argparse.Namespace) -> int:
     teaching = TEACHING if tuned != TEACHING and TEACHING in backends() else None
 
     def save(records: list[Record], notes: list[str]) -> None:
-        if args.json:
-            write_json(args.json, about | {"backend": tuned, "records": records, "notes": notes})
+        write_results(args.json, backend=tuned, records=records, notes=notes)
 
-    about = header()
     records, notes, failed = run(wanted, GpuClock(), tuned, teaching, args.minutes, save)
     report(Console(), records, notes, tuned)
     save(records, notes)
     return 1 if failed else 0
-
-
-def header() -> dict[str, Any]:
-    """Device, date and versions: every recorded result of a GPU begins with these."""
-    return {
-        "device": describe_device(),
-        "driver_cuda_version": xp.cuda.runtime.driverGetVersion() if on_gpu else None,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": versions(),
-    }

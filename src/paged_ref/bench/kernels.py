@@ -23,10 +23,9 @@ from rich.table import Table
 
 from ..core.device import Array, on_gpu
 from ..views.common import options
-from ..views.common.files import write_json
 from .batch import Batch, Call
 from .peers import SDPA, sdpa
-from .results import table_of
+from .results import table_of, write_results
 from .shapes import Shape
 
 STREAM, PAGED, CONTIGUOUS, REFERENCE = "streaming read", "paged", "contiguous", "reference"
@@ -187,7 +186,6 @@ def main(args: argparse.Namespace) -> int:
         results.append({"shape": facts, "records": records})
     if importlib.util.find_spec("torch") is None:
         console.print("torch is not installed: its column is empty (the extra `compare` brings it)")
-    if args.json:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": cpu.THREADS}
-        write_json(args.json, {"machine": machine, "results": results})
+    machine = {"processor": platform.processor() or platform.machine(), "threads": cpu.THREADS}
+    write_results(args.json, machine=machine, results=results)
     return 0

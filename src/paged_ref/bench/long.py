@@ -24,9 +24,8 @@ from ..core.engine.sequence import Sequence
 from ..core.model.config import ModelConfig
 from ..kernels import paged_attention
 from ..views.common import options
-from ..views.common.files import write_json
 from ..views.common.versions import describe_device
-from .results import Times, shortest, table_of
+from .results import Times, shortest, table_of, write_results
 
 BLOCK_SIZE = 16
 CHUNK = 4096  # tokens written in one step
@@ -78,9 +77,7 @@ def main(args: argparse.Namespace) -> int:
     console.print(_growth_table(growth, args.device_blocks))
     ratios = [*streaming(args.tokens, args.rounds), *budgets(args.tokens, args.rounds)]
     console.print(_ratio_table(ratios, args.tokens))
-    if args.json:
-        rows = {"growth": [asdict(row) for row in growth], "ratios": [asdict(row) for row in ratios]}
-        write_json(args.json, {"device": describe_device()} | rows)
+    write_results(args.json, growth=[asdict(row) for row in growth], ratios=[asdict(row) for row in ratios])
     return 0
 
 

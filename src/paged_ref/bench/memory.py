@@ -28,9 +28,8 @@ from ..extras.prefix_cache import CachingBlockPool, block_digests
 from ..timeline.events import Event
 from ..timeline.logged import LoggedManager
 from ..views.common import options
-from ..views.common.files import write_json
 from ..views.common.versions import describe_device
-from .results import median_ratio, table_of
+from .results import median_ratio, table_of, write_results
 
 BLOCK_SIZE = 16
 LONGEST = 2048  # tokens of context, when the steps begin
@@ -77,9 +76,7 @@ def main(args: argparse.Namespace) -> int:
     ]
     title = f"Bookkeeping of {args.sequences} running sequences, {describe_device()}"
     Console().print(table_of(("", "measured", "target", "met"), map(_row, results), title=title))
-    if args.json:
-        rows = [{**asdict(result), "met": result.met} for result in results]
-        write_json(args.json, {"device": describe_device(), "results": rows})
+    write_results(args.json, results=[{**asdict(result), "met": result.met} for result in results])
     return 0
 
 

@@ -28,12 +28,10 @@ from ..extras.step_records import StepRecord
 from ..interop.architectures import weight_shapes
 from ..llm import LLM
 from ..views.common import options
-from ..views.common.files import write_json
 from ..views.common.versions import describe_device
 from .gpu_clock import GpuClock
-from .gpu_kernels import header
 from .random_model import repeated_weights, save_checkpoint
-from .results import table_of
+from .results import table_of, write_results
 
 # The sizes of Llama 3.2 1B: 1.24 billion parameters.
 ONE_BILLION = ModelConfig(
@@ -65,9 +63,7 @@ def main(args: argparse.Namespace) -> int:
     bandwidth = GpuClock().copy_bandwidth()
     results = decode_speed(ONE_BILLION, "float16", args, bandwidth)
     report(Console(), same, results, bandwidth)
-    if args.json:
-        record = header() | {"copy_bytes_per_second": bandwidth, "same_tokens_as_cpu_float32": same, "decode": results}
-        write_json(args.json, record)
+    write_results(args.json, copy_bytes_per_second=bandwidth, same_tokens_as_cpu_float32=same, decode=results)
     return 0 if all(count == NEW_TOKENS for count in same) else 1
 
 

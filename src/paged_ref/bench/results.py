@@ -1,8 +1,11 @@
-"""What benchmarks share: the table of results, and contenders that take turns."""
+"""What benchmarks share: tables and files of results, and contenders that take turns."""
 
 from __future__ import annotations
 
+import datetime
+import platform
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any, NamedTuple
@@ -10,7 +13,9 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
-from ..core.device import synchronize
+from ..core.device import on_gpu, synchronize, xp
+from ..views.common.files import write_json
+from ..views.common.versions import describe_device, versions
 
 
 def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]], **settings: Any) -> Table:
@@ -21,6 +26,20 @@ def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]], **settings: 
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def write_results(path: Path | None, **results: Any) -> None:
+    """Write the results as JSON, after what they were measured on. Without a path nothing is written."""
+    if path is None:
+        return
+    header = {
+        "device": describe_device(),
+        "driver_cuda_version": xp.cuda.runtime.driverGetVersion() if on_gpu else None,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": versions(),
+    }
+    write_json(path, header | results)
 
 
 def median_ratio(times: Iterable[float], against: Iterable[float]) -> float:

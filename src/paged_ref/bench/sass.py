@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..views.common import options
-from ..views.common.files import write_json
 from ..views.common.versions import versions
-from .results import table_of
+from .results import table_of, write_results
 
 if TYPE_CHECKING:
     from ..tuned.flash_variant import KernelVariant
@@ -150,8 +149,7 @@ def main(args: argparse.Namespace) -> int:
     tools = {package: number or "-" for package, number in versions(PACKAGES).items()}
     for line in (*LEGEND, *map(" ".join, tools.items())):
         console.print(line)
-    if args.json:
-        write_json(args.json, {"tools": tools, "costs": [asdict(each) for each in costs]})
+    write_results(args.json, tools=tools, costs=[asdict(each) for each in costs])
     return 0
 
 

@@ -29,9 +29,8 @@ from ..training.checkpoint import hf_config
 from ..training.network import PackedBatch, loss_and_gradient, saved_shapes
 from ..training.parameters import Parameters
 from ..views.common import options
-from ..views.common.files import write_json
 from ..views.common.versions import describe_device
-from .results import shortest, table_of, timed
+from .results import shortest, table_of, timed, write_results
 
 CONFIG = ModelConfig(  # the embedded model's sizes
     vocab_size=2048, hidden_size=128, intermediate_size=352, num_layers=5, num_heads=4, num_kv_heads=2, head_size=32,
@@ -70,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     rows = memory(weights, tokens, args.page_size, args.rounds)
     console = Console()
     console.print(_memory_table(rows, args))
-    results: dict[str, Any] = {"device": describe_device(), "memory": [asdict(row) for row in rows]}
+    results: dict[str, Any] = {"memory": [asdict(row) for row in rows]}
     if on_gpu:
         console.print("What a step's time goes into is measured on a CPU only; on a GPU, ask nsys.")
     else:
@@ -85,8 +84,7 @@ def main(args: argparse.Namespace) -> int:
         )
     else:
         console.print("The comparison with torch needs the extra `compare`.")
-    if args.json:
-        write_json(args.json, results)
+    write_results(args.json, **results)
     return 0
 
 
