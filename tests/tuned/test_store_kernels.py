@@ -54,7 +54,7 @@ def test_write_kv_kernels_write_what_the_array_code_writes(source: str, target: 
         want, got = ([np.full(shape, 3, target) for _ in range(2)] for _ in range(2))
         with np.errstate(over="ignore", invalid="ignore"):
             write_kv(key, value, want[0], want[1], slots, key_scales=scales[0], value_scales=scales[1])
-        launches = write_launches(key, value, got[0], got[1], slots, *scales)
+        launches = write_launches(key, value, got[0], got[1], slots, (scales[0], scales[1]))
         aligned = row[0] * row[1] * key.itemsize % 16 == 0
         assert (launches[0].kernel is move_rows_kernel) == (source == target and aligned)
         for launch in launches:
@@ -68,7 +68,7 @@ def test_every_number_of_a_row_is_read_and_written_once(dtype: str, names: tuple
     """Also where a row is longer than the threads reach at once."""
     key, caches = np.ones((3, 4, 300), np.float32), np.zeros((2, 2, 2, 4, 300), dtype)
     scales = [np.ones(4, np.float32)] * 2 if dtype == "uint8" else [None, None]
-    launch = write_launches(key, key, caches[0], caches[1], np.array([3, -2, 0]), *scales)[0]
+    launch = write_launches(key, key, caches[0], caches[1], np.array([3, -2, 0]), (scales[0], scales[1]))[0]
     trace = traced(launch)
     reads, writes = trace.counts(names[0]), trace.counts(names[1], write=True)
     assert reads.sum() == writes.sum() == 2 * 1200
@@ -112,7 +112,7 @@ def launches() -> dict[str, Launch]:
         key = np.zeros((3, 2, 7 if source == "uint8" else 8), source)
         cache = np.zeros((2, 2, *key.shape[1:]), target)
         scales = [np.ones(2, np.float32)] * 2 if target in ("int8", "uint8") else [None, None]
-        found[f"{source} to {target}"] = write_launches(key, key, cache, cache, np.arange(3), *scales)[0]
+        found[f"{source} to {target}"] = write_launches(key, key, cache, cache, np.arange(3), (scales[0], scales[1]))[0]
     copy = copy_launch(np.zeros((2, 3, 4, 2, 8), np.float16), np.array([[0, 1]]))
     assert copy is not None
     return {**found, "copy_blocks": copy}

@@ -66,11 +66,7 @@ class BeamSearch:
     finished: list[Hypothesis] = field(default_factory=list)  # the best first, at most `width`
 
     def step(
-        self,
-        logits: SequenceOf[np.ndarray],
-        generated: SequenceOf[list[int]],
-        eos: Collection[int],
-        is_last: bool,
+        self, logits: SequenceOf[np.ndarray], generated: SequenceOf[list[int]], eos: Collection[int], is_last: bool
     ) -> list[Continuation]:
         """Choose the beams that go on, the best first; [] when the search is over.
 

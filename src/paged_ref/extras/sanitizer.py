@@ -31,22 +31,14 @@ class SanitizerError(RuntimeError):
     """A sequence would read, or has read, K and V that belong to another one or to none."""
 
 
-class _Owners:
-    """For each slot: the sequence that wrote it, at which position, a fingerprint of all tokens up to there, and a
-    checksum of the K and V that were written."""
+# Of a slot: the sequence that wrote it, at which position, a fingerprint of all tokens up to there, and a checksum of
+# the K and V that were written.
+_OWNER = np.dtype([("writer", "i8"), ("position", "i8"), ("fingerprint", "i8"), ("checksum", "u8")])
 
-    def __init__(self, num_slots: int) -> None:
-        self.writer = np.full(num_slots, _UNWRITTEN, dtype=np.int64)
-        self.position = np.full(num_slots, _UNWRITTEN, dtype=np.int64)
-        self.fingerprint = np.zeros(num_slots, dtype=np.int64)
-        self.checksum = np.zeros(num_slots, dtype=np.uint64)
 
-    def copy(self, source: np.ndarray, other: _Owners, destination: np.ndarray) -> None:
-        """Slots `destination` of `other` now hold what slots `source` hold here."""
-        other.writer[destination] = self.writer[source]
-        other.position[destination] = self.position[source]
-        other.fingerprint[destination] = self.fingerprint[source]
-        other.checksum[destination] = self.checksum[source]
+def _owners(num_slots: int) -> np.ndarray:
+    """[num_slots] records of slots that nothing has written."""
+    return np.full(num_slots, np.array((_UNWRITTEN, _UNWRITTEN, 0, 0), _OWNER))
 
 
 class Fingerprints:
@@ -127,8 +119,8 @@ class KVSanitizer:
         self._manager = manager
         self._kv = kv
         self._unit = kv.block_size  # slots in a row: the block size, or 1
-        self._device = _Owners(int(kv.device.shape[2]) * self._unit)
-        self._host = _Owners(int(kv.host.shape[2]) * self._unit)
+        self._device = _owners(kv.device.shape[2] * self._unit)
+        self._host = _owners(kv.host.shape[2] * self._unit)
         self._fingerprints = Fingerprints()
         self._history: dict[int, deque[str]] = {}  # of each row: what happened to it last
         self._written = np.zeros(0, dtype=np.int64)  # slots that the step under way writes
@@ -152,9 +144,9 @@ class KVSanitizer:
         for seq_id, tokens, computed, count in chunks:
             slots = np.array(self._manager.slots(seq_id, computed, count), dtype=np.int64)
             written.append(slots)
-            self._device.writer[slots] = seq_id
-            self._device.position[slots] = np.arange(computed, computed + count)
-            self._device.fingerprint[slots] = self._fingerprints.of(seq_id, tokens, computed + count)[computed:]
+            self._device["writer"][slots] = seq_id
+            self._device["position"][slots] = np.arange(computed, computed + count)
+            self._device["fingerprint"][slots] = self._fingerprints.of(seq_id, tokens, computed + count)[computed:]
             for row in dict.fromkeys((slots // self._unit).tolist()):
                 self._note(row, f"sequence {seq_id} wrote positions {computed} to {computed + count - 1}")
         self._written = np.concatenate(written)
@@ -168,7 +160,7 @@ class KVSanitizer:
 
     def after_step(self) -> None:
         """The step has written its K and V: keep their checksums."""
-        self._device.checksum[self._written] = self._checksums(self._written)
+        self._device["checksum"][self._written] = self._checksums(self._written)
 
     def _check_addresses(self, seq_id: int, row: int, length: int, addresses: Addresses) -> None:
         """Are the kernels given what the manager says of the sequence?"""
@@ -187,7 +179,7 @@ class KVSanitizer:
         destination = np.arange(first, first + len(source))
         here = self._host if transfer.kind == "swap_in" else self._device
         there = self._host if transfer.kind == "swap_out" else self._device
-        here.copy(source, there, destination)
+        there[destination] = here[source]
         for i in range(transfer.count):
             what = f"{transfer.kind} of {transfer.source + i} to {transfer.destination + i}"
             if there is self._device:
@@ -196,14 +188,14 @@ class KVSanitizer:
                 self._note(transfer.source + i, what)
 
     def _poison_unused(self) -> None:
-        used = _used_slots(self._manager, len(self._device.writer))
-        stale = np.flatnonzero((self._device.writer != _UNWRITTEN) & ~used)
+        used = _used_slots(self._manager, len(self._device))
+        stale = np.flatnonzero((self._device["writer"] != _UNWRITTEN) & ~used)
         if not stale.size:
             return
         for layer in self._kv.slots:
             for cache in layer:
                 cache[xp.asarray(stale)] = self._kv.nan
-        self._device.writer[stale] = self._device.position[stale] = _UNWRITTEN
+        self._device["writer"][stale] = self._device["position"][stale] = _UNWRITTEN
         for row in dict.fromkeys((stale // self._unit).tolist()):
             self._note(row, "slots freed, and filled with NaN")
 
@@ -226,28 +218,28 @@ class KVSanitizer:
         if not length:
             return
         slots = self._slots_read(seq_id, length)
-        wrong = np.flatnonzero(self._checksums(slots) != self._device.checksum[slots])
+        wrong = np.flatnonzero(self._checksums(slots) != self._device["checksum"][slots])
         if not wrong.size:
             return
         position = int(wrong[0])
         slot = int(slots[position])
         raise SanitizerError(
             f"sequence {seq_id} reads position {position} from {self._name(slot)}, but what lies there is not the K "
-            f"and V that sequence {self._device.writer[slot]} wrote: a copy was not made in time, or another write "
+            f"and V that sequence {self._device['writer'][slot]} wrote: a copy was not made in time, or another write "
             f"went over it. Last there: {self._last(slot)}."
         )
 
     def _check_owners(self, seq_id: int, tokens: Sequence[int], length: int) -> None:
         slots = self._slots_read(seq_id, length)
         expected = self._fingerprints.of(seq_id, tokens, length)
-        owners = self._device
-        right = (owners.writer[slots] != _UNWRITTEN) & (owners.position[slots] == np.arange(length))
-        right &= owners.fingerprint[slots] == expected
+        owners = self._device[slots]
+        right = (owners["writer"] != _UNWRITTEN) & (owners["position"] == np.arange(length))
+        right &= owners["fingerprint"] == expected
         if right.all():
             return
         position = int(np.flatnonzero(~right)[0])
         slot = int(slots[position])
-        writer, written = int(owners.writer[slot]), int(owners.position[slot])
+        writer, written = int(owners["writer"][position]), int(owners["position"][position])
         if writer == _UNWRITTEN:
             found = "nothing was written there since the slot was handed out"
         elif written != position:

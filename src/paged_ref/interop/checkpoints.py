@@ -39,21 +39,17 @@ def load(directory: str | Path) -> Checkpoint:
     config = read_config(directory)
     weights = _read_weights(directory)
     _check_weights(config, weights, directory)
-    try:
-        tokenizer = read_tokenizer(directory / "tokenizer.json")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    return Checkpoint(config, weights, tokenizer)
+    return Checkpoint(config, weights, read_tokenizer(directory / "tokenizer.json"))
 
 
 def read_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer.json. Raises ValueError where it is missing or not a tokenizer."""
+    """Read a tokenizer.json. Raises CheckpointError where it is missing or not a tokenizer."""
     if not Path(path).is_file():
-        raise ValueError(f"{path} is missing; a tokenizer.json of Hugging Face tokenizers is needed")
+        raise CheckpointError(f"{path} is missing; a tokenizer.json of Hugging Face tokenizers is needed")
     try:
         return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

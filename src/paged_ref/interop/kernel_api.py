@@ -68,11 +68,11 @@ def paged_attention(
     argument, the value and the bound. Values on a GPU are only checked with `validate=True`. The kernel of Kwon et al.
     2023, §4.1, with the conventions of FlashAttention and of today's vLLM.
     """
+    variant = Variant(softcap, alibi_slopes, sinks, key_scales, value_scales)
+    where = Addresses(seq_lens, query_start_loc, block_tables)
     return _attention(
-        query, key_cache, value_cache, seq_lens, query_start_loc, names=("key_cache", "value_cache"),
-        block_tables=block_tables, scale=scale, window=sliding_window,
-        variant=Variant(softcap, alibi_slopes, sinks, key_scales, value_scales),
-        return_lse=return_lse, out=out, backend=backend, validate=validate,
+        ("key_cache", "value_cache"), query, key_cache, value_cache, where, scale, sliding_window, variant, return_lse,
+        out, backend, validate,
     )  # fmt: skip
 
 
@@ -101,39 +101,35 @@ def naive_attention(
     `keys, values [num_slots, num_kv_heads, head_size]`, `starts [num_seqs]` the first slot of each region; all the rest
     as in `paged_attention`.
     """
+    variant = Variant(softcap, alibi_slopes, sinks, key_scales, value_scales)
+    where = Addresses(seq_lens, query_start_loc, starts=starts)
     return _attention(
-        query, keys, values, seq_lens, query_start_loc, names=("keys", "values"),
-        starts=starts, scale=scale, window=sliding_window,
-        variant=Variant(softcap, alibi_slopes, sinks, key_scales, value_scales),
-        return_lse=return_lse, out=out, backend=backend, validate=validate,
-    )  # fmt: skip
+        ("keys", "values"),
+        query,
+        keys,
+        values,
+        where,
+        scale,
+        sliding_window,
+        variant,
+        return_lse,
+        out,
+        backend,
+        validate,
+    )
 
 
 def _attention(
-    query: Any,
-    keys: Any,
-    values: Any,
-    seq_lens: Any,
-    query_start_loc: Any,
-    *,
-    names: tuple[str, str],
-    block_tables: Any = None,
-    starts: Any = None,
-    scale: float | None,
-    window: int | None,
-    variant: Variant,
-    return_lse: bool,
-    out: Any,
-    backend: str,
-    validate: bool | None,
-) -> Any:
+    names: tuple[str, str], query: Any, keys: Any, values: Any, where: Addresses, scale: float | None,
+    window: int | None, variant: Variant, return_lse: bool, out: Any, backend: str, validate: bool | None,
+) -> Any:  # fmt: skip
     """Check everything, fill in what the caller left out, and run it. `names` are the caller's words for K and V."""
     caller, given_out = query, out
     query, keys, values = adopt(query, "query"), adopt(keys, names[0]), adopt(values, names[1])
     xp = module_of(query)
     _check_query(query)
-    _check_caches(keys, values, names, paged=starts is None, query=query)
-    addresses = _addresses(query, adopt(seq_lens, "seq_lens"), query_start_loc, block_tables, starts)
+    _check_caches(keys, values, names, paged=where.starts is None, query=query)
+    addresses = _addresses(query, where)
     if window is not None and window < 1:
         raise ValueError(f"sliding_window is {window}; at least 1 is needed (the token itself)")
     checked = _variant(variant, keys, names[0], query.shape[1])
@@ -177,30 +173,30 @@ def _check_caches(keys: Array, values: Array, names: tuple[str, str], paged: boo
         raise ValueError(f"{names[0]} has block_size {keys.shape[1]}; at least 1 is needed")
 
 
-def _addresses(query: Array, seq_lens: Array, query_start_loc: Any, block_tables: Any, starts: Any) -> Addresses:
+def _addresses(query: Array, where: Addresses) -> Addresses:
     """The addresses of a call, with the right shapes and dtypes."""
-    _require_shape(seq_lens.ndim == 1, "seq_lens", seq_lens, "[num_seqs]")
-    num_tokens, num_seqs = query.shape[0], seq_lens.shape[0]
-    if query_start_loc is None:
+    seq_lens, loc = _indices(where.seq_lens, "seq_lens", "[num_seqs]", None), where.query_start_loc
+    num_tokens, num_seqs = query.shape[0], len(seq_lens)
+    if loc is None:
         if num_tokens != num_seqs:
             raise ValueError(
                 f"query has {num_tokens} tokens for {num_seqs} sequences; without query_start_loc each has one"
             )
-        query_start_loc = module_of(query).arange(num_seqs + 1, dtype=np.int32)
-    query_start_loc = adopt(query_start_loc, "query_start_loc")
-    _require_shape(query_start_loc.shape == (num_seqs + 1,), "query_start_loc", query_start_loc, f"[{num_seqs + 1}]")
-    if starts is None:
-        block_tables = adopt(block_tables, "block_tables")
-        ok = block_tables.ndim == 2 and block_tables.shape[0] == num_seqs
-        _require_shape(ok, "block_tables", block_tables, f"[{num_seqs}, max_blocks]")
-    else:
-        starts = adopt(starts, "starts")
-        _require_shape(starts.shape == (num_seqs,), "starts", starts, f"[{num_seqs}]")
-    addresses = Addresses(seq_lens, query_start_loc, block_tables, starts)
-    for name in ("seq_lens", "query_start_loc", "block_tables", "starts"):
-        if (array := getattr(addresses, name)) is not None:
-            _require_dtype(array, name, INTEGERS)
-    return addresses
+        loc = module_of(query).arange(num_seqs + 1, dtype=np.int32)
+    loc = _indices(loc, "query_start_loc", f"[{num_seqs + 1}]", num_seqs + 1)
+    if where.starts is not None:
+        return Addresses(seq_lens, loc, starts=_indices(where.starts, "starts", f"[{num_seqs}]", num_seqs))
+    shape = f"[{num_seqs}, max_blocks]"
+    return Addresses(seq_lens, loc, _indices(where.block_tables, "block_tables", shape, num_seqs, None))
+
+
+def _indices(given: Any, name: str, shape: str, *sizes: int | None) -> Array:
+    """`given` as integers of these sizes; None is any size."""
+    array = adopt(given, name)
+    fits = array.ndim == len(sizes) and all(size in (None, n) for size, n in zip(sizes, array.shape, strict=True))
+    _require_shape(fits, name, array, shape)
+    _require_dtype(array, name, INTEGERS)
+    return array
 
 
 def _variant(variant: Variant, keys: Array, name: str, num_heads: int) -> Variant | None:
@@ -303,7 +299,7 @@ def _check_written(key: Array, value: Array, key_cache: Array, value_cache: Arra
 
 def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots: Array, scales: Any) -> None:
     """Write what is checked."""
-    if store.write(key, value, key_cache, value_cache, slots, *scales):
+    if store.write(key, value, key_cache, value_cache, slots, scales):
         return
     if slots.min() < 0:
         written = slots >= 0

@@ -183,9 +183,8 @@ class Trace:
         for group in groups:
             first, info = int(group[0]), self.arrays[rows.array[group[0]]]
             asked = np.unique(address[group])
-            sectors = np.unique(
-                np.concatenate([asked // SECTOR_BYTES, (asked + info.dtype.itemsize - 1) // SECTOR_BYTES])
-            )
+            last = asked + info.dtype.itemsize - 1
+            sectors = np.unique(np.concatenate([asked // SECTOR_BYTES, last // SECTOR_BYTES]))
             answer.append(
                 WarpAccess(
                     int(rows.block[first]), int(warp[first]), int(rows.line[first]), info.name,

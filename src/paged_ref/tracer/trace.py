@@ -32,7 +32,7 @@ from ..core.attention.attention import AttentionCall
 from ..core.device import module_of
 from .access_record import WARP_SIZE, Access, ArrayInfo, Dim3, Trace, WarpAccess
 from .traced_cuda import Cuda, Integer, Rebuilder, WaitPoint
-from .traced_memory import Fault, LocalGuard, SharedGuard, TracedArray, traced_array
+from .traced_memory import Fault, LocalGuard, SharedGuard, TracedArray
 
 __all__ = ["Access", "KernelError", "Trace", "WarpAccess", "recording", "run"]
 
@@ -268,7 +268,7 @@ class _Machine:
     def _argument(self, name: str, value: Any) -> Any:
         if isinstance(value, np.ndarray):
             self.arrays.append(ArrayInfo(name, "global", value.shape, value.strides, value.dtype))
-            return traced_array(self, len(self.arrays) - 1, self.arrays[-1], value, None)
+            return TracedArray(self, len(self.arrays) - 1, self.arrays[-1], value, None)
         return int(value) if isinstance(value, np.integer) else value
 
     def shared_array(self, shape: Any, dtype: Any, alignment: int | None = None) -> TracedArray:
@@ -294,7 +294,7 @@ class _Machine:
             self.arrays.append(ArrayInfo(name, space, data.shape, data.strides, data.dtype))
         number = self.array_at[site]
         guard: Any = SharedGuard(data.size, self) if space == "shared" else LocalGuard(data.size)
-        return traced_array(self, number, self.arrays[number], data, guard)
+        return TracedArray(self, number, self.arrays[number], data, guard)
 
     # ---- the record
 

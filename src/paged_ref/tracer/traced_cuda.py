@@ -20,6 +20,11 @@ from .access_record import WARP_SIZE, Dim3
 from .traced_memory import Fault, TracedArray
 
 Lanes = dict[int, Any]  # the value that each lane (or thread) handed in
+Answer = Callable[[int, Lanes], Any]  # (own lane, all values) -> the result in this thread
+
+
+def _nothing(lane: int, values: Lanes) -> None:
+    """The answer of a barrier."""
 
 
 class WaitPoint(NamedTuple):
@@ -29,7 +34,7 @@ class WaitPoint(NamedTuple):
     site: int
     mask: int | None  # the lanes that wait for each other; None: all threads of the CUDA block
     value: Any
-    answer: Callable[[int, Lanes], Any]  # (own lane, all values) -> the result in this thread
+    answer: Answer
 
 
 class Cuda:
@@ -96,16 +101,16 @@ class Cuda:
         return self._wait("shfl_xor_sync", mask, value, lambda lane, values: _of_lane(values, lane ^ lane_mask))
 
     def shfl_up_sync(self, mask: int, value: Any, delta: int) -> Any:
-        def answer(lane: int, values: Lanes) -> Any:
-            return _of_lane(values, lane - delta if lane >= delta else lane)
-
-        return self._wait("shfl_up_sync", mask, value, answer)
+        return self._shift("shfl_up_sync", mask, value, -delta)
 
     def shfl_down_sync(self, mask: int, value: Any, delta: int) -> Any:
-        def answer(lane: int, values: Lanes) -> Any:
-            return _of_lane(values, lane + delta if lane + delta < WARP_SIZE else lane)
+        return self._shift("shfl_down_sync", mask, value, delta)
 
-        return self._wait("shfl_down_sync", mask, value, answer)
+    def _shift(self, kind: str, mask: int, value: Any, step: int) -> Any:
+        def answer(lane: int, values: Lanes) -> Any:
+            return _of_lane(values, lane + step if 0 <= lane + step < WARP_SIZE else lane)
+
+        return self._wait(kind, mask, value, answer, depth=3)
 
     def all_sync(self, mask: int, predicate: Any) -> Any:
         return self._wait("all_sync", mask, bool(predicate), lambda _, values: all(values.values()))
@@ -119,18 +124,11 @@ class Cuda:
 
         return self._wait("ballot_sync", mask, bool(predicate), answer)
 
-    def warp_collective(self, kind: str, value: Any, answer: Callable[[int, Lanes], Any]) -> Any:
+    def warp_collective(self, kind: str, value: Any, answer: Answer) -> Any:
         """For the twin of an intrinsic: all lanes of the warp hand in a value, and each gets `answer(lane, values)`."""
         return self._wait(kind, 0xFFFFFFFF, value, answer, depth=3)
 
-    def _wait(
-        self,
-        kind: str,
-        mask: int | None,
-        value: Any = None,
-        answer: Callable[[int, Lanes], Any] = lambda *_: None,
-        depth: int = 2,
-    ) -> Any:
+    def _wait(self, kind: str, mask: int | None, value: Any = None, answer: Answer = _nothing, depth: int = 2) -> Any:
         """Let the other threads run until all that take part have arrived; return this thread's answer."""
         site = self._machine.site_of(sys._getframe(depth))
         mask = None if mask is None else int(mask) & 0xFFFFFFFF

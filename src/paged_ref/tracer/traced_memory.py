@@ -125,12 +125,7 @@ class TracedArray:
     __slots__ = ("data", "dtype", "first", "guard", "info", "machine", "ndim", "number", "shape", "size", "steps")
 
     def __init__(
-        self,
-        machine: Machine,
-        number: int,
-        info: ArrayInfo,
-        data: Any,
-        guard: LocalGuard | SharedGuard | None,
+        self, machine: Machine, number: int, info: ArrayInfo, data: Any, guard: LocalGuard | SharedGuard | None
     ) -> None:
         self.machine, self.number, self.info, self.guard = machine, number, info, guard
         steps = [1] * data.ndim  # elements from one index to the next, row-major
@@ -150,26 +145,31 @@ class TracedArray:
         return int(self.shape[0])
 
     def __getitem__(self, index: Any) -> Any:
-        if type(index) is not tuple:
-            index = (index,)
-        if len(index) != self.ndim or slice in map(type, index):
-            return self._view(index)
-        flat = self._flat(index)
-        machine = self.machine
+        if type(index) is int and self.ndim == 1 and 0 <= index < self.size:  # the common case, made fast
+            flat = self.first + index * self.steps[0]
+        else:
+            if type(index) is not tuple:
+                index = (index,)
+            if len(index) != self.ndim or slice in map(type, index):
+                return self._view(index)
+            flat = self._flat(index)
+        machine, guard = self.machine, self.guard
         machine.log.extend((machine.site_of(sys._getframe(1)), machine.thread, self.number, flat, 0))
-        if self.guard is not None:
-            self._ask(self.guard.read, "reads", flat)
+        if guard is not None and not (type(guard) is LocalGuard and guard.written[flat]):
+            self._ask(guard.read, "reads", flat)
         value = self.data[index]
         return int(value) if self.dtype.kind in "iu" else value  # integers are 64 bits wide in a kernel
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if type(index) is not tuple:
-            index = (index,)
-        flat = self._flat(index)
-        machine = self.machine
+        if type(index) is int and self.ndim == 1 and 0 <= index < self.size:
+            flat = self.first + index * self.steps[0]
+        else:
+            index = index if type(index) is tuple else (index,)
+            flat = self._flat(index)
+        machine, guard = self.machine, self.guard
         machine.log.extend((machine.site_of(sys._getframe(1)), machine.thread, self.number, flat, 1))
-        if self.guard is not None:
-            self._ask(self.guard.write, "writes", flat)
+        if guard is not None:
+            self._ask(guard.write, "writes", flat)
         self.data[index] = value
 
     def update(self, index: Any, compute: Any, frame: Any) -> Any:
@@ -191,7 +191,7 @@ class TracedArray:
         flat = self.first
         for i, bound, step in zip(index, self.shape, self.steps, strict=False):
             if not 0 <= i < bound:
-                place = ", ".join(str(i) for i in index)
+                place = ", ".join(map(str, index))
                 raise Fault(f"{self.info.name}[{place}] is outside the shape {list(self.shape)}")
             flat += i * step
         return int(flat)
@@ -221,42 +221,3 @@ class TracedArray:
         except Fault as fault:
             place = ", ".join(str(i) for i in np.unravel_index(flat, self.info.shape))
             raise Fault(f"{verb} {self.info.space} {self.info.name}[{place}], {fault}") from None
-
-
-class TracedVector(TracedArray):
-    """A TracedArray of one dimension, made fast: all arrays of the tuned kernels have one dimension."""
-
-    __slots__ = ()
-
-    def __getitem__(self, index: Any) -> Any:
-        if type(index) is not int or not 0 <= index < self.size:
-            return super().__getitem__(index)
-        machine = self.machine
-        flat = self.first + index * self.steps[0]
-        machine.log.extend((machine.site_of(sys._getframe(1)), machine.thread, self.number, flat, 0))
-        guard = self.guard
-        if type(guard) is LocalGuard and guard.written[flat]:
-            pass
-        elif guard is not None:
-            self._ask(guard.read, "reads", flat)
-        return self.data.item(index) if self.dtype.kind in "iu" else self.data[index]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if type(index) is not int or not 0 <= index < self.size:
-            super().__setitem__(index, value)
-            return
-        machine = self.machine
-        flat = self.first + index * self.steps[0]
-        machine.log.extend((machine.site_of(sys._getframe(1)), machine.thread, self.number, flat, 1))
-        guard = self.guard
-        if type(guard) is LocalGuard:
-            guard.written[flat] = 1
-        elif guard is not None:
-            self._ask(guard.write, "writes", flat)
-        self.data[index] = value
-
-
-def traced_array(
-    machine: Machine, number: int, info: ArrayInfo, data: Any, guard: LocalGuard | SharedGuard | None
-) -> TracedArray:
-    return (TracedVector if data.ndim == 1 else TracedArray)(machine, number, info, data, guard)

@@ -30,11 +30,9 @@ ROWS = 64  # (query, head) rows of an item for each KV head: enough work for eac
 MIN_PARALLEL_WORK = 1 << 18  # query-key products times head_size; for less, waking threads costs more than it saves
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
 
-# The threads are Python's own: compiled code releases the interpreter (nogil), so they run side by side.
-# Numba's parallel loops were tried. Their OpenMP threads spin after each loop and slow NumPy's BLAS, which the
-# model runs between two calls, 2 to 4 times, unless the whole process is configured otherwise before OpenMP loads;
-# their other layer aborts when two Python threads use it; and both compile the loop a second time, which
-# doubled the wait on first use. Waking a Python thread costs about 10 us (OpenMP: 6, when its threads sleep).
+# The threads are Python's own: compiled code releases the interpreter (nogil), so they run side by side. The OpenMP
+# threads of Numba's parallel loops would spin after each loop and slow NumPy's BLAS, which the model runs between two
+# calls, 2 to 4 times. Waking a Python thread costs about 10 us.
 THREADS = int(numba.config.NUMBA_NUM_THREADS)  # the cores of this process, or the variable of that name
 
 

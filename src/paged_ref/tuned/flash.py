@@ -1,4 +1,4 @@
-"""Backend `cuda-flash`: the tuned kernels of `flash_kernels.py`, chosen, launched and explained.
+"""Backend `cuda-flash`: the tuned kernels of `flash_kernels.py`, chosen and launched.
 
 Decoding reads K and V once and does little else, so the yardstick is a copy of the same bytes. Four ideas bring
 the kernel to it (the kernel's own docstring has the details):
@@ -8,18 +8,12 @@ the kernel to it (the kernel's own docstring has the details):
 * long sequences are split over CUDA blocks, so that one sequence fills the GPU (flash-decoding, Dao et al. 2023);
 * paging costs one table entry for each tile, read two tiles ahead.
 
-Why tensor cores for a single query? The 8 heads of a group have 8 multiply-adds for each number of K and of V. A
-warp does 32 in one instruction, so a KiB of float16 (512 numbers) would take 8 * 512 / 32 = 128 instructions before any
-conversion, shuffle or exponential. What a GPU can issue: an H200 reads 4.8 TB/s = 4.69e9 KiB/s; its 132
-multiprocessors * 4 schedulers * 1.755 GHz issue 927e9 warp instructions a second, so 198 for each KiB. More, and
-memory waits for instructions. With tensor cores a KiB takes 30 in float16 with heads of 128 (45 with heads of 64),
-whatever the group, 54 in float32, 99 in int8, 112 in float8: counted from machine code by `paged-ref bench sass`.
-So float16 fills 15 % of the issue slots, float8 57 %, and memory is the bound; groups over 8 read K and V again
-for each 8 heads. In flight at a time must be what memory takes to answer, about a microsecond: 4.8 MB, 36 KiB for
-each multiprocessor. The kernels keep 48 to 96 there.
+Why tensor cores for a single query? While an H200 reads a KiB of K and V it can issue 198 warp instructions, and the 8
+heads of a group need 128 of them for multiply-adds alone, before any conversion or exponential. With tensor cores a KiB
+of float16 takes 30 in all, whatever the group; `paged-ref bench sass` counts all formats from the machine code.
 
-The first call of a variant compiles it, for seconds (machine_code.py); CuPy launches it, from pointers and numbers
-alone, so the host waits for nothing and a CUDA graph may hold it. All that decides a launch is in the shapes.
+The first call of a variant compiles it, for seconds; the host never waits, so a CUDA graph may hold a call. All that
+decides a launch is in the shapes.
 
 float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers. Float32 queries over a
 16-bit or 8-bit cache are multiplied in the operands' range: up to 65504, unless the cache is bfloat16.
@@ -27,8 +21,9 @@ float8: e4m3's two codes for not-a-number read as 480, so what is stored must be
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,10 +40,7 @@ from .flat_views import address_of, flat_view, span_bytes
 if TYPE_CHECKING:
     from .flash_variant import KernelVariant
 
-NAMES = {
-    np.dtype("float16"): "float16", np.dtype("float32"): "float32",
-    BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "e4m3",
-}  # fmt: skip
+NAMES = {np.dtype(name): name for name in ("float16", "float32")} | {BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "e4m3"}
 ITEM_BYTES = 16  # of a load
 MAX_SPLITS = 128
 MIN_KEYS = 256  # of a split: fewer, and beginning and end cost more than the middle
@@ -129,10 +121,10 @@ def number_of_splits(blocks: int, max_keys: int, places: int) -> int:
 
     def share(splits: int) -> float:
         waves = blocks * splits / places
-        return waves / -(-blocks * splits // places)
+        return waves / math.ceil(waves)
 
-    best = max(share(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if share(splits) >= 0.9 * best)
+    shares = [share(splits) for splits in range(1, most + 1)]
+    return 1 + next(i for i, one in enumerate(shares) if one >= 0.9 * max(shares))
 
 
 def launches(call: AttentionCall, num_splits: int | None = None, processors: int = 1) -> list[Launch]:
@@ -223,15 +215,11 @@ def attend(call: AttentionCall) -> None:
     if not out.flags.c_contiguous:
         call = replace(call, out=xp.empty(out.shape, dtype=out.dtype))
     number = int(xp.cuda.Device().id)
-    for launch in launches(call, None, _processors(number)):
+    processors = launching.properties(number)["multiProcessorCount"]
+    for launch in launches(call, None, int(processors)):
         launching.start(launch)
     if call.out is not out:
         out[...] = call.out
-
-
-@cache
-def _processors(number: int) -> int:
-    return int(device.xp.cuda.runtime.getDeviceProperties(number)["multiProcessorCount"])
 
 
 def _bits(array: Array) -> Array:

@@ -1,9 +1,9 @@
 """The tuned kernels: attention at the speed of memory, through block tables or without them.
 
-One source for all. `attention_kernel` is a factory: a `KernelVariant` says what is fixed when the kernel is compiled
-(kind of numbers, head size, group size, block size, features), and each variant is compiled once. Without a block size
-the kernel is the contiguous twin: the same lines without the table lookup. flash_stages.py has the stages, from the
-rows of a CUDA block to the output, and flash_layout.py the sizes.
+`attention_kernel` is a factory: a `KernelVariant` says what is fixed when the kernel is compiled (kind of numbers, head
+size, group size, block size, features). Without a block size the kernel is the contiguous twin: the same lines without
+the table lookup. flash_stages.py has the stages, from the rows of a CUDA block to the output, and flash_layout.py the
+sizes.
 
 The work of a warp. A *row* is one query of one head. The query heads of a group read the same K and V, so a warp
 takes eight rows of a group at a time, and tiles of 16 keys (8 in float32):
@@ -12,11 +12,11 @@ takes eight rows of a group at a time, and tiles of 16 keys (8 in float32):
     softmax  P from S, online, in registers: lanes 4·g to 4·g + 3 hold row g
     values   Oᵀ [head, 8 rows] += Vᵀ · Pᵀ    on the tensor cores; O stays in registers
 
-Decode (few queries): the four warps of a CUDA block share its rows and take every fourth tile; they are merged
-in shared memory at the end. A long sequence is split over several CUDA blocks, whose parts `combine_kernel`
-merges. Prefill (many queries): each warp has rows of its own, and all keys that they see; the warps of a CUDA
-block read the same tiles at about the same time, so all but the first find them in the L1. A mixed batch gets
-both kernels, and each leaves the sequences of the other kernel alone.
+Decode (few queries): the four warps of a CUDA block share its rows and take every fourth tile, and are merged in shared
+memory at the end. A long sequence is split over several CUDA blocks, whose parts `combine_kernel` merges. Prefill (many
+queries): each warp has rows of its own, and all keys that they see; the warps of a CUDA block read the same tiles at
+about the same time, so all but the first find them in the L1. A mixed batch gets both kernels, and each leaves the
+sequences of the other kernel alone.
 
 Four things that are easy to miss:
 * The tensor core multiplies 16 rows by 8 columns. Q · Kᵀ fills eight of the rows, so the other eight hold what
@@ -24,9 +24,8 @@ Four things that are easy to miss:
   own other half: see `add_scores`.) P is multiplied twice: rounded, and what rounding lost. So the answer has nearly
   float32's accuracy, at 8 instructions more for each tile.
 * S = Q · Kᵀ, but Oᵀ = Vᵀ · Pᵀ: then the lane that computed a score holds it where the next product wants it.
-* Which key or which number of a head stands in which place of a fragment is free, as long as both operands
-  agree. The order here is the one in which a lane's operands are 16 consecutive bytes of the cache. So K and V
-  go from global memory straight to the tensor cores, with no way round through shared memory.
+* Which key or number of a head stands in which place of a fragment is free, as long as both operands agree. Here a
+  lane's operands are 16 consecutive bytes of the cache, so K and V go from global memory straight to the tensor cores.
 * The loads of the next K are issued when the scores are done, those of the next V after the values: they run
   while the warp computes, and need no further registers. The table is read one tile further ahead. (Rows of
   512 bytes in 16 bits are too wide for that: there a tile's V is loaded after its scores, in the place of K.)
@@ -40,26 +39,24 @@ from numba import cuda
 from numba.types import float32, int32, int64, uint32
 
 from . import flash_stages as stages
+from .cuda_intrinsics import device
 from .flash_layout import Layout
 from .flash_stages import MINUS_INFINITY, ONE, TO_BASE_2, ZERO
 from .flash_variant import EVERY_LANE, NUM_THREADS, KernelVariant
-
-device = cuda.jit(device=True, inline="always")
 
 
 def tile_loop(layout: Layout):
     """Makes `attend_tiles`, which goes through the tiles of a warp."""
     WIDE, STEP, LOOKUPS = layout.variant.wide, layout.step, layout.lookups
     K_WORDS, V_WORDS, S_SIZE, V_ROWS = layout.k_words, layout.v_words, layout.s_size, layout.v_rows
-    look_up, (load_keys, load_values) = stages.table_lookups(layout), stages.tile_loads(layout)
+    look_up, load_keys, load_values = stages.cache_reads(layout)
     add_scores, add_values = stages.score_products(layout), stages.value_products(layout)
     softmax = stages.online_softmax(layout)
 
     @device
     def attend_tiles(
         o, q, q_lost, keys, values, where, table, start, tile, end, low, high, g, t, query_position,
-        key_base, key_block_stride, key_slot_stride, value_base, value_block_stride, value_slot_stride,
-        to_logit, cap, one_over_cap, slope, window,
+        key_at, value_at, options,
     ):  # fmt: skip
         """Add the tiles from `tile` to before `end` to `o`. Returns the row's highest logit, and the sum of the weights
         that this lane has seen, relative to it."""
@@ -73,11 +70,9 @@ def tile_loop(layout: Layout):
         total = ZERO
         if tile < end:
             look_up(blocks, where, table, tile, low, high, g, t)
-            load_keys(k, keys, blocks, start, key_base, tile, low, high, g, t, key_block_stride, key_slot_stride)
+            load_keys(k, keys, blocks, start, key_at, tile, low, high, g, t)
             if not WIDE:
-                load_values(
-                    v, values, blocks, start, value_base, tile, low, high, g, t, value_block_stride, value_slot_stride
-                )
+                load_values(v, values, blocks, start, value_at, tile, low, high, g, t)
                 if tile + STEP < end:
                     look_up(blocks, where, table, int32(tile + STEP), low, high, g, t)
         s = cuda.local.array(S_SIZE, float32)
@@ -89,44 +84,20 @@ def tile_loop(layout: Layout):
             add_scores(s, s_other, q, q_lost, k)
             following = int32(tile + STEP)
             if WIDE:
-                load_values(
-                    v, values, blocks, start, value_base, tile, low, high, g, t, value_block_stride, value_slot_stride
-                )
+                load_values(v, values, blocks, start, value_at, tile, low, high, g, t)
                 if following < end:
                     look_up(blocks, where, table, following, low, high, g, t)
             elif following < end:  # the same for all lanes
-                load_keys(
-                    k, keys, blocks, start, key_base, following, low, high, g, t, key_block_stride, key_slot_stride
-                )
+                load_keys(k, keys, blocks, start, key_at, following, low, high, g, t)
                 if following + STEP < end:
                     look_up(ahead, where, table, int32(following + STEP), low, high, g, t)
-            highest, total = softmax(
-                weights,
-                o,
-                highest,
-                total,
-                s,
-                s_other,
-                tile,
-                t,
-                query_position,
-                to_logit,
-                cap,
-                one_over_cap,
-                slope,
-                window,
-            )
+            highest, total = softmax(weights, o, highest, total, s, s_other, tile, t, query_position, options)
             add_values(o, v, weights)
             if following < end:
                 if WIDE:
-                    load_keys(
-                        k, keys, blocks, start, key_base, following, low, high, g, t, key_block_stride, key_slot_stride
-                    )
+                    load_keys(k, keys, blocks, start, key_at, following, low, high, g, t)
                 else:
-                    load_values(
-                        v, values, blocks, start, value_base, following, low, high, g, t,
-                        value_block_stride, value_slot_stride,
-                    )  # fmt: skip
+                    load_values(v, values, blocks, start, value_at, following, low, high, g, t)
                     for i in range(LOOKUPS):
                         blocks[i] = ahead[i]
             tile = following
@@ -145,7 +116,7 @@ def attention_kernel(variant: KernelVariant):
     SHARED_SIZE = layout.shared_rows * layout.stride
     rows, tiles, load_query = stages.rows_of_block(layout), stages.tiles_of_warp(layout), stages.query_loads(layout)
     attend_tiles = tile_loop(layout)
-    store_shared, write_rows = stages.shared_stores(layout), stages.outputs(layout)
+    store_shared, write_rows = stages.outputs(layout)
 
     @cuda.jit(launch_bounds=(NUM_THREADS, variant.blocks_per_multiprocessor))
     def flash_attention(
@@ -172,9 +143,8 @@ def attention_kernel(variant: KernelVariant):
         block, kv_head = int32(block_number // heads), int32(block_number % heads)
         num_splits, split_number = cuda.gridDim.y, cuda.blockIdx.y
 
-        seq, first_row, warp_row, first_token, num_rows = rows(
-            query_start_loc, num_seqs, block, cuda.gridDim.x // heads, warp
-        )
+        num_blocks = cuda.gridDim.x // heads
+        seq, first_row, warp_row, first_token, num_rows = rows(query_start_loc, num_seqs, block, num_blocks, warp)
         if first_row >= num_rows:
             return  # all threads do
         # A token's position: causal, aligned at the end of the sequence.
@@ -205,15 +175,15 @@ def attention_kernel(variant: KernelVariant):
             table = seq * where_stride
         else:
             start = int32(where[seq])
-        key_base, value_base = uint32(kv_head * key_head_stride), uint32(kv_head * value_head_stride)
+        key_at = (uint32(kv_head * key_head_stride), key_block_stride, key_slot_stride)
+        value_at = (uint32(kv_head * value_head_stride), value_block_stride, value_slot_stride)
 
         o = cuda.local.array(O_SIZE, float32)
         for i in range(O_SIZE):
             o[i] = ZERO
         highest, total = attend_tiles(
             o, q, q_lost, keys, values, where, table, start, tile, end, low, high, g, t, query_position,
-            key_base, key_block_stride, key_slot_stride, value_base, value_block_stride, value_slot_stride,
-            to_logit, cap, one_over_cap, slope, window,
+            key_at, value_at, (to_logit, cap, one_over_cap, slope, window),
         )  # fmt: skip
 
         shared_o = cuda.shared.array(SHARED_SIZE, float32)

@@ -23,7 +23,7 @@ class Layout:
         self.k_rows, self.v_rows = per_word, 2 * per_word  # keys of a tile that a lane reads of K; of V
         self.k_loads = -(-self.chunks // 4)  # loads for each K row: lanes t = 0..3 take neighbouring chunks
         self.v_loads = -(-self.chunks // 8)  # loads for each V row: lanes g = 0..7 do
-        self.all_k, self.all_v = self.chunks % 4 == 0, self.chunks % 8 == 0  # no lane is left without a chunk
+        self.all_k = self.chunks % 4 == 0  # no lane is left without a chunk of K
         self.pairs = 4 if self.quantized else 2  # operands (pairs of words) in a chunk of K
         self.pairs_out = per_chunk // 2  # a fragment of O is two numbers of each lane's chunk
 

@@ -11,41 +11,49 @@ import math
 from numba import cuda
 from numba.types import float32, int32, int64, uint32
 
-from .cuda_intrinsics import exp2, load16
+from .cuda_intrinsics import device, exp2, load16
 from .flash_layout import Layout
 from .flash_variant import EVERY_LANE, FROM, MAX_SPLIT_QUERIES, NUM_THREADS, ROWS, TO
 
-device = cuda.jit(device=True, inline="always")
-
 MINUS_INFINITY, ZERO, ONE = float32(-math.inf), float32(0), float32(1)
 TO_BASE_2, TO_BASE_E = float32(math.log2(math.e)), float32(math.log(2))
+NO_WORDS = (uint32(0),) * 4
 
 
 # ---- the rows of a CUDA block
 
 
+def last_sequence(first_of):
+    """Makes `search`: by halving, the last sequence whose `first_of(query_start_loc, seq)` is at most `number`."""
+
+    @device
+    def search(query_start_loc, num_seqs, number):
+        low, high = int64(0), int64(num_seqs - 1)
+        while low < high:
+            middle = (low + high + 1) >> 1
+            if first_of(query_start_loc, middle) <= number:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    return search
+
+
+@device
+def first_token_of(query_start_loc, seq):
+    return query_start_loc[seq]
+
+
+search_token = last_sequence(first_token_of)
+
+
 @device
 def sequence_of_token(query_start_loc, num_seqs, token):
-    """The sequence of a token, by halving, unless each sequence has one token."""
+    """The sequence of a token: a search, unless each sequence has one token."""
     if token < num_seqs and query_start_loc[token] == token and query_start_loc[token + 1] == token + 1:
         return int64(token)
-    low, high = int64(0), int64(num_seqs - 1)
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if query_start_loc[middle] <= token:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@device
-def first_block_of(query_start_loc, seq, group_size, rows):
-    """The first CUDA block (of `rows` rows) of a sequence in a prefill, without a sum over those before it.
-
-    Each sequence gets as many blocks as its rows fill, or one more.
-    """
-    return query_start_loc[seq] * group_size // rows + seq
+    return search_token(query_start_loc, num_seqs, token)
 
 
 def rows_of_block(layout: Layout):
@@ -54,16 +62,12 @@ def rows_of_block(layout: Layout):
     BLOCKS_PER_ITEM, ROWS_PER_BLOCK = layout.variant.blocks_per_item, layout.variant.rows_per_block
 
     @device
-    def sequence_of_block(query_start_loc, num_seqs, block):
-        """The sequence whose rows this CUDA block of a prefill has."""
-        low, high = int64(0), int64(num_seqs - 1)
-        while low < high:
-            middle = (low + high + 1) >> 1
-            if first_block_of(query_start_loc, middle, GROUP, ROWS_PER_BLOCK) <= block:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    def first_block_of(query_start_loc, seq):
+        """The first CUDA block of a sequence in a prefill, without a sum over those before it: each sequence gets as
+        many blocks as its rows fill, or one more."""
+        return query_start_loc[seq] * GROUP // ROWS_PER_BLOCK + seq
+
+    sequence_of_block = last_sequence(first_block_of)
 
     @device
     def rows(query_start_loc, num_seqs, block, num_blocks, warp):
@@ -75,7 +79,7 @@ def rows_of_block(layout: Layout):
         if PREFILL:
             block = int32(num_blocks - 1 - block)  # the last queries, which see most, begin first
             seq = sequence_of_block(query_start_loc, num_seqs, block)
-            first_row = (block - first_block_of(query_start_loc, seq, GROUP, ROWS_PER_BLOCK)) * ROWS_PER_BLOCK
+            first_row = (block - first_block_of(query_start_loc, seq)) * ROWS_PER_BLOCK
             warp_row = first_row + ROWS * warp
         else:
             seq = int64(block // BLOCKS_PER_ITEM)
@@ -136,7 +140,7 @@ def query_loads(layout: Layout):
             for i in range(0, 2 * PAIRS, 4):
                 at = 2 * PAIRS * c + i
                 if EXACT:  # the numbers are operands as they lie
-                    q[at], q[at + 1], q[at + 2], q[at + 3] = uint32(0), uint32(0), uint32(0), uint32(0)
+                    q[at], q[at + 1], q[at + 2], q[at + 3] = NO_WORDS
                     if mine:
                         chunk = uint32((first + PER_WORD * i) // (4 * PER_WORD))
                         q[at], q[at + 1], q[at + 2], q[at + 3] = load16(query, chunk, 0)
@@ -151,9 +155,11 @@ def query_loads(layout: Layout):
     return load_query
 
 
-def nearest_visible(layout: Layout):
-    """Makes `nearest`, which keeps reads within the keys of a warp."""
-    WINDOW = layout.variant.window
+def cache_reads(layout: Layout):
+    """Makes `look_up`, `load_keys` and `load_values`, which read the block table and a lane's part of a tile."""
+    PAGED, ONE_BLOCK, EIGHTS, WINDOW = layout.paged, layout.one_block, layout.eights, layout.variant.window
+    TILE, CHUNKS, K_ROWS, V_ROWS = layout.tile, layout.chunks, layout.k_rows, layout.v_rows
+    UNSIGNED_BLOCK_SIZE, TILES_PER_BLOCK = uint32(layout.block_size), uint32(max(1, layout.block_size // layout.tile))
 
     @device
     def nearest(r, first, last):
@@ -161,16 +167,6 @@ def nearest_visible(layout: Layout):
         if WINDOW:
             r = max(r, first)
         return min(r, last)
-
-    return nearest
-
-
-def table_lookups(layout: Layout):
-    """Makes `look_up`, which reads the block table."""
-    PAGED, ONE_BLOCK, EIGHTS = layout.paged, layout.one_block, layout.eights
-    TILE, K_ROWS, V_ROWS = layout.tile, layout.k_rows, layout.v_rows
-    UNSIGNED_BLOCK_SIZE, TILES_PER_BLOCK = uint32(layout.block_size), uint32(max(1, layout.block_size // layout.tile))
-    nearest = nearest_visible(layout)
 
     @device
     def look_up(blocks, where, table, tile, low, high, g, t):
@@ -185,17 +181,6 @@ def table_lookups(layout: Layout):
                 position = nearest(int32(tile * TILE + 8 * (i // 2) + 2 * t + i % 2), low, int32(high - 1))
                 blocks[K_ROWS + i] = uint32(where[table + uint32(position) // UNSIGNED_BLOCK_SIZE])
 
-    return look_up
-
-
-def tile_loads(layout: Layout):
-    """Makes `load_keys` and `load_values`, which load a lane's part of a tile."""
-    PAGED, ONE_BLOCK, EIGHTS = layout.paged, layout.one_block, layout.eights
-    TILE, CHUNKS, K_ROWS, V_ROWS = layout.tile, layout.chunks, layout.k_rows, layout.v_rows
-    K_LOADS, V_LOADS, ALL_K, ALL_V = layout.k_loads, layout.v_loads, layout.all_k, layout.all_v
-    UNSIGNED_BLOCK_SIZE, TILES_PER_BLOCK = uint32(layout.block_size), uint32(max(1, layout.block_size // layout.tile))
-    nearest = nearest_visible(layout)
-
     @device
     def row_of(blocks, i, start, tile, r, block_stride, slot_stride):
         """Where key r of the tile begins, in chunks of 16 bytes: `slot_of`, with the strides of the cache."""
@@ -207,40 +192,43 @@ def tile_loads(layout: Layout):
             block, offset = uint32(0), uint32(start + tile * TILE + r)
         return uint32(uint32(block * block_stride) + uint32(offset * slot_stride))
 
-    @device
-    def load_keys(k, keys, blocks, start, base, tile, low, high, g, t, block_stride, slot_stride):
-        """The lane's chunks of its keys, 8i + g of the tile."""
-        for i in range(K_ROWS):
-            r = nearest(int32(8 * i + g), int32(low - tile * TILE), int32(high - 1 - tile * TILE))
-            chunk = uint32(base + t + row_of(blocks, i, start, tile, r, block_stride, slot_stride))
-            for c in range(K_LOADS):
-                at = 4 * (i * K_LOADS + c)
-                if ALL_K or 4 * c + t < CHUNKS:
-                    k[at], k[at + 1], k[at + 2], k[at + 3] = load16(keys, chunk, 4 * c)
-                else:
-                    k[at], k[at + 1], k[at + 2], k[at + 3] = uint32(0), uint32(0), uint32(0), uint32(0)
+    def loads(num_rows, num_loads, lanes, key_of, entry_of):
+        """Makes the load of num_rows keys of a tile, of which `lanes` lanes take neighbouring chunks."""
+        ALL = CHUNKS % lanes == 0  # no lane is left without a chunk
 
-    @device
-    def load_values(v, values, blocks, start, base, tile, low, high, g, t, block_stride, slot_stride):
-        """The lane's chunks of its values, 2t, 2t + 1 (and 8 + 2t, 8 + 2t + 1) of the tile."""
-        for i in range(V_ROWS):
-            r = nearest(int32(8 * (i // 2) + 2 * t + i % 2), int32(low - tile * TILE), int32(high - 1 - tile * TILE))
-            entry = i // 2 if EIGHTS else K_ROWS + i
-            chunk = uint32(base + g + row_of(blocks, entry, start, tile, r, block_stride, slot_stride))
-            for c in range(V_LOADS):
-                at = 4 * (i * V_LOADS + c)
-                if ALL_V or 8 * c + g < CHUNKS:
-                    v[at], v[at + 1], v[at + 2], v[at + 3] = load16(values, chunk, 8 * c)
-                else:
-                    v[at], v[at + 1], v[at + 2], v[at + 3] = uint32(0), uint32(0), uint32(0), uint32(0)
+        @device
+        def load(words, cache, blocks, start, at, tile, low, high, g, t):
+            """Fill `words`; `at`: where the KV head begins, and the strides of a block and a slot."""
+            base, block_stride, slot_stride = at
+            lane = t if lanes == 4 else g
+            for i in range(num_rows):
+                r = nearest(int32(key_of(i, g, t)), int32(low - tile * TILE), int32(high - 1 - tile * TILE))
+                chunk = uint32(base + lane + row_of(blocks, entry_of(i), start, tile, r, block_stride, slot_stride))
+                for c in range(num_loads):
+                    to = 4 * (i * num_loads + c)
+                    if ALL or lanes * c + lane < CHUNKS:
+                        words[to], words[to + 1], words[to + 2], words[to + 3] = load16(cache, chunk, lanes * c)
+                    else:
+                        words[to], words[to + 1], words[to + 2], words[to + 3] = NO_WORDS
 
-    return load_keys, load_values
+        return load
+
+    key_of_k, key_of_v = device(lambda i, g, t: 8 * i + g), device(lambda i, g, t: 8 * (i // 2) + 2 * t + i % 2)
+    entry_of_k, entry_of_v = device(lambda i: i), device(lambda i: i // 2 if EIGHTS else K_ROWS + i)
+    load_keys = loads(K_ROWS, layout.k_loads, 4, key_of_k, entry_of_k)
+    load_values = loads(V_ROWS, layout.v_loads, 8, key_of_v, entry_of_v)
+    return look_up, load_keys, load_values
 
 
 def score_products(layout: Layout):
     """Makes `add_scores`, which multiplies Q by a tile of K."""
     score_operand, multiply_keys = layout.element.score_operand, layout.element.multiply_keys
     S_SIZE, K_LOADS, PAIRS, EXACT = layout.s_size, layout.k_loads, layout.pairs, layout.variant.exact
+
+    @device
+    def add_product(s, i, a0, a1, a2, a3, b0, b1):
+        sums = multiply_keys(a0, a1, a2, a3, b0, b1, s[i], s[i + 1], s[i + 2], s[i + 3])
+        s[i], s[i + 1], s[i + 2], s[i + 3] = sums
 
     @device
     def add_scores(s, s_other, q, q_lost, k):
@@ -256,21 +244,11 @@ def score_products(layout: Layout):
                     b0, b1 = score_operand(k, i * K_LOADS + 4 * c, j)
                     at = 2 * (c * PAIRS + j)
                     if not EXACT:
-                        sums = multiply_keys(
-                            q[at], q_lost[at], q[at + 1], q_lost[at + 1], b0, b1, s[i], s[i + 1], s[i + 2], s[i + 3]
-                        )
-                        s[i], s[i + 1], s[i + 2], s[i + 3] = sums
+                        add_product(s, i, q[at], q_lost[at], q[at + 1], q_lost[at + 1], b0, b1)
                     elif j % 2 == 0:
-                        sums = multiply_keys(
-                            q[at], q[at + 2], q[at + 1], q[at + 3], b0, b1, s[i], s[i + 1], s[i + 2], s[i + 3]
-                        )
-                        s[i], s[i + 1], s[i + 2], s[i + 3] = sums
+                        add_product(s, i, q[at], q[at + 2], q[at + 1], q[at + 3], b0, b1)
                     else:
-                        sums = multiply_keys(
-                            q[at - 2], q[at], q[at - 1], q[at + 1], b0, b1,
-                            s_other[i], s_other[i + 1], s_other[i + 2], s_other[i + 3],
-                        )  # fmt: skip
-                        s_other[i], s_other[i + 1], s_other[i + 2], s_other[i + 3] = sums
+                        add_product(s_other, i, q[at - 2], q[at], q[at - 1], q[at + 1], b0, b1)
 
     return add_scores
 
@@ -308,8 +286,9 @@ def online_softmax(layout: Layout):
     WINDOW, SOFTCAP, ALIBI = layout.variant.window, layout.variant.softcap, layout.variant.alibi
 
     @device
-    def logits(weights, highest, s, s_other, tile, t, query_position, to_logit, cap, one_over_cap, slope, window):
+    def logits(weights, highest, s, s_other, tile, t, query_position, options):
         """Fill `weights` with the lane's logits to base 2, -inf for hidden keys. Returns the highest, or `highest`."""
+        to_logit, cap, one_over_cap, slope, window = options
         for i in range(V_ROWS):
             upper, lower = s[4 * (i // 2) + i % 2], s[4 * (i // 2) + i % 2 + 2]
             if EXACT:
@@ -341,13 +320,9 @@ def online_softmax(layout: Layout):
         return total, shift
 
     @device
-    def softmax(
-        weights, o, highest, total, s, s_other, tile, t, query_position, to_logit, cap, one_over_cap, slope, window
-    ):
+    def softmax(weights, o, highest, total, s, s_other, tile, t, query_position, options):
         """Fill `weights`: relative to the highest logit so far, a weight is at most 1. Returns `highest`, `total`."""
-        new_highest = logits(
-            weights, highest, s, s_other, tile, t, query_position, to_logit, cap, one_over_cap, slope, window
-        )
+        new_highest = logits(weights, highest, s, s_other, tile, t, query_position, options)
         new_highest = max(new_highest, cuda.shfl_xor_sync(EVERY_LANE, new_highest, 1))
         new_highest = max(new_highest, cuda.shfl_xor_sync(EVERY_LANE, new_highest, 2))
         total, shift = rescale(o, total, highest, new_highest, t)
@@ -359,9 +334,12 @@ def online_softmax(layout: Layout):
     return softmax
 
 
-def shared_stores(layout: Layout):
-    """Makes `store_shared`, which puts the results of a warp into shared memory."""
-    O_SIZE, STRIDE = layout.o_size, layout.stride
+def outputs(layout: Layout):
+    """Makes `store_shared`, by which warps hand over their results, and `write_rows`, which merges and writes them."""
+    to_out, HEAD_SIZE, GROUP = TO[layout.variant.query], layout.variant.head_size, layout.variant.group_size
+    SPLIT, MIXED, ROWS_PER_BLOCK = layout.variant.split, layout.variant.mixed, layout.variant.rows_per_block
+    SINKS, QUANTIZED, PARTS = layout.variant.sinks and not layout.variant.split, layout.quantized, layout.parts
+    PER_CHUNK, STRIDE, FACTOR, O_SIZE = layout.per_chunk, layout.stride, float32(layout.element.factor), layout.o_size
 
     @device
     def store_shared(shared_o, shared_highest, shared_total, o, highest, total, warp, g, t):
@@ -376,14 +354,6 @@ def shared_stores(layout: Layout):
             shared_total[ROWS * warp + g] = total
         cuda.syncthreads()
 
-    return store_shared
-
-
-def merged_parts(layout: Layout):
-    """Makes `merge`, which merges the warps' parts of one number of the output."""
-    SPLIT, SINKS, QUANTIZED, PARTS = layout.variant.split, layout.variant.sinks, layout.quantized, layout.parts
-    PER_CHUNK, STRIDE, FACTOR = layout.per_chunk, layout.stride, float32(layout.element.factor)
-
     @device
     def merge(shared_o, shared_highest, shared_total, r, number, head, kv_head, sinks, value_scales):
         """The number of row r, normalised; and the row's log-sum-exp to base 2."""
@@ -391,7 +361,7 @@ def merged_parts(layout: Layout):
         load, chunk = number // (8 * PER_CHUNK), number // PER_CHUNK % 8
         at = 8 * (load * PER_CHUNK + number % PER_CHUNK) + chunk
         highest = MINUS_INFINITY
-        if SINKS and not SPLIT:
+        if SINKS:
             highest = sinks[head] * TO_BASE_2
         for w in range(PARTS):
             highest = max(highest, shared_highest[ROWS * w + r])
@@ -401,7 +371,7 @@ def merged_parts(layout: Layout):
             weight = exp2(shared_highest[ROWS * w + r] - shift)
             total += weight * shared_total[ROWS * w + r]
             mixed += weight * shared_o[(ROWS * w + r) * STRIDE + at]
-        if SINKS and not SPLIT:
+        if SINKS:
             total += exp2(sinks[head] * TO_BASE_2 - shift)
         norm = ZERO
         if total > ZERO or total != total:
@@ -412,15 +382,6 @@ def merged_parts(layout: Layout):
         if total > ZERO or total != total:
             logarithm = highest + math.log2(total)
         return mixed * norm, logarithm
-
-    return merge
-
-
-def outputs(layout: Layout):
-    """Makes `write_rows`, which writes the rows of a CUDA block."""
-    to_out, HEAD_SIZE, GROUP = TO[layout.variant.query], layout.variant.head_size, layout.variant.group_size
-    SPLIT, MIXED, ROWS_PER_BLOCK = layout.variant.split, layout.variant.mixed, layout.variant.rows_per_block
-    merge = merged_parts(layout)
 
     @device
     def write_rows(
@@ -447,4 +408,4 @@ def outputs(layout: Layout):
                 if number == 0:
                     lse[here] = logarithm * TO_BASE_E
 
-    return write_rows
+    return store_shared, write_rows

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from numba import cuda
 from numba.types import uint16, uint32
 
-from .cuda_intrinsics import float_of, unpack_float16
+from .cuda_intrinsics import device, float_of, unpack_float16
 from .flash_elements import ELEMENTS, split_bfloat16, split_float16
 
 NUM_WARPS = 4
@@ -15,8 +14,6 @@ NUM_THREADS = 32 * NUM_WARPS
 ROWS = 8  # of a warp: a row is one query of one head
 MAX_SPLIT_QUERIES = 4  # up to this many queries per sequence, split the keys over warps (as in decoding)
 EVERY_LANE = 0xFFFFFFFF
-
-device = cuda.jit(device=True, inline="always")
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class KernelVariant:
     block_size: int | None  # None: contiguous
     prefill: bool = False  # each warp has rows of its own; else the warps of a CUDA block share rows
     mixed: bool = (
-        False  # prefill leaves sequences of up to MAX_SPLIT_QUERIES to the other kernel, which takes only these
+        False  # sequences of up to MAX_SPLIT_QUERIES are for the kernel without prefill, the others for prefill
     )
     split: bool = False  # write parts for `combine_kernel`; not in a prefill
     window: bool = False
@@ -40,7 +37,7 @@ class KernelVariant:
 
     @property
     def rows_per_block(self) -> int:
-        """Rows of a CUDA block."""
+        """Of a CUDA block."""
         return ROWS * NUM_WARPS if self.prefill else ROWS
 
     @property
@@ -89,15 +86,13 @@ def from_float32(number):
     return number
 
 
-@device
-def to_float16(number):
-    return uint16(split_float16(number, number)[0] & 0xFFFF)
+def rounded_by(split):
+    @device
+    def to_16_bits(number):
+        return uint16(split(number, number)[0] & 0xFFFF)
 
-
-@device
-def to_bfloat16(number):
-    return uint16(split_bfloat16(number, number)[0] & 0xFFFF)
+    return to_16_bits
 
 
 FROM = {"float16": from_float16, "bfloat16": from_bfloat16, "float32": from_float32}
-TO = {"float16": to_float16, "bfloat16": to_bfloat16, "float32": from_float32}
+TO = {"float16": rounded_by(split_float16), "bfloat16": rounded_by(split_bfloat16), "float32": from_float32}

@@ -52,7 +52,11 @@ def loaded(kernel: Any, types: tuple[str, ...], bounds: tuple[int, int], number:
 
 
 @cache
+def properties(number: int) -> dict[str, Any]:
+    """What CUDA says of GPU `number`."""
+    return dict(device.xp.cuda.runtime.getDeviceProperties(number))
+
+
 def capability(number: int) -> tuple[int, int]:
     """The compute capability of GPU `number`."""
-    properties = device.xp.cuda.runtime.getDeviceProperties(number)
-    return int(properties["major"]), int(properties["minor"])
+    return int(properties(number)["major"]), int(properties(number)["minor"])

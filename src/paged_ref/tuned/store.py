@@ -13,16 +13,11 @@ from . import launching
 from .flat_views import address_of, flat_view
 
 CHUNK = 16  # bytes that one instruction moves
+Scales = tuple[Array | None, Array | None]  # of K and of V, [num_kv_heads] each: for int8 and float8
 
 
 def write(
-    key: Array,
-    value: Array,
-    key_cache: Array,
-    value_cache: Array,
-    slot_mapping: Array,
-    key_scales: Array | None = None,
-    value_scales: Array | None = None,
+    key: Array, value: Array, key_cache: Array, value_cache: Array, slot_mapping: Array, scales: Scales = (None, None)
 ) -> bool:
     """Write K and V to their slots; the arguments are those of `write_launches`. False, and nothing is written, where
     the kernels cannot."""
@@ -30,7 +25,7 @@ def write(
         return False
     if key.dtype == np.float64 or min(*key.strides, *value.strides, *key_cache.strides, *value_cache.strides) < 0:
         return False
-    for launch in write_launches(key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales):
+    for launch in write_launches(key, value, key_cache, value_cache, slot_mapping, scales):
         launching.start(launch)
     return True
 
@@ -46,20 +41,14 @@ def copy(cache: Array, pairs: np.ndarray) -> bool:
 
 
 def write_launches(
-    key: Array,
-    value: Array,
-    key_cache: Array,
-    value_cache: Array,
-    slot_mapping: Array,
-    key_scales: Array | None = None,
-    value_scales: Array | None = None,
+    key: Array, value: Array, key_cache: Array, value_cache: Array, slot_mapping: Array, scales: Scales = (None, None)
 ) -> list[Launch]:
     """The kernels that write `key, value [num_tokens, num_kv_heads, head_size]` to their slots; a negative slot is
     skipped.
 
     One kernel for both, by chunks of 16 bytes, where rows are stored as they are; otherwise one for each, by numbers.
-    Caches `[num_blocks, block_size, num_kv_heads, head_size]`, or `[num_slots, ...]`; scales [num_kv_heads] for
-    int8 and float8. No stride may be negative, and the rows are not float64.
+    Caches `[num_blocks, block_size, num_kv_heads, head_size]`, or `[num_slots, ...]`. No stride may be negative, and
+    the rows are not float64.
     """
     from . import store_kernels
 
@@ -73,14 +62,14 @@ def write_launches(
         return [Launch(store_kernels.move_rows_kernel, (key.shape[0], 2), _threads(row_bytes), args)]
     kernel = store_kernels.write_rows_kernel(key.dtype.name, key_cache.dtype.name)
     launches = []
-    for new, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
+    for new, cache, scale in ((key, key_cache, scales[0]), (value, value_cache, scales[1])):
         if cache.ndim == 3:  # slots are blocks of one
             cache = cache[:, None]
-        if scales is None:  # the kernel has the parameter in every format
-            scales = module_of(key).empty(key.shape[1], dtype=np.float32)
+        if scale is None:  # the kernel has the parameter in every format
+            scale = module_of(key).empty(key.shape[1], dtype=np.float32)
         steps = (stride // array.itemsize for array in (new, cache) for stride in array.strides)
         sizes = (np.int64(size) for size in (*key.shape[1:], cache.shape[1], *steps))
-        args = (flat_view(new), flat_view(cache), slots, module_of(key).ascontiguousarray(scales), *sizes)
+        args = (flat_view(new), flat_view(cache), slots, module_of(key).ascontiguousarray(scale), *sizes)
         launches.append(Launch(kernel, (key.shape[0], 1), 128, args))
     return launches
 

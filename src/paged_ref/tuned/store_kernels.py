@@ -13,10 +13,9 @@ from numba import cuda
 from numba.types import float32, int32, uint8, uint16, uint32
 
 from ..extras import formats
-from .cuda_intrinsics import bits_of, copy16, float_of
+from .cuda_intrinsics import bits_of, copy16, device, float_of
 from .flash_variant import from_bfloat16
 
-device = cuda.jit(device=True, inline="always")
 upper_half = device(formats.upper_half)
 
 
