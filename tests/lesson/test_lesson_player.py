@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.terminal import own_terminal
 
 LESSON = '''"""Lesson 1: a small one
 
@@ -78,7 +79,7 @@ class Reader:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "paged_ref", "lesson", *argv, "--lessons", str(directory)],
             stdin=side, stdout=side, stderr=side, env=env, start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # its own terminal: Ctrl-C reaches it
+            preexec_fn=own_terminal,
         )  # fmt: skip
         os.close(side)
         self.seen = ""
@@ -105,7 +106,9 @@ class Reader:
 
     def interrupt(self) -> None:
         """Ctrl-C, once it waits for the keyboard: Python loses one that comes just before it does."""
+        deadline = time.monotonic() + 120
         while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"Ctrl-C did not end it; saw\n{self.plain}"
             time.sleep(0.5)
             os.write(self.main, CTRL_C)
             with suppress(subprocess.TimeoutExpired):
