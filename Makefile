@@ -1,5 +1,7 @@
 # Every target makes what it needs, from a fresh clone, with only python3 and make there.
 PYTHON ?= python3
+# On this one, `make test-all` runs the tests of the core, the tracer and the tuned kernels once more.
+OTHER ?= python3.13
 BIN := .venv/bin
 # The CUDA extra that fits the NVIDIA driver, or nothing where there is none.
 CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA \(UMD \)\{0,1\}Version: *\([0-9]*\).*/\2/p' | head -n 1)
@@ -12,10 +14,10 @@ GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf %s "-n 4")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lesson test lint compare pictures gpu gpu-here gpu-tests gpu-check gpu-bench clean
+.PHONY: help demo lesson test test-all test-other lint compare pictures gpu gpu-here gpu-tests gpu-check gpu-bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/run.stamp  ## the main job: standard and paged memory, side by side (no GPU needed)
 	@$(BIN)/paged-ref demo
@@ -24,8 +26,16 @@ lesson: .venv/run.stamp  ## the guided course; N=5 runs lesson 5
 	@$(BIN)/paged-ref lesson $(N)
 
 # A process for each core, and a BLAS thread for each process: more threads than cores wait for each other.
-test: .venv/test.stamp  ## all tests that this machine can run
+test: .venv/test.stamp  ## the tests that this machine can run, without the slow ones
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+
+test-all: .venv/test.stamp  ## all tests that this machine can run; those of the core, too, on OTHER (python3.13)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	@if $(OTHER) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-other; \
+	else echo "make test-all: $(OTHER) does not run here; no second run of tests/core, tests/tracer and tests/tuned"; fi
+
+test-other: build/other/test.stamp  # a part of `test-all`
+	OPENBLAS_NUM_THREADS=1 build/other/bin/python -m pytest -n auto --maxprocesses 4 tests/core tests/tracer tests/tuned
 
 lint: .venv/test.stamp .venv/lint.stamp  ## ruff format and check, mypy strict
 	$(BIN)/ruff format --check .
@@ -90,6 +100,11 @@ clean:  ## remove what the other targets made
 
 .venv/test.stamp: .venv/pip.stamp pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test,$(or $(CUDA),ptx)]'
+	@touch $@
+
+build/other/test.stamp: pyproject.toml
+	$(OTHER) -m venv build/other
+	build/other/bin/pip install --quiet --editable '.[test,$(or $(CUDA),ptx)]'
 	@touch $@
 
 .venv/lint.stamp: .venv/pip.stamp pyproject.toml

@@ -24,9 +24,9 @@ from paged_ref.core.model import llama
 # The prompt has seven tokens, and we let the model write some more. A
 # **token pass** is one token taken once through all layers: this is what
 # costs. A model that keeps nothing has to take the whole text through its
-# layers for each new token. One that keeps what later tokens need takes
-# each token through once. (The last token it writes is never taken through:
-# nothing comes after it.)
+# layers for each new token. A model that keeps what later tokens need takes
+# each token through once. (The last new token is never taken through: no
+# token comes after it.)
 
 PROMPT = "Four score and seven years ago our"
 NEW_TOKENS = 12
@@ -38,8 +38,9 @@ again = predict("And keeping nothing?", "passes")
 
 # ## Run
 #
-# The engine reports each step. With a cache we ask for all tokens at once.
-# Without one we begin anew for each token, with the text so far as prompt.
+# The engine reports each step. With a cache, one request asks for all new
+# tokens. Without a cache, each new token is a request of its own, and the
+# text so far is the prompt.
 
 passes = []
 llm = LLM(
@@ -70,7 +71,7 @@ table("Token passes", columns, rows)
 kept.grade(sum(with_cache))
 again.grade(sum(without))
 
-# The first step with the cache is the **prefill**: the prompt at once. The
+# The first step with the cache is the **prefill**: the whole prompt. The
 # others are **decode** steps: one token each, however long the text. With
 # no cache the work grows with the square of the length.
 
@@ -78,9 +79,10 @@ again.grade(sum(without))
 #
 # What do later tokens need of an earlier one? In each layer attention takes
 # the query of the new token, and a key and a value of every token so far.
-# The query is used once, now. Keys and values are used again; a token's own
-# depend only on the tokens up to it and on its position. Nothing that comes
-# later changes them, so they can be kept. That is the KV cache.
+# The query is used once, now. Keys and values are used again. The key and
+# the value of a token depend only on its position and on the tokens up to
+# it; no later token changes them. So keys and values can be kept: this is
+# the KV cache.
 
 claim("the tokens are the same", text[len(prompt) :], tokens)
 n, new = len(prompt), NEW_TOKENS
@@ -93,11 +95,11 @@ claim("passes without", sum(without), sum(n + i for i in range(new)))
 
 
 def positions_from_zero(real):
-    def forward(self, inputs, kv, attend):
+    def forward(self, inputs, *rest):
         fresh = xp.arange(
             len(inputs.positions), dtype=inputs.positions.dtype
         )
-        return real(self, replace(inputs, positions=fresh), kv, attend)
+        return real(self, replace(inputs, positions=fresh), *rest)
 
     return forward
 
@@ -136,10 +138,11 @@ check(my_attention, spec=one_head, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# All of them keep K and V, and split serving into the same two phases. The
-# prefill keeps the GPU's arithmetic busy; a decode step mostly waits for
-# memory, since it reads all weights and the whole cache for one token. So
-# systems decode many sequences together, and memory decides how many.
+# All of these systems keep K and V, and split serving into the same two
+# phases. The prefill keeps the GPU's arithmetic busy; a decode step mostly
+# waits for memory, since it reads all weights and the whole cache for one
+# token. So the systems decode many sequences together, and memory decides
+# how many.
 
 # ## Next
 #

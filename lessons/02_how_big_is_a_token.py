@@ -3,9 +3,10 @@
 Question: how many bytes does one token keep, and how many tokens fit?
 Time: 15 minutes. Needs lesson 1.
 
-Every token leaves a key and a value behind, in every layer. On a GPU they
-share the memory with the weights, and what the weights leave decides how
-many sequences can run at once. So it pays to know the size of a token.
+Every token leaves a key and a value behind, in every layer. On a GPU, keys
+and values share the memory with the weights, and what the weights leave
+decides how many sequences can run together. So it pays to know the size of
+a token.
 """
 
 from paged_ref import LLM
@@ -17,9 +18,9 @@ from paged_ref.lesson import predict, table, todo
 # ## Predict
 #
 # These are the shapes of real models, as their config.json files have them:
-# layers, heads of the queries, heads of K and V, size of a head. In the
-# older ones each query head has K and V of its own. The younger ones let a
-# group of query heads share one (grouped-query attention).
+# layers, heads of the queries, heads of K and V, size of a head. In older
+# models each query head has its own head of K and V. In younger models a
+# group of query heads shares one (grouped-query attention).
 
 SHAPES = {
     "OPT-13B": (40, 40, 40, 128),
@@ -69,32 +70,32 @@ tokens = int(LEFT / size)
 claim(f"room for {tokens:,} tokens", tokens > 0)
 claim("whole sequences of 2,048 tokens", tokens // 2048, 7)
 
-# Few. And a GPU that decodes seven sequences at once is mostly idle: it
+# Few. And a GPU that decodes seven sequences together is mostly idle: it
 # reads all weights for seven tokens. Memory decides the speed.
 
 # ## What must hold
 #
-# The sum must be that of the arrays. Here is the cache of a running engine,
-# given a budget in bytes.
+# The size of a token times the slots must be the bytes of the arrays. Here
+# is the cache of a running engine, given a budget in bytes.
 
 BUDGET = 1_000_000
 
 
 def make_engine():
     llm = LLM(kv_cache_bytes=BUDGET, backend="reference")
-    taken = llm.storage.device.nbytes
+    taken = llm.engine.kv.device.nbytes
     if taken > BUDGET:
         raise AssertionError(f"{taken:,} bytes taken of {BUDGET:,}")
-    return taken, llm.manager.num_slots
+    return taken, llm.engine.manager.num_slots
 
 
 taken, slots = make_engine()
 per_token = kv_bytes_per_token(LLM().config, "float32")
 claim(f"{slots} slots of {per_token:,} bytes", taken, slots * per_token)
 
-# What if someone forgets that there is a value beside each key? The engine
-# plans twice the tokens, and the array does not fit. On a GPU that is the
-# out-of-memory error at start, or, later, the one at night.
+# What if the size of a token counts its keys and forgets its values? The
+# engine plans twice the tokens, and the array does not fit. On a GPU this
+# ends in an out-of-memory error, at the start or hours later.
 
 break_it(
     "the values are forgotten in the size of a token",
@@ -128,11 +129,11 @@ with plug_in(where, lambda config, dtype: mine(config, 4)):
 
 # ## In production systems
 #
-# At start vLLM runs the model once at its largest, sees what memory is left
-# below a set share of the GPU, and makes blocks of all of it. Tokens have
-# become smaller, too: grouped queries share K and V, DeepSeek's latent
-# attention keeps one small vector for all heads, and caches in floats of
-# one byte halve what is left.
+# At the start vLLM runs the model once with the largest batch, measures
+# how much of a set share of the GPU is left, and makes blocks of all that
+# is left. Tokens have become smaller, too: grouped queries share K and V,
+# DeepSeek's latent attention keeps one small vector for all heads, and a
+# cache of one-byte floats is half as large as one in float16.
 
 # ## Next
 #

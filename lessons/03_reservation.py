@@ -4,8 +4,9 @@ Question: how much of the cache holds tokens if each sequence reserves?
 Time: 20 minutes. Needs lesson 2.
 
 Deep learning libraries want a tensor in one piece. So serving systems once
-gave each sequence one piece of memory for its whole life, and since nobody
-knows how long an answer will get, they had to guess. What does it cost?
+gave each sequence one piece of memory for its whole life. The length of an
+answer is not known beforehand, so the size of the piece was a guess. What
+does a guess cost?
 """
 
 from paged_ref import LLM, SamplingParams
@@ -17,21 +18,22 @@ from paged_ref.core.memory.standard import StandardManager
 # ## Predict
 #
 # The cache has 128 slots, and no sequence may get longer than 40 tokens.
-# `max` reserves that much for each. `pow2` reserves the prompt and the
-# output limit rounded up to a power of two. `exact` knows the future: it
-# reserves what the sequence will really use.
+# `max` reserves 40 slots for each. `pow2` rounds the output limit up to a
+# power of two, and reserves the prompt and the rounded limit. `exact` knows
+# the future: it reserves what the sequence will really use.
 
 SLOTS, LONGEST = 128, 40
 PROMPT = "Four score and seven years ago our"  # a token for each word
 OUTPUTS = [9, 17, 3, 12, 20, 5, 13, 9, 14, 6, 24, 11]
 
-at_once = predict("With `max`, how many sequences run at once?")
+together = predict("With `max`, how many sequences run together?")
 share = predict("What share of the cache then holds tokens?", "percent")
 
 # ## Run
 #
 # The same requests under each guess. After each step in which a request
-# waited we look where the slots are. What is never used shows at the end.
+# waited we look at the slots. Which slots are never used is known at the
+# end of the run.
 
 
 def serve(**options):
@@ -65,20 +67,20 @@ rows = []
 for name, run in runs.items():
     cells = [f"{percent(run, part):.1f}" for part in parts]
     rows.append((name, *run[1:3], *cells))
-columns = ("", "at once", "steps", *parts)
-table("What it buys, and percent of the cache", columns, rows)
-at_once.grade(runs["max"][1])
+columns = ("", "together", "steps", *parts)
+table("Most together, steps, and percent of the cache", columns, rows)
+together.grade(runs["max"][1])
 share.grade(percent(runs["max"], "tokens"), within=0.2)
 
 # **Reserved** slots are empty, and their sequence will use them later.
 # **Internal** waste is inside a region and never used. **External** waste
-# lies between regions, in holes too small for whoever comes next. On real
+# lies between regions, in holes too small for the next request. On real
 # requests the paper found 20.4% to 38.2% of the memory holding tokens (Kwon
-# et al. 2023, §1). The last row is where this course is going.
+# et al. 2023, §1). The last row, `paged`, is the subject of this course.
 
 # ## What must hold
 #
-# The parts are all there is, and memory must never show in the text.
+# The parts add up to the cache, and how memory is managed changes no text.
 
 usages = [usage for run in runs.values() for usage in run[-1]]
 texts = [run[0] for run in runs.values()]
@@ -88,8 +90,8 @@ exact = runs["exact"]
 claim("`exact` wastes nothing inside", percent(exact, "internal"), 0)
 claim("and still reserves", percent(exact, "reserved") > 0)
 
-# A region that is given back must be joined to the holes beside it. Forget
-# it, and the pool crumbles: all is free, and nothing large fits any more.
+# A region that is given back must be joined to the holes beside it. Without
+# joining, the pool crumbles: all slots are free, and no large region fits.
 
 
 def leaves_crumbs(real):
@@ -102,7 +104,7 @@ def leaves_crumbs(real):
 def come_and_go():
     manager = StandardManager(64, 64, "exact")
     for seq_id in range(4):
-        manager.admit(seq_id, range(4), max_tokens=16)
+        manager.admit(seq_id, range(4), max_len=16)
     for seq_id in range(4):
         manager.free(seq_id)
     manager.check_integrity()
@@ -147,4 +149,4 @@ claim("steps with it, as before", steps, runs["pow2"][2])
 
 # ## Next
 #
-# Lesson 4: if the pieces lie badly, can we move them?
+# Lesson 4: if the regions lie badly, can we move them?

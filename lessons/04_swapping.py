@@ -4,8 +4,9 @@ Question: can sequences stay in one piece if we move them when they grow?
 Time: 15 minutes. Needs lesson 3.
 
 Reserving wastes room because the future is not known. So do not reserve:
-give each sequence a region of today's size, move it to a larger one when
-it grows, and send it to host memory when the device is full. The cost?
+give each sequence a region of today's size, move the sequence to a larger
+region when it grows, and to host memory when the device is full. What does
+moving cost?
 """
 
 from itertools import cycle
@@ -15,7 +16,7 @@ from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.regions import RegionPool
-from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.kv import KVCache
 from paged_ref.core.memory.swapping import SwappingManager
 
 # ## Predict
@@ -24,12 +25,12 @@ from paged_ref.core.memory.swapping import SwappingManager
 # each. They take turns to grow by a token until each has ten; a region that
 # is too small becomes one of 16. The pool has 64 slots, and that is plenty.
 
-moved = predict("How many slots are copied on the way?", "slots")
+moved = predict("How many slots are copied until then?", "slots")
 
 # ## Run
 #
 # First the bookkeeping alone. A letter is a slot with a token, a point an
-# empty slot of a region; a blank belongs to nobody.
+# empty slot of a region, and a blank a slot of no region.
 
 
 def picture(manager):
@@ -41,9 +42,9 @@ def picture(manager):
     return "|" + "".join(cells) + "|"
 
 
-manager = SwappingManager(64, granule=8)
+manager = SwappingManager(64, alignment=8)
 for seq_id in range(3):
-    manager.admit(seq_id, range(6), max_tokens=10)
+    manager.admit(seq_id, range(6), max_len=10)
     manager.append([(seq_id, 6)])
 show(picture(manager))
 for seq_id in cycle(range(3)):
@@ -54,10 +55,10 @@ for seq_id in cycle(range(3)):
         show(picture(manager))
 moved.grade(manager.slots_moved)
 
-# With a neighbour in the way nobody grows in place. Each move copies all
-# that a sequence has, and leaves a hole. Now a real engine, with ample
-# memory and with too little, and beside it the paged manager that we are
-# heading for.
+# With a neighbour in the way no region grows in place. Each move copies all
+# tokens of a sequence, and leaves a hole. Now a real engine, with ample
+# memory and with too little. The paged manager, the subject of lesson 5,
+# stands beside it.
 
 PROMPT = "Four score and seven years ago our"
 OUTPUTS = [40, 30, 20, 35, 40, 25]
@@ -89,14 +90,14 @@ table("Slots copied", columns, rows)
 
 # ## What must hold
 #
-# A sequence may travel as it likes, if each slot arrives before it is read.
+# A sequence may move at any time, if each slot is copied before it is read.
 
 claim("the text is the same", all(text == texts[0] for text in texts))
 claim("swapping moves with ample memory", rows[0][2] > 0)
-claim("paging moves nothing, ever", rows[1][2] + rows[3][2], 0)
-claim("what leaves comes back", rows[2][3], rows[2][4])
+claim("paging never moves a slot", rows[1][2] + rows[3][2], 0)
+claim("all slots swapped out come back", rows[2][3], rows[2][4])
 
-# So order is everything: first the copies, then the step. Here the copies
+# So the order matters: first the copies, then the step. Here the copies
 # back from the host are planned, and never made.
 
 
@@ -109,15 +110,15 @@ def never_comes_back(real):
 
 break_it(
     "copies from host to device are left out",
-    where=(KVStorage, "apply"), bug=never_comes_back,
+    where=(KVCache, "apply"), bug=never_comes_back,
     run=lambda: serve(96, manager="swapping", sanitize=True)[0],
     caught_by="sanitizer",
 )  # fmt: skip
 
 # ## Exercise
 #
-# Where does a region go? The allocator here is the oldest there is, **first
-# fit**: the first hole that is large enough. Holes are (start, size).
+# Where does a region go? The allocator here is **first fit**, the oldest of
+# all: the first hole that is large enough. Holes are (start, size).
 
 
 def my_first_fit(holes, size):
@@ -136,15 +137,15 @@ def spec(holes, size):
 
 holes = [(3, 4), (10, 8), (20, 5), (30, 9)]
 cases = [(holes, size) for size in (1, 4, 5, 8, 9, 10)] + [([], 1)]
-hint = "Go through the holes in order, and return at once."
+hint = "Go through the holes in order, and return the first that fits."
 check(my_first_fit, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# Nobody moves a growing sequence. The way to the host has stayed, block by
-# block: vLLM's first engine could swap a preempted request out, and today's
-# systems use host memory as a second, larger cache.
+# No system of today moves a growing sequence. Swapping to the host has
+# stayed, block by block: vLLM's first engine could swap a preempted request
+# out, and today's systems use host memory as a second, larger cache.
 
 # ## Next
 #
-# Lesson 5: give up the one piece.
+# Lesson 5: a sequence that no longer lies in one piece.

@@ -3,13 +3,14 @@
 Question: where does a token lie when its sequence is cut into pages?
 Time: 15 minutes. Needs lesson 4.
 
-Every scheme so far kept a sequence in one piece, and paid for it: with a
-reservation, or with moves. Operating systems met the same trouble with
-programs, and their answer was to give up the one piece. Memory is cut into
-pages of one size; any page will do; a table remembers which.
+Every scheme so far kept a sequence in one piece, and paid with reserved
+slots or with moves. Operating systems had the same trouble with programs,
+and gave up the one piece: memory is cut into pages of one size, a program
+takes any free pages, and a table lists which.
 """
 
 from paged_ref import LLM, SamplingParams
+from paged_ref.extras.token_text import token_text
 from paged_ref.kernels import slot_of
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
@@ -18,9 +19,10 @@ from paged_ref.core.memory import paged
 # ## Predict
 #
 # A page is a **block** in the code: room for the K and V of `block_size`
-# tokens. A **slot** is the room of one token; slots are numbered through,
-# so the slots of block 2 follow those of block 1. The **block table** of a
-# sequence lists its blocks in order, wherever they are.
+# tokens. A **slot** is the room of one token. Slots are numbered from the
+# first block to the last, so the slots of block 2 follow those of block 1.
+# The **block table** of a sequence lists its blocks in order, wherever they
+# are.
 #
 # The example is the paper's (Kwon et al. 2023, Fig. 6). Blocks have four
 # slots, and the free ones are handed out in the order below. Each word of
@@ -36,8 +38,8 @@ slot = predict(f"In which slot lies the token at position {POSITION}?")
 
 # ## Run
 #
-# A real engine with a real, tiny model. `sanitize=True` has every read of
-# the cache checked, which we shall need.
+# A real engine with a real, tiny model. `sanitize=True` checks every read
+# of the cache: we need this below.
 
 OPTIONS = {"backend": "reference", "sanitize": True}
 OPTIONS |= {"block_size": BLOCK_SIZE, "kv_cache_tokens": 36}
@@ -47,12 +49,12 @@ request = llm.output_of(id_)
 while len(request.outputs[0].token_ids) < 3:
     llm.step()
 
-# After three steps two new tokens are in the cache. (The third is known,
-# but its K and V are computed in the step that reads it.) The table now:
+# After three steps two new tokens are in the cache. (The third token is
+# known, but its K and V are computed in the next step.) The table now:
 
 tokens = request.prompt_token_ids + request.outputs[0].token_ids[:2]
-words = [llm.tokenizer.token_text(token) for token in tokens]
-block_table = list(llm.manager.block_table(0))
+words = [token_text(llm.tokenizer, token) for token in tokens]
+block_table = list(llm.engine.manager.placement(0))
 rows = []
 for logical, physical in enumerate(block_table):
     start, first = logical * BLOCK_SIZE, physical * BLOCK_SIZE
@@ -66,8 +68,8 @@ slot.grade(slot_of(block_table, POSITION, BLOCK_SIZE))
 # ## What must hold
 #
 # A sequence has just enough blocks: only its last one may have empty slots.
-# So paging wastes less than one block for each sequence, whatever lengths
-# come. And no slot belongs to two positions.
+# So paging wastes less than one block for each sequence, whatever its
+# length. And no slot belongs to two positions.
 
 places = [slot_of(block_table, p, BLOCK_SIZE) for p in range(len(tokens))]
 empty = len(block_table) * BLOCK_SIZE - len(tokens)
@@ -76,8 +78,8 @@ claim("the table has the blocks that were handed out", block_table, given)
 claim(f"{empty} slots are empty, less than a block", empty < BLOCK_SIZE)
 claim("each position has its own slot", len(set(places)), len(tokens))
 
-# And the model must never notice. Here is the same request with the blocks
-# handed out in another order.
+# And the place of a block must change no token. Here is the same request
+# with the blocks handed out in another order.
 
 
 def generate(order):
@@ -89,9 +91,9 @@ def generate(order):
 usual, other = generate(FREE_ORDER), generate(FREE_ORDER[::-1])
 claim("the order of the blocks changes no token", other, usual)
 
-# What breaks if it doesn't hold? A classic: whoever thinks that the slot
-# after a block's last one is still theirs. It is, as long as the blocks
-# happen to lie side by side, so a test on a fresh pool stays green.
+# What breaks if this does not hold? Here a sequence takes the slot after
+# the last one of its block, without looking into the table. That is right
+# as long as its blocks lie side by side, so a test on a fresh pool passes.
 
 
 def one_slot_on(real):
@@ -106,7 +108,7 @@ def one_slot_on(real):
 
 where = (paged.PagedManager, "slots")
 break_it(
-    "a new block's first token is written right behind the last block",
+    "the first token of a new block is written behind the block before",
     where=where, bug=one_slot_on, run=lambda: generate(FREE_ORDER),
     caught_by="sanitizer",
 )  # fmt: skip
@@ -114,7 +116,7 @@ break_it(
 # ## Exercise
 #
 # The whole idea in two lines. The block table maps a logical block to a
-# physical one; the position inside the block stays as it is.
+# physical one; the position inside the block stays the same.
 
 
 def my_slot_of(block_table, position, block_size):
@@ -126,21 +128,21 @@ cases = [(FREE_ORDER, p, size) for size in (4, 3, 1) for p in range(9)]
 hint = "Which logical block? Integer division. Where in it? The remainder."
 mine = check(my_slot_of, spec=slot_of, cases=cases, hint=hint)
 
-# The page manager asks this function where to write. With yours in its
-# place the model must say what it said before:
+# The paged manager calls this function to learn where to write. With yours
+# in its place the model must give the same tokens:
 
 with plug_in((paged, "slot_of"), mine):
-    claim("the engine says the same", generate(FREE_ORDER), usual)
+    claim("the engine gives the same", generate(FREE_ORDER), usual)
 
 # ## In production systems
 #
 # vLLM keeps the tables of all running sequences as rows of one int32 array
 # on the GPU, and one table serves every layer: each layer has a cache of
-# its own, cut the same way. FlashInfer takes the rows joined end to end,
-# with an array that says where each begins. vLLM's blocks have 16 slots by
-# default (Kwon et al. 2023, §7.2): small enough to waste little, large
-# enough to be read in long runs.
+# its own, in blocks of the same size. FlashInfer takes the rows joined end
+# to end, with an array of the place where each row begins. vLLM's blocks
+# have 16 slots by default (Kwon et al. 2023, §7.2): small enough to waste
+# little, large enough to be read in long runs.
 
 # ## Next
 #
-# Lesson 6: who hands the blocks out, and how it knows which are free.
+# Lesson 6: the pool that hands out the blocks and knows which are free.

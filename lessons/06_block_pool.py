@@ -1,11 +1,11 @@
 """Lesson 6: the block pool
 
-Question: who hands out the blocks, and how does it know which are free?
+Question: what hands out the blocks, and how does it know which are free?
 Time: 15 minutes. Needs lesson 5.
 
 A block table can point anywhere, so any free block is as good as any other.
-That makes the allocator of a paged cache the simplest there is: a stack of
-numbers, and beside it, for each block, how many tables point to it.
+That makes the allocator of a paged cache as simple as can be: a stack of
+block numbers, and for each block a count of the tables that point to it.
 """
 
 from paged_ref.lesson import break_it, check, claim, plug_in
@@ -15,16 +15,17 @@ from paged_ref.core.memory.paged import PagedManager
 
 # ## Predict
 #
-# Six blocks of four slots. A has nine tokens and B has five. Then A ends
-# and C comes, with six tokens. The free list is a stack: what was freed
-# last is handed out first. A's last block is given back first.
+# Six blocks of four slots. Sequence A has nine tokens and B has five. Then
+# A ends, and C begins with six tokens. The free list is a stack: the block
+# that was freed last is handed out first. When a sequence ends, its last
+# block is freed first.
 
 free = predict("How many blocks are free while A and B run?", "blocks")
 first = predict("Which block does C get first?")
 
 # ## Run
 
-manager = PagedManager(num_blocks=6, block_size=4)
+manager = PagedManager(BlockPool(6), block_size=4)
 rows = []
 
 
@@ -35,7 +36,7 @@ def note(what):
 
 
 def begin(seq_id, length):
-    manager.admit(seq_id, range(length), max_tokens=99)
+    manager.admit(seq_id, range(length), max_len=99)
     manager.append([(seq_id, length)])
     note(f"{'ABC'[seq_id]} begins: {length} tokens")
 
@@ -46,7 +47,7 @@ free.grade(manager.pool.num_free)
 manager.free(0)
 note("A ends")
 begin(2, 6)
-first.grade(manager.block_table(2)[0])
+first.grade(manager.placement(2)[0])
 manager.append([(1, 4)])
 note("B grows by 4 tokens")
 table("Next to be handed out first", ("", "free", "tables"), rows)
@@ -54,29 +55,29 @@ table("Next to be handed out first", ("", "free", "tables"), rows)
 # ## Counts
 #
 # Why a count, and not a mark? Because tables can share: a request for two
-# answers gets two sequences with the same blocks (lesson 12 has the rest).
-# A block is free when the last table lets go of it.
+# answers gets two sequences with the same blocks (see lesson 12). A block
+# is free when no table points to it any more.
 
 manager.fork(2, 3)
-counts = [manager.pool.ref_count[b] for b in manager.block_table(2)]
+counts = [manager.pool.ref_count[b] for b in manager.placement(2)]
 claim("tables that point to the blocks of C", counts, [2, 2])
 before = manager.pool.num_free
 manager.free(2)
 claim("blocks that its end frees", manager.pool.num_free - before, 0)
 manager.free(3)
-claim("and its twin's end", manager.pool.num_free - before, 2)
+claim("and the end of its copy", manager.pool.num_free - before, 2)
 
 # ## What must hold
 #
-# Free and held blocks are all blocks, each once, and each count is that of
-# the tables that point there. `check_integrity` counts anew.
+# Each block is free or held, never both, and its count is the number of
+# tables that point to it. `check_integrity` counts again.
 
 manager.check_integrity()
 held = {block for t in manager.tables.values() for block in t.blocks}
 claim("free and held blocks", manager.pool.num_free + len(held), 6)
 
-# And an empty pool says no before anything has changed, so that whoever
-# asked can wait, or make room, and ask again.
+# And an empty pool refuses before it changes anything, so the scheduler can
+# wait, or free some blocks, and ask again.
 
 try:
     manager.append([(1, 99)])
@@ -84,22 +85,22 @@ except OutOfBlocks as error:
     print(f"  {error}")
 claim("tokens of B, as before", manager.length(1), 9)
 
-# What if a block becomes free at the first `release`, whoever else points
-# to it? The next sequence gets it and writes its K and V over a stranger's.
+# What if the first `release` frees a block to which another table points?
+# The next sequence gets the block, and writes its K and V over those of the
+# sequence that still has it.
 
 
-def frees_at_once(real):
-    def release(self, block_id, keep_idle=False):
-        self.ref_count[block_id] -= 1
-        self._free.append(block_id)
-        return True
+def frees_too_early(real):
+    def release(self, block_id):
+        self.ref_count[block_id] = 1  # as if no other table pointed to it
+        real(self, block_id)
 
     return release
 
 
 def one_of_two_ends():
-    manager = PagedManager(num_blocks=6, block_size=4)
-    manager.admit(0, range(8), max_tokens=8)
+    manager = PagedManager(BlockPool(6), block_size=4)
+    manager.admit(0, range(8), max_len=8)
     manager.append([(0, 8)])
     manager.fork(0, 1)
     manager.free(0)
@@ -107,44 +108,59 @@ def one_of_two_ends():
 
 
 break_it(
-    "a block is free as soon as one of its tables lets go",
-    where=(BlockPool, "release"), bug=frees_at_once,
+    "a block is freed when the first of its tables ends",
+    where=(BlockPool, "release"), bug=frees_too_early,
     run=one_of_two_ends, caught_by="integrity",
 )  # fmt: skip
 
 # ## Exercise
 #
-# Hand out a block. The last entry of `free` is the next one to go.
+# Hand out a block: the last entry of `free` is the next one. One table now
+# points to it.
 
 
 def my_allocate(free, ref_count):
-    """A block off `free`, now with one table. OutOfBlocks if none is."""
+    """Take a block off `free`. OutOfBlocks if no block is free."""
     return todo("5 lines")
 
 
-pool_allocate = BlockPool.allocate
+real_allocate = BlockPool.allocate
 
 
 def spec(free, ref_count):
-    pool = BlockPool(len(ref_count))
-    pool._free, pool.ref_count = free, ref_count
-    return pool_allocate(pool)
+    held = [block for block, count in enumerate(ref_count) if count]
+    pool = BlockPool(len(ref_count), [*held, *reversed(free)])
+    for _ in held:
+        real_allocate(pool)
+    pool.ref_count = ref_count
+    block = real_allocate(pool)
+    free[:] = reversed(pool.free_blocks)
+    return block
 
 
 cases = [([2, 0], [0, 1, 0]), ([3], [1, 2, 1, 0]), ([], [1, 1]), ([0], [0])]
 hint = "list.pop() takes the last one. Look first whether there is one."
 mine = check(my_allocate, spec=spec, cases=cases, hint=hint)
 
-where = (BlockPool, "allocate")
-with plug_in(where, lambda pool: mine(pool._free, pool.ref_count)):
-    one_of_two_ends()  # and the books balance
+# The pool runs with yours beside it: both must hand out the same block.
+
+
+def both(pool):
+    block = mine([*reversed(pool.free_blocks)], [*pool.ref_count])
+    claim("the next block is", real_allocate(pool), block)
+    return block
+
+
+with plug_in((BlockPool, "allocate"), both):
+    one_of_two_ends()  # which checks the integrity of the pool
 
 # ## In production systems
 #
-# vLLM's free list is a linked one: its prefix cache takes blocks out of the
-# middle, and gives out what was free the longest. Counts, tables and the
-# refusal are as here. SGLang's default is a page of one token.
+# vLLM's free list is a linked list: its prefix cache takes blocks out of
+# the middle, and hands out the block that was free the longest. Counts,
+# tables and the refusal are as here. SGLang's default is a page of one
+# token.
 
 # ## Next
 #
-# Lesson 7: the K and V themselves, and the simplest way to read them.
+# Lesson 7: K and V in these blocks, and the simplest way to read them.

@@ -4,9 +4,9 @@ Question: what does it cost to collect the pages before attention?
 Time: 15 minutes. Needs lessons 5 and 6.
 
 The blocks are handed out, and K and V lie in them. Attention as you know it
-wants one dense tensor of keys. So the simplest thing that can work is to
-collect the pages into one, for each step, and to call the old attention.
-It is right, it is slow, and it is what every paged kernel is tested by.
+wants one dense tensor of keys. So the simplest way is to collect the pages
+into one tensor in each step, and to call the old attention. This way is
+right and slow, and every paged kernel is tested against it.
 """
 
 from dataclasses import replace
@@ -18,13 +18,15 @@ from paged_ref.core.device import module_of
 from paged_ref.kernels import naive_attention, slot_of, write_kv
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
+from paged_ref.core.memory import kv
 from paged_ref.core.model import llama
 
 # ## Predict
 #
-# One sequence of 11 tokens in blocks of 4 slots. A kernel that reads K
-# where it lies reads each element once for each head. The gather reads it
-# in the pages, writes it to the dense tensor, and attention reads it there.
+# One sequence of 11 tokens in blocks of 4 slots. A kernel that reads K in
+# place reads each element once for each head. The gather reads the element
+# in its page and writes it to the dense tensor, where attention reads it.
+# The gather copies whole blocks, also the empty slots of the last.
 
 SEQ_LEN, BLOCK_SIZE, KV_HEADS, HEAD_SIZE = 11, 4, 2, 8
 BLOCK_TABLE = [5, 0, 3]
@@ -39,9 +41,9 @@ times = predict(
 
 # ## Run
 #
-# The cache is `[num_blocks, block_size, num_kv_heads, head_size]`. Slots
-# that nobody has written are NaN, so that a stray read shows. `write_kv`
-# puts each token's key and value into its slot.
+# The cache is `[num_blocks, block_size, num_kv_heads, head_size]`. A slot
+# that was never written is NaN, so that a stray read shows. `write_kv` puts
+# each token's key and value into its slot.
 
 shape = (6, BLOCK_SIZE, KV_HEADS, HEAD_SIZE)
 key_cache = np.full(shape, np.nan, dtype=np.float32)
@@ -59,8 +61,8 @@ for block in range(len(key_cache)):
     rows.append((block, where, "".join("#" if h else "." for h in held)))
 table("The cache: # is a written slot", ("block", "logical", "slots"), rows)
 
-# The gather: take the blocks that the table names, join them, and cut off
-# what lies behind the last token.
+# The gather: take the blocks of the table, join them, and cut off the slots
+# behind the last token.
 
 pages = key_cache[BLOCK_TABLE]
 dense = pages.reshape(-1, KV_HEADS, HEAD_SIZE)[:SEQ_LEN]
@@ -69,19 +71,20 @@ traffic = 2 * pages.size
 moved.grade(traffic)
 times.grade((traffic + dense.size) / dense.size, within=0.1)
 
-# Decoding waits for memory, so three times the traffic is close to three
-# times the time. And the copies need the very room that paging was to save.
+# Decoding waits for memory, so three times the traffic takes close to three
+# times as long. And the copies need the room that paging was to save.
 
 # ## What must hold
 #
-# Nothing behind the last token may be read. To mask it is not enough: zero
-# times NaN is NaN, and the block's last owner may have left anything there.
+# No slot behind the last token may be read. A mask is not enough: zero
+# times NaN is NaN, and the sequence that had the block before may have left
+# anything there.
 
 tail = pages.reshape(-1, KV_HEADS, HEAD_SIZE)[SEQ_LEN:]
 claim("slots behind the last token", len(tail), -SEQ_LEN % BLOCK_SIZE)
 claim("zero times what lies there is NaN", bool(np.isnan(0 * tail).all()))
 
-# So here is an engine that rounds the length up to whole blocks.
+# Here is an engine that rounds the length up to whole blocks.
 
 
 def generate():
@@ -93,9 +96,10 @@ def generate():
 
 
 def whole_blocks(real):
-    def forward(self, inputs, kv, attend):
-        up = -(-inputs.seq_lens // 4) * 4
-        return real(self, replace(inputs, seq_lens=up), kv, attend)
+    def forward(self, inputs, *rest):
+        up = -(-inputs.addresses.seq_lens // 4) * 4
+        at = replace(inputs.addresses, seq_lens=up)
+        return real(self, replace(inputs, addresses=at), *rest)
 
     return forward
 
@@ -108,7 +112,7 @@ break_it(
 
 # ## Exercise
 #
-# Write the gather, for K or V. Any array library will do the same.
+# Write the gather, for K or V. It is the same in any array library.
 
 
 def my_gather(cache, block_table, seq_len):
@@ -127,23 +131,27 @@ cases = [(cache, order, n) for n in (12, 11, 9, 1)]
 hint = "Index by the table, reshape so that slots come first, cut."
 mine = check(my_gather, spec=spec, cases=cases, hint=hint)
 
-# With it the old attention serves the paged cache. (Of one sequence, here.)
+# With your gather the old attention serves the paged cache (here, of one
+# sequence).
 
 
-def gathered(query, keys, values, tables, seq_lens, *rest, **_):
-    dense = [mine(c, tables[0], int(seq_lens[0])) for c in (keys, values)]
-    return naive_attention(
-        query, *dense, 0 * seq_lens, seq_lens, *rest, backend="reference"
+def gathered(call, backend):
+    at, caches = call.addresses, (call.keys, call.values)
+    table, seq_len = at.block_tables[0], int(at.seq_lens[0])
+    dense = [mine(cache, table, seq_len) for cache in caches]
+    sizes = 0 * at.seq_lens, at.seq_lens, at.query_start_loc
+    call.out[:] = naive_attention(
+        call.query, *dense, *sizes, scale=call.scale, backend="reference"
     )
 
 
 usual = generate()
-with plug_in((llama, "paged_attention"), gathered):
-    claim("the model says the same", generate(), usual)
+with plug_in((kv, "attend"), gathered):
+    claim("the model gives the same tokens", generate(), usual)
 
 # ## In production systems
 #
-# Where a framework has no paged kernel, it gathers. Others read in place.
+# A framework without a paged kernel gathers. All others read in place.
 
 # ## Next
 #

@@ -3,31 +3,30 @@
 Question: which thread of an attention kernel reads what, and when?
 Time: 20 minutes. Needs lesson 7.
 
-A GPU runs thousands of threads of one program. Before we let them follow
+A GPU runs thousands of threads of one program. Before its threads follow
 block tables, here is the kernel for memory in one piece: two pages of code,
-src/paged_ref/kernels/naive.py. Open it beside this lesson. It runs here
-without a GPU, in a tracer that records each read and write.
+src/paged_ref/core/attention/naive.py. Open the file beside this lesson. The
+kernel runs here without a GPU, in a tracer that records every access.
 """
 
 import functools
-import inspect
 
 import numpy as np
 
 from paged_ref.core.attention import naive
 from paged_ref.kernels import naive_attention
 from paged_ref.tracer import trace
-from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import break_it, check, claim, plant
 from paged_ref.lesson import predict, table, todo
 
 # ## Predict
 #
 # One query token with two heads, which share one head of K and V. Its six
-# keys lie in slots 2 to 7. One **CUDA block** (not one of ours) works out
-# one head: here it has four threads, on a GPU many more. The threads take
-# the keys in **tiles**, as many at a time as there are threads. Between the
-# steps they wait for each other at a **barrier**, since one reads what
-# another wrote.
+# keys lie in slots 2 to 7. One **CUDA block** (not a block of the cache)
+# computes one head: here with four threads, on a GPU with many more. The
+# threads take the keys in **tiles**, as many keys at a time as there are
+# threads. Between the steps the threads wait for each other at a
+# **barrier**, since one thread reads what another wrote.
 
 HEADS, HEAD_SIZE, START, KEYS, THREADS = 2, 8, 2, 6, 4
 
@@ -59,13 +58,14 @@ for thread in range(THREADS):
     slots = list(dict.fromkeys(own.slots("keys").tolist()))
     rows.append((thread, str(slots), len(own)))
 columns = ("thread", "slots, in its order", "elements of K read")
-table("Scores: who reads which key, for head 0", columns, rows)
+table("Scores: which thread reads which key, for head 0", columns, rows)
 busy.grade(len(set(keys_read.select(thread=0).slots("keys").tolist())))
 
 # Then the threads find the largest score together, make weights of the
-# scores, and add them up, halving the number of those at work each round.
-# For the values they share the work otherwise: each takes some dimensions
-# of every value. So a thread needs the weights that others have made.
+# scores, and add the weights up. In each round of these sums half of the
+# threads go on. For the values the work is shared in another way: each
+# thread takes some dimensions of every value. So a thread needs the weights
+# that other threads have made.
 
 rows = [(name, *counts) for name, counts in record.totals().items()]
 table("Both heads together", ("array", "reads", "writes"), rows)
@@ -74,42 +74,30 @@ waits.grade(int(record.round.max()))
 
 # ## What must hold
 #
-# Each visible key is read once for each query head, and nothing else is.
+# Each visible key is read once for each query head, and no other key.
 
 counts = record.counts("keys")
 visible = counts[START : START + KEYS]
 claim("reads of each element of K", np.unique(visible).tolist(), [HEADS])
 claim("reads of all others", int(counts.sum() - visible.sum()), 0)
 
-# And nobody reads what another thread writes without a barrier between.
-# Take one out, and the kernel may still be right, today, on your GPU. The
-# tracer says who raced whom. The one that is missing here stands before the
-# scratch array is used again.
+# And no thread reads what another thread writes without a barrier between
+# the two. With a barrier less the kernel may still be right, today, on your
+# GPU. The tracer names the two threads and the place. The barrier that is
+# missing here comes after all threads have read the largest score, and
+# before the first of them uses the scratch array again.
 
-
-def one_barrier_less(real):
-    source = inspect.getsource(real.py_func)
-    for old, new in (
-        ("@cuda.jit", ""),
-        ("cuda.syncthreads()  # All have", "pass  # All have"),
-    ):
-        assert old in source
-        source = source.replace(old, new)
-    namespace = dict(vars(naive))
-    exec(source, namespace)
-    return namespace["attention_kernel"]
-
-
+BUG = "no barrier after the largest score is read"
 break_it(
-    "one barrier is left out, after the largest score is found",
-    where=(naive, "attention_kernel"), bug=one_barrier_less,
+    BUG, where=(naive, "attention_kernel"),
+    bug=lambda real: plant(real, BUG),
     run=lambda: run()[0].totals(), caught_by="tracer",
 )  # fmt: skip
 
 # ## Exercise
 #
-# The kernel's line `position = tile + thread` says it all: which positions
-# of the sequence does a thread score?
+# The line `position = tile + thread` of the kernel has the answer: which
+# positions of the sequence does a thread score?
 
 
 def my_positions(thread, num_threads, num_keys):
@@ -132,9 +120,9 @@ check(my_positions, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# FlashAttention has the same loop over tiles, and carries sums from one to
-# the next (lesson 10); its threads work on small matrices at a time, and
-# the next tile is on its way while this one is computed.
+# FlashAttention has the same loop over tiles, and carries sums from tile to
+# tile (lesson 10). Its threads work on small matrices together, and load
+# the next tile while they compute with this one.
 
 # ## Next
 #

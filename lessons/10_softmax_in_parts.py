@@ -3,10 +3,10 @@
 Question: how can several workers share the keys of one softmax?
 Time: 20 minutes. Needs lesson 9.
 
-The kernel of lesson 9 walks through a sequence tile by tile, and one CUDA
-block does the whole walk. A long sequence that runs alone keeps most of a
-GPU idle. To share the walk, each worker must take some of the keys. Softmax
-seems to forbid it: every weight is divided by a sum over all keys.
+The kernel of lesson 9 goes through a sequence tile by tile, and one CUDA
+block goes through all tiles. So a long sequence that runs alone leaves most
+of a GPU idle. To share the work, each worker must take some of the keys.
+But softmax divides every weight by a sum over all keys.
 """
 
 from math import exp, log
@@ -14,16 +14,16 @@ from math import exp, log
 import numpy as np
 
 from paged_ref.kernels import merge_states, paged_attention
-from paged_ref.core.attention import write as store
+from paged_ref.interop import kernel_api
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
 
 # ## Predict
 #
-# The way out: a worker softmaxes over its own keys only, and hands on its
-# output with the **log-sum-exp** of its scores, the lse: the logarithm of
-# the sum of their exponentials. It says how much the part weighs. An output
-# with its lse is an attention state.
+# The way out: a worker takes the softmax over its own keys only, and hands
+# on its output with the **log-sum-exp** (lse) of its scores: the logarithm
+# of the sum of their exponentials. The lse is the weight of the part. An
+# output with its lse is an attention state.
 
 HEAD_SIZE = 16
 share = predict("Lse of A: 2, of B: 2 + ln 3. Share of B?", "percent")
@@ -32,8 +32,8 @@ handed_on = predict(f"A head is {HEAD_SIZE} wide. Numbers in its state?")
 # ## Run
 #
 # One query token, the last of its sequence, so it sees every key. K and V
-# lie in blocks. `attend` gives the state of some of the blocks, `in_parts`
-# the states of all, so many blocks to a part.
+# lie in blocks. `attend` gives the state of some blocks. `in_parts` gives
+# the states of all parts, each of `size` blocks.
 
 LENGTH, BLOCK_SIZE, KV_HEADS, HEADS = 38, 4, 2, 4
 rng = np.random.default_rng(0)
@@ -44,8 +44,8 @@ query = 2 * rng.standard_normal((1, HEADS, HEAD_SIZE), dtype=np.float32)
 
 
 def attend(query, blocks, length):
-    its = query, keys, values, np.array([blocks]), np.array([length])
-    return paged_attention(*its, return_lse=True, backend="reference")
+    kv = keys, values, np.array([blocks]), np.array([length])
+    return paged_attention(query, *kv, return_lse=True, backend="reference")
 
 
 def in_parts(query, size):
@@ -57,16 +57,16 @@ def in_parts(query, size):
     return [np.stack(arrays) for arrays in zip(*states, strict=True)]
 
 
-# Three workers, and then all keys at once for comparison. A part's share of
-# the result follows from the lse alone: exp(its lse - the lse of all).
+# Three workers, and one worker with all keys for comparison. The share of a
+# part in the result follows from the lse: exp(its lse - the lse of all).
 
 whole, whole_lse = attend(query, block_table, LENGTH)
 outputs, lses = in_parts(query, 4)
 shares = np.exp(lses - whole_lse)[:, 0]  # [parts, HEADS]
 rows = []
-for part, its in enumerate(shares):
+for part, of_heads in enumerate(shares):
     blocks = " ".join(map(str, block_table[4 * part : 4 * part + 4]))
-    rows.append((blocks, *its.round(3).tolist()))
+    rows.append((blocks, *of_heads.round(3).tolist()))
 names = [f"head {head}" for head in range(HEADS)]
 table("The share of each part in the result", ("blocks", *names), rows)
 share.grade(100 * exp(log(3)) / (1 + exp(log(3))), within=0.01)
@@ -79,7 +79,7 @@ claim("joined, the parts are attention over all keys", merged, whole)
 again, _ = merge_states(outputs[::-1], lses[::-1])
 claim("the order of the parts does not matter", again.ravel(), whole)
 
-# States are written and read once more. That is little beside K and V:
+# States are written and read once. A state is small beside its K and V:
 
 kv_size, state_size = 512 * KV_HEADS * HEAD_SIZE, HEADS * (HEAD_SIZE + 1)
 claim("a state of 256 keys is under 1% of them", state_size < kv_size / 100)
@@ -87,7 +87,7 @@ claim("a state of 256 keys is under 1% of them", state_size < kv_size / 100)
 # ## What must hold
 #
 # Scores may be large, and exp(100) is beyond float32. So the largest lse is
-# taken away from all of them before any exp. That changes no share.
+# subtracted from every lse before any exp. This changes no share.
 
 
 def without_the_largest(real):
@@ -101,16 +101,16 @@ def without_the_largest(real):
 
 
 break_it(
-    "weights are exp(lse), and the scores sixty times as large",
-    where=(store, "merge_states"), bug=without_the_largest,
-    run=lambda: store.merge_states(*in_parts(60 * query, 5))[0],
+    "weights are exp(lse), with scores sixty times as large",
+    where=(kernel_api, "merge_states"), bug=without_the_largest,
+    run=lambda: kernel_api.merge_states(*in_parts(60 * query, 5))[0],
     caught_by="contract",
 )  # fmt: skip
 
 # ## Exercise
 #
 # Join two states of one head: outputs `a` and `b` (arrays), and their lse
-# (floats). One of the two may have seen no key: its lse is minus infinity.
+# (floats). One of the two may have no key: then its lse is minus infinity.
 
 
 def my_merge(a, lse_a, b, lse_b):
@@ -129,9 +129,9 @@ hint = "Weights exp(lse - the larger lse); divide by their sum. The lse?"
 cases = [(a, one, b, other) for one, other in pairs]
 mine = check(my_merge, spec=spec, cases=cases, hint=hint)
 
-# Now one block after another: a kernel that walks carries one state, and
-# joins each block to it. Your lines are the **online softmax** (Milakov
-# et al. 2018).
+# Now one block after another: a kernel that goes through the blocks keeps
+# one state, and joins each block to it. Your lines are the **online
+# softmax** (Milakov et al. 2018).
 
 outputs, lses = in_parts(query, 1)
 state = np.zeros(HEAD_SIZE), -np.inf
@@ -141,11 +141,12 @@ claim("block by block: the same", state[0], whole[:HEAD_SIZE])
 
 # ## In production systems
 #
-# Flash-Decoding (Dao et al. 2023) splits the keys so; a small second kernel
-# joins the states. FlashInfer and vLLM read a prefix that many sequences
-# share once for all of them, and join it to what each has of its own. Here,
-# the `cpu` backend splits long sequences over threads.
+# Flash-Decoding (Dao et al. 2023) splits the keys in this way; a small
+# second kernel joins the states. Where many sequences share a prefix,
+# FlashInfer and vLLM read the prefix once for all, and join its state to
+# the state of each sequence's own keys. Here, the fast CPU backend splits
+# long sequences over threads.
 
 # ## Next
 #
-# Lesson 11: many sequences in one step, none of which waits for another.
+# Lesson 11: many sequences in one step, of which none waits for another.

@@ -5,34 +5,35 @@ Time: 20 minutes. Needs lesson 10.
 
 A step reads all weights, for one token or for many, so sequences run in
 batches. But requests ask for different lengths. In a batch that starts and
-ends together, whoever is done waits for the longest.
+ends together, each finished sequence waits for the longest.
 """
 
 from dataclasses import replace
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.engine import scheduler
-from paged_ref.core.engine.engine import EngineCore
+from paged_ref.core.model import llama
 from paged_ref.core.engine.sequence import Group, Sequence
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager
 
 # ## Predict
 #
-# Eight requests for these numbers of new tokens; four can run at once. The
-# step that computes a prompt gives the first token already.
+# Eight requests for these numbers of new tokens; four can run together. The
+# step that computes a prompt also gives the first new token.
 
 NEW = [4, 24, 6, 20, 5, 18, 4, 8]
 WIDTH = 4
 groups = predict(
     "Steps, if the first four run to their end first?", "steps"
 )
-joining = predict("Steps, if the next joins when one ends?", "steps")
+joining = predict("Steps, if the next starts when one ends?", "steps")
 
 # ## Run
 #
-# The same engine, both ways. `on_step` is told what each step computed.
+# The same engine, both ways. `on_step` gets what each step computed.
 
 PROMPTS = [[20 + i + 7 * j for j in range(6)] for i in range(8)]
 
@@ -75,12 +76,14 @@ joining.grade(len(continuous))
 
 claim("no token changes", same, tokens)
 idle = [WIDTH * len(steps) - sum(NEW) for steps in (in_groups, continuous)]
-claim(f"{idle[0]} idle places in groups, {idle[1]} else", idle[0] > idle[1])
+places = f"idle places: {idle[0]} in groups, {idle[1]} continuous"
+claim(places, idle[1] < idle[0])
 
 # One rule plans all this: **a sequence runs until its computed tokens catch
-# up with its tokens**. A prompt is many tokens behind, a running sequence
-# one. A step has a budget of tokens; a long prompt takes what is left of
-# it, and goes on in the next step. So nobody's next token waits for it.
+# up with its tokens**. A new prompt is many tokens behind, a running
+# sequence one. A step has a budget of tokens; a long prompt takes what is
+# left of the budget, and goes on in the next step. So no running sequence
+# waits for a long prompt.
 
 chunked, same = run(len(NEW), max_batch_tokens=8)
 four = range(4)
@@ -93,34 +96,34 @@ claim("no token changes", same, tokens)
 
 # ## What must hold
 #
-# Whoever shares a step with you must not change your tokens. All new tokens
-# of a step stand in one row: where one sequence ends and the next begins,
-# where each has its blocks and which row of logits is whose, is said by
-# arrays beside it. All of them must name the sequences in the same order.
+# The tokens of a sequence must not depend on the other sequences of a step.
+# All new tokens of a step stand in one row. Other arrays say where in this
+# row each sequence begins, where its blocks are, and from which token its
+# logits come. All of them must name the sequences in the same order.
 
 
 def in_another_order(real):
-    def inputs(self, plan):
-        step = real(self, plan)
-        return replace(step, logits_rows=step.logits_rows[::-1])
+    def forward(self, inputs, *rest):
+        rows = inputs.logits_rows[::-1]
+        return real(self, replace(inputs, logits_rows=rows), *rest)
 
-    return inputs
+    return forward
 
 
 break_it(
-    "the rows of logits stand in another order than their sequences",
-    where=(EngineCore, "_inputs"), bug=in_another_order,
+    "the rows of logits are in another order than their sequences",
+    where=(llama.Llama, "forward"), bug=in_another_order,
     run=lambda: run(len(NEW))[1], caught_by="contract",
 )  # fmt: skip
 
-# No slot was read that should not be, so nothing but the text can tell: the
-# same requests, one by one, are the oracle of every batch.
+# No wrong slot was read, so only the tokens show the bug: each request
+# alone is the oracle of every batch.
 
 # ## Exercise
 #
 # Write the rule. `behind` says by how many tokens each sequence is behind,
-# the earliest arrival first. Give (sequence, tokens) for those that run, in
-# this order, and no more tokens than the budget.
+# the earliest arrival first. Give (sequence, tokens) for the sequences that
+# run, in this order, and no more tokens than the budget.
 
 
 def my_plan(behind, budget):
@@ -128,20 +131,20 @@ def my_plan(behind, budget):
 
 
 def spec(behind, budget):
-    real = scheduler.Scheduler(PagedManager(99, 4), budget, 99)
+    real = scheduler.Scheduler(PagedManager(BlockPool(99), 4), budget, 99)
     for seq, n in enumerate(behind):
         real.add(Group([Sequence(seq, [0] * n, n, n + 1)]))
     return [(seq.seq_id, n) for seq, n in real.schedule().chunks]
 
 
 cases = [([1, 1, 9], 8), ([9, 1, 1], 8), ([3, 3, 3], 100), ([1] * 5, 3)]
-hint = "The smaller of what is missing and what is left; then less is left."
+hint = "Each takes the smaller of `behind` and the budget that is left."
 check(my_plan, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
-# Orca (Yu et al. 2022) brought scheduling by step, and Sarathi-Serve
-# (Agrawal et al. 2024) prompts in chunks, so that no decode stalls. vLLM
+# Orca (Yu et al. 2022) introduced scheduling by step, and Sarathi-Serve
+# (Agrawal et al. 2024) prompts in chunks, so that no decode waits. vLLM
 # plans with the one rule above.
 
 # ## Next

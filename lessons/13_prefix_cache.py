@@ -3,33 +3,33 @@
 Question: how does an engine find what it has computed before?
 Time: 20 minutes. Needs lesson 12.
 
-Chats bring their whole past with each turn, and agents the same long
-instructions. The K and V of such a beginning are there already, or were,
-until their sequence ended. Nobody forks here: the requests know nothing of
-each other. So a full block must be found by what lies in it.
+Each turn of a chat brings the whole past of the chat, and agents bring the
+same long instructions. The K and V of such a beginning were computed
+before, for another request. Here no sequence is forked: the requests come
+one after another. So a full block must be found by its tokens.
 """
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
-from paged_ref.core.memory import paged
+from paged_ref.extras import prefix_cache
 from paged_ref.timeline.events import BlockCached, SequenceAdmitted
 from paged_ref.extras.prefix_cache import block_digests
 
 # ## Predict
 #
-# Only full blocks are known, and they are known from the beginning on:
-# whatever follows the first block that differs must be computed.
+# Only full blocks are found, and only from the beginning on: from the first
+# block that differs, all tokens must be computed.
 
 BLOCK_SIZE = 4
 SYSTEM = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
-chat = predict("Tokens found for ten known ones and three new?", "tokens")
-twice = predict("And for twelve tokens, all of them known?", "tokens")
+chat = predict("Tokens found: ten seen before, three new?", "tokens")
+twice = predict("And for twelve tokens, all seen before?", "tokens")
 
 # ## Run
 #
-# One request after another, each with two new tokens. The events tell how
-# much of a prompt was found.
+# One request after another, each with two new tokens. The events have the
+# number of tokens that were found.
 
 REQUESTS = {
     "ten tokens and two others": [*SYSTEM, 20, 21],
@@ -52,8 +52,8 @@ def run(prompts, **options):
     return tokens, found, events, llm
 
 
-# Of a prompt that is known to its end the last block is computed again: its
-# last token must say what comes next.
+# If all blocks of a prompt are found, its last block is computed again: the
+# logits of the last token choose the next one.
 
 tokens, found, events, llm = run(REQUESTS.values())
 rows = []
@@ -69,9 +69,10 @@ claim("found without their beginning", found[3], 0)
 
 # ## How a block is found
 #
-# By a digest of its tokens, and of the digest of the block before. So one
-# key stands for all that came before, and no prompts are compared. Here are
-# the last two: they end with the same eight tokens, and share no key.
+# By a digest of its tokens and of the digest of the block before. So one
+# key stands for a block and all blocks before it, and no prompts are
+# compared. The last two prompts end with the same eight tokens, and share
+# no key:
 
 rows = []
 for prompt in ([*SYSTEM, 20, 21], [*SYSTEM[4:], 20, 21]):
@@ -79,11 +80,13 @@ for prompt in ([*SYSTEM, 20, 21], [*SYSTEM[4:], 20, 21]):
     rows.append((" ".join(map(str, prompt)), "  ".join(keys)))
 table("The keys of full blocks", ("prompt", "keys"), rows)
 
-# When their sequence ends, known blocks stay, idle, in no table. They are
-# given up when the room is needed, the one that was used longest ago first.
+# When a sequence ends, its full blocks stay cached, although no table names
+# them. When the room is needed, the block that was used longest ago is
+# evicted first.
 
-known = sum(isinstance(event, BlockCached) for event in events)
-claim("blocks known, and idle now", len(llm.manager.cache.idle), known)
+cached = sum(isinstance(event, BlockCached) for event in events)
+pool = llm.engine.manager.manager.pool  # inside the one that logs
+claim("blocks cached, and in no table", pool.num_cached, cached)
 again = [[*SYSTEM, 20, 21], list(range(40, 52)), [*SYSTEM, 20, 21]]
 claim("found again, after another prompt", run(again)[1][2], 8)
 small = run(again, kv_cache_tokens=16)[1][2]
@@ -93,7 +96,7 @@ claim("the same in a pool of four blocks", small, 0)
 #
 # K and V depend on all tokens before them. A key made of a block's own
 # tokens would find the right tokens with the wrong past. The text would
-# stay fluent, and be another's: the kind of bug that lives for months.
+# still be fluent, and wrong: such a bug is not seen for months.
 
 PROMPTS = [[5] * 4 + [6] * 5, [7] * 4 + [8] * 5, [5] * 4 + [8] * 5]
 
@@ -108,13 +111,13 @@ def without_parent(real):
 
 break_it(
     "a block's key is made of its own tokens only",
-    where=(paged, "block_digests"), bug=without_parent,
+    where=(prefix_cache, "block_digests"), bug=without_parent,
     run=lambda: run(PROMPTS)[0], caught_by="sanitizer",
 )  # fmt: skip
 
 # ## Exercise
 #
-# The keys of the full blocks of `tokens`, which follow a block with the key
+# The keys of the full blocks of `tokens`. The block before them has the key
 # `parent`. `link(parent, tokens)` makes one key.
 
 
@@ -132,19 +135,19 @@ def spec(tokens, size, parent=b""):
 
 prompt = [*SYSTEM, *SYSTEM]
 cases = [(prompt, 4), (prompt[:7], 4, b"x"), ([1, 2], 4), (prompt[:8], 2)]
-hint = "Each key is the parent of the next. A block that is not full: none."
+hint = "Each key is the parent of the next. Only full blocks have a key."
 mine = check(my_keys, spec=spec, cases=cases, hint=hint)
 
-with plug_in((paged, "block_digests"), mine):
+with plug_in((prefix_cache, "block_digests"), mine):
     claim("found with yours in place", run(REQUESTS.values())[1], found)
 
 # ## In production systems
 #
-# vLLM keys blocks of 16 tokens with chained hashes as here; SGLang keeps a
+# vLLM finds blocks of 16 tokens by chained hashes as here; SGLang keeps a
 # tree of prefixes (Zheng et al. 2024), which also finds beginnings that end
-# inside a block. Both drop what was used longest ago. Mooncake (Qin et al.
+# inside a block. Both evict what was used longest ago. Mooncake (Qin et al.
 # 2025) keeps blocks of 512 tokens beyond the GPU, for many engines.
 
 # ## Next
 #
-# Lesson 14: when the pool is full, and all of them want to grow.
+# Lesson 14: a full pool, in which all sequences must grow.

@@ -1,11 +1,11 @@
 """Lesson 14: preemption
 
-Question: who gives way when the pool is empty and all want to grow?
+Question: which sequence gives way when no block is free and all grow?
 Time: 20 minutes. Needs lesson 13.
 
-Paging admits sequences by what they need today. That is why many run at
-once, and it is a bet: if they all grow, the pool runs out in the middle of
-their work. Then someone must give way, and lose nothing by it but time.
+Paging admits sequences by what they need today. So many run together, and
+that is a bet: if all sequences grow, the pool runs out of blocks in the
+middle of their work. Then a sequence must give way, and lose only time.
 """
 
 from paged_ref import LLM, SamplingParams
@@ -15,15 +15,17 @@ from paged_ref.core.engine.sequence import Group, Sequence
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.timeline.events import StepPlanned
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.core.memory.kv import KVStorage
+from paged_ref.core.memory.kv import KVCache
 
 # ## Predict
 #
-# Whoever came last gives way, so the first always gets on, and all end some
-# day. Its blocks can be **swapped** to host memory and back. Or they are
-# given up, and later its tokens are **recomputed** as one long prompt.
-# Three prompts of eight tokens grow by sixteen; ten blocks of four slots.
+# The sequence that came last gives way. So the first always goes on, and in
+# the end all are done. The blocks of a sequence can be **swapped** to host
+# memory and back. Or the blocks are freed, and later the sequence's tokens
+# are **recomputed** as one long prompt. Three prompts of eight tokens grow
+# by sixteen; ten blocks of four slots.
 
 PROMPTS = [[5 + i] * 8 for i in range(3)]
 NEW, BLOCK_SIZE, BLOCKS = 16, 4, 10
@@ -46,7 +48,7 @@ def run(blocks, preemption):
     return tokens, plans, records
 
 
-# P is a prompt, d one more token, and ! the step in which it gives way:
+# P is a prompt, d one more token, ! a step in which the sequence gives way:
 
 
 def picture(plans):
@@ -79,26 +81,27 @@ for way, memory in WAYS.items():
 
 columns = ("way", "steps", "gave way", "tokens computed", "blocks moved")
 table("What it costs", columns, rows)
-need.grade(3 * -(-(8 + NEW - 1) // BLOCK_SIZE))  # the last: not written
+need.grade(3 * -(-(8 + NEW - 1) // BLOCK_SIZE))  # last token: not written
 victims.grade(rows[1][2])
 ample, swap, recompute = rows
 claim("swap computes each token once", swap[3], ample[3])
 claim("recompute moves nothing", recompute[4], 0)
 claim("and computes some tokens twice", recompute[3] > ample[3])
 
-# Which is better depends on the machine. A token that comes back costs
+# Which is better depends on the machine. A token that comes back costs:
 
 llm = LLM("tiny")
 moved = 2 * kv_bytes_per_token(llm.config, "float32")
-layer = llm.model.layers[0]
+layer = llm.engine.model.layers[0]
 weights = layer.qkv, layer.output, layer.gate_up, layer.down
-operations = 2 * len(llm.model.layers) * sum(w.size for w in weights)
+operations = 2 * len(llm.engine.model.layers) * sum(w.size for w in weights)
 show(f"  {moved:,} bytes there and back, or {operations:,} operations\n")
 
 # ## What must hold
 #
-# A block must be saved before another writes into it, and be back before
-# its owner reads. Here it comes back in the table, but not in memory:
+# A block must be saved before another sequence writes into it, and be back
+# before its own sequence reads it. Here a block comes back in the table,
+# but not in memory:
 
 
 def never_back(real):
@@ -110,14 +113,15 @@ def never_back(real):
 
 break_it(
     "blocks that come back from the host are mapped, and not copied",
-    where=(KVStorage, "apply"), bug=never_back,
+    where=(KVCache, "apply"), bug=never_back,
     run=lambda: run(BLOCKS, "swap")[0], caught_by="sanitizer",
 )  # fmt: skip
 
 # ## Exercise
 #
-# Sequence 0 needs more blocks than are free. `blocks` says how many each
-# holds, by arrival. Who gives way, one after another, until there is room?
+# Sequence 0 needs more blocks than are free. `blocks` has the number that
+# each sequence holds, by arrival. Which sequences give way, one after
+# another, until there is room?
 
 
 def my_victims(blocks, free, needed):
@@ -125,7 +129,8 @@ def my_victims(blocks, free, needed):
 
 
 def spec(blocks, free, needed):
-    real = Scheduler(PagedManager(sum(blocks) + free, 1), 999, 99)
+    pool = BlockPool(sum(blocks) + free)
+    real = Scheduler(PagedManager(pool, 1), 999, 99)
     for seq, count in enumerate(blocks):
         real.add(Group([Sequence(seq, [0] * count, count, count + 1)]))
     for seq, _ in real.schedule().chunks:
@@ -136,14 +141,14 @@ def spec(blocks, free, needed):
 
 cases = [([4, 3, 2], 1, 2), ([4, 3, 2, 1], 0, 5), ([2, 9, 1, 1], 1, 3)]
 cases += [([3, 3], 2, 2), ([1, 5, 1], 0, 1)]
-hint = "While too few are free: the last that still runs, and its blocks."
+hint = "While too few are free: the last one that runs gives its blocks."
 check(my_victims, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
 # The paper has both ways, and finds swapping slow with small blocks, as
-# many small copies do not fill the bus (Kwon et al. 2023, §7.3). vLLM today
-# recomputes; what it keeps on the host is a cache of prefixes.
+# many small copies do not fill the bus (Kwon et al. 2023, §7.3). Today's
+# vLLM recomputes, and uses host memory for a cache of prefixes.
 
 # ## Next
 #

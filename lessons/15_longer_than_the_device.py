@@ -3,25 +3,26 @@
 Question: how can a context be larger than the memory that holds it?
 Time: 20 minutes. Needs lessons 10 and 14.
 
-Swapping moved whole sequences that had to wait. What if a single one that
-runs does not fit? Then pages must come and go while it is computed. Two
-ways are open: read all of them, piece by piece, or only those that matter.
+Swapping moved whole sequences that had to wait. What if a single running
+sequence does not fit? Then its pages must be loaded and evicted while a
+step is computed. There are two ways: read all pages, some at a time, or
+only the pages that matter.
 """
 
 import numpy as np
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.device import to_host, xp
-from paged_ref.beyond_device.long_context import Counters
+from paged_ref.beyond_device.kv import Counters, StreamedKV
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.beyond_device.relevance import Extremes
 
 # ## Predict
 #
-# A story, cut into blocks of four tokens; the device holds eight blocks, a
-# quarter of which is for **staging**: there pages from the host are read
-# and then overwritten. All keys are read for each new token.
+# A story in blocks of four tokens; the device holds eight blocks. A quarter
+# of these is for **staging**: pages from the host are loaded there, read,
+# and overwritten by the next ones. All keys are read for each new token.
 
 STORY = """Lily had a red ball and a small dog. The dog was called Tom. One
 day Lily and Tom went to the park to play. In the park there was a big tree.
@@ -39,9 +40,9 @@ def run(**options):
     params = SamplingParams(NEW, ignore_eos=True)
     output = llm.output_of(llm.add_request(STORY, params))
     llm.step()  # the prompt
-    if llm.long_context:
-        llm.long_context.counters = Counters()
-        llm.long_context.observe = seen.append
+    if isinstance(llm.engine.kv, StreamedKV):
+        llm.engine.kv.counters = Counters()
+        llm.engine.kv.observe = seen.append
     while llm.has_unfinished:
         llm.step()
     return output.outputs[0].token_ids, llm, seen
@@ -49,21 +50,22 @@ def run(**options):
 
 usual, _, _ = run()
 exact, llm, _ = run(device_blocks=8, host_blocks=60, sanitize=True)
-read = llm.long_context.counters
-show(f"  pages read: {read.attended}, {read.resident} of them here\n")
+read = llm.engine.kv.counters
+show(f"  pages read: {read.attended}, of these resident: {read.resident}\n")
 moved.grade(100 * (1 - read.hit_rate), within=0.15)
 claim("the tokens are those of an ample device", exact == usual)
-away = (read.attended - read.resident) * llm.long_context.page_bytes
-claim("what was not here had to come", read.bytes_in >= away)
+away = (read.attended - read.resident) * llm.engine.kv.page_bytes
+claim("all other pages were loaded", read.bytes_in >= away)
 
-# Each piece is attention over its own keys, and the states are joined as in
-# lesson 10: exact, and slow. So, which pages matter? To know the scores one
-# would have to read the keys. But they can be **bounded**. For each block
-# the largest and the smallest value of each channel of its keys are kept.
-# No key can score higher than the better of the two, channel by channel.
+# Each group of pages gives attention over its own keys, and the states are
+# joined as in lesson 10: exact, and slow. So, which pages matter? The
+# scores are known only after the keys are read. But scores have a
+# **bound**: for each block the largest and the smallest value of each
+# channel of its keys are kept. In each channel, no key adds more to the
+# score than the better of these two values.
 
 limited, llm, seen = run(device_blocks=8, host_blocks=60, attend=0.25)
-first = llm.long_context.full_layers  # these read everything, always
+first = llm.engine.kv.full_layers  # these read everything, always
 seen = [choice for choice in seen if choice.layer >= first]
 found = []
 for choice in seen:
@@ -80,14 +82,14 @@ rows += [("the last", f"{recent:.0%}"), ("by lot", f"{by_lot:.0%}")]
 table("Attention in a quarter of the blocks", ("chosen", "share"), rows)
 claim("the bounds beat chance, not the truth", by_lot < bounds < best)
 
-# One head of the last token: how much attention each block has, and what
-# the bounds chose. The first and the last block always are.
+# One head of the last token: how much attention each block has, and which
+# blocks the bounds chose. The first and the last block are always chosen.
 
 mass, chosen = seen[-1].mass[0].mean(axis=0), seen[-1].chosen[0]
 bars = ["▁▂▃▄▅▆▇█"[min(7, int(40 * share))] for share in mass]
 marks = ["↑" if block in chosen else " " for block in range(len(mass))]
 show(f"  {''.join(bars)}\n  {''.join(marks)}\n")
-less = llm.long_context.counters
+less = llm.engine.kv.counters
 rows = [("all", read.bytes_in // read.tokens, exact == usual)]
 rows += [("a quarter", less.bytes_in // less.tokens, limited == usual)]
 table("For each token", ("blocks read", "bytes moved", "same text"), rows)
@@ -95,8 +97,8 @@ claim("fewer bytes move", less.bytes_in < read.bytes_in)
 
 # ## What must hold
 #
-# A bound is never below a true score, or a block that matters is passed
-# over. Where a query is negative, the smallest value scores highest.
+# A bound must never be below a true score, or a block that matters is left
+# out. Where the query is negative, the smallest value scores highest.
 
 rng = np.random.default_rng(0)
 
@@ -142,9 +144,10 @@ check(my_bound, spec=spec, cases=cases, hint=hint)
 # ## In production systems
 #
 # The bounds are those of Quest (Tang et al. 2024): attention up to 7.03
-# times as fast. No large server does it by default, as it changes answers,
-# and none means it by PagedAttention. `paged-ref long` measures both ways.
+# times as fast. No large server chooses pages by default, as this changes
+# answers, and it is not what servers call PagedAttention. `paged-ref long`
+# measures both ways.
 
 # ## Next
 #
-# Lesson 16: pages for something else than K and V: training.
+# Lesson 16: pages for other data than K and V: training.

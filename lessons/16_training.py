@@ -4,9 +4,9 @@ Question: can pages hold what training has to remember?
 Time: 20 minutes. Needs lesson 15.
 
 PagedAttention serves models; it does not train them. Training knows its
-text beforehand and has no KV cache. Yet it fills memory, too: what each
-layer computes on the way forwards is needed once more on the way back. The
-same residency of pages as in lesson 15 can hold that. Is it worth it?
+text beforehand and has no KV cache. Yet training fills memory, too: the
+backward pass needs again what each layer computed in the forward pass. The
+pages of lesson 15 can hold these activations. Is that worth the trouble?
 """
 
 import numpy as np
@@ -15,19 +15,19 @@ from paged_ref.core.model.config import ModelConfig
 from paged_ref.core.device import to_host
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
-from paged_ref.beyond_device.residency import ByPriority
+from paged_ref.beyond_device.residency import Residency
 from paged_ref.training.activations import MEMORY, activations_for
-from paged_ref.training.copies import CopyStream
-from paged_ref.training.network import Batch, loss_and_gradient
+from paged_ref.tuned.copies import CopyStream
+from paged_ref.training.network import PackedBatch, loss_and_gradient
 from paged_ref.training.network import saved_shapes
 from paged_ref.training.parameters import Parameters
 
 # ## Predict
 #
-# A small Llama of six layers learns from three texts at once. There is room
-# for two and a half layers' worth of what they save. Four ways to live with
-# that: keep it all the same, swap whole layers to the host, let pages
-# leave and come back, or save each layer's input alone, and recompute.
+# A small Llama of six layers learns from a batch of three texts. The budget
+# holds what two and a half layers save. There are four ways: keep all, over
+# the budget; swap whole layers to the host; move pages to the host and
+# back; or save only the input of each layer, and recompute the rest.
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=80, num_layers=6,
@@ -38,7 +38,7 @@ LENGTHS, PAGE = (96, 40, 64), 4096
 sizes = saved_shapes(CONFIG, sum(LENGTHS))
 layer = 4 * sum(int(np.prod(shape)) for shape in sizes.values())  # bytes
 BUDGET = 5 * layer // 2
-swapped = predict("How many of six layers does `swap` send away?", "layers")
+swapped = predict("How many of six layers does `swap` move out?", "layers")
 times = predict("Peak of `keep` over peak of `recompute`?", "times")
 
 # ## Run
@@ -54,11 +54,11 @@ weights.initialize(seed=0)
 def learn(memory, budget=BUDGET):
     """The layers' gradient, and what was held and moved."""
     budget = budget if memory in ("swap", "page") else None
-    its = activations_for(memory, CONFIG, sum(LENGTHS), budget, PAGE)
+    saved = activations_for(memory, CONFIG, sum(LENGTHS), budget, PAGE)
     gradient = Parameters(CONFIG)
-    loss_and_gradient(weights, gradient, Batch.of(texts), its)
+    loss_and_gradient(weights, gradient, PackedBatch.of(texts), saved)
     layers = gradient.flat[gradient.embedding.size :]
-    return to_host(layers), its.counts
+    return to_host(layers), saved.counts
 
 
 runs = {memory: learn(memory) for memory in MEMORY}
@@ -74,48 +74,49 @@ swap, page, recompute = (runs[name][1] for name in MEMORY[1:])
 swapped.grade(swap.moved_out // layer)
 times.grade(keep.peak / recompute.peak, within=0.15)
 
-# All four give the layers the same gradient to the bit: moving bytes
-# changes none, and what is computed again comes out as before.
+# All four give the layers the same gradient to the bit: a move changes no
+# byte, and a second computation gives the same numbers as the first.
 
-claim("four gradients are one", all(row[-1] for row in rows))
+claim("the four gradients are equal", all(row[-1] for row in rows))
 claim("`keep` holds what six layers save", keep.peak, 6 * layer)
 claim(
     "`swap` and `page` stay in the budget",
     max(swap.peak, page.peak) <= BUDGET,
 )
 
-# Backward asks for layers from the last to the first, and everyone knows
-# that beforehand. So the lowest layers leave, which are needed last, and
-# nothing moves but what does not fit (Belady's rule). `swap` cannot
-# use the half layer of room; pages can. That is all they win here:
+# The backward pass needs the layers from the last to the first, and this
+# order is known beforehand. So the first layers are moved out, since they
+# are needed last, and only what does not fit is moved (Belady's rule).
+# `swap` cannot use the half layer of room; pages can, and win no more:
 
 missing = -(-layer // PAGE) * 6 - BUDGET // PAGE
 left = page.moved_out // PAGE
-claim("pages that left are those without room", left, missing)
+claim("pages moved out: those without room", left, missing)
 claim("pages move fewer bytes", page.moved_out < swap.moved_out)
 
-# And so the claim that PagedAttention manages memory "during training" is
-# true of pages, not of PagedAttention, and no great matter: sizes are known
-# before a step begins, so there is no reservation to save, nothing is
-# shared, and to recompute costs about a third more arithmetic and no bus.
+# So the claim that PagedAttention manages memory "during training" is true
+# of pages, not of PagedAttention. And pages win little: all sizes are known
+# before a step begins, so no reservation is saved; no page is shared; and
+# recomputing costs about a third more arithmetic, without any copy.
 
 # ## What must hold
 #
-# What comes back is what left. Here a page is mapped, and its bytes stay on
-# the host. Training would go on, with a wrong gradient, and learn worse.
+# A page must come back with the bytes that it had. Here a page gets its
+# place, and its bytes stay on the host. Training would go on with a wrong
+# gradient, and learn worse.
 
 break_it(
     "pages come back without their bytes",
-    where=(CopyStream, "back"),
+    where=(CopyStream, "back_planes"),
     bug=lambda real: lambda self, host, device: None,
     run=lambda: learn("page")[0], caught_by="contract",
 )  # fmt: skip
 
 # ## Exercise
 #
-# The policy. `layers[i]` is the layer of page i, and pages came in this
-# order. Which `count` pages leave, the first to leave first? Of the same
-# layer, the one that came first.
+# Eviction. `layers[i]` is the layer of page i; the pages were saved in
+# this order. Which `count` pages are moved out, and in which order? Of the
+# same layer, the page that was saved first.
 
 
 def my_leaving(layers, count):
@@ -123,9 +124,9 @@ def my_leaving(layers, count):
 
 
 def spec(layers, count):
-    policy = ByPriority(layers.__getitem__)
-    policy.used(range(len(layers)))
-    return list(policy.order())[:count]
+    memory = Residency(len(layers), 0, priority=layers.__getitem__)
+    memory.add(len(layers))
+    return list(memory.eviction_order())[:count]
 
 
 cases = [([0, 0, 1, 2], 3), ([3, 1, 2, 1, 0], 4), ([5, 5, 4, 4], 1)]
@@ -137,10 +138,10 @@ check(my_leaving, spec=spec, cases=cases, hint=hint)
 # ## In production systems
 #
 # Recomputing (Chen et al. 2016) is an option of every trainer. vDNN (Rhu et
-# al. 2016) moved whole layers to the host, as `swap` does. PyTorch can map
-# pages under a growing pool: paging by the driver, with no table in any
-# kernel. `paged-ref train --memory page` trains a model as above.
+# al. 2016) moved whole layers to the host, as `swap` does. PyTorch can let
+# a memory pool grow by pages that the driver maps: no kernel reads a table.
+# `paged-ref train --memory page` trains a model as above.
 
 # ## Next
 #
-# Lesson 17: what would paging buy you, and how would you see it?
+# Lesson 17: what would you gain by paging, and how would you see it?

@@ -4,8 +4,8 @@ Question: would paging help you, and how would you see that it does?
 Time: 20 minutes. Needs lesson 16.
 
 You have a model, a GPU and traffic. The answer begins on paper: how many
-sequences fit, and what does the GPU's time go to then? If memory is not
-what lacks, no way to manage it helps much. Only then comes code.
+sequences fit, and for what does the GPU then spend its time? If memory is
+not the bottleneck, no way to manage memory helps much. Code comes later.
 """
 
 from dataclasses import replace
@@ -16,8 +16,9 @@ from pathlib import Path
 from paged_ref import llm
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.core.memory.paged import OutOfBlocks, PagedManager
-from paged_ref.planner.assess import Request, assess
+from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
+from paged_ref.core.memory.paged import PagedManager
+from paged_ref.planner.assess import assess
 from paged_ref.planner.engine_run import engine_steps, simulated_steps
 from paged_ref.planner.hardware import GPUS
 from paged_ref.planner.models import MODELS, model_named
@@ -28,9 +29,9 @@ from paged_ref.planner.traces import at_rate, generated
 # ## Predict
 #
 # One GPU, traffic with the mean lengths of the paper's ShareGPT, and two
-# models. OPT has a KV head for each query head; Llama 3 shares each among
-# four. `max` reserves the longest that a sequence may become, `exact` knows
-# its length beforehand, as nobody does.
+# models. OPT has a KV head for each query head; in Llama 3 four query heads
+# share one. `max` reserves the longest that a sequence may become. `exact`
+# knows the length beforehand, which no real system can.
 
 gpu = GPUS["A100-40GB"]
 models = MODELS["OPT-13B"], MODELS["Llama-3-8B"]
@@ -43,33 +44,35 @@ other = predict("And for Llama 3, against exact?", "times")
 # `paged-ref assess` prints it with every constant.
 
 traffic = generated("sharegpt", 300)
-requests = [Request(r.prompt_len, r.output_len) for r in traffic.requests]
 rows, found = [], {}
 for model in models:
-    a = found[model.name] = assess(gpu, model, requests, max_model_len=2048)
+    a = assess(gpu, model, traffic.requests, max_model_len=2048)
+    found[model.name] = a
     for plan in a.plans:
         used, rate = f"{plan.used:.0%}", plan.requests_per_second
         rows.append((model.name, plan.name, plan.sequences, used, rate))
 columns = ("model", "memory", "sequences", "used", "requests/s")
 table("Full memory, mean lengths", columns, rows)
 for name, a in found.items():
-    show(f"  {name}: most time goes by for lack of {a.bottleneck}\n")
+    show(f"  {name}: the bottleneck is {a.bottleneck}\n")
 gain.grade(found["OPT-13B"].gain["standard max"], within=0.15)
 other.grade(found["Llama-3-8B"].gain["standard exact"], within=0.15)
 
-# "Capacity" means that weights are read for few sequences, and more at once
-# would come nearly for free. There paging pays. Where K and V themselves
-# are most of what is read, or arithmetic takes the time, more gives less.
+# "Capacity" means that the weights are read for few sequences, and more
+# sequences would cost little more time. There paging pays. Where most of
+# what is read is K and V, or arithmetic takes the time, more sequences help
+# less.
 #
-# **Select.** The same decision in the words of a server that pages:
+# **Select.** The same decision as options of a server that pages:
 
 vllm = servers(found["OPT-13B"])[0]
 table(vllm.name, ("option", "value"), vllm.options)
 
-# **Adopt.** What it takes to move a model of your own to pages is in
-# `lessons/refactor/`: five steps, each of which runs and keeps all tokens.
+# **Adopt.** `lessons/start_here/` moves a model to pages in five steps.
+# Each step runs, and keeps all tokens.
 
-files = sorted((Path(__file__).parent / "refactor").glob("step[0-5]*"))
+folder = Path(__file__).parent / "start_here"
+files = sorted(folder.glob("step[0-5]*"))
 texts = [file.read_text(encoding="utf-8").splitlines() for file in files]
 diffs = [ndiff(*two) for two in pairwise(texts)]
 changed = [sum(line[0] in "+-" for line in diff) for diff in diffs]
@@ -77,9 +80,9 @@ claim(f"lines changed, step by step: {changed}", max(changed) < 80)
 
 # ## What must hold
 #
-# **Test.** `paged-ref compare` steps the real scheduler and manager over
-# requests, without a model. An engine with a model must then decide the
-# same in every step, or the forecast was worth nothing.
+# **Test.** `paged-ref compare` runs the real scheduler and manager over
+# requests, without a model. An engine with a model must decide the same in
+# every step, or the forecast is worthless.
 
 setup = Setup("small", gpu, model_named("tiny"), kv_tokens=192)
 setup = replace(setup, max_model_len=96, block_size=4, max_batch_tokens=64)
@@ -94,9 +97,9 @@ def forecast_and_run():
 forecast, ran = forecast_and_run()
 claim("steps whose decisions and memory are as forecast", ran == forecast)
 
-# **Monitor.** These numbers are to be watched. Preemptions now and then are
-# the price of admitting much; in most steps they mean that work is done
-# twice: admit less, or find memory.
+# **Monitor.** Watch these numbers. A few preemptions are the price of
+# admitting many sequences. Preemptions in most steps mean that much work is
+# done twice: admit fewer sequences, or give the cache more memory.
 
 rows = []
 for number, step in list(enumerate(ran))[:: len(ran) // 8]:
@@ -106,10 +109,11 @@ for number, step in list(enumerate(ran))[:: len(ran) // 8]:
 columns = ("step", "running", "waiting", "gave way", "tokens in memory")
 table("An engine at work", columns, rows)
 
-# An engine that is set up otherwise writes the same tokens. Who tells?
+# An engine with another setting gives the same tokens. What shows the
+# difference?
 
 break_it(
-    "the engine keeps a third of the blocks back when it admits",
+    "admission leaves a third of the blocks free",
     where=(llm, "make_manager"),
     bug=lambda real: lambda *a, **b: real(*a, **b | {"watermark": 0.34}),
     run=lambda: [a == b for a, b in zip(*forecast_and_run(), strict=False)],
@@ -127,7 +131,8 @@ def my_fit(memory, weights, kv, length, size):
 
 
 def spec(memory, weights, kv, length, size):
-    manager = PagedManager((memory - weights) // (kv * size), size)
+    pool = BlockPool((memory - weights) // (kv * size))
+    manager = PagedManager(pool, size)
     try:
         for seq in range(10**6):
             manager.admit(seq, range(length), length)
@@ -147,4 +152,4 @@ check(my_fit, spec=spec, cases=cases, hint=hint)
 
 # ## Next
 #
-# Lesson 18: what people say about all this, and what is true.
+# Lesson 18: what people say about PagedAttention, and what is true.

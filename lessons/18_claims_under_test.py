@@ -3,8 +3,8 @@
 Question: what is true of what people say about PagedAttention?
 Time: 20 minutes. Needs lesson 17.
 
-This project began with an article that recommends PagedAttention. Here are
-eight of its claims in our words, each measured.
+This project began with an article that recommends PagedAttention. This
+lesson states eight claims of the article in our words, and measures each.
 """
 
 import sys
@@ -22,8 +22,8 @@ from paged_ref.planner import hardware, models, setup, simulate, traces
 
 # ## Predict
 #
-# A verdict is "true", "true, if" (on a condition) or "false". It comes with
-# the command that tests it at length, what we find here, and why.
+# A verdict is "true", "true, if" (on a condition) or "false". Each verdict
+# has the command that tests the claim at length, our measurement, and why.
 
 true = predict("How many of eight are true as they stand?", "claims")
 false = predict("And how many are false?", "claims")
@@ -38,11 +38,13 @@ def verdict(word, said, command, found, holds, why):
 
 # ## Run
 #
-# The same requests, all at once, under each manager, for OPT-13B on a GPU
-# of 40 GB. Scheduler and managers are the real ones, the clock a forecast.
+# The same requests, all arriving together, under each manager, for OPT-13B
+# on a GPU of 40 GB. The scheduler and the managers are real; the clock is a
+# forecast.
 
 MIXED = traces.generated("sharegpt", 80)
-LONGEST = traces.Trace("", (traces.TraceRequest(0, 1024, 1024),) * 24, True)
+REQUEST = traces.TraceRequest(0, 1024, 1024)
+LONGEST = traces.RequestTrace("", (REQUEST,) * 24, timed=True)
 GPU, OPT = hardware.GPUS["A100-40GB"], models.MODELS["OPT-13B"]
 
 
@@ -55,7 +57,7 @@ WAYS = {"standard": "recompute", "swapping": "swap", "paged": "recompute"}
 show(f"  In this order: {', '.join(WAYS)}.\n")
 mixed = [serve(name, MIXED, way) for name, way in WAYS.items()]
 long = [serve(name, LONGEST, way) for name, way in WAYS.items()]
-used = [round(run.shares.tokens_of_used, 2) for run in mixed]
+used = [round(run.shares.occupancy, 2) for run in mixed]
 rate = [round(run.requests_per_second, 2) for run in mixed]
 long = [round(run.requests_per_second, 2) for run in long]
 steps = [run.steps for run in mixed]
@@ -65,23 +67,24 @@ verdict("true", "memory use is poor, moderate, high", "compare",
     "only the last block of a sequence has empty slots")
 verdict("true, if", "paging scales best of the three", "compare",
     f"{rate} requests/s", rate[2] == max(rate),
-    "more sequences fit, which helps where memory is what lacks")
+    "more sequences fit, which helps where memory is the bottleneck")
 verdict("true, if", "computing becomes more efficient", "compare",
     f"{steps} steps", steps[2] == min(steps),
-    "a step reads the weights for more sequences; sums stay the same")
+    "a step reads the weights for more sequences; a token costs the same")
 verdict("false", "long sequences gain most", "compare",
     f"{long} requests/s", long[2] / long[0] < rate[2] / rate[0],
-    "the gain is from lengths that differ and are not known before")
+    "the gain is from lengths that differ and are not known beforehand")
 
 # ## What moves, what is read, what trains
 #
-# Lessons 15 and 16 do page by need, choose keys, and train in pages. That
-# is this package's use of pages, not what servers call PagedAttention.
+# Lessons 15 and 16 load pages when they are needed, choose keys, and train
+# in pages. These are uses of pages in this package, and not what servers
+# call PagedAttention.
 
 swap = serve("paged", MIXED, "swap").bytes_swapped
-verdict("false", "data is paged in and out by need", "long",
+verdict("false", "pages are moved in and out as needed", "long",
     f"no byte, or {swap:,} with swap", mixed[2].bytes_swapped == 0 < swap,
-    "what runs stays; swap moves who waits; `long` pages what runs")
+    "running sequences stay; swap moves waiting ones; `long` moves pages")
 query, cache = np.ones((1, 4, 8), "f"), np.ones((8, 4, 2, 8), "f")
 blocks, length = np.array([[5, 2, 7, 0]]), np.array([14])
 with trace.recording(8) as kernels:
@@ -94,7 +97,7 @@ verdict("false", "only the most relevant is read", "long --attend 0.1",
 config, saved = LLM("tiny").config, activations.Keep()
 weights, gradient = [parameters.Parameters(config) for _ in range(2)]
 weights.initialize(seed=0)
-batch = network.Batch.of([np.arange(33)])
+batch = network.PackedBatch.of([np.arange(33)])
 network.loss_and_gradient(weights, gradient, batch, saved)
 shapes = network.saved_shapes(config, 32).values()
 planned = 4 * config.num_layers * sum(int(np.prod(s)) for s in shapes)
@@ -102,22 +105,25 @@ verdict("false", "it manages memory in training", "train --memory page",
     f"{planned:,} bytes, as planned", saved.counts.peak == planned,
     "sizes are known, no cache grows; lesson 16 pages other data")
 
-sys.path.append(str(Path(__file__).parent / "refactor"))
-import run as refactor  # noqa: E402
-before, after = (refactor.token_ids(n, "tiny", [[5, 6]], 8) for n in (0, 5))
-lines = [refactor.count_changes(refactor.diff(n))[1] for n in range(1, 6)]
+sys.path.append(str(Path(__file__).parent / "start_here"))
+import run as start_here  # noqa: E402
+before, after = (
+    start_here.token_ids(n, "tiny", [[5, 6]], 8) for n in (0, 5)
+)
+diffs = [start_here.diff(n) for n in range(1, 6)]
+lines = [start_here.count_changes(diff)[1] for diff in diffs]
 verdict("true", "models can be moved to it, with some work", "lesson 17",
     f"the same tokens; {lines} new lines in five steps", before == after,
-    "only the cache and attention change (lessons/refactor/run.py)")
+    "only the cache and attention change (lessons/start_here/run.py)")
 true.grade(words.count("true"))
 false.grade(words.count("false"))
 
 # ## What must hold
 #
-# A test of a claim must be able to fail. Which claim falls here?
+# A test of a claim must be able to fail. Which claim fails here?
 
 break_it(
-    "pages as large as the longest sequence: how many run at once",
+    "blocks as large as the longest sequence: how many run together",
     where=(setup.Setup, "make_manager"), caught_by="contract",
     bug=lambda real: lambda self: real(replace(self, block_size=2048)),
     run=lambda: [serve("paged", MIXED).running_peak],
@@ -125,8 +131,8 @@ break_it(
 
 # ## Exercise
 #
-# The first claim, by yourself: of the slots that sequences of these lengths
-# hold in blocks of `size`, which share holds a token?
+# Test the first claim yourself: of the slots that sequences of these
+# lengths hold in blocks of `size`, which share has a token?
 
 
 def my_share(lengths, size):
@@ -139,7 +145,7 @@ def spec(lengths, size):
 
 
 cases = [([3, 40, 17], 16), ([16, 32], 16), ([1] * 9, 4)]
-check(my_share, spec=spec, cases=cases, hint="Sum first; a block is whole.")
+check(my_share, spec=spec, cases=cases, hint="Round up to full blocks.")
 
 # ## In production systems
 #
@@ -148,4 +154,4 @@ check(my_share, spec=spec, cases=cases, hint="Sum first; a block is whole.")
 
 # ## Next
 #
-# Yours: `paged-ref assess` for your model, GPU and traffic.
+# Your own case: `paged-ref assess` for your model, GPU and traffic.

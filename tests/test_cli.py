@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.manager_state import replay
 
 from paged_ref.cli import main
 from paged_ref.core.model.loading import TINY
 from paged_ref.timeline.events import read_events
-from paged_ref.timeline.replay import replay
 
 PAPER = "Four score and seven years ago our"
 
@@ -58,10 +58,10 @@ def test_the_demo_compares_two_identical_runs(columns: int) -> None:
     for expected in (
         "Token ids of the two runs: identical",
         "·fathers",
-        "sequences at once, peak",
+        "running sequences, peak",
         "memory holding tokens",
         "preemptions",
-        "Next: paged-ref generate",
+        f"Next: {sys.executable} -m paged_ref generate",
     ):
         assert expected in words
     assert max(map(len, done.stdout.splitlines())) <= columns

@@ -10,12 +10,12 @@ import pytest
 
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.model.config import kv_bytes_per_token
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 from paged_ref.kernels import backends
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
-    for name in ("reference", "cpu", "cuda", "cuda-flash")
+    for name in ("reference", "cpu", "cpu-simd", "cuda", "cuda-flash")
     if name in backends()
 ]
 BYTES_PER_TOKEN = kv_bytes_per_token(load("tiny").config, "float32")
@@ -49,8 +49,8 @@ def test_stories260k_writes_its_published_text(stories260k: Path, manager: Any, 
     (output,) = llm.generate("", SamplingParams(max_tokens=200))
     assert output.outputs[0].text == expected
     assert len(output.outputs[0].token_ids) == 200
-    llm.manager.check_integrity()
-    assert llm.manager.snapshot().free == llm.manager.num_slots
+    llm.engine.manager.check_integrity()
+    assert llm.engine.manager.snapshot().free == llm.engine.manager.num_slots
 
 
 def test_the_papers_sentence_is_ten_tokens_and_the_model_knows_it(tiny: LLM) -> None:
@@ -68,7 +68,7 @@ def test_the_papers_figure_6_on_the_real_model() -> None:
     for _ in range(3):
         (token,) = llm.step()
         words.append(token.text.strip())
-        tables.append(list(llm.manager.block_table(0)))  # type: ignore[attr-defined]
+        tables.append(list(llm.engine.manager.placement(0)))
     assert tables == [[7, 1], [7, 1], [7, 1, 3]]
     assert words == ["fathers", "brought", "forth"]
 
@@ -96,8 +96,8 @@ def test_same_tokens_whatever_the_memory(tiny: LLM, options: dict[str, Any], bac
     together = llm.generate(MIXED, params)
     assert ids(together) == ids(alone)
     assert (sum(output.num_preemptions for output in together) > 0) == (options.get("kv_cache_tokens") == 96)
-    llm.manager.check_integrity()
-    assert llm.manager.snapshot().free == llm.manager.num_slots
+    llm.engine.manager.check_integrity()
+    assert llm.engine.manager.snapshot().free == llm.engine.manager.num_slots
 
 
 @pytest.mark.parametrize("manager", ["paged", "standard"])
@@ -113,19 +113,19 @@ def test_a_seeded_sample_does_not_depend_on_the_batch(manager: Any) -> None:
     singles = [llm.generate("Once upon a time", params(2 + i))[0] for i in range(4)]
     assert ids([samples]) == ids(singles)
     assert len(set(map(tuple, ids([samples])))) > 1
-    assert llm.manager.snapshot().free == llm.manager.num_slots
+    assert llm.engine.manager.snapshot().free == llm.engine.manager.num_slots
 
 
 def test_samples_share_the_blocks_of_their_prompt() -> None:
     llm = LLM("tiny", block_size=4)
     llm.add_request(PAPER, SamplingParams(max_tokens=8, temperature=1.0, seed=0, n=3))
     llm.step()  # the prompt, then three samples begin
-    assert llm.manager.snapshot().shared == 2 * 8  # two more tables of two blocks each
+    assert llm.engine.manager.snapshot().shared == 2 * 8  # two more tables of two blocks each
     llm.step()  # each writes its own token: the last block is copied for all but one
-    assert llm.manager.snapshot().shared == 2 * 4
+    assert llm.engine.manager.snapshot().shared == 2 * 4
     while llm.has_unfinished:
         llm.step()
-        llm.manager.check_integrity()
+        llm.engine.manager.check_integrity()
 
 
 # --- ends ----------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_leaving_a_stream_frees_everything(tiny: LLM) -> None:
         assert token.finish_reason is None
     # The generator is dropped here, half way.
     assert not tiny.has_unfinished
-    assert tiny.manager.snapshot().free == tiny.manager.num_slots
+    assert tiny.engine.manager.snapshot().free == tiny.engine.manager.num_slots
 
 
 def test_a_callback_that_raises_leaves_nothing_behind_and_spares_the_others(tiny: LLM) -> None:
@@ -176,7 +176,7 @@ def test_a_callback_that_raises_leaves_nothing_behind_and_spares_the_others(tiny
     while tiny.has_unfinished:
         tiny.step()
     assert ids([output]) == ids(tiny.generate("The cat", SamplingParams(max_tokens=20)))
-    assert tiny.manager.snapshot().free == tiny.manager.num_slots
+    assert tiny.engine.manager.snapshot().free == tiny.engine.manager.num_slots
 
 
 def test_abort_in_the_middle(tiny: LLM) -> None:
@@ -191,7 +191,7 @@ def test_abort_in_the_middle(tiny: LLM) -> None:
     while tiny.has_unfinished:
         tiny.step()
     assert output.outputs[0].text.startswith(" fathers brought forth")
-    assert tiny.manager.snapshot().free == tiny.manager.num_slots
+    assert tiny.engine.manager.snapshot().free == tiny.engine.manager.num_slots
 
 
 # --- refused -------------------------------------------------------------------------------------------
@@ -256,8 +256,8 @@ def test_engines_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 
 def test_bytes_and_tokens_give_the_same_pool() -> None:
-    assert LLM("tiny", kv_cache_bytes=BYTES_PER_TOKEN * 100).manager.num_slots == 96
-    assert LLM("tiny", kv_cache_tokens=100).manager.num_slots == 96
+    assert LLM("tiny", kv_cache_bytes=BYTES_PER_TOKEN * 100).engine.manager.num_slots == 96
+    assert LLM("tiny", kv_cache_tokens=100).engine.manager.num_slots == 96
 
 
 def test_params_for_each_prompt_must_match(tiny: LLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from paged_ref.cli import COMMANDS
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(kind: str) -> list[str]:
@@ -43,6 +45,19 @@ def test_its_commands_exist() -> None:
     named = set(re.findall(r"^paged-ref (\w+)", "\n".join(blocks("")), re.MULTILINE))
     assert named
     assert named <= set(COMMANDS)
+
+
+def test_its_debugger_stops_in_each_step() -> None:
+    (printed,) = [block for block in blocks("") if "pdb" in block]
+    program, *arguments = shlex.split(printed.replace("\\\n", ""))
+    assert program == ".venv/bin/python"  # made by `make demo`
+    environment = {**os.environ, "PAGED_REF_DEVICE": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, input="c\nc\nc\nq\n", capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert len(re.findall(r"core/engine/engine\.py\(\d+\)step\(\)", done.stdout)) == 3, done.stdout + done.stderr
+    assert " years ago our\n" in done.stdout
 
 
 def test_it_is_short() -> None:

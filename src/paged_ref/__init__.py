@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paged_ref.core.engine.outputs import RequestOutput, SequenceOutput
-    from paged_ref.core.engine.sampling import SamplingParams
-    from paged_ref.llm import LLM
+    from .core.engine.outputs import RequestOutput, SequenceOutput
+    from .extras.beam import SamplingParams
+    from .llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "RequestOutput", "SamplingParams", "SequenceOutput", "__version__"]
@@ -22,7 +22,7 @@ _HOME = {
     "LLM": "paged_ref.llm",
     "RequestOutput": "paged_ref.core.engine.outputs",
     "SequenceOutput": "paged_ref.core.engine.outputs",
-    "SamplingParams": "paged_ref.core.engine.sampling",
+    "SamplingParams": "paged_ref.extras.beam",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line. Each command lives in its own module; this one finds it and turns errors into words."""
+"""The command line: finds the module of a command, runs it, and turns errors into sentences."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .views.common.options import subcommands
+
 # command -> (module with add_arguments(parser) and main(args) -> exit status, help)
 COMMANDS = {
     "demo": ("paged_ref.commands.demo", "the same prompts with standard and with paged memory, compared"),
@@ -16,10 +18,7 @@ COMMANDS = {
     "walk": ("paged_ref.views.walk.walk", "inside the kernel: which thread reads which slot, access by access"),
     "assess": ("paged_ref.commands.assess", "what paging would buy: a model on a GPU in numbers, and the settings"),
     "train": ("paged_ref.commands.train", "a tokenizer and a small Llama from a text file"),
-    "monitor": (
-        "paged_ref.views.monitor.monitor",
-        "a run as it goes: memory, sequences, speed; JSON, Prometheus",
-    ),
+    "monitor": ("paged_ref.views.monitor.monitor", "a run while it runs: memory, sequences, speed; JSON, Prometheus"),
     "long": ("paged_ref.commands.long", "a context longer than the device: exactly, or the pages that matter"),
     "info": ("paged_ref.commands.info", "device, attention backends, versions"),
     "lesson": ("paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check"),
@@ -39,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("paged-ref: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader left, as `| head` does; nobody is there to be told
+    except BrokenPipeError:  # the program that reads the output has ended, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"paged-ref: error: {error.filename}: {error.strerror}", file=sys.stderr)  # such as --json FILE
+        print(f"paged-ref: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
 
 
@@ -53,11 +52,7 @@ def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="paged-ref", description="PagedAttention to read, run, single-step and import."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if argv[:1] == [name]:  # only the command that runs is imported, so that --help stays quick
-            importlib.import_module(module).add_arguments(command)
+    subcommands(parser, "command", COMMANDS, "COMMAND")
     args = parser.parse_args(argv)
     return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
 

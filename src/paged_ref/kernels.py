@@ -1,8 +1,9 @@
 """The kernels, importable on their own: arrays in, arrays out, no engine."""
 
+from . import tracer, tuned  # each makes its backends known
 from .core.attention.addressing import slot_of
-from .core.attention.attention import backends, naive_attention, paged_attention, why_not
-from .core.attention.write import copy_blocks, merge_states, write_kv
+from .core.attention.attention import backends, why_not
+from .interop.kernel_api import copy_blocks, merge_states, naive_attention, paged_attention, write_kv
 
 __all__ = [
     "backends",
@@ -11,6 +12,8 @@ __all__ = [
     "naive_attention",
     "paged_attention",
     "slot_of",
+    "tracer",
+    "tuned",
     "why_not",
     "write_kv",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from paged_ref.bench import gpu_clock, gpu_kernels, gpu_shapes, model
-from paged_ref.bench.gpu_clock import Timing
+from paged_ref.bench import batch, gpu_kernels, model, shapes
+from paged_ref.bench.gpu_clock import GpuClock, Library, Timing
 from paged_ref.bench.gpu_kernels import bench, report, run
-from paged_ref.bench.gpu_shapes import BATCHES, BLOCK_SIZES, KEYS, MODELS, GpuShape, shapes
+from paged_ref.bench.shapes import BATCHES, BLOCK_SIZES, KEYS, MODELS, Shape, gpu_shapes
 from paged_ref.cli import main
 from paged_ref.core.device import on_gpu
 from paged_ref.core.model.config import ModelConfig
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(on_gpu, reason="a GPU is in use: the benchmark i
 TOY = "toy"
 
 
-class FakeClock:
+class FakeClock(GpuClock):
     """Makes each call once, and says that the first took 10 us, the next 20, and so on."""
 
     l2_bytes = 100_000
@@ -37,7 +38,7 @@ class FakeClock:
     def free_bytes(self) -> int:
         return 10_000_000
 
-    def time(self, calls: list[Callable[[], Any]], library: str = "cupy") -> Timing:
+    def time(self, calls: Sequence[Callable[[], Any]], library: Library = "cupy", rounds: int = 15) -> Timing:
         for call in calls:
             call()
         number = next(self.timed)
@@ -49,38 +50,38 @@ class FakeClock:
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_shapes.MODELS, TOY, (4, 2, 16))
+    monkeypatch.setitem(shapes.HEADS, TOY, (4, 2, 16))
 
 
 def test_the_shapes_are_all_that_was_asked_for_and_the_targets_come_first() -> None:
-    found = [shape for shape in shapes() if shape.model != TOY]
+    found = list(gpu_shapes())
     assert len(found) == len(set(found))
     for name in ("Llama-3-8B", "Llama-2-7B", "Qwen2.5-0.5B", "Llama-3-70B, one of 8"):
-        assert {GpuShape(name, batch, keys, block) for batch in BATCHES for keys in KEYS for block in BLOCK_SIZES} <= {
+        assert {Shape(name, batch, keys, block) for batch in BATCHES for keys in KEYS for block in BLOCK_SIZES} <= {
             *found
         }
         for dtype in ("float16", "bfloat16"):
-            assert {GpuShape(name, batch, keys, 16, dtype, True) for batch in BATCHES for keys in KEYS} <= {*found}
-    first = found[: 5 * (len(MODELS) - 1)]
+            assert {Shape(name, batch, keys, 16, dtype, True) for batch in BATCHES for keys in KEYS} <= {*found}
+    first = found[: 5 * len(MODELS)]
     assert {(s.batch, s.keys, s.block_size, s.dtype) for s in first} == {
         (1, 65536, 16, "float16"), *((batch, keys, 16, "float16") for batch in (64, 256) for keys in (4096, 16384)),
     }  # fmt: skip
 
 
 def test_bytes_are_those_of_the_keys() -> None:
-    shape = GpuShape("Llama-3-8B", 64, 4096)
+    shape = Shape("Llama-3-8B", 64, 4096)
     assert shape.bytes_read == shape.bytes_held == 64 * 4096 * 2 * 8 * 128 * 2
-    ragged = GpuShape("Llama-3-8B", 64, 4000, 64, ragged=True)
+    ragged = Shape("Llama-3-8B", 64, 4000, 64, ragged=True)
     assert ragged.bytes_held == 64 * 4032 * 4096
     assert ragged.bytes_read == int(ragged.seq_lens().sum()) * 4096
     assert ragged.seq_lens().min() >= 500
     assert ragged.seq_lens().max() == 4000
 
 
-@pytest.mark.parametrize("shape", [GpuShape(TOY, 3, 100), GpuShape(TOY, 2, 128, 128, "bfloat16"),
-                                   GpuShape(TOY, 4, 90, 8, "float16", ragged=True)], ids=str)  # fmt: skip
-def test_a_shape_is_checked_timed_and_put_in_proportion(shape: GpuShape) -> None:
-    record, failures = bench(shape, FakeClock(), "cpu", None)
+@pytest.mark.parametrize("shape", [Shape(TOY, 3, 100), Shape(TOY, 2, 128, 128, "bfloat16"),
+                                   Shape(TOY, 4, 90, 8, "float16", ragged=True)], ids=str)  # fmt: skip
+def test_a_shape_is_checked_timed_and_put_in_proportion(shape: Shape) -> None:
+    record, failures = bench(shape, FakeClock(), "cpu-simd", None)
     assert failures == []
     assert record["share_of_copy"] == pytest.approx(shape.bytes_read / 1e-5 / 1e9)
     assert record["times_contiguous"] == pytest.approx(0.5)
@@ -95,7 +96,7 @@ def test_a_shape_is_checked_timed_and_put_in_proportion(shape: GpuShape) -> None
 @pytest.mark.compare
 def test_peers_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    record, failures = bench(GpuShape(TOY, 2, 256, 128), FakeClock(), "cpu", None)
+    record, failures = bench(Shape(TOY, 2, 256, 128), FakeClock(), "cpu-simd", None)
     assert failures == []
     assert {"torch SDPA, enable_gqa", "torch SDPA, grouped", "FlexAttention"} <= record["timings"].keys()
     assert record["speed_over"]["torch SDPA"] == pytest.approx(3)  # 30 us, the better of its two, over 10
@@ -108,27 +109,27 @@ def test_a_wrong_answer_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(*args: Any, backend: str, **more: Any) -> Any:
         out = plain(*args, backend=backend, **more)
-        if backend == "cpu":
+        if backend == "cpu-simd":
             out[0] += 1
         return out
 
-    monkeypatch.setattr(gpu_kernels, "paged_attention", wrong)
-    with pytest.raises(RuntimeError, match=r"cpu is off from the reference by 1.* on toy: 2 x 50 keys"):
-        bench(GpuShape(TOY, 2, 50), FakeClock(), "cpu", None)
+    monkeypatch.setattr(batch, "paged_attention", wrong)
+    with pytest.raises(RuntimeError, match=r"cpu-simd is off from the reference by 1.* on toy: 2 x 50 keys"):
+        bench(Shape(TOY, 2, 50), FakeClock(), "cpu-simd", None)
     saved: list[int] = []
     records, notes, failed = run(
-        [GpuShape(TOY, 2, 50), GpuShape(TOY, 1, 20)], FakeClock(), "cpu", None, 5, lambda r, n: saved.append(len(n))
+        [Shape(TOY, 2, 50), Shape(TOY, 1, 20)], FakeClock(), "cpu-simd", None, 5, lambda r, n: saved.append(len(n))
     )
     assert (records, failed, saved) == ([], 2, [1, 2])
-    assert notes[1].startswith("toy: 1 x 20 keys, blocks of 16, float16 failed: RuntimeError: cpu is off from")
+    assert notes[1].startswith("toy: 1 x 20 keys, blocks of 16, float16 failed: RuntimeError: cpu-simd is off from")
 
 
 def test_what_does_not_fit_and_what_comes_too_late_is_said() -> None:
-    large = GpuShape(TOY, 1000, 4096)
-    records, notes, _ = run([GpuShape(TOY, 1, 20), large, large], FakeClock(), "cpu", None, minutes=5)
+    large = Shape(TOY, 1000, 4096)
+    records, notes, _ = run([Shape(TOY, 1, 20), large, large], FakeClock(), "cpu-simd", None, minutes=5)
     assert len(records) == 1
     assert notes == [f"2 shapes need more memory than is free, such as {large}"]
-    records, notes, _ = run([GpuShape(TOY, 1, 20), large], FakeClock(), "cpu", None, minutes=1e-9)
+    records, notes, _ = run([Shape(TOY, 1, 20), large], FakeClock(), "cpu-simd", None, minutes=1e-9)
     assert records == []
     assert notes == ["2 shapes were left out: the 1e-09 minutes were spent (--minutes)"]
     assert "left out" in rendered([], notes)
@@ -137,10 +138,10 @@ def test_what_does_not_fit_and_what_comes_too_late_is_said() -> None:
 def test_the_command_writes_what_it_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_kernels, "TUNED", "cpu")
-    monkeypatch.setattr(gpu_clock, "Clock", FakeClock)
-    monkeypatch.setattr(gpu_kernels, "shapes", lambda: iter([GpuShape(TOY, 2, 50), GpuShape(TOY, 1, 20, 8)]))
-    args = argparse.Namespace(shape=["blocks of 8"], minutes=5, json=str(tmp_path / "k.json"))
+    monkeypatch.setattr(gpu_kernels, "TUNED", "cpu-simd")
+    monkeypatch.setattr(gpu_kernels, "GpuClock", FakeClock)
+    monkeypatch.setattr(gpu_kernels, "gpu_shapes", lambda: iter([Shape(TOY, 2, 50), Shape(TOY, 1, 20, 8)]))
+    args = argparse.Namespace(shape=["blocks of 8"], minutes=5, json=tmp_path / "k.json")
     assert gpu_kernels.main(args) == 0
     written = json.loads((tmp_path / "k.json").read_text(encoding="utf-8"))
     assert {"device", "date", "versions", "python", "backend", "notes"} <= written.keys()
@@ -150,10 +151,10 @@ def test_the_command_writes_what_it_prints(
         gpu_kernels.main(argparse.Namespace(shape=["nothing"], minutes=5, json=None))
 
 
-TOY_MODEL: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64, "tie_word_embeddings": True,
-}  # fmt: skip
+TOY_MODEL = ModelConfig(
+    vocab_size=300, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8,
+    max_position_embeddings=64, tie_word_embeddings=True,
+)  # fmt: skip
 
 
 def test_a_model_is_decoded_and_put_in_proportion() -> None:
@@ -180,8 +181,8 @@ def test_the_tokens_that_agree_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
-    tied = model.weights_read(ModelConfig.from_hf(TOY_MODEL))
-    apart = model.weights_read(ModelConfig.from_hf({**TOY_MODEL, "tie_word_embeddings": False}))
+    tied = model.weights_read(TOY_MODEL)
+    apart = model.weights_read(replace(TOY_MODEL, tie_word_embeddings=False))
     assert tied == apart
 
 

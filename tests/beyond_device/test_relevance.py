@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from paged_ref.beyond_device.long_context import LongContext, Observation
+from paged_ref.beyond_device.kv import StreamedKV
+from paged_ref.beyond_device.observation import Observation
 from paged_ref.beyond_device.options import LongOptions
 from paged_ref.beyond_device.relevance import Attend, Extremes, budget_of, check_attend, choose, shares
 from paged_ref.core.device import to_host, xp
+from paged_ref.core.engine.scheduler import StepPlan
+from paged_ref.core.engine.sequence import Sequence
 from paged_ref.core.model.config import ModelConfig
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -85,7 +88,7 @@ HEAD_SIZE, BLOCK_SIZE, TOKENS, NEEDLE = 16, 16, 3200, 1003
 SHARPNESS = 16.0  # the needle's score; all others score exactly 0, so the weights are known
 
 
-def needle(attend: Attend) -> tuple[float, Observation, LongContext]:
+def needle(attend: Attend) -> tuple[float, Observation, StreamedKV]:
     """One layer of one head: 3200 keys of noise that is orthogonal to the query, and one that is not, far back. Its
     value is 1, all others are 0, so the output is the weight that attention gave to it."""
     config = ModelConfig(
@@ -93,8 +96,7 @@ def needle(attend: Attend) -> tuple[float, Observation, LongContext]:
         head_size=HEAD_SIZE, max_position_embeddings=TOKENS,
     )  # fmt: skip
     options = LongOptions(device_blocks=20, host_blocks=200, attend=attend, full_layers=0)
-    long_context = options.make(config, BLOCK_SIZE, "float32", TOKENS, "auto", False, None)
-    assert isinstance(long_context, LongContext)
+    manager, kv = options.make(config, BLOCK_SIZE, "float32", TOKENS, "auto", False, None)
     keys = np.random.default_rng(0).standard_normal((TOKENS, 1, HEAD_SIZE)).astype(np.float32)
     keys[:, :, 0] = 0
     values = np.zeros_like(keys)
@@ -103,23 +105,22 @@ def needle(attend: Attend) -> tuple[float, Observation, LongContext]:
     query = np.zeros((1, 1, HEAD_SIZE), dtype=np.float32)
     query[0, 0, 0] = HEAD_SIZE**0.5  # the scale takes it away again
     seen: list[Observation] = []
-    manager = long_context.manager
+    seq = Sequence(0, [0] * TOKENS, TOKENS, TOKENS)
     manager.admit(0, [0] * TOKENS, TOKENS)
     out = None
     for first, count in ((0, TOKENS - 1), (TOKENS - 1, 1)):
         manager.append([(0, count)])
-        long_context.begin_step([(0, first, count)])
-        for key_cache, value_cache in long_context:
-            key_cache[0, :count] = xp.asarray(keys[first : first + count])
-            value_cache[0, :count] = xp.asarray(values[first : first + count])
-            if count == 1:
-                long_context.observe = seen.append
-                out = long_context(xp.asarray(query), key_cache, value_cache, None, sliding_window=None)
-            else:
-                long_context.write(key_cache[0, :count], value_cache[0, :count])
+        seq.num_computed = first
+        kv.begin_step(StepPlan([(seq, count)]))
+        new = (xp.asarray(keys[first : first + count]), xp.asarray(values[first : first + count]))
+        if count == 1:
+            kv.observe = seen.append
+            out = kv.attend(0, xp.asarray(query), *new, None, None)
+        else:
+            kv.write(0, *new)
     assert out is not None
     manager.check_integrity()
-    return float(to_host(out)[0, 0, 0]), seen[0], long_context
+    return float(to_host(out)[0, 0, 0]), seen[0], kv
 
 
 def test_relevance_finds_a_needle_at_5_percent_where_the_most_recent_do_not() -> None:
@@ -130,14 +131,14 @@ def test_relevance_finds_a_needle_at_5_percent_where_the_most_recent_do_not() ->
     weight = np.exp(SHARPNESS) / (np.exp(SHARPNESS) + TOKENS - 1)
     assert exact == pytest.approx(weight, rel=1e-5)
 
-    found, seen, long_context = needle(budget)
+    found, seen, kv = needle(budget)
     chosen = seen.chosen[0]
     assert NEEDLE // BLOCK_SIZE in chosen
     assert len(chosen) == num_chosen
     among = np.exp(SHARPNESS) / (np.exp(SHARPNESS) + num_chosen * BLOCK_SIZE - 1)
     assert found == pytest.approx(among, rel=1e-5)
-    residency = long_context.manager.residency
-    table = long_context.manager.tables[0].pages[0][0]
+    residency = kv.manager.residency
+    table = kv.manager.tables[0].pages[0][0]
     assert residency.device_of[table[NEEDLE // BLOCK_SIZE]] >= 0  # and it stays for the next token
 
     recent = np.arange(TOKENS // BLOCK_SIZE)[-num_chosen:]

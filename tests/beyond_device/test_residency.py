@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from paged_ref.beyond_device.residency import ByPriority, EvictionPolicy, LeastRecentlyUsed, Residency
+from paged_ref.beyond_device.residency import Priority, Residency
 from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.manager import OutOfHostBlocks, Transfer
 from paged_ref.timeline.events import Event, PagesFreed, PagesPlaced
@@ -18,12 +19,11 @@ from paged_ref.timeline.events import Event, PagesFreed, PagesPlaced
 class Memory:
     """A device and a host of one number a block, and what each page should hold."""
 
-    def __init__(self, num_device: int, num_host: int, policy: EvictionPolicy | None = None) -> None:
+    def __init__(self, num_device: int, num_host: int, priority: Priority | None = None) -> None:
         self.events: list[Event] = []
-        self.residency = Residency(num_device, num_host, policy, self.events.append)
+        self.residency = Residency(num_device, num_host, priority, self.events.append)
         self.device, self.host = [0] * num_device, [0] * num_host
         self.expected: dict[int, int] = {}
-        self.pins: list[int] = []
         self.num_written = 0
         self.moved: list[Transfer] = []
 
@@ -36,8 +36,9 @@ class Memory:
                 self.device[t.destination] = self.host[t.source]
         self.moved += transfers
 
-    def add(self, count: int = 1) -> list[int]:
-        pages, transfers = self.residency.add(count)
+    def add(self, count: int = 1, keep: Sequence[int] = ()) -> list[int]:
+        pages, transfers = self.residency.add(count, keep)
+        assert all(self.residency.device_of[page] >= 0 for page in keep)
         assert not self.expected.keys() & set(pages)
         self.apply(transfers)
         self.expected.update(dict.fromkeys(pages, 0))
@@ -63,7 +64,7 @@ class Memory:
         r = self.residency
         return (
             r.device_of.tolist(), r.host_of.tolist(), r.device.free_blocks, r.host.free_blocks,
-            r.device.ref_count.copy(), list(r.policy.order()), len(self.events),
+            r.device.ref_count.copy(), list(r.eviction_order()), len(self.events),
         )  # fmt: skip
 
     def check(self) -> None:
@@ -115,23 +116,21 @@ def test_a_page_that_is_written_has_to_be_copied_again() -> None:
     memory.check()
 
 
-def test_pinned_pages_stay_and_too_many_are_refused_with_the_numbers() -> None:
+def test_pages_to_keep_stay_and_too_many_are_refused_with_the_numbers() -> None:
     memory = Memory(3, 9)
     pages = memory.add(3)
-    memory.residency.pin(pages[:2])
-    others = memory.add()
+    others = memory.add(keep=pages[:2])
     assert memory.residency.device_of[pages[2]] == -1
     before = memory.state()
-    with pytest.raises(OutOfBlocks, match="2 pages are needed on the device at once; it has 3 blocks, 2 of them"):
-        memory.residency.need([pages[2], *others])
-    with pytest.raises(OutOfBlocks):
-        memory.residency.add(2)
-    with pytest.raises(ValueError, match=f"page {pages[0]} is pinned"):
-        memory.residency.free([others[0], pages[0]])
+    with pytest.raises(OutOfBlocks, match="4 pages are needed on the device at the same time; it has 3 blocks"):
+        memory.residency.need([*pages, *others])
+    with pytest.raises(OutOfBlocks, match="4 pages are needed on the device at the same time; it has 3 blocks"):
+        memory.residency.add(2, keep=pages[:2])
+    with pytest.raises(ValueError, match="page 11 is nowhere; it cannot be freed"):
+        memory.residency.free([others[0], 11])
+    with pytest.raises(ValueError, match=f"page {pages[2]} is not on the device"):
+        memory.residency.written([others[0], pages[2]])
     assert memory.state() == before
-    memory.residency.unpin(pages[:2])
-    with pytest.raises(ValueError, match="is pinned 0 times; it cannot be unpinned 1 times"):
-        memory.residency.unpin(pages[:1])
     memory.need(pages[2], *others)
     memory.check()
 
@@ -178,9 +177,8 @@ def test_all_pages_can_change_places_at_once_through_one_free_block() -> None:
 def test_prefetch_brings_what_fits_and_never_raises() -> None:
     memory = Memory(3, 9)
     pages = memory.add(3) + memory.add(3)
-    memory.residency.pin(pages[3:4])
     memory.apply(memory.residency.prefetch(pages))
-    assert [page for page in pages if memory.residency.device_of[page] >= 0] == [pages[0], pages[1], pages[3]]
+    assert [page for page in pages if memory.residency.device_of[page] >= 0] == pages[:3]
     memory.check()
 
 
@@ -208,7 +206,7 @@ def test_the_least_recently_used_leaves() -> None:
 
 def test_the_lowest_priority_leaves_and_may_change_its_mind() -> None:
     priority = {0: 2.0, 1: 0.0, 2: 1.0, 3: 5.0, 4: 5.0}
-    memory = Memory(3, 9, ByPriority(priority.__getitem__))
+    memory = Memory(3, 9, priority.__getitem__)
     memory.add(3)
     memory.add()
     assert memory.residency.device_of[1] == -1
@@ -217,9 +215,9 @@ def test_the_lowest_priority_leaves_and_may_change_its_mind() -> None:
     assert memory.residency.device_of[0] == -1
 
 
-def moves(policy: EvictionPolicy, needs: list[int], clock: list[int]) -> int:
+def moves(priority: Priority | None, needs: list[int], clock: list[int]) -> int:
     """Pages that come back from the host when pages are needed in this order, with room for four."""
-    memory = Memory(4, 16, policy)
+    memory = Memory(4, 16, priority)
     for _ in range(10):
         memory.add()
     memory.moved.clear()
@@ -237,15 +235,15 @@ def test_whoever_knows_what_is_needed_next_moves_least() -> None:
     def next_need(page: int) -> float:
         return -next((i for i in range(clock[0], len(needs)) if needs[i] == page), len(needs))
 
-    recent, best = moves(LeastRecentlyUsed(), needs, clock), moves(ByPriority(next_need), needs, clock)
+    recent, best = moves(None, needs, clock), moves(next_need, needs, clock)
     assert best < recent
-    worst = moves(ByPriority(lambda page: -next_need(page)), needs, clock)
+    worst = moves(lambda page: -next_need(page), needs, clock)
     assert recent < worst
 
 
 def test_leaving_in_the_order_of_use_serves_a_backward_pass_best() -> None:
     """Layers forwards, then backwards: the last are needed first, so the first leave first."""
-    memory = Memory(4, 16, ByPriority(lambda page: page))
+    memory = Memory(4, 16, lambda page: page)
     for page in range(12):
         assert memory.add() == [page]
     assert sum(t.kind == "swap_out" for t in memory.moved) == 8
@@ -264,12 +262,12 @@ class Life(RuleBasedStateMachine):
 
     @initialize(device=st.integers(1, 5), host=st.integers(0, 6), lru=st.booleans())
     def open(self, device: int, host: int, lru: bool) -> None:
-        self.memory = Memory(device, host, None if lru else ByPriority(lambda page: page * 7 % 5))
+        self.memory = Memory(device, host, None if lru else lambda page: page * 7 % 5)
 
     def some(self, data: st.DataObject, pages: list[int]) -> list[int]:
         return data.draw(st.lists(st.sampled_from(pages), max_size=4)) if pages else []
 
-    @rule(data=st.data(), what=st.sampled_from(["add", "need", "prefetch", "write", "pin", "unpin", "free"]))
+    @rule(data=st.data(), what=st.sampled_from(["add", "need", "prefetch", "write", "free"]))
     def act(self, data: st.DataObject, what: str) -> None:
         memory = self.memory
         pages = sorted(memory.expected)
@@ -277,23 +275,15 @@ class Life(RuleBasedStateMachine):
         before = memory.state()
         try:
             if what == "add":
-                memory.add(data.draw(st.integers(0, 3)))
+                memory.add(data.draw(st.integers(0, 3)), self.some(data, here))
             elif what == "need":
                 memory.need(*self.some(data, pages))
             elif what == "prefetch":
                 memory.apply(memory.residency.prefetch(self.some(data, pages)))
             elif what == "write":
                 memory.write(self.some(data, here))
-            elif what == "pin":
-                chosen = self.some(data, here)
-                memory.residency.pin(chosen)
-                memory.pins += chosen
-            elif what == "unpin" and memory.pins:
-                page = data.draw(st.sampled_from(memory.pins))
-                memory.residency.unpin([page])
-                memory.pins.remove(page)
             elif what == "free":
-                memory.free(list(dict.fromkeys(page for page in self.some(data, pages) if page not in memory.pins)))
+                memory.free(list(dict.fromkeys(self.some(data, pages))))
         except OutOfBlocks:
             assert memory.state() == before
 
@@ -301,11 +291,9 @@ class Life(RuleBasedStateMachine):
     def each_page_has_its_contents(self) -> None:
         if hasattr(self, "memory"):
             self.memory.check()
-            assert all(self.memory.residency.device_of[page] >= 0 for page in self.memory.pins)
 
     def teardown(self) -> None:
         if hasattr(self, "memory"):
-            self.memory.residency.unpin(self.memory.pins)
             self.memory.free(list(self.memory.expected))
             self.memory.check()
             assert self.memory.residency.num_pages == 0
@@ -319,7 +307,7 @@ def test_lives_that_hypothesis_makes_up() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_refusal_names_a_room_that_is_really_missing(seed: int) -> None:
-    """With nothing pinned, any pages that fit on the device can be had, and all that the capacity holds added."""
+    """Any pages that fit on the device can be had, and all that the capacity holds added."""
     rng = random.Random(seed)
     memory = Memory(rng.randint(1, 8), rng.randint(1, 8))
     while memory.residency.num_pages < memory.residency.capacity:

@@ -101,7 +101,7 @@ def test_the_embedded_model_and_quantization(capsys: pytest.CaptureFixture[str])
     )
     printed = capsys.readouterr().out
     assert "x 1 byte =" in printed
-    assert "What the GPUs say to each other is not counted" in printed
+    assert "The traffic between the GPUs is not counted" in printed
 
 
 def test_the_lists_name_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,9 +133,9 @@ def test_the_lists_name_all(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 )
 def test_bad_input_is_one_sentence(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["assess", "--gpu", "A100-80GB", *argv]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.skipif(on_gpu, reason="a GPU is in use")

@@ -10,14 +10,14 @@ from rich.cells import cell_len
 
 from paged_ref.cli import main
 from paged_ref.core.model.config import kv_bytes_per_token
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 from paged_ref.timeline.events import PagesAttended, PagesPlaced
 from paged_ref.timeline.history import History, read_histories
 from paged_ref.views.common.canvas import Scene
-from paged_ref.views.viz.frames.screen import FRAMES_OF_PAGES, MIN_HEIGHT, MIN_WIDTH, screen
+from paged_ref.views.viz.frames.screen import FRAMES_OF_PAGES, SMALLEST, screen
 from paged_ref.views.viz.narration import narrate
 from paged_ref.views.viz.player import Player
-from paged_ref.views.viz.source_links import actor, place_of
+from paged_ref.views.viz.source_links import function_for_event, place_of
 
 CONFIG = load("tiny").config
 WATCH = (CONFIG.num_layers - 1, CONFIG.num_heads - 1)
@@ -163,7 +163,7 @@ def test_a_text_too_short_says_how_short(tmp_path: Path, capsys: pytest.CaptureF
 def test_every_frame_at_every_event_fills_its_window(run: History) -> None:
     for position in range(len(run)):
         frame = position % len(FRAMES_OF_PAGES)
-        size = ((80, 24), (MIN_WIDTH, MIN_HEIGHT), (97, 33), (141, 61))[position % 4]
+        size = ((80, 24), SMALLEST, (97, 33), (141, 61))[position % 4]
         scene = Scene(run.moment(position), [run])
         lines = screen(scene, frame, *size).plain.split("\n")
         assert (len(lines), {cell_len(line) for line in lines}) == (size[1], {size[0]})
@@ -176,10 +176,10 @@ def test_each_event_has_its_sentence_and_its_function(run: History) -> None:
         sentence = narrate(moment)
         assert sentence.endswith((".", "”"))
         assert sentence != type(moment.event).__name__
-        place = place_of(actor(moment))
+        place = place_of(function_for_event(moment))
         assert place.file.startswith("paged_ref/")
-    files = {place_of(actor(run.moment(p))).name for p in range(len(run))}
-    assert {"Residency.need", "StreamingManager.prepare", "LongContext._rows", "StreamingManager.append"} <= files
+    files = {place_of(function_for_event(run.moment(p))).name for p in range(len(run))}
+    assert {"Residency.need", "StreamingManager.prepare", "StreamedKV.attend", "StreamingManager.append"} <= files
 
 
 def test_residency_shows_each_page_where_it_is(run: History) -> None:

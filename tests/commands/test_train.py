@@ -13,9 +13,9 @@ import pytest
 
 from paged_ref import LLM
 from paged_ref.cli import main
-from paged_ref.core.model.loading import load
+from paged_ref.interop.checkpoints import load
 from paged_ref.training.checkpoint import STATE, load_state
-from paged_ref.views.common.curve import curve
+from paged_ref.views.common.plots import curve
 
 STORIES = "\n<|endoftext|>\n".join(
     f"The {animal} saw a {thing}. It was happy, and so the {animal} ran home." for animal in
@@ -97,13 +97,13 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_weights(text: Path,
         (["--context", "5000"], "the text is too short: "),
         (["--memory", "page"], "the budget is missing; page needs one"),
         (["--memory", "page", "--budget", "1KiB"], "the budget is 1024 bytes; at least one page of 65536 bytes"),
-        (["--budget", "1KiB"], "a budget is given to keep, which keeps to none; swap and page do"),
+        (["--budget", "1KiB"], "a budget is given to keep, which has no use for it; swap and page have"),
         (["--heads", "3"], "--hidden-size is 16; without --head-size a multiple of --heads 3 is needed"),
         (["--heads", "0"], "num_heads is 0; at least 1 is needed"),
         (["--steps", "0"], "num_steps is 0; at least 1 is needed"),
         (["--save-every", "0"], "--save-every is 0; at least 1 is needed"),
         (["--resume"], "there is no run to continue"),
-        (["--by-heart", "nowhere.txt"], "nowhere.txt cannot be read: No such file or directory"),
+        (["--memorize", "nowhere.txt"], "nowhere.txt cannot be read: No such file or directory"),
     ],
 )
 def test_bad_input_is_one_sentence(

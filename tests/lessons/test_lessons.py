@@ -17,25 +17,26 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from paged_ref.lesson import script
-from paged_ref.lesson.player import run_quietly
+from paged_ref.lesson import lesson_script
+from paged_ref.lesson.grading import grade
+from paged_ref.lesson.lesson_player import run_quietly
+from paged_ref.lesson.lesson_session import LessonSession
 from paged_ref.lesson.progress import Progress
-from paged_ref.lesson.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ROOT / "lessons"
-PATHS = script.find(LESSONS)
+PATHS = lesson_script.find(LESSONS)
 HEADINGS = ["Predict", "Run", "What must hold", "Exercise", "In production systems", "Next"]
 
 each_lesson = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
 @functools.cache
-def run(path: Path, solutions: bool = False) -> tuple[Session, str]:
+def run(path: Path, solutions: bool = False) -> tuple[LessonSession, str]:
     """The session after a run without a terminal, and what was printed."""
     out = io.StringIO()
     progress = Progress(Path(os.devnull) / "nowhere")
-    session = Session(path.stem, path.parent, progress, False, solutions, Console(file=out, width=100))
+    session = LessonSession(path.stem, path.parent, progress, False, solutions, Console(file=out, width=100))
     with redirect_stdout(out):
         went_well = run_quietly(path, session)
     assert went_well, out.getvalue()
@@ -84,7 +85,7 @@ def test_plausible_wrong_answers_are_refused(path: Path) -> None:
         wrong = {name: answer for name, answer in answers.items() if name.startswith(f"{exercise.name}__")}
         assert len(wrong) >= 2, exercise.name
         for name, answer in wrong.items():
-            verdict = exercise.grade(answer)
+            verdict = grade(answer, exercise.spec, exercise.cases)
             assert verdict.state == "wrong", name
             assert verdict.error is None, f"{name} is wrong by an error: {verdict.error!r}"
             assert verdict.yours != verdict.spec or verdict.difference, name
@@ -95,7 +96,7 @@ def test_plausible_wrong_answers_are_refused(path: Path) -> None:
 
 @each_lesson
 def test_it_has_the_form_of_a_lesson(path: Path) -> None:
-    lesson = script.read(path)
+    lesson = lesson_script.read(path)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lesson.number == int(path.name[:2])
     assert lesson.question.endswith("?")
@@ -109,15 +110,17 @@ def test_it_has_the_form_of_a_lesson(path: Path) -> None:
     for call in ("predict(", ".grade(", "claim(", "break_it(", "check(", "todo("):
         assert call in source, call
     assert "table(" in source or "show(" in source
-    assert all(block.text.count("\n") < 24 for part in lesson.parts for block in part.blocks if block.kind == "code")
+    assert all(
+        passage.text.count("\n") < 24 for part in lesson.parts for passage in part.passages if passage.kind == "code"
+    )
 
 
 @each_lesson
 def test_its_prose_has_no_number_that_its_run_does_not_show(path: Path) -> None:
     """A number in prose is a setting (in the code), printed by the run, or its paragraph names a source."""
-    lesson = script.read(path)
+    lesson = lesson_script.read(path)
     known = numbers_in(run(path)[1]) | constants_in(path)
-    prose = [block.text for part in lesson.parts for block in part.blocks if block.kind == "prose"]
+    prose = [passage.text for part in lesson.parts for passage in part.passages if passage.kind == "prose"]
     head = lesson.head.partition("Time:")[2].partition("\n")[2]
     for paragraph in "\n\n".join([head, *prose]).split("\n\n"):
         if not re.search(r"et al\. \d{4}|recorded/", paragraph):
@@ -144,13 +147,68 @@ def test_numbers_are_found_where_they_claim_something() -> None:
     assert numbers_in("float32 in `x[5]`, lesson 4, Fig. 6, §7.2, lessons 2 to 4") == set()
 
 
+# --- seams ---------------------------------------------------------------------------------------------
+
+
+def names_patched_in(path: Path) -> set[str]:
+    """What the lesson gives to plug_in() and break_it(), as "owner.name", as the lesson calls the owner."""
+    places: list[ast.expr] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(func=ast.Name(id="plug_in"), args=[place, *_]):
+                places.append(place)
+            case ast.keyword(arg="where", value=place) | ast.Assign(targets=[ast.Name(id="where")], value=place):
+                places.append(place)
+    pairs = [place.elts for place in places if isinstance(place, ast.Tuple)]
+    return {f"{ast.unparse(owner)}.{ast.literal_eval(name)}" for owner, name in pairs}
+
+
+def test_the_names_that_lessons_patch() -> None:
+    """The seams: a change of one of these names changes a lesson."""
+    assert {path.stem[:2]: names_patched_in(path) for path in PATHS} == {
+        "01": {"llama.Llama.forward"},
+        "02": {"engine.kv_bytes_per_token"},
+        "03": {"RegionPool.release", "StandardManager.region_size"},
+        "04": {"KVCache.apply"},
+        "05": {"paged.PagedManager.slots", "paged.slot_of"},
+        "06": {"BlockPool.allocate", "BlockPool.release"},
+        "07": {"kv.attend", "llama.Llama.forward"},
+        "08": {"naive.attention_kernel"},
+        "09": {"paged.attention_kernel"},
+        "10": {"kernel_api.merge_states"},
+        "11": {"llama.Llama.forward"},
+        "12": {"PagedManager.append"},
+        "13": {"prefix_cache.block_digests"},
+        "14": {"KVCache.apply"},
+        "15": {"Extremes.bounds"},
+        "16": {"CopyStream.back_planes"},
+        "17": {"llm.make_manager"},
+        "18": {"setup.Setup.make_manager"},
+    }
+
+
+@each_lesson
+def test_it_touches_no_private_name_and_no_source(path: Path) -> None:
+    """Not as a patched name, not as an attribute, not by import; and no code is made of a changed source text."""
+    names = {name for patched in names_patched_in(path) for name in patched.split(".")}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.Name):
+            names |= {node.id} & {"exec", "eval", "compile"}
+    assert not names & {"exec", "eval", "compile"}
+    assert not {name for name in names if name.startswith("_") and not name.endswith("__")}
+
+
 # --- the path ------------------------------------------------------------------------------------------
 
 
 def test_the_list_agrees_with_the_files() -> None:
     text = (LESSONS / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| \[(.+?)\]\((\S+?)\) \| (\d+) \| (.+?) \|$", text, re.MULTILINE)
-    lessons = [script.read(path) for path in PATHS]
+    lessons = [lesson_script.read(path) for path in PATHS]
     assert [(int(n), title, file, int(minutes), question) for n, title, file, minutes, question in rows] == [
         (lesson.number, lesson.title, lesson.path.name, lesson.minutes, lesson.question) for lesson in lessons
     ]

@@ -7,18 +7,17 @@ from dataclasses import replace
 import pytest
 from conftest import SHARED
 
+from paged_ref.planner.assess import predict
 from paged_ref.planner.comparison import check, longest_request, row_of, setups, small
-from paged_ref.planner.complexity import FILES, code_lines, lines_of
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.metrics import Outcome
 from paged_ref.planner.models import model_named
 from paged_ref.planner.paper import ORCA, PAGED
-from paged_ref.planner.predict import predict
 from paged_ref.planner.setup import Setup
 from paged_ref.planner.simulate import Simulation
 from paged_ref.planner.sweep import AT_ONCE, curve_of, curves_of, run_once
 from paged_ref.planner.trace_files import read_trace
-from paged_ref.planner.traces import Trace, TraceRequest, at_rate, first, generated
+from paged_ref.planner.traces import RequestTrace, TraceRequest, at_rate, first, generated
 
 BOUND = 0.2
 
@@ -42,8 +41,8 @@ def test_paged_serves_the_papers_multiple_of_the_rate(reserve: str, times: float
 def test_paged_memory_holds_tokens_and_reserved_memory_does_not() -> None:
     trace = at_rate(generated("sharegpt", 600), AT_ONCE)
     outcomes = {name: Simulation(setup, trace).run() for name, setup in {**ORCA, "paged": PAGED}.items()}
-    assert outcomes["paged"].shares.tokens_of_used >= 0.95
-    assert outcomes["max"].shares.tokens_of_used < 0.40
+    assert outcomes["paged"].shares.occupancy >= 0.95
+    assert outcomes["max"].shares.occupancy < 0.40
     for outcome in outcomes.values():
         assert outcome.finished == 600
         shares = outcome.shares
@@ -60,8 +59,8 @@ def test_prompts_decide_on_azures_conversations() -> None:
     paged = Setup("paged", gpu_named("A100-80GB"), model_named("Llama-3-8B"))
     exact = replace(paged, manager="standard", reserve="exact")
     predicted = predict(paged, trace)
-    assert predicted.bound == "compute"
-    assert predicted.rate / predict(exact, trace).rate == pytest.approx(1.0, abs=0.02)
+    assert predicted.step.bound == "compute"
+    assert predicted.requests_per_second / predict(exact, trace).requests_per_second == pytest.approx(1.0, abs=0.02)
     rates = [run_once(setup, trace, AT_ONCE).requests_per_second for setup in (paged, exact)]
     assert rates[0] / rates[1] == pytest.approx(1.0, abs=0.02)
 
@@ -73,7 +72,7 @@ def test_a_rate_is_found_where_the_latency_crosses_the_bound() -> None:
     """On a made-up server whose latency is known: 0.05 s up to 8 requests per second, then it grows."""
     template = run_once(replace(PAGED, kv_tokens=4096), generated("alpaca", 20), AT_ONCE)
 
-    def run(setup: Setup, trace: Trace, rate: float) -> Outcome:
+    def run(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
         latency = 0.05 + max(0.0, rate - 8.0)
         return replace(template, normalised=latency, seconds=template.finished / 10.0)
 
@@ -89,23 +88,23 @@ def test_predictions_are_near_what_is_simulated(name: str, count: int) -> None:
     for setup in (PAGED, ORCA["max"], ORCA["exact"]):
         measured = run_once(setup, trace, AT_ONCE)
         predicted = predict(setup, trace)
-        assert predicted.num_running == pytest.approx(measured.running_short, rel=0.2)
-        assert 0.95 < predicted.rate / measured.requests_per_second < 1.35
+        assert predicted.sequences == pytest.approx(measured.running_short, rel=0.2)
+        assert 0.95 < predicted.requests_per_second / measured.requests_per_second < 1.35
 
 
 def test_what_can_never_fit_is_counted_with_its_reason() -> None:
-    trace = Trace("t", tuple(TraceRequest(0.0, p, 5) for p in (10, 3000, 40, 2048)), timed=True)
+    trace = RequestTrace("t", tuple(TraceRequest(0.0, p, 5) for p in (10, 3000, 40, 2048)), timed=True)
     outcome = run_once(PAGED, trace, 1.0)
     assert (outcome.finished, outcome.refused) == (2, 2)
     assert outcome.refusal == "the prompt has 3000 tokens; the context of 2048 has no room for more"
     pool = replace(PAGED, kv_tokens=32, max_model_len=2048)
     outcome = run_once(pool, trace, 1.0)
     assert (outcome.finished, outcome.refused) == (1, 3)
-    assert "there are 32" in run_once(pool, Trace("t", trace.requests[2:3], True), 1.0).refusal
+    assert "there are 32" in run_once(pool, RequestTrace("t", trace.requests[2:3], True), 1.0).refusal
     with pytest.raises(ValueError, match="none of the requests can be served"):
-        curve_of(pool, Trace("t", trace.requests[1:], True), BOUND)
+        curve_of(pool, RequestTrace("t", trace.requests[1:], True), BOUND)
     with pytest.raises(ValueError, match="none of the requests fits"):
-        predict(PAGED, Trace("t", trace.requests[1:2], True))
+        predict(PAGED, RequestTrace("t", trace.requests[1:2], True))
 
 
 # --- rows ----------------------------------------------------------------------------------------------
@@ -143,12 +142,3 @@ def test_the_embedded_model_runs_as_simulated() -> None:
     checked = check(rows, trace, seen.append)
     assert seen == [row.label for row in rows]
     assert all(each.same and each.steps and each.simulated == each.ran for each in checked)
-
-
-def test_lines_of_code_are_counted_without_prose() -> None:
-    assert code_lines("core/attention/addressing.py") == 5  # two imports, a def, and paging in two lines
-    for technique, (manager, kernel) in FILES.items():
-        assert lines_of(technique) == (sum(map(code_lines, manager)), sum(map(code_lines, kernel)))
-    assert (
-        sum(lines_of("standard")) < sum(lines_of("swapping")) < sum(lines_of("paged")) < sum(lines_of("prefix cache"))
-    )

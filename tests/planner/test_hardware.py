@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from paged_ref.core import device
-from paged_ref.planner.hardware import GPUS, gpu_named, gpu_of_driver, present_gpu, several
+from paged_ref.planner.hardware import GPUS, gpu_named, gpu_of_driver, several
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_auto_reads_name_and_memory_from_the_driver(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(device.on_gpu, reason="a GPU is in use")
 def test_auto_without_a_gpu_says_why() -> None:
     with pytest.raises(ValueError, match=r"gpu is 'auto'; .*\. Name one: known are A100-40GB"):
-        present_gpu()
+        gpu_named("auto")
 
 
 def test_several_add_up() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from paged_ref.core.model.config import kv_bytes_per_token
-from paged_ref.core.model.loading import TINY, load
+from paged_ref.core.model.loading import TINY
+from paged_ref.interop.checkpoints import load
 from paged_ref.planner.models import MODELS, model_named
 
 # As the hub lists them for the published safetensors.

@@ -5,44 +5,40 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
-from paged_ref.core.engine.sampling import SamplingParams
+from paged_ref.extras.beam import SamplingParams
 from paged_ref.llm import LLM
 from paged_ref.planner import paper, sharing
 from paged_ref.planner.engine_run import token_ids
-from paged_ref.planner.findings import Figure, Finding, Lab
+from paged_ref.planner.findings import Figure, Finding, RunCache
 from paged_ref.planner.paper import COUNT, ORCA, PAGED, POINTS
 from paged_ref.planner.sharing import Saving, beams_saving, samples_saving
 from paged_ref.planner.simulate import Simulation
-from paged_ref.planner.traces import MEANS, Trace, TraceRequest, at_rate, clipped, generated
+from paged_ref.planner.traces import MEANS, RequestTrace, TraceRequest, at_rate, clipped, generated
 
 
 @pytest.fixture
-def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+def cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCache]:
     """Fewer requests than the command takes."""
     monkeypatch.setattr(paper, "NUM_REQUESTS", {"sharegpt": 500, "alpaca": 1500})
-    with ThreadPoolExecutor(1) as threads:
-        yield Lab(lambda function, *arguments: function(*arguments), threads)
+    with ThreadPoolExecutor(1) as executor:
+        yield RunCache(executor)
 
 
 def outside(figure: Figure) -> list[str]:
     return [finding.what for finding in figure.findings if finding.met is False]
 
 
-def test_shares_and_counts_of_memory_land_in_their_bands(lab: Lab) -> None:
-    runs: list[Any] = []
-    lab._on_run = lambda: runs.append(1)
-    shares, counts = paper.figure_2(lab), paper.figure_13(lab)
+def test_shares_and_counts_of_memory_land_in_their_bands(cache: RunCache) -> None:
+    shares, counts = paper.figure_2(cache), paper.figure_13(cache)
     assert outside(shares) == outside(counts) == []
     assert len(shares.findings) == 13
     assert len(counts.findings) == 9
-    assert len(runs) == 9  # what both figures need was run once
 
 
-def gamma(variation: float, count: int, seed: int) -> Trace:
+def gamma(variation: float, count: int, seed: int) -> RequestTrace:
     """ShareGPT's means in another shape."""
     rng = random.Random(seed)
 
@@ -51,7 +47,7 @@ def gamma(variation: float, count: int, seed: int) -> Trace:
 
     prompts, outputs = MEANS["sharegpt"]
     each = tuple(TraceRequest(0.0, length(prompts), length(outputs)) for _ in range(count))
-    return clipped(Trace("gamma", each, timed=False), 2048)
+    return clipped(RequestTrace("gamma", each, timed=False), 2048)
 
 
 def test_the_bands_are_no_wider_than_other_shapes_of_the_lengths_move_the_figures() -> None:
@@ -70,6 +66,17 @@ def test_the_bands_are_no_wider_than_other_shapes_of_the_lengths_move_the_figure
     assert 0.8 * COUNT <= furthest_count <= 1.5 * COUNT
 
 
+def test_what_two_figures_need_is_run_once() -> None:
+    calls: list[int] = []
+    ended: list[int] = []
+    with ThreadPoolExecutor(1) as executor:
+        runs = RunCache(executor, on_run=lambda: ended.append(1))
+        assert runs.all(calls.append, [(1,), (2,), (1,)]) == [None] * 3
+        assert runs.all(calls.append, [(2,), (3,)]) == [None] * 2
+    assert calls == [1, 2, 3]
+    assert len(ended) == 3
+
+
 def test_a_finding_knows_whether_it_is_in_its_band() -> None:
     assert Finding("a", 5.0, 4.0, "").met is None
     assert Finding("a", 5.0, 4.0, "", low=5.0).met is True
@@ -77,9 +84,9 @@ def test_a_finding_knows_whether_it_is_in_its_band() -> None:
     assert Finding("a", 5.0, 4.0, "", 3.0, 6.0).met is True
 
 
-def test_swapping_small_blocks_loses(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapping_small_blocks_loses(cache: RunCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper, "NUM_REQUESTS", {"sharegpt": 500})
-    assert outside(paper.figure_19(lab)) == []
+    assert outside(paper.figure_19(cache)) == []
 
 
 # --- sharing -------------------------------------------------------------------------------------------
@@ -93,14 +100,16 @@ def test_samples_save_what_the_paper_says(name: str, samples: int, published: fl
 
 def test_samples_share_as_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop without a model, against a real run of the embedded model with n = 3."""
-    monkeypatch.setattr(sharing, "LOOK_EVERY", 1)
-    monkeypatch.setattr(sharing, "MOST_SEQUENCES", 12)
-    trace = Trace("t", tuple(TraceRequest(0.0, p, o) for p, o in ((20, 9), (5, 14), (33, 1), (8, 20))), timed=False)
+    monkeypatch.setattr(sharing, "SAMPLE_EVERY", 1)
+    monkeypatch.setattr(sharing, "MAX_SEQUENCES", 12)
+    trace = RequestTrace(
+        "t", tuple(TraceRequest(0.0, p, o) for p, o in ((20, 9), (5, 14), (33, 1), (8, 20))), timed=False
+    )
     num_slots = 12 * (34 // 4 + 2) * 4
     ran = Saving(num_slots)
     llm = LLM(
         "tiny", kv_cache_tokens=num_slots, block_size=4, watermark=0.0, max_batch_tokens=2048, max_batch_seqs=12,
-        on_step=lambda record: ran.look(record.snapshot), backend="reference", max_model_len=128,
+        on_step=lambda record: ran.sample(record.snapshot), backend="reference", max_model_len=128,
     )  # fmt: skip
     for number, each in enumerate(trace.requests):
         prompt = token_ids(each.prompt_len, (), 1, number, llm.config.vocab_size)
@@ -112,6 +121,6 @@ def test_samples_share_as_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_beams_share_more_than_samples_and_less_than_all() -> None:
-    trace = Trace("t", (TraceRequest(0.0, 20, 30), TraceRequest(0.0, 9, 25)), timed=False)
+    trace = RequestTrace("t", (TraceRequest(0.0, 20, 30), TraceRequest(0.0, 9, 25)), timed=False)
     samples, beams = samples_saving(trace, 4, block_size=4), beams_saving(trace, 4, block_size=4)
     assert samples < beams < 0.75  # of four copies, three can be saved

@@ -4,51 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 from conftest import SHARED
 
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.extras.prefix_cache import PrefixCache
+from paged_ref.extras.prefix_cache import CachingBlockPool, block_digests
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.models import model_named
 from paged_ref.planner.setup import Setup
 from paged_ref.planner.simulate import Simulation
 from paged_ref.planner.trace_files import read_trace
-from paged_ref.planner.traces import Trace, at_rate, drawn, first, scaled, with_prefix
+from paged_ref.planner.traces import RequestTrace, at_rate, drawn, first, scaled, with_prefix
 
 NUM_REQUESTS = 1200
 BLOCK = 4  # tokens that stand for one of Mooncake's blocks of 512
 
 
 @pytest.fixture(scope="module")
-def mooncake() -> Trace:
+def mooncake() -> RequestTrace:
     path = SHARED / "traces" / "mooncake_conversation.jsonl.gz"
     if not path.is_file():
         pytest.skip("no ../shared/traces/mooncake_conversation.jsonl.gz beside the project")
     return read_trace(path)
 
 
-def keys_of(trace: Trace) -> list[Sequence[int]]:
+def keys_of(trace: RequestTrace) -> list[Sequence[int]]:
     return [each.hash_ids for each in trace.requests]
 
 
 def hits_in_the_cache(prompts: Sequence[Sequence[int]]) -> int:
     """Leading blocks found by a cache that never evicts: the published definition, as over the whole trace in
-    tests/memory/test_prefix_cache.py."""
-    cache, hits = PrefixCache(), 0
+    tests/extras/test_prefix_cache.py."""
+    hits, seen = 0, set[bytes]()
     for keys in prompts:
-        hits += len(cache.match(keys))
-        for key in keys:
-            cache.insert(key, len(cache.block_of))
+        digests = list(block_digests(keys, 1))
+        hits += sum(1 for _ in takewhile(seen.__contains__, digests))
+        seen.update(digests)
     return hits
 
 
-def test_the_manager_finds_every_block_that_the_trace_says_is_known(mooncake: Trace) -> None:
+def test_the_manager_finds_every_block_that_the_trace_says_is_known(mooncake: RequestTrace) -> None:
     """One request after another. The trace counts a last block that is not full as a block, so here every block is
     full, and one token more is computed, as an engine must."""
     prompts = keys_of(first(mooncake, NUM_REQUESTS))
-    manager = PagedManager(sum(map(len, prompts)) + 1, BLOCK, prefix_cache=True)
+    manager = PagedManager(CachingBlockPool(sum(map(len, prompts)) + 1), BLOCK)
     hits = 0
     for seq_id, keys in enumerate(prompts):
         tokens = [key for key in keys for _ in range(BLOCK)] + [-1 - seq_id]
@@ -61,7 +62,7 @@ def test_the_manager_finds_every_block_that_the_trace_says_is_known(mooncake: Tr
     assert hits > 0.05 * sum(map(len, prompts))
 
 
-def test_a_simulation_knows_whole_blocks_but_the_last(mooncake: Trace) -> None:
+def test_a_simulation_knows_whole_blocks_but_the_last(mooncake: RequestTrace) -> None:
     """Requests that do not overlap in time, lengths a 32nd: what is known is whole leading blocks, less the last
     token's, which an engine must compute."""
     trace = at_rate(replace(scaled(first(mooncake, 150), 1 / 32), timed=False), 0.01)

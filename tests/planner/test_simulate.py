@@ -1,4 +1,4 @@
-"""The simulation counts what an engine counts, and skipping quiet steps changes nothing."""
+"""The simulation counts what an engine counts, and fast forward changes nothing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.manager_state import state_of
 
-from paged_ref.planner.engine_run import Step, engine_steps, shares_of, simulated_steps
+from paged_ref.core.memory.paged import PagedManager
+from paged_ref.extras.managers import make_manager
+from paged_ref.planner.engine_run import StepDecisions, engine_steps, shares_of, simulated_steps
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.models import model_named
 from paged_ref.planner.setup import Setup
-from paged_ref.planner.simulate import Simulation
-from paged_ref.planner.traces import Trace, TraceRequest, at_rate, generated
-from paged_ref.timeline.replay import state_of
+from paged_ref.planner.simulate import Simulation, slack
+from paged_ref.planner.traces import RequestTrace, TraceRequest, at_rate, generated
 
 TINY = Setup("tiny", gpu_named("T4"), model_named("tiny"), kv_tokens=256, max_model_len=128, max_batch_tokens=64)
 OPT = Setup("opt", gpu_named("A100-40GB"), model_named("OPT-13B"))
@@ -36,8 +38,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def busy(seed: int, count: int = 30, longest: int = 140) -> Trace:
-    """More than a pool of 256 tokens can hold at once, some of it too long for the context; prefixes repeat."""
+def busy(seed: int, count: int = 30, longest: int = 140) -> RequestTrace:
+    """More than a pool of 256 tokens can hold, some of it too long for the context; prefixes repeat."""
     rng = random.Random(seed)
     requests, at = [], 0.0
     for _ in range(count):
@@ -45,12 +47,12 @@ def busy(seed: int, count: int = 30, longest: int = 140) -> Trace:
         prompt = rng.randint(1, rng.choice([longest // 4, longest]))
         ids = tuple([*range(rng.randint(0, 3)), *(rng.randrange(100, 10**6) for _ in range(9))][: -(-prompt // 16)])
         requests.append(TraceRequest(at, prompt, rng.randint(1, 60), ids))
-    return Trace("busy", tuple(requests), timed=True, hash_block=16)
+    return RequestTrace("busy", tuple(requests), timed=True, hash_block=16)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_step_is_the_engines(way: str) -> None:
-    """Who runs, for how many tokens, who is preempted, what moves, and each part of the memory."""
+    """Which sequences run, for how many tokens, which are preempted, what moves, and each part of the memory."""
     setup = replace(TINY, **WAYS[way])
     trace = busy(1)
     simulated, arrived = simulated_steps(setup, trace)
@@ -63,7 +65,7 @@ def test_every_step_is_the_engines(way: str) -> None:
 
 def test_these_ways_exercise_the_scheduler() -> None:
     """Or the equality above would say little."""
-    steps: dict[str, list[Step]] = {}
+    steps: dict[str, list[StepDecisions]] = {}
     for way, changes in WAYS.items():
         steps[way], _ = simulated_steps(replace(TINY, **changes), busy(1))
         assert any(step.num_waiting for step in steps[way]), way
@@ -77,8 +79,8 @@ def test_these_ways_exercise_the_scheduler() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("look_every", [1, 7])
-def test_skipping_quiet_steps_changes_nothing(way: str, look_every: int) -> None:
+@pytest.mark.parametrize("sample_every", [1, 7])
+def test_fast_forward_changes_nothing(way: str, sample_every: int) -> None:
     """The outcome to the last digit, and on the way the manager's whole state, block by block."""
     setup = replace(TINY, **WAYS[way])
     states: dict[bool, list[Any]] = {}
@@ -89,14 +91,14 @@ def test_skipping_quiet_steps_changes_nothing(way: str, look_every: int) -> None
             setup,
             busy(2),
             skip=skip,
-            look_every=look_every,
-            on_look=lambda usage: seen.append((usage, simulation.now, state_of(simulation.manager))),  # noqa: B023
+            sample_every=sample_every,
+            on_sample=lambda usage: seen.append((usage, simulation.now, state_of(simulation.manager))),  # noqa: B023
         )
         outcomes[skip], states[skip] = simulation.run(), seen
         simulation.manager.check_integrity()
         assert state_of(simulation.manager).sequences == {}
     assert outcomes[True] == outcomes[False]
-    assert len(states[True]) == outcomes[True].steps // look_every
+    assert len(states[True]) == outcomes[True].steps // sample_every
     assert states[True] == states[False]
 
 
@@ -106,3 +108,22 @@ def test_skipping_changes_nothing_on_a_day_of_the_papers_requests(way: str, rate
     setup = replace(OPT, **WAYS[way])
     trace = at_rate(generated("sharegpt", 150), rate)
     assert Simulation(setup, trace).run() == Simulation(setup, trace, skip=False).run()
+
+
+def test_slack_is_what_append_takes_from_no_pool() -> None:
+    manager = make_manager("paged", 32, max_model_len=32, block_size=4, watermark=0)
+    assert isinstance(manager, PagedManager)
+    manager.admit(0, [0] * 5, 20)
+    manager.append([(0, 5)])
+    free = manager.pool.num_free
+    assert slack(manager, 0) == 3
+    manager.append([(0, 3)])
+    assert (manager.pool.num_free, slack(manager, 0)) == (free, 0)
+    manager.append([(0, 1)])
+    assert (manager.pool.num_free, slack(manager, 0)) == (free - 1, 3)
+    manager.fork(0, 1)  # the next token of either sequence copies the shared last block
+    assert slack(manager, 0) == slack(manager, 1) == 0
+    regions = make_manager("standard", 32, max_model_len=32, reserve="exact")
+    regions.admit(0, [0] * 5, 20)
+    regions.append([(0, 7)])
+    assert slack(regions, 0) == 13

@@ -12,7 +12,7 @@ from conftest import SHARED
 from paged_ref.planner.trace_files import read_trace
 from paged_ref.planner.traces import (
     MEANS,
-    Trace,
+    RequestTrace,
     TraceRequest,
     at_rate,
     clipped,
@@ -40,7 +40,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def lengths(trace: Trace) -> list[tuple[int, int]]:
+def lengths(trace: RequestTrace) -> list[tuple[int, int]]:
     return [(each.prompt_len, each.output_len) for each in trace.requests]
 
 
@@ -185,7 +185,7 @@ def test_a_timed_trace_keeps_its_bursts_at_another_rate(tmp_path: Path) -> None:
     assert "1.33 per second" in faster.describe()
     together = at_rate(trace, float("inf"))
     assert [each.arrival for each in together.requests] == [0.0, 0.0]
-    assert "all at once" in together.describe()
+    assert "all at the same time" in together.describe()
     assert "no times" in generated("alpaca", 3).describe()
 
 
@@ -201,7 +201,7 @@ def test_scaling_keeps_prefixes_where_blocks_stay_whole(tmp_path: Path) -> None:
 
 
 def test_clipping_cuts_outputs_first_and_says_how_many() -> None:
-    trace = Trace("t", tuple(TraceRequest(0.0, p, o) for p, o in ((5, 5), (5, 9), (20, 3))), timed=False)
+    trace = RequestTrace("t", tuple(TraceRequest(0.0, p, o) for p, o in ((5, 5), (5, 9), (20, 3))), timed=False)
     cut = clipped(trace, 10)
     assert lengths(cut) == [(5, 5), (5, 5), (9, 1)]
     assert cut.notes == ("2 requests cut to 10 tokens",)

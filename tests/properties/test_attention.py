@@ -45,7 +45,7 @@ def test_matches_the_oracle(case: Case, backend: str) -> None:
         np.testing.assert_allclose(lse, want_lse, rtol=2e-5, atol=2e-5, err_msg=form)
 
 
-@pytest.mark.parametrize("backend", [name for name in ("reference", "cpu") if name in BACKENDS])
+@pytest.mark.parametrize("backend", [name for name in ("reference", "cpu", "cpu-simd") if name in BACKENDS])
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_paged_and_contiguous_agree_to_the_bit(case: Case, backend: str) -> None:
     problem = build(case)
@@ -100,7 +100,8 @@ def test_nothing_but_out_is_written(backend: str) -> None:
     problem = build(Case(query_lens=(1, 5, 20), per_head=("sinks",)))
     arrays = [on(backend, a) for a in (problem.query, *problem.paged, problem.seq_lens, problem.query_start_loc)]
     before = [to_host(a).copy() for a in arrays]
-    paged_attention(*arrays, sinks=on(backend, problem.options["sinks"]), backend=backend)
+    options = {} if backend in ("cpu", "cuda") else {"sinks": on(backend, problem.options["sinks"])}
+    paged_attention(*arrays, **options, backend=backend)
     for array, copy in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(to_host(array), copy)
 
@@ -132,11 +133,12 @@ def test_float64_runs_on_the_reference_and_the_cpu_backend_says_why_not() -> Non
         run(problem, "cpu", "paged")
 
 
-def test_several_python_threads_may_call_at_once() -> None:
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "cpu-simd") if name in BACKENDS])
+def test_several_python_threads_may_call_at_the_same_time(backend: str) -> None:
     problem = build(Case(seq_lens=(900, 1300), head_size=64))
-    want = run(problem, "cpu", "paged")
+    want = run(problem, backend, "paged")
     with ThreadPoolExecutor(4) as pool:
-        for out in pool.map(lambda _: run(problem, "cpu", "paged"), range(16)):
+        for out in pool.map(lambda _: run(problem, backend, "paged"), range(16)):
             np.testing.assert_array_equal(out, want)
 
 
@@ -179,13 +181,13 @@ def test_torch_bfloat16_and_float8_without_a_copy() -> None:
         write_kv(new, -new, keys, values, torch.arange(8), **scales)
         scale = 1 if dtype == torch.bfloat16 else 0.01
         assert torch.equal(keys.float(), (new.float() / scale).to(dtype).float().reshape(2, 4, 2, 16))
-        out, lse = paged_attention(query, keys, values, tables, seq_lens, return_lse=True, backend="cpu", **scales)
+        out, lse = paged_attention(query, keys, values, tables, seq_lens, return_lse=True, **scales)
         assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
         worth = keys.float() * scale, values.float() * 2 * scale if scales else values.float()
         want = paged_attention(query.float(), worth[0], worth[1], tables, seq_lens, backend="reference")
         np.testing.assert_allclose(out.float(), want, rtol=4e-3, atol=4e-3)
         given = torch.empty_like(query)
-        assert paged_attention(query, keys, values, tables, seq_lens, out=given, backend="cpu", **scales) is given
+        assert paged_attention(query, keys, values, tables, seq_lens, out=given, **scales) is given
         assert torch.equal(given, out)
 
 

@@ -1,7 +1,7 @@
 """The equivalence contract: however memory is managed, and however the work is cut into steps, no token changes.
 
 CONTRACT is the contract. tests/README.md shows it as a table, and each test here runs one entry of it;
-`python tests/engine/test_equivalence.py` prints the table.
+`python tests/properties/test_equivalence.py` prints the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paged_ref.core.device import on_gpu
 from paged_ref.kernels import backends
 from paged_ref.timeline.events import SequenceAdmitted
 
-BACKENDS = [name for name in ("reference", "cpu") if name in backends()]
+BACKENDS = [name for name in ("reference", "cpu", "cpu-simd") if name in backends()]
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- the contract: from test_equivalence.py -->\n", "<!-- end of the contract -->"
 
@@ -61,7 +61,7 @@ def engine(model: str, row_by_row: bool, options: dict[str, Any]) -> Engine:
     """An engine with ample memory, unless `options` say otherwise."""
     its = Engine(model, **{"kv_cache_tokens": 2048, **options})
     if row_by_row:
-        llama = its.llm.model
+        llama = its.llm.engine.model
         matrices = ("qkv", "output", "gate_up", "down")
         llama.layers = [
             replace(layer, **{name: getattr(layer, name).view(RowByRow) for name in matrices}) for layer in llama.layers
@@ -155,12 +155,12 @@ class Promise:
     """How far logits may be from the baseline's; 0: equal to the bit."""
 
     logits: float
-    cpu: float  # with the weights' products made row by row, on this backend
+    cpu: float  # with the weights' products made row by row, on `cpu` and on `cpu-simd`
     reference: float
 
     @property
     def row_by_row(self) -> dict[str, float]:
-        return {"cpu": self.cpu, "reference": self.reference}
+        return {"cpu": self.cpu, "cpu-simd": self.cpu, "reference": self.reference}
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def standard(reserve: str) -> Setting:
 SAME_SUMS = "each step has the same rows; only the place of K and V differs, and no sum is ordered by place"
 OTHER_BATCH = "other tokens share a step, and BLAS orders the sums of a product by its shape"
 OTHER_CHUNKS = "the same; besides, `reference` multiplies all queries of a chunk by the keys at once"
-OTHER_BACKEND = "`cpu` takes the softmax block by block and sums in its own order"
+OTHER_BACKEND = "both take the softmax key by key or block by block, and sum in their own order"
 
 CONTRACT = (
     Row(
@@ -331,14 +331,15 @@ CONTRACT = (
 def table() -> str:
     """The contract as Markdown."""
     lines = [
-        "| what varies | settings | logits | row by row, `cpu` | row by row, `reference` | why |",
+        "| what varies | settings | logits | row by row, `cpu`, `cpu-simd` | row by row, `reference` | why |",
         "|---|---|---|---|---|---|",
     ]
     for row in CONTRACT:
         promises = [row.promise.logits, row.promise.row_by_row["cpu"], row.promise.row_by_row["reference"]]
         cells = [row.varies, "; ".join(setting.name for setting in row.settings), *map(in_words, promises), row.why]
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"| backend | `cpu` against `reference` | {in_words(BOUND)} | | {in_words(BOUND)} | {OTHER_BACKEND} |")
+    settings = "`cpu` against `reference`; `cpu-simd` against `reference`"
+    lines.append(f"| backend | {settings} | {in_words(BOUND)} | {in_words(BOUND)} | | {OTHER_BACKEND} |")
     return "\n".join(lines) + "\n"
 
 
@@ -392,7 +393,7 @@ def test_no_greedy_choice_is_so_close_that_rounding_could_turn_it(model: str) ->
 def test_the_readme_shows_the_contract() -> None:
     text = README.read_text(encoding="utf-8")
     shown = text.partition(BEGIN)[2].partition(END)[0]
-    assert shown == table(), "put the output of `python tests/engine/test_equivalence.py` between the two comments"
+    assert shown == table(), "put the output of `python tests/properties/test_equivalence.py` between the two comments"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def greedy(max_tokens: int = 20, **options: Any) -> SamplingParams:
 
 
 def status_of(engine: Engine, request: RequestOutput) -> Status:
-    return engine.llm._requests[request.request_id].groups[0].status
+    return engine.llm.engine.requests[request.request_id].groups[0].status
 
 
 class FromTheHookError(Exception):
@@ -66,8 +66,8 @@ def test_the_device_pool_runs_out_when_several_groups_grow_in_one_step(preemptio
     engine = Engine(block_size=4, kv_cache_tokens=4 * 10, preemption=preemption, watermark=0)
     outputs = [engine.add(prompt, greedy(5, ignore_eos=True)) for prompt in prompts]
     engine.step()
-    assert isinstance(engine.manager, PagedManager)
-    assert engine.manager.pool.num_free == 2
+    assert isinstance(engine.bare, PagedManager)
+    assert engine.bare.pool.num_free == 2
     assert [status_of(engine, output) for output in outputs] == [Status.RUNNING] * 4
     engine.step()
     assert [status_of(engine, output) is Status.RUNNING for output in outputs] == [True, True, True, False]
@@ -143,7 +143,7 @@ def test_abort_while_swapped(manager: str) -> None:
     while engine.llm.has_unfinished:
         engine.step()
         for output in outputs[1:]:
-            unfinished = output.request_id in engine.llm._requests
+            unfinished = output.request_id in engine.llm.engine.requests
             if unfinished and not aborted and status_of(engine, output) is Status.SWAPPED:
                 aborted.append(output)
                 engine.llm.abort(output.request_id)
@@ -239,7 +239,7 @@ def test_a_callback_raises(manager: str, params: SamplingParams, at: int) -> Non
         engine.llm.generate(PROMPTS, params, on_token=on_token)
     assert len(calls) == at
     engine.check()
-    assert set(engine.llm._requests) == {other.request_id}
+    assert set(engine.llm.engine.requests) == {other.request_id}
     engine.finish()
     assert tokens_of(other) == alone("The cat")
 
@@ -257,7 +257,7 @@ def test_the_consumer_of_a_stream_raises() -> None:
         consume()
     del caught  # its traceback holds the loop
     gc.collect()
-    assert set(engine.llm._requests) == {other.request_id}
+    assert set(engine.llm.engine.requests) == {other.request_id}
     engine.finish()
     assert tokens_of(other) == alone("The cat")
 
@@ -334,7 +334,7 @@ def test_generate_raises_what_a_hook_raised(manager: str, options: dict[str, Any
     with pytest.raises(FromTheHookError, match="from the hook"):
         engine.llm.generate([PAPER, PAPER], [greedy(), greedy(logits_hook=failing_hook(after), **options)])
     engine.check()
-    assert set(engine.llm._requests) == {other.request_id}
+    assert set(engine.llm.engine.requests) == {other.request_id}
     engine.finish()
     assert tokens_of(other) == alone("The cat")
 
@@ -478,15 +478,40 @@ def test_beams_are_refused_by_managers_that_cannot_share(manager: Any) -> None:
 
 
 @pytest.mark.parametrize("manager", MANAGERS)
-@pytest.mark.parametrize("watch", ["log", "sanitize", "on_step"])
-def test_watching_changes_no_token(manager: Any, watch: str) -> None:
+@pytest.mark.parametrize("watch", [["log"], ["sanitize"], ["on_step"], ["log", "sanitize", "on_step"]], ids=" ".join)
+def test_watching_changes_no_token(manager: Any, watch: list[str]) -> None:
     options: dict[str, Any] = {"manager": manager, "block_size": 4, "kv_cache_tokens": 64}
     if manager == "standard":
         options["reserve"] = "exact"
-    how: Any = True if watch == "sanitize" else [].append
     params = [greedy(), greedy(n=2, temperature=0.8, seed=4), greedy()]
     plain = LLM("tiny", **options).generate(PROMPTS[:3], params)
-    options[watch] = how
-    watched = LLM("tiny", **options).generate(PROMPTS[:3], params)
+    watchers: dict[str, Any] = {name: True if name == "sanitize" else [].append for name in watch}
+    llm = LLM("tiny", **options, **watchers)
+    watched = llm.generate(PROMPTS[:3], params)
     assert [tokens_of(output) for output in watched] == [tokens_of(output) for output in plain]
     assert [output.num_preemptions for output in watched] == [output.num_preemptions for output in plain]
+    assert sum(output.num_preemptions for output in plain) > 0 or manager == "standard"
+    llm.engine.observers.clear()
+    without = llm.generate(PROMPTS[:3], params)
+    assert [tokens_of(output) for output in without] == [tokens_of(output) for output in plain]
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_observers_that_are_deleted_between_two_steps_change_no_token(manager: Any) -> None:
+    options: dict[str, Any] = {"prefix_cache": True, "preemption": "swap"} if manager == "paged" else {}
+    if manager == "standard":
+        options["reserve"] = "exact"
+    params = [greedy(), greedy(n=2, temperature=0.8, seed=4), greedy()]
+    if manager == "paged":
+        params[2] = greedy(beam_width=3)
+    engine = Engine(manager=manager, block_size=4, kv_cache_tokens=96, **options)
+    plain = LLM("tiny", manager=manager, block_size=4, kv_cache_tokens=96, **options).generate(PROMPTS[:3], params)
+    outputs = [engine.add(prompt, its) for prompt, its in zip(PROMPTS, params, strict=False)]
+    for _ in range(5):
+        engine.step()
+    assert len(engine.llm.engine.observers) == 2
+    engine.llm.engine.observers.clear()
+    while engine.llm.has_unfinished:
+        engine.llm.step()
+    assert [tokens_of(output) for output in outputs] == [tokens_of(output) for output in plain]
+    assert_nothing_held(engine.llm)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from conftest import SHARED
+from support.manager_state import replay, state_of
 from support.shadow import ShadowMemory
 
+from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.manager import Transfer
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.timeline.events import Event, SequenceFreed, TokensAppended
-from paged_ref.timeline.replay import replay, state_of
+from paged_ref.timeline.logged import LoggedManager
 
 FIGURES = SHARED / "paper" / "vllm_paper_figs_6_7_8_9.json"
 BLOCK_SIZE = 4
@@ -36,8 +38,10 @@ class Paper:
         """`first` are the blocks that the figure hands out, in order; the others come after them."""
         self.events: list[Event] = []
         order = [*first, *(block for block in range(num_blocks) if block not in first)]
-        self.manager = PagedManager(num_blocks, BLOCK_SIZE, free_order=order, log=self.events.append)
-        self.memory = ShadowMemory(self.manager)
+        self.pool = BlockPool(num_blocks, order)
+        bare = PagedManager(self.pool, BLOCK_SIZE)
+        self.manager = LoggedManager(bare, self.events.append)
+        self.memory = ShadowMemory(bare)
 
     def admit(self, seq_id: int, num_tokens: int) -> None:
         assert self.manager.admit(seq_id, [0] * num_tokens, 100) == 0
@@ -57,7 +61,7 @@ class Paper:
         length = self.manager.length(seq_id)
         return [
             [block, min(BLOCK_SIZE, length - logical * BLOCK_SIZE)]
-            for logical, block in enumerate(self.manager.block_table(seq_id))
+            for logical, block in enumerate(self.manager.placement(seq_id))
         ]
 
     def new_blocks(self) -> list[int]:
@@ -73,7 +77,7 @@ class Paper:
 
     def ref_counts(self) -> dict[str, int]:
         """Of the blocks in use, keyed as in the JSON."""
-        return {str(block): count for block, count in enumerate(self.manager.pool.ref_count) if count}
+        return {str(block): count for block, count in enumerate(self.pool.ref_count) if count}
 
 
 def test_figure_6_a_prompt_and_two_tokens_through_a_block_table(figures: dict[str, Any]) -> None:
@@ -89,14 +93,14 @@ def test_figure_6_a_prompt_and_two_tokens_through_a_block_table(figures: dict[st
         assert paper.new_blocks() == step["newly_allocated"]
         assert paper.manager.slots(0, written, len(words)) == step["slots_written_derived"]
         written += len(words)
-        assert paper.manager.pool.num_free == NUM_DRAWN - len(step["block_table"])
+        assert paper.pool.num_free == NUM_DRAWN - len(step["block_table"])
         if "attends_physical_blocks" in step:
-            assert paper.manager.block_table(0) == step["attends_physical_blocks"]
+            assert paper.manager.placement(0) == step["attends_physical_blocks"]
     for block, words in figure["physical_final"].items():
         assert paper.contents(int(block)) == words
     assert paper.ref_counts() == {"7": 1, "1": 1, "3": 1}
     paper.manager.free(0)
-    assert paper.manager.pool.num_free == NUM_DRAWN
+    assert paper.pool.num_free == NUM_DRAWN
 
 
 @pytest.mark.parametrize(
@@ -124,11 +128,11 @@ def test_figure_7_two_requests_at_the_same_time(figures: dict[str, Any], order: 
         paper.write(seq_id, words[seq_id][first : first + count])
     assert paper.table(0) == figure["A"]["block_table"]
     assert paper.table(1) == figure["B"]["block_table"]
-    assert sorted(paper.manager.pool.free_blocks) == figure["free_physical"]
+    assert sorted(paper.pool.free_blocks) == figure["free_physical"]
     for seq_id, its_words in words.items():
         assert paper.memory.read(seq_id, len(its_words)) == its_words
     paper.manager.free(0)  # its blocks may go to the next request, and B keeps its own
-    assert sorted(paper.manager.pool.free_blocks) == sorted([*figure["free_physical"], 7, 1, 3])
+    assert sorted(paper.pool.free_blocks) == sorted([*figure["free_physical"], 7, 1, 3])
     assert paper.memory.read(1, len(words[1])) == words[1]
 
 
@@ -142,10 +146,10 @@ def test_figure_8_two_samples_and_a_copy_on_write(figures: dict[str, Any]) -> No
     shared, first_writes, second_writes = figure["steps"]
 
     def check(step: dict[str, Any]) -> None:
-        assert paper.manager.block_table(1) == step["A1"]
-        assert paper.manager.block_table(2) == step["A2"]
+        assert paper.manager.placement(1) == step["A1"]
+        assert paper.manager.placement(2) == step["A2"]
         assert paper.ref_counts() == step["ref"]
-        assert paper.manager.pool.num_free == NUM_DRAWN - len(step["ref"])
+        assert paper.pool.num_free == NUM_DRAWN - len(step["ref"])
 
     check(shared)
     assert paper.manager.snapshot().shared == 2 * BLOCK_SIZE
@@ -170,7 +174,7 @@ def beams_before(paper: Paper) -> None:
     paper.admit(0, BLOCK_SIZE)
 
     def whole_block(seq_id: int) -> None:
-        logical = len(paper.manager.block_table(seq_id))
+        logical = len(paper.manager.placement(seq_id))
         assert paper.write(seq_id, [f"c{seq_id} {logical}.{offset}" for offset in range(BLOCK_SIZE)]) == []
 
     whole_block(0)
@@ -188,9 +192,9 @@ def test_figure_9_four_beams_go_on_from_two(figures: dict[str, Any]) -> None:
     paper = Paper([], num_blocks=13)
     manager = paper.manager
     beams_before(paper)
-    assert {f"c{seq_id}": manager.block_table(seq_id) for seq_id in range(4)} == figure["before"]
+    assert {f"c{seq_id}": manager.placement(seq_id) for seq_id in range(4)} == figure["before"]
     assert paper.ref_counts() == figure["ref_before_derived"]
-    assert manager.pool.free_blocks == figure["newly_allocated"]
+    assert paper.pool.free_blocks == figure["newly_allocated"]
 
     words = {seq_id: paper.memory.read(seq_id, 4 * BLOCK_SIZE) for seq_id in (1, 2)}
     parents = [1, 1, 2, 2]  # "top-4 new candidates all come from old c1 and c2"
@@ -201,12 +205,12 @@ def test_figure_9_four_beams_go_on_from_two(figures: dict[str, Any]) -> None:
         assert paper.write(child, [f"new {child}"]) == []  # the last blocks are full: nothing to copy
         new += paper.new_blocks()
     assert new == figure["newly_allocated"]
-    assert manager.pool.num_free == 0
+    assert paper.pool.num_free == 0
 
     for old in range(4):
         manager.free(old)
-    assert sorted(manager.pool.free_blocks) == figure["freed"]
-    after = [manager.block_table(child) for child in range(10, 14)]
+    assert sorted(paper.pool.free_blocks) == figure["freed"]
+    after = [manager.placement(child) for child in range(10, 14)]
     assert after == list(figure["after"].values())
     assert paper.ref_counts() == figure["ref_after_derived"]
     for child, parent in enumerate(parents, start=10):
@@ -225,17 +229,17 @@ def test_figure_9_in_the_engines_order_frees_first_and_needs_no_new_block(figure
     paper = Paper([], num_blocks=9)  # the nine blocks of the state before are all there is
     manager = paper.manager
     beams_before(paper)
-    assert manager.pool.num_free == 0
+    assert paper.pool.num_free == 0
     manager.fork(1, 10)
     manager.fork(2, 11)
     for dropped in (0, 3):
         manager.free(dropped)
-    assert sorted(manager.pool.free_blocks) == figure["freed"]
+    assert sorted(paper.pool.free_blocks) == figure["freed"]
     assert sum(isinstance(event, SequenceFreed) for event in paper.events) == 2
     beams = (1, 10, 2, 11)
     for seq_id in beams:
         assert paper.write(seq_id, ["new"]) == []
-    tables = [manager.block_table(seq_id) for seq_id in beams]
+    tables = [manager.placement(seq_id) for seq_id in beams]
     assert sorted(table[-1] for table in tables) == figure["freed"]
     name = dict(zip([table[-1] for table in tables], figure["newly_allocated"], strict=True))
     assert [[name.get(block, block) for block in table] for table in tables] == list(figure["after"].values())

@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 
 from paged_ref import LLM, RequestOutput, SamplingParams
+from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.swapping import SwappingManager
+from paged_ref.extras.prefix_cache import CachingBlockPool
 from paged_ref.timeline.events import Event
-from paged_ref.timeline.replay import MemoryState, apply, state_of
+from paged_ref.timeline.logged import LoggedManager
+from paged_ref.timeline.state import RunState
+from support.manager_state import state_of
 
 Logits = dict[tuple[int, ...], np.ndarray]  # by the tokens before
 Prompt = str | list[int]
@@ -46,8 +50,9 @@ class Engine:
         self.transfers: Counter[str] = Counter()
         options = {"sanitize": True, "log": self.events.append, "on_step": self._count, **options}
         self.llm = LLM(model, **options)
-        self.manager = self.llm.manager
-        self._state = MemoryState()
+        self.manager = self.llm.engine.manager
+        self.bare = bare(self.manager)
+        self._state = RunState()
         self._applied = 0
 
     def _count(self, record: Any) -> None:
@@ -66,10 +71,10 @@ class Engine:
     def check(self) -> None:
         self.manager.check_integrity()
         for event in self.events[self._applied :]:
-            apply(self._state, event)
+            self._state.apply(event)
         self._applied = len(self.events)
         if self.events:
-            assert self._state == state_of(self.manager)
+            assert self._state.memory == state_of(self.manager)
 
     def finish(self, each_step: Callable[[], None] | None = None) -> None:
         """Steps to the end; then nothing is held."""
@@ -102,20 +107,28 @@ def recorder(into: Logits) -> Callable[[Sequence[int], np.ndarray], np.ndarray]:
     return hook
 
 
+def bare(manager: KVCacheManager) -> KVCacheManager:
+    """The manager without its log."""
+    return manager.manager if isinstance(manager, LoggedManager) else manager
+
+
 def assert_nothing_held(llm: LLM) -> None:
-    """Every slot is free, or idle in the prefix cache, and so is every slot on the host."""
-    manager = llm.manager
+    """Every slot is free, or cached, and every slot on the host is free."""
+    manager = llm.engine.manager
     manager.check_integrity()
     snapshot = manager.snapshot()
     assert snapshot.free + snapshot.cached == manager.num_slots
-    assert state_of(manager).sequences == {}
-    if isinstance(manager, PagedManager):
-        assert manager.host_pool.num_free == manager.host_pool.num_blocks
-        assert manager.cache is not None or snapshot.cached == 0
-    if isinstance(manager, SwappingManager):
-        assert sum(size for _, size in manager.host_pool.holes) == manager.host_pool.num_slots
-    assert not llm.scheduler.waiting
-    assert not llm.scheduler.running
+    state = state_of(manager)
+    assert state.sequences == {}
+    assert not any(state.host.ref_count)
+    assert len(state.host.free) == len(state.host.ref_count)
+    unlogged = bare(manager)
+    if isinstance(unlogged, PagedManager):
+        assert isinstance(unlogged.pool, CachingBlockPool) or snapshot.cached == 0
+    if isinstance(unlogged, SwappingManager):
+        assert sum(size for _, size in unlogged.host_pool.holes) == unlogged.host_pool.num_slots
+    assert not llm.engine.scheduler.waiting
+    assert not llm.engine.scheduler.running
 
 
 def furthest(a: Logits, b: Logits) -> float:

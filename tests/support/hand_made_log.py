@@ -5,7 +5,6 @@ No model is in it, so nothing here changes when the embedded one does.
 
 from __future__ import annotations
 
-from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
 from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.timeline.events import (
@@ -17,6 +16,8 @@ from paged_ref.timeline.events import (
     StepTimed,
     TokenSampled,
 )
+from paged_ref.timeline.logged import LoggedManager
+from support.logged_managers import logged_paged
 
 BYTES = 1024  # of K and V of a token
 PROMPT = 10
@@ -29,13 +30,13 @@ class Engine:
         self.events: list[Event] = []
         log = self.events.append
         self.paged = manager == "paged"
-        self.manager: PagedManager | StandardManager | SwappingManager
+        self.manager: LoggedManager
         if self.paged:
-            self.manager = PagedManager(24, 4, num_host_blocks=12, prefix_cache=True, log=log)
+            self.manager = logged_paged(log, 24, 4, num_host_blocks=12, prefix_cache=True)
         elif manager == "standard":
-            self.manager = StandardManager(96, 40, log=log)
+            self.manager = LoggedManager(StandardManager(96, 40), log)
         else:
-            self.manager = SwappingManager(96, 96, granule=4, log=log)
+            self.manager = LoggedManager(SwappingManager(96, 96, alignment=4), log)
         log(ModelOpened("model-1", BYTES))
         self.tokens = {seq_id: [*range(8), seq_id, 9] for seq_id in range(3)}  # the first eight tokens are the same
         for seq_id, tokens in self.tokens.items():
@@ -83,7 +84,7 @@ def hand_made(manager: str = "paged") -> list[Event]:
         engine.finish(0)
     for _ in range(6):
         engine.step(*((1, 2) if manager == "standard" else (0, 1, 2)))
-    if isinstance(engine.manager, (PagedManager, SwappingManager)):
+    if engine.manager.can_swap:
         engine.manager.swap_out([2])
         engine.step(0, 1, waiting=(2,), preempted=(2,))
         engine.step(0, 1, waiting=(2,))

@@ -75,7 +75,7 @@ def main() -> int:
     if on_gpu:
         xp.cuda.set_allocator(None)
     taken = {}
-    for backend in [name for name in backends() if name.startswith("cuda")] or ["cpu"]:
+    for backend in [name for name in backends() if name.startswith("cuda")] or ["cpu-simd"]:
         taken[backend] = sum(
             attention(backend, dtype, query_lens, heads)
             for dtype in ("float32", "float16", "uint16", "int8", "uint8")

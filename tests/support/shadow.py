@@ -11,8 +11,9 @@ from typing import Any
 
 from paged_ref.core.memory.manager import KVCacheManager, Transfer
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.core.memory.standard import StandardManager
+from paged_ref.core.memory.regions import RegionManager
 from paged_ref.core.memory.swapping import SwappingManager
+from paged_ref.extras.host_swap import SwappablePagedManager
 
 
 class ShadowMemory:
@@ -20,9 +21,9 @@ class ShadowMemory:
 
     def __init__(self, manager: KVCacheManager) -> None:
         self.manager = manager
-        self.unit = manager.block_size if isinstance(manager, PagedManager) else 1  # slots of a transfer's row
+        self.unit = manager.block_size  # slots of a transfer's row
         num_host_slots = 0
-        if isinstance(manager, PagedManager):
+        if isinstance(manager, SwappablePagedManager):
             num_host_slots = manager.host_pool.num_blocks * self.unit
         elif isinstance(manager, SwappingManager):
             num_host_slots = manager.host_pool.num_slots
@@ -47,14 +48,18 @@ class ShadowMemory:
 
     def read(self, seq_id: int, length: int) -> list[Any]:
         """What the sequence finds at its first `length` positions, on the device or on the host."""
-        manager = self.manager
+        manager, unit = self.manager, self.unit
         if isinstance(manager, PagedManager):
-            table = manager.tables[seq_id]
-            memory, unit = self.host if table.on_host else self.device, self.unit
+            on_host = isinstance(manager, SwappablePagedManager) and seq_id in manager.swapped
+            table = manager.swapped[seq_id] if on_host else manager.tables[seq_id]  # type: ignore[attr-defined]
+            memory = self.host if on_host else self.device
             found: list[Any] = []
             for block in table.blocks[: -(-length // unit)]:
                 found += memory[block * unit : block * unit + unit]
             return found[:length]
-        assert isinstance(manager, (StandardManager, SwappingManager))
-        region = manager.regions[seq_id]
-        return (self.host if region.on_host else self.device)[region.start : region.start + length]
+        assert isinstance(manager, RegionManager)
+        if isinstance(manager, SwappingManager) and seq_id in manager.swapped:
+            start = manager.swapped[seq_id].start
+            return self.host[start : start + length]
+        start = manager.regions[seq_id].start
+        return self.device[start : start + length]

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from paged_ref.core.device import xp
-from paged_ref.core.model.config import ModelConfig
-from paged_ref.training.network import Batch
+from paged_ref.interop.hf_config import HFConfig
+from paged_ref.training.network import PackedBatch
 from paged_ref.training.parameters import Parameters
 
 LENGTHS = (9, 9, 4, 1, 13)  # of a batch's sequences: two alike, one alone, one with a single token to predict
 
 
-def config(**changes: Any) -> ModelConfig:
+def config(**changes: Any) -> HFConfig:
     sizes: dict[str, Any] = {
         "vocab_size": 23,
         "hidden_size": 12,
@@ -30,10 +30,10 @@ def config(**changes: Any) -> ModelConfig:
         "eos_token_ids": (0,),
         "bos_token_id": 0,
     }
-    return ModelConfig(**sizes | changes)
+    return HFConfig(**sizes | changes)
 
 
-def weights(config: ModelConfig, dtype: DTypeLike = np.float32, seed: int = 0) -> Parameters:
+def weights(config: HFConfig, dtype: DTypeLike = np.float32, seed: int = 0) -> Parameters:
     """Large enough that every part of the model moves the loss."""
     made = Parameters(config, dtype)
     rng = np.random.default_rng(seed)
@@ -42,6 +42,6 @@ def weights(config: ModelConfig, dtype: DTypeLike = np.float32, seed: int = 0) -
     return made
 
 
-def batch(config: ModelConfig, seed: int = 1) -> Batch:
+def batch(config: HFConfig, seed: int = 1) -> PackedBatch:
     rng = np.random.default_rng(seed)
-    return Batch.of([rng.integers(config.vocab_size, size=length + 1) for length in LENGTHS])
+    return PackedBatch.of([rng.integers(config.vocab_size, size=length + 1) for length in LENGTHS])

@@ -21,6 +21,16 @@ import pyte
 ENTER, LEAVE = "\x1b[?1049h", "\x1b[?1049l"  # the alternate screen
 
 
+def own_terminal() -> None:
+    """Run in a new process: the terminal on its standard input becomes its own, so that Ctrl-C and Ctrl-Z reach it.
+
+    A shell that starts the tests in the background makes them ignore these signals, and what they start would too.
+    """
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     """`paged-ref viz LOG`, or another command, on a pseudo terminal of a given size."""
 
@@ -43,7 +53,7 @@ class Terminal:
             stderr=self.side,
             env=env,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C and Ctrl-Z reach it
+            preexec_fn=own_terminal,
         )
 
     def _resize(self, size: tuple[int, int]) -> None:

@@ -1,40 +1,31 @@
-"""A manager with its oracles beside it: what its events say, and what its sequences would read."""
+"""A manager with its oracles beside it: what its sequences would read, and that a refusal changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from paged_ref.core.memory.manager import Forkable, KVCacheManager, OutOfBlocks, OutOfHostBlocks, Swappable
+from paged_ref.core.memory.block_pool import OutOfBlocks
+from paged_ref.core.memory.manager import KVCacheManager, OutOfHostBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.swapping import SwappingManager
-from paged_ref.timeline.events import BlockCached, Event, Log, PoolOpened
-from paged_ref.timeline.replay import MemoryState, apply, state_of
+from paged_ref.extras.host_swap import SwappablePagedManager
+from paged_ref.extras.prefix_cache import CachingBlockPool
+from support.books import books, held_on_device, held_on_host
 from support.shadow import ShadowMemory
 
 
 class Oracle:
-    """Follows a manager's events, and knows what each position of each sequence must hold.
+    """Knows what each position of each sequence must hold.
 
     The value of a position stands for its K and V: it depends on all tokens up to there, and on nothing else.
     """
 
-    def __init__(self, make: Callable[[Log], KVCacheManager]) -> None:
-        self.events: list[Event] = []  # not yet replayed
-        self.manager = make(self.events.append)
+    def __init__(self, make: Callable[[], KVCacheManager]) -> None:
+        self.manager = make()
         self.memory = ShadowMemory(self.manager)
-        self.replayed = MemoryState()
-        self.num_events = 0  # that changed memory
+        self.num_changes = 0  # of memory
         self.values: dict[int, list[int]] = {}
-        self.committed: set[int] = set()  # values at the ends of all blocks that the prefix cache was told of
-        self.settle()
-
-    def settle(self) -> None:
-        """Replay the events since the last time."""
-        for event in self.events:
-            apply(self.replayed, event)
-            if not isinstance(event, (PoolOpened, BlockCached)):
-                self.num_events += 1
-        self.events.clear()
+        self.committed: set[int] = set()  # values at the ends of all blocks that were committed
 
     def learn(self, seq_id: int, tokens: Sequence[int]) -> list[int]:
         """The values of all positions of a sequence that has these tokens."""
@@ -51,36 +42,35 @@ class Oracle:
             raise AssertionError(f"sequence {seq_id} reads what is not its own at positions {wrong} of {length}")
 
     def check_hit(self, seq_id: int, num_known: int, num_tokens: int) -> None:
-        """A hit is whole blocks that were told to be written, and leaves a token to compute."""
+        """A hit is whole blocks that were committed, and leaves a token to compute."""
         assert 0 <= num_known < num_tokens
         if num_known:
-            assert isinstance(self.manager, PagedManager)
             assert num_known % self.manager.block_size == 0
             assert self.values[seq_id][num_known - 1] in self.committed
 
     def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:
         self.manager.commit(seq_id, tokens, num_written)
-        if isinstance(self.manager, PagedManager) and self.manager.cache:
+        if isinstance(self.manager, PagedManager) and isinstance(self.manager.pool, CachingBlockPool):
             size = self.manager.block_size
             self.committed.update(self.values[seq_id][size - 1 : num_written : size])
 
     def check(self) -> None:
-        """Integrity, replay, and a sum over all slots."""
-        self.settle()
+        """Integrity, and a sum over all slots."""
         self.manager.check_integrity()
-        assert self.replayed == state_of(self.manager)
         assert self.manager.snapshot().usage({}).total == self.manager.num_slots
 
     def check_empty(self) -> None:
         """No sequence is left: nothing is held, on the device or on the host."""
         self.check()
-        state, usage = self.replayed, self.manager.snapshot().usage({})
-        assert not state.sequences
-        assert usage.free + usage.cached == self.manager.num_slots
-        assert not any(state.ref_count)
-        assert sorted(state.host_free) == list(range(len(state.host_ref_count)))
-        if isinstance(self.manager, SwappingManager):
-            assert self.manager.host_pool.holes in ([], [(0, self.manager.host_pool.num_slots)])
+        manager, usage = self.manager, self.manager.snapshot().usage({})
+        assert held_on_device(manager) == held_on_host(manager) == []
+        assert usage.free + usage.cached == manager.num_slots
+        if isinstance(manager, PagedManager):
+            assert not any(manager.pool.ref_count)
+        if isinstance(manager, SwappablePagedManager):
+            assert manager.host_pool.num_free == manager.host_pool.num_blocks
+        if isinstance(manager, SwappingManager):
+            assert manager.host_pool.holes in ([], [(0, manager.host_pool.num_slots)])
 
 
 class Watched(Oracle):
@@ -89,7 +79,7 @@ class Watched(Oracle):
     A method returns False if the manager refused; then nothing may have changed, and there was a reason.
     """
 
-    def __init__(self, make: Callable[[Log], KVCacheManager]) -> None:
+    def __init__(self, make: Callable[[], KVCacheManager]) -> None:
         super().__init__(make)
         self.tokens: dict[int, list[int]] = {}  # all that is known of each sequence; not all may have a slot
         self.lengths: dict[int, int] = {}  # tokens with a slot
@@ -104,30 +94,31 @@ class Watched(Oracle):
 
     def admit(self, tokens: Sequence[int], limit: int) -> bool:
         self.num_operations += 1
-        seq_id = self._next_id
+        seq_id, before = self._next_id, books(self.manager)
         try:
             known = self.manager.admit(seq_id, tokens, limit)
         except OutOfBlocks:
             assert self.device(), "the device is empty, and the sequence fits"
-            return self._refused()
+            return self._refused(before)
         self._begin(seq_id, list(tokens), known, limit)
         self.learn(seq_id, tokens)
         self.check_hit(seq_id, known, len(tokens))
         return self._done([seq_id])
 
     def append(self, appends: Sequence[tuple[int, int]], token: int) -> bool:
-        """More tokens of several sequences at once; `token` where a sequence has no more of its own."""
+        """More tokens of several sequences in one call; `token` where a sequence has no more of its own."""
         self.num_operations += 1
         for seq_id, count in appends:
             missing = self.lengths[seq_id] + count - len(self.tokens[seq_id])
             if missing > 0:
                 self.tokens[seq_id] += [token] * missing
                 self.learn(seq_id, self.tokens[seq_id])
+        before = books(self.manager)
         try:
             transfers = self.manager.append(appends)
         except OutOfBlocks:
             self._check_append_refused(appends)
-            return self._refused()
+            return self._refused(before)
         self.memory.follow(transfers)
         for seq_id, count in appends:
             first = self.lengths[seq_id]
@@ -138,11 +129,10 @@ class Watched(Oracle):
     def commit_some(self, seq_id: int, num_written: int) -> None:
         self.num_operations += 1
         self.commit(seq_id, self.tokens[seq_id], num_written)
-        self.settle()
 
     def fork(self, parent_id: int) -> int:
         self.num_operations += 1
-        assert isinstance(self.manager, Forkable)
+        assert self.manager.can_fork
         child_id = self._next_id
         self.manager.fork(parent_id, child_id)
         self._begin(child_id, self.tokens[parent_id].copy(), self.lengths[parent_id], self.limits[parent_id])
@@ -177,33 +167,37 @@ class Watched(Oracle):
 
     def swap_out(self, seq_ids: Sequence[int]) -> bool:
         self.num_operations += 1
-        assert isinstance(self.manager, Swappable)
+        assert self.manager.can_swap
+        before = books(self.manager)
         try:
             transfers = self.manager.swap_out(seq_ids)
         except OutOfHostBlocks:
-            if isinstance(self.manager, PagedManager):
-                blocks = {block for seq_id in seq_ids for block in self.replayed.sequences[seq_id].blocks}
-                assert len(blocks) > len(self.replayed.host_free)
-            return self._refused()
+            if isinstance(self.manager, SwappablePagedManager):
+                blocks = {block for seq_id in seq_ids for block in self.manager.placement(seq_id)}
+                assert len(blocks) > self.manager.host_pool.num_free
+            return self._refused(before)
         self.host.update(seq_ids)
         self.memory.follow(transfers)
         return self._done(seq_ids)
 
     def swap_in(self, seq_ids: Sequence[int]) -> bool:
         self.num_operations += 1
-        assert isinstance(self.manager, Swappable)
+        assert self.manager.can_swap
+        before = books(self.manager)
         try:
             transfers = self.manager.swap_in(seq_ids)
         except OutOfBlocks:
             assert self.device() or len(seq_ids) > 1, "the device is empty, and the sequence fits"
-            return self._refused()
+            return self._refused(before)
         self.host.difference_update(seq_ids)
         self.memory.follow(transfers)
         return self._done(seq_ids)
 
-    def check_everyone(self) -> None:
-        """check(), and all sequences read their own values."""
+    def check_all(self) -> None:
+        """check(), and all sequences are where they should be and read their own values."""
         self.check()
+        assert sorted(held_on_device(self.manager)) == sorted(self.device())
+        assert sorted(held_on_host(self.manager)) == sorted(self.host)
         for seq_id, length in self.lengths.items():
             assert self.manager.length(seq_id) == length
             self.check_read(seq_id, length)
@@ -219,27 +213,26 @@ class Watched(Oracle):
         self._next_id += 1
 
     def _done(self, seq_ids: Sequence[int]) -> bool:
-        self.settle()
         for seq_id in seq_ids:
             self.check_read(seq_id, self.lengths[seq_id])
         return True
 
-    def _refused(self) -> bool:
+    def _refused(self, before: object) -> bool:
         self.num_refused += 1
-        assert not self.events, "the manager told of something that it refused"
-        assert state_of(self.manager) == self.replayed, "a refused operation changed something"
+        assert books(self.manager) == before, "a refused operation changed something"
         return False
 
     def _check_append_refused(self, appends: Sequence[tuple[int, int]]) -> None:
         """Count the blocks that were needed, one append after another; or, of a region, that others lie there."""
-        if not isinstance(self.manager, PagedManager):
-            assert len(self.device()) > 1, "the device has nobody else, and the sequence fits"
+        manager = self.manager
+        if not isinstance(manager, PagedManager):
+            assert len(self.device()) > 1, "the device has no other sequence, and this one fits"
             return
-        size, ref_count, needed = self.manager.block_size, self.replayed.ref_count.copy(), 0
+        size, ref_count, needed = manager.block_size, manager.pool.ref_count.copy(), 0
         for seq_id, count in appends:
-            place = self.replayed.sequences[seq_id]
-            if count and place.length % size and ref_count[place.blocks[-1]] > 1:
-                ref_count[place.blocks[-1]] -= 1
+            table = manager.tables[seq_id]
+            if count and table.length % size and ref_count[table.blocks[-1]] > 1:
+                ref_count[table.blocks[-1]] -= 1
                 needed += 1
-            needed += -(-(place.length + count) // size) - len(place.blocks)
-        assert needed > len(self.replayed.free) + len(self.replayed.idle)
+            needed += -(-(table.length + count) // size) - len(table.blocks)
+        assert needed > manager.pool.num_free

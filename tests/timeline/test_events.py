@@ -1,31 +1,21 @@
-"""Events as JSON lines, and logs that cannot be: what is wrong is said, with the line or the event."""
+"""Events as JSON lines: every event comes back, and what is wrong with a line is said, with its number."""
 
 from __future__ import annotations
 
 import io
 import json
-import random
-from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_ref.core.memory.manager import OutOfBlocks
-from paged_ref.core.memory.paged import PagedManager
 from paged_ref.timeline.events import (
-    BlockCached,
+    KINDS,
     Event,
-    PoolOpened,
-    RegionPlaced,
-    RegionSwappedIn,
-    RegionSwappedOut,
-    SequenceAdmitted,
-    SequenceForked,
-    SequenceFreed,
+    Pairs,
     StepPlanned,
-    SwappedIn,
     SwappedOut,
     TokenSampled,
     TokensAppended,
@@ -34,9 +24,8 @@ from paged_ref.timeline.events import (
     to_json,
     write_events,
 )
-from paged_ref.timeline.replay import replay, state_of
 
-KINDS = sorted(Event.kinds)
+NAMES = sorted(KINDS)
 ints = st.integers()
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "int": ints,
@@ -55,21 +44,22 @@ WRONG: dict[str, list[Any]] = {
 
 def types_of(name: str) -> dict[str, str]:
     """The fields of a kind of event, and the type of each as it is written there."""
-    return {field.name: str(field.type) for field in fields(Event.kinds[name])}
+    written = {int: "int", str: "str", tuple[int, ...]: "tuple[int, ...]", Pairs: "Pairs"}
+    return {field.name: written[field.type] for field in msgspec.structs.fields(KINDS[name])}
 
 
 def example(name: str) -> Event:
-    return Event.kinds[name](**{field: EXAMPLES[kind] for field, kind in types_of(name).items()})
+    return KINDS[name](**{field: EXAMPLES[kind] for field, kind in types_of(name).items()})
 
 
 def events_of(name: str) -> st.SearchStrategy[Event]:
-    return st.builds(Event.kinds[name], **{field: VALUES[kind] for field, kind in types_of(name).items()})
+    return st.builds(KINDS[name], **{field: VALUES[kind] for field, kind in types_of(name).items()})
 
 
 # --- there and back ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 def test_every_kind_of_event_survives_a_json_line(name: str, data: st.DataObject) -> None:
@@ -83,7 +73,7 @@ def test_every_kind_of_event_survives_a_json_line(name: str, data: st.DataObject
     assert hash(back) == hash(event)  # lists came back as tuples, inside too
 
 
-@given(st.lists(st.sampled_from(KINDS).flatmap(events_of), max_size=20))
+@given(st.lists(st.sampled_from(NAMES).flatmap(events_of), max_size=20))
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 def test_a_file_of_events_comes_back_in_order(events: list[Event]) -> None:
     file = io.StringIO()
@@ -93,6 +83,43 @@ def test_a_file_of_events_comes_back_in_order(events: list[Event]) -> None:
     assert list(read_events(file)) == events
 
 
+# A line of each event, as logs hold it that were written before: names and fields never change.
+OLD_LINES = [
+    r'{"event":"PoolOpened","manager":"\u00b7x","num_blocks":7,"block_size":7,"num_host_blocks":7,"free_order":[1,2]}',
+    r'{"event":"SequenceAdmitted","seq_id":7,"blocks":[1,2],"length":7}',
+    r'{"event":"TokensAppended","seq_id":7,"count":7,"new_blocks":[1,2],"copied":[1,2],"evicted":[1,2]}',
+    r'{"event":"SequenceForked","parent_id":7,"child_id":7}',
+    r'{"event":"BlockCached","block_id":7,"digest":"\u00b7x"}',
+    r'{"event":"SwappedOut","seq_ids":[1,2],"blocks":[[1,2],[3,4]]}',
+    r'{"event":"SwappedIn","seq_ids":[1,2],"blocks":[[1,2],[3,4]],"evicted":[1,2]}',
+    r'{"event":"SequenceFreed","seq_id":7}',
+    r'{"event":"RegionPlaced","seq_id":7,"start":7,"size":7}',
+    r'{"event":"RegionSwappedOut","seq_id":7,"start":7,"size":7}',
+    r'{"event":"RegionSwappedIn","seq_id":7,"start":7,"size":7}',
+    r'{"event":"ResidencyOpened","num_device_blocks":7,"num_host_blocks":7}',
+    r'{"event":"PagesPlaced","pages":[1,2],"device_blocks":[1,2],"host_blocks":[1,2]}',
+    r'{"event":"PagesFreed","pages":[1,2]}',
+    r'{"event":"PagesNamed","seq_id":7,"layer":7,"head":7,"pages":[1,2]}',
+    r'{"event":"ModelOpened","model":"\u00b7x","kv_bytes_per_token":7}',
+    r'{"event":"TokenNamed","token_id":7,"text":"\u00b7x"}',
+    r'{"event":"RequestArrived","request_id":7,"seq_ids":[1,2],"prompt":[1,2]}',
+    r'{"event":"StepPlanned","step":7,"chunks":[[1,2],[3,4]],"preempted":[1,2],"waiting":[1,2]}',
+    r'{"event":"PagesAttended","seq_id":7,"layer":7,"head":7,"chosen":[1,2],"resident":[1,2],"mass":[1,2]}',
+    r'{"event":"TokenSampled","seq_id":7,"token_id":7}',
+    r'{"event":"StepTimed","step":7,"microseconds":7}',
+    r'{"event":"BeamsReordered","chosen":[[1,2],[3,4]]}',
+    r'{"event":"SequenceFinished","seq_id":7,"reason":"\u00b7x"}',
+]
+
+
+def test_logs_that_were_written_before_still_open() -> None:
+    assert {json.loads(line)["event"] for line in OLD_LINES} == set(KINDS)
+    for line in OLD_LINES:
+        event = from_json(line)
+        assert json.loads(to_json(event)) == json.loads(line)
+        assert {"\u00b7x", 7, (1, 2), ((1, 2), (3, 4))}.issuperset(msgspec.structs.astuple(event))
+
+
 def test_fields_with_a_default_may_be_left_out() -> None:
     assert from_json('{"event":"TokensAppended","seq_id":3,"count":2}') == TokensAppended(3, 2)
     assert from_json('{"event":"StepPlanned","step":0,"chunks":[[1,2]]}') == StepPlanned(0, ((1, 2),))
@@ -100,7 +127,7 @@ def test_fields_with_a_default_may_be_left_out() -> None:
 
 def test_an_event_cannot_be_changed() -> None:
     event = TokenSampled(1, 2)
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         event.seq_id = 3  # type: ignore[misc]
 
 
@@ -136,7 +163,7 @@ def test_a_bad_line_is_refused_with_its_number_and_what_is_wrong(line: str, mess
         next(events)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_field_of_the_wrong_type_is_refused_at_any_depth(name: str) -> None:
     good = json.loads(to_json(example(name)))
     assert from_json(json.dumps(good)) == example(name)
@@ -146,14 +173,14 @@ def test_a_field_of_the_wrong_type_is_refused_at_any_depth(name: str) -> None:
                 from_json(json.dumps({**good, field: wrong}))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_missing_and_every_unknown_field_is_named(name: str) -> None:
     good = json.loads(to_json(example(name)))
-    optional = {field.name for field in fields(Event.kinds[name]) if field.default == ()}
+    optional = {field.name for field in msgspec.structs.fields(KINDS[name]) if field.default == ()}
     for field in types_of(name):
         line = json.dumps({key: value for key, value in good.items() if key != field})
         if field in optional:
-            assert from_json(line) == replace(example(name), **{field: ()})
+            assert from_json(line) == msgspec.structs.replace(example(name), **{field: ()})
         else:
             with pytest.raises(ValueError, match=f"{name}: .*missing.*'{field}'"):
                 from_json(line)
@@ -173,115 +200,3 @@ def test_a_file_that_was_cut_off_says_in_which_line() -> None:
             next(events)
     assert len(list(read_events(io.StringIO(text[:last])))) == 1  # cut between two lines: all that is there
     assert len(list(read_events(io.StringIO(text[:-1])))) == 2  # only the last line break is lost
-
-
-# --- logs that contradict themselves -------------------------------------------------------------------
-
-OPENED = PoolOpened("paged", 4, 2, 2, (0, 1, 2, 3))
-REGIONS = PoolOpened("swapping", 32, 1, 16, ())
-
-
-def begun(seq_id: int, *blocks: int) -> list[Event]:
-    """A sequence that fills the blocks."""
-    return [SequenceAdmitted(seq_id, (), 0), TokensAppended(seq_id, 2 * len(blocks), blocks)]
-
-
-@pytest.mark.parametrize(
-    ("log", "bad", "message"),
-    [
-        ([OPENED], OPENED, "opened before"),
-        ([], SequenceAdmitted(0, (1,), 2), "block 1 is not in the pool"),
-        ([OPENED], TokensAppended(5, 1, (0,)), "5"),
-        ([OPENED, *begun(0)], TokensAppended(0, 1, (1,)), r"block 1 was handed out; next on the free list is \[0\]"),
-        ([OPENED, *begun(0)], TokensAppended(0, 3, (0,)), "sequence 0 has 3 tokens in 1 blocks"),
-        ([OPENED, *begun(0)], TokensAppended(0, 1, (0, 1)), "sequence 0 has 1 tokens in 2 blocks"),
-        ([OPENED, *begun(0, 0, 1, 2, 3)], TokensAppended(0, 1, (0,)), "block 0 .* nothing"),
-        ([OPENED, *begun(0, 0)], TokensAppended(0, 2, (1,), (), (1,)), r"gave up nothing; told was \[1\]"),
-        ([OPENED, *begun(0, 0)], TokensAppended(0, 0, (), (3, 1)), "block 3 was copied; the last .* is 0"),
-        ([OPENED, *begun(0, 0)], TokensAppended(0, 0, (), (0,)), "not enough values"),
-        ([OPENED, *begun(0, 0)], SequenceAdmitted(0, (), 0), "sequence 0 is there already"),
-        ([OPENED, *begun(0, 0)], SequenceAdmitted(1, (1,), 2), "block 1 is free"),
-        ([OPENED, *begun(0, 0)], SequenceAdmitted(1, (-4,), 2), "block -4 is not in the pool"),
-        ([OPENED, *begun(0, 0)], SequenceAdmitted(1, (9,), 2), "block 9 is not in the pool"),
-        ([OPENED, *begun(0, 0)], SequenceAdmitted(1, (0,), 6), "sequence 1 has 6 tokens in 1 blocks"),
-        ([OPENED, *begun(0, 0)], SequenceForked(3, 1), "3"),
-        ([OPENED, *begun(0, 0), *begun(1, 1)], SequenceForked(0, 1), "sequence 1 is there already"),
-        ([OPENED, *begun(0, 0), SequenceFreed(0)], SequenceFreed(0), "0"),
-        ([OPENED, *begun(0, 0)], BlockCached(1, "ab"), "block 1 is in no table"),
-        ([OPENED, *begun(0, 0)], BlockCached(7, "ab"), "index out of range"),
-        ([OPENED, *begun(0, 0)], SwappedOut((0,), ()), "0"),
-        ([OPENED, *begun(0, 0)], SwappedOut((0,), ((0, 1),)), r"block 1 was handed out; next .* is \[0\]"),
-        ([OPENED, *begun(0, 0)], SwappedIn((0,), ((0, 1),)), "sequence 0 is on the device"),
-        ([OPENED, *begun(0, 0), SwappedOut((0,), ((0, 0),))], SwappedOut((0,), ((0, 1),)), "0 is on the host"),
-        ([OPENED, *begun(0, 0), SwappedOut((0,), ((0, 0),))], TokensAppended(0, 1, (0,)), "0 is on the host"),
-        ([OPENED, *begun(0, 0), SwappedOut((0,), ((0, 0),))], SequenceForked(0, 1), "0 is on the host"),
-        ([OPENED, *begun(0, 0), SwappedOut((0,), ((0, 0),))], SwappedIn((0,), ((0, 3),)), "block 3 was handed out"),
-        ([REGIONS], RegionPlaced(0, 30, 4), "slots 30 to 33 are not all in the pool"),
-        ([REGIONS], RegionPlaced(0, -1, 4), "slots -1 to 2 are not all in the pool"),
-        ([REGIONS, RegionPlaced(0, 0, 8)], RegionPlaced(1, 7, 8), "sequences 1 and 0 lie in the same slots"),
-        ([REGIONS, RegionPlaced(0, 0, 8)], TokensAppended(0, 9), "sequence 0 has 9 tokens in 8 slots"),
-        ([REGIONS, RegionPlaced(0, 0, 8)], RegionSwappedIn(0, 0, 8), "sequence 0 is on the device"),
-        ([REGIONS, RegionPlaced(0, 0, 8)], RegionSwappedOut(0, 16, 8), "slots 16 to 23 are not all in the pool"),
-        ([REGIONS, RegionPlaced(0, 0, 8), RegionSwappedOut(0, 0, 8)], RegionPlaced(0, 0, 16), "0 is on the host"),
-        ([REGIONS], RegionSwappedOut(0, 0, 8), "0"),
-    ],
-)
-def test_replay_stops_at_the_event_that_contradicts_what_came_before(
-    log: list[Event], bad: Event, message: str
-) -> None:
-    passed_over = [TokenSampled(0, 1)]  # the engine's events count, though they change no memory
-    replay([*passed_over, *log])
-    number = len(log) + 2
-    place = f"^event {number}, {type(bad).__name__}, does not fit what came before: .*{message}"
-    with pytest.raises(ValueError, match=place):
-        replay([*passed_over, *log, bad, TokenSampled(0, 2)])
-
-
-def random_log(seed: int) -> tuple[list[Event], PagedManager]:
-    """A small paged life with everything in it."""
-    rng = random.Random(seed)
-    events: list[Event] = []
-    manager = PagedManager(8, 2, num_host_blocks=4, prefix_cache=True, log=events.append)
-    tokens: dict[int, list[int]] = {}
-    for step in range(60):
-        seq_id = rng.choice(list(tokens)) if tokens else -1
-        on_host = bool(tokens) and manager.tables[seq_id].on_host
-        choice = rng.random()
-        try:
-            if choice < 0.3 or not tokens:
-                prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 6))]
-                known = manager.admit(step, prompt, 20)
-                tokens[step] = prompt
-                manager.append([(step, len(prompt) - known)])
-                manager.commit(step, prompt, len(prompt))
-            elif choice < 0.5 and not on_host:
-                manager.append([(seq_id, 1)])
-                tokens[seq_id].append(rng.randrange(2))
-            elif choice < 0.65 and not on_host:
-                manager.fork(seq_id, step)
-                tokens[step] = tokens[seq_id].copy()
-            elif choice < 0.85:
-                (manager.swap_in if on_host else manager.swap_out)([seq_id])
-            else:
-                manager.free(seq_id)
-                del tokens[seq_id]
-        except OutOfBlocks:
-            pass
-    return events, manager
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_every_event_is_needed_and_few_can_be_lost_or_told_twice_unnoticed(seed: int) -> None:
-    """A lost append inside a block, of a sequence that is freed later, cannot be noticed; most can."""
-    events, manager = random_log(seed)
-    assert replay(events) == state_of(manager)
-    stopped = 0
-    for i, event in enumerate(events):
-        if not (isinstance(event, TokensAppended) and event.count == 0):
-            assert replay(events[:i]) != replay(events[: i + 1])
-        for changed in (events[:i] + events[i + 1 :], events[: i + 1] + events[i:]):
-            try:
-                replay(changed)
-            except ValueError:
-                stopped += 1
-    assert stopped > len(events)

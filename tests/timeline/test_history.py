@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.logged_managers import logged_paged
+from support.manager_state import state_of
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.core.engine.outputs import StepRecord
 from paged_ref.core.memory.block_pool import OutOfBlocks
-from paged_ref.core.memory.manager import MemoryUsage
-from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.usage import MemoryUsage
+from paged_ref.extras.step_records import StepRecord
 from paged_ref.timeline.events import Event, ModelOpened, StepTimed, TokenNamed, to_json, write_events
 from paged_ref.timeline.history import MARKS, History, histories, letters, read_histories
-from paged_ref.timeline.replay import MemoryState, state_of
-from paged_ref.timeline.run_state import RunState
+from paged_ref.timeline.state import MemoryState, RunState
 from paged_ref.views.viz.viz_run import PAPER
 
 # --- the replay property ---------------------------------------------------------------------------------
@@ -38,8 +38,15 @@ def test_every_state_shown_is_the_managers_own(setup: dict[str, Any]) -> None:
     events: list[Event] = []
     seen: list[tuple[int, MemoryState, dict[int, list[int]]]] = []
     records: list[StepRecord] = []
-    llm = LLM("tiny", block_size=4, kv_cache_tokens=40, max_model_len=24, log=events.append, **setup)
-    llm.on_step = records.append
+    llm = LLM(
+        "tiny",
+        block_size=4,
+        kv_cache_tokens=40,
+        max_model_len=24,
+        log=events.append,
+        on_step=records.append,
+        **setup,
+    )
     coming = list(PAPER.arrivals)
     if setup["manager"] == "paged":
         coming.append((14, "The cat", SamplingParams(max_tokens=6, beam_width=3)))
@@ -50,9 +57,9 @@ def test_every_state_shown_is_the_managers_own(setup: dict[str, Any]) -> None:
         llm.step()
         step += 1
         shown = sum(not isinstance(event, (ModelOpened, StepTimed, TokenNamed)) for event in events)
-        groups = [*llm.scheduler.running, *llm.scheduler.waiting]
+        groups = [*llm.engine.scheduler.running, *llm.engine.scheduler.waiting]
         tokens = {seq.seq_id: seq.tokens.copy() for group in groups for seq in group.seqs}
-        seen.append((shown - 1, state_of(llm.manager), tokens))
+        seen.append((shown - 1, state_of(llm.engine.manager), tokens))
     (run,) = histories(events)
     order = [*range(len(seen)), *reversed(range(len(seen))), *random.Random(0).sample(range(len(seen)), len(seen))]
     for i in order:
@@ -73,7 +80,7 @@ def test_every_state_shown_is_the_managers_own(setup: dict[str, Any]) -> None:
     for i, record in enumerate(records):
         if record.num_waiting or setup["manager"] == "paged":
             assert run.usage_of_step(i) == record.snapshot.usage(run.final_lengths)
-            assert run.moment(run.steps[i].position).usage == run.usage_of_step(i)
+            assert run.moment(run.step_positions[i]).usage == run.usage_of_step(i)
             compared += 1
     assert compared > 3
 
@@ -113,7 +120,7 @@ def busy_log(num_events: int, num_blocks: int = 1000) -> list[Event]:
     """Random operations on a real manager."""
     rng = random.Random(0)
     events: list[Event] = []
-    manager = PagedManager(num_blocks, 16, num_host_blocks=100, prefix_cache=True, log=events.append)
+    manager = logged_paged(events.append, num_blocks, 16, num_host_blocks=100, prefix_cache=True)
     live: dict[int, list[int]] = {}
     next_id = 0
     while len(events) < num_events:
@@ -171,6 +178,10 @@ def test_a_copy_shares_nothing_that_changes(runs: list[History]) -> None:
     run.moment(150)
     assert kept == again
     assert isinstance(kept, RunState)
+    # What only the log knows of a block takes no part in comparing.
+    blocks = [(block.parent, block.tokens) for block in kept.memory.known.values()]
+    assert blocks == [(block.parent, block.tokens) for block in again.memory.known.values()]
+    assert any(tokens for _, tokens in blocks)
 
 
 # --- names and finding ------------------------------------------------------------------------------------
@@ -213,7 +224,7 @@ def damaged(log_file: Path, tmp_path: Path, change: Any) -> Path:
         (lambda lines: lines[1:], "bad.jsonl, line 1: a run begins with PoolOpened; this is ModelOpened"),
         (
             lambda lines: [s for s in lines if '"SequenceAdmitted"' not in s],
-            "line 11: event 11, TokensAppended, does not fit what came before: 0 is not there",
+            "line 11: event 11, TokensAppended, does not fit what came before: sequence 0 is not there",
         ),
         (lambda lines: [s.replace('"token_id"', '"tokenid"') for s in lines], "line 3: TokenNamed has no field 'toke"),
         (lambda lines: [*lines[:4], to_json(TokenNamed(5, "x")).replace("5", '"5"')], "line 5: token_id of TokenNamed"),

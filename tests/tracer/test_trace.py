@@ -18,6 +18,7 @@ pytest.importorskip("greenlet", reason="the tracer runs CUDA threads on greenlet
 
 from numba import cuda, types
 from numba.types import float32, int32
+from support.traces import per_thread
 
 from paged_ref.core.attention import paged
 from paged_ref.kernels import naive_attention, paged_attention
@@ -191,8 +192,8 @@ def test_threads_share_the_keys_evenly() -> None:
     with trace.recording(num_threads=8) as traces:
         case.paged()
     # 16 keys of 4 elements: 2 keys for each of the 8 threads. 4 dimensions: a thread each, 4 threads rest.
-    assert traces[0].per_thread("keys").tolist() == [[8] * 8]
-    assert traces[0].per_thread("values").tolist() == [[16] * 4 + [0] * 4]
+    assert per_thread(traces[0], "keys").tolist() == [[8] * 8]
+    assert per_thread(traces[0], "values").tolist() == [[16] * 4 + [0] * 4]
 
 
 def test_a_strided_cache_is_read_where_it_lies() -> None:

@@ -95,7 +95,7 @@ def test_the_layer_below_is_on_its_way_before_it_is_asked_for() -> None:
     load = activations.load
 
     def watched(layer: int) -> Any:
-        pages = activations._stored[layer].pages
+        pages = activations._layers[layer].pages
         here = sum(activations.residency.device_of[page] >= 0 for page in pages)
         seen.append((layer, len(pages) - here))
         return load(layer)
@@ -118,7 +118,7 @@ def test_a_shorter_batch_after_a_longer_one() -> None:
         ("page", 4096, 0, "the page size is 0 bytes"),
         ("page", None, 4096, "the budget is missing; page needs one"),
         ("swap", None, 4096, "the budget is missing; swap needs one"),
-        ("keep", 4096, 4096, "a budget is given to keep, which keeps to none"),
+        ("keep", 4096, 4096, "a budget is given to keep, which has no use for it"),
         ("disk", None, 4096, "memory is 'disk'; known are keep, swap, page, recompute"),
     ],
 )
@@ -138,7 +138,7 @@ def test_every_name_makes_what_it_says() -> None:
 def test_the_memory_pool_of_a_gpu_bears_the_counts_out() -> None:
     """CuPy's own count of used bytes, at every allocation: paging saves what `counts` says it saves."""
     config = small.config(num_layers=8, hidden_size=256, intermediate_size=512, head_size=64)
-    from paged_ref.training.network import Batch
+    from paged_ref.training.network import PackedBatch
 
     class Peak(xp.cuda.MemoryHook):  # type: ignore[misc]
         name, now, most = "peak", 0, 0
@@ -151,7 +151,7 @@ def test_the_memory_pool_of_a_gpu_bears_the_counts_out() -> None:
             self.now -= of["mem_size"]
 
     weights, found = small.weights(config), Parameters(config)
-    batch = Batch.of([np.random.default_rng(0).integers(23, size=513) for _ in range(16)])
+    batch = PackedBatch.of([np.random.default_rng(0).integers(23, size=513) for _ in range(16)])
     layer = 4 * sum(map(math.prod, saved_shapes(config, 16 * 512).values()))
     peaks = {}
     for name, activations in (("keep", Keep()), ("page", Paged(2 * layer, 2**16, config, 16 * 512))):

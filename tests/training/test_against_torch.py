@@ -11,7 +11,7 @@ from support import small
 from paged_ref.training.activations import Keep
 from paged_ref.training.checkpoint import hf_config, save_model
 from paged_ref.training.corpus import train_tokenizer
-from paged_ref.training.network import Batch, loss_and_gradient
+from paged_ref.training.network import PackedBatch, loss_and_gradient
 from paged_ref.training.parameters import Parameters
 
 torch = pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
@@ -28,7 +28,7 @@ def test_gradients_agree_with_autograd(sizes: dict[str, int], dtype: str) -> Non
     weights, gradient = small.weights(config, dtype), Parameters(config, dtype)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(96, size=length) for length in (200, 200, 37, 2, 130)]  # several chunks of queries
-    loss = loss_and_gradient(weights, gradient, Batch.of(sequences), Keep())
+    loss = loss_and_gradient(weights, gradient, PackedBatch.of(sequences), Keep())
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_config(config, np.float32)))
     model.to(getattr(torch, dtype))
@@ -56,7 +56,7 @@ def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
     ids = tokenizer.encode("some text")
     with torch.no_grad():
         loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
-    ours = loss_and_gradient(small.weights(config), Parameters(config), Batch.of([ids]), Keep())
+    ours = loss_and_gradient(small.weights(config), Parameters(config), PackedBatch.of([ids]), Keep())
     assert ours == pytest.approx(loss, rel=1e-5)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     assert fast("some text")["input_ids"] == ids

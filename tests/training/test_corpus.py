@@ -70,7 +70,7 @@ def test_each_of_the_words_is_one_token_and_any_text_comes_back() -> None:
     assert [tokenizer.decode([token]).strip() for token in tokenizer.encode(WORDS)] == WORDS.split()
     text = "Ein Käfer, 2 日本 \n\n\ttabs"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert train_tokenizer(STORIES, 330, WORDS).to_json() == tokenizer.to_json()
+    assert train_tokenizer(STORIES, 330, WORDS).inner.to_str() == tokenizer.inner.to_str()
 
 
 @pytest.mark.parametrize(

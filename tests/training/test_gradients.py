@@ -13,7 +13,7 @@ from paged_ref.core.device import Array, to_host, xp
 from paged_ref.core.model.llama import rotate
 from paged_ref.training import backward
 from paged_ref.training.activations import Keep
-from paged_ref.training.network import Batch, Dropout, loss_and_gradient, total_loss
+from paged_ref.training.network import Dropout, PackedBatch, loss_and_gradient, total_loss
 from paged_ref.training.parameters import Parameters
 
 STEP = 1e-6
@@ -140,9 +140,11 @@ def test_the_loss_alone_is_the_same_and_parts_of_a_batch_add_up() -> None:
     rng = np.random.default_rng(3)
     sequences = [rng.integers(config.vocab_size, size=size) for size in (5, 8, 2)]
     num_tokens = sum(len(ids) - 1 for ids in sequences)
-    loss = loss_and_gradient(weights, gradient, Batch.of(sequences), Keep())
-    assert loss == pytest.approx(total_loss(weights, Batch.of(sequences)) / num_tokens, rel=1e-12)
-    parts = [loss_and_gradient(weights, summed, Batch.of([ids]), Keep(), None, 1 / num_tokens) for ids in sequences]
+    loss = loss_and_gradient(weights, gradient, PackedBatch.of(sequences), Keep())
+    assert loss == pytest.approx(total_loss(weights, PackedBatch.of(sequences)) / num_tokens, rel=1e-12)
+    parts = [
+        loss_and_gradient(weights, summed, PackedBatch.of([ids]), Keep(), None, 1 / num_tokens) for ids in sequences
+    ]
     assert sum(parts) == pytest.approx(loss, rel=1e-12)
     np.testing.assert_allclose(to_host(summed.flat), to_host(gradient.flat), rtol=0, atol=1e-14)
 

@@ -14,10 +14,11 @@ from support import oracle
 
 pytest.importorskip("numba_cuda", reason="numba-cuda makes the kernels (extra test, cuda12 or cuda13)")
 
+from support.attention_calls import call_of
 from support.attention_cases import Case, Problem, build, tolerance, true_options
 
+from paged_ref.core.attention.cuda import Launch
 from paged_ref.extras.formats import decode, from_float8
-from paged_ref.interop.arguments import AttentionCall, build_call
 from paged_ref.kernels import merge_states
 from paged_ref.tracer import trace
 from paged_ref.tracer.access_record import Trace
@@ -28,30 +29,15 @@ DECODE = Case(seq_lens=(5, 0, 66), num_heads=2, num_kv_heads=1, head_size=32, ca
 EVERYTHING: dict[str, Any] = {"sliding_window": 20, "softcap": 3.0, "scale": 0.7}
 
 
-def call_of(problem: Problem, form: str) -> AttentionCall:
-    options: dict[str, Any] = dict.fromkeys(
-        ("scale", "sliding_window", "softcap", "alibi_slopes", "sinks", "key_scales", "value_scales", "out", "validate")
-    )
-    keys, values, where = getattr(problem, form)
-    places: dict[str, Any] = {"block_tables" if form == "paged" else "starts": where}
-    options |= places | problem.options
-    call = build_call(
-        problem.query, keys, values, problem.seq_lens, problem.query_start_loc,
-        names=("keys", "values"), return_lse=True, **options,
-    )  # fmt: skip
-    call.out[...] = 99  # whatever is not written shows
-    assert call.lse is not None
-    call.lse[...] = 99
-    return call
+def traced(launch: Launch) -> Trace:
+    return trace.run(launch.kernel, launch.grid, launch.num_threads, *launch.args)
 
 
 def run(problem: Problem, form: str, num_splits: int = 1) -> tuple[Array, Array, list[Trace]]:
     """Output, lse, and the record of each kernel."""
     call = call_of(problem, form)
     assert flash.unsupported_by_kernels(call) is None
-    traces = [
-        trace.run(kernel, grid, bounds[0], *args) for kernel, grid, bounds, args in flash.launches(call, num_splits)
-    ]
+    traces = [traced(launch) for launch in flash.launches(call, num_splits)]
     assert call.lse is not None
     return call.out, call.lse, traces
 
@@ -153,11 +139,11 @@ def test_parts_merge_as_merge_states_does() -> None:
     problem = build(DECODE)
     call = call_of(problem, "paged")
     attention, combine = flash.launches(call, 3)
-    trace.run(attention.kernel, attention.grid, attention.bounds[0], *attention.args)
+    traced(attention)
     outputs = attention.args[0].reshape(3, 2, 3, 32).transpose(2, 0, 1, 3)  # [parts, tokens, heads, head_size]
     lses = attention.args[1].reshape(3, 2, 3).transpose(2, 0, 1)
     want, want_lse = merge_states(outputs, lses * np.float32(np.log(2)))
-    trace.run(combine.kernel, combine.grid, combine.bounds[0], *combine.args)
+    traced(combine)
     np.testing.assert_allclose(call.out, want, rtol=1e-6, atol=1e-6)
     assert call.lse is not None
     np.testing.assert_allclose(call.lse, want_lse, rtol=1e-6)
@@ -230,15 +216,30 @@ def test_rows_that_begin_off_a_16_byte_border_are_refused() -> None:
 # ---- the twins of the intrinsics
 
 
+def product_of(mma: Any, words: Array, sums: Array) -> Array:
+    """What the 32 lanes of a warp get, [32, 4], for their words [32, 6] and sums [32, 4]."""
+    from numba import cuda
+
+    def kernel(words: Any, sums: Any, got: Any) -> None:
+        lane = cuda.threadIdx.x
+        w, s = words[lane], sums[lane]
+        parts = mma(w[0], w[1], w[2], w[3], w[4], w[5], s[0], s[1], s[2], s[3])
+        for i in range(4):
+            got[lane, i] = parts[i]
+
+    got = np.zeros((32, 4), np.float32)
+    trace.run(kernel, 1, 32, words, sums, got)
+    return got
+
+
 def test_a_product_is_laid_out_as_the_ptx_manual_says() -> None:
     """Rows, columns and k of each fragment, written down from "Matrix Fragments for mma.m16n8k16" and m16n8k8."""
-    from paged_ref.tuned import flash_intrinsics as intrinsics
+    from paged_ref.tuned import cuda_intrinsics as intrinsics
 
     rng = np.random.default_rng(0)
-    answers: Any = ((16, intrinsics._answer_float16), (8, intrinsics._answer_tfloat32))
-    for wide, answer in answers:
+    for wide, mma in ((16, intrinsics.mma_float16), (8, intrinsics.mma_tfloat32)):
         a, b, c = (rng.integers(-8, 8, shape).astype(np.float32) for shape in ((16, wide), (wide, 8), (16, 8)))
-        lanes: dict[Any, Any] = {}
+        words, sums = np.zeros((32, 6), np.uint32), np.zeros((32, 4), np.float32)
         for lane in range(32):
             group, member = lane >> 2, lane % 4
 
@@ -249,17 +250,17 @@ def test_a_product_is_laid_out_as_the_ptx_manual_says() -> None:
                 k = [[2 * member, 2 * member + 1], [2 * member + 8, 2 * member + 9]]
             else:
                 k = [[member], [member + 4]]
-            words = [
+            words[lane] = [
                 word([a[group, i] for i in k[0]]), word([a[group + 8, i] for i in k[0]]),
                 word([a[group, i] for i in k[1]]), word([a[group + 8, i] for i in k[1]]),
                 word([b[i, group] for i in k[0]]), word([b[i, group] for i in k[1]]),
             ]  # fmt: skip
-            sums = [c[group + 8 * (i // 2), 2 * member + i % 2] for i in range(4)]
-            lanes[lane] = (*words, *sums)
+            sums[lane] = [c[group + 8 * (i // 2), 2 * member + i % 2] for i in range(4)]
+
+        got = product_of(mma, words, sums)
         want = a @ b + c
         for lane in range(32):
-            got = answer(lane, lanes)
-            assert list(got) == [want[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2] for i in range(4)]
+            assert list(got[lane]) == [want[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2] for i in range(4)]
 
 
 @pytest.mark.parametrize("name", ["int8", "e4m3"])

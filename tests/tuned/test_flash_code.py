@@ -17,7 +17,7 @@ from paged_ref.cli import main
 from paged_ref.tuned.flash_combine import combine_kernel
 from paged_ref.tuned.flash_elements import ELEMENTS
 from paged_ref.tuned.flash_kernels import attention_kernel
-from paged_ref.tuned.flash_variant import NUM_THREADS, Variant
+from paged_ref.tuned.flash_variant import NUM_THREADS, KernelVariant
 from paged_ref.tuned.machine_code import (
     Code,
     compile_kernel,
@@ -57,7 +57,7 @@ def loop_of(name: str, capability: tuple[int, int]) -> list[str]:
     return loop_with_most(disassemble(compiled(name, capability)), "HMMA")
 
 
-def loads_for_a_tile(variant: Variant) -> int:
+def loads_for_a_tile(variant: KernelVariant) -> int:
     """Loads of 16 bytes that a lane makes for K and V of a tile."""
     element = ELEMENTS[variant.cache]
     return 2 * 8 * element.per_word * variant.head_size * element.bits // 8 // (32 * 16)
@@ -127,8 +127,8 @@ def test_the_kernel_that_merges_parts() -> None:
 
 def test_types_are_those_that_the_launch_passes() -> None:
     """The table above is of the kernels that run."""
+    from support.attention_calls import call_of
     from support.attention_cases import Case, build
-    from test_flash import call_of
 
     from paged_ref.tuned import flash
     from paged_ref.tuned.machine_code import parameters
@@ -137,7 +137,7 @@ def test_types_are_those_that_the_launch_passes() -> None:
         for form in ("paged", "contiguous"):
             call = call_of(build(case), form)
             for num_splits in (1, 2):
-                variant = replace(flash.variant_of(call), split=num_splits > 1)
+                variant = replace(flash.kernel_variant_of(call), split=num_splits > 1)
                 assert parameters(flash.launches(call, num_splits)[0].args) == sass.types_of(variant)
 
 

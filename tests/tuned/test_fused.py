@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("greenlet", reason="greenlet runs the tracer's threads")
 pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra test, cuda12 or cuda13)")
 
+from paged_ref.core.attention.cuda import Launch
 from paged_ref.core.model.llama import gated, rms_norm, rotate
 from paged_ref.tracer.trace import Trace, run
-from paged_ref.tuned.fused import gate_launch, rms_norm_launch, rotate_launch
-from paged_ref.tuned.launching import Launch
-from paged_ref.tuned.machine_code import compile_kernel, parameters
+from paged_ref.tuned.fused import gated_launch, rms_norm_launch, rotate_launch
+from paged_ref.tuned.machine_code import bounds_of, compile_kernel, parameters
 
 RNG = np.random.default_rng(0)
 CLOSE = {"float32": 3e-6, "float16": 3e-3}  # relative, and absolute: float16 rounds on the way in the array code
@@ -61,7 +61,7 @@ def test_rotate(dtype: str) -> None:
 def test_gate(dtype: str) -> None:
     gate_up = random(2, 2 * 300, dtype=dtype) * 8
     out = np.full((2, 300), np.nan, dtype)
-    trace = traced(gate_launch(out, gate_up))
+    trace = traced(gated_launch(out, gate_up))
     close(out, gated(gate_up))
     assert (trace.counts("out", write=True) == 1).all()
     assert (trace.counts("gate_up") == 1).all()
@@ -70,7 +70,7 @@ def test_gate(dtype: str) -> None:
 def test_gate_of_the_largest_is_no_nan() -> None:
     gate_up = np.array([[-200, 200, 1, 1]], np.float32)
     out = np.zeros((1, 2), np.float32)
-    traced(gate_launch(out, gate_up))
+    traced(gated_launch(out, gate_up))
     assert out.tolist() == [[0, 200]]
 
 
@@ -81,9 +81,9 @@ def test_machine_code(dtype: str) -> None:
     for launch in (
         rms_norm_launch(x, x, x[0], 1e-5),
         rotate_launch(x.reshape(2, 8, 8), x.reshape(2, 8, 8), cos, cos),
-        gate_launch(x[:, :32].copy(), x),
+        gated_launch(x[:, :32].copy(), x),
     ):
-        code = compile_kernel(launch.kernel, parameters(launch.args), (launch.num_threads, 1), (9, 0))
+        code = compile_kernel(launch.kernel, parameters(launch.args), bounds_of(launch), (9, 0))
         assert ".f64" not in code.ptx
         assert ".local" not in code.ptx
         assert not re.search(r"\bcall\b", code.ptx)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from paged_ref.core.device import to_host
-from paged_ref.core.memory.kv import KVStorage
 from paged_ref.core.memory.manager import Transfer
 from paged_ref.extras.formats import choose_scales, decode, encode, from_float8
 from paged_ref.kernels import copy_blocks, merge_states, naive_attention, paged_attention, write_kv
 from paged_ref.tuned import fused, launching
+from paged_ref.tuned.kv import TunedKV
 
 pytestmark = pytest.mark.gpu
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -139,19 +139,21 @@ def test_fused_kernels_agree_with_the_array_code(dtype: str) -> None:
     qkv = cupy.random.standard_normal((33, 12, 64), dtype=np.float32).astype(dtype)
     angles = cupy.random.standard_normal((33, 1, 64), dtype=np.float32)
     cos, sin = cupy.cos(angles).astype(dtype), cupy.sin(angles).astype(dtype)
-    assert fused.usable(x, weight)
-    calls: list[Callable[[], Any]] = [
-        lambda: llama.rms_norm(x, weight, 1e-5), lambda: llama.rotate(qkv[:, :8], cos, sin),
-        lambda: llama.rotate(qkv[:, 8:10], cos, sin), lambda: llama.gated(x),
-    ]  # fmt: skip
-    got = [to_host(call()) for call in calls]
+
+    def run(operations: Any) -> list[Any]:
+        return [
+            operations.rms_norm(x, weight, 1e-5), operations.rotate(qkv[:, :8], cos, sin),
+            operations.rotate(qkv[:, 8:10], cos, sin), operations.gated(x),
+        ]  # fmt: skip
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "usable", lambda *arrays: False)
-        want = [to_host(call()) for call in calls]
+        for name in ("rms_norm", "rotate", "gated"):  # no call falls back to the array code
+            patch.delattr(llama, name)
+        got = run(fused)
     bound = 1e-2 if dtype == "float16" else 1e-5
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(map(to_host, got), map(to_host, run(llama)), strict=True):
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=bound, atol=bound)
-    recorded(lambda: [call() for call in calls])
+    recorded(lambda: run(fused))
 
 
 def test_nothing_makes_the_host_wait() -> None:
@@ -187,7 +189,7 @@ def test_swaps_keep_their_order_with_the_work_around_them() -> None:
     """Large blocks and no wait by the host: a copy that came late would show."""
     import cupy
 
-    storage = KVStorage(4, 32, 16, 8, 128, "float16", num_host_blocks=32)
+    storage = TunedKV(4, 32, 16, 8, 128, "float16", num_host_blocks=32)
     first = cupy.random.standard_normal(storage.device.shape, dtype=np.float32).astype(np.float16)
     want = to_host(first)
     stream = cupy.cuda.Stream(non_blocking=True)

@@ -11,12 +11,14 @@ import pytest
 pytest.importorskip("greenlet", reason="greenlet runs the tracer's threads")
 pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra test, cuda12 or cuda13)")
 
-from paged_ref.core.attention.write import copy_launch, write_launches
+from paged_ref.core.attention.cuda import Launch
 from paged_ref.extras.formats import encode
+from paged_ref.interop import kernel_api
 from paged_ref.kernels import copy_blocks, write_kv
 from paged_ref.tracer.trace import Trace, run
-from paged_ref.tuned.launching import Launch
-from paged_ref.tuned.machine_code import compile_kernel, parameters
+from paged_ref.tuned import store
+from paged_ref.tuned.machine_code import bounds_of, compile_kernel, parameters
+from paged_ref.tuned.store import copy_launch, write_launches
 from paged_ref.tuned.store_kernels import move_rows_kernel
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -52,7 +54,7 @@ def test_write_kv_kernels_write_what_the_array_code_writes(source: str, target: 
         want, got = ([np.full(shape, 3, target) for _ in range(2)] for _ in range(2))
         with np.errstate(over="ignore", invalid="ignore"):
             write_kv(key, value, want[0], want[1], slots, key_scales=scales[0], value_scales=scales[1])
-        launches = write_launches(key, value, got[0], got[1], slots, *scales)
+        launches = write_launches(key, value, got[0], got[1], slots, (scales[0], scales[1]))
         aligned = row[0] * row[1] * key.itemsize % 16 == 0
         assert (launches[0].kernel is move_rows_kernel) == (source == target and aligned)
         for launch in launches:
@@ -66,7 +68,7 @@ def test_every_number_of_a_row_is_read_and_written_once(dtype: str, names: tuple
     """Also where a row is longer than the threads reach at once."""
     key, caches = np.ones((3, 4, 300), np.float32), np.zeros((2, 2, 2, 4, 300), dtype)
     scales = [np.ones(4, np.float32)] * 2 if dtype == "uint8" else [None, None]
-    launch = write_launches(key, key, caches[0], caches[1], np.array([3, -2, 0]), *scales)[0]
+    launch = write_launches(key, key, caches[0], caches[1], np.array([3, -2, 0]), (scales[0], scales[1]))[0]
     trace = traced(launch)
     reads, writes = trace.counts(names[0]), trace.counts(names[1], write=True)
     assert reads.sum() == writes.sum() == 2 * 1200
@@ -110,7 +112,7 @@ def launches() -> dict[str, Launch]:
         key = np.zeros((3, 2, 7 if source == "uint8" else 8), source)
         cache = np.zeros((2, 2, *key.shape[1:]), target)
         scales = [np.ones(2, np.float32)] * 2 if target in ("int8", "uint8") else [None, None]
-        found[f"{source} to {target}"] = write_launches(key, key, cache, cache, np.arange(3), *scales)[0]
+        found[f"{source} to {target}"] = write_launches(key, key, cache, cache, np.arange(3), (scales[0], scales[1]))[0]
     copy = copy_launch(np.zeros((2, 3, 4, 2, 8), np.float16), np.array([[0, 1]]))
     assert copy is not None
     return {**found, "copy_blocks": copy}
@@ -122,7 +124,7 @@ def test_machine_code(name: str) -> None:
     launch = launches()[name]
     in_chunks = name in ("float16 to float16", "copy_blocks")
     for capability in ((8, 0), (9, 0)) if in_chunks else ((9, 0),):
-        code = compile_kernel(launch.kernel, parameters(launch.args), (launch.num_threads, 1), capability)
+        code = compile_kernel(launch.kernel, parameters(launch.args), bounds_of(launch), capability)
         assert ".f64" not in code.ptx
         assert ".local" not in code.ptx
         assert not re.search(r"\bcall\b", code.ptx)
@@ -130,3 +132,35 @@ def test_machine_code(name: str) -> None:
         if in_chunks:
             for what in ("ld", "st"):
                 assert re.search(rf"{what}\.global\S*\.v4\.", code.ptx), code.ptx
+
+
+# ---- the callers
+
+
+def test_the_public_functions_ask_the_kernels_first_and_these_leave_host_memory_alone() -> None:
+    key, cache, pairs = np.ones((1, 1, 4), np.float32), np.zeros((3, 1, 1, 4), np.float32), np.array([[0, 1]])
+    assert not store.write(key, key, cache, cache, np.array([2]))
+    assert not store.copy(cache[None], pairs)
+    assert not cache.any()
+
+
+def test_what_a_mover_has_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mover:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+
+        def write(self, *arrays: Any) -> bool:
+            self.asked.append("write")
+            return True
+
+        def copy(self, *arrays: Any) -> bool:
+            self.asked.append("copy")
+            return True
+
+    mover = Mover()
+    monkeypatch.setattr(kernel_api, "store", mover)
+    key, cache = np.ones((1, 1, 4), np.float32), np.zeros((3, 1, 1, 4), np.float32)
+    write_kv(key, key, cache, cache.copy(), np.array([2]))
+    copy_blocks(cache, cache.copy(), [(0, 1)])
+    assert mover.asked == ["write", "copy", "copy"]
+    assert not cache.any()

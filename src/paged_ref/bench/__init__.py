@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+
+from ..views.common.options import subcommands
+
+# Threads that wait for work sleep: OpenMP's would otherwise spin after a call and slow what is timed next. torch and
+# BLAS read these when they are loaded, which is after this.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 BENCHMARKS = {
     "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
     "sass": ("paged_ref.bench.sass", "what the tuned GPU kernels cost, counted from machine code; needs no GPU"),
     "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
-    "model": (
-        "paged_ref.bench.model",
-        "on a GPU: whole-model decoding against the speed of memory, and a CPU's tokens",
-    ),
+    "model": ("paged_ref.bench.model", "on a GPU: decoding a whole model against the speed of memory; a CPU's tokens"),
     "simulate": ("paged_ref.bench.simulate", "how fast a trace goes through the schedulers and managers"),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
     "training": ("paged_ref.bench.training", "activations kept, swapped, paged, recomputed; a step's time; torch"),
@@ -21,10 +26,7 @@ BENCHMARKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name, (module, summary) in BENCHMARKS.items():
-        benchmark = which.add_parser(name, help=summary, description=summary)
-        importlib.import_module(module).add_arguments(benchmark)
+    subcommands(parser, "benchmark", BENCHMARKS, "BENCHMARK")
 
 
 def main(args: argparse.Namespace) -> int:

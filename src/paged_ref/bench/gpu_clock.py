@@ -1,22 +1,23 @@
-"""How long work takes on a GPU, by its own clock.
+"""How long work takes on a GPU, by the GPU's own clock.
 
-Many calls are recorded as one CUDA graph, so that the time between two launches, which is the host's, stays out
-of the kernel's time; what cannot be recorded is launched one by one. How long the host takes for a call is
-measured beside it: that is the launch overhead.
+Many calls are recorded as one CUDA graph, so that a kernel's time does not contain the time between two launches,
+which the host needs; calls that cannot be recorded are launched one by one. The launch overhead, which is the time
+that the host takes for one call, is measured separately.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 from ..core.device import xp
+from .batch import Call
 
-Call = Callable[[], Any]
+Library = Literal["cupy", "torch"]  # whose current stream the calls work on
 COPY_BYTES = 1 << 30  # several times any L2
 TOTAL = 2e-3  # seconds of work in one graph, about: an event's own half microsecond is then nothing
 
@@ -25,10 +26,10 @@ TOTAL = 2e-3  # seconds of work in one graph, about: an event's own half microse
 class Timing:
     seconds: float  # of one call on the device, median
     launch_seconds: float  # of one call on the host, without waiting for the device
-    graph: bool  # False where launches are in `seconds`
+    graph: bool  # False where `seconds` contains launches
 
 
-class Clock:
+class GpuClock:
     """Times calls that work on CuPy's or torch's current stream."""
 
     def __init__(self) -> None:
@@ -38,24 +39,24 @@ class Clock:
     def free_bytes(self) -> int:
         """Device memory that is left."""
         xp.get_default_memory_pool().free_all_blocks()
-        if "torch" in sys.modules:  # its pool holds what the last shape's peers needed
+        if "torch" in sys.modules:  # torch's pool still holds the memory of the last shape's peers
             sys.modules["torch"].cuda.empty_cache()
         return int(xp.cuda.Device().mem_info[0])
 
-    def time(self, calls: Sequence[Call], library: Literal["cupy", "torch"] = "cupy", rounds: int = 15) -> Timing:
-        """One call's time, from rounds over `calls`, which do the same on different memory."""
+    def time(self, calls: Sequence[Call], library: Library = "cupy", rounds: int = 15) -> Timing:
+        """The time of one call, from rounds over `calls`, which do the same work on different memory."""
         for call in calls:
             call()  # compiles
         launch = self._launch_seconds(calls)
         once = self._elapsed(lambda: [call() for call in calls], library) / len(calls)
         work = list(calls) * max(1, min(200, round(TOTAL / max(once, 1e-7))) // len(calls))
-        run = self._recorded(work, library)
-        graph = run is not None
-        if run is None:
-            run = lambda: [call() for call in work]  # noqa: E731
+        recorded = self._recorded(work, library)
+        run = recorded or (lambda: [call() for call in work])
         run()
         rounds = max(3, min(rounds, round(1 / max(once * len(work), 1e-9))))  # no more than about a second
-        return Timing(median(self._elapsed(run, library) for _ in range(rounds)) / len(work), launch, graph)
+        return Timing(
+            median(self._elapsed(run, library) for _ in range(rounds)) / len(work), launch, recorded is not None
+        )
 
     def copy_bandwidth(self) -> float:
         """Bytes a second, read and written together, of a device-to-device copy."""
@@ -72,49 +73,48 @@ class Clock:
             times.append(time.perf_counter() - began)
         return median(times)
 
-    def _elapsed(self, run: Call, library: str) -> float:
+    def _elapsed(self, run: Call, library: Library) -> float:
         """Seconds between two events around `run`."""
         if library == "torch":
             import torch
 
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / 1e3
-        begin, end = xp.cuda.Event(), xp.cuda.Event()
+        else:
+            begin, end = xp.cuda.Event(), xp.cuda.Event()
         begin.record()
         run()
         end.record()
         end.synchronize()
-        return float(xp.cuda.get_elapsed_time(begin, end)) / 1e3
+        milliseconds = begin.elapsed_time(end) if library == "torch" else xp.cuda.get_elapsed_time(begin, end)
+        return float(milliseconds) / 1e3
 
-    def _recorded(self, work: Sequence[Call], library: str) -> Call | None:
-        """All calls as one graph; None where recording fails, since some calls look at what the device computed."""
-        if library == "torch":
-            import torch
-
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):
-                    for call in work:
-                        call()
-            except Exception:
-                torch.cuda.synchronize()
-                return None
-            return graph.replay  # type: ignore[no-any-return]
-        stream = xp.cuda.Stream(non_blocking=True)
+    def _recorded(self, work: Sequence[Call], library: Library) -> Call | None:
+        """All calls as one graph; None where recording fails, because a call waits for the device."""
         xp.cuda.Device().synchronize()
         try:
-            with stream:
-                stream.begin_capture()
-                try:
-                    for call in work:
-                        call()
-                finally:
-                    recorded = stream.end_capture()
+            return _torch_graph(work) if library == "torch" else _cupy_graph(work)
         except Exception:
             xp.cuda.Device().synchronize()
             return None
-        return lambda: recorded.launch()  # on the current stream
+
+
+def _torch_graph(work: Sequence[Call]) -> Call:
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in work:
+            call()
+    return graph.replay  # type: ignore[no-any-return]
+
+
+def _cupy_graph(work: Sequence[Call]) -> Call:
+    stream = xp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        try:
+            for call in work:
+                call()
+        finally:
+            graph = stream.end_capture()
+    return lambda: graph.launch()  # on the current stream

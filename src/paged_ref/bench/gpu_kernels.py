@@ -1,41 +1,35 @@
 """`paged-ref bench kernels` on a GPU: what paging costs, and how far decoding is from the speed of memory.
 
-Decoding reads every K and V once and does little else, so the yardstick is a device-to-device copy, measured in
-the same run (bytes read and written over the time). Each contender's answer is checked before it is timed, and
-its calls go from one set of K, V and tables to the next, so that none finds its inputs in the L2.
+Decoding reads every K and V once and does little else, so times are compared with a device-to-device copy, measured
+in the same run (bytes read and written over the time). Each contender's answer is checked before it is timed, and
+each call reads another set of K, V and tables than the call before, so that no call finds its inputs in the L2.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..commands.info import versions
-from ..core.device import Array, describe, on_gpu, xp
-from ..extras.formats import decode, encode
-from ..kernels import backends, naive_attention, paged_attention
-from .gpu_clock import Timing
-from .gpu_peers import FLEX, SDPA, TRITON, peers
-from .gpu_shapes import GpuShape, shapes
+from ..core.device import xp
+from ..kernels import backends
+from ..views.common.program import program
+from .batch import Batch, Call
+from .gpu_clock import GpuClock, Library, Timing
+from .peers import FLEX, SDPA, TRITON, peers
+from .results import table_of, write_results
+from .shapes import Shape, gpu_shapes
 
-Call = Callable[[], Any]
+Record = dict[str, Any]  # of one shape, ready for JSON
 TUNED, TEACHING = "cuda-flash", "cuda"
 SLOW = 64 * 4096 * 8  # KV heads times keys beyond which the teaching kernels are left out: they take too long
 MAX_SETS = 512
 RESERVE = 0.8  # of the free memory that K and V may take
-
 
 PEERS = {SDPA: "SDPA", FLEX: "Flex", TRITON: "Triton"}
 EXPLANATION = """µs: one call on the device, median, by CUDA events (*: launches included)
@@ -46,106 +40,19 @@ as FlexAttention over its own pages, as a plain Triton kernel over ours
 host: µs that the host takes to launch one call, without a graph"""
 
 
-class Timer(Protocol):
-    """gpu_clock.Clock, or a test's."""
-
-    l2_bytes: int
-
-    def free_bytes(self) -> int: ...
-
-    def time(self, calls: list[Call], library: Any = "cupy") -> Timing: ...
-
-    def copy_bandwidth(self) -> float: ...
-
-
-class Sets:
-    """K and V of a shape several times over, with a permuted block table for each: all in one pool of blocks."""
-
-    def __init__(self, shape: GpuShape, l2_bytes: int) -> None:
-        num_heads, num_kv_heads, head_size = shape.heads
-        rng = np.random.default_rng(0)
-        self.shape, self.count = shape, min(MAX_SETS, max(1, -(-4 * l2_bytes // shape.bytes_held)))
-        blocks = -(-shape.keys // shape.block_size)
-        rows = (self.count, shape.batch * blocks * shape.block_size, num_kv_heads, head_size)
-        self.keys, self.values = (_random(rng, rows, shape.array_dtype) for _ in range(2))
-        in_blocks = (self.count, shape.batch * blocks, shape.block_size, num_kv_heads, head_size)
-        self.key_cache, self.value_cache = self.keys.reshape(in_blocks), self.values.reshape(in_blocks)
-        tables = [rng.permutation(shape.batch * blocks).reshape(shape.batch, blocks) for _ in range(self.count)]
-        self.tables = xp.asarray(np.stack(tables).astype(np.int32))
-        self.starts = xp.arange(shape.batch, dtype=np.int32) * (blocks * shape.block_size)
-        self.seq_lens = xp.asarray(shape.seq_lens())
-        self.loc = xp.arange(shape.batch + 1, dtype=np.int32)  # given, so that no call makes it
-        query = rng.standard_normal((shape.batch, num_heads, head_size), np.float32)
-        self.query = xp.asarray(encode(query, shape.array_dtype))
-        self.out = xp.empty_like(self.query)
-
-    def paged(self, backend: str, tables: Array | None = None) -> list[Call]:
-        tables = self.tables if tables is None else tables
-        return [
-            lambda i=i: paged_attention(  # type: ignore[misc]
-                self.query, self.key_cache[i], self.value_cache[i], tables[i], self.seq_lens, self.loc,
-                out=self.out, backend=backend,
-            )
-            for i in range(self.count)
-        ]  # fmt: skip
-
-    def contiguous(self, backend: str) -> list[Call]:
-        return [
-            lambda i=i: naive_attention(  # type: ignore[misc]
-                self.query,
-                self.keys[i],
-                self.values[i],
-                self.starts,
-                self.seq_lens,
-                self.loc,
-                out=self.out,
-                backend=backend,
-            )
-            for i in range(self.count)
-        ]
-
-    def check(self, backend: str) -> None:
-        """Two sequences against the reference, and all against the contiguous twin. Raises RuntimeError."""
-        last = slice(max(0, self.shape.batch - 2), None)
-        self.out[...] = 0
-        got = self.paged(backend)[-1]().copy()
-        want = paged_attention(
-            self.query[last], self.key_cache[-1], self.value_cache[-1], self.tables[-1, last], self.seq_lens[last],
-            backend="reference",
-        )  # fmt: skip
-        in_order = xp.arange(self.tables[0].size, dtype=np.int32).reshape(1, *self.tables.shape[1:])
-        paged = self.paged(backend, in_order.repeat(self.count, 0))[0]().copy()
-        for what, a, b in (
-            ("the reference", got[last], want),
-            ("the contiguous twin", paged, self.contiguous(backend)[0]()),
-        ):
-            difference = float(abs(decode(a).astype(np.float32) - decode(b).astype(np.float32)).max())
-            if not difference < 1e-2:
-                raise RuntimeError(f"{backend} is off from {what} by {difference} on {self.shape}")
-
-
-def _random(rng: np.random.Generator, rows: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Random numbers: up to 16 Mi of them drawn here, repeated to the end."""
-    cache = xp.empty(rows, dtype=dtype)
-    flat = cache.reshape(-1)
-    drawn = xp.asarray(encode(rng.standard_normal(min(flat.size, 1 << 24), np.float32), dtype))
-    for at in range(0, flat.size, drawn.size):
-        flat[at : at + drawn.size] = drawn[: flat.size - at]
-    return cache
-
-
-def bench(shape: GpuShape, timer: Timer, tuned: str, teaching: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Measure one shape: a record ready for JSON, and sentences about what failed."""
-    sets = Sets(shape, timer.l2_bytes)
-    sets.check(tuned)
-    ways: dict[str, tuple[list[Call], str]] = {
-        "paged": (sets.paged(tuned), "cupy"),
-        "contiguous": (sets.contiguous(tuned), "cupy"),
+def bench(shape: Shape, timer: GpuClock, tuned: str, teaching: str | None) -> tuple[Record, list[str]]:
+    """Measure one shape. Also returns a sentence for each contender that failed."""
+    batch = Batch(shape, xp, min(MAX_SETS, max(1, -(-4 * timer.l2_bytes // shape.bytes_held))))
+    batch.out = xp.empty_like(batch.query)
+    batch.check(tuned)
+    ways: dict[str, tuple[list[Call], Library]] = {
+        "paged": (batch.paged(tuned), "cupy"),
+        "contiguous": (batch.contiguous(tuned), "cupy"),
     }
     if teaching and shape.heads[1] * shape.batch * shape.keys <= SLOW:
-        sets.check(teaching)
-        ways["teaching"] = (sets.paged(teaching), "cupy")
-    others, failures = peers(shape, sets.query, sets.keys, sets.values, sets.tables)
+        batch.check(teaching)
+        ways["teaching"] = (batch.paged(teaching), "cupy")
+    others, failures = peers(shape, batch.query, batch.keys, batch.values, batch.tables)
     ways |= {name: (calls, "torch") for name, calls in others.items()}
     timings: dict[str, Timing] = {}
     for name, (calls, library) in ways.items():
@@ -160,7 +67,7 @@ def bench(shape: GpuShape, timer: Timer, tuned: str, teaching: str | None) -> tu
     best = {peer: min((s for name, s in seconds.items() if name.startswith(peer)), default=None) for peer in PEERS}
     paged = seconds["paged"]
     return {
-        "shape": asdict(shape) | {"bytes_read": shape.bytes_read, "sets": sets.count},
+        "shape": asdict(shape) | {"bytes_read": shape.bytes_read, "sets": batch.count},
         "copy_bytes_per_second": copy,
         "share_of_copy": shape.bytes_read / paged / copy,
         "times_contiguous": paged / seconds["contiguous"],
@@ -170,16 +77,14 @@ def bench(shape: GpuShape, timer: Timer, tuned: str, teaching: str | None) -> tu
 
 
 def run(
-    wanted: Iterable[GpuShape],
-    timer: Timer,
-    tuned: str,
-    teaching: str | None,
-    minutes: float,
-    save: Callable[[list[dict[str, Any]], list[str]], None] = lambda records, notes: None,
-) -> tuple[list[dict[str, Any]], list[str], int]:
-    """Measure shapes in their order until the time is spent. The records, what the reader should know, and how many
-    shapes failed: an error ends its shape only. `save` is called after each shape."""
-    began, records, notes, too_large, left_out, failed = time.perf_counter(), [], [], [], 0, 0
+    wanted: Iterable[Shape], timer: GpuClock, tuned: str, teaching: str | None, minutes: float,
+    save: Callable[[list[Record], list[str]], None] = lambda records, notes: None,
+) -> tuple[list[Record], list[str], int]:  # fmt: skip
+    """Measure shapes in their order until the time is spent. Returns the records, notes for the reader, and how many
+    shapes failed: an error ends the measurement of its shape only. `save` is called after each shape."""
+    began, too_large, left_out, failed = time.perf_counter(), [], 0, 0
+    records: list[Record] = []
+    notes: list[str] = []
     for shape in wanted:
         if time.perf_counter() - began > 60 * minutes:
             left_out += 1
@@ -203,30 +108,29 @@ def run(
     return records, notes, failed
 
 
-def table_of(records: list[dict[str, Any]], model: str) -> Table:
+def report_of(records: list[Record], model: str) -> Table:
     """The shapes of one model, a row each."""
-    table = Table(title=model, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("batch", "keys", "block", "type", "µs", "copy", "twin", *(PEERS[peer] for peer in PEERS), "host"):
-        table.add_column(heading, justify="right")
-    for record in records:
-        shape, timing = record["shape"], record["timings"]["paged"]
-        if shape["model"] != model:
-            continue
-        speed = [f"{record['speed_over'][peer]:.2f}" if peer in record["speed_over"] else "" for peer in PEERS]
-        table.add_row(
-            str(shape["batch"]), f"{'≤ ' if shape['ragged'] else ''}{shape['keys']}", str(shape["block_size"]),
-            {"float16": "f16", "bfloat16": "bf16"}[shape["dtype"]],
-            f"{1e6 * timing['seconds']:.1f}" + ("" if timing["graph"] else "*"),
-            f"{record['share_of_copy']:.0%}", f"{record['times_contiguous']:.3f}", *speed,
-            f"{1e6 * timing['launch_seconds']:.0f}",
-        )  # fmt: skip
-    return table
+    headings = ("batch", "keys", "block", "type", "µs", "copy", "twin", *PEERS.values(), "host")
+    rows = (_row(record) for record in records if record["shape"]["model"] == model)
+    return table_of(headings, rows, title=model, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def report(console: Console, records: list[dict[str, Any]], notes: list[str], tuned: str) -> None:
-    """The tables and what to know about them."""
+def _row(record: Record) -> tuple[str, ...]:
+    shape, timing = record["shape"], record["timings"]["paged"]
+    speed = [f"{record['speed_over'][peer]:.2f}" if peer in record["speed_over"] else "" for peer in PEERS]
+    return (
+        str(shape["batch"]), f"{'≤ ' if shape['ragged'] else ''}{shape['keys']}", str(shape["block_size"]),
+        {"float16": "f16", "bfloat16": "bf16"}[shape["dtype"]],
+        f"{1e6 * timing['seconds']:.1f}" + ("" if timing["graph"] else "*"),
+        f"{record['share_of_copy']:.0%}", f"{record['times_contiguous']:.3f}", *speed,
+        f"{1e6 * timing['launch_seconds']:.0f}",
+    )  # fmt: skip
+
+
+def report(console: Console, records: list[Record], notes: list[str], tuned: str) -> None:
+    """Print the tables, their columns explained, and the notes."""
     for model in dict.fromkeys(record["shape"]["model"] for record in records):
-        console.print(table_of(records, model))
+        console.print(report_of(records, model))
     if records:
         copies = sorted(record["copy_bytes_per_second"] for record in records)
         console.print(f"Backend {tuned}; copy bandwidth {copies[len(copies) // 2] / 1e9:.0f} GB/s, median of the run.")
@@ -236,34 +140,18 @@ def report(console: Console, records: list[dict[str, Any]], notes: list[str], tu
 
 
 def main(args: argparse.Namespace) -> int:
-    from .gpu_clock import Clock
-
     tuned = next((name for name in (TUNED, TEACHING) if name in backends()), None)
     if tuned is None:
-        raise ValueError("no CUDA backend works on this machine; paged-ref info says why")
-    wanted = [shape for shape in shapes() if not args.shape or any(words in str(shape) for words in args.shape)]
+        raise ValueError(f"no CUDA backend works on this machine; {program()} info says why")
+    wanted = [shape for shape in gpu_shapes() if not args.shape or any(words in str(shape) for words in args.shape)]
     if not wanted:
-        raise ValueError(f"--shape is {' '.join(args.shape)}; no shape has these words, such as: {next(shapes())}")
+        raise ValueError(f"--shape is {' '.join(args.shape)}; no shape has these words, such as: {next(gpu_shapes())}")
     teaching = TEACHING if tuned != TEACHING and TEACHING in backends() else None
 
-    def save(records: list[dict[str, Any]], notes: list[str]) -> None:
-        if args.json:
-            record = about | {"backend": tuned, "records": records, "notes": notes}
-            Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    def save(records: list[Record], notes: list[str]) -> None:
+        write_results(args.json, backend=tuned, records=records, notes=notes)
 
-    about = header()
-    records, notes, failed = run(wanted, Clock(), tuned, teaching, args.minutes, save)
+    records, notes, failed = run(wanted, GpuClock(), tuned, teaching, args.minutes, save)
     report(Console(), records, notes, tuned)
     save(records, notes)
     return 1 if failed else 0
-
-
-def header() -> dict[str, Any]:
-    """Device, date and versions: what every recorded result begins with."""
-    return {
-        "device": describe(),
-        "driver_cuda_version": xp.cuda.runtime.driverGetVersion() if on_gpu else None,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": versions(),
-    }

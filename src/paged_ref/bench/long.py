@@ -1,37 +1,34 @@
-"""`paged-ref bench long`: what it costs when the context does not fit on the device, at one layer's worth of K and V.
+"""`paged-ref bench long`: what a context costs that does not fit on the device, measured for K and V of one layer.
 
-The keys and values are random: what is timed and counted does not depend on them. Three questions, each a table: does
-device memory stay constant while the context grows; what does streaming cost beside a run that holds everything; and
-what does a budget save. Contenders take turns, and the shortest times are compared: by the clock, and in the time
-that all cores spent.
+The keys and values are random: the times and counts do not depend on them. Three questions: does device memory stay
+constant while the context grows; what does streaming cost, compared with a run that holds everything; and what does a
+budget save. Contenders take turns, and their shortest times are compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from time import perf_counter, process_time
-from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.attention import TwoCaches, streamed_attention
-from ..beyond_device.long_context import LongContext
 from ..beyond_device.options import STAGING_BYTES, LongOptions
 from ..beyond_device.relevance import Attend
-from ..core.device import Array, describe, on_gpu, synchronize, xp
+from ..core.device import Array, on_gpu, xp
+from ..core.engine.scheduler import StepPlan
+from ..core.engine.sequence import Sequence
 from ..core.model.config import ModelConfig
 from ..kernels import paged_attention
+from ..views.common import options
+from ..views.common.versions import describe_device
+from .results import Times, shortest, table_of, write_results
 
 BLOCK_SIZE = 16
-CHUNK = 4096  # tokens written at once
+CHUNK = 4096  # tokens written in one step
 SHAPES = {"Llama 3 8B": (32, 8, 128), "TinyLlama": (32, 4, 64), "embedded": (8, 4, 16)}  # of one layer
 SMALL = (8, 2, 64)  # of the table that grows to a million tokens: 1 GiB of K and V there, in float32
 
@@ -49,33 +46,30 @@ class Growth:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A time beside the one that it is measured against."""
+    """The time of one contender, and of the contender that it is compared with."""
 
     name: str
     seconds: float
     against: float
-    cores: float  # the same in the time that all cores together spent, which a busy neighbour hardly changes
+    cores: float  # the ratio of the times that all cores together spent
 
-    @property
-    def ratio(self) -> float:
-        return self.seconds / self.against
+    @classmethod
+    def of(cls, name: str, times: Times, against: Times) -> Ratio:
+        return cls(name, times.seconds, against.seconds, times.cores / against.cores)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", default=[2**12, 2**14, 2**16, 2**18, 2**20], metavar="N",
-        help="tokens, from small to large (default 4096 to 1048576)",
+    options.integer(
+        parser, "--contexts", [2**12, 2**14, 2**16, 2**18, 2**20],
+        "tokens, from small to large (default 4096 to 1048576)", nargs="+", least=None,
     )  # fmt: skip
-    parser.add_argument("--device-blocks", type=int, default=128, metavar="B", help="while it grows (default 128)")
-    parser.add_argument("--tokens", type=int, default=2**16, metavar="N", help="of the other two tables (65536)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="the shortest of so many times (default 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    options.integer(parser, "--device-blocks", 128, "while the context grows", least=2, metavar="B")
+    options.integer(parser, "--tokens", 2**16, "of the other two tables", least=1024)
+    options.integer(parser, "--rounds", 7, "the shortest of so many times")
+    options.json_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    for name, least in (("device_blocks", 2), ("tokens", 1024), ("rounds", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least {least} is needed")
     if min(args.contexts) < 1 or sorted(args.contexts) != args.contexts:
         raise ValueError(f"--contexts is {args.contexts}; numbers from 1 on are needed, from small to large")
     console = Console(soft_wrap=True)
@@ -83,9 +77,7 @@ def main(args: argparse.Namespace) -> int:
     console.print(_growth_table(growth, args.device_blocks))
     ratios = [*streaming(args.tokens, args.rounds), *budgets(args.tokens, args.rounds)]
     console.print(_ratio_table(ratios, args.tokens))
-    if args.json:
-        results = {"device": describe(), "growth": [asdict(g) for g in growth], "ratios": [asdict(r) for r in ratios]}
-        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_results(args.json, growth=[asdict(row) for row in growth], ratios=[asdict(row) for row in ratios])
     return 0
 
 
@@ -93,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 class Layer:
-    """One layer's pages of one sequence of random keys, which grows without its prompt being attended to."""
+    """One layer's pages of one sequence of random keys. While it grows, nothing attends to it."""
 
     def __init__(self, shape: tuple[int, int, int], device_blocks: int, host_blocks: int, attend: Attend) -> None:
         num_heads, num_kv_heads, head_size = shape
@@ -101,50 +93,47 @@ class Layer:
             vocab_size=1, hidden_size=1, intermediate_size=1, num_layers=1, num_heads=num_heads,
             num_kv_heads=num_kv_heads, head_size=head_size, max_position_embeddings=1,
         )  # fmt: skip
-        options = LongOptions(device_blocks, host_blocks, attend=attend, full_layers=0)
-        self.long_context = options.make(config, BLOCK_SIZE, "float32", CHUNK, "auto", False, None)
+        choice = LongOptions(device_blocks, host_blocks, attend=attend, full_layers=0)
+        self.manager, self.kv = choice.make(config, BLOCK_SIZE, "float32", CHUNK, "auto", False, None)
         self._rng = np.random.default_rng(0)
         self._noise = xp.asarray(self._rng.standard_normal((2, 2 * CHUNK, num_kv_heads, head_size), dtype=np.float32))
         self.query = xp.asarray(self._rng.standard_normal((1, num_heads, head_size), dtype=np.float32))
-        self.length = 0
-        self.long_context.manager.admit(0, [], 1)
+        self.seq = Sequence(0, [], 0, 0)
+        self.manager.admit(0, [], 1)
 
-    def _begin(self, count: int) -> tuple[Array, Array]:
-        self.long_context.manager.append([(0, count)])
-        self.long_context.begin_step([(0, self.length, count)])
-        ((keys, values),) = self.long_context
+    def _begin(self, count: int) -> Array:
+        """Keys and values of `count` more tokens: [2, count, num_kv_heads, head_size]."""
+        self.manager.append([(0, count)])
+        self.kv.begin_step(StepPlan([(self.seq, count)]))
+        self.seq.num_computed += count
         first = int(self._rng.integers(CHUNK))
-        keys[0, :count], values[0, :count] = self._noise[:, first : first + count]
-        self.length += count
-        return keys, values
+        return self._noise[:, first : first + count]
 
     def grow(self, length: int) -> None:
-        while self.length < length:
-            count = min(CHUNK, length - self.length)
-            keys, values = self._begin(count)
-            self.long_context.write(keys[0, :count], values[0, :count])
+        while self.seq.num_computed < length:
+            self.kv.write(0, *self._begin(min(CHUNK, length - self.seq.num_computed)))
 
-    def step(self, query: Array | None = None) -> None:
+    def step(self) -> None:
         """One more token."""
-        keys, values = self._begin(1)
-        self.long_context(self.query if query is None else query, keys, values, None, sliding_window=None)
+        key, value = self._begin(1)
+        self.kv.attend(0, self.query, key, value, None, None)
 
 
 def grow(contexts: list[int], device_blocks: int, rounds: int) -> list[Growth]:
     """Time and bytes of one more token, exactly, at each length."""
     layer = Layer(SMALL, device_blocks, -(-(contexts[-1] + len(contexts) * (rounds + 1)) // BLOCK_SIZE) + 1, "all")
-    long_context: LongContext = layer.long_context
+    kv = layer.kv
     found = []
     for tokens in contexts:
         layer.grow(tokens)
         layer.step()
-        pages = SMALL[1] * -(-(layer.length + 1) // BLOCK_SIZE)
-        before = long_context.counters.bytes_in
-        ((seconds, _),) = _shortest([layer.step], rounds)
-        moved = (long_context.counters.bytes_in - before) // (rounds + 1)  # and the one that warms up
-        here = sum(block >= 0 for block in long_context.manager.residency.device_of)
-        on_paper = max(0, pages - here) * long_context.page_bytes
-        found.append(Growth(tokens, long_context.device_bytes, moved, on_paper, seconds))
+        pages = SMALL[1] * -(-(layer.seq.num_computed + 1) // BLOCK_SIZE)
+        before = kv.counters.bytes_in
+        ((seconds, _),) = shortest([layer.step], rounds)
+        moved = (kv.counters.bytes_in - before) // (rounds + 1)  # and the first step, which is not timed
+        here = sum(block >= 0 for block in kv.manager.residency.device_of)
+        on_paper = max(0, pages - here) * kv.page_bytes
+        found.append(Growth(tokens, kv.device_bytes, moved, on_paper, seconds))
     return found
 
 
@@ -162,12 +151,11 @@ def streaming(tokens: int, rounds: int) -> list[Ratio]:
                 on_device = (xp.asarray(table), xp.asarray(lens), xp.asarray(loc))
                 resident = partial(paged_attention, query, caches.keys, caches.values, *on_device, validate=False)
                 streamed = partial(streamed_attention, query, caches, nowhere, table, lens, loc)
-                found.append(
-                    _ratio(f"{name}, {queries} new: {way} / resident", *_shortest([streamed, resident], rounds))
-                )
-                if on_gpu and queries == 1:  # the bus sets the pace: how near is this to nothing but a copy?
-                    times = _shortest([streamed, partial(_copy, caches, table.size)], rounds)
-                    found.append(_ratio(f"{name}, 1 new: {way} / a plain copy", *times))
+                times = shortest([streamed, resident], rounds)
+                found.append(Ratio.of(f"{name}, {queries} new: {way} / resident", *times))
+                if on_gpu and queries == 1:  # the bus is the limit: how close is this to a plain copy?
+                    times = shortest([streamed, partial(_copy, caches, table.size)], rounds)
+                    found.append(Ratio.of(f"{name}, 1 new: {way} / a plain copy", *times))
     return found
 
 
@@ -185,31 +173,26 @@ def _both(tokens: int, kv_heads: int, head_size: int, way: str) -> tuple[TwoCach
     shape = (2 * total + num_staging, *noise.shape[1:])
     keys, values = (np.broadcast_to(noise, shape).copy() for _ in range(2))
     first_host = total + num_staging
-    caches = TwoCaches(
-        xp.asarray(keys[:first_host]),
-        xp.asarray(values[:first_host]),
-        _pinned(keys[first_host:]),
-        _pinned(values[first_host:]),
-        range(total, first_host),
-        None if way == "pieces" else (keys, values),
-    )
+    device_keys, device_values = (xp.asarray(array[:first_host]) for array in (keys, values))
+    host_keys, host_values = (_pinned(array[first_host:]) for array in (keys, values))
+    whole = None if way == "pieces" else (keys, values)
+    caches = TwoCaches(device_keys, device_values, host_keys, host_values, range(total, first_host), whole)
     return caches, np.arange(total).reshape(kv_heads, per_head)
 
 
 def budgets(tokens: int, rounds: int) -> list[Ratio]:
-    """A tenth of the pages on the device: the exact mode beside budgets."""
+    """A tenth of the pages on the device: the exact mode compared with budgets."""
     num_blocks = -(-(tokens + 4 * rounds) // BLOCK_SIZE)
-    layers = {}
-    for attend in ("all", 0.25, 0.1):
-        layer = Layer(SHAPES["Llama 3 8B"], num_blocks // 10, num_blocks + 1, attend)
+    attends: tuple[Attend, ...] = ("all", 0.25, 0.1)
+    layers = [Layer(SHAPES["Llama 3 8B"], num_blocks // 10, num_blocks + 1, attend) for attend in attends]
+    for layer in layers:
         layer.grow(tokens)
         for _ in range(3):
             layer.step()
-        layers[attend] = layer.step
-    times = _shortest(list(layers.values()), rounds)
+    everything, *others = shortest([layer.step for layer in layers], rounds)
     return [
-        _ratio(f"Llama 3 8B, 1 new: attend all / {attend}", times[0], its)
-        for attend, its in zip(list(layers)[1:], times[1:], strict=True)
+        Ratio.of(f"Llama 3 8B, 1 new: attend all / {attend}", everything, against)
+        for attend, against in zip(attends[1:], others, strict=True)
     ]
 
 
@@ -223,60 +206,41 @@ def _pinned(array: np.ndarray) -> np.ndarray:
     return pinned
 
 
-Times = tuple[float, float]  # seconds, and seconds of all cores together
-
-
-def _ratio(name: str, times: Times, against: Times) -> Ratio:
-    return Ratio(name, times[0], against[0], times[1] / against[1])
-
-
-def _shortest(contenders: list[Callable[[], Any]], rounds: int) -> list[Times]:
-    """Of each, the shortest times of so many rounds, taking turns."""
-    for contender in contenders:
-        contender()
-    best = [(np.inf, np.inf)] * len(contenders)
-    for _ in range(rounds):
-        for i, contender in enumerate(contenders):
-            synchronize()
-            began, cores = perf_counter(), process_time()
-            contender()
-            synchronize()
-            best[i] = min(best[i][0], perf_counter() - began), min(best[i][1], process_time() - cores)
-    return best
-
-
 # --- tables ------------------------------------------------------------------------------------------------
 
 
 def _growth_table(growth: list[Growth], device_blocks: int) -> Table:
     heads, kv_heads, head_size = SMALL
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"One more token, exactly: one layer, {heads} heads, {kv_heads} KV heads of {head_size}, "
-        f"{device_blocks} device blocks\n{describe()}",
-    )
-    for name in ("context", "device MiB", "MiB from host", "on paper", "ms", "ns/token of context"):
-        table.add_column(name, justify="right")
-    for row in growth:
-        table.add_row(
+    headings = ("context", "device MiB", "MiB from host", "on paper", "ms", "ns/token of context")
+    rows = (
+        (
             f"{row.tokens:,}", f"{row.device_bytes / 2**20:.2f}", f"{row.bytes_in / 2**20:,.2f}",
             f"{row.on_paper / 2**20:,.2f}", f"{row.seconds * 1e3:,.2f}", f"{row.seconds / row.tokens * 1e9:.1f}",
-        )  # fmt: skip
-    return table
+        )
+        for row in growth
+    )  # fmt: skip
+    title = (
+        f"One more token, exactly: one layer, {heads} heads, {kv_heads} KV heads of {head_size}, "
+        f"{device_blocks} device blocks\n{describe_device()}"
+    )
+    return table_of(headings, rows, title=title)
 
 
 def _ratio_table(ratios: list[Ratio], tokens: int) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"One layer of the shape of a model, {tokens:,} tokens of context.\n"
-        "Streamed, nothing is on the device; with a budget, 10% of the pages can be",
-    )
-    table.add_column("")
-    table.add_column("ms", justify="right", no_wrap=True)
-    for name in ("ratio", "of cores"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in ratios:
-        table.add_row(
-            row.name, f"{row.seconds * 1e3:.3g} / {row.against * 1e3:.3g}", f"{row.ratio:.2f}", f"{row.cores:.2f}"
+    rows = (
+        (
+            row.name,
+            f"{row.seconds * 1e3:.3g} / {row.against * 1e3:.3g}",
+            f"{row.seconds / row.against:.2f}",
+            f"{row.cores:.2f}",
         )
+        for row in ratios
+    )
+    title = (
+        f"One layer of the shape of a model, {tokens:,} tokens of context.\n"
+        "Streamed, nothing is on the device; with a budget, 10% of the pages can be"
+    )
+    table = table_of(("", "ms", "ratio", "of cores"), rows, title=title)
+    for column in table.columns[1:]:
+        column.no_wrap = True
     return table

@@ -1,6 +1,6 @@
 """`paged-ref bench model`: whole-model decoding on a GPU, against the speed of its memory and against a CPU run.
 
-First the embedded model: greedy tokens in float16 on the GPU beside those in float32 on the CPU. Then a Llama of
+First the embedded model: greedy tokens in float16 on the GPU, compared with float32 on the CPU. Then a Llama of
 about a billion random parameters, float16, a batch of equal prompts: each decode step must read all weights and
 all K and V once, and a step's bound is these bytes over the bandwidth of a copy, measured in the same run.
 """
@@ -9,45 +9,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from ..core.device import describe, on_gpu, reason
-from ..core.engine.outputs import StepRecord
-from ..core.engine.sampling import SamplingParams
+from ..core.device import on_gpu, reason
 from ..core.model.config import ModelConfig, kv_bytes_per_token
-from ..core.model.loading import TINY, weight_shapes
+from ..extras.beam import SamplingParams
+from ..extras.step_records import StepRecord
+from ..interop.architectures import weight_shapes
 from ..llm import LLM
+from ..views.common import options
+from ..views.common.versions import describe_device
+from .gpu_clock import GpuClock
+from .random_model import repeated_weights, save_checkpoint
+from .results import table_of, write_results
 
 # The sizes of Llama 3.2 1B: 1.24 billion parameters.
-ONE_BILLION: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-}
+ONE_BILLION = ModelConfig(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8,
+    head_size=64, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True,
+)  # fmt: skip
 PROMPTS = (
     "Four score and seven years ago our",
     "Once upon a time, there was a little girl named",
@@ -60,30 +50,20 @@ NEW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="sequences at once (default 32)")
-    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="default 1024")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default 64")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    options.integer(parser, "--batch", 32, "sequences in a batch")
+    options.integer(parser, "--prompt-tokens", 1024)
+    options.integer(parser, "--new-tokens", 64, least=3)  # the first steps of decoding are not counted
+    options.json_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    for name in ("batch", "prompt_tokens", "new_tokens"):
-        least = 3 if name == "new_tokens" else 1  # the first steps of decoding are not counted
-        if getattr(args, name) < least:
-            raise ValueError(f"{name} is {getattr(args, name)}; at least {least} is needed")
     if not on_gpu:
         raise ValueError(f"this benchmark needs a GPU: {reason}")
-    from .gpu_clock import Clock
-    from .gpu_kernels import header
-
     same = same_tokens(cpu_tokens())
-    bandwidth = Clock().copy_bandwidth()
+    bandwidth = GpuClock().copy_bandwidth()
     results = decode_speed(ONE_BILLION, "float16", args, bandwidth)
-    console = Console()
-    report(console, same, results, bandwidth)
-    if args.json:
-        record = header() | {"copy_bytes_per_second": bandwidth, "same_tokens_as_cpu_float32": same, "decode": results}
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    report(Console(), same, results, bandwidth)
+    write_results(args.json, copy_bytes_per_second=bandwidth, same_tokens_as_cpu_float32=same, decode=results)
     return 0 if all(count == NEW_TOKENS for count in same) else 1
 
 
@@ -98,7 +78,7 @@ def greedy_tokens(dtype: str) -> list[list[int]]:
 
 
 def cpu_tokens() -> list[list[int]]:
-    """The same in float32 on the CPU: another process, for the device is chosen at import."""
+    """The same in float32 on the CPU: another process, because the device is chosen at import."""
     code = f"import json; from {__name__} import greedy_tokens; print(json.dumps(greedy_tokens('float32')))"
     environment = {**os.environ, "PAGED_REF_DEVICE": "cpu"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -109,7 +89,7 @@ def cpu_tokens() -> list[list[int]]:
 
 
 def same_tokens(want: list[list[int]]) -> list[int]:
-    """For each prompt, how many tokens of a float16 run agree before the first that does not."""
+    """For each prompt, how many tokens of a float16 run agree with `want` before the first that differs."""
     return [
         next((i for i, (a, b) in enumerate(zip(mine, wanted, strict=True)) if a != b), len(wanted))
         for mine, wanted in zip(greedy_tokens("float16"), want, strict=True)
@@ -119,17 +99,14 @@ def same_tokens(want: list[list[int]]) -> list[int]:
 # ---- a large model: the speed of memory
 
 
-def decode_speed(
-    hf_config: Mapping[str, Any], dtype: str, args: argparse.Namespace, bandwidth: float
-) -> dict[str, Any]:
-    """Decode a batch of random prompts: the median step, and its share of the bound."""
-    config = ModelConfig.from_hf(hf_config)
+def decode_speed(config: ModelConfig, dtype: str, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
+    """Decode a batch of random prompts: the median step, and the bound as a share of it."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, config.vocab_size, size=(args.batch, args.prompt_tokens)).tolist()
     length = args.prompt_tokens + args.new_tokens
     steps: list[StepRecord] = []
     with tempfile.TemporaryDirectory() as folder:
-        save_random(hf_config, config, dtype, Path(folder))
+        save_checkpoint(Path(folder), config, repeated_weights(config, dtype))
         llm = LLM(
             folder, dtype=dtype, max_model_len=length, max_batch_tokens=4096,
             kv_cache_tokens=args.batch * (length + 16), on_step=steps.append,
@@ -153,47 +130,26 @@ def decode_speed(
 
 
 def weights_read(config: ModelConfig) -> int:
-    """Numbers that a decode step reads of the weights: all, but of a table of embeddings that is not the head
-    only the few rows of its tokens."""
-    count = sum(int(np.prod(shape)) for shape in weight_shapes(config).values())
+    """How many weights a decode step reads: all; but where the embeddings are not also the head, only the few rows of
+    the step's tokens, which are not counted."""
+    count = sum(math.prod(shape) for shape in weight_shapes(config).values())
     return count - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 
-def save_random(hf_config: Mapping[str, Any], config: ModelConfig, dtype: str, folder: Path) -> None:
-    """A model directory with random weights, scaled so that activations stay near size 1."""
-    from safetensors.numpy import save_file
-
-    drawn = np.random.default_rng(0).standard_normal(1 << 22, np.float32)
-    weights = {}
-    for name, shape in weight_shapes(config).items():
-        if len(shape) == 1:
-            weights[name] = np.ones(shape, dtype)
-        else:
-            weights[name] = np.resize((drawn / np.float32(np.sqrt(shape[1]))).astype(dtype), shape)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(hf_config)), encoding="utf-8")
-    shutil.copy(TINY / "tokenizer.json", folder)  # prompts are token ids, so any tokenizer will do
-
-
-# ---- words
+# ---- what is printed
 
 
 def report(console: Console, same: list[int], result: dict[str, Any], bandwidth: float) -> None:
-    """What was found, for people."""
+    """Print the results."""
     whole = sum(count == NEW_TOKENS for count in same)
     console.print(
         f"Embedded model, float16: {whole} of {len(same)} continuations of {NEW_TOKENS} tokens are those of "
         "float32 on the CPU" + ("" if whole == len(same) else f"; tokens that agree: {same}")
     )
-    table = Table(
-        title=f"Decoding, batch {result['batch']}, {result['keys']} keys, {describe()}", box=box.SIMPLE_HEAD,
-        title_justify="left",
-    )  # fmt: skip
-    for column in ("ms per step", "tokens/s", "of the bound"):
-        table.add_column(column, justify="right")
-    seconds = 1e3 * result["seconds_per_step"]
-    table.add_row(f"{seconds:.2f}", f"{result['tokens_per_second']:.0f}", f"{result['share_of_bound']:.0%}")
-    console.print(table)
+    milliseconds, share = f"{1e3 * result['seconds_per_step']:.2f}", f"{result['share_of_bound']:.0%}"
+    row = (milliseconds, f"{result['tokens_per_second']:.0f}", share)
+    title = f"Decoding, batch {result['batch']}, {result['keys']} keys, {describe_device()}"
+    console.print(table_of(("ms per step", "tokens/s", "of the bound"), [row], title=title, title_justify="left"))
     console.print(
         f"The bound: {result['weights_bytes'] / 1e9:.2f} GB of weights and {result['kv_bytes'] / 1e9:.2f} GB of "
         f"K and V for each step, at {bandwidth / 1e9:.0f} GB/s, which a copy reaches. "

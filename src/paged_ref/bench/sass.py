@@ -8,18 +8,20 @@ the unit is warp instructions for each KiB of K and V read, counted in the loop 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..views.common import options
+from ..views.common.versions import versions
+from .results import table_of, write_results
+
 if TYPE_CHECKING:
-    from ..tuned.flash_variant import Variant
+    from ..tuned.flash_variant import KernelVariant
 
 # NVIDIA's figures for the H200 SXM: HBM3e bytes and multiprocessors; 4 schedulers each; the base boost clock.
 BYTES_PER_SECOND, MULTIPROCESSORS, SCHEDULERS, CLOCK = 4.8e12, 132, 4, 1.755e9
@@ -37,7 +39,7 @@ PACKAGES = ("numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvdisa
 
 
 @dataclass(frozen=True)
-class Cost:
+class KernelCost:
     """A compiled kernel, in numbers."""
 
     name: str
@@ -59,11 +61,11 @@ class Cost:
         return self.per_kib / ISSUE_PER_KIB
 
 
-def variants() -> dict[str, Variant]:
+def variants() -> dict[str, KernelVariant]:
     """The kernels of the table: shapes of known models, kinds of cache, what paging and features add."""
-    from ..tuned.flash_variant import Variant
+    from ..tuned.flash_variant import KernelVariant
 
-    llama = Variant("float16", "float16", 128, 4, 16, split=True)
+    llama = KernelVariant("float16", "float16", 128, 4, 16, split=True)
     return {
         "Llama-3-8B 32/8": llama,
         "- contiguous": replace(llama, block_size=None),
@@ -82,7 +84,7 @@ def variants() -> dict[str, Variant]:
     }
 
 
-def types_of(variant: Variant) -> tuple[str, ...]:
+def types_of(variant: KernelVariant) -> tuple[str, ...]:
     """The kernel's parameters, as `flash.launches` passes them, with tables and lengths in int32."""
     query = "float32*" if variant.query == "float32" else "uint16*"
     return (
@@ -92,7 +94,7 @@ def types_of(variant: Variant) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def cost(name: str, variant: Variant, capability: tuple[int, int]) -> Cost:
+def cost(name: str, variant: KernelVariant, capability: tuple[int, int]) -> KernelCost:
     """Compile the variant, and count."""
     from ..tuned.flash_elements import ELEMENTS
     from ..tuned.flash_kernels import attention_kernel
@@ -106,66 +108,58 @@ def cost(name: str, variant: Variant, capability: tuple[int, int]) -> Cost:
     kib = loads * 32 * 16 / 1024  # each lane of the warp reads 16 bytes
     blocks = 65536 // (NUM_THREADS * -(-code.registers // 8) * 8)
     tile_kib = 2 * 8 * ELEMENTS[variant.cache].per_word * variant.head_size * ELEMENTS[variant.cache].bits / 8 / 1024
-    ahead = 0.5 if variant.wide else 1.0  # wide: K and V of a tile take turns
-    return Cost(
+    tiles_ahead = 0.5 if variant.wide else 1.0  # wide: either K or V of a tile is loaded at a time
+    return KernelCost(
         name=name, capability=f"sm_{capability[0]}{capability[1]}",
         registers=code.registers, shared_bytes=code.shared_bytes, stack_bytes=code.stack_bytes,
         spills=code.spill_stores + code.spill_loads,
-        blocks=blocks, kib_in_flight=blocks * NUM_WARPS * tile_kib * ahead,
+        blocks=blocks, kib_in_flight=blocks * NUM_WARPS * tile_kib * tiles_ahead,
         loads=loads, tensor=sum(name.startswith("HMMA") for name in loop),
         instructions=len(loop), per_kib=len(loop) / kib,
     )  # fmt: skip
 
 
-def table_of(costs: Iterable[Cost], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
-    table.add_column("kernel", no_wrap=True)
-    for heading in ("regs", "spill", "fit", "flight", "loads", "mma", "loop", "/KiB", "issue"):
-        table.add_column(heading, justify="right")
-    for each in costs:
-        table.add_row(
+def report_of(costs: Iterable[KernelCost], title: str) -> Table:
+    headings = ("kernel", "regs", "spill", "fit", "flight", "loads", "mma", "loop", "/KiB", "issue")
+    rows = (
+        (
             each.name, str(each.registers), str(each.spills), str(each.blocks), f"{each.kib_in_flight:.0f}",
             str(each.loads), str(each.tensor), str(each.instructions), f"{each.per_kib:.0f}", f"{each.issue:.0%}",
-        )  # fmt: skip
+        )
+        for each in costs
+    )  # fmt: skip
+    table = table_of(headings, rows, title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    table.columns[0].justify, table.columns[0].no_wrap = "left", True
     return table
-
-
-def version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "-"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", action="append", metavar="WORDS", help="only kernels whose name has these words")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to FILE too")
+    options.json_output(parser, "write the numbers to FILE too")
 
 
 def main(args: argparse.Namespace) -> int:
-    try:
-        known = variants()
-    except ImportError as error:
-        raise ValueError(f"the package {error.name} is not installed: the extra `ptx` brings it") from None
-    chosen = {
-        name: variant
-        for name, variant in known.items()
-        if not args.kernel or any(words in name for words in args.kernel)
-    }
-    if not chosen:
-        raise ValueError(f"--kernel is {' '.join(args.kernel)!r}; known are: {'; '.join(known)}")
+    chosen = _chosen(args.kernel or [])
     console, costs = Console(), []
     for capability in CAPABILITIES:
         with Console(stderr=True).status("compiling, which takes a minute or two ..."):
             rows = [cost(name, variant, capability) for name, variant in chosen.items()]
-        console.print(table_of(rows, f"Tuned kernels for {rows[0].capability}"))
+        console.print(report_of(rows, f"Tuned kernels for {rows[0].capability}"))
         costs += rows
-    for line in LEGEND:
+    tools = {package: number or "-" for package, number in versions(PACKAGES).items()}
+    for line in (*LEGEND, *map(" ".join, tools.items())):
         console.print(line)
-    for package in PACKAGES:
-        console.print(f"{package} {version_of(package)}")
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            tools = {package: version_of(package) for package in PACKAGES}
-            json.dump({"tools": tools, "costs": [asdict(each) for each in costs]}, file, indent=1)
+    write_results(args.json, tools=tools, costs=[asdict(each) for each in costs])
     return 0
+
+
+def _chosen(wanted: list[str]) -> dict[str, KernelVariant]:
+    """The variants whose names have one of these words; without words, all variants. Raises ValueError."""
+    try:
+        known = variants()
+    except ImportError as error:
+        raise ValueError(f"the package {error.name} is not installed: the extra `ptx` brings it") from None
+    chosen = {name: variant for name, variant in known.items() if not wanted or any(words in name for words in wanted)}
+    if not chosen:
+        raise ValueError(f"--kernel is {' '.join(wanted)!r}; known are: {'; '.join(known)}")
+    return chosen

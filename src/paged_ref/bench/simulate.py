@@ -6,28 +6,29 @@ Each manager takes the whole trace in turn. CPU time is counted, so that a busy 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import process_time
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..core.device import describe
 from ..planner.hardware import gpu_named
 from ..planner.models import model_named
 from ..planner.setup import Setup
 from ..planner.simulate import Simulation
-from ..planner.trace_files import read_trace
-from ..planner.traces import MEANS, at_rate, first, generated
+from ..planner.trace_files import trace_named
+from ..planner.traces import at_rate
+from ..views.common import options
+from ..views.common.files import write_json
+from ..views.common.versions import describe_device
 
-RATE = 2.0  # requests per second, of a drawn trace
+DRAWN = 2000  # requests of sharegpt or alpaca
+RATE = 2.0  # requests per second, where the trace has no times
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationTiming:
     """One manager's run."""
 
     name: str
@@ -41,21 +42,17 @@ class Result:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trace", default="sharegpt", metavar="FILE", help="as of compare (default sharegpt)")
-    parser.add_argument("--requests", type=int, default=0, metavar="N", help="the first N (default: all, or 2000)")
+    trace = "a trace as compare takes it (default sharegpt)"
+    parser.add_argument("--trace", default="sharegpt", metavar="FILE", help=trace)
+    options.integer(parser, "--requests", 0, f"the first N (default: all, or {DRAWN})", least=0)
     parser.add_argument("--model", default="OPT-13B", metavar="NAME", help="default OPT-13B")
     parser.add_argument("--gpu", default="A100-40GB", metavar="NAME", help="default A100-40GB")
-    parser.add_argument("--plain", action="store_true", help="also step by step, without skipping quiet steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--plain", action="store_true", help="also step by step, without fast forward")
+    options.json_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.requests < 0:
-        raise ValueError(f"requests is {args.requests}; at least 1 is needed, or 0 for all")
-    drawn = args.trace in MEANS
-    trace = at_rate(generated(args.trace, args.requests or 2000), RATE) if drawn else read_trace(args.trace)
-    if args.requests:
-        trace = first(trace, args.requests)
+    trace = trace_named(args.trace, args.requests, DRAWN)
     if not trace.timed:
         trace = at_rate(trace, RATE)
     paged = Setup("paged", gpu_named(args.gpu), model_named(args.model))
@@ -70,9 +67,9 @@ def main(args: argparse.Namespace) -> int:
             began = process_time()
             outcome = Simulation(setup, trace, skip=skip).run()
             name = setup.label if skip else f"{setup.label}, every step"
-            results.append(Result(name, process_time() - began, outcome.steps, outcome.output_tokens))
+            results.append(SimulationTiming(name, process_time() - began, outcome.steps, outcome.output_tokens))
     console = Console(highlight=False)
-    console.print(f"{trace.describe()}; {describe()}")
+    console.print(f"{trace.describe()}; {describe_device()}")
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "CPU seconds", "steps", "output tokens/s"):
         table.add_column(column, justify="right" if column else "left")
@@ -82,5 +79,5 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         rows = [{**result.__dict__, "tokens_per_second": result.tokens_per_second} for result in results]
         numbers = {"trace": trace.describe(), "results": rows}
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, numbers)
     return 0

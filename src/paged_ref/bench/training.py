@@ -1,77 +1,67 @@
-"""`paged-ref bench training`: where saved activations may lie, what a step's time goes into, and torch beside it.
+"""`paged-ref bench training`: ways to keep saved activations, what a step's time goes into, and torch's time.
 
-The contenders take turns step by step, and the shortest of each counts: a busy neighbour only ever adds.
+The contenders take turns step by step, and the shortest time of each counts: a busy neighbour can only add time.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import tracemalloc
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..core.device import describe, on_gpu, synchronize, to_host, xp
+from ..core.device import on_gpu, synchronize, to_host, xp
 from ..core.model.config import ModelConfig
 from ..training.activations import PAGE_SIZE, Keep, Paged, Recompute, Swap
 from ..training.checkpoint import hf_config
-from ..training.network import Batch, loss_and_gradient, saved_shapes
+from ..training.network import PackedBatch, loss_and_gradient, saved_shapes
 from ..training.parameters import Parameters
+from ..views.common import options
+from ..views.common.versions import describe_device
+from .results import shortest, table_of, timed, write_results
 
-CONFIG = ModelConfig(
-    vocab_size=2048,
-    hidden_size=128,
-    intermediate_size=352,
-    num_layers=5,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=32,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-)  # the embedded model's sizes
+CONFIG = ModelConfig(  # the embedded model's sizes
+    vocab_size=2048, hidden_size=128, intermediate_size=352, num_layers=5, num_heads=4, num_kv_heads=2, head_size=32,
+    max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True,
+)  # fmt: skip
 SHARES = (0.75, 0.5, 0.25)  # of what `keep` holds, as budgets
 MIB = 2**20
 
 
 @dataclass
-class Row:
+class ActivationCost:
     """One way to keep activations. Sizes in bytes."""
 
     name: str
     budget: int | None
-    held: int = 0  # saved activations on the device, at the most, as the code counts them
-    peak: int = 0  # all arrays on the device beside weights and gradients, at the most, as the allocator saw it
+    held: int = 0  # saved activations on the device, at the most, as the code counts
+    peak: int = 0  # all arrays on the device but weights and gradients, at the most, as the allocator counts
     moved: int = 0  # out and in, in one step
     seconds: float = math.inf
     equal: bool = False  # gradients, to the bit, to those of `keep`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sequences", type=int, default=4, metavar="N", help="in a step (default 4)")
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens of each (default 512)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that each takes its turn")
-    parser.add_argument("--page-size", type=int, default=PAGE_SIZE, metavar="BYTES", help=f"default {PAGE_SIZE}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    options.integer(parser, "--sequences", 4, "in a step")
+    options.integer(parser, "--length", 512, "tokens of each")
+    options.integer(parser, "--rounds", 5, "times that each takes its turn")
+    options.size(parser, "--page-size", PAGE_SIZE, f"default {PAGE_SIZE // 1024}KiB")
+    options.json_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    for name in ("sequences", "length", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; at least 1 is needed")
     rng = np.random.default_rng(0)
     tokens = rng.integers(CONFIG.vocab_size, size=(args.sequences, args.length + 1))
     weights = Parameters(CONFIG)
@@ -79,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     rows = memory(weights, tokens, args.page_size, args.rounds)
     console = Console()
     console.print(_memory_table(rows, args))
-    results: dict[str, Any] = {"device": describe(), "memory": [asdict(row) for row in rows]}
+    results: dict[str, Any] = {"memory": [asdict(row) for row in rows]}
     if on_gpu:
         console.print("What a step's time goes into is measured on a CPU only; on a GPU, ask nsys.")
     else:
@@ -88,24 +78,28 @@ def main(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         results["times_as_fast_as_torch"] = ratio = against_torch(weights, tokens, args.rounds)
         threads = os.environ.get("OPENBLAS_NUM_THREADS", "all")
-        console.print(f"Forward and backward, times as fast as torch eager with 2 threads: {ratio:.2f} (asked: 0.5; "
-                      f"BLAS threads here: {threads})")  # fmt: skip
+        console.print(
+            f"Forward and backward, times as fast as torch eager with 2 threads: {ratio:.2f} (asked: 0.5; BLAS "
+            f"threads here: {threads})"
+        )
     else:
         console.print("The comparison with torch needs the extra `compare`.")
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(args.json, **results)
     return 0
 
 
-def memory(weights: Parameters, tokens: np.ndarray, page_size: int, rounds: int) -> list[Row]:
+def memory(weights: Parameters, tokens: np.ndarray, page_size: int, rounds: int) -> list[ActivationCost]:
     """Every way to keep activations, on the same batch. `tokens [sequences, length + 1]`."""
-    config, batch, num_tokens = weights.config, Batch.of(list(tokens)), tokens[:, 1:].size
+    config, batch, num_tokens = weights.config, PackedBatch.of(list(tokens)), tokens[:, 1:].size
     everything = config.num_layers * 4 * sum(map(math.prod, saved_shapes(config, num_tokens).values()))
-    ways: list[tuple[Row, Any]] = [(Row("keep", None), Keep()), (Row("recompute", None), Recompute())]
+    ways: list[tuple[ActivationCost, Any]] = [
+        (ActivationCost("keep", None), Keep()),
+        (ActivationCost("recompute", None), Recompute()),
+    ]
     for share in SHARES:
         budget = int(share * everything)
-        ways.append((Row("swap", budget), Swap(budget, config, num_tokens)))
-        ways.append((Row("page", budget), Paged(budget, page_size, config, num_tokens)))
+        ways.append((ActivationCost("swap", budget), Swap(budget, config, num_tokens)))
+        ways.append((ActivationCost("page", budget), Paged(budget, page_size, config, num_tokens)))
     gradient = Parameters(config)
 
     def step(activations: Any) -> None:
@@ -125,17 +119,15 @@ def memory(weights: Parameters, tokens: np.ndarray, page_size: int, rounds: int)
         pool = activations.pool_size if isinstance(activations, Paged) else 0
         row.equal = bool(np.array_equal(found, wanted))
         row.held, row.moved, row.peak = counts.peak, counts.moved_out + counts.moved_in, peak[0] + pool
-    for _ in range(rounds):
-        for row, activations in ways:
-            row.seconds = min(row.seconds, _seconds(lambda its=activations: step(its)))  # type: ignore[misc]
-    return [row for row, _ in ways]
+    times = shortest([partial(step, activations) for _, activations in ways], rounds)
+    return [replace(row, seconds=taken.seconds) for (row, _), taken in zip(ways, times, strict=True)]
 
 
 @contextmanager
 def _peak() -> Iterator[list[int]]:
-    """The most bytes that were allocated at a time above those at the beginning, as the allocator tells it.
+    """The most bytes that were allocated at the same time, above those at the beginning, as the allocator counts.
 
-    Python's own tracer, which NumPy reports to; on a GPU, CuPy's memory pool, told of every allocation.
+    On a CPU, Python's own tracer, to which NumPy reports; on a GPU, a hook of CuPy's memory pool.
     """
     peak = [0]
     if on_gpu:
@@ -143,12 +135,12 @@ def _peak() -> Iterator[list[int]]:
         class Hook(xp.cuda.MemoryHook):  # type: ignore[misc]
             name, now = "peak", 0
 
-            def malloc_postprocess(self, **of: int) -> None:
-                self.now += of["mem_size"]
+            def malloc_postprocess(self, **facts: int) -> None:
+                self.now += facts["mem_size"]
                 peak[0] = max(peak[0], self.now)
 
-            def free_postprocess(self, **of: int) -> None:
-                self.now -= of["mem_size"]
+            def free_postprocess(self, **facts: int) -> None:
+                self.now -= facts["mem_size"]
 
         with Hook():
             yield peak
@@ -162,7 +154,7 @@ def _peak() -> Iterator[list[int]]:
 
 
 class Timed(np.ndarray):
-    """An array whose operations, and those of all that comes from it, are timed by name in `Timed.seconds`."""
+    """An array whose operations, and those of all arrays computed from it, are timed by name in `Timed.seconds`."""
 
     seconds: ClassVar[dict[str, float]] = defaultdict(float)
 
@@ -172,35 +164,36 @@ class Timed(np.ndarray):
             options["out"] = tuple(x.view(np.ndarray) if isinstance(x, Timed) else x for x in out)
         began = perf_counter()
         result = getattr(ufunc, method)(*plain, **options)
-        Timed.seconds[ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"] += (
-            perf_counter() - began
-        )
+        name = ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"
+        Timed.seconds[name] += perf_counter() - began
         if out is not None:
             return out[0]
         return result.view(Timed) if isinstance(result, np.ndarray) else result
 
 
 def profile(weights: Parameters, tokens: np.ndarray, rounds: int) -> dict[str, float]:
-    """The share of a step's time in each kind of NumPy operation; what is left over is `other`.
+    """The share of a step's time in each kind of NumPy operation; the rest is `other`.
 
-    Of the time of a step that nobody watches: watching takes time as well, and that is no part of a step.
+    The operations are timed in one step, and the whole in another: timing the operations takes time too.
     """
-    timed, gradient = Parameters(weights.config), Parameters(weights.config)
-    timed.flat[:] = weights.flat
-    for its in (timed, gradient):
-        its.embedding, its.final_norm = its.embedding.view(Timed), its.final_norm.view(Timed)
-        its.layers = [
-            type(layer)(**{name: getattr(layer, name).view(Timed) for name in layer.__slots__}) for layer in its.layers
+    watched, gradient = Parameters(weights.config), Parameters(weights.config)
+    watched.flat[:] = weights.flat
+    for arrays in (watched, gradient):
+        arrays.embedding, arrays.final_norm = arrays.embedding.view(Timed), arrays.final_norm.view(Timed)
+        arrays.layers = [
+            type(layer)(**{name: getattr(layer, name).view(Timed) for name in layer.__slots__})
+            for layer in arrays.layers
         ]
-    batch, best, whole = Batch.of(list(tokens)), math.inf, math.inf
+    batch, best, whole = PackedBatch.of(list(tokens)), math.inf, math.inf
     spent: dict[str, float] = {}
     for _ in range(rounds + 1):
         Timed.seconds.clear()
-        seconds = _seconds(lambda: loss_and_gradient(timed, gradient, batch, Keep()))
+        seconds = timed(partial(loss_and_gradient, watched, gradient, batch, Keep())).seconds
         if seconds < best:
             best, spent = seconds, dict(Timed.seconds)
-        whole = min(whole, _seconds(lambda: loss_and_gradient(weights, gradient, batch, Keep())))
-    shares = {name: its / whole for name, its in sorted(spent.items(), key=lambda its: -its[1])[:8]}
+        whole = min(whole, timed(partial(loss_and_gradient, weights, gradient, batch, Keep())).seconds)
+    longest = sorted(spent.items(), key=lambda item: -item[1])[:8]
+    shares = {name: seconds / whole for name, seconds in longest}
     return {**shares, "other": 1 - sum(shares.values())}
 
 
@@ -216,7 +209,7 @@ def against_torch(weights: Parameters, tokens: np.ndarray, rounds: int) -> float
     model.to(device)
     ids = torch.tensor(tokens, device=device)
     torch.set_num_threads(2)
-    batch, gradient, activations = Batch.of(list(tokens)), Parameters(weights.config), Keep()
+    batch, gradient, activations = PackedBatch.of(list(tokens)), Parameters(weights.config), Keep()
 
     def theirs() -> None:
         model.zero_grad()
@@ -230,38 +223,25 @@ def against_torch(weights: Parameters, tokens: np.ndarray, rounds: int) -> float
         loss_and_gradient(weights, gradient, batch, activations)
         synchronize()
 
-    best = [math.inf, math.inf]
-    for _ in range(rounds + 1):
-        best = [min(before, _seconds(run)) for before, run in zip(best, (theirs, ours), strict=True)]
-    return best[0] / best[1]
+    torch_times, our_times = shortest((theirs, ours), rounds)
+    return torch_times.seconds / our_times.seconds
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    began = perf_counter()
-    run()
-    return perf_counter() - began
+def _memory_table(costs: list[ActivationCost], args: argparse.Namespace) -> Table:
+    def row(cost: ActivationCost) -> tuple[str, ...]:
+        budget = "" if cost.budget is None else f"{cost.budget / MIB:.1f}"
+        sizes = (f"{size / MIB:.1f}" for size in (cost.held, cost.peak, cost.moved))
+        equal = "equal" if cost.equal else "DIFFER"
+        return cost.name, budget, *sizes, f"{1e3 * cost.seconds:.0f}", f"{cost.seconds / costs[0].seconds:.2f}", equal
 
-
-def _memory_table(rows: list[Row], args: argparse.Namespace) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"Activations of {args.sequences} sequences of {args.length} tokens, {describe()}; MiB",
-    )
-    for column in ("", "budget", "held", "peak", "moved", "ms", "time", "gradients"):
-        table.add_column(column, justify="right" if column else "left")
-    base = rows[0].seconds
-    for row in rows:
-        budget = "" if row.budget is None else f"{row.budget / MIB:.1f}"
-        sizes = (f"{size / MIB:.1f}" for size in (row.held, row.peak, row.moved))
-        equal = "equal" if row.equal else "DIFFER"
-        table.add_row(row.name, budget, *sizes, f"{1e3 * row.seconds:.0f}", f"{row.seconds / base:.2f}", equal)
-    return table
+    headings = ("", "budget", "held", "peak", "moved", "ms", "time", "gradients")
+    title = f"Activations of {args.sequences} sequences of {args.length} tokens, {describe_device()}; MiB"
+    return table_of(headings, map(row, costs), title=title)
 
 
 def _profile_table(shares: dict[str, float]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="What the time of a step goes into (asked: matmul at least 60 %)")
-    table.add_column("operation")
-    table.add_column("share", justify="right")
-    for name, share in shares.items():
-        table.add_row(name, f"{100 * share:.0f} %")
+    title = "What the time of a step goes into (asked: matmul at least 60 %)"
+    rows = [(name, f"{100 * share:.0f} %") for name, share in shares.items()]
+    table = table_of(("operation", "share"), rows, title=title)
+    table.columns[0].justify = "left"
     return table

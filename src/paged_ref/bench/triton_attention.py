@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""A plain paged decode kernel in Triton, to hold ours against: split over the keys, online softmax, one combine.
+"""A plain paged decode kernel in Triton, for comparison: split over the keys, online softmax, one combine.
 
-Written as Triton's own tutorials would have it: a tile of keys by tl.dot, the heads of a group in its rows.
+Written as in the tutorials of Triton: a tile of keys by tl.dot, whose rows are the query heads of a group.
 """
 
 from __future__ import annotations

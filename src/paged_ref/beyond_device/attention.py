@@ -1,37 +1,35 @@
 """Attention over K and V of which only a part is on the device: exact, in device memory that does not grow.
 
-Every block of a sequence lies in the device's cache or in the host's. There are two ways to the second:
+Every block of a sequence lies in the device's cache or in the host's cache. Host blocks are read in one of two ways:
 
   staged  Host blocks stream through a few staging blocks of the device's cache, piece by piece. The blocks of a
-          piece that are on the device are read where they are. Attention over each piece gives an output and a
-          log-sum-exp, and `merge_states` joins it to what came before. While one half of the staging blocks is
-          computed on, the next piece is copied into the other: on a GPU by a stream of its own.
-  tiled   On a CPU the host's cache is memory like any other, so the copy can be as small as it likes: the
-          compiled loop (cpu_loop.py) copies a tile of 16 tokens beside the core that needs it, and prefetches
-          the next one meanwhile. Its softmax is online, which is the same merge. The two caches must be one array.
+          piece that are on the device are read in place. Attention over each piece gives an output and a
+          log-sum-exp, and `merge_states` joins them to the pieces before. While one half of the staging blocks is
+          read, the next piece is copied into the other half: on a GPU by a stream of its own.
+  tiled   On a CPU the host's cache is memory like any other, so a copy can be small: the compiled loop
+          (tuned/cpu_simd.py) copies a tile of 16 tokens into the cache of the core that needs it, and prefetches the
+          next tile meanwhile. Its online softmax is the same merge. The two caches must be one array.
 
-On a CPU pieces cost about 3 times the core time of a resident run for one new token, since every byte goes through
-the caches twice, and through Python once for each piece; tiles cost 0.9 to 1.3 times (`paged-ref bench long`).
+On a CPU, pieces take about 3 times the core time of a resident run for one new token, since every byte goes through the
+caches twice, and each piece through Python. Tiles take 0.9 to 1.3 times (`paged-ref bench long`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.attention.attention import paged_attention
-from ..core.attention.write import merge_states
+from ..core.attention.attention import Addresses, AttentionCall
 from ..core.device import Array, module_of
-from ..interop.arguments import build_call
+from ..kernels import merge_states, paged_attention
+from ..tuned.copies import CopyStream
 
-# Called with (sequences, table, first keys, numbers of keys) before they are read: rows of `table` are the blocks that
-# hold keys from `first key` on. For the sanitizer.
+# For the sanitizer. Called with (sequences, table, first keys, numbers of keys) before attention reads: each row of
+# `table` has the blocks that hold a sequence's keys from its first key on.
 Check = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
@@ -39,8 +37,8 @@ Check = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 class TwoCaches:
     """K and V on the device and on the host, `[num_blocks, block_size, num_kv_heads, head_size]` each.
 
-    `staging` are device blocks that nobody else uses; empty for the tiled way. Then `whole` is (keys, values)
-    with the device's blocks first and the host's after them: the others are views of these.
+    `staging` are device blocks without another use; empty for the tiled way. Then `whole` is (keys, values) with the
+    device's blocks first and the host's blocks after them: the others are views of `whole`.
     """
 
     keys: Array
@@ -49,13 +47,11 @@ class TwoCaches:
     host_values: np.ndarray
     staging: range
     whole: tuple[np.ndarray, np.ndarray] | None = None
+    copies: CopyStream = field(default_factory=CopyStream)
 
     @property
     def block_size(self) -> int:
         return int(self.keys.shape[1])
-
-    def stager(self, halves: int) -> _Stager:
-        return (_Stager if module_of(self.keys) is np else _StreamStager)(self, halves)
 
 
 def streamed_attention(
@@ -67,49 +63,42 @@ def streamed_attention(
     query_start_loc: np.ndarray,
     *,
     sliding_window: int | None = None,
-    scale: float | None = None,
     backend: str = "auto",
     check: Check | None = None,
 ) -> tuple[Array, Array]:
     """Causal attention as `paged_attention` defines it; returns `(output, lse)`.
 
-    `device_tables, host_tables [num_seqs, max_blocks]`: where each logical block is, negative where it is not. One
-    of the two must know it; the device's is read if both do. Tables, lengths and counts are NumPy arrays, since
-    what to copy is decided on the host. Raises ValueError if a layer's sliding window does not fit the staging.
+    `device_tables, host_tables [num_seqs, max_blocks]`: where each logical block lies, negative where it does not. At
+    least one of the two must have each block; the device's block is read if both do. Tables, lengths and counts are
+    NumPy arrays, since the host decides what to copy. Raises ValueError if a layer's sliding window does not fit the
+    staging blocks.
     """
     if caches.staging:
-        work = _Staged(query, caches, device_tables, host_tables, seq_lens, query_start_loc, scale, backend, check)
+        work = _Staged(query, caches, device_tables, host_tables, seq_lens, query_start_loc, backend, check)
         return work.in_pieces() if sliding_window is None else work.window(sliding_window)
-    assert caches.whole is not None
     table = np.where(device_tables >= 0, device_tables, host_tables + len(caches.keys))
     if check:
         check(np.arange(len(seq_lens)), table, np.zeros_like(seq_lens), seq_lens)
-    call = build_call(
-        query, *caches.whole, seq_lens, query_start_loc, block_tables=table, names=("keys", "values"), scale=scale,
-        sliding_window=sliding_window, softcap=None, alibi_slopes=None, sinks=None, key_scales=None, value_scales=None,
-        return_lse=True, out=None, validate=False,
-    )  # fmt: skip
-    call.copy_tiles = bool(((device_tables < 0) & (host_tables >= 0)).any())  # else all is where it can be read
-    from ..tuned import cpu_simd as cpu  # compiled code: loaded when it is needed
+    from ..tuned import cpu_simd  # compiled code: loaded when it is needed
 
-    cpu.attention(call)
-    return call.out, call.lse
+    assert caches.whole is not None
+    addresses = Addresses(seq_lens, query_start_loc, block_tables=table)
+    out, lse = np.empty_like(query), np.empty(query.shape[:2], dtype=np.float32)
+    call = AttentionCall(query, *caches.whole, addresses, query.shape[-1] ** -0.5, sliding_window, out=out, lse=lse)
+    cpu_simd.attend(call, copy_tiles=bool(((device_tables < 0) & (host_tables >= 0)).any()))
+    return out, lse
 
 
 # --- staged ------------------------------------------------------------------------------------------------
 
 
 class _Piece(NamedTuple):
-    """Consecutive blocks of consecutive sequences, of which few enough are on the host."""
+    """Consecutive blocks of consecutive sequences. Those of them that are on the host fit the staging blocks."""
 
     first: int  # sequence
     last: int  # sequence, included
-    begin: np.ndarray  # [last - first + 1] the first block of each
-    end: np.ndarray  # [last - first + 1] before which block each ends
-
-    def num_keys(self, block_size: int) -> np.ndarray:
-        count: np.ndarray = (self.end - self.begin) * block_size
-        return count
+    begin: np.ndarray  # [last - first + 1] the first block of each sequence
+    end: np.ndarray  # [last - first + 1] the block behind the last one of each sequence
 
 
 def _pieces(device_tables: np.ndarray, seq_lens: np.ndarray, block_size: int, room: int) -> Iterator[_Piece]:
@@ -133,7 +122,7 @@ def _pieces(device_tables: np.ndarray, seq_lens: np.ndarray, block_size: int, ro
 def _table_of(
     piece: _Piece, device_tables: np.ndarray, host_tables: np.ndarray, next_staging: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The piece's table, with staging blocks for those that are on the host; and which host blocks these are."""
+    """The piece's table, with a staging block in the place of each host block; and those host blocks."""
     table = np.zeros((len(piece.begin), int((piece.end - piece.begin).max())), dtype=np.int64)
     staged = []
     for row, seq, begin, end in zip(table, range(piece.first, piece.last + 1), piece.begin, piece.end, strict=True):
@@ -156,54 +145,51 @@ class _Staged:
     host_tables: np.ndarray
     seq_lens: np.ndarray
     query_start_loc: np.ndarray
-    scale: float | None
     backend: str
     check: Check | None
 
     def in_pieces(self) -> tuple[Array, Array]:
-        """Piece by piece. Each query is a sequence of its own: how far it sees into a piece is then just a length,
-        and a kernel that masks nothing will do."""
-        xp, loc = module_of(self.query), self.query_start_loc
-        query_lens = np.diff(loc)
+        """Attend to one piece after another. Each query is a sequence of its own: how far it sees into a piece is then
+        a length, and a kernel without a mask is enough."""
+        xp, size = module_of(self.query), self.caches.block_size
+        query_lens = np.diff(self.query_start_loc)
         seq_of = np.repeat(np.arange(len(self.seq_lens)), query_lens)  # [num_tokens]
-        visible = np.arange(len(seq_of)) - loc[:-1][seq_of] + (self.seq_lens - query_lens)[seq_of] + 1
+        first_position = (self.seq_lens - query_lens - self.query_start_loc[:-1])[seq_of]
+        visible = np.arange(len(seq_of)) + first_position + 1  # [num_tokens] keys that each query sees
         out = xp.zeros(self.query.shape, dtype=np.promote_types(self.query.dtype, np.float32))
         lse = xp.full(self.query.shape[:2], -np.inf, dtype=np.float32)
-        stager = self.caches.stager(halves=min(2, len(self.caches.staging)))
-        coming: deque[tuple[_Piece, np.ndarray, int]] = deque()
+        stager = _Stager(self.caches, halves=min(2, len(self.caches.staging)))
+        on_the_way: deque[tuple[_Piece, np.ndarray, int]] = deque()
 
         def attend() -> None:
-            piece, table, half = coming.popleft()
-            rows = slice(int(loc[piece.first]), int(loc[piece.last + 1]))
+            piece, table, half = on_the_way.popleft()
+            rows = slice(int(self.query_start_loc[piece.first]), int(self.query_start_loc[piece.last + 1]))
             seq = seq_of[rows] - piece.first  # [rows] of the piece's sequences
-            first_key = piece.begin * self.caches.block_size
-            lens = np.clip(visible[rows] - first_key[seq], 0, piece.num_keys(self.caches.block_size)[seq])
+            first_key = piece.begin * size
+            lens = np.clip(visible[rows] - first_key[seq], 0, ((piece.end - piece.begin) * size)[seq])
             stager.wait(half)
             if self.check:
                 longest = np.zeros(len(table), dtype=np.int64)
                 np.maximum.at(longest, seq, lens)
                 self.check(np.arange(piece.first, piece.last + 1), table, first_key, longest)
-            part, part_lse = paged_attention(
-                self.query[rows], self.caches.keys, self.caches.values, xp.asarray(table[seq]), xp.asarray(lens),
-                scale=self.scale, return_lse=True, backend=self.backend, validate=False,
-            )  # fmt: skip
+            part, part_lse = self._attend(rows, table[seq], lens, np.arange(len(seq) + 1), None)
             out[rows], lse[rows] = merge_states(xp.stack([out[rows], part]), xp.stack([lse[rows], part_lse]))
             stager.done(half)
 
-        for piece in _pieces(self.device_tables, self.seq_lens, self.caches.block_size, stager.room):
-            coming.append((piece, *stager.fetch(piece, self.device_tables, self.host_tables)))
-            if len(coming) == stager.halves:  # the next piece is on its way by now
+        for piece in _pieces(self.device_tables, self.seq_lens, size, stager.room):
+            on_the_way.append((piece, *stager.fetch(piece, self.device_tables, self.host_tables)))
+            if len(on_the_way) == stager.halves:  # the copy of the next piece has begun
                 attend()
-        while coming:
+        while on_the_way:
             attend()
         return out.astype(self.query.dtype, copy=False), lse
 
     def window(self, sliding_window: int) -> tuple[Array, Array]:
-        """A layer that sees only a window needs no more than its blocks. They are staged at once, one sequence after
-        another, since where the window begins differs from query to query."""
+        """Attend in a layer that sees only a window, which needs no more than the window's blocks. All of these are
+        staged together, one sequence after another, since the window begins elsewhere for each query."""
         xp, size, loc = module_of(self.query), self.caches.block_size, self.query_start_loc
         out, lse = xp.empty_like(self.query), xp.empty(self.query.shape[:2], dtype=np.float32)
-        stager = self.caches.stager(halves=1)
+        stager = _Stager(self.caches, halves=1)
         first_blocks = np.maximum(0, self.seq_lens - np.diff(loc) - sliding_window + 1) // size
         for seq, begin in enumerate(first_blocks.tolist()):
             end = -(-int(self.seq_lens[seq]) // size)
@@ -211,7 +197,7 @@ class _Staged:
             if num_away > stager.room:
                 raise ValueError(
                     f"a layer with a sliding window of {sliding_window} tokens needs {num_away} blocks from the host "
-                    f"at once; there are {stager.room} staging blocks"
+                    f"at the same time; there are {stager.room} staging blocks"
                 )
             piece = _Piece(seq, seq, np.array([begin]), np.array([end]))
             table, half = stager.fetch(piece, self.device_tables, self.host_tables)
@@ -220,74 +206,54 @@ class _Staged:
             if self.check:
                 self.check(np.array([seq]), table, piece.begin * size, lens)
             rows = slice(int(loc[seq]), int(loc[seq + 1]))
-            out[rows], lse[rows] = paged_attention(
-                self.query[rows], self.caches.keys, self.caches.values, xp.asarray(table), xp.asarray(lens),
-                xp.asarray(np.array([0, rows.stop - rows.start])), scale=self.scale, sliding_window=sliding_window,
-                return_lse=True, backend=self.backend, validate=False,
-            )  # fmt: skip
+            out[rows], lse[rows] = self._attend(
+                rows, table, lens, np.array([0, rows.stop - rows.start]), sliding_window
+            )
             stager.done(half)
         return out, lse
 
+    def _attend(
+        self, rows: slice, table: np.ndarray, seq_lens: np.ndarray, query_start_loc: np.ndarray, window: int | None
+    ) -> tuple[Array, Array]:
+        """Attention of some rows of the query to blocks of the device; returns `(output, lse)`."""
+        xp = module_of(self.query)
+        part: tuple[Array, Array] = paged_attention(
+            self.query[rows], self.caches.keys, self.caches.values, xp.asarray(table), xp.asarray(seq_lens),
+            xp.asarray(query_start_loc), sliding_window=window, return_lse=True,
+            backend=self.backend, validate=False,
+        )  # fmt: skip
+        return part
+
 
 class _Stager:
-    """Copies host blocks to staging blocks: into one half of them while the other is computed on."""
+    """Copies host blocks to staging blocks: into one half of them while attention reads the other half."""
 
     def __init__(self, caches: TwoCaches, halves: int) -> None:
-        self._pairs = ((caches.keys, caches.host_keys), (caches.values, caches.host_values))
+        self._pairs = ((caches.host_keys, caches.keys), (caches.host_values, caches.values))
+        self._copies = caches.copies
         self._first = caches.staging.start
         self.halves = halves
         self.room = len(caches.staging) // halves
         self._next = 0
+        # Events. Whatever is computing now may still read the staging blocks.
+        self._free: list[Any] = [self._copies.computed()] * halves
+        self._arrived: list[Any] = [None] * halves
 
     def fetch(self, piece: _Piece, device_tables: np.ndarray, host_tables: np.ndarray) -> tuple[np.ndarray, int]:
         """Begin to copy the piece's host blocks. Returns its table, and the half to `wait` for."""
         half, self._next = self._next, (self._next + 1) % self.halves
         first = self._first + half * self.room
         table, host_blocks = _table_of(piece, device_tables, host_tables, first)
-        self._copy(host_blocks, first, half)
+        self._copies.begin(after=self._free[half])
+        for host, device in self._pairs:
+            self._copies.gather(host, host_blocks, device[first : first + self.room])
+        self._arrived[half] = self._copies.copied()
         return table, half
 
-    def _copy(self, host_blocks: np.ndarray, first: int, half: int) -> None:
-        for device, host in self._pairs:
-            np.take(host, host_blocks, axis=0, out=device[first : first + len(host_blocks)], mode="clip")
-
     def wait(self, half: int) -> None:
-        """What follows is computed after the half has arrived."""
+        """What is computed from now on sees the blocks of this half."""
+        self._copies.wait(until=self._arrived[half])
 
     def done(self, half: int) -> None:
-        """Nothing that follows is computed on this half: it may be written again."""
-
-
-@cache
-def _copy_stream(cuda: Any) -> Any:
-    return cuda.Stream(non_blocking=True)
-
-
-class _StreamStager(_Stager):
-    """On a GPU: copies on a stream of its own, and events between it and the stream that computes."""
-
-    def __init__(self, caches: TwoCaches, halves: int) -> None:
-        super().__init__(caches, halves)
-        cuda: Any = module_of(caches.keys).cuda
-        self._compute = cuda.get_current_stream()
-        self._stream = _copy_stream(cuda)
-        self._arrived = [cuda.Event(disable_timing=True) for _ in range(halves)]
-        self._free = [cuda.Event(disable_timing=True) for _ in range(halves)]
-        for event in self._free:  # what was computed before may still read the staging blocks
-            event.record(self._compute)
-
-    def _copy(self, host_blocks: np.ndarray, first: int, half: int) -> None:
-        """One transfer for each run of host blocks that follow one another: pinned memory, so nobody waits."""
-        self._stream.wait_event(self._free[half])
-        starts = np.flatnonzero(np.diff(host_blocks, prepend=-2) != 1).tolist()
-        for begin, end in pairwise([*starts, len(host_blocks)]):
-            source = int(host_blocks[begin])
-            for device, host in self._pairs:
-                device[first + begin : first + end].set(host[source : source + end - begin], self._stream)
-        self._arrived[half].record(self._stream)
-
-    def wait(self, half: int) -> None:
-        self._compute.wait_event(self._arrived[half])
-
-    def done(self, half: int) -> None:
-        self._free[half].record(self._compute)
+        """Nothing that is computed from now on reads this half: it may be written again."""
+        self._free[half] = self._copies.computed()

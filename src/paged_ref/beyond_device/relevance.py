@@ -1,9 +1,9 @@
-"""Which blocks matter to a query: a bound on its scores from two vectors for each block.
+"""Which blocks matter to a query: a bound on the scores of each block from two vectors.
 
-For each block the largest and the smallest value of each key channel are kept as tokens are written. No key of
-the block can score higher with a query than the better of the two, channel by channel, taken together. So the
-blocks that could matter are found without reading a key (Quest, Tang et al. 2024). The two vectors cost one
-token's K and V for each block: 1/16 of the cache at a block size of 16.
+For each block the largest and the smallest value of each key channel are kept as tokens are written. In each channel
+one of the two gives the larger product with the query; no key of the block can score higher than the sum of these
+products. So the blocks that could matter are found without reading a key (Quest, Tang et al. 2024). The two vectors
+take the room of one token's K and V for each block: 1/16 of the cache at a block size of 16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Attend = int | float | str  # "all", a budget in blocks, or a share of them
 
 
 class Extremes:
-    """Of the keys of one sequence in one layer: the largest and smallest of each channel in each block."""
+    """The largest and the smallest value of each key channel in each block, for one sequence in one layer."""
 
     def __init__(self, num_kv_heads: int, head_size: int, block_size: int) -> None:
         self._block_size = block_size
@@ -31,11 +31,14 @@ class Extremes:
         return int(self._values.nbytes)
 
     def write(self, first: int, keys: Array) -> None:
-        """`keys [num_tokens, num_kv_heads, head_size]` of the positions from `first` on, which come in order."""
+        """Take in `keys [num_tokens, num_kv_heads, head_size]` of the positions from `first` on. Positions come in
+        order."""
         num_tokens, num_kv_heads, head_size = keys.shape
         size, begin = self._block_size, first // self._block_size
         num_blocks = -(-(first + num_tokens) // size)
-        self._grow(num_blocks)
+        if num_blocks > (room := self._values.shape[1]):
+            more = xp.empty((num_kv_heads, max(num_blocks - room, room // 8), 2 * head_size), dtype=np.float32)
+            self._values = xp.concatenate([self._values, more], axis=1)
         offset = first - begin * size
         padded = xp.full(((num_blocks - begin) * size, num_kv_heads, head_size), -np.inf, dtype=np.float32)
         padded[offset : offset + num_tokens] = keys
@@ -50,22 +53,15 @@ class Extremes:
         self._values[:, begin:num_blocks] = new
         self._num_blocks = num_blocks
 
-    def _grow(self, num_blocks: int) -> None:
-        room = self._values.shape[1]
-        if num_blocks > room:
-            more = max(num_blocks, room + room // 8) - room
-            shape = (self._values.shape[0], more, self._values.shape[2])
-            self._values = xp.concatenate([self._values, xp.empty(shape, dtype=np.float32)], axis=1)
-
     def bounds(self, query: Array) -> Array:
-        """No key of a block has a greater product with the query: [num_kv_heads, group_size, num_blocks].
+        """The product with the query that no key of a block exceeds: [num_kv_heads, group_size, num_blocks].
 
         `query [num_kv_heads, group_size, head_size]`, the query heads that share each KV head.
         """
         zero = np.float32(0)
         query = query.astype(np.float32, copy=False)
         halves = xp.concatenate([xp.maximum(query, zero), xp.minimum(query, zero)], axis=-1)
-        # This way round, since BLAS is many times slower at few rows times many columns.
+        # Blocks are the rows: BLAS is many times slower at few rows times many columns.
         columns = xp.ascontiguousarray(halves.transpose(0, 2, 1))  # [num_kv_heads, 2 * head_size, group_size]
         bounds: Array = self._values[:, : self._num_blocks] @ columns
         return bounds.transpose(0, 2, 1)
@@ -74,8 +70,9 @@ class Extremes:
 def shares(bounds: Array, scale: float) -> np.ndarray:
     """How much of the attention each block would get if its bounds were its scores: [num_kv_heads, num_blocks].
 
-    Mean over the query heads of a group, which read the same blocks. Taking the mean of shares, not of bounds,
-    lets a head that is sure outvote one that does not care; measured, it finds most (`paged-ref long --recall`).
+    The mean over the query heads of a group, which read the same blocks. In a mean of shares, a head with a sharp
+    preference counts more than a head without one; in a mean of bounds it does not. Measured, shares find most of the
+    attention (`paged-ref long --recall`).
     """
     scores = to_host(bounds) * np.float32(scale)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -1,12 +1,12 @@
 """Memory for sequences longer than the device: pages that are on the device, on the host, or on both.
 
 A page here is the K and V of one block of tokens, in one layer, for one KV head. Residency is by page and not by
-block, for two reasons. The layers of a step run one after another, so each can have the staging blocks to itself. And
-which blocks matter differs by layer and by head: a block that is kept for all heads because one needs it would cost
-num_layers * num_kv_heads times its room. What is kept and moved is then exactly what attention reads.
+block, for two reasons. The layers of a step run one after another, so each can use all staging blocks. And which blocks
+matter differs by layer and by head: a block that is kept for all heads because one head needs it would take
+num_layers * num_kv_heads times the room. So what is kept and moved is exactly what attention reads.
 
-The manager counts, in blocks, what sequences hold; pages come into being as each layer writes its keys
-(engine/long_context.py), and `residency` knows where they are.
+The manager counts, in blocks, what sequences hold. Pages are made as each layer writes its keys (kv.py), and
+`residency` knows where they are.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import OutOfBlocks
-from ..core.memory.manager import OpenPiece, Snapshot, Transfer
-from ..timeline.events import Log, PagesNamed, PoolOpened, SequenceAdmitted, SequenceFreed, tokens_appended
-from .residency import ByPriority, EvictionPolicy, LeastRecentlyUsed, Residency
+from ..core.memory.manager import KVCacheManager, Transfer
+from ..core.memory.usage import PartialAllocation, Snapshot
+from ..timeline.events import Log, PagesNamed, PoolOpened, SequenceAdmitted, SequenceFreed, TokensAppended
+from .residency import Residency
 
 Eviction = Literal["lru", "sliding", "relevance"]
 EVICTIONS = ("lru", "sliding", "relevance")
@@ -27,16 +29,15 @@ EVICTIONS = ("lru", "sliding", "relevance")
 
 @dataclass(slots=True)
 class PageTable:
-    """Of one sequence."""
+    """The pages of one sequence."""
 
     pages: list[list[array[int]]]  # [layer][KV head]: the page of each logical block that has been written
     length: int = 0  # tokens that have room
-    first_row: int = 0  # where this step's keys lie in the step's buffer, less their first position
 
 
-class StreamingManager:
-    """A `KVCacheManager` whose sequences may be longer than the device. Slots are counted in the tokens that
-    device and host hold together."""
+class StreamingManager(KVCacheManager):
+    """Its sequences may be longer than the device. Slots are counted in the tokens that device and host hold together;
+    a sequence lies in pages, and not in numbered slots."""
 
     paged = True
 
@@ -50,27 +51,22 @@ class StreamingManager:
         evict: Eviction = "lru",
         log: Log | None = None,
     ) -> None:
-        """`evict`: whose page leaves the device first: the one not used for the longest time, that of the oldest
-        tokens, or the one that mattered least to the last query (`priority`, which the user of the pages sets)."""
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}; at least 1 is needed")
-        if evict not in EVICTIONS:
-            raise ValueError(f"evict is {evict!r}; known are {', '.join(EVICTIONS)}")
+        """`evict`: which page leaves the device first: the page that was not used for the longest time ("lru"), the
+        page of the oldest tokens ("sliding"), or the page that mattered least to the last query ("relevance": by
+        `priority`, which StreamedKV sets)."""
+        require(block_size=(block_size, 1))
+        require_one_of(EVICTIONS, evict=evict)
         self.num_layers, self.num_kv_heads, self.block_size = num_layers, num_kv_heads, block_size
         self.evict = evict
         if log and num_device_pages > 0:
             log(PoolOpened("streaming", num_device_pages, block_size, num_host_pages, ()))
         self.priority = array("d", [0.0]) * max(0, num_device_pages + num_host_pages)  # by page
-        policy: EvictionPolicy = LeastRecentlyUsed() if evict == "lru" else ByPriority(self.priority.__getitem__)
-        self.residency = Residency(num_device_pages, num_host_pages, policy, log)
-        self.num_blocks = self.residency.capacity // self.pages_per_block
+        priority = None if evict == "lru" else self.priority.__getitem__
+        self.residency = Residency(num_device_pages, num_host_pages, priority, log)
+        self.num_blocks = self.residency.capacity // (num_layers * num_kv_heads)
         self.num_slots = self.num_blocks * block_size
         self.tables: dict[int, PageTable] = {}
         self.log = log
-
-    @property
-    def pages_per_block(self) -> int:
-        return self.num_layers * self.num_kv_heads
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -81,10 +77,10 @@ class StreamingManager:
 
     # --- KVCacheManager ------------------------------------------------------------------------------
 
-    def most_slots(self, prompt_len: int, max_tokens: int, n: int = 1) -> int:
-        return n * self.blocks_for(max_tokens) * self.block_size
+    def max_slots_needed(self, prompt_len: int, max_len: int, n: int = 1) -> int:
+        return n * self.blocks_for(max_len) * self.block_size
 
-    def admit(self, seq_id: int, tokens: Sequence[int], max_tokens: int) -> int:
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
         needed = self.blocks_for(len(tokens))
         if needed > self.num_free_blocks:
             raise OutOfBlocks(
@@ -110,11 +106,8 @@ class StreamingManager:
         for seq_id, count in appends:
             self.tables[seq_id].length += count
             if self.log:
-                self.log(tokens_appended(seq_id, count))
+                self.log(TokensAppended(seq_id, count))
         return []  # what moves is decided layer by layer
-
-    def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:
-        """Nothing to remember: no prompt is shared."""
 
     def free(self, seq_id: int) -> None:
         table = self.tables.pop(seq_id)
@@ -122,30 +115,30 @@ class StreamingManager:
         if self.log:
             self.log(SequenceFreed(seq_id))
 
+    def clear(self) -> None:
+        self.tables.clear()
+        self.residency.clear()
+
     def length(self, seq_id: int) -> int:
         return self.tables[seq_id].length
 
-    def begin_step(self, chunks: Sequence[tuple[int, int, int]]) -> None:
-        """(sequence, first position, number of tokens) of what the next step computes, in this order."""
-        row = 0
-        for seq_id, first, count in chunks:
-            self.tables[seq_id].first_row = row - first
-            row += count
+    def placement(self, seq_id: int) -> list[int]:
+        """Nothing: `tables` has the pages, and StreamedKV reads it."""
+        return []
 
     def slots(self, seq_id: int, first: int, count: int) -> list[int]:
-        """Rows of the step's buffer: from there each layer's keys go to its own pages."""
-        row = self.tables[seq_id].first_row + first
-        return list(range(row, row + count))
+        """Zeros: pages have no slot numbers, and StreamedKV reads none."""
+        return [0] * count
 
     def snapshot(self, next_request: tuple[int, int] | None = None) -> Snapshot:
-        pieces = [
-            OpenPiece(seq_id, table.length, table.length % self.block_size, self.block_size)
+        partial = [
+            PartialAllocation(seq_id, table.length, table.length % self.block_size, self.block_size)
             for seq_id, table in self.tables.items()
             if table.length % self.block_size
         ]
         held = self.num_blocks - self.num_free_blocks
         size = self.block_size
-        return Snapshot((held - len(pieces)) * size, pieces, external=0, free=self.num_free_blocks * size)
+        return Snapshot((held - len(partial)) * size, partial, external=0, free=self.num_free_blocks * size)
 
     def check_integrity(self) -> None:
         self.residency.check_integrity()
@@ -160,21 +153,16 @@ class StreamingManager:
 
     # --- pages ---------------------------------------------------------------------------------------
 
-    def pages_to_write(self, layer: int, seq_id: int, first: int, count: int) -> list[tuple[int, int]]:
-        """(KV head, logical block) of what the positions from `first` on are written to."""
-        blocks = range(first // self.block_size, (first + count - 1) // self.block_size + 1)
-        return [(head, block) for head in range(self.num_kv_heads) for block in blocks]
-
     def prepare(self, layer: int, wanted: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[Transfer]]:
-        """The pages of (sequence, KV head, logical block), on the device and about to be written; at most as many
-        as the device has blocks. Those that are not there yet come into being, the last one of a head at a time.
-        Returns them, and what must be copied first."""
+        """Bring the pages of (sequence, KV head, logical block) to the device, where they are about to be written.
+
+        At most as many as the device has blocks. Pages that do not exist yet are made, for each head in the order of
+        its blocks. Returns the pages, and what must be copied first.
+        """
         lists = [self.tables[seq_id].pages[layer][head] for seq_id, head, _ in wanted]
         old = [pages[block] for pages, (_, _, block) in zip(lists, wanted, strict=True) if block < len(pages)]
         transfers = self.residency.need(old)
-        self.residency.pin(old)
-        new, more = self.residency.add(len(wanted) - len(old))
-        self.residency.unpin(old)
+        new, more = self.residency.add(len(wanted) - len(old), keep=old)
         fresh = iter(new)
         found = []
         named: dict[tuple[int, int], list[int]] = {}  # (sequence, KV head) -> its new pages
@@ -186,6 +174,6 @@ class StreamingManager:
             found.append(pages[block])
         self.residency.written(old)
         if self.log:
-            for (seq_id, head), its in named.items():
-                self.log(PagesNamed(seq_id, layer, head, tuple(its)))
+            for (seq_id, head), new_pages in named.items():
+                self.log(PagesNamed(seq_id, layer, head, tuple(new_pages)))
         return found, transfers + more

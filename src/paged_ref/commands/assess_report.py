@@ -1,8 +1,9 @@
-"""An assessment in words and tables, for `paged-ref assess`."""
+"""What `paged-ref assess` prints: an assessment in words and tables."""
 
 from __future__ import annotations
 
-from rich import box
+from typing import Any
+
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -10,79 +11,79 @@ from rich.table import Table
 from ..planner.assess import WASTE_LIMIT, Assessment
 from ..planner.hardware import GIB, GPUS
 from ..planner.models import MODELS
-from ..planner.roofline import explain
 from ..planner.settings import servers
 from ..views.common.canvas import count, size_of
+from .report_text import number_table, print_constants, print_heading, print_paragraph, print_rows
 
 _WHY = {
-    "capacity": "Weights are read, and a step begins, once for all sequences of a batch: more of them at once make "
-    "each cheaper. What they lack is memory. Paging gives it, and beyond it K and V in 8 bits, or a larger GPU.",
-    "bandwidth": "Each sequence adds its own K and V to every step. Room for more of them, which is what paging gives, "
-    "adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
+    "capacity": "The weights are read, and a step begins, once for all sequences of a batch: more sequences make each "
+    "one cheaper. What is missing is memory. Paging gives it; K and V in 8 bits or a larger GPU give more.",
+    "bandwidth": "Each sequence adds the reading of its K and V to every step. Room for more sequences, which is what "
+    "paging gives, adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
     "compute": "Prompts keep the arithmetic busy. Room for more sequences, which is what paging gives, adds little; "
-    "not computing what many prompts begin with (the prefix cache) or more arithmetic helps more.",
+    "a prefix cache for a common beginning of the prompts, or a GPU with more arithmetic, helps more.",
 }
+
+MODEL_COLUMNS = ("params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes")
+GPU_COLUMNS = ("memory", "bandwidth", "fp16,\ndense", "link,\none way")
 
 
 def print_report(console: Console, found: Assessment, source: str) -> None:
     gpu, model = found.gpu, found.model
     console.print(f"[bold]{model.name}[/bold] on [bold]{gpu.name}[/bold]: {source}.")
-    _wrapped(console, f"The longest that may come has {found.max_model_len:,}; `standard max` reserves this for each.")
+    print_paragraph(
+        console, f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
+    )
     if found.num_refused:
-        _wrapped(console, f"Left out: {count(found.num_refused, 'longer request')}.")
-    _heading(console, "Memory")
-    rows = Table.grid(padding=(0, 2))
-    rows.add_row("K, V a token", model.kv_arithmetic)
-    rows.add_row(f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token))
-    rows.add_row("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}")
+        print_paragraph(console, f"Left out: {count(found.num_refused, 'longer request')}.")
+    print_heading(console, "Memory")
     share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
-    rows.add_row("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens")
-    console.print(Padding(rows, (0, 0, 0, 1)))
+    rows = [
+        ("K, V a token", model.kv_arithmetic),
+        (f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token)),
+        ("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}"),
+        ("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens"),
+    ]
+    print_rows(console, rows)
     if model.num_windowed_layers:
-        _wrapped(console, f"{model.num_windowed_layers} layers see only a window; their K and V are counted in full.")
+        print_paragraph(
+            console, f"{model.num_windowed_layers} layers see only a window; their K and V are counted in full."
+        )
     if gpu.count > 1:
-        _wrapped(console, "What the GPUs say to each other is not counted: the times are too good by that.")
-    _heading(console, "How many sequences at once, and how fast")
+        print_paragraph(console, "The traffic between the GPUs is not counted: the times are too short by it.")
+    print_heading(console, "How many sequences fit, and how fast")
     console.print(_plans(found, console.width))
-    _wrapped(console, _gain(found))
-    _heading(console, f"The bottleneck: {found.bottleneck}")
-    _wrapped(console, f"{_roofline(found)} {_WHY[found.bottleneck]}")
-    _heading(console, f"Block size: {found.block_size}, and swap or compute again")
+    print_paragraph(console, _gain(found))
+    print_heading(console, f"The bottleneck: {found.bottleneck}")
+    print_paragraph(console, f"{_roofline(found)} {_WHY[found.bottleneck]}")
+    print_heading(console, f"Block size: {found.block_size}, and swap or compute again")
     console.print(_block_sizes(found))
-    _wrapped(console, _block_advice(found))
-    _wrapped(console, _swap_advice(found))
-    _heading(console, "The same elsewhere")
+    print_paragraph(console, _block_advice(found))
+    print_paragraph(console, _swap_advice(found))
+    print_heading(console, "The same elsewhere")
     for server in servers(found):
         console.print(f" [bold]{server.name}[/bold] (looked at: {server.version})")
         console.print(f"   {server.command}", soft_wrap=True)  # one line, to be copied
         for sentence in server.supports:
             console.print(Padding(f"- {sentence}", (0, 0, 0, 3)))
-    _heading(console, "Assumed, beside the datasheet")
-    rows = Table.grid(padding=(0, 2))
-    for name, value, why in explain(found.constants):
-        rows.add_row(name, f"{value:g}", why)
-    console.print(Padding(rows, (0, 0, 0, 1)))
-    _wrapped(console, "paged-ref compare runs the real managers over real arrivals: waiting, holes, preemptions.")
-
-
-def _heading(console: Console, title: str) -> None:
-    console.print()
-    console.rule(f"[bold]{title}[/bold]", align="left", characters="─")
-
-
-def _wrapped(console: Console, text: str) -> None:
-    console.print(Padding(text, (0, 0, 0, 1)))
+    print_heading(console, "Assumed, beside the datasheet")
+    print_constants(console, found.constants)
+    print_paragraph(
+        console, "paged-ref compare runs the real managers over real arrivals: waiting, holes, preemptions."
+    )
 
 
 def _plans(found: Assessment, width: int) -> Table:
     """Numbers are never cut: in a narrow window the columns stand closer, and only a name may wrap."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1) if width >= 80 else 0)
-    for column in ("", "slots", "in\nuse", "at\nonce", "step,\nms", "tokens\n/s", "req\n/s"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    columns = ("", "slots", "in\nuse", "fit", "step,\nms", "tokens\n/s", "req\n/s")
+    table = number_table(*columns, wrap_names=True, padding=(0, 1) if width >= 80 else 0)
     for plan in found.plans:
-        timed = (f"{1000 * plan.step.seconds:.1f}", f"{plan.tokens_per_second:,.0f}")
-        last = f"{plan.requests_per_second:.2f}"
-        cells = (*timed, last) if plan.sequences else ("-", "-", "-")
+        speeds = [
+            f"{1000 * plan.step.seconds:.1f}",
+            f"{plan.tokens_per_second:,.0f}",
+            f"{plan.requests_per_second:.2f}",
+        ]
+        cells = speeds if plan.sequences else ["-"] * 3
         table.add_row(plan.name, f"{plan.slots:,.0f}", f"{plan.used:.1%}", f"{plan.sequences:,}", *cells)
     return table
 
@@ -98,7 +99,7 @@ def _gain(found: Assessment) -> str:
 
 
 def _roofline(found: Assessment) -> str:
-    """The two sides of a step with paged memory, and which of them counts."""
+    """The two sides of a step with paged memory, and which side counts."""
     plan, step = found.paged, found.paged.step
     weights, kv, compute, overhead = (f"{1000 * seconds:.1f} ms" for seconds in step)
     reads = step.weights + step.kv >= step.compute
@@ -110,18 +111,11 @@ def _roofline(found: Assessment) -> str:
 
 
 def _block_sizes(found: Assessment) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in ("block size", "slots empty", "table", "K in one piece", "swap out, in"):
-        table.add_column(column, justify="right")
+    table = number_table("block\nsize", "slots\nempty", "table", "K in one\npiece", "swap\nout, in")
     for each in found.block_sizes:
-        style = "bold" if each.block_size == found.block_size else ""
-        cells = (
-            f"{each.waste:.1%}",
-            _size(each.table_bytes),
-            _size(each.run_bytes),
-            f"{1000 * each.swap_seconds:.1f} ms",
-        )
-        table.add_row(str(each.block_size), *cells, style=style)
+        sizes = _size(each.table_bytes), _size(each.run_bytes)
+        cells = (f"{each.block_size:>5}", f"{each.waste:.1%}", *sizes, f"{1000 * each.swap_seconds:.1f} ms")
+        table.add_row(*cells, style="bold" if each.block_size == found.block_size else "")
     return table
 
 
@@ -154,27 +148,20 @@ def _swap_advice(found: Assessment) -> str:
 
 
 def print_known(console: Console) -> None:
-    padding = (0, 1) if console.width >= 80 else (0, 0)
-    models = Table(title="Known models", box=box.SIMPLE_HEAD, padding=padding, show_edge=console.width >= 80)
-    for column in ("", "params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes"):
-        models.add_column(column, justify="right" if column else "left", no_wrap=True)
+    """The tables of models and GPUs. In a narrow window the columns stand closer."""
+    wide = console.width >= 80
+    style: dict[str, Any] = {"padding": (0, 1) if wide else 0, "show_edge": wide}
+    table = number_table("", *MODEL_COLUMNS, title="Known models", **style)
     for model in MODELS.values():
-        sizes = (
-            f"{model.num_parameters / 1e9:.2f}",
-            model.num_layers,
-            model.num_heads,
-            model.num_kv_heads,
-            model.max_context,
-        )
-        models.add_row(model.name, *map(str, sizes), f"{model.kv_bytes_per_token:,}")
-    console.print(models)
-    gpus = Table(title="Known GPUs, as published", box=box.SIMPLE_HEAD, padding=padding, show_edge=console.width >= 80)
-    for column in ("", "memory", "bandwidth", "fp16,\ndense", "link,\none way"):
-        gpus.add_column(column, justify="right" if column else "left", no_wrap=True)
+        sizes = (model.num_layers, model.num_heads, model.num_kv_heads, model.max_context)
+        cells = f"{model.num_parameters / 1e9:.2f}", *map(str, sizes), f"{model.kv_bytes_per_token:,}"
+        table.add_row(model.name, *cells)
+    console.print(table)
+    table = number_table("", *GPU_COLUMNS, title="Known GPUs, as published", **style)
     for gpu in GPUS.values():
-        rates = (f"{gpu.bandwidth / 1e9:,.0f} GB/s", f"{gpu.flops / 1e12:,.1f} TFLOPS", f"{gpu.link / 1e9:.0f} GB/s")
-        gpus.add_row(gpu.name, f"{gpu.memory_bytes // GIB} GiB", *rates)
-    console.print(gpus)
+        rates = f"{gpu.bandwidth / 1e9:,.0f} GB/s", f"{gpu.flops / 1e12:,.1f} TFLOPS", f"{gpu.link / 1e9:.0f} GB/s"
+        table.add_row(gpu.name, f"{gpu.memory_bytes // GIB} GiB", *rates)
+    console.print(table)
 
 
 def _size(num_bytes: int) -> str:

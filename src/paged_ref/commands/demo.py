@@ -1,17 +1,15 @@
-"""The main job: the same prompts, the same KV budget, once with each way to manage memory.
+"""`paged-ref demo`, the main job: the same prompts and the same KV budget, with standard and with paged memory.
 
-Everything shown comes from the two runs. `paged-ref demo` and `make demo` end here.
+All numbers and texts shown come from the two runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from time import perf_counter
-from typing import Literal
+from typing import Literal, get_args
 
 from rich import box
 from rich.console import Console
@@ -19,17 +17,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..core.device import describe
-from ..core.engine.outputs import RequestOutput, StepRecord
-from ..core.engine.sampling import SamplingParams
+from ..core.engine.outputs import RequestOutput
 from ..core.engine.sequence import Status
-from ..core.memory.paged import PagedManager
 from ..core.model.config import kv_bytes_per_token
-from ..core.model.loading import load
+from ..extras.beam import SamplingParams
+from ..extras.step_records import StepRecord, StepRecords
+from ..extras.token_text import token_text
+from ..interop.checkpoints import load
 from ..llm import LLM
-from ..timeline.events import Log, write_events
-from .recording import record_to
+from ..timeline.events import Log
+from ..views.common import options
+from ..views.common.files import recording
+from ..views.common.program import program
+from ..views.common.versions import describe_device
 
+Manager = Literal["standard", "paged"]
+MANAGERS: tuple[Manager, ...] = get_args(Manager)
 MAX_MODEL_LEN = 512  # what the standard manager reserves for each request, unless the model has less
 
 # Prompts of very different lengths, and how many tokens each may generate.
@@ -62,7 +65,7 @@ REQUESTS: list[tuple[str, int]] = [
 
 
 @dataclass(slots=True)
-class Run:
+class DemoRun:
     """One pass over the requests, as measured."""
 
     name: str
@@ -70,119 +73,93 @@ class Run:
     seconds: float
     records: list[StepRecord]
     block_table: list[int]  # of the first request, at its longest; empty without blocks
-    block_tokens: list[int]  # the tokens that lay in it
-
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(len(output.outputs[0].token_ids) for output in self.outputs) / self.seconds
-
-    @property
-    def first_token_seconds(self) -> float:
-        """Mean over the requests."""
-        return mean((output.first_token or output.arrival) - output.arrival for output in self.outputs)
+    block_tokens: list[int]  # the tokens in these blocks
 
     def share(self, part: str) -> float:
-        """One part of MemoryUsage as a share of the pool: mean over the steps in which a request waited.
-
-        Those are the steps in which memory was short; over all steps if none ever waited.
-        """
-        # The requests arrived in order and sampled once each, so a request's place is its seq_id's place.
-        first = min(seq_id for seq_id, _ in self.records[0].chunks)
-        final = {
-            first + i: len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1
-            for i, output in enumerate(self.outputs)
-        }
+        """One part of MemoryUsage as a share of the pool: mean over the steps in which a request waited for memory,
+        or over all steps if no request ever waited."""
+        lengths = [len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1 for output in self.outputs]
+        # The requests were added in order, with one sequence each: their sequence ids follow each other.
+        final = dict(enumerate(lengths, start=min(seq_id for seq_id, _ in self.records[0].chunks)))
         short = [record for record in self.records if record.num_waiting] or self.records
         usages = [record.snapshot.usage(final) for record in short]
         return float(mean(getattr(usage, part) / usage.total for usage in usages))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", metavar="DIR", help="Hugging Face directory (default: embedded)")
-    parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default 16)")
-    parser.add_argument("--kv-tokens", type=int, default=1024, metavar="N", help="KV budget (default 1024 tokens)")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="attention backend (see paged-ref info)")
-    parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="write both runs as JSON lines, for viz and monitor"
-    )
+    options.model(parser)
+    options.block_size(parser)
+    options.kv_tokens(parser, 1024, "KV budget (default 1024 tokens)")
+    options.backend(parser)
+    options.record_output(parser, "write both runs as JSON lines, for viz and monitor")
 
 
 def main(args: argparse.Namespace) -> int:
     console = Console()
-    names: tuple[Literal["standard", "paged"], ...] = ("standard", "paged")
-    context = load(args.model).config.max_position_embeddings
-    max_model_len = min(MAX_MODEL_LEN, context, max(args.kv_tokens, 1))
-
-    def make(name: Literal["standard", "paged"], log: Log | None = None) -> LLM:
-        return LLM(
-            args.model,
-            manager=name,
-            block_size=args.block_size,
-            kv_cache_tokens=args.kv_tokens,
-            max_model_len=max_model_len,
-            backend=args.backend,
-            log=log,
-        )
-
-    engines = [make(name) for name in names]
+    engines = [_engine(args, manager) for manager in MANAGERS]
     per_token = kv_bytes_per_token(engines[0].config, "float32")
     console.print(
-        f"{len(REQUESTS)} requests on {describe()}. The KV budget is {args.kv_tokens} tokens of {per_token} "
+        f"{len(REQUESTS)} requests on {describe_device()}. The KV budget is {args.kv_tokens} tokens of {per_token} "
         f"bytes: {args.kv_tokens * per_token / 2**20:.1f} MiB.\n"
     )
     with console.status("compiling the kernels, once on each machine ..."):
         for llm in engines:
             llm.generate([prompt for prompt, _ in REQUESTS], SamplingParams(max_tokens=2))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with record_to(args.record) as file, Progress(*columns, console=console) as progress:
-        runs = []
-        for i, name in enumerate(names):
-            if file:  # a log begins with an engine, and not with its warm-up; whoever follows it sees it at once
-                engines[i] = make(name, lambda event: write_events([event], file))
-            runs.append(_run(name, engines[i], progress))
-
-    token_ids = [[output.outputs[0].token_ids for output in run.outputs] for run in runs]
-    same = token_ids[0] == token_ids[1]
-    console.print(_texts(runs[1]))
-    console.print(
-        f"Token ids of the two runs: {'identical' if same else 'DIFFERENT'} "
-        f"({sum(map(len, token_ids[1]))} new tokens).\n"
-    )
-    console.print(_block_table(runs[1], engines[1]))
-    console.print(_comparison(runs))
-    console.print(
-        "Next: paged-ref generate --prompt 'Once upon a time' lets the model write; "
-        "src/paged_ref/memory/paged.py is what made the difference."
-    )
-    return 0 if same else 1
+    with recording(args.record) as log, Progress(*columns, console=console) as progress:
+        if log:  # each log begins with a new engine: the runs above are not part of it
+            engines = [_engine(args, manager, log) for manager in MANAGERS]
+        runs = [_run(manager, llm, progress) for manager, llm in zip(MANAGERS, engines, strict=True)]
+    return _report(console, engines[1], *runs)
 
 
-def _run(name: str, llm: LLM, progress: Progress) -> Run:
-    """All requests at once, step by step, looking at the first one's block table on the way."""
-    task = progress.add_task(
-        f"{name} manager, {'paged' if llm.manager.paged else 'naive'} attention", total=len(REQUESTS)
-    )
+def _engine(args: argparse.Namespace, manager: Manager, log: Log | None = None) -> LLM:
+    context = load(args.model).config.max_position_embeddings
+    return LLM(
+        args.model, manager=manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens, backend=args.backend,
+        max_model_len=min(MAX_MODEL_LEN, context, max(args.kv_tokens, 1)), log=log,
+    )  # fmt: skip
+
+
+def _run(name: str, llm: LLM, progress: Progress) -> DemoRun:
+    """All requests in one batch, step by step. The first request's block table is copied before each step."""
+    kernel = "paged" if llm.engine.manager.paged else "naive"
+    task = progress.add_task(f"{name} manager, {kernel} attention", total=len(REQUESTS))
     records: list[StepRecord] = []
-    llm.on_step = records.append
+    llm.engine.observers.append(StepRecords(llm.engine.scheduler, records.append))
     began = perf_counter()
-    outputs = []
-    for prompt, max_tokens in REQUESTS:
-        outputs.append(llm.add_request(prompt, SamplingParams(max_tokens=max_tokens)))
-    requests = [llm.output_of(request_id) for request_id in outputs]
-    group = llm.scheduler.waiting[0]
+    request_ids = [llm.add_request(prompt, SamplingParams(max_tokens=length)) for prompt, length in REQUESTS]
+    requests = [llm.output_of(request_id) for request_id in request_ids]
+    group = llm.engine.scheduler.waiting[0]
     first = group.leader
     block_table: list[int] = []
     block_tokens: list[int] = []
     while llm.has_unfinished:
-        if group.status is Status.RUNNING and isinstance(llm.manager, PagedManager):
-            block_table = list(llm.manager.block_table(first.seq_id))
+        if group.status is Status.RUNNING and llm.engine.manager.paged:
+            block_table = llm.engine.manager.placement(first.seq_id).copy()
             block_tokens = first.tokens[: first.num_computed]
         llm.step()
         progress.update(task, completed=sum(request.finished is not None for request in requests))
-    return Run(name, requests, perf_counter() - began, records, block_table, block_tokens)
+    return DemoRun(name, requests, perf_counter() - began, records, block_table, block_tokens)
 
 
-def _texts(run: Run) -> Table:
+# --- what is printed ---------------------------------------------------------------------------------------------
+
+
+def _report(console: Console, llm: LLM, standard: DemoRun, paged: DemoRun) -> int:
+    """Print the two runs side by side. The exit status: 1 if their tokens differ. `llm` made the paged run."""
+    wanted, found = ([output.outputs[0].token_ids for output in run.outputs] for run in (standard, paged))
+    verdict = "identical" if found == wanted else "DIFFERENT"
+    console.print(_texts(paged))
+    console.print(f"Token ids of the two runs: {verdict} ({sum(map(len, found))} new tokens).\n")
+    console.print(_block_table(paged, llm))
+    console.print(_comparison([standard, paged]))
+    console.print(f"Next: {program()} generate --prompt Once", highlight=False)
+    console.print("lets the model write. src/paged_ref/core/memory/paged.py is what made the difference.")
+    return 0 if found == wanted else 1
+
+
+def _texts(run: DemoRun) -> Table:
     table = Table(title="What the model wrote (shortened)", box=box.SIMPLE, show_header=False)
     table.add_column(style="dim", max_width=26)
     table.add_column()
@@ -193,53 +170,52 @@ def _texts(run: Run) -> Table:
     return table
 
 
-def _block_table(run: Run, llm: LLM) -> Table:
+def _block_table(run: DemoRun, llm: LLM) -> Table:
     """The first request's tokens in their slots, block by block."""
-    manager = llm.manager
-    assert isinstance(manager, PagedManager)
-    size = manager.block_size
-    table = Table(
-        title=f"The first request: its block table, and the tokens in its slots (block size {size})",
-        box=box.SIMPLE,
-    )
-    table.add_column("logical\nblock", justify="right")
-    table.add_column("physical\nblock", justify="right")
-    table.add_column("slots", justify="right", no_wrap=True)
+    size = llm.engine.manager.block_size
+    title = f"The first request: its block table, and the tokens in its slots (block size {size})"
+    table = Table(title=title, box=box.SIMPLE)
+    for column in ("logical\nblock", "physical\nblock", "slots"):
+        table.add_column(column, justify="right", no_wrap=column == "slots")
     table.add_column("tokens")
     for logical, physical in enumerate(run.block_table):
         held = run.block_tokens[logical * size : (logical + 1) * size]
-        pieces = [llm.tokenizer.token_text(token_id) for token_id in held] + ["_"] * (size - len(held))
+        pieces = [token_text(llm.tokenizer, token_id) for token_id in held] + ["_"] * (size - len(held))
         slots = f"{physical * size}-{physical * size + size - 1}"
         table.add_row(str(logical), str(physical), slots, Text(" | ".join(pieces)))
     return table
 
 
-def _comparison(runs: list[Run]) -> Table:
-    table = Table(title="The same requests, the same KV budget", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for run in runs:
-        table.add_column(f"{run.name}", justify="right")
-
-    def row(label: str, cell: Callable[[Run], str]) -> None:
-        table.add_row(label, *map(cell, runs))
-
-    row("sequences at once, mean", lambda run: f"{mean(r.num_running for r in run.records):.1f}")
-    row("sequences at once, peak", lambda run: f"{max(r.num_running for r in run.records)}")
-    for label, part in (
-        ("memory holding tokens", "tokens"),
-        ("  reserved for later", "reserved"),
-        ("  wasted inside", "internal"),
-        ("  wasted between", "external"),
-        ("  free", "free"),
-    ):
-        row(label, lambda run, part=part: f"{run.share(part):.1%}")  # type: ignore[misc]
-    row("steps", lambda run: f"{len(run.records)}")
-    row("preemptions", lambda run: f"{sum(output.num_preemptions for output in run.outputs)}")
-    row("tokens per second", lambda run: f"{run.tokens_per_second:.0f}")
-    row("time to first token", lambda run: f"{1000 * run.first_token_seconds:.0f} ms")
-    table.caption = (
-        "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Wasted inside: "
-        "never used by the request that holds it. Wasted between: in holes too small for the next one. "
+def _comparison(runs: list[DemoRun]) -> Table:
+    caption = (
+        "Memory: shares of the KV budget, mean over the steps in which a request had to wait. Internal: "
+        "never used by the request that holds it. External: in holes too small for the next one. "
         "Time to first token: mean."
     )
+    table = Table(title="The same requests, the same KV budget", caption=caption, box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    figures = [_figures(run) for run in runs]
+    for label in figures[0]:
+        table.add_row(label, *(each[label] for each in figures))
     return table
+
+
+def _figures(run: DemoRun) -> dict[str, str]:
+    running = [record.num_running for record in run.records]
+    num_tokens = sum(len(output.outputs[0].token_ids) for output in run.outputs)
+    first_token = mean((output.first_token or output.arrival) - output.arrival for output in run.outputs)
+    return {
+        "running sequences, mean": f"{mean(running):.1f}",
+        "running sequences, peak": f"{max(running)}",
+        "memory holding tokens": f"{run.share('tokens'):.1%}",
+        "  reserved for later": f"{run.share('reserved'):.1%}",
+        "  internal": f"{run.share('internal'):.1%}",
+        "  external": f"{run.share('external'):.1%}",
+        "  free": f"{run.share('free'):.1%}",
+        "steps": f"{len(run.records)}",
+        "preemptions": f"{sum(output.num_preemptions for output in run.outputs)}",
+        "tokens per second": f"{num_tokens / run.seconds:.0f}",
+        "time to first token": f"{1000 * first_token:.0f} ms",
+    }

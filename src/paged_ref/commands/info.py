@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 from rich import box
 from rich.console import Console
@@ -12,24 +11,20 @@ from rich.table import Table
 
 from .. import __version__
 from ..core import device
-from ..core.attention.attention import BACKENDS, why_not
-
-PACKAGES = (
-    "numpy", "numba", "llvmlite", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x",
-    "safetensors", "tokenizers", "rich", "torch", "triton", "transformers",
-)  # fmt: skip
+from ..core.attention.attention import known_backends, why_not
+from ..views.common.versions import describe_device, versions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None so far."""
+    """There are none."""
 
 
 def main(args: argparse.Namespace) -> int:
     console = Console()
     console.print(f"paged_ref {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    console.print(f"Device: {device.describe()}; arrays are {device.xp.__name__} ({device.reason})")
+    console.print(f"Device: {describe_device()}; arrays are {device.xp.__name__} ({device.reason})")
     backends = Table("backend", "here", "what it is", box=box.SIMPLE)
-    for name, what in BACKENDS.items():
+    for name, what in known_backends().items():
         backends.add_row(name, "yes" if why_not(name) is None else f"no: {why_not(name)}", what)
     console.print(backends)
     packages = Table("package", "version", box=box.SIMPLE)
@@ -37,14 +32,3 @@ def main(args: argparse.Namespace) -> int:
         packages.add_row(name, number or "-")
     console.print(packages)
     return 0
-
-
-def versions() -> dict[str, str | None]:
-    """The version of each package that matters here; None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found

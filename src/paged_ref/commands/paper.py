@@ -1,41 +1,35 @@
-"""`paged-ref paper`: the figures of the PagedAttention paper, measured here and held against its numbers."""
+"""`paged-ref paper`: the figures of the PagedAttention paper, measured here, beside the paper's numbers."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from ..planner.findings import Figure, Finding, Lab
+from ..planner.findings import Figure, Finding, RunCache
 from ..planner.paper import FIGURES
-from ..planner.sweep import checked_jobs, on_cores
-from .compare import NARROWEST
+from ..planner.sweep import on_cores
+from ..views.common import options
+from ..views.common.files import write_json
+from .report_text import number_table, print_heading, print_paragraph, wide_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = " ".join(FIGURES)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"which: {known} (default: all)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    options.integer(parser, "--jobs", None, "processes (default: one for each core)")
+    options.json_output(parser, "write all numbers here")
 
 
 def main(args: argparse.Namespace) -> int:
     for key in args.figures:
         if key not in FIGURES:
             raise ValueError(f"figure is {key!r}; known are {', '.join(FIGURES)}")
-    checked_jobs(args.jobs)
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json} cannot be written: there is no directory {args.json.parent}")
-    console = Console(highlight=False, width=max(Console().width, NARROWEST))
+    console = wide_console()
     console.print(
         "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023."
     )
@@ -54,39 +48,34 @@ def main(args: argparse.Namespace) -> int:
             for figure in figures
             for finding in figure.findings
         ]
-        args.json.write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, findings)
     return 0
 
 
 def _figures(keys: list[str], num_jobs: int | None) -> Iterator[Figure]:
-    """Each as soon as it and those before it are done."""
+    """Each figure as soon as it and the figures before it are done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} runs"), TimeElapsedColumn())
     with (
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        ThreadPoolExecutor(1 if num_jobs == 1 else 32) as threads,
-        ThreadPoolExecutor(len(keys)) as waiting,
-        on_cores(num_jobs) as call,
+        ThreadPoolExecutor(len(keys)) as threads,
+        on_cores(num_jobs) as cores,
     ):
         task = progress.add_task("simulating", total=None)
-        lab = Lab(call, threads, lambda: progress.advance(task))
-        for figure in [waiting.submit(FIGURES[key], lab) for key in keys]:
-            yield figure.result()
+        runs = RunCache(cores, lambda: progress.advance(task))
+        yield from threads.map(lambda key: FIGURES[key](runs), keys)
 
 
 def show(console: Console, figure: Figure) -> None:
     name = f"Fig. {figure.key}" if figure.key[0].isdigit() else "§6.4"
-    console.print()
-    console.rule(f"[bold]{name}: {figure.title}[/bold]", align="left", characters="─")
-    console.print(Padding(figure.setting, (0, 0, 0, 1)))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for number, column in enumerate(("", "ours", "paper", "band", "in it")):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    print_heading(console, f"{name}: {figure.title}")
+    print_paragraph(console, figure.setting)
+    table = number_table("", "ours", "paper", "band", "in it")
     for finding in figure.findings:
         met = {True: "yes", False: "NO", None: ""}[finding.met]
         table.add_row(finding.what, _value(finding.ours, finding), _value(finding.paper, finding), _band(finding), met)
     console.print(table)
     for sentence in figure.why:
-        console.print(Padding(f"- {sentence}", (0, 0, 0, 1)))
+        print_paragraph(console, f"- {sentence}")
 
 
 def _value(value: float | str, finding: Finding) -> str:

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
 from rich.text import Text
 
-from ..core.engine.sampling import SamplingParams
+from ..extras.beam import SamplingParams
 from ..extras.managers import MANAGERS, ManagerName
-from ..timeline.events import Event, write_events
+from ..timeline.events import Event
 from ..timeline.history import MARKS, History, histories, read_histories
+from ..views.common import options
 from ..views.common.canvas import Scene
+from ..views.common.files import recording
 from ..views.common.loop import play
 from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg
-from ..views.viz.frames.screen import (
-    FRAMES,
-    FRAMES_OF_PAGES,
-    MIN_HEIGHT,
-    MIN_WIDTH,
-    Frame,
-    frames_of,
-    screen,
-)
+from ..views.viz.frames.screen import FRAMES, FRAMES_OF_PAGES, SMALLEST, Frame, frames_of, screen
 from ..views.viz.player import Player
 from ..views.viz.viz_run import PAPER, Workload, record, workload
-from .recording import record_to
 
 MAX_TOKENS = 12
-SMALLEST: Size = (MIN_WIDTH, MIN_HEIGHT)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,33 +37,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--at", metavar="EVENT", help=f"begin at this event (without a terminal: only this one), or the first {letters}"
     )
-    show.add_argument(
-        "--every", type=int, metavar="N", help="without a terminal: a frame for every N events, not steps"
-    )
-    show.add_argument("--size", metavar="WxH", help="of printed frames (default: COLUMNS and LINES, or 80x24)")
-    show.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
-    show.add_argument(
-        "--svg", type=Path, metavar="FILE", help="write the frame at --at (default: the last) as a picture"
-    )
+    options.integer(show, "--every", None, "without a terminal: a frame for every N events, not steps")
+    options.printed(show)
+    options.svg_output(show, "write the frame at --at (default: the last) as a picture")
     run = parser.add_argument_group("what to run, in place of the paper's example")
     run.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: embedded)")
     run.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
-    run.add_argument("--n", type=int, metavar="N", help="samples of each prompt; more than 1 draws at temperature 0.8")
-    run.add_argument("--max-tokens", type=int, metavar="N", help=f"new tokens of each sample (default {MAX_TOKENS})")
-    run.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens (default 0)")
-    run.add_argument("--block-size", type=int, metavar="N", help="tokens in a block (default 4)")
-    run.add_argument("--blocks", type=int, metavar="N", help="of the pool (default: 12, or too few for all prompts)")
-    run.add_argument("--host-blocks", type=int, metavar="N", help="of host memory (default: as the pool; 0: recompute)")
+    options.integer(run, "--n", None, "samples of each prompt; more than 1 draws at temperature 0.8", least=None)
+    options.integer(run, "--max-tokens", None, f"new tokens of each sample (default {MAX_TOKENS})", least=None)
+    options.seed(run, None, "the same seed draws the same tokens (default 0)")
+    options.integer(run, "--block-size", None, "tokens in a block (default 4)", least=None)
+    options.integer(run, "--blocks", None, "of the pool (default: 12, or too few for all prompts)")
+    options.integer(run, "--host-blocks", None, "of host memory (default: as the pool; 0: recompute)", least=0)
     run.add_argument("--manager", choices=(*MANAGERS, "all"), default="all", help="default: all, to compare them")
-    run.add_argument("--record", type=Path, metavar="FILE", help="write what happens as JSON lines, too")
+    options.record_output(run, "write what happens as JSON lines, too")
 
 
 def main(args: argparse.Namespace) -> int:
     if not args.logs:
         _frame(args.frame, FRAMES)  # nonsense is refused before the model runs
     size = parse_size(args.size, SMALLEST) if args.size else None
-    if args.every is not None and args.every < 1:
-        raise ValueError(f"--every is {args.every}; at least 1 is needed")
     runs = _runs(args)
     frame = _frame(args.frame, frames_of(runs[0]))
     at = None if args.at is None else _position(args.at, runs[0])
@@ -85,13 +70,6 @@ def main(args: argparse.Namespace) -> int:
     else:
         _print(runs, frame, at, args.every, size)
     return 0
-
-
-def show(frame: str) -> None:
-    """What `python -m paged_ref.views.viz.frames.NAME` does: the paper's example, in that frame."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    main(parser.parse_args(["--frame", frame, *sys.argv[1:]]))
 
 
 # --- what to show -----------------------------------------------------------------------------------------
@@ -142,60 +120,31 @@ def _runs(args: argparse.Namespace) -> list[History]:
     """The runs of the logs, or of an engine here and now."""
     chosen = ("model", "prompt", "n", "max_tokens", "seed", "block_size", "blocks", "host_blocks", "record")
     if args.logs:
-        given = [name for name in chosen if getattr(args, name) is not None]
-        if given:
-            option = "--" + given[0].replace("_", "-")
+        if option := options.first_given(args, *chosen):
             raise ValueError(f"{option} is for a new run; {args.logs[0]} is a log of one that was")
         return [run for path in args.logs for run in read_histories(path)]
     work = _workload(args)
     names: list[ManagerName] = list(get_args(ManagerName)) if args.manager == "all" else [args.manager]
     events: list[Event] = []
-    with record_to(args.record) as file, Console(stderr=True).status("running the model ..."):
+    with recording(args.record) as log, Console(stderr=True).status("running the model ..."):
         for name in names:
             events += record(work, name)
-        if file:
-            write_events(events, file)
+        if log:
+            for event in events:
+                log(event)
     return histories(events)
 
 
 def _workload(args: argparse.Namespace) -> Workload:
-    asked = (
-        args.model,
-        args.prompt,
-        args.n,
-        args.max_tokens,
-        args.seed,
-        args.block_size,
-        args.blocks,
-        args.host_blocks,
-    )
-    if all(option is None for option in asked):
-        return PAPER
-    for option, value, least in (("--blocks", args.blocks, 1), ("--host-blocks", args.host_blocks, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{option} is {value}; at least {least} is needed")
+    sizes = dict(model=args.model, block_size=args.block_size, num_blocks=args.blocks, num_host_blocks=args.host_blocks)
+    given = {name: value for name, value in sizes.items() if value is not None}
     n = 1 if args.n is None else args.n
     params = SamplingParams(
         max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens,
         n=n,
         temperature=0.8 if n > 1 else 0.0,
-        seed=0 if args.seed is None else args.seed,
+        seed=args.seed or 0,
     )
     if not args.prompt and params == SamplingParams(max_tokens=MAX_TOKENS, seed=0):
-        # The paper's requests in another memory, or on another model.
-        return Workload(
-            PAPER.arrivals,
-            model=args.model or PAPER.model,
-            block_size=PAPER.block_size if args.block_size is None else args.block_size,
-            num_blocks=PAPER.num_blocks if args.blocks is None else args.blocks,
-            num_host_blocks=PAPER.num_host_blocks if args.host_blocks is None else args.host_blocks,
-            first_blocks=PAPER.first_blocks,
-        )
-    return workload(
-        args.prompt or [prompt for _, prompt, _ in PAPER.arrivals],
-        params,
-        model=args.model or "tiny",
-        block_size=4 if args.block_size is None else args.block_size,
-        num_blocks=args.blocks,
-        num_host_blocks=args.host_blocks,
-    )
+        return replace(PAPER, **given)  # the paper's requests in another memory, or on another model
+    return workload(args.prompt or [prompt for _, prompt, _ in PAPER.arrivals], params, **given)

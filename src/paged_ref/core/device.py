@@ -67,11 +67,3 @@ def synchronize() -> None:
     """Wait until the device has done all that it was given. Call before reading a clock."""
     if on_gpu:
         xp.cuda.get_current_stream().synchronize()
-
-
-def describe() -> str:
-    """The device in words, for `paged-ref info` and for benchmark records."""
-    if on_gpu:
-        properties = xp.cuda.runtime.getDeviceProperties(0)
-        return f"{properties['name'].decode()}, {properties['totalGlobalMem'] / 2**30:.0f} GiB"
-    return f"CPU, {os.cpu_count()} cores"

@@ -1,16 +1,41 @@
-"""Beam search: which continuations of which beams go on. Pure functions of log-probabilities.
+"""Beam search: a kind of request, whose sequences are the beams.
 
-The rules are those of transformers' generate(num_beams=k, early_stopping=False). The blocks of the KV cache
-follow by reference counts: a beam that goes on twice is forked, one that does not is freed (Kwon et al. 2023,
-§4.4, Fig. 9).
+The rules are those of transformers' generate(num_beams=k, early_stopping=False). The blocks of the KV cache follow by
+reference counts: a beam that goes on twice is forked, a beam that does not go on is freed (Kwon et al. 2023, §4.4,
+Fig. 9).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from ..core.checks import require
+from ..core.engine import sampling
+from ..core.engine.outputs import FinishReason, RequestOutput, SequenceOutput, TokenOutput
+from ..core.engine.request import Request, RequestHost
+from ..core.engine.sequence import Group, Sequence
+from ..core.model.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams(sampling.SamplingParams):
+    """The core's parameters, and those of beam search, which excludes sampling."""
+
+    beam_width: int | None = None  # search with so many beams, and give the best so many
+    length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
+
+    def __post_init__(self) -> None:
+        sampling.SamplingParams.__post_init__(self)
+        if self.beam_width is not None:
+            require(beam_width=(self.beam_width, 1))
+            for name, default in (("n", 1), ("temperature", 0), ("top_k", None), ("top_p", None), ("stop", ())):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is {getattr(self, name)!r}; beam search takes no {name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +66,7 @@ class BeamSearch:
     finished: list[Hypothesis] = field(default_factory=list)  # the best first, at most `width`
 
     def step(
-        self,
-        logits: Sequence[np.ndarray],
-        generated: Sequence[list[int]],
-        eos: Collection[int],
-        is_last: bool,
+        self, logits: SequenceOf[np.ndarray], generated: SequenceOf[list[int]], eos: Collection[int], is_last: bool
     ) -> list[Continuation]:
         """Choose the beams that go on, the best first; [] when the search is over.
 
@@ -86,3 +107,81 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide -= wide.max()
     log_probabilities: np.ndarray = wide - np.log(np.exp(wide).sum())
     return log_probabilities
+
+
+class BeamRequest(Request):
+    """A request that is searched. Its only group has one sequence for each beam, in the order of their rank."""
+
+    def __init__(
+        self,
+        output: RequestOutput,
+        params: SamplingParams,
+        group: Group,
+        tokenizer: Tokenizer,
+        on_reordered: Callable[[list[tuple[Sequence, Sequence]]], None] | None = None,
+    ) -> None:
+        """`on_reordered` is called with the pairs (beam of the last step, sequence that goes on from it)."""
+        super().__init__(output, params, [group])
+        self.search = BeamSearch(group.width, params.length_penalty)
+        self.tokenizer = tokenizer
+        self.on_reordered = on_reordered
+        self._logits: dict[int, np.ndarray] = {}  # by seq_id, until all beams have theirs
+
+    @property
+    def needs_logits(self) -> bool:
+        return True
+
+    def take_logits(self, host: RequestHost, seq: Sequence, logits: np.ndarray) -> list[TokenOutput]:
+        """Once every beam has its logits: choose which go on, or end the search and give the results."""
+        self._logits[seq.seq_id] = sampling.apply_logits_hook(logits, seq.tokens, self.params)
+        beams = self.groups[0].seqs.copy()
+        if len(self._logits) < len(beams):
+            return []
+        self.output.first_token = self.output.first_token or time.perf_counter()
+        chosen = self.search.step(
+            [self._logits[seq.seq_id] for seq in beams],
+            [seq.tokens[seq.prompt_len :] for seq in beams],
+            {*self.params.stop_token_ids, *(() if self.params.ignore_eos else host.eos_token_ids)},
+            is_last=len(beams[0].tokens) + 1 >= beams[0].max_len,
+        )
+        self._logits.clear()
+        if not chosen:
+            return self._finish(host)
+        self._go_on(host, beams, chosen)
+        return []
+
+    def _go_on(self, host: RequestHost, beams: list[Sequence], chosen: list[Continuation]) -> None:
+        """Fork the beams that go on more than once, free those that do not, and append the tokens."""
+        parents = [beams[continuation.beam] for continuation in chosen]
+        going_on: list[Sequence] = []
+        for parent in parents:
+            seq = parent
+            if parent in going_on:  # it goes on once more
+                seq = Sequence(host.next_seq_id, parent.tokens.copy(), parent.prompt_len, parent.max_len)
+                host.fork(self, parent, seq)
+            going_on.append(seq)
+        for seq in beams:
+            if seq not in going_on:
+                host.end_sequence(self, seq, "beam dropped")
+        if self.on_reordered:
+            self.on_reordered(list(zip(parents, going_on, strict=True)))
+        for seq, continuation in zip(going_on, chosen, strict=True):
+            host.add_token(seq, continuation.token_id)
+        self.groups[0].seqs.sort(key=going_on.index)  # the log-probabilities are in this order
+
+    def _finish(self, host: RequestHost) -> list[TokenOutput]:
+        outputs, request_id = self.output.outputs, self.output.request_id
+        outputs += [self._output(index, hypothesis) for index, hypothesis in enumerate(self.search.finished)]
+        for seq in self.unfinished():
+            host.end_sequence(self, seq, "beam search ended")
+        return [
+            TokenOutput(request_id, output.index, output.token_ids[-1], output.text, output.finish_reason)
+            for output in outputs
+        ]
+
+    def _output(self, index: int, hypothesis: Hypothesis) -> SequenceOutput:
+        text = TextStream(self.tokenizer, self.output.prompt_token_ids)
+        shown = hypothesis.tokens[:-1] if hypothesis.stopped else hypothesis.tokens
+        pieces = [text.push(token_id) for token_id in shown]
+        reason: FinishReason = "stop" if hypothesis.stopped else "length"
+        return SequenceOutput(index, "".join(pieces) + text.flush(), hypothesis.tokens, reason, hypothesis.score)

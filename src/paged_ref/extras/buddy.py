@@ -6,36 +6,38 @@ price of rounding each region up; the paper's Fig. 2 counts that under external 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from ..core.memory.block_pool import OutOfBlocks
-from ..core.memory.regions import Region
+from ..core.memory.regions import Region, RegionPool
 
 
-class BuddyPool:
+class BuddyPool(RegionPool):
     """A RegionPool whose regions lie in aligned pieces of 1, 2, 4, 8 ... slots.
 
-    Invariant: a piece is free, or holds one region, or is cut into two halves; never are both halves free.
+    Invariant: a piece is free, or holds one region, or is cut into two halves; never are both halves free. Its regions
+    neither grow nor move.
     """
 
     def __init__(self, num_slots: int) -> None:
         """`num_slots` need not be a power of two: the pool is the fewest pieces that are, the largest first."""
-        self.num_slots = num_slots
+        super().__init__(num_slots)
+
+    def clear(self) -> None:
         self.free: dict[int, set[int]] = {}  # size of the piece -> where such pieces begin
         start = 0
-        for bit in reversed(range(num_slots.bit_length())):
+        for bit in reversed(range(self.num_slots.bit_length())):
             self.free[1 << bit] = set()
-            if num_slots >> bit & 1:
+            if self.num_slots >> bit & 1:
                 self.free[1 << bit].add(start)
                 start += 1 << bit
 
-    @staticmethod
-    def piece_size(size: int) -> int:
+    def slots_taken(self, size: int) -> int:
         return 1 << max(0, size - 1).bit_length()
 
     def allocate(self, size: int) -> int:
         """The start of a new region, in the smallest piece that is large enough. Raises OutOfBlocks."""
-        piece = wanted = self.piece_size(size)
+        piece = wanted = self.slots_taken(size)
         while not self.free.get(piece):
             piece *= 2
             if piece > self.num_slots:
@@ -48,8 +50,8 @@ class BuddyPool:
         return start
 
     def release(self, start: int, size: int) -> None:
-        """Give a region back; its piece joins its other half as long as that is free."""
-        piece = self.piece_size(size)
+        """Take a region back; its piece joins the other half as long as that half is free."""
+        piece = self.slots_taken(size)
         while start ^ piece in self.free[piece]:
             self.free[piece].remove(start ^ piece)
             start &= ~piece
@@ -62,14 +64,14 @@ class BuddyPool:
         The first are pieces that are too small. What rounding up costs is counted by the manager, which knows
         the regions.
         """
-        least = self.piece_size(needed) if needed else 0
+        least = self.slots_taken(needed) if needed else 0
         small = sum(size * len(starts) for size, starts in self.free.items() if size < least)
         return small, sum(size * len(starts) for size, starts in self.free.items()) - small
 
-    def check_integrity(self, regions: Mapping[int, Region]) -> None:
+    def check_integrity(self, regions: Iterable[Region]) -> None:
         """Raise AssertionError unless pieces in use and free ones tile the slots, each aligned to its size."""
         pieces = [(start, size) for size, starts in self.free.items() for start in starts]
-        pieces += [(region.start, self.piece_size(region.size)) for region in regions.values()]
+        pieces += [(region.start, self.slots_taken(region.size)) for region in regions]
         position = 0
         for start, size in sorted(pieces):
             if start != position or start % size:

@@ -22,20 +22,24 @@ from numpy.typing import DTypeLike
 from ..core.device import Array, module_of
 
 BFLOAT16, INT8, FLOAT8 = np.dtype("uint16"), np.dtype("int8"), np.dtype("uint8")
-WORDS: dict[np.dtype[Any], str] = {BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "float8_e4m3fn"}
-LARGEST: dict[np.dtype[Any], float] = {
-    INT8: 127.0,
-    FLOAT8: 448.0,
-}  # of the formats that need scales; -128 is left out: the range is even
+FORMAT_NAMES: dict[np.dtype[Any], str] = {BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "float8_e4m3fn"}
+# The largest number of each format that needs scales. int8 leaves out -128, so that the range is symmetric.
+MAX_VALUE: dict[np.dtype[Any], float] = {INT8: 127.0, FLOAT8: 448.0}
 FLOAT8_NAN = 0x7F
+
+
+def upper_half(bits: Any) -> Any:
+    """The upper 16 of 32 bits, rounded to nearest, ties to even: from the bits of a float32, NaN excepted, to those
+    of its bfloat16. For integers and arrays of integers; CUDA kernels compile it, too."""
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
 def to_bfloat16(numbers: Array) -> Array:
     """The bits of the nearest bfloat16s, uint16. Infinity and NaN stay what they are."""
     xp = module_of(numbers)
     bits = xp.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32).reshape(numbers.shape)
-    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # half a step, and a tie goes to the even one
-    return xp.where(xp.isnan(numbers), bits >> 16 | 0x40, nearest).astype(np.uint16)  # a NaN must not round to inf
+    rounded = xp.where(xp.isnan(numbers), bits >> 16 | 0x40, upper_half(bits))  # a NaN must not round to infinity
+    return rounded.astype(np.uint16)
 
 
 def from_bfloat16(bits: Array) -> Array:
@@ -74,7 +78,7 @@ def choose_scales(numbers: Array, dtype: DTypeLike) -> Array:
     `numbers [..., num_kv_heads, head_size]` are a sample of what will be stored; later numbers beyond it
     saturate. `dtype` is int8 or uint8 (e4m3). A head of zeros, or of none, gets the scale 1.
     """
-    xp, largest = module_of(numbers), LARGEST[np.dtype(dtype)]
+    xp, largest = module_of(numbers), MAX_VALUE[np.dtype(dtype)]
     if numbers.size == 0:
         return xp.ones(numbers.shape[-2], dtype=np.float32)
     size = xp.abs(numbers.reshape(-1, *numbers.shape[-2:])).max(axis=(0, 2))  # [num_kv_heads]
@@ -93,7 +97,7 @@ def encode(numbers: Array, dtype: DTypeLike, scales: Array | None = None) -> Arr
     numbers = decode(numbers)
     if dtype == BFLOAT16:
         return to_bfloat16(numbers)
-    if dtype not in LARGEST:
+    if dtype not in MAX_VALUE:
         return numbers.astype(dtype, copy=False)
     assert scales is not None
     parts = numbers.astype(np.float32, copy=False) / scales[:, None]
@@ -116,6 +120,6 @@ def decode(stored: Array, scales: Array | None = None, dtype: DTypeLike | None =
     return numbers if scales is None else numbers * scales.astype(numbers.dtype)[:, None]
 
 
-def word(dtype: Any) -> str:
-    """What an array of this dtype holds, in a word: uint16 is bfloat16 here."""
-    return WORDS.get(np.dtype(dtype)) or str(np.dtype(dtype))
+def format_name(dtype: DTypeLike) -> str:
+    """The name of the format that an array of this dtype holds: "bfloat16" for uint16."""
+    return FORMAT_NAMES.get(np.dtype(dtype)) or str(np.dtype(dtype))

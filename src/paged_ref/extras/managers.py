@@ -1,17 +1,21 @@
-"""One of the three managers by its name, for the same pool of slots."""
+"""One of the managers by its name, for the same pool of slots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
+from ..core.checks import require, require_one_of
+from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
-from ..core.memory.paged import PagedManager
-from ..core.memory.standard import Allocator, Reserve, StandardManager
+from ..core.memory.standard import Reserve, StandardManager
 from ..core.memory.swapping import SwappingManager
-from ..timeline.events import Log
+from .buddy import BuddyPool
+from .host_swap import SwappablePagedManager
+from .prefix_cache import CachingBlockPool
 
 ManagerName = Literal["paged", "standard", "swapping"]
+Allocator = Literal["first fit", "buddy"]
 MANAGERS = ("paged", "standard", "swapping")
 WATERMARK = 0.01  # of the blocks, as vLLM keeps
 
@@ -28,37 +32,30 @@ def make_manager(
     free_order: Sequence[int] | None = None,
     watermark: float = WATERMARK,
     prefix_cache: bool = False,
-    log: Log | None = None,
 ) -> KVCacheManager:
     """`num_slots` on the device and `num_host_slots` on the host, rounded down to whole blocks.
 
-    `reserve` and `allocator` are for the standard manager; `block_size`, `free_order`, `watermark` (a share of
-    the blocks) and `prefix_cache` for the paged one. Raises ValueError with the argument, the value and the bound.
+    `reserve` and `allocator` (how regions find their place: the paper assumes "buddy" of others, "first fit" wastes
+    less) are for the standard manager; `block_size`, `free_order`, `watermark` (a share of the blocks) and
+    `prefix_cache` for the paged one. Raises ValueError with the argument, the value and the bound.
     """
-    if name not in MANAGERS:
-        raise ValueError(f"manager is {name!r}; known are {', '.join(MANAGERS)}")
+    require_one_of(MANAGERS, manager=name)
+    require_one_of(("first fit", "buddy"), allocator=allocator)
     if prefix_cache and name != "paged":
         raise ValueError(f"prefix_cache is on; the {name} manager cannot share, only paged can")
     if not 0 <= watermark < 1:
         raise ValueError(f"watermark is {watermark}; 0 up to 1 is needed, a share of the blocks")
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; at least 1 is needed")
+    require(block_size=(block_size, 1))
     unit = block_size if name == "paged" else 1
     if num_slots < unit:
         raise ValueError(f"the KV cache has room for {num_slots} tokens; at least one block of {unit} is needed")
     if num_host_slots < 0:
         raise ValueError(f"the host pool has room for {num_host_slots} tokens; at least 0 is needed")
     if name == "standard":
-        return StandardManager(num_slots, max_model_len, reserve, log, allocator=allocator)
+        regions = BuddyPool(num_slots) if allocator == "buddy" else None
+        return StandardManager(num_slots, max_model_len, reserve, regions)
     if name == "swapping":
-        return SwappingManager(num_slots, num_host_slots, log=log)
-    num_blocks = num_slots // block_size
-    return PagedManager(
-        num_blocks,
-        block_size,
-        free_order=free_order,
-        num_host_blocks=num_host_slots // block_size,
-        watermark=int(watermark * num_blocks),
-        prefix_cache=prefix_cache,
-        log=log,
-    )
+        return SwappingManager(num_slots, num_host_slots)
+    num_blocks, num_host_blocks = num_slots // block_size, num_host_slots // block_size
+    pool = (CachingBlockPool if prefix_cache else BlockPool)(num_blocks, free_order)
+    return SwappablePagedManager(pool, block_size, num_host_blocks, int(watermark * num_blocks))

@@ -1,18 +1,20 @@
-"""Which full blocks are known by their content, so that a prompt that begins the same need not be computed.
+"""Prefix caching: a block pool that remembers what its full blocks hold, so that a prompt that begins like an earlier
+one need not be computed again.
 
-A block is known by a digest of its own tokens and of all that came before: the digest of its parent goes
-into its own. Without the parent, two blocks with the same tokens after different beginnings would look the
-same, and their K and V are not.
+A block is known by a digest of its own tokens and of all that came before: the digest of the block before goes into
+it. Without that, two blocks with the same tokens after different beginnings would look the same, and their K and V are
+not. Digests belong to blocks. A block that no table points to stays `cached` until its room is needed.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
+
+from ..core.memory.block_pool import BlockPool
 
 
 def block_digests(tokens: Sequence[int], block_size: int, parent: bytes = b"") -> Iterator[bytes]:
@@ -24,55 +26,77 @@ def block_digests(tokens: Sequence[int], block_size: int, parent: bytes = b"") -
         yield parent
 
 
-class PrefixCache:
-    """Digest to block. Idle blocks, in no table, are given up least recently used first.
+class CachingBlockPool(BlockPool):
+    """A BlockPool whose `num_free` counts free and cached blocks: both can be handed out.
 
-    Knows nothing of tokens and tables: keys are any hashables, blocks are ints.
+    Free blocks are handed out first; then the cached block that was released longest ago is evicted.
     """
 
-    def __init__(self) -> None:
-        self.block_of: dict[Any, int] = {}
-        self._key_of: dict[int, Hashable] = {}
-        self.idle: OrderedDict[int, None] = OrderedDict()  # the one to give up first, first
+    def __init__(self, num_blocks: int, free_order: Sequence[int] | None = None) -> None:
+        super().__init__(num_blocks, free_order)
+        self.on_cached: Callable[[int, bytes], None] | None = None  # called with a block that can be looked up now
+        self.on_evicted: Callable[[int], None] | None = None
 
-    def match(self, keys: Iterable[Hashable]) -> list[int]:
-        """The blocks of the leading keys that are known."""
+    def clear(self) -> None:
+        super().clear()
+        self.digest_of: dict[int, bytes] = {}  # full blocks, while they are in use or cached
+        self.block_of: dict[bytes, int] = {}  # the one block that is looked up for a digest
+        self.cached: OrderedDict[int, None] = OrderedDict()  # the block to evict first comes first
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.cached)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free) + len(self.cached)
+
+    def allocate(self) -> int:
+        if not self._free and self.cached:
+            block_id, _ = self.cached.popitem(last=False)
+            del self.block_of[self.digest_of.pop(block_id)]
+            self._free.append(block_id)
+            if self.on_evicted:
+                self.on_evicted(block_id)
+        return super().allocate()
+
+    def share(self, block_id: int) -> None:
+        self.cached.pop(block_id, None)
+        super().share(block_id)
+
+    def _unused(self, block_id: int) -> None:
+        digest = self.digest_of.get(block_id)
+        if digest is not None and self.block_of.get(digest) == block_id:
+            self.cached[block_id] = None
+        else:  # not full, or a second block with the same content
+            self.digest_of.pop(block_id, None)
+            super()._unused(block_id)
+
+    def lookup(self, tokens: Sequence[int], block_size: int) -> list[int]:
         blocks = []
-        for key in keys:
-            block_id = self.block_of.get(key)
+        for digest in block_digests(tokens, block_size):
+            block_id = self.block_of.get(digest)
             if block_id is None:
                 break
             blocks.append(block_id)
         return blocks
 
-    def knows(self, block_id: int) -> bool:
-        return block_id in self._key_of
+    def filled(self, blocks: Sequence[int], num_full: int, tokens: Sequence[int], block_size: int) -> None:
+        first = num_full  # of the blocks that have no digest yet
+        while first and blocks[first - 1] not in self.digest_of:
+            first -= 1
+        parent = self.digest_of[blocks[first - 1]] if first else b""
+        new_tokens = tokens[first * block_size : num_full * block_size]
+        for block_id, digest in zip(blocks[first:num_full], block_digests(new_tokens, block_size, parent), strict=True):
+            self.digest_of[block_id] = digest
+            # The first block with this content wins; a second one, computed in the same step, stays private.
+            if self.block_of.setdefault(digest, block_id) == block_id and self.on_cached:
+                self.on_cached(block_id, digest)
 
-    def insert(self, key: Hashable, block_id: int) -> bool:
-        """Know `block_id` by `key`. False, and nothing changes, if the key has a block already."""
-        if key in self.block_of:
-            return False
-        self.block_of[key] = block_id
-        self._key_of[block_id] = key
-        return True
-
-    def now_idle(self, block_id: int) -> None:
-        """No table points to `block_id` any more: the last to be given up."""
-        self.idle[block_id] = None
-
-    def now_used(self, block_id: int) -> None:
-        """A table points to `block_id` again."""
-        self.idle.pop(block_id, None)
-
-    def evict(self) -> int:
-        """Forget the idle block that was used longest ago, and return it."""
-        block_id, _ = self.idle.popitem(last=False)
-        del self.block_of[self._key_of.pop(block_id)]
-        return block_id
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless keys and blocks point at each other, and every idle block is known."""
-        if {block_id: key for key, block_id in self.block_of.items()} != self._key_of:
-            raise AssertionError("the prefix cache has a key and a block that do not point at each other")
-        if not self.idle.keys() <= self._key_of.keys():
-            raise AssertionError("the prefix cache keeps a block that it knows nothing of")
+    def _unheld(self) -> list[int]:
+        for digest, block_id in self.block_of.items():
+            if self.digest_of.get(block_id) != digest:
+                raise AssertionError("the prefix cache has a digest and a block that do not point at each other")
+        if not self.cached.keys() <= self.digest_of.keys():
+            raise AssertionError("the prefix cache keeps a block whose content it does not know")
+        return [*self._free, *self.cached]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..core.attention.addressing import slot_of
+from ..core.checks import require
 from ..core.device import Array, module_of
-from .layouts import check_block_size, require
+from .layouts import require_shape
 
 
 def to_flashinfer_tables(block_tables: Array, seq_lens: Array, block_size: int) -> tuple[Array, Array, Array]:
@@ -45,9 +46,9 @@ def from_flashinfer_tables(
     kv_indptr: Array, kv_indices: Array, kv_last_page_len: Array, block_size: int
 ) -> tuple[Array, Array]:
     """(block_tables [num_seqs, max_blocks], seq_lens [num_seqs]), int32, padded with -1: copies."""
-    check_block_size(block_size)
+    require(block_size=(block_size, 1))
     for array, name in ((kv_indptr, "kv_indptr"), (kv_indices, "kv_indices"), (kv_last_page_len, "kv_last_page_len")):
-        require(array, name, 1, "one axis")
+        require_shape(array, name, 1, "one axis")
     if len(kv_indptr) != len(kv_last_page_len) + 1:
         raise ValueError(f"kv_indptr has {len(kv_indptr)} entries; {len(kv_last_page_len) + 1} are needed, one more "
                          "than kv_last_page_len")  # fmt: skip
@@ -110,8 +111,8 @@ def from_sglang_tables(req_to_token: Array, seq_lens: Array, page_size: int = 1)
 def _check_tables(
     tables: Array, seq_lens: Array, block_size: int, name: str = "block_tables", size_name: str = "block_size"
 ) -> tuple[Array, Array]:
-    check_block_size(block_size, size_name)
-    require(tables, name, 2, "[num_seqs, ...]")
+    require(**{size_name: (block_size, 1)})
+    require_shape(tables, name, 2, "[num_seqs, ...]")
     if tuple(seq_lens.shape) != tables.shape[:1]:
         raise ValueError(f"seq_lens has shape {list(seq_lens.shape)}; [{tables.shape[0]}] is needed, as {name} has")
     if seq_lens.size and int(seq_lens.min()) < 0:

@@ -26,11 +26,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..core.checks import require, require_one_of
 from ..core.device import Array, module_of
 
 PACK_BYTES = 16  # what one thread of vLLM's first kernel loaded at once
 
 KVLayout = Literal["NHD", "HND"]
+KV_LAYOUTS = ("NHD", "HND")
 
 # ---- vLLM
 
@@ -50,7 +52,7 @@ def to_vllm(key_cache: Array, value_cache: Array, axis: int = 0) -> Array:
 def from_vllm(kv_cache: Array, axis: int = 0) -> tuple[Array, Array]:
     """K and V of a stacked cache, each [num_blocks, block_size, num_kv_heads, head_size]: views."""
     _check_axis(axis)
-    require(kv_cache, "kv_cache", 5, "[2, num_blocks, ...]" if axis == 0 else "[num_blocks, 2, ...]")
+    require_shape(kv_cache, "kv_cache", 5, "[2, num_blocks, ...]" if axis == 0 else "[num_blocks, 2, ...]")
     if kv_cache.shape[axis] != 2:
         raise ValueError(f"kv_cache has {kv_cache.shape[axis]} entries along axis {axis}; 2 are needed, K and V")
     return (kv_cache[0], kv_cache[1]) if axis == 0 else (kv_cache[:, 0], kv_cache[:, 1])
@@ -77,7 +79,7 @@ def to_vllm_packed(key_cache: Array, value_cache: Array, x: int | None = None) -
 
 def from_vllm_packed(key_cache: Array, value_cache: Array) -> tuple[Array, Array]:
     """K and V, each [num_blocks, block_size, num_kv_heads, head_size]: K a copy, V a (transposed) view."""
-    require(key_cache, "key_cache", 5, "[num_blocks, num_kv_heads, head_size/x, block_size, x]")
+    require_shape(key_cache, "key_cache", 5, "[num_blocks, num_kv_heads, head_size/x, block_size, x]")
     num_blocks, num_kv_heads, groups, block_size, x = key_cache.shape
     expected = (num_blocks, num_kv_heads, groups * x, block_size)
     if tuple(value_cache.shape) != expected:
@@ -112,34 +114,20 @@ def to_flashinfer(key_cache: Array, value_cache: Array, kv_layout: KVLayout = "N
     NHD [num_pages, 2, page_size, num_kv_heads, head_dim], HND [num_pages, 2, num_kv_heads, page_size, head_dim].
     FlashInfer takes the pair (key_cache, value_cache), too: for NHD that is ours as it is, without a copy.
     """
-    _check_layout(kv_layout)
+    require_one_of(KV_LAYOUTS, kv_layout=kv_layout)
     stacked = to_vllm(key_cache, value_cache, axis=1)
     return stacked if kv_layout == "NHD" else module_of(stacked).ascontiguousarray(swap_nhd_hnd(stacked))
 
 
 def from_flashinfer(kv_cache: Array, kv_layout: KVLayout = "NHD") -> tuple[Array, Array]:
     """K and V, each [num_blocks, block_size, num_kv_heads, head_size]: views."""
-    _check_layout(kv_layout)
-    require(kv_cache, "kv_cache", 5, "[num_pages, 2, ...]")
+    require_one_of(KV_LAYOUTS, kv_layout=kv_layout)
+    require_shape(kv_cache, "kv_cache", 5, "[num_pages, 2, ...]")
     return from_vllm(kv_cache if kv_layout == "NHD" else swap_nhd_hnd(kv_cache), axis=1)
 
 
-# ---- flash-attn
-
-
-def to_flash_attn(key_cache: Array, value_cache: Array) -> tuple[Array, Array]:
-    """`k_cache, v_cache [num_blocks, page_block_size, nheads_k, headdim]`: ours, the very same arrays.
-
-    `block_table` is our block_tables and `cache_seqlens` our seq_lens, both int32. flash-attn 2 documents that
-    page_block_size must be a multiple of 256; flash-attn 3 and vLLM's build of it take smaller ones.
-    """
-    _check_pair(key_cache, value_cache)
-    return key_cache, value_cache
-
-
-def from_flash_attn(k_cache: Array, v_cache: Array) -> tuple[Array, Array]:
-    """The paged form back: the very same arrays."""
-    return to_flash_attn(k_cache, v_cache)
+# ---- flash-attn: its k_cache and v_cache are our arrays, block_table is our block_tables, cache_seqlens our seq_lens,
+# both int32. flash-attn 2 documents that page_block_size must be a multiple of 256; flash-attn 3 takes smaller ones.
 
 
 def from_flash_attn_batch(k_cache: Array, v_cache: Array) -> tuple[Array, Array, Array]:
@@ -170,8 +158,8 @@ def to_sglang(key_cache: Array, value_cache: Array) -> tuple[Array, Array]:
 
 def from_sglang(k_buffer: Array, v_buffer: Array, page_size: int = 1) -> tuple[Array, Array]:
     """K and V, each [num_pages, page_size, num_kv_heads, head_size]: views of contiguous memory."""
-    check_block_size(page_size, "page_size")
-    require(k_buffer, "k_buffer", 3, "[num_slots, num_kv_heads, head_size]")
+    require(page_size=(page_size, 1))
+    require_shape(k_buffer, "k_buffer", 3, "[num_slots, num_kv_heads, head_size]")
     if k_buffer.shape != v_buffer.shape:
         raise ValueError(f"v_buffer has shape {list(v_buffer.shape)}; {list(k_buffer.shape)} is needed, as K has")
     num_slots, *row = k_buffer.shape
@@ -200,8 +188,7 @@ def element_offsets(layout: str, shape: tuple[int, int, int, int], itemsize: int
     Found by sending numbered elements through the conversion itself. Raises ValueError for a layout of
     another name, and where head_size does not fit the layout.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; known are {', '.join(LAYOUTS)}")
+    require_one_of(tuple(LAYOUTS), layout=layout)
     size = int(np.prod(shape))
     keys = np.arange(size).reshape(shape)
     made = LAYOUTS[layout](keys, keys + size, itemsize)
@@ -215,7 +202,7 @@ def element_offsets(layout: str, shape: tuple[int, int, int, int], itemsize: int
 
 
 def _check_pair(key_cache: Array, value_cache: Array) -> tuple[int, int, int, int]:
-    require(key_cache, "key_cache", 4, "[num_blocks, block_size, num_kv_heads, head_size]")
+    require_shape(key_cache, "key_cache", 4, "[num_blocks, block_size, num_kv_heads, head_size]")
     if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
         raise ValueError(
             f"value_cache is {value_cache.dtype}{list(value_cache.shape)}; "
@@ -225,21 +212,11 @@ def _check_pair(key_cache: Array, value_cache: Array) -> tuple[int, int, int, in
     return num_blocks, block_size, num_kv_heads, head_size
 
 
-def check_block_size(block_size: int, name: str = "block_size") -> None:
-    if block_size < 1:
-        raise ValueError(f"{name} is {block_size}; at least 1 is needed")
-
-
 def _check_axis(axis: int) -> None:
     if axis not in (0, 1):
         raise ValueError(f"axis is {axis}; 0 or 1 is needed")
 
 
-def _check_layout(kv_layout: str) -> None:
-    if kv_layout not in ("NHD", "HND"):
-        raise ValueError(f"kv_layout is {kv_layout!r}; known are 'NHD' and 'HND'")
-
-
-def require(array: Array, name: str, ndim: int, shape: str) -> None:
+def require_shape(array: Array, name: str, ndim: int, shape: str) -> None:
     if array.ndim != ndim:
         raise ValueError(f"{name} has shape {list(array.shape)}; {shape} is needed")

@@ -1,30 +1,31 @@
-"""The functions that a lesson calls. Each speaks to the session under way."""
+"""The functions that a lesson calls. Each prints and asks through the current session."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from .grading import Pending, first_difference, grade
-from .numbers import number_text, parse_number
-from .session import ClaimError, Exercise, current, short
+from .grading import Pending, Verdict, first_difference, grade
+from .lesson_session import ClaimError, Exercise, LessonSession, current, python_code, relative_path
+from .number_text import number_text, parse_number
 
 Catcher = Literal["sanitizer", "integrity", "tracer", "contract", "engine"]
-_CATCHERS: dict[str, Catcher] = {"SanitizerError": "sanitizer", "AssertionError": "integrity", "KernelError": "tracer"}
-_IN_WORDS = {
+_CATCHER_OF_ERROR = {"SanitizerError": "sanitizer", "AssertionError": "integrity", "KernelError": "tracer"}
+_CATCHER_IN_WORDS = {
     "sanitizer": "the sanitizer", "integrity": "the integrity check", "tracer": "the tracer",
-    "contract": "the contract (the result must not change)", "engine": "the engine itself", "nobody": "nobody",
+    "contract": "the contract (the result must not change)", "engine": "the engine itself", "nothing": "nothing",
 }  # fmt: skip
 
 
@@ -34,10 +35,10 @@ class Guess:
 
     question: str
     unit: str
-    value: float | None  # None: not said
+    value: float | None  # None: no answer
 
     def grade(self, truth: float, within: float = 0.0) -> None:
-        """Hold it against what the run gave. `within` is the share of the truth that still counts as right."""
+        """Compare the guess with what the run gave. `within` is the share of the truth that still counts as right."""
         unit = self.unit.removesuffix("s") if truth == 1 else self.unit
         say, it_is = current().say, f"{number_text(truth)} {unit}".rstrip()
         if self.value is None:
@@ -53,15 +54,16 @@ class Guess:
 def predict(question: str, unit: str = "") -> Guess:
     """Ask for a number before the run shows it; `guess.grade(measured)` comes after. Without a reader: no answer.
 
-    The reader may type 2*3*8, 1,000, 50% or 2.5e6, or only Enter to pass, which keeps an earlier answer.
+    The reader may type 2*3*8, 1,000, 50% or 2.5e6. Enter alone keeps an earlier answer, or gives none.
     """
     session = current()
-    earlier = session.progress.prediction(session.lesson, question)
+    record = session.progress.of(session.lesson)
+    earlier = record.predictions.get(question)
     if not session.interactive:
         return Guess(question, unit, earlier)
     session.say(f"Predict: {question}", "bold")
     while True:
-        hint = f"Enter keeps {number_text(earlier)}" if earlier is not None else "Enter passes"
+        hint = f"Enter keeps {number_text(earlier)}" if earlier is not None else "Enter: no answer"
         typed = session.ask(f"  a number{f' of {unit}' if unit else ''} ({hint}): ")
         if not typed:
             return Guess(question, unit, earlier)
@@ -69,24 +71,20 @@ def predict(question: str, unit: str = "") -> Guess:
             value = parse_number(typed.rstrip("% ") if unit == "percent" else typed)
         except ValueError as error:
             session.say(f"{error}", "yellow")
-            continue
-        session.progress.set_prediction(session.lesson, question, value)
-        return Guess(question, unit, value)
+        else:
+            record.predictions[question] = value
+            session.progress.save(session.lesson, record)
+            return Guess(question, unit, value)
 
 
 def claim(text: str, found: Any, expected: Any = True) -> None:
-    """Say what the run shows, and hold it to that: `found` is `expected`. Raises ClaimError where it is not."""
-    difference = first_difference(found, expected)
-    if difference is not None:
-        raise ClaimError(
-            f"This claim does not hold: {text}\n  found {found!r}, expected {expected!r} {difference}".rstrip()
-        )
-    if isinstance(expected, (bool, str)):
-        counted = ""
-    elif isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
+    """Print what the run shows, and require it: `found` is `expected`. Raises ClaimError otherwise."""
+    if (difference := first_difference(found, expected)) is not None:
+        problem = f"This claim does not hold: {text}\n  found {found!r}, expected {expected!r} {difference}"
+        raise ClaimError(problem.rstrip())
+    counted = "" if isinstance(expected, (bool, str)) else f": {number_text(expected)}"
+    if isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
         counted = f" (all {len(expected)})"
-    else:
-        counted = f": {number_text(expected)}"
     current().say(f"✓ {text}{counted}", "green")
 
 
@@ -98,7 +96,7 @@ def show(*pictures: RenderableType) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table from the run. Columns of numbers are flushed right."""
+    """Print a table from the run. Columns of numbers are aligned at the right."""
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     texts = [[cell if isinstance(cell, str) else number_text(cell) for cell in row] for row in rows]
     for number, column in enumerate(columns):
@@ -107,11 +105,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for text in texts:
         drawn.add_row(*map(Text, text))
     current().say(title, "italic")
-    current().console.print(Padding(drawn, (0, 0, 0, 2), expand=False))
+    show(drawn)
 
 
 def todo(hole: str) -> Any:
-    """Stands where the reader's code goes, and says how much of it: `todo("1 line")`."""
+    """Stands where the reader's code goes; `hole` is the size of that code, as in `todo("1 line")`."""
     raise Pending(hole)
 
 
@@ -120,7 +118,7 @@ def check(
 ) -> Callable[..., Any]:
     """Grade the reader's function against the package's, on all `cases` (tuples of arguments, copied for each).
 
-    Returns what the lesson goes on with: the reader's function where it is right, else `spec`.
+    Returns the function with which the lesson goes on: the reader's if it is right, else `spec`.
     """
     session = current()
     name = yours.__name__
@@ -128,92 +126,81 @@ def check(
     if session.solutions and solution:
         yours = solution[0]
     verdict = grade(yours, spec, cases)
-    session.exercises[name] = Exercise(name, yours, spec, cases, hint, verdict)
+    session.exercises[name] = Exercise(name, spec, cases, hint, verdict)
     session.checked.append(name)
-    say = session.say
     if verdict.printed:
-        say(f"{name} printed:\n{verdict.printed[:800].rstrip()}", "dim")
+        session.say(f"{name} printed:\n{verdict.printed[:800].rstrip()}", "dim")
     if verdict.state == "pending":
-        at = f"{short(yours.__code__.co_filename)}, line {yours.__code__.co_firstlineno}"
-        say(f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used.", "cyan")
+        at = f"{relative_path(yours.__code__.co_filename)}, line {yours.__code__.co_firstlineno}"
+        open_hole = f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used."
+        session.say(open_hole, "cyan")
         return spec
     if verdict.state == "wrong":
-        say(f"✗ {name} is not right yet.", "bold red")
-        if verdict.error is not None:
-            say(_where(verdict.error, yours), "red", 4)
-        for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
-            say(f"{label:<6} {value}".replace("\n", "\n       "), indent=4)
-        if verdict.yours == "None":
-            say("It returned None: is there a `return`?", indent=4)
-        if verdict.difference:
-            say(f"first difference: {verdict.difference}", indent=4)
-        say(f"hint: {hint}", indent=4)
+        _say_wrong(session, yours, verdict, hint)
         return spec
     whose = "the solution" if session.solutions else "yours"
-    say(f"✓ {name} is right in all {len(cases)} cases. The lesson goes on with {whose}.", "bold green")
+    session.say(f"✓ {name} is right in all {len(cases)} cases. The lesson goes on with {whose}.", "bold green")
     if not session.solutions:
-        session.progress.set_solved(session.lesson, name)
+        record = session.progress.of(session.lesson)
+        record.exercises[name] = True
+        session.progress.save(session.lesson, record)
     if solution:
-        say("One way to write it:", indent=4)
-        session.console.print(
-            Padding(Syntax(solution[1], "python", theme="ansi_dark", word_wrap=True), (0, 0, 0, 4), expand=False)
-        )
+        session.say("One way to write it:", indent=4)
+        show(python_code(solution[1]))
     return yours
 
 
-@contextmanager
-def plug_in(where: tuple[Any, str], function: Any) -> Iterator[None]:
-    """Put `function` in the place of the package's own, `where` = (class or module, name), for a while."""
-    owner, name = where
-    real = owner.__dict__[name]
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        setattr(owner, name, real)
+def _say_wrong(session: LessonSession, yours: Callable[..., Any], verdict: Verdict, hint: str) -> None:
+    say = session.say
+    say(f"✗ {yours.__name__} is not right yet.", "bold red")
+    if verdict.error is not None:
+        say(_place_of(verdict.error, yours), "red", 4)
+    for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
+        say(f"{label:<6} {value}".replace("\n", "\n       "), indent=4)
+    if verdict.yours == "None":
+        say("It returned None: is there a `return`?", indent=4)
+    if verdict.difference:
+        say(f"first difference: {verdict.difference}", indent=4)
+    say(f"hint: {hint}", indent=4)
+
+
+def _place_of(error: BaseException, function: Callable[..., Any]) -> str:
+    """The error, and the line of the reader's file that raised it."""
+    file = function.__code__.co_filename
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{type(error).__name__} at line {lines[-1] if lines else '?'}: {error}"
+
+
+def plug_in(where: tuple[Any, str], function: Any) -> AbstractContextManager[Any]:
+    """Put `function` in the place of the package's own for a while. `where` is (class or module, name)."""
+    return patch.object(where[0], where[1], new=function)
 
 
 def break_it(
-    what: str,
-    *,
-    where: tuple[Any, str],
-    bug: Callable[[Any], Any],
-    run: Callable[[], Any],
-    caught_by: Catcher,
+    what: str, *, where: tuple[Any, str], bug: Callable[[Any], Any], run: Callable[[], Any], caught_by: Catcher
 ) -> None:
-    """Plant a bug for one run, at the press of a button, and show who catches it.
+    """Plant a bug for one run, if the reader wishes, and show which check catches it.
 
-    `where` is (class or module, name), `bug` makes the broken function from the real one, and `run` is what
-    runs whole and then broken; it returns what must not change, tokens for instance. Raises ClaimError where
-    the bug is not caught, or by another than `caught_by`.
+    `where` is (class or module, name), and `bug` makes the broken function from the real one. `run` is called without
+    the bug and then with it; it returns what must not change, tokens for instance. Raises ClaimError unless
+    `caught_by` catches the bug.
     """
     session = current()
     session.say(f"Break it: {what}.", "bold")
     if session.interactive and session.ask("  b and Enter plants this bug (Enter leaves it): ") != "b":
         return
-    whole = run()
-    by, words = "nobody", ""
+    right = run()
+    by, words = "nothing", ""
     try:
         with plug_in(where, bug(where[0].__dict__[where[1]])):
-            difference = first_difference(run(), whole)
+            difference = first_difference(run(), right)
         if difference is not None:
             by, words = "contract", f"the first difference: {difference or 'all of it'}"
     except Exception as error:
-        by, words = _CATCHERS.get(type(error).__name__, "engine"), f"{type(error).__name__}: {error}"
+        by, words = _CATCHER_OF_ERROR.get(type(error).__name__, "engine"), f"{type(error).__name__}: {error}"
     if by != caught_by:
-        raise ClaimError(
-            f"The planted bug is caught by {_IN_WORDS[by]}, not by {_IN_WORDS[caught_by]}: {what}. {words}"
-        )
+        found, expected = _CATCHER_IN_WORDS[by], _CATCHER_IN_WORDS[caught_by]
+        raise ClaimError(f"The planted bug is caught by {found}, not by {expected}: {what}. {words}")
     session.caught[what] = by
-    session.say(f"✓ Caught by {_IN_WORDS[by]}:", "green")
+    session.say(f"✓ Caught by {_CATCHER_IN_WORDS[by]}:", "green")
     session.say(words, indent=4)
-
-
-def _where(error: BaseException, function: Callable[..., Any]) -> str:
-    """The line of the reader's file at which it was raised."""
-    trace, line = error.__traceback__, 0
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == function.__code__.co_filename:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f"{type(error).__name__} at line {line}: {error}"

@@ -10,11 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import script
-from .player import Leave, Player, told, watch
-from .progress import Progress
-from .script import Script
-from .session import Session, short
+from ..views.common.program import program
+from . import lesson_script
+from .lesson_player import Leave, LessonPlayer, error_text, watch
+from .lesson_session import LessonSession, relative_path
+from .progress import LessonRecord, Progress
 
 _CHECKOUT = Path(__file__).resolve().parents[3] / "lessons"
 
@@ -30,74 +30,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    paths = script.find(_directory(args.lessons))
+    paths = {int(path.name[:2]): path for path in lesson_script.find(_directory(args.lessons))}
     progress = Progress()
-    for warning in progress.warnings:
-        print(f"paged-ref lesson: {warning}", file=sys.stderr)
-    known = len(progress.warnings)
+    try:
+        return _run(args, paths, progress)
+    finally:
+        for warning in progress.warnings:
+            print(f"paged-ref lesson: {warning}", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace, paths: dict[int, Path], progress: Progress) -> int:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     number = args.number
     if number is None:
         for name in ("part", "solutions", "watch"):
             if getattr(args, name):
-                raise ValueError(f"--{name} needs the number of a lesson, as in paged-ref lesson 5 --{name}")
-        number = _list(paths, progress, interactive)
+                raise ValueError(f"--{name} needs the number of a lesson, as in {program()} lesson 5 --{name}")
+        number = _choose(paths, progress, interactive)
         if number is None:
             return 0
     if args.watch and args.part is not None:
         raise ValueError(f"--part is {args.part}; --watch runs the whole lesson, so give one of the two")
-    path = _path(paths, number)
+    if number not in paths:
+        raise ValueError(f"lesson is {number}; known are {min(paths)} to {max(paths)}")
+    path = paths[number]
 
-    def make_session(asks: bool = False) -> Session:
-        return Session(path.stem, path.parent, progress, asks, args.solutions)
+    def make_session(asks: bool = False) -> LessonSession:
+        return LessonSession(path.stem, path.parent, progress, asks, args.solutions)
 
     try:
         if args.watch:
             watch(path, make_session)
         return _play(path, make_session(interactive), args.part)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What you did is kept: paged-ref lesson {number} goes on from here.")
+        print(f"\nInterrupted. What you did is kept: {program()} lesson {number} goes on from here.")
         return 130
-    finally:
-        for warning in progress.warnings[known:]:
-            print(f"paged-ref lesson: {warning}", file=sys.stderr)
 
 
-def _play(path: Path, session: Session, part: int | None) -> int:
+def _play(path: Path, session: LessonSession, part: int | None) -> int:
     try:
-        player = Player(path, session)
+        player = LessonPlayer(path, session)
     except SyntaxError as error:
-        session.say(told(error), "red")
+        session.say(error_text(error), "red")
         return 1
     lesson = player.script
+    again = f"{program()} lesson {lesson.number}"
     if part is not None and not 1 <= part <= len(lesson.parts):
         raise ValueError(f"--part is {part}; lesson {lesson.number} has the parts 1 to {len(lesson.parts)}")
     if part is None:
-        part = session.progress.part(session.lesson) if session.interactive else 1
+        part = session.progress.of(session.lesson).part if session.interactive else 1
     try:
         if not player.play(part):
             return 1
     except Leave:
-        session.say(f"Left. paged-ref lesson {lesson.number} goes on from here.", "dim")
+        session.say(f"Left. {again} goes on from here.", "dim")
         return 0
-    is_open = [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]
-    if is_open:
-        session.say(
-            f"The lesson is at its end; {', '.join(is_open)} is still open. Write it in {short(path)}, with "
-            f"paged-ref lesson {lesson.number} --watch beside the editor.",
-            "cyan",
-        )
+    if still_open := [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]:
+        session.say(f"The lesson is at its end; {', '.join(still_open)} is still open. Write it in", "cyan")
+        session.say(f"{relative_path(path)}, with {again} --watch beside the editor.", "cyan")
     return 0
 
 
 def _directory(given: Path | None) -> Path:
-    """The folder of the lessons. Raises ValueError that says where they are."""
+    """The folder of the lessons. Raises ValueError, which says where the lessons are, if it is not found."""
     if given is not None:
-        if not script.find(given):
+        if not lesson_script.find(given):
             raise ValueError(f"--lessons is {given}; no file NN_name.py is in it")
         return given
     for directory in (_CHECKOUT, Path("lessons").resolve()):
-        if script.find(directory):
+        if lesson_script.find(directory):
             return directory
     raise ValueError(
         "the lessons are files to read and to edit, in the folder lessons/ of the project's repository; they are "
@@ -105,37 +106,22 @@ def _directory(given: Path | None) -> Path:
     )
 
 
-def _path(paths: list[Path], number: int) -> Path:
-    for path in paths:
-        if int(path.name[:2]) == number:
-            return path
-    raise ValueError(f"lesson is {number}; known are {int(paths[0].name[:2])} to {int(paths[-1].name[:2])}")
-
-
-def _list(paths: list[Path], progress: Progress, interactive: bool) -> int | None:
-    """Print all lessons and what is done; the number of the one to go on with, where the reader wants to."""
+def _choose(paths: dict[int, Path], progress: Progress, interactive: bool) -> int | None:
+    """Print all lessons and what is done; the number of the lesson that the reader chooses, if any."""
     console = Console(highlight=False)
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (("", "right"), ("lesson", "left"), ("min", "right"), ("read", "left"), ("exercise", "left")):
-        drawn.add_column(name, justify=justify)  # type: ignore[arg-type]
-    following: int | None = None
-    for path in paths:
-        lesson = _read(path)
-        number, part = int(path.name[:2]), progress.part(path.stem)
-        solved = progress.solved(path.stem)
-        is_begun = progress.was_begun(path.stem)
-        reading = "to the end" if is_begun and part == 0 else f"part {part}" if is_begun else ""
-        if following is None and (not solved or reading != "to the end"):
+    drawn = Table("", "lesson", "min", "read", "exercise", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn.columns[0].justify = drawn.columns[2].justify = "right"
+    following = None
+    for number, path in paths.items():
+        record = progress.of(path.stem)
+        drawn.add_row(str(number), *_row(path, record, path.stem in progress.lessons))
+        if following is None and (record.part > 0 or not record.exercises):
             following = number
-        if lesson is None:
-            drawn.add_row(str(number), path.stem, "", "not readable", "")
-        else:
-            drawn.add_row(str(number), lesson.title, str(lesson.minutes), reading, "✓ solved" if solved else "")
     console.print(drawn)
     if following is None:
-        console.print("All are done. paged-ref lesson N runs one again.")
+        console.print(f"All are done. {program()} lesson N runs one again.", soft_wrap=True)
         return None
-    console.print(f"Go on with: paged-ref lesson {following}")
+    console.print(f"Go on with: {program()} lesson {following}", soft_wrap=True)
     if not interactive:
         return None
     try:
@@ -147,8 +133,11 @@ def _list(paths: list[Path], progress: Progress, interactive: bool) -> int | Non
     return None if typed else following
 
 
-def _read(path: Path) -> Script | None:
+def _row(path: Path, record: LessonRecord, begun: bool) -> tuple[str, str, str, str]:
+    """A lesson of the list: title, minutes, how far it was read, whether its exercise is solved."""
     try:
-        return script.read(path)
+        lesson = lesson_script.read(path)
     except (SyntaxError, ValueError):
-        return None
+        return path.stem, "", "not readable", ""
+    reading = "" if not begun else f"part {record.part}" if record.part else "to the end"
+    return lesson.title, str(lesson.minutes), reading, "✓ solved" if record.exercises else ""

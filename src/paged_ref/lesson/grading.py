@@ -1,6 +1,6 @@
-"""An answer held against the spec, case by case: right, pending, or wrong with the first difference.
+"""An answer compared with the spec, case by case: right, pending, or wrong with the first difference.
 
-The answer is someone's first try: it may raise, print without end, loop, or change what it was given.
+The answer is a first try: it may raise, print or loop without end, or change its arguments.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import numpy as np
 
 SECONDS = 5.0  # for one call
 CHARACTERS = 20_000  # that an answer may print
-_WIDE = 400  # characters of a value that are shown
+MAX_SHOWN = 400  # characters of a value
+MUTABLE = (list, dict, set, np.ndarray)
 
 
 class Pending(Exception):  # noqa: N818  (no error: the hole is not filled yet)
-    """Raised by todo(): nobody has written this yet. Its text is the size of the hole."""
+    """Raised by todo(): the reader has not written this yet. The message is the size of the hole."""
 
 
 class _Stopped(BaseException):
@@ -33,21 +34,21 @@ class _Stopped(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of an answer."""
+    """The grade of an answer."""
 
     state: Literal["pending", "right", "wrong"]
-    hole: str = ""  # its size, when pending
+    hole: str = ""  # size of the hole, when pending
     case: str = ""  # the call that went wrong
     yours: str = ""
     spec: str = ""
-    difference: str = ""  # the first one; "" where the two are short enough to compare by eye
-    error: BaseException | None = None  # that the answer raised and the spec did not
+    difference: str = ""  # the first one; "" where yours and spec are short enough to compare by eye
+    error: BaseException | None = None  # raised by the answer and not by the spec
     printed: str = ""  # by the answer
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What a call came to: a value or an error, and what it left in its arguments."""
+    """The result of a call: a value or an error, and the arguments as the call left them."""
 
     value: Any
     error: BaseException | None
@@ -55,10 +56,10 @@ class _Outcome:
 
 
 def grade(yours: Callable[..., Any], spec: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> Verdict:
-    """`yours(*case)` against `spec(*case)`, on copies of each case. The first difference decides.
+    """Compare `yours(*case)` with `spec(*case)`, on copies of each case. The first difference decides.
 
-    Compared are the value (floats and float arrays to 1e-5), the type of an exception, and what is left in
-    arguments that are lists, dicts, sets or arrays.
+    Compared are the values (floats and float arrays to 1e-5), the types of exceptions, and the arguments that are
+    lists, dicts, sets or arrays, as the calls left them.
     """
     printed = _Limited()
     with redirect_stdout(printed):
@@ -76,10 +77,10 @@ def _grade(yours: Callable[..., Any], spec: Callable[..., Any], cases: Sequence[
         except Pending as hole:
             return Verdict("pending", hole=str(hole))
         except _Stopped as stopped:
-            return Verdict("wrong", case=call, yours=str(stopped), spec=_told(wanted))
+            return Verdict("wrong", case=call, yours=str(stopped), spec=_outcome_text(wanted))
         if (difference := _outcomes_differ(found, wanted)) is not None:
             error = found.error if wanted.error is None else None
-            return Verdict("wrong", "", call, _told(found), _told(wanted), difference, error)
+            return Verdict("wrong", "", call, _outcome_text(found), _outcome_text(wanted), difference, error)
     return Verdict("right")
 
 
@@ -94,62 +95,70 @@ def _call(function: Callable[..., Any], case: tuple[Any, ...]) -> _Outcome:
 
 
 def _outcomes_differ(found: _Outcome, wanted: _Outcome) -> str | None:
-    """Where; None where they do not."""
+    """Where the two differ first, in words; None for equal outcomes."""
     if wanted.error is not None or found.error is not None:
         return None if type(found.error) is type(wanted.error) else ""
     if (difference := first_difference(found.value, wanted.value)) is not None:
         return difference
     for number, (left, right) in enumerate(zip(found.arguments, wanted.arguments, strict=True), start=1):
-        kind = (list, dict, set, np.ndarray)
-        if isinstance(right, kind) and first_difference(left, right) is not None:
+        if isinstance(right, MUTABLE) and first_difference(left, right) is not None:
             return f"argument {number} is left as {_text(left)}; the spec leaves {_text(right)}"
     return None
 
 
 def first_difference(found: Any, wanted: Any, at: str = "") -> str | None:
-    """Where two values differ first, in words; "" for plain values that differ, None where they are the same."""
+    """Where two values differ first, in words; "" for plain values that differ, None for equal values."""
     if isinstance(wanted, np.ndarray) or isinstance(found, np.ndarray):
-        left, right = np.asarray(found), np.asarray(wanted)
-        if left.shape != right.shape:
-            return f"shape {left.shape}; the spec has {right.shape}"
-        close = np.isclose(left, right, 1e-5, 1e-6, equal_nan=True) if right.dtype.kind == "f" else left == right
-        wrong = np.argwhere(~np.asarray(close))
-        if not len(wrong):
-            return None
-        place = tuple(int(i) for i in wrong[0])
-        one, other = _text(left[place]), _text(right[place])
-        return f"at {[*place]}: {one} instead of {other}; {len(wrong)} of {right.size} differ"
+        return _array_difference(np.asarray(found), np.asarray(wanted))
     if isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)):
-        for i, (one, other) in enumerate(zip(found, wanted, strict=False)):
-            if (difference := first_difference(one, other, f"{at}[{i}]")) is not None:
-                return difference or f"at {at}[{i}]: {_text(one)} instead of {_text(other)}"
-        return None if len(found) == len(wanted) else f"{len(found)} entries; the spec has {len(wanted)}"
+        return _list_difference(found, wanted, at)
     if isinstance(wanted, float) and isinstance(found, (int, float, np.number)):
-        return None if math.isclose(found, wanted, rel_tol=1e-5, abs_tol=1e-9) or found == wanted else ""
-    return None if found == wanted else ""
+        same = math.isclose(found, wanted, rel_tol=1e-5, abs_tol=1e-9) or found == wanted
+    else:
+        same = found == wanted
+    return None if same else ""
 
 
-def _told(outcome: _Outcome) -> str:
+def _array_difference(found: np.ndarray, wanted: np.ndarray) -> str | None:
+    if found.shape != wanted.shape:
+        return f"shape {found.shape}; the spec has {wanted.shape}"
+    is_float = wanted.dtype.kind == "f"
+    same = np.isclose(found, wanted, 1e-5, 1e-6, equal_nan=True) if is_float else np.asarray(found == wanted)
+    wrong = np.argwhere(~same)
+    if not len(wrong):
+        return None
+    place = tuple(int(i) for i in wrong[0])
+    one, other = _text(found[place]), _text(wanted[place])
+    return f"at {[*place]}: {one} instead of {other}; {len(wrong)} of {wanted.size} differ"
+
+
+def _list_difference(found: Sequence[Any], wanted: Sequence[Any], at: str) -> str | None:
+    """`at` is the place of these two lists in the lists around them, as in [3][0]."""
+    for i, (one, other) in enumerate(zip(found, wanted, strict=False)):
+        if (difference := first_difference(one, other, f"{at}[{i}]")) is not None:
+            return difference or f"at {at}[{i}]: {_text(one)} instead of {_text(other)}"
+    return None if len(found) == len(wanted) else f"{len(found)} entries; the spec has {len(wanted)}"
+
+
+def _outcome_text(outcome: _Outcome) -> str:
     if outcome.error is not None:
         return f"raises {type(outcome.error).__name__}: {outcome.error}".removesuffix(": ")
-    if outcome.value is None:
-        return "None"
     return _text(outcome.value)
 
 
 def _text(value: Any) -> str:
-    """A value as it is written, shortened."""
+    """A value as Python writes it, shortened."""
     if isinstance(value, np.ndarray):
         text = np.array2string(value, precision=4, threshold=24, edgeitems=3, separator=", ")
         return text if value.size <= 24 else f"{text} of shape {value.shape}"
     if isinstance(value, np.generic):
         value = value.item()
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)
-    return text if len(text) <= _WIDE else text[: _WIDE - 4] + " ..."
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 4] + " ..."
 
 
 class _Limited(io.StringIO):
-    """Takes what an answer prints, up to a limit."""
+    """Standard output of an answer, up to a limit."""
 
     def write(self, text: str) -> int:
         if self.tell() + len(text) > CHARACTERS:
@@ -159,7 +168,7 @@ class _Limited(io.StringIO):
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Stops an endless loop, where the system has such a clock and this is the main thread."""
+    """Stop an endless loop, where the system has such a clock and this is the main thread."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,97 +1,69 @@
-"""What a reader has done, in one file in the user's folder: $XDG_STATE_HOME/paged_ref/lessons.json."""
+"""What a reader has done, in one file below the home folder: $XDG_STATE_HOME/paged_ref/lessons.json."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
+import msgspec
+
+from ..views.common.files import write_json
+
+
+class LessonRecord(msgspec.Struct):
+    """What a reader has done in one lesson."""
+
+    part: int = 1  # to go on with; 0 after the end
+    exercises: dict[str, bool] = msgspec.field(default_factory=dict)  # that have been right at least once
+    predictions: dict[str, float] = msgspec.field(default_factory=dict)  # by question
 
 
 def default_path() -> Path:
-    """Where the XDG base directories put state that lasts; the same below the home folder everywhere."""
+    """The place that the XDG base directories give to lasting state; other systems use the same one."""
     home = os.environ.get("XDG_STATE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
     return base / "paged_ref" / "lessons.json"
 
 
 class Progress:
-    """Of each lesson (by its file's name): the part reached, exercises solved, predictions made.
+    """The records of the lessons that were begun, by the name of the lesson's file.
 
-    Every change is written at once, to a new file that then takes the old one's place: a crash loses nothing.
-    A file that cannot be read is put aside, one that cannot be written is told once in `warnings`.
+    Every change is written immediately, to a new file that then replaces the old one: a crash loses nothing.
+    A file that is not progress is put aside; one that cannot be written is named once in `warnings`.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         """`path=None`: the user's own file."""
         self.path = default_path() if path is None else path
         self.warnings: list[str] = []
-        self._lessons: dict[str, Record] = {}
+        self.lessons: dict[str, LessonRecord] = {}
         try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-            if not isinstance(known, dict) or not all(isinstance(record, dict) for record in known.values()):
-                raise ValueError
-            self._lessons = known
+            self.lessons = msgspec.json.decode(self.path.read_bytes(), type=dict[str, LessonRecord])
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
             self.warnings.append(f"progress cannot be read: {self.path}: {error.strerror}")
-        except ValueError:
+        except msgspec.MsgspecError:
             self._put_aside()
 
     def _put_aside(self) -> None:
-        aside = self.path.with_suffix(".unreadable")
+        problem, aside = f"{self.path} is not what was written there", self.path.with_suffix(".unreadable")
         try:
             self.path.replace(aside)
-            self.warnings.append(
-                f"{self.path} is not what was written there; it is now {aside.name}, and a new one begins"
-            )
+            self.warnings.append(f"{problem}; it is now {aside.name}, and a new one begins")
         except OSError as error:
-            self.warnings.append(f"{self.path} is not what was written there, and stays: {error.strerror}")
+            self.warnings.append(f"{problem}, and stays: {error.strerror}")
 
-    def part(self, lesson: str) -> int:
-        """The part to go on with: 1 at first, 0 when the reader came to the end."""
-        part = self._lessons.get(lesson, {}).get("part", 1)
-        return part if isinstance(part, int) else 1
+    def of(self, lesson: str) -> LessonRecord:
+        """The record of this lesson, a new one if the lesson was not begun. After a change: save()."""
+        return self.lessons.get(lesson) or LessonRecord()
 
-    def set_part(self, lesson: str, part: int) -> None:
-        """0: the end."""
-        self._set(lesson, "part", part)
-
-    def was_begun(self, lesson: str) -> bool:
-        return lesson in self._lessons
-
-    def solved(self, lesson: str) -> list[str]:
-        """The exercises that were right once."""
-        return sorted(self._table(lesson, "exercises"))
-
-    def set_solved(self, lesson: str, exercise: str) -> None:
-        """Once solved, solved: whoever empties the hole again to try anew has not lost it."""
-        exercises = self._table(lesson, "exercises")
-        if exercise not in exercises:
-            self._set(lesson, "exercises", {**exercises, exercise: True})
-
-    def prediction(self, lesson: str, question: str) -> float | None:
-        value = self._table(lesson, "predictions").get(question)
-        return float(value) if isinstance(value, (int, float)) else None
-
-    def set_prediction(self, lesson: str, question: str, value: float) -> None:
-        self._set(lesson, "predictions", {**self._table(lesson, "predictions"), question: value})
-
-    def _table(self, lesson: str, key: str) -> dict[str, Any]:
-        table = self._lessons.get(lesson, {}).get(key, {})
-        return dict(table) if isinstance(table, dict) else {}
-
-    def _set(self, lesson: str, key: str, value: Any) -> None:
-        self._lessons.setdefault(lesson, {})[key] = value
-        new = self.path.with_name(self.path.name + ".new")
+    def save(self, lesson: str, record: LessonRecord) -> None:
+        self.lessons[lesson] = record
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps(self._lessons, indent=1) + "\n", encoding="utf-8")
-            new.replace(self.path)
-        except OSError as error:
-            warning = f"progress cannot be kept: {self.path}: {error.strerror}"
+            write_json(self.path, msgspec.to_builtins(self.lessons))
+        except (OSError, ValueError) as error:
+            warning = f"progress cannot be kept: {error}"
             if warning not in self.warnings:
                 self.warnings.append(warning)

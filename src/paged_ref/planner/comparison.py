@@ -1,24 +1,25 @@
 """The article's table with numbers: each technique on the same requests, predicted, simulated, and run.
 
-`setups` are the rows; `Row` is what one of them came to.
+`setups` makes the rows of the table; a `ComparisonRow` has the numbers of one of them.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.memory.manager import KVCacheManager
 from ..timeline.events import Log
+from .assess import SteadyState, predict
 from .engine_run import engine_steps, shares_of, simulated_steps
 from .hardware import gpu_named
 from .metrics import Shares
 from .models import model_named
-from .predict import Prediction, predict
 from .setup import Setup
 from .sweep import Curve
-from .traces import Trace, at_rate, clipped, first, scaled
+from .traces import RequestTrace, at_rate, clipped, first, scaled
 
 RUN_REQUESTS = 30  # of a run with the embedded model
 RUN_CONTEXT = 256  # tokens, of the model's context
@@ -28,7 +29,7 @@ RUN_POOL = 768  # tokens
 
 def setups(base: Setup, block_sizes: Sequence[int]) -> list[Setup]:
     """The rows of the table: standard with three reservations, swapping, paged with each block size and with a
-    prefix cache. `base` gives all the rest; the paper's allocator is "buddy", and exact is there with both."""
+    prefix cache. `base` gives everything else. The paper's allocator is "buddy"; exact is there with both."""
     standard = replace(base, manager="standard", allocator="buddy", prefix_cache=False)
     rows = [replace(standard, label=f"standard {reserve}", reserve=reserve) for reserve in ("max", "pow2", "exact")]
     rows.append(replace(standard, label="exact, first fit", reserve="exact", allocator="first fit"))
@@ -39,25 +40,23 @@ def setups(base: Setup, block_sizes: Sequence[int]) -> list[Setup]:
 
 
 def longest_request(manager: KVCacheManager, context: int) -> int:
-    """Tokens of the longest request that the pool could ever hold, alone, up to the model's context."""
-    low, high = 0, context
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if manager.most_slots(1, middle - 1) <= manager.num_slots else (low, middle - 1)
-    return low
+    """Tokens of the longest request that an empty pool holds, up to the model's context."""
+    lengths = range(1, context + 1)
+    return bisect_right(lengths, manager.num_slots, key=lambda length: manager.max_slots_needed(1, length - 1))
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One technique."""
+class ComparisonRow:
+    """The numbers of one technique."""
 
     curve: Curve
-    prediction: Prediction
+    prediction: SteadyState
     longest: int  # tokens of the longest request
 
     @property
     def moved_per_token(self) -> float:
-        """Bytes of K and V moved on the device or over the link, for each generated token, when all come at once."""
+        """Bytes of K and V moved on the device or over the link, for each generated token, when all requests arrive at
+        the same time."""
         outcome = self.curve.at_once
         return (outcome.bytes_moved + outcome.bytes_swapped) / outcome.output_tokens
 
@@ -66,10 +65,10 @@ class Row:
             "label": self.curve.setup.label,
             "rate": self.curve.rate,
             "predicted": {
-                "rate": self.prediction.rate,
-                "running": self.prediction.num_running,
-                "slots_each": self.prediction.slots_each,
-                "bound": self.prediction.bound,
+                "rate": self.prediction.requests_per_second,
+                "running": self.prediction.sequences,
+                "slots_each": self.prediction.slots,
+                "bound": self.prediction.step.bound,
             },
             "longest_request": self.longest,
             "moved_bytes_per_token": self.moved_per_token,
@@ -78,10 +77,10 @@ class Row:
         }
 
 
-def row_of(curve: Curve, trace: Trace) -> Row:
+def row_of(curve: Curve, trace: RequestTrace) -> ComparisonRow:
     setup = curve.setup
     longest = longest_request(setup.make_manager(), setup.model.max_context)
-    return Row(curve, predict(setup, trace), longest)
+    return ComparisonRow(curve, predict(setup, trace), longest)
 
 
 # --- the embedded model, for real ----------------------------------------------------------------------
@@ -95,32 +94,28 @@ class Checked:
     simulated: Shares
     ran: Shares
     steps: int
-    same: bool  # in every step: who ran, for how many tokens, who was preempted, what moved, where memory was
+    same: bool  # every step: which sequences ran, for how many tokens, what was preempted and moved, where memory was
 
 
-def small(trace: Trace) -> Trace:
-    """The first requests, all at once, made short enough for the embedded model."""
+def small(trace: RequestTrace) -> RequestTrace:
+    """The first requests, arriving at the same time, made short enough for the embedded model."""
     part = first(trace, RUN_REQUESTS)
-    mean = sum(each.prompt_len + each.output_len for each in part.requests) / len(part.requests)
+    mean = sum(each.num_tokens for each in part.requests) / len(part.requests)
     factor = min(1.0, RUN_LENGTH / mean)
     return at_rate(clipped(scaled(part, factor), RUN_CONTEXT), float("inf"))
 
 
 def check(
-    rows: Sequence[Setup], trace: Trace, on_run: Callable[[str], None] | None = None, log: Log | None = None
+    rows: Sequence[Setup], trace: RequestTrace, on_run: Callable[[str], None] | None = None, log: Log | None = None
 ) -> list[Checked]:
-    """Each setup with the embedded model: simulated, and run. `trace` is as `small` makes it. `log` is told of the
-    engines, one after another."""
-    checked = []
+    """Each setup with the embedded model: simulated, and run. `trace` is as `small` makes it. `log` gets the events of
+    the engines, one after another."""
+    gpu, model, checked = gpu_named("T4"), model_named("tiny"), []
     for row in rows:
-        setup = replace(
-            row, gpu=gpu_named("T4"), model=model_named("tiny"), kv_tokens=RUN_POOL, max_model_len=RUN_CONTEXT
-        )
+        setup = replace(row, gpu=gpu, model=model, kv_tokens=RUN_POOL, max_model_len=RUN_CONTEXT)
         simulated, arrived = simulated_steps(setup, trace)
         ran = engine_steps(setup, trace, arrived, log=log)
-        checked.append(
-            Checked(setup.label, shares_of(simulated), shares_of(ran), len(ran), same=simulated == ran)
-        )  # fmt: skip
+        checked.append(Checked(setup.label, shares_of(simulated), shares_of(ran), len(ran), same=simulated == ran))
         if on_run:
             on_run(setup.label)
     return checked

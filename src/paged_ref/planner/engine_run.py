@@ -1,7 +1,7 @@
 """The same requests through a simulation and through a real engine, step by step.
 
-The engine runs a real model on real tokens, on the CPU or the GPU, for as long as that takes. Requests come to it
-before the same steps as they came to the simulation, whose clock says when; then every step must be the same.
+The engine runs a real model on real tokens, on the CPU or the GPU, for as long as that takes. Each request is added
+before the same step as in the simulation, whose clock decides that; then every step must be the same.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from ..core.engine.outputs import StepRecord
-from ..core.engine.sampling import SamplingParams
 from ..core.engine.scheduler import StepPlan
-from ..core.memory.manager import MemoryUsage, Transfer
+from ..core.memory.manager import Transfer
+from ..core.memory.usage import MemoryUsage
+from ..extras.beam import SamplingParams
+from ..extras.step_records import StepRecord
 from ..llm import LLM
 from ..timeline.events import Log
-from .metrics import Looks, Shares
+from .metrics import Shares, UsageAverage
 from .setup import Setup
 from .simulate import Simulation
-from .traces import Trace
+from .traces import RequestTrace
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What one step did, and where the memory was when it was computed."""
+class StepDecisions:
+    """What was decided in one step, and where the memory was while it was computed."""
 
     chunks: list[tuple[int, int]]  # (sequence, tokens computed)
     num_preempted: int
@@ -33,34 +34,29 @@ class Step:
     usage: MemoryUsage
 
 
-def simulated_steps(setup: Setup, trace: Trace) -> tuple[list[Step], list[int]]:
-    """Every step of a simulation, and how many requests had come before each."""
-    steps: list[Step] = []
+def simulated_steps(setup: Setup, trace: RequestTrace) -> tuple[list[StepDecisions], list[int]]:
+    """Every step of a simulation, and how many requests had arrived before each."""
+    steps: list[StepDecisions] = []
     arrived: list[int] = []
-    looks: list[MemoryUsage] = []
+    samples: list[MemoryUsage] = []
 
     def watch(plan: StepPlan) -> None:
         arrived.append(simulation.num_arrived)
         chunks = [(seq.seq_id, count) for seq, count in plan.chunks]
         num_running, num_waiting = len(simulation.scheduler.running), len(simulation.scheduler.waiting)
-        steps.append(Step(chunks, len(plan.preempted), plan.transfers, num_running, num_waiting, looks[-1]))
+        steps.append(StepDecisions(chunks, len(plan.preempted), plan.transfers, num_running, num_waiting, samples[-1]))
 
-    simulation = Simulation(setup, trace, look_every=1, on_look=looks.append, on_step=watch)
+    simulation = Simulation(setup, trace, sample_every=1, on_sample=samples.append, on_step=watch)
     simulation.run()
     return steps, arrived
 
 
 def engine_steps(
-    setup: Setup,
-    trace: Trace,
-    arrived: list[int],
-    *,
-    backend: str = "auto",
-    log: Log | None = None,
-) -> list[Step]:
-    """Every step of the engine with the embedded model, when before step i the first `arrived[i]` requests have come.
+    setup: Setup, trace: RequestTrace, arrived: list[int], *, backend: str = "auto", log: Log | None = None
+) -> list[StepDecisions]:
+    """Every step of an engine with the embedded model, given that `arrived[i]` requests have arrived before step i.
 
-    Requests that the engine refuses keep their place in the count. `log` is the engine's.
+    A request that the engine refuses keeps its place in the count. `log` gets the engine's events.
     """
     records: list[StepRecord] = []
     llm = LLM(
@@ -81,37 +77,37 @@ def engine_steps(
         log=log,
         on_step=records.append,
     )
-    place_of: dict[int, int] = {}  # the engine's seq_id -> the request's place in the trace
-    final: dict[int, int] = {}
-    num_come = 0
+    place_of: list[int] = []  # by the engine's seq_id: the request's place in the trace
+    final_slots: dict[int, int] = {}
+    num_added = 0
     for count in arrived:
-        while num_come < count:
-            request = trace.requests[num_come]
-            prompt = token_ids(request.prompt_len, request.hash_ids, trace.hash_block, num_come, llm.config.vocab_size)
+        while num_added < count:
+            request = trace.requests[num_added]
+            prompt = token_ids(request.prompt_len, request.hash_ids, trace.hash_block, num_added, llm.config.vocab_size)
             try:
                 llm.add_request(prompt, SamplingParams(max_tokens=request.output_len, ignore_eos=True))
             except ValueError:
-                pass  # the simulation refused it, too, and the steps will show it if not
+                pass  # the simulation refuses the same requests: otherwise the steps differ
             else:
-                place_of[len(place_of)] = num_come
-                final[len(final)] = min(request.prompt_len + request.output_len, setup.longest) - 1
-            num_come += 1
+                final_slots[len(place_of)] = min(request.num_tokens, setup.longest) - 1
+                place_of.append(num_added)
+            num_added += 1
         llm.step()
     return [
-        Step(
+        StepDecisions(
             [(place_of[seq_id], count) for seq_id, count in record.chunks],
             record.num_preempted,
             record.transfers,
             record.num_running,
             record.num_waiting,
-            record.snapshot.usage(final),
+            record.snapshot.usage(final_slots),
         )
         for record in records
     ]
 
 
 def token_ids(length: int, hash_ids: tuple[int, ...], hash_block: int, place: int, vocab_size: int) -> list[int]:
-    """Tokens for a prompt of which only its length, and what its blocks are, is known."""
+    """Tokens of a prompt of which only the length and the identity of its blocks are known."""
     ids: list[int] = []
     for hash_id in hash_ids:
         ids += random.Random(f"block {hash_id}").choices(range(vocab_size), k=hash_block)
@@ -119,9 +115,9 @@ def token_ids(length: int, hash_ids: tuple[int, ...], hash_block: int, place: in
     return ids[:length]
 
 
-def shares_of(steps: list[Step]) -> Shares:
-    """Mean over the steps in which a request waited; over all if none ever did."""
-    looks = Looks()
+def shares_of(steps: list[StepDecisions]) -> Shares:
+    """Mean over the steps in which a request waited; over all steps if none ever waited."""
+    average = UsageAverage()
     for step in [step for step in steps if step.num_waiting] or steps:
-        looks.add(step.usage, 1.0)
-    return looks.shares()
+        average.add(step.usage, 1.0)
+    return average.shares()

@@ -1,18 +1,19 @@
-"""Numbers of our own beside published ones: a finding, a figure of findings, and where their runs are made."""
+"""Measured numbers beside published ones: a finding, a figure of findings, and a cache of their runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
-from .sweep import Call, T
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One number. Without a band it is shown and not judged."""
+    """One number. Without a band it is only shown."""
 
     what: str
     ours: float
@@ -30,34 +31,31 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure: the findings, what was run, why the bands, and where ours differs, why."""
+    """One figure of the paper."""
 
     key: str
     title: str
     findings: list[Finding]
-    setting: str
-    why: list[str]
+    setting: str  # what was run
+    why: list[str]  # the reasons of the bands, and of the differences
 
 
-class Lab:
-    """Where the figures have their runs made: on all cores, and each only once."""
+class RunCache:
+    """The runs that the figures need, each only once. Figures may be made at the same time, in several threads."""
 
-    def __init__(self, call: Call, threads: ThreadPoolExecutor, on_run: Callable[[], None] | None = None) -> None:
-        self._call, self._threads, self._on_run = call, threads, on_run
+    def __init__(self, executor: Executor, on_run: Callable[[], object] = lambda: None) -> None:
+        """`on_run` is called after each run."""
+        self._executor, self._on_run = executor, on_run
         self._known: dict[tuple[Any, ...], Future[Any]] = {}
+        self._lock = Lock()
 
     def all(self, function: Callable[..., T], jobs: Iterable[tuple[Any, ...]]) -> list[T]:
         """What `function` returns for the arguments of each job, in order."""
-        waiting = []
-        for job in jobs:
-            key = (function, *job)
-            if key not in self._known:
-                self._known[key] = self._threads.submit(self._one, function, job)
-            waiting.append(self._known[key])
-        return [future.result() for future in waiting]
+        return [future.result() for future in [self._run(function, *job) for job in jobs]]
 
-    def _one(self, function: Callable[..., T], job: tuple[Any, ...]) -> T:
-        result = self._call(function, *job)
-        if self._on_run:
-            self._on_run()
-        return result
+    def _run(self, *call: Any) -> Future[Any]:
+        with self._lock:
+            if call not in self._known:
+                self._known[call] = self._executor.submit(*call)
+                self._known[call].add_done_callback(lambda _: self._on_run())
+            return self._known[call]

@@ -1,12 +1,12 @@
-"""The paper's figures (Kwon et al. 2023) and what comes out here: ours, the paper's, a band, and why.
+"""The paper's figures (Kwon et al. 2023), measured here: our number, the paper's, a band, and the reason.
 
-What the paper publishes are numbers; its requests, its kernels and its engine are not here. So each figure has a
-band, chosen from what is not known, and a value outside it is shown as such.
+The paper publishes numbers, but not its requests, kernels and engine. So each figure has a band as wide as the
+uncertainty that follows, and a value outside of the band is shown as such.
 
-* Shares and counts of memory depend on lengths alone, of which only the means are published. With the same means
+* Shares and counts of memory depend on the lengths alone, of which only the means are published. With the same means
   and other shapes (gamma, coefficient of variation 0.7 to 1.4) some shares move by 8 points and some counts by a
-  fifth, or a little more: tests/workload/test_paper.py draws them.
-* Times depend on what kernels and engine reach, which nobody publishes: a factor of 1.5.
+  fifth, or a little more: tests/planner/test_paper.py draws such lengths.
+* Times depend on what the kernels and the engine reach, which is not published: a factor of 1.5.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from .findings import Figure, Finding, Lab
+from .findings import Figure, Finding, RunCache
 from .hardware import gpu_named
 from .metrics import Outcome
 from .models import model_named
-from .roofline import swap_seconds
 from .setup import Setup
 from .sharing import beams_saving, samples_saving
 from .sweep import AT_ONCE, run_once
-from .traces import Trace, drawn, first, generated, with_prefix
+from .traces import RequestTrace, drawn, first, generated, with_prefix
 
 POINTS = 8.0  # percentage points that a share may be off
 COUNT = 0.2  # share that a count may be off
@@ -38,7 +37,7 @@ SHAREGPT, ALPACA = "sharegpt", "alpaca"
 NUM_REQUESTS = {SHAREGPT: 1500, ALPACA: 3000}
 
 
-def requests(name: str, seed: int = 0) -> Trace:
+def requests(name: str, seed: int = 0) -> RequestTrace:
     return generated(name, NUM_REQUESTS[name], seed)
 
 
@@ -53,41 +52,36 @@ def within(ours: float, paper: float, points: float) -> dict[str, float]:
 FIG_2 = {"max": (20.4, 13.3, 57.3, 8.9), "pow2": (26.8, 17.9, 13.6, 41.6), "exact": (38.2, 25.2, 0.0, 36.6)}
 
 
-def figure_2(lab: Lab) -> Figure:
+def figure_2(runs: RunCache) -> Figure:
     setups = [*ORCA.values(), PAGED]
-    outcomes = lab.all(run_once, [(setup, requests(SHAREGPT), AT_ONCE) for setup in setups])
+    outcomes = runs.all(run_once, [(setup, requests(SHAREGPT), AT_ONCE) for setup in setups])
     findings = []
     for reserve, outcome in zip(FIG_2, outcomes, strict=False):
         shares = outcome.shares
-        parts = zip(
-            ("holds tokens", "reserved", "wasted inside", "wasted between"),
-            (shares.tokens, shares.reserved, shares.internal, shares.external),
-            FIG_2[reserve],
-            strict=True,
-        )
+        parts = zip(("tokens", "reserved", "internal", "external"), FIG_2[reserve], strict=True)
         findings += [
-            Finding(f"Orca {reserve}: {part}", unit="%", **within(100 * ours, paper, POINTS))
-            for part, ours, paper in parts
+            Finding(f"Orca {reserve}: {part}", unit="%", **within(100 * getattr(shares, part), paper, POINTS))
+            for part, paper in parts
         ]
-    findings.append(Finding("paged 16: holds tokens", 100 * outcomes[-1].shares.tokens_of_used, 96.3, "%", 95.0, 100.0))
+    findings.append(Finding("paged 16: occupancy", 100 * outcomes[-1].shares.occupancy, 96.3, "%", 95.0, 100.0))
     return Figure(
         "2", "where the K/V memory is", findings,
         f"OPT-13B on an A100 40GB, {NUM_REQUESTS[SHAREGPT]} requests with ShareGPT's means, more than can run; the "
-        "mean over the time in which somebody waits. Of paged memory, the share of the blocks in use.",
+        "mean over the time in which a request waits. Occupancy: of the used blocks, the share that holds tokens.",
         [f"Band: {POINTS:g} points, as far as other lengths with the same means move a share; paged: 95 % or more.",
-         "Orca places its regions with a buddy allocator, as the paper assumes; what it rounds up is wasted between. "
-         "First fit in its place wastes half of that (paged-ref compare shows both)."],
+         "Orca places its regions with a buddy allocator, as the paper assumes; what it rounds up is external. First "
+         "fit wastes half of that (paged-ref compare shows both)."],
     )  # fmt: skip
 
 
 FIG_13 = {SHAREGPT: (7.00, 9.81, 13.62, 30.42), ALPACA: (7.00, 43.24, 72.75, 132.44)}
 
 
-def figure_13(lab: Lab) -> Figure:
+def figure_13(runs: RunCache) -> Figure:
     setups = [*ORCA.values(), PAGED]
     findings = []
     for name, values in FIG_13.items():
-        outcomes = lab.all(run_once, [(setup, requests(name), AT_ONCE) for setup in setups])
+        outcomes = runs.all(run_once, [(setup, requests(name), AT_ONCE) for setup in setups])
         for setup, outcome, paper in zip(setups, outcomes, values, strict=True):
             band: dict[str, float] = {"low": (1 - COUNT) * paper, "high": (1 + COUNT) * paper}
             if setup.reserve == "max" and setup is not PAGED:  # whatever the lengths: the pool / 2048
@@ -95,64 +89,66 @@ def figure_13(lab: Lab) -> Figure:
             if name == ALPACA and setup is PAGED:
                 band = {"low": paper}
             findings.append(Finding(f"{name}, {setup.label}", outcome.running_short, paper, "", **band))
-    (slow,) = lab.all(run_once, [(PAGED, requests(ALPACA), 30.0)])
+    (slow,) = runs.all(run_once, [(PAGED, requests(ALPACA), 30.0)])
     findings.append(Finding("alpaca at 30 per second, paged", slow.running_mean, 132.44, ""))
     return Figure(
-        "13", "requests that run at once", findings,
+        "13", "requests that run at the same time", findings,
         f"As Fig. 2, and with Alpaca's means ({NUM_REQUESTS[ALPACA]} requests): more requests than can run.",
-        [f"Band: {COUNT:.0%}, as far as other lengths with the same means move a count; of max 0.05, since its count "
-         "is that of regions of 2048.",
-         "Paged on Alpaca: at the paper's 30 requests per second memory is not short, so its 132 are what arrives "
-         "times how long it stays. Ours stay shorter, since steps take a datasheet's time; what memory can hold is "
-         "more than 132, which is the band."],
+        [f"Band: {COUNT:.0%}, as far as other lengths with the same means move a count; for max 0.05, since there the "
+         "count is that of regions of 2048.",
+         "Paged on Alpaca: at the paper's 30 requests per second memory is not short, so the paper's 132 are the rate "
+         "times the seconds that a request runs. Here requests run for less time, since steps take a datasheet's time; "
+         "memory can hold more than 132, which is the band."],
     )  # fmt: skip
 
 
 FIG_15_SAMPLES = {ALPACA: {2: 6.09, 4: 8.53, 6: 9.79}, SHAREGPT: {2: 16.2, 6: 30.5}}
 FIG_15_BEAMS = {ALPACA: {2: 37.56, 4: 53.13, 6: 55.16}, SHAREGPT: {2: 44.3, 6: 66.3}}
-FEW = {ALPACA: 12, SHAREGPT: 4}  # requests of a beam search: the embedded model computes every token
+NUM_SAMPLED = {ALPACA: 400, SHAREGPT: 400}  # requests
+NUM_SEARCHED = {ALPACA: 12, SHAREGPT: 4}  # requests with beams: the embedded model computes every token
 
 
-def figure_15(lab: Lab) -> Figure:
-    samples = [(name, n, paper) for name, values in FIG_15_SAMPLES.items() for n, paper in values.items()]
-    beams = [(name, n, paper) for name, values in FIG_15_BEAMS.items() for n, paper in values.items()]
-    searched = lab.all(beams_saving, [(first(requests(name), FEW[name]), width) for name, width, _ in beams])
-    drawn_ = lab.all(samples_saving, [(first(requests(name), 400), n) for name, n, _ in samples])
-    findings = [
-        Finding(f"{name}, {n} samples", unit="%", **within(100 * ours, paper, SAMPLES_POINTS))
-        for (name, n, paper), ours in zip(samples, drawn_, strict=True)
+def figure_15(runs: RunCache) -> Figure:
+    findings = []
+    kinds: list[tuple[str, Callable[..., float], dict[str, dict[int, float]], dict[str, int], float]] = [
+        ("samples", samples_saving, FIG_15_SAMPLES, NUM_SAMPLED, SAMPLES_POINTS),
+        ("beams", beams_saving, FIG_15_BEAMS, NUM_SEARCHED, BEAMS_POINTS),
     ]
-    findings += [
-        Finding(f"{name}, {n} beams", unit="%", **within(100 * ours, paper, BEAMS_POINTS))
-        for (name, n, paper), ours in zip(beams, searched, strict=True)
-    ]
+    for kind, saving, published, num_requests, points in kinds:
+        rows = [(name, n, paper) for name, values in published.items() for n, paper in values.items()]
+        saved = runs.all(saving, [(first(requests(name), num_requests[name]), n) for name, n, _ in rows])
+        findings += [
+            Finding(f"{name}, {n} {kind}", unit="%", **within(100 * ours, paper, points))
+            for (name, n, paper), ours in zip(rows, saved, strict=True)
+        ]
     return Figure(
         "15", "blocks saved by sharing", findings,
-        f"Blocks of 16; 400 requests with samples; beams of the embedded model on {FEW[ALPACA]} requests with Alpaca's "
-        f"means and {FEW[SHAREGPT]} with ShareGPT's. Blocks saved, of those that separate copies need.",
+        f"Blocks of 16; 400 requests with samples; beams of the embedded model on {NUM_SEARCHED[ALPACA]} requests with "
+        f"Alpaca's means and {NUM_SEARCHED[SHAREGPT]} with ShareGPT's. Blocks saved, of those that separate copies "
+        "need.",
         [f"Band of samples: {SAMPLES_POINTS:g} points. Only whole blocks of the prompt stay shared, and how many "
-         "prompts of mean 19 have one depends on the lengths' shape: Alpaca's are less spread than ours.",
-         f"Band of beams: {BEAMS_POINTS:g} points. How long beams go together is up to the model: ours is tiny, its "
-         "prompts are random, and few requests were searched."],
+         "prompts of mean 19 have one depends on the shape of the lengths: Alpaca's are less spread than ours.",
+         f"Band of beams: {BEAMS_POINTS:g} points. How long beams stay together depends on the model: ours is tiny, "
+         "the prompts are random, and few requests were searched."],
     )  # fmt: skip
 
 
 # --- time ----------------------------------------------------------------------------------------------
 
-LOAD = 0.9  # of the rate that blocks of 16 sustain when all come at once
-GOOD, WORSE = 1.5, 2.0  # times the latency of blocks of 16: still good, and much worse
+LOAD = 0.9  # share of the rate that blocks of 16 sustain when all requests arrive at the same time
+GOOD, WORSE = 1.5, 2.0  # latency against that of blocks of 16: still good, and much worse
 
 
-def _at_load(lab: Lab, name: str, setups: list[Setup], load: float = LOAD) -> list[Outcome]:
-    (full,) = lab.all(run_once, [(PAGED, requests(name), AT_ONCE)])
-    return lab.all(run_once, [(setup, requests(name), load * full.requests_per_second) for setup in setups])
+def _at_load(runs: RunCache, name: str, setups: list[Setup], load: float = LOAD) -> list[Outcome]:
+    (full,) = runs.all(run_once, [(PAGED, requests(name), AT_ONCE)])
+    return runs.all(run_once, [(setup, requests(name), load * full.requests_per_second) for setup in setups])
 
 
-def figure_18b(lab: Lab) -> Figure:
+def figure_18b(runs: RunCache) -> Figure:
     sizes = (1, 16, 32, 64, 128, 256)
     findings = []
     for name in (SHAREGPT, ALPACA):
-        outcomes = _at_load(lab, name, [replace(PAGED, label=f"paged {size}", block_size=size) for size in sizes])
+        outcomes = _at_load(runs, name, [replace(PAGED, label=f"paged {size}", block_size=size) for size in sizes])
         latency = {size: outcome.normalised for size, outcome in zip(sizes, outcomes, strict=True)}
         for size in sizes:
             words, band = {
@@ -166,36 +162,36 @@ def figure_18b(lab: Lab) -> Figure:
         "18b", "latency by block size", findings,
         f"Paged, at {LOAD:g} of the rate that blocks of 16 sustain; normalised latency against that of blocks of 16.",
         [f"The paper says good or much worse in words: up to {GOOD:g}x, and from {WORSE:g}x on.",
-         "Blocks of 1: the paper's kernel is slow there. Our clock knows no block size, so ours shows only what memory "
-         "does: the smaller the better. paged-ref bench kernels times the rest.",
-         "ShareGPT, 128: a tenth of the memory is empty in last blocks, and so near to the limit that is felt. The "
-         "paper does not say at which rate it measured.",
-         "Alpaca, 64: a block holds most requests whole, and much of it is empty, so fewer fit; but at this rate, "
-         "on a datasheet's clock, not so few that any waits long."],
+         "Blocks of 1: the paper's kernel is slow there. Our clock does not depend on the block size, so only the "
+         "effect on memory shows: the smaller the better. paged-ref bench kernels times the rest.",
+         "ShareGPT, 128: a tenth of the memory is empty in last blocks, which counts so near to the limit. The paper "
+         "does not say at which rate it measured.",
+         "Alpaca, 64: most requests fit into one block, and much of the block is empty, so fewer requests fit; but at "
+         "this rate, on a datasheet's clock, not so few that a request waits long."],
     )  # fmt: skip
 
 
-def figure_19(lab: Lab) -> Figure:
+def figure_19(runs: RunCache) -> Figure:
     sizes = (1, 16, 32, 64)
     setups = [
         replace(PAGED, label=f"paged {size}, {preemption}", block_size=size, preemption=preemption)
         for size in sizes
         for preemption in ("swap", "recompute")
     ]
-    outcomes = _at_load(lab, SHAREGPT, setups, 1.0)
+    outcomes = _at_load(runs, SHAREGPT, setups, 1.0)
     findings = []
     for size, swap, again in zip(sizes, outcomes[::2], outcomes[1::2], strict=True):
         words, low, high = ("worse", TIME, None) if size == 1 else ("comparable", 1 / TIME, TIME)
         ratio = swap.normalised / again.normalised
         findings.append(Finding(f"swap / recompute, blocks of {size}", ratio, words, "x", low, high))
-    slow, fast = (swap_seconds(PAGED.gpu, PAGED.model, 256, size, PAGED.constants) for size in (1, 64))
+    slow, fast = (PAGED.roofline.swap_seconds(256, size) for size in (1, 64))
     findings.append(Finding("256 tokens swapped, 1 / 64", slow / fast, "worse", "x", TIME, None))
     lost = [outcome.recomputed_tokens / outcome.preemptions for outcome in outcomes[1::2]]
     findings.append(Finding("lost when recomputed, 1 / 64", lost[0] / lost[-1], "the same", "x", 1 / TIME, TIME))
     return Figure(
         "19", "swap against recompute", findings,
-        "Paged, ShareGPT's means, at the rate that blocks of 16 sustain, so that many are preempted. Normalised "
-        "latency with swap against recompute; the time to swap 256 tokens; tokens that a preemption loses.",
+        "Paged, ShareGPT's means, at the rate that blocks of 16 sustain, so that many requests are preempted. "
+        "Normalised latency with swap against recompute; the time to swap 256 tokens; tokens that a preemption loses.",
         [f"Comparable: within {TIME:g}x. Each block is a copy for K and for V of each layer, as in the paper; a step "
          "waits for its copies."],
     )  # fmt: skip
@@ -204,14 +200,14 @@ def figure_19(lab: Lab) -> Figure:
 WMT = (30, 35)  # tokens of a sentence and its translation: an assumption, some 25 words
 
 
-def shared_prefix(lab: Lab) -> Figure:
+def shared_prefix(runs: RunCache) -> Figure:
     base = replace(PAGED, model=model_named("Llama-2-13B"), max_model_len=2048)
     orca = replace(base, label="Orca exact", manager="standard", reserve="exact", allocator="buddy")
     setups = [replace(base, label="paged + prefix cache", prefix_cache=True), base, orca]
     findings = []
     for length, paper in ((80, 1.67), (341, 3.58)):
         trace = with_prefix(drawn("translation", *WMT, 2000), length)
-        outcomes = lab.all(run_once, [(setup, trace, AT_ONCE) for setup in setups])
+        outcomes = runs.all(run_once, [(setup, trace, AT_ONCE) for setup in setups])
         cached, plain, other = (outcome.requests_per_second for outcome in outcomes)
         findings.append(
             Finding(f"{length} tokens: against Orca exact", cached / other, paper, "x", paper / TIME, paper * TIME)
@@ -221,14 +217,14 @@ def shared_prefix(lab: Lab) -> Figure:
     return Figure(
         "prefix", "a prefix that all requests share", findings,
         f"Llama-2-13B (the shape of the paper's LLaMA-13B) on an A100 40GB; sentences of mean {WMT[0]} tokens, "
-        f"translations of {WMT[1]}: an assumption. Requests per second, all coming at once.",
-        [f"Band: a factor of {TIME:g}. Beside memory, the cache saves the prefix's arithmetic.",
-         "Why ours gains more is not known. The lengths are an assumption, and the end of a run, when few are left, "
-         "counts too; ten times the overhead of a step was tried and changes little."],
+        f"translations of {WMT[1]}: an assumption. Requests per second, all arriving at the same time.",
+        [f"Band: a factor of {TIME:g}. Besides memory, the cache saves the prefix's arithmetic.",
+         "Why the gain is larger here is not known. The lengths are an assumption, and the end of a run, when few "
+         "requests are left, counts too; ten times the overhead of a step was tried and changes little."],
     )  # fmt: skip
 
 
-FIGURES: dict[str, Callable[[Lab], Figure]] = {
+FIGURES: dict[str, Callable[[RunCache], Figure]] = {
     "2": figure_2,
     "13": figure_13,
     "15": figure_15,

@@ -1,15 +1,17 @@
-"""How long one step of an engine takes on a GPU, from what it must read and multiply.
+"""How long one step of an engine takes on a GPU, from what the step must read and multiply.
 
-The roofline (Williams et al. 2009): a step takes as long as the slower of its two sides, reading memory or
-doing arithmetic, and the engine adds its own time. Everything is counted from the shapes of the model; what
-is assumed is in `Constants`, each with its reason, and `explain` prints them.
+The roofline (Williams et al. 2009): a step takes as long as the slower of two sides, reading memory or doing
+arithmetic, and the engine adds its overhead. Everything is counted from the shapes of the model; the assumptions are
+in `Constants`, each with its reason, and `explain` lists them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+from ..core.memory.manager import Transfer
 from .hardware import GIB, GPU
 from .models import ModelSpec
 
@@ -22,7 +24,7 @@ def _constant(default: float, why: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What no datasheet says. Shares are of the published peak."""
+    """Assumptions, since no datasheet has them. Shares are of the published peak."""
 
     bandwidth_share: float = _constant(0.8, "of the memory's bandwidth that kernels reach, reading weights and K, V")
     compute_share: float = _constant(0.6, "of the peak arithmetic that matrix products of a prefill reach")
@@ -43,7 +45,7 @@ CONSTANTS = Constants()
 
 
 def explain(constants: Constants = CONSTANTS) -> list[tuple[str, float, str]]:
-    """(name, value, what it is) of each constant."""
+    """(name, value, meaning) of each constant."""
     return [(each.name, getattr(constants, each.name), each.metadata["why"]) for each in fields(constants)]
 
 
@@ -62,56 +64,9 @@ class StepTime(NamedTuple):
     @property
     def bound(self) -> Bound:
         """What the step waits for most."""
-        sides: dict[Bound, float] = {
-            "bandwidth": self.weights + self.kv,
-            "compute": self.compute,
-            "overhead": self.overhead,
-        }
+        reading = self.weights + self.kv
+        sides: dict[Bound, float] = {"bandwidth": reading, "compute": self.compute, "overhead": self.overhead}
         return max(sides, key=sides.__getitem__)
-
-
-def step_time(
-    gpu: GPU,
-    model: ModelSpec,
-    num_tokens: int,
-    kv_tokens_read: int,
-    query_key_pairs: int | None = None,
-    num_logits: int | None = None,
-    constants: Constants = CONSTANTS,
-) -> StepTime:
-    """The time of a step that computes `num_tokens` tokens and reads the K and V of `kv_tokens_read`.
-
-    `kv_tokens_read` is the sum of the sequences' lengths, this step's tokens included: a kernel reads each key
-    once for all queries of its sequence. `query_key_pairs` is how many keys all queries see together (default:
-    kv_tokens_read, which is a step of decodes; `chunk_pairs` gives it for a chunk of prefill). `num_logits` is
-    for how many tokens the head is computed (default: all).
-    """
-    pairs = kv_tokens_read if query_key_pairs is None else query_key_pairs
-    logits = num_tokens if num_logits is None else num_logits
-    bandwidth = gpu.bandwidth * constants.bandwidth_share
-    weights_read = (model.num_parameters - model.num_looked_up) * model.weight_bits / 8
-    in_layers = model.num_parameters - model.num_looked_up - model.num_head_parameters
-    flops = 2 * (in_layers * num_tokens + model.num_head_parameters * logits)  # a product and a sum for each weight
-    flops += 4 * model.num_layers * model.num_heads * model.head_size * pairs  # q.k, and the sum over values
-    return StepTime(
-        weights=weights_read / bandwidth,
-        kv=kv_tokens_read * model.kv_bytes_per_token * kv_copies(gpu, model) / bandwidth,
-        compute=flops / (gpu.flops * constants.compute_share),
-        overhead=constants.step_overhead,
-    )
-
-
-def step_seconds(
-    gpu: GPU,
-    model: ModelSpec,
-    num_tokens: int,
-    kv_tokens_read: int,
-    query_key_pairs: int | None = None,
-    num_logits: int | None = None,
-    constants: Constants = CONSTANTS,
-) -> float:
-    """The same as one number of seconds."""
-    return step_time(gpu, model, num_tokens, kv_tokens_read, query_key_pairs, num_logits, constants).seconds
 
 
 def chunk_pairs(seq_len: int, num_tokens: int) -> int:
@@ -119,71 +74,122 @@ def chunk_pairs(seq_len: int, num_tokens: int) -> int:
     return num_tokens * seq_len - num_tokens * (num_tokens - 1) // 2
 
 
-def transfer_seconds(gpu: GPU, num_bytes: float, num_copies: int = 1, constants: Constants = CONSTANTS) -> float:
-    """Time to bring bytes over the host link, one way, in so many single copies."""
-    return num_bytes / (gpu.link * constants.link_share) + num_copies * constants.copy_overhead
+class Roofline:
+    """One model on one GPU: the seconds of steps and transfers, and the memory for K and V."""
 
+    def __init__(self, gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> None:
+        self.gpu, self.model, self.constants = gpu, model, constants
+        self.kv_copies = max(1.0, gpu.count / model.num_kv_heads)  # more than one with more GPUs than KV heads
+        self.bandwidth = gpu.bandwidth * constants.bandwidth_share
+        multiplied = model.num_parameters - model.num_looked_up
+        head = model.vocab_size * model.hidden_size  # the matrix that turns a hidden state into logits
+        arithmetic = gpu.flops * constants.compute_share
+        self.weights = multiplied * model.weight_bits / 8 / self.bandwidth
+        # A simulation asks for the seconds of millions of steps, so what is fixed is multiplied out here.
+        self._kv = model.kv_bytes_per_token * self.kv_copies / self.bandwidth  # for each token whose K and V are read
+        self._token = 2 * (multiplied - head) / arithmetic  # a product and a sum for each weight
+        self._logits = 2 * head / arithmetic
+        self._pair = 4 * model.num_layers * model.num_heads * model.head_size / arithmetic  # q.k, the sum over values
 
-def swap_seconds(
-    gpu: GPU, model: ModelSpec, num_tokens: int, block_size: int, constants: Constants = CONSTANTS
-) -> float:
-    """Out and in again. K and V of each layer are arrays of their own, as in vLLM: 2 copies a layer and block."""
-    blocks = -(-num_tokens // block_size)
-    copies = 2 * model.num_layers * blocks
-    return 2 * transfer_seconds(gpu, blocks * block_size * model.kv_bytes_per_token, copies, constants)
+    # --- a step ------------------------------------------------------------------------------------
 
+    def step(
+        self, num_tokens: int, kv_tokens: int, pairs: int | None = None, num_logits: int | None = None
+    ) -> StepTime:
+        """The time of a step that computes `num_tokens` tokens and reads the K and V of `kv_tokens`.
 
-def recompute_seconds(gpu: GPU, model: ModelSpec, num_tokens: int, constants: Constants = CONSTANTS) -> float:
-    """All tokens once more, as one prompt, in a step that others share: its arithmetic."""
-    pairs = chunk_pairs(num_tokens, num_tokens)
-    return step_time(gpu, model, num_tokens, num_tokens, pairs, 1, constants).compute
+        `kv_tokens` is the sum of the sequences' lengths, this step's tokens included: a kernel reads each key once for
+        all queries of its sequence. `pairs` is how many keys all queries see together (default: `kv_tokens`, which is
+        a step of decodes; `chunk_pairs` gives it for a chunk of prefill). `num_logits` is for how many tokens the head
+        is computed (default: all).
+        """
+        pairs = kv_tokens if pairs is None else pairs
+        num_logits = num_tokens if num_logits is None else num_logits
+        compute = self._token * num_tokens + self._pair * pairs + self._logits * num_logits
+        return StepTime(self.weights, self._kv * kv_tokens, compute, self.constants.step_overhead)
 
+    def seconds(self, num_tokens: int, kv_tokens: int, pairs: int, num_logits: int) -> float:
+        """`step(...).seconds`, in a third of the time."""
+        read = self.weights + self._kv * kv_tokens
+        compute = self._token * num_tokens + self._pair * pairs + self._logits * num_logits
+        return (read if read > compute else compute) + self.constants.step_overhead
 
-def swap_from(gpu: GPU, model: ModelSpec, block_size: int, constants: Constants = CONSTANTS) -> int | None:
-    """The length from which on swapping is faster than computing again; None: not up to the model's context.
+    # --- transfers ---------------------------------------------------------------------------------
 
-    Computing again grows with the square of the length, swapping does not: the last length at which it does not
-    pay is looked for from the top.
-    """
-    lengths = range(block_size, model.max_context + 1, block_size)
-    slower = (
-        length
-        for length in reversed(lengths)
-        if swap_seconds(gpu, model, length, block_size, constants) >= recompute_seconds(gpu, model, length, constants)
-    )
-    last = next(slower, 0)
-    return last + block_size if last + block_size in lengths else None
+    def link_seconds(self, num_bytes: float, num_copies: int) -> float:
+        """Time to bring bytes over the host link, one way, in `num_copies` single copies."""
+        link = self.gpu.link * self.constants.link_share
+        return num_bytes / link + num_copies * self.constants.copy_overhead
 
+    def transfers(self, transfers: Iterable[Transfer], row_tokens: int) -> tuple[float, int, int]:
+        """(seconds, bytes moved on the device, bytes over the link) of transfers whose rows are `row_tokens` tokens.
 
-def kv_copies(gpu: GPU, model: ModelSpec) -> float:
-    """How often K and V are kept: more than once where GPUs outnumber the KV heads that they share out."""
-    return max(1.0, gpu.count / model.num_kv_heads)
+        A transfer is one copy in each array: K and V of each layer, as in vLLM. Bytes that move on the device are read
+        and written. The step waits for its transfers: none is hidden behind other work.
+        """
+        seconds, on_device, over_link = 0.0, 0, 0
+        for transfer in transfers:
+            num_bytes = transfer.count * row_tokens * self.model.kv_bytes_per_token
+            if transfer.kind in ("copy", "move"):
+                on_device += num_bytes
+                seconds += 2 * num_bytes / self.bandwidth
+            else:
+                over_link += num_bytes
+                seconds += self.link_seconds(num_bytes, 2 * self.model.num_layers)
+        return seconds, on_device, over_link
 
+    def swap_seconds(self, num_tokens: int, block_size: int) -> float:
+        """Out and in again, each block a copy for K and for V of each layer."""
+        blocks = -(-num_tokens // block_size)
+        num_bytes = blocks * block_size * self.model.kv_bytes_per_token
+        return 2 * self.link_seconds(num_bytes, 2 * self.model.num_layers * blocks)
 
-def kv_cache_bytes(gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> int:
-    """What is left for K and V beside the weights.
+    def recompute_seconds(self, num_tokens: int) -> float:
+        """All tokens once more, as one prompt: the arithmetic alone, since other sequences share the step."""
+        return self.step(num_tokens, num_tokens, chunk_pairs(num_tokens, num_tokens), 1).compute
 
-    Raises ValueError, with how many GPUs would do or how small the weights must be, where nothing is left.
-    """
-    room = int(gpu.memory_bytes * constants.memory_share)
-    left = room - model.weight_bytes
-    if left > 0:
-        return left
-    one = room / gpu.count
-    needed = next(count for count in (2**i for i in range(40)) if count * one > model.weight_bytes)
-    smaller = [bits for bits in (8, 4) if bits < model.weight_bits and model.num_parameters * bits / 8 < room]
-    quantized = f", or its weights in {smaller[0]} bits" if smaller else ""
-    raise ValueError(
-        f"{model.name} has {model.weight_bytes / GIB:.1f} GiB of weights; {gpu.name} has {room / GIB:.1f} GiB for "
-        f"them ({constants.memory_share:.0%} of {gpu.memory_bytes / GIB:.0f}). "
-        f"{needed} such GPUs hold it{quantized}"
-    )
+    def swap_from(self, block_size: int) -> int | None:
+        """The length from which on swapping is faster than computing again; None: never, up to the model's context.
 
+        The time to compute again grows with the square of the length, that of swapping does not. So the search goes
+        down from the longest length to the last one at which swapping is slower.
+        """
+        lengths = range(block_size, self.model.max_context + 1, block_size)
+        slower = (
+            length
+            for length in reversed(lengths)
+            if self.swap_seconds(length, block_size) >= self.recompute_seconds(length)
+        )
+        first = next(slower, 0) + block_size
+        return first if first in lengths else None
 
-def num_kv_tokens(gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> int:
-    """Tokens whose K and V fit beside the weights. Raises ValueError as kv_cache_bytes does, or if none fits."""
-    each = model.kv_bytes_per_token * kv_copies(gpu, model)
-    tokens = int(kv_cache_bytes(gpu, model, constants) / each)
-    if tokens < 1:
-        raise ValueError(f"{gpu.name} has no room for the K and V of one token beside {model.name}: {each:,.0f} bytes")
-    return tokens
+    # --- memory ------------------------------------------------------------------------------------
+
+    def kv_cache_bytes(self) -> int:
+        """The memory that the weights leave for K and V.
+
+        Raises ValueError where nothing is left, and says how many GPUs or how small weights would do.
+        """
+        gpu, model, share = self.gpu, self.model, self.constants.memory_share
+        room = int(gpu.memory_bytes * share)
+        if room > model.weight_bytes:
+            return room - model.weight_bytes
+        needed = 1
+        while needed * room / gpu.count <= model.weight_bytes:
+            needed *= 2
+        smaller = [bits for bits in (8, 4) if bits < model.weight_bits and model.num_parameters * bits / 8 < room]
+        quantized = f", or its weights in {smaller[0]} bits" if smaller else ""
+        raise ValueError(
+            f"{model.name} has {model.weight_bytes / GIB:.1f} GiB of weights; {gpu.name} has {room / GIB:.1f} GiB for "
+            f"them ({share:.0%} of {gpu.memory_bytes / GIB:.0f}). {needed} such GPUs hold it{quantized}"
+        )
+
+    def num_kv_tokens(self) -> int:
+        """Tokens whose K and V fit beside the weights. Raises ValueError as kv_cache_bytes does, or if none fits."""
+        each = self.model.kv_bytes_per_token * self.kv_copies
+        tokens = int(self.kv_cache_bytes() / each)
+        if tokens < 1:
+            raise ValueError(
+                f"{self.gpu.name} has no room for the K and V of one token beside {self.model.name}: {each:,.0f} bytes"
+            )
+        return tokens

@@ -1,4 +1,4 @@
-"""How requests are served: a manager, a scheduler's limits, a model and a GPU. All but the requests."""
+"""How requests are served: a manager, the scheduler's limits, a model and a GPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from ..core.engine.scheduler import Preemption, Scheduler
 from ..core.memory.manager import KVCacheManager
-from ..core.memory.standard import Allocator, Reserve
-from ..extras.managers import WATERMARK, ManagerName, make_manager
+from ..core.memory.standard import Reserve
+from ..extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .hardware import GPU
 from .models import ModelSpec
-from .roofline import CONSTANTS, Constants, num_kv_tokens
+from .roofline import CONSTANTS, Constants, Roofline
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Setup:
     block_size: int = 16
     prefix_cache: bool = False
     preemption: Preemption = "recompute"
-    kv_tokens: int | None = None  # None: what is left of the GPU's memory
-    host_kv_tokens: int | None = None  # None: as many as on the GPU, for swap
+    kv_tokens: int | None = None  # None: as many as the weights leave room for
+    host_kv_tokens: int | None = None  # None: with swap as many as on the GPU, else 0
     max_model_len: int | None = None  # None: the model's context, or the pool if that is smaller
     max_batch_tokens: int = 2048
     max_batch_seqs: int = 256
@@ -35,9 +35,13 @@ class Setup:
     constants: Constants = CONSTANTS
 
     @property
+    def roofline(self) -> Roofline:
+        return Roofline(self.gpu, self.model, self.constants)
+
+    @property
     def num_slots(self) -> int:
         """Tokens whose K and V the pool holds. Raises ValueError if the weights leave no room."""
-        return num_kv_tokens(self.gpu, self.model, self.constants) if self.kv_tokens is None else self.kv_tokens
+        return self.roofline.num_kv_tokens() if self.kv_tokens is None else self.kv_tokens
 
     @property
     def longest(self) -> int:
@@ -45,16 +49,14 @@ class Setup:
         return self.max_model_len or max(1, min(self.model.max_context, self.num_slots))
 
     def make_manager(self) -> KVCacheManager:
-        """Raises ValueError, as make_manager of the factory does."""
-        host = self.host_kv_tokens
-        if host is None:
-            host = self.num_slots if self.preemption == "swap" else 0
+        """Raises ValueError, as extras.managers.make_manager does."""
+        host_slots = self.num_slots if self.preemption == "swap" else 0
         return make_manager(
             self.manager,
             self.num_slots,
             max_model_len=self.longest,
             block_size=self.block_size,
-            num_host_slots=host,
+            num_host_slots=host_slots if self.host_kv_tokens is None else self.host_kv_tokens,
             reserve=self.reserve,
             allocator=self.allocator,
             watermark=self.watermark,

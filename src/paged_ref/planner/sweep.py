@@ -10,18 +10,17 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
 
 from .metrics import Outcome
 from .setup import Setup
 from .simulate import Simulation
-from .traces import Trace, at_rate
+from .traces import RequestTrace, at_rate
 
-AT_ONCE = float("inf")
-FIXED = (0.3, 0.6)  # of the rate that a setup sustains when all come at once: the flat part of the curve
+AT_ONCE = float("inf")  # rate: all requests arrive at the same time
+FIXED = (0.3, 0.6)  # shares of the rate that a setup sustains when all requests arrive together: the flat part
 HALVINGS = 6  # of the bracket 0.75 to 1.5 times that rate; what is left of it is 1 %
 BRACKET = (0.75, 1.5)
 
@@ -39,28 +38,21 @@ class Curve:
     """All runs of one setup."""
 
     setup: Setup
-    at_once: Outcome  # all requests come at once: as full as it gets
+    at_once: Outcome  # all requests arrive at the same time: memory is as full as it gets
     points: list[Point]  # by rate
     bound: float  # on the mean normalised latency, seconds per token
     rate: float  # the highest measured at which the bound held; 0 if it held at none
 
 
-Run = Callable[[Setup, Trace, float], Outcome]
-T = TypeVar("T")
+Run = Callable[[Setup, RequestTrace, float], Outcome]
 
 
-class Call(Protocol):
-    """Call a function, wherever there is a core for it, and wait for what it returns."""
-
-    def __call__(self, function: Callable[..., T], *arguments: Any) -> T: ...
-
-
-def run_once(setup: Setup, trace: Trace, rate: float) -> Outcome:
+def run_once(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
     """The trace at this rate."""
     return Simulation(setup, at_rate(trace, rate)).run()
 
 
-def curve_of(setup: Setup, trace: Trace, bound: float, run: Run = run_once) -> Curve:
+def curve_of(setup: Setup, trace: RequestTrace, bound: float, run: Run = run_once) -> Curve:
     """Find the highest rate at which the mean normalised latency stays within `bound`."""
     at_once = run(setup, trace, AT_ONCE)
     most = at_once.requests_per_second
@@ -90,32 +82,22 @@ def curve_of(setup: Setup, trace: Trace, bound: float, run: Run = run_once) -> C
 RUNS_OF_A_CURVE = 1 + len(FIXED) + 2 + HALVINGS  # at most
 
 
-def checked_jobs(num_jobs: int | None) -> int:
-    """How many processes: as many as there are cores, if nothing else is said. Raises ValueError."""
-    if num_jobs is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_jobs < 1:
-        raise ValueError(f"jobs is {num_jobs}; at least 1 is needed")
-    return num_jobs
-
-
 @contextmanager
-def on_cores(num_jobs: int | None = None) -> Iterator[Call]:
-    """Functions in other processes, at most `num_jobs` at a time (default: one for each core); 1: in this one.
+def on_cores(num_jobs: int | None = None) -> Iterator[Executor]:
+    """Runs functions in other processes, `num_jobs` at a time (default: one for each core); 1: in a thread of this one.
 
-    For threads: each waits for its own call. Leaving early gives up what has not begun. A script that uses it
-    needs `if __name__ == "__main__"`, since the processes read the script again.
+    On leaving, calls that have not begun are given up. A script that uses this needs `if __name__ == "__main__"`, since
+    each process reads the script again.
     """
-    jobs = checked_jobs(num_jobs)
-    if jobs == 1:
-        yield lambda function, *arguments: function(*arguments)
-        return
-    # Spawned: to fork a process that has threads is not safe.
-    processes = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
+    jobs = num_jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    spawn = multiprocessing.get_context("spawn")  # it is not safe to fork a process that has threads
+    executor: Executor = (
+        ProcessPoolExecutor(jobs, spawn, initializer=_leave_interrupts) if jobs > 1 else ThreadPoolExecutor(1)
+    )
     try:
-        yield lambda function, *arguments: processes.submit(function, *arguments).result()
+        yield executor
     finally:
-        processes.shutdown(cancel_futures=True)
+        executor.shutdown(cancel_futures=True)
 
 
 def _leave_interrupts() -> None:
@@ -125,20 +107,18 @@ def _leave_interrupts() -> None:
 
 def curves_of(
     setups: Sequence[Setup],
-    trace: Trace,
+    trace: RequestTrace,
     bound: float,
     *,
     num_jobs: int | None = None,
-    on_run: Callable[[str], None] | None = None,
+    on_run: Callable[[], object] = lambda: None,
 ) -> list[Curve]:
-    """A curve for each setup, in order. `on_run` is called with the setup's label after each of its runs."""
-    with ThreadPoolExecutor(len(setups) if num_jobs != 1 else 1) as threads, on_cores(num_jobs) as call:
+    """A curve for each setup, in order. `on_run` is called after each run."""
+    with ThreadPoolExecutor(len(setups)) as threads, on_cores(num_jobs) as cores:
 
-        def counted(setup: Setup, trace: Trace, rate: float) -> Outcome:
-            outcome = call(run_once, setup, trace, rate)
-            if on_run:
-                on_run(setup.label)
+        def run(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
+            outcome = cores.submit(run_once, setup, trace, rate).result()
+            on_run()
             return outcome
 
-        curves = [threads.submit(curve_of, setup, trace, bound, counted) for setup in setups]
-        return [curve.result() for curve in curves]
+        return list(threads.map(lambda setup: curve_of(setup, trace, bound, run), setups))

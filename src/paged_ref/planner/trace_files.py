@@ -1,6 +1,6 @@
 """Traces from files: Azure, Mooncake, ShareGPT lengths, and plain columns.
 
-Nothing is skipped: a row that is not as it should be ends the reading, with the number of its line.
+Nothing is skipped: a row that is wrong ends the reading, with the number of its line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from .traces import Trace, TraceRequest
+from .traces import MEANS, RequestTrace, TraceRequest, first, generated
 
 # The columns of prompt tokens, output tokens and time, by what a header must have to be of that form.
 AZURE = ("ContextTokens", "GeneratedTokens", "TIMESTAMP")
@@ -24,7 +24,7 @@ HASH_BLOCK = 512  # tokens that one of Mooncake's hash_ids stands for
 Line = tuple[int, str]  # its number in the file, from 1, and its text
 
 
-def read_trace(path: str | Path) -> Trace:
+def read_trace(path: str | Path) -> RequestTrace:
     """A trace from a file, plain or gzip. Its first line says which form it has:
 
     Azure CSV (TIMESTAMP, ContextTokens, GeneratedTokens), ShareGPT CSV (num_prefill_tokens,
@@ -46,9 +46,16 @@ def read_trace(path: str | Path) -> Trace:
         raise ValueError(f"trace {path} is damaged: {error}") from None
     except OSError as error:
         raise ValueError(f"trace {path} cannot be read: {error.strerror}") from None
-    start = requests[0].arrival
-    name = path.name.removesuffix(".gz")
-    return Trace(name, tuple(replace(each, arrival=each.arrival - start) for each in requests), timed)
+    began = tuple(replace(each, arrival=each.arrival - requests[0].arrival) for each in requests)
+    return RequestTrace(path.name.removesuffix(".gz"), began, timed)
+
+
+def trace_named(name: str, num_requests: int, num_drawn: int, seed: int = 0) -> RequestTrace:
+    """The first `num_requests` of a file (0: all), or as many (0: `num_drawn`) drawn as "sharegpt" or "alpaca"."""
+    if name in MEANS:
+        return generated(name, num_requests or num_drawn, seed)
+    trace = read_trace(name)
+    return first(trace, num_requests) if num_requests else trace
 
 
 def _read(lines: list[Line]) -> tuple[list[TraceRequest], bool]:

@@ -1,7 +1,7 @@
-"""Requests: what came on a real day (trace_files.py reads it), or drawn to match published means.
+"""Requests: those of a real day (trace_files.py reads them), or drawn to match published means.
 
-A trace is lengths and times; nobody's text is in it. Whatever is done to one on the way (other arrival times,
-shorter lengths, a part of it) is written into its notes, and every command prints them.
+A trace has lengths and times, and no text. Every change of a trace (other arrival times, shorter lengths, a part of
+it) is written into its notes, and every command prints the notes.
 """
 
 from __future__ import annotations
@@ -19,38 +19,42 @@ class TraceRequest:
     arrival: float
     prompt_len: int
     output_len: int
-    hash_ids: tuple[int, ...] = ()  # what the blocks of the prompt are; leading equal ids: the same beginning
+    hash_ids: tuple[int, ...] = ()  # identify the blocks of the prompt; equal leading ids mean the same beginning
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt_len + self.output_len
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class RequestTrace:
     """Requests in order of arrival. `timed`: the arrival times mean something."""
 
     name: str
     requests: tuple[TraceRequest, ...]
     timed: bool
-    notes: tuple[str, ...] = ()  # what was done to it, a phrase each
+    notes: tuple[str, ...] = ()  # what was changed, a phrase each
     hash_block: int = 512  # tokens that one of the hash_ids stands for
 
     @property
     def rate(self) -> float:
-        """Requests per second; infinite where all come at once."""
+        """Requests per second; infinite where all arrive at the same time."""
         seconds = self.requests[-1].arrival - self.requests[0].arrival
         return (len(self.requests) - 1) / seconds if seconds > 0 else inf
 
     def describe(self) -> str:
-        """One line: how many requests, their lengths, and how they come."""
+        """One line: how many requests, their lengths, and their rate."""
         prompts = mean(request.prompt_len for request in self.requests)
         outputs = mean(request.output_len for request in self.requests)
-        times = "all at once" if self.rate == inf else f"{self.rate:.3g} per second"
+        times = "all at the same time" if self.rate == inf else f"{self.rate:.3g} per second"
         times = times if self.timed else "no times"
         return f"{self.name}: {len(self.requests)} requests, mean {prompts:.1f} tokens in, {outputs:.1f} out, {times}"
 
 
-# --- what is done to a trace ---------------------------------------------------------------------------
+# --- changes of a trace --------------------------------------------------------------------------------
 
 
-def first(trace: Trace, count: int) -> Trace:
+def first(trace: RequestTrace, count: int) -> RequestTrace:
     """The first `count` requests."""
     if count < 1:
         raise ValueError(f"requests is {count}; at least 1 is needed")
@@ -60,15 +64,15 @@ def first(trace: Trace, count: int) -> Trace:
     return replace(trace, requests=trace.requests[:count], notes=(*trace.notes, note))
 
 
-def at_rate(trace: Trace, rate: float, seed: int = 0) -> Trace:
+def at_rate(trace: RequestTrace, rate: float, seed: int = 0) -> RequestTrace:
     """The same requests, `rate` of them per second: a timed trace faster or slower, else Poisson arrivals.
 
-    An infinite rate lets all come at once.
+    With an infinite rate all arrive at the same time.
     """
     if not rate > 0:
         raise ValueError(f"rate is {rate}; a number of requests per second above 0 is needed")
     if rate == inf:
-        times, note = [0.0] * len(trace.requests), "all requests at once"
+        times, note = [0.0] * len(trace.requests), "all requests at the same time"
     elif trace.timed and 0 < trace.rate < inf:
         factor = trace.rate / rate
         times = [factor * request.arrival for request in trace.requests]
@@ -83,8 +87,8 @@ def at_rate(trace: Trace, rate: float, seed: int = 0) -> Trace:
     return replace(trace, requests=requests, timed=True, notes=(*trace.notes, note))
 
 
-def scaled(trace: Trace, factor: float) -> Trace:
-    """All lengths times `factor`, rounded, at least 1. What the prompts begin with is kept if its blocks stay whole."""
+def scaled(trace: RequestTrace, factor: float) -> RequestTrace:
+    """All lengths times `factor`, rounded, at least 1. Common beginnings are kept if their blocks stay whole."""
     if not 0 < factor < inf:
         raise ValueError(f"scale is {factor}; a number above 0 is needed")
     block = factor * trace.hash_block
@@ -99,27 +103,22 @@ def scaled(trace: Trace, factor: float) -> Trace:
     return replace(trace, requests=tuple(requests), notes=(*trace.notes, note), hash_block=hash_block)
 
 
-def clipped(trace: Trace, longest: int) -> Trace:
+def clipped(trace: RequestTrace, longest: int) -> RequestTrace:
     """Prompt and output together at most `longest` tokens: a long output is cut, then a long prompt."""
     if longest < 2:
         raise ValueError(f"the longest request has {longest} tokens; at least 2 are needed")
-    requests, cut = [], 0
+    requests = []
     for each in trace.requests:
         prompt = min(each.prompt_len, longest - 1)
-        output = min(each.output_len, longest - prompt)
-        if (prompt, output) != (each.prompt_len, each.output_len):
-            cut += 1
-            ids = each.hash_ids[: -(-prompt // trace.hash_block)]
-            each = TraceRequest(each.arrival, prompt, output, ids)
-        requests.append(each)
-    if not cut:
-        return trace
+        ids = each.hash_ids[: -(-prompt // trace.hash_block)]
+        requests.append(TraceRequest(each.arrival, prompt, min(each.output_len, longest - prompt), ids))
+    cut = sum(each.num_tokens > longest for each in trace.requests)
     note = f"{cut} requests cut to {longest} tokens"
-    return replace(trace, requests=tuple(requests), notes=(*trace.notes, note))
+    return replace(trace, requests=tuple(requests), notes=(*trace.notes, note)) if cut else trace
 
 
-def with_prefix(trace: Trace, length: int) -> Trace:
-    """`length` more tokens before each prompt, the same for all. What the prompts are is known no further."""
+def with_prefix(trace: RequestTrace, length: int) -> RequestTrace:
+    """`length` more tokens before each prompt, the same for all. The hash ids of the prompts are dropped."""
     if length < 1:
         raise ValueError(f"the shared prefix has {length} tokens; at least 1 is needed")
     ids = tuple(range(length))
@@ -130,32 +129,32 @@ def with_prefix(trace: Trace, length: int) -> Trace:
     return replace(trace, requests=requests, notes=(*trace.notes, note), hash_block=1)
 
 
-# --- traces that are drawn -----------------------------------------------------------------------------
+# --- drawn traces --------------------------------------------------------------------------------------
 
 # Mean tokens in and out of the data sets that the paper serves (Kwon et al. 2023, §6.1, Fig. 11).
 MEANS = {"sharegpt": (161.31, 337.99), "alpaca": (19.31, 58.45)}
 
 
-def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> Trace:
+def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> RequestTrace:
     """`count` requests with the published means of "sharegpt" or "alpaca", no times.
 
     Only the means are published as numbers. Lengths are geometric, which assumes least beyond a mean (of all
     distributions over 1, 2, 3 ... with that mean it has the greatest entropy), and prompt and output are
-    independent. `longest` is the paper's model context: what is beyond is cut.
+    independent. `longest` is the paper's model context: tokens beyond it are cut.
     """
     if name not in MEANS:
         raise ValueError(f"trace is {name!r}; a file or one of {', '.join(MEANS)} is needed")
     return drawn(name, *MEANS[name], count, seed, longest)
 
 
-def drawn(name: str, mean_in: float, mean_out: float, count: int, seed: int = 0, longest: int = 2048) -> Trace:
+def drawn(name: str, mean_in: float, mean_out: float, count: int, seed: int = 0, longest: int = 2048) -> RequestTrace:
     """The same with any means of at least 1 token."""
     if count < 1:
         raise ValueError(f"requests is {count}; at least 1 is needed")
     rng = random.Random(seed)
     requests = tuple(TraceRequest(0.0, _geometric(rng, mean_in), _geometric(rng, mean_out)) for _ in range(count))
     note = f"drawn: geometric lengths of mean {mean_in} in, {mean_out} out, seed {seed}"
-    return clipped(Trace(name, requests, timed=False, notes=(note,)), longest)
+    return clipped(RequestTrace(name, requests, timed=False, notes=(note,)), longest)
 
 
 def _geometric(rng: random.Random, mean_length: float) -> int:

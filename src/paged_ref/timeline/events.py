@@ -1,38 +1,31 @@
 """What happened, in the past tense: one frozen record for each thing that a manager or the engine did.
 
-A log is any function that takes an event, `list.append` for instance. Managers and the engine tell what
-they did after they did it, and only if there is a log. replay.py rebuilds a manager's state from them.
+A log is any function that takes an event, `list.append` for instance. An event says what happened, with all that was
+decided; state.py follows the events, and decides nothing.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from functools import cache, lru_cache
-from typing import Any, ClassVar, TextIO
+from typing import TextIO, Union
+
+import msgspec
 
 Pairs = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, gc=False, tag=True, tag_field="event", forbid_unknown_fields=True):
     """Base of all events. Fields are ints, strings and tuples of them, so that JSON holds them exactly."""
-
-    kinds: ClassVar[dict[str, type[Event]]] = {}
-
-    def __init_subclass__(cls) -> None:
-        Event.kinds[cls.__name__] = cls
 
 
 Log = Callable[[Event], None]
 
 
-# --- told by managers ----------------------------------------------------------------------------------
+# --- logged for managers (logged.py) ------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class PoolOpened(Event):
+class PoolOpened(Event, frozen=True):
     """A manager began, with nothing in it. Blocks will be handed out in `free_order`."""
 
     manager: str
@@ -42,8 +35,7 @@ class PoolOpened(Event):
     free_order: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceAdmitted(Event):
+class SequenceAdmitted(Event, frozen=True):
     """A sequence began. Its first `length` tokens lie in `blocks`, found in the prefix cache."""
 
     seq_id: int
@@ -51,10 +43,9 @@ class SequenceAdmitted(Event):
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class TokensAppended(Event):
-    """`count` more tokens of a sequence have a slot. `copied` is the (source, destination) of a copy on write,
-    which came first; then came the new blocks. `evicted` are those of them that the prefix cache gave up."""
+class TokensAppended(Event, frozen=True):
+    """`count` more tokens of a sequence have a slot. `copied` is the (source, destination) of a copy on write, made
+    before the new blocks were added. `evicted`: blocks that the prefix cache gave up, and that were taken here."""
 
     seq_id: int
     count: int
@@ -63,58 +54,42 @@ class TokensAppended(Event):
     evicted: tuple[int, ...] = ()
 
 
-@lru_cache(maxsize=16384)  # more than will run at once: a round robin beyond its size would always miss
-def tokens_appended(seq_id: int, count: int) -> TokensAppended:
-    """The event of tokens that need no new block, as nearly all of them.
-
-    Told again and again in the same words. An event never changes, so the log may hold one object many times:
-    a frozen dataclass for each token would make recording half of a scheduling step (`bench memory`).
-    """
-    return TokensAppended(seq_id, count)
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceForked(Event):
+class SequenceForked(Event, frozen=True):
     """`child_id` began with the blocks of `parent_id`."""
 
     parent_id: int
     child_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCached(Event):
+class BlockCached(Event, frozen=True):
     """The prefix cache knows the full block under `digest` (hexadecimal) from now on."""
 
     block_id: int
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class SwappedOut(Event):
+class SwappedOut(Event, frozen=True):
     """The sequences moved to host memory: pairs of (device block, host block), each once."""
 
     seq_ids: tuple[int, ...]
     blocks: Pairs
 
 
-@dataclass(frozen=True, slots=True)
-class SwappedIn(Event):
-    """The sequences came back: pairs of (host block, device block). `evicted` as in TokensAppended."""
+class SwappedIn(Event, frozen=True):
+    """The sequences came back: pairs of (host block, device block), each once. `evicted` as in TokensAppended."""
 
     seq_ids: tuple[int, ...]
     blocks: Pairs
     evicted: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceFreed(Event):
+class SequenceFreed(Event, frozen=True):
     """A sequence gave back all that it held, on the device or on the host."""
 
     seq_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class RegionPlaced(Event):
+class RegionPlaced(Event, frozen=True):
     """A sequence's region begins at slot `start` and has `size` slots: reserved, grown in place, or moved."""
 
     seq_id: int
@@ -122,8 +97,7 @@ class RegionPlaced(Event):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class RegionSwappedOut(Event):
+class RegionSwappedOut(Event, frozen=True):
     """A region of the device was given up for one on the host that begins at slot `start`."""
 
     seq_id: int
@@ -131,8 +105,7 @@ class RegionSwappedOut(Event):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class RegionSwappedIn(Event):
+class RegionSwappedIn(Event, frozen=True):
     """A region of the host was given up for one on the device that begins at slot `start`."""
 
     seq_id: int
@@ -140,16 +113,14 @@ class RegionSwappedIn(Event):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class ResidencyOpened(Event):
-    """A residency began, with no pages: this many blocks of a page's size on either side."""
+class ResidencyOpened(Event, frozen=True):
+    """Memory for pages opened, with no page in it. A block has the size of a page."""
 
     num_device_blocks: int
     num_host_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class PagesPlaced(Event):
+class PagesPlaced(Event, frozen=True):
     """Pages are new, or moved. Page `pages[i]` is now in `device_blocks[i]` and in `host_blocks[i]`, -1: not there."""
 
     pages: tuple[int, ...]
@@ -157,15 +128,13 @@ class PagesPlaced(Event):
     host_blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PagesFreed(Event):
+class PagesFreed(Event, frozen=True):
     """Pages are gone, on the device and on the host."""
 
     pages: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PagesNamed(Event):
+class PagesNamed(Event, frozen=True):
     """These pages hold the next blocks of a sequence, in one layer and for one KV head."""
 
     seq_id: int
@@ -174,27 +143,24 @@ class PagesNamed(Event):
     pages: tuple[int, ...]
 
 
-# --- told by the engine --------------------------------------------------------------------------------
+# --- logged for the engine (logged.py), and by memory whose pages stream -------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ModelOpened(Event):
+class ModelOpened(Event, frozen=True):
     """The engine began, with this model. `kv_bytes_per_token` counts K and V over all layers."""
 
     model: str
     kv_bytes_per_token: int
 
 
-@dataclass(frozen=True, slots=True)
-class TokenNamed(Event):
-    """What a token id looks like on screen. Told once, before the first event that holds the id."""
+class TokenNamed(Event, frozen=True):
+    """What a token id looks like on screen. Logged once, before the first event that holds the id."""
 
     token_id: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequestArrived(Event):
+class RequestArrived(Event, frozen=True):
     """A request was accepted. Its samples are the sequences `seq_ids`."""
 
     request_id: int
@@ -202,11 +168,10 @@ class RequestArrived(Event):
     prompt: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlanned(Event):
-    """The scheduler decided: pairs of (sequence, tokens to compute), and who had to make room.
+class StepPlanned(Event, frozen=True):
+    """The scheduler decided: pairs of (sequence, tokens to compute), and the sequences that had to make room.
 
-    It comes after what the managers told while the step was planned.
+    The events of the manager for this step come before.
     """
 
     step: int
@@ -215,8 +180,7 @@ class StepPlanned(Event):
     waiting: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PagesAttended(Event):
+class PagesAttended(Event, frozen=True):
     """What one query head of one layer attended to, for the last token of a sequence: the logical blocks that were
     chosen, those of them that were on the device, and the true share of each block of all, in millionths."""
 
@@ -228,65 +192,91 @@ class PagesAttended(Event):
     mass: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenSampled(Event):
+class TokenSampled(Event, frozen=True):
     """A sequence has one more token. Its K and V are not computed yet."""
 
     seq_id: int
     token_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepTimed(Event):
-    """A step is over, and took so long from its plan to its tokens. The only event that no two runs share."""
+class StepTimed(Event, frozen=True):
+    """A step is over, and took this long from its plan to its tokens. The only event that no two runs share."""
 
     step: int
     microseconds: int
 
 
-@dataclass(frozen=True, slots=True)
-class BeamsReordered(Event):
+class BeamsReordered(Event, frozen=True):
     """Beam search chose: pairs of (old sequence, sequence that goes on from it)."""
 
     chosen: Pairs
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceFinished(Event):
+class SequenceFinished(Event, frozen=True):
     """A sequence came to its end, for the reason that the output names."""
 
     seq_id: int
     reason: str
 
 
+# --- about events --------------------------------------------------------------------------------------
+
+
+def sequences_of(event: Event) -> tuple[int, ...]:
+    """The sequences that an event is about."""
+    if isinstance(event, SequenceForked):
+        return (event.parent_id, event.child_id)
+    if isinstance(event, StepPlanned):
+        return tuple(seq_id for seq_id, _ in event.chunks)
+    if isinstance(event, BeamsReordered):
+        return tuple(dict.fromkeys(seq_id for _, seq_id in event.chosen))
+    seq_id: int | None = getattr(event, "seq_id", None)
+    seq_ids: tuple[int, ...] = getattr(event, "seq_ids", ())
+    return seq_ids if seq_id is None else (seq_id,)
+
+
 # --- JSON lines ----------------------------------------------------------------------------------------
+
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+_ENCODER = msgspec.json.Encoder()
+_DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Union[tuple(KINDS.values())])  # noqa: UP007
 
 
 def to_json(event: Event) -> str:
     """One line, without its line break."""
-    return json.dumps({"event": type(event).__name__, **asdict(event)}, separators=(",", ":"))
+    return _ENCODER.encode(event).decode("utf-8")
 
 
 def from_json(line: str) -> Event:
-    """The event of one line. Raises ValueError that says what is wrong with it."""
+    """The event of one line. Raises ValueError that says what is wrong with the line."""
+    try:
+        return _DECODER.decode(line)
+    except msgspec.MsgspecError as error:
+        raise ValueError(_what_is_wrong(line) or str(error)) from None
+
+
+def _what_is_wrong(line: str) -> str:
+    """A sentence about a line that is no event, with the field, its value and what is known or needed."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        return f"not JSON: {error.msg} at column {error.colno}"
     name = record.pop("event", None) if isinstance(record, dict) else None
-    kind = Event.kinds.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ValueError(f"event is {name!r}; known are {', '.join(Event.kinds)}")
-    known = _types_of(kind.__name__)
+    if not isinstance(name, str) or name not in KINDS:
+        return f"event is {name!r}; known are {', '.join(KINDS)}"
+    fields = {field.name: field for field in msgspec.structs.fields(KINDS[name])}
     for key, value in record.items():
-        if key not in known:
-            raise ValueError(f"{name} has no field {key!r}; known are {', '.join(known)}")
-        if not _is_of(value, known[key]):
-            raise ValueError(f"{key} of {name} is {value!r}; {known[key]} is needed")
-    try:
-        return kind(**{key: _frozen(value) for key, value in record.items()})
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
+        if key not in fields:
+            return f"{name} has no field {key!r}; known are {', '.join(fields)}"
+        try:
+            msgspec.convert(value, fields[key].type)
+        except msgspec.ValidationError:
+            return f"{key} of {name} is {value!r}; {_NEEDED[fields[key].type]} is needed"
+    missing = [repr(key) for key, field in fields.items() if field.required and key not in record]
+    return f"{name}: missing field {', '.join(missing)}" if missing else ""
+
+
+_NEEDED = {int: "int", str: "str", tuple[int, ...]: "an array of ints", Pairs: "an array of pairs of ints"}
 
 
 def write_events(events: Iterable[Event], file: TextIO) -> None:
@@ -299,25 +289,6 @@ def read_events(file: TextIO) -> Iterator[Event]:
     """Events of JSON lines, one after another. Raises ValueError with the number of the line that is wrong."""
     for number, line in enumerate(file, start=1):
         try:
-            yield from_json(line.rstrip("\n"))  # else a place at the end is called a place in the next line
+            yield from_json(line.rstrip("\n"))  # else an error at the end would be at a place in the next line
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
-
-
-@cache
-def _types_of(kind: str) -> dict[str, str]:
-    """Field to its type, as it is written. Kept, since a log may have a hundred thousand lines."""
-    return {field.name: str(field.type) for field in fields(Event.kinds[kind])}
-
-
-def _is_of(value: Any, expected: str) -> bool:
-    """Is this JSON value one of the field type `expected`? `type() is`, since a bool is an int to isinstance."""
-    if expected == "tuple[int, ...]":
-        return isinstance(value, list) and all(type(item) is int for item in value)
-    if expected == "Pairs":
-        return isinstance(value, list) and all(_is_of(pair, "tuple[int, ...]") and len(pair) == 2 for pair in value)
-    return type(value).__name__ == expected
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""The log of one run as a timeline: any point of it at once, forwards and backwards.
+"""The log of one run as a timeline: any moment of the run, forwards and backwards.
 
-One pass over the log checks it and keeps a copy of the state now and then. A step forward applies one event;
-a step back takes the nearest copy before it and applies what follows. There are never more than
-`max_checkpoints` copies, so memory stays bounded, and never more than `interval` events to apply.
+One pass over the log checks it, and keeps a copy of the state after every `interval` events: a checkpoint. A step
+forward applies one event; a step back takes the nearest checkpoint and applies the events after it. There are never
+more than `max_checkpoints` checkpoints, so memory is bounded, and never more than `interval` events to apply.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core.memory.manager import MemoryUsage, Snapshot
-from .change import Change, advance_and_tell
+from ..core.memory.usage import MemoryUsage, Snapshot
 from .events import (
     BeamsReordered,
     BlockCached,
@@ -36,9 +35,9 @@ from .events import (
     TokensAppended,
     read_events,
 )
-from .run_state import RunState, advance, holes
+from .state import Change, RunState
 
-NumberedEvent = tuple[int, Event]  # the line of the log, and what it says
+NumberedEvent = tuple[int, Event]  # the line of the log, and its event
 MARKS = {
     "F": "fork",
     "C": "copy on write",
@@ -60,22 +59,28 @@ _MARK_OF = {
     SequenceFinished: "N",
     PagesAttended: "A",
 }
-CHECKPOINT_BUDGET = 4_000_000  # list entries that all checkpoints of a run may hold together, roughly
+CHECKPOINT_BUDGET = 4_000_000  # list entries that all checkpoints of a run may hold together, about
 
 
 @dataclass(frozen=True, slots=True)
-class StepInfo:
-    """One step of the engine."""
+class Room:
+    """Where the slots were at one moment, as far as the log says it up to there."""
 
-    position: int  # of its StepPlanned
     snapshot: Snapshot
-    head: int | None  # the sequence that waits for a region, first in the queue
-    holes: tuple[int, ...]  # their sizes
+    holes: tuple[int, ...]  # sizes of the free regions; none for blocks
+    head: int | None  # the sequence that is first in the queue for a region
+
+    @classmethod
+    def of(cls, state: RunState) -> Room:
+        order = state.plan.waiting if state.plan else ()
+        queue = (s for s in (*order, *state.sequences) if state.sequences[s].status in ("waiting", "swapped"))
+        holes = () if state.paged else tuple(size for _, size in state.memory.holes())
+        return cls(state.memory.snapshot(), holes, next(queue, None))
 
 
 @dataclass(slots=True)
 class Moment:
-    """One point of a run: the state after the event at `position`. It holds until the next one is asked for."""
+    """The state of a run after the event at `position`. It is good until the history is asked for another moment."""
 
     history: History
     position: int
@@ -90,23 +95,18 @@ class Moment:
 
     @property
     def step(self) -> int:
-        """How many steps are planned up to here, less one: the column of the timeline. -1 before the first."""
+        """The last step that is planned by now: the column of the timeline. -1 before the first."""
         return bisect_right(self.history.step_positions, self.position) - 1
 
     @property
     def usage(self) -> MemoryUsage:
-        """Where the slots are now, knowing how long each sequence will get."""
-        state = self.state
-        order = state.plan.waiting if state.plan else ()
-        queue = [s for s in (*order, *state.sequences) if state.sequences[s].status in ("waiting", "swapped")]
-        needed = self.history.size_at(queue[0], self.position) if queue else 0
-        return state.snapshot(needed).usage(self.history.final_lengths)
+        """Where the slots are now, given the final length of each sequence."""
+        return self.history.usage(self.position, Room.of(self.state))
 
 
 @dataclass(slots=True)
 class History:
-    """A run. Everything but the moment under way is fixed when it is made. Raises ValueError for a log that
-    contradicts itself, with the number of the line."""
+    """A run. All but the moment that was asked for last is fixed when the history is made."""
 
     events: list[Event] = field(default_factory=list)
     model: str = ""
@@ -114,8 +114,8 @@ class History:
     token_texts: dict[int, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)  # of sequences: A, B, or A1, A2 for samples of a request
     final_lengths: dict[int, int] = field(default_factory=dict)  # the most slots that each sequence came to hold
-    steps: list[StepInfo] = field(default_factory=list)
-    step_positions: list[int] = field(default_factory=list)
+    steps: list[Room] = field(default_factory=list)  # after the plan of each step
+    step_positions: list[int] = field(default_factory=list)  # of their StepPlanned
     spans: dict[int, list[tuple[int, str]]] = field(default_factory=dict)  # of sequences: (first step, what it does)
     marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS): what is worth a look
     caches: bool = False  # a prefix cache is on
@@ -133,10 +133,11 @@ class History:
 
     @classmethod
     def of(cls, events: Iterable[NumberedEvent]) -> History:
+        """The history of these events. Raises ValueError, with the number of the line, where they contradict
+        themselves."""
         self = cls()
-        state = self._now
         for line, event in events:
-            self._take(state, line, event)
+            self._take(line, event)
         self._num_in_now = len(self.events)
         for request_id, members in self._members.items():
             for i, seq_id in enumerate(members, start=1):
@@ -155,29 +156,24 @@ class History:
         if not position - self.interval <= self._num_in_now <= position:
             nearest = min(position // self.interval, len(self._checkpoints) - 1)
             self._now, self._num_in_now = self._checkpoints[nearest].copy(), nearest * self.interval
-        while self._num_in_now < position:
-            advance(self._now, self.events[self._num_in_now])
+        change = Change()
+        while self._num_in_now <= position:
+            change = self._now.apply(self.events[self._num_in_now])
             self._num_in_now += 1
             self.num_applied += 1
-        change = advance_and_tell(self._now, self.events[position])
-        self._num_in_now += 1
-        self.num_applied += 1
         self._shown = Moment(self, position, self.events[position], self._now, change)
         return self._shown
 
-    def size_at(self, seq_id: int, position: int) -> int:
-        """The size of the region that the sequence gets next, as the log tells later; 0 where it gets none."""
-        sizes = self._sizes.get(seq_id, [])
-        i = bisect_left(sizes, (position + 1, 0))
-        return sizes[i][1] if i < len(sizes) else 0
-
     def usage_of_step(self, step: int) -> MemoryUsage:
-        info = self.steps[step]
-        snapshot = info.snapshot
-        if info.head is not None:
-            needed = self.size_at(info.head, info.position)
-            external = sum(size for size in info.holes if size < needed)
-            snapshot = replace(snapshot, external=external, free=snapshot.free - external)
+        return self.usage(self.step_positions[step], self.steps[step])
+
+    def usage(self, position: int, room: Room) -> MemoryUsage:
+        """The parts of memory after the event at `position`. Which holes are too small is said later in the log: it
+        depends on the size of the region that the head of the queue gets next."""
+        sizes = self._sizes.get(room.head, []) if room.head is not None else []
+        i = bisect_left(sizes, (position + 1, 0))
+        external = sum(size for size in room.holes if size < sizes[i][1]) if i < len(sizes) else 0
+        snapshot = replace(room.snapshot, external=external, free=room.snapshot.free - external)
         return snapshot.usage(self.final_lengths)
 
     def code_at(self, seq_id: int, step: int) -> str:
@@ -203,89 +199,91 @@ class History:
 
     # --- the first pass ------------------------------------------------------------------------------
 
-    def _take(self, state: RunState, line: int, event: Event) -> None:
+    def _take(self, line: int, event: Event) -> None:
         if not self.events and not isinstance(event, PoolOpened):
             raise ValueError(f"line {line}: a run begins with PoolOpened; this is {type(event).__name__}")
-        if isinstance(event, TokenNamed):
-            self.token_texts[event.token_id] = event.text
-            return
-        if isinstance(event, StepTimed):
-            return  # for the monitor: it changes nothing that frames show
-        if isinstance(event, ModelOpened):
-            self.model, self.bytes_per_token = event.model, event.kv_bytes_per_token
-            return
-        if isinstance(event, PoolOpened):
-            self.streams = event.manager == "streaming"
-            # Far fewer copies of a state with a million blocks than of one with a dozen.
-            size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
-            self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))
+        match event:  # three kinds change nothing in a frame, so they are no moments
+            case TokenNamed():
+                self.token_texts[event.token_id] = event.text
+            case ModelOpened():
+                self.model, self.bytes_per_token = event.model, event.kv_bytes_per_token
+            case StepTimed():
+                pass
+            case _:
+                self._keep_checkpoint()
+                try:
+                    change = self._now.apply(event, line)
+                except ValueError as error:
+                    raise ValueError(f"line {line}: {error}") from None
+                for seq_id in change.seq_ids:
+                    self.names.setdefault(seq_id, f"#{seq_id}")
+                self._note(event)
+                self.marks += ((len(self.events), mark) for mark in _marks(event, self._now))
+                self.events.append(event)
+
+    def _keep_checkpoint(self) -> None:
+        """A copy of the state, if one is due. When there are too many, every second one goes."""
+        if len(self.events) % self.interval == 0 and len(self._checkpoints) == self.max_checkpoints:
+            del self._checkpoints[1::2]
+            self.interval *= 2
         if len(self.events) % self.interval == 0:
-            if len(self._checkpoints) == self.max_checkpoints:
-                del self._checkpoints[1::2]
-                self.interval *= 2
-            if len(self.events) % self.interval == 0:
-                self._checkpoints.append(state.copy())
-        try:
-            advance(state, event, line)
-        except ValueError as error:
-            raise ValueError(f"line {line}: {error}") from None
-        self._note(state, event)
-        self.events.append(event)
+            self._checkpoints.append(self._now.copy())
 
-    def _note(self, state: RunState, event: Event) -> None:
-        """Remember what frames need of the whole run."""
-        position = len(self.events)
-        if isinstance(event, TokensAppended):
-            length = state.memory.sequences[event.seq_id].length
-            self.final_lengths[event.seq_id] = max(length, self.final_lengths.get(event.seq_id, 0))
-        elif isinstance(event, RequestArrived):
-            self._members[event.request_id] = list(event.seq_ids)
-            for seq_id in event.seq_ids:
-                self._span(seq_id, len(self.steps), "w")
-        elif isinstance(event, SequenceForked):
-            members = self._members.get(state.sequences[event.child_id].request_id)
-            if members is None:
-                self.names[event.child_id] = f"#{event.child_id}"
-            elif event.child_id not in members:
-                members.append(event.child_id)
-        elif isinstance(event, SequenceAdmitted):
-            self.names.setdefault(event.seq_id, f"#{event.seq_id}")
-        elif isinstance(event, (RegionPlaced, RegionSwappedIn)):
-            self.names.setdefault(event.seq_id, f"#{event.seq_id}")
-            self._sizes.setdefault(event.seq_id, []).append((position, event.size))
-        elif isinstance(event, StepPlanned):
-            self._note_step(state, event)
-        elif isinstance(event, SequenceFinished):
-            self._span(event.seq_id, len(self.steps), "F")
-            self._span(event.seq_id, len(self.steps) + 1, " ")
-        self.caches |= isinstance(event, BlockCached)
-        self.marks += ((position, mark) for mark in _marks(event, state))
+    # --- what frames need of the whole run ---------------------------------------------------------------
 
-    def _note_step(self, state: RunState, event: StepPlanned) -> None:
-        step = len(self.steps)
-        # Which holes count as external depends on the size of the next region, which the log tells later.
-        head = event.waiting[0] if event.waiting and not state.paged else None
-        sizes = () if head is None else tuple(size for _, size in holes(state.memory))
-        self.steps.append(StepInfo(len(self.events), state.snapshot(), head, sizes))
+    def _note(self, event: Event) -> None:
+        match event:
+            case TokensAppended():
+                length = self._now.memory.sequences[event.seq_id].length
+                self.final_lengths[event.seq_id] = max(length, self.final_lengths.get(event.seq_id, 0))
+            case RequestArrived():
+                self._members[event.request_id] = list(event.seq_ids)
+                for seq_id in event.seq_ids:
+                    self._span(seq_id, len(self.steps), "w")
+            case StepPlanned():
+                self._note_step(event)
+            case SequenceForked():
+                members = self._members.get(self._now.sequences[event.child_id].request_id, [event.child_id])
+                if event.child_id not in members:
+                    members.append(event.child_id)
+            case RegionPlaced() | RegionSwappedIn():
+                self._sizes.setdefault(event.seq_id, []).append((len(self.events), event.size))
+            case BlockCached():
+                self.caches = True
+            case SequenceFinished():
+                self._span(event.seq_id, len(self.steps), "F")
+                self._span(event.seq_id, len(self.steps) + 1, " ")
+            case PoolOpened():
+                self.streams = event.manager == "streaming"
+                # Far fewer copies of a state with a million blocks than of one with a dozen.
+                size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
+                self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))
+
+    def _note_step(self, event: StepPlanned) -> None:
+        state, step = self._now, len(self.steps)
+        self.steps.append(Room.of(state))
         self.step_positions.append(len(self.events))
-        computed = {seq_id for seq_id, _ in event.chunks}
         for seq_id, count in event.chunks:
-            view, length = state.sequences[seq_id], state.memory.sequences[seq_id].length
-            begun = len(view.tokens) > view.prompt_len
-            decodes = begun and count == 1 and length == len(view.tokens)
-            self._span(seq_id, step, "d" if decodes else "R" if begun else "P")
+            self._span(seq_id, step, self._code_of_chunk(seq_id, count))
         for seq_id in event.preempted:
             swapped = state.sequences[seq_id].status == "swapped"
             self._span(seq_id, step, "S" if swapped else "x")
             self._span(seq_id, step + 1, "s" if swapped else "w")
-        for seq_id in event.waiting:
-            if seq_id not in event.preempted:
-                self._span(seq_id, step, "s" if state.sequences[seq_id].status == "swapped" else "w")
-        for seq_id, place in state.memory.sequences.items():
-            if seq_id not in computed and not place.on_host:
-                self._span(seq_id, step, "-")
+        for seq_id in set(event.waiting).difference(event.preempted):
+            self._span(seq_id, step, "s" if state.sequences[seq_id].status == "swapped" else "w")
+        on_device = {seq_id for seq_id, place in state.memory.sequences.items() if not place.on_host}
+        for seq_id in on_device.difference(seq_id for seq_id, _ in event.chunks):
+            self._span(seq_id, step, "-")
+
+    def _code_of_chunk(self, seq_id: int, count: int) -> str:
+        """What a sequence does that computes `count` tokens in the step that is planned now: P, R or d."""
+        view, length = self._now.sequences[seq_id], self._now.memory.sequences[seq_id].length
+        if len(view.tokens) <= view.prompt_len:
+            return "P"
+        return "d" if count == 1 and length == len(view.tokens) else "R"
 
     def _span(self, seq_id: int, step: int, code: str) -> None:
+        """From this step on, until the next span, the sequence has this code."""
         spans = self.spans.setdefault(seq_id, [])
         while spans and spans[-1][0] >= step:
             spans.pop()

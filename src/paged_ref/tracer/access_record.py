@@ -1,11 +1,12 @@
-"""What a traced kernel read and wrote, and the questions to put to that record.
+"""The record of all reads and writes of a traced kernel, and what can be asked of it.
 
-A row is one access: of one element of one array, by one thread, at one line of the kernel. The rows stand
-in the order in which the tracer ran them. `trace.run` makes a `Trace`; nothing else does.
+A row is one access: to one element of one array, by one thread, at one line of the kernel. The rows stand in the
+order in which the tracer ran them. Only `trace.run` makes a `Trace`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,8 +16,19 @@ import numpy as np
 WARP_SIZE = 32
 SECTOR_BYTES = 32  # the unit in which a GPU moves global memory
 
-Dim3 = tuple[int, int, int]
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class Dim3(NamedTuple):
+    """The size of a grid or a CUDA block, or a place in one."""
+
+    x: int
+    y: int = 1
+    z: int = 1
+
+    def place(self, number: int) -> Dim3:
+        """The place of the CUDA block or thread with this number; x runs fastest."""
+        return Dim3(number % self.x, number // self.x % self.y, number // (self.x * self.y))
 
 
 class ArrayInfo(NamedTuple):
@@ -31,9 +43,9 @@ class ArrayInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One row of the record, spelled out."""
+    """One row of the record, with names and indices in place of numbers."""
 
-    block: Dim3
+    block: tuple[int, int, int]
     round: int  # barriers that the CUDA block had passed
     thread: int  # number within the CUDA block; x runs fastest
     line: int  # of the kernel's file
@@ -43,7 +55,7 @@ class Access:
 
 
 class WarpAccess(NamedTuple):
-    """One load or store of a warp: what its lanes asked for at once, and what that moves."""
+    """One load or store of a warp: what its lanes ask for in one instruction, and what that moves."""
 
     block: int
     warp: int
@@ -51,7 +63,7 @@ class WarpAccess(NamedTuple):
     array: str
     write: bool
     lanes: int  # threads that took part
-    bytes: int  # different bytes that they asked for
+    bytes: int  # different bytes that these threads asked for
     sectors: int  # 32-byte sectors that hold those bytes; the fewest possible is bytes / 32, rounded up
 
 
@@ -75,11 +87,11 @@ class Trace:
 
     @property
     def num_blocks(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        return math.prod(self.grid)
 
     @property
     def num_threads(self) -> int:
-        return self.block_dim[0] * self.block_dim[1] * self.block_dim[2]
+        return math.prod(self.block_dim)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -95,12 +107,8 @@ class Trace:
         return (self[row] for row in range(len(self)))
 
     def block_index(self, block: int) -> Dim3:
-        """`blockIdx` (x, y, z) of the CUDA block with this number."""
-        return (
-            block % self.grid[0],
-            block // self.grid[0] % self.grid[1],
-            block // (self.grid[0] * self.grid[1]),
-        )
+        """`blockIdx` of the CUDA block with this number."""
+        return self.grid.place(block)
 
     def info(self, name: str) -> ArrayInfo:
         """The array of this name. Raises KeyError with the names there are."""
@@ -123,17 +131,11 @@ class Trace:
         keep = np.ones(len(self), dtype=bool)
         if array is not None:
             keep &= self.array == self.arrays.index(self.info(array))
-        if write is not None:
-            keep &= self.write == write
-        for column, wanted in (
-            (self.block, block),
-            (self.thread, thread),
-            (self.round, round),
-            (self.line, line),
-        ):
-            if wanted is not None:
-                keep &= column == wanted
-        return self._rows(keep)
+        wanted = {"write": write, "block": block, "thread": thread, "round": round, "line": line}
+        for column, value in wanted.items():
+            if value is not None:
+                keep &= getattr(self, column) == value
+        return self.rows(keep)
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """Reads and writes of each array."""
@@ -142,13 +144,6 @@ class Trace:
             writes = self.write[self.array == number]
             answer[info.name] = (int((~writes).sum()), int(writes.sum()))
         return answer
-
-    def per_thread(self, array: str | None = None, *, write: bool | None = None) -> IntArray:
-        """[num_blocks, num_threads]: accesses that each thread makes."""
-        rows = self.select(array, write=write)
-        counts = np.zeros((self.num_blocks, self.num_threads), dtype=np.int32)
-        np.add.at(counts, (rows.block, rows.thread), 1)
-        return counts
 
     def counts(self, array: str, *, write: bool = False) -> IntArray:
         """In the array's own shape: how many times each element was read (or written)."""
@@ -173,18 +168,10 @@ class Trace:
         """
         is_global = np.array([info.space == "global" for info in self.arrays], dtype=bool)
         rows = self.select(array, write=write)
-        rows = rows._rows(is_global[rows.array])
+        rows = rows.rows(is_global[rows.array])
         if not len(rows):
             return []
-        # For each access: how many times the same thread was at the same site before.
-        order = np.lexsort((rows.site, rows.thread, rows.block))  # stable
-        who = np.stack([rows.block, rows.thread, rows.site, rows.array, rows.write])[:, order]
-        fresh = np.ones(len(order), dtype=bool)
-        fresh[1:] = (who[:, 1:] != who[:, :-1]).any(axis=0)
-        place = np.arange(len(order))
-        turn = np.empty(len(order), dtype=np.int64)
-        turn[order] = place - np.maximum.accumulate(np.where(fresh, place, 0))
-
+        turn = rows.turns()
         warp = rows.thread // WARP_SIZE
         together = np.lexsort((turn, rows.site, warp, rows.block))
         key = np.stack([rows.block, warp, rows.site, rows.array, rows.write, turn])[:, together]
@@ -196,9 +183,8 @@ class Trace:
         for group in groups:
             first, info = int(group[0]), self.arrays[rows.array[group[0]]]
             asked = np.unique(address[group])
-            sectors = np.unique(
-                np.concatenate([asked // SECTOR_BYTES, (asked + info.dtype.itemsize - 1) // SECTOR_BYTES])
-            )
+            last = asked + info.dtype.itemsize - 1
+            sectors = np.unique(np.concatenate([asked // SECTOR_BYTES, last // SECTOR_BYTES]))
             answer.append(
                 WarpAccess(
                     int(rows.block[first]), int(warp[first]), int(rows.line[first]), info.name,
@@ -207,7 +193,19 @@ class Trace:
             )  # fmt: skip
         return answer
 
-    def _rows(self, keep: Any) -> Trace:
+    def turns(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """For each access, how many times its thread was at the same place of the kernel before."""
+        order = np.lexsort((self.site, self.thread, self.block))  # stable
+        key = np.stack([self.block, self.thread, self.site, self.array, self.write])[:, order]
+        fresh = np.ones(len(order), dtype=bool)
+        fresh[1:] = (key[:, 1:] != key[:, :-1]).any(axis=0)
+        place = np.arange(len(order))
+        turns = np.empty(len(order), dtype=np.int64)
+        turns[order] = place - np.maximum.accumulate(np.where(fresh, place, 0))
+        return turns
+
+    def rows(self, keep: Any) -> Trace:
+        """The accesses that `keep` names, by their numbers or by a mask."""
         columns = ("block", "round", "thread", "line", "site", "array", "index", "write")
         return replace(self, **{name: getattr(self, name)[keep] for name in columns})
 

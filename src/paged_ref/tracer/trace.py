@@ -1,9 +1,9 @@
 """Backend `trace`: runs any CUDA kernel on the CPU, unchanged, and records every read and write.
 
 The kernel's Python function is built again with other globals: `cuda` is a stand-in, and the arguments are
-recording arrays. Each CUDA thread is a greenlet. It runs until its next barrier, shuffle or end, then the
-next thread does; when all have arrived, the round after the barrier begins. So a run is deterministic, and
-a barrier that some threads never reach is seen at once. CUDA blocks run one after another.
+recording arrays. Each CUDA thread is a greenlet. It runs until its next barrier, shuffle or end, then the next
+thread runs; when all have arrived, the round after the barrier begins. So a run is deterministic, and a barrier that
+some threads never reach is found immediately. CUDA blocks run one after another.
 
 Arithmetic is the device's: float32 stays float32, integers are wide. Two things differ in the last bit: a
 GPU fuses `a * b + c` into one rounding, and its exp and log are approximations.
@@ -14,28 +14,35 @@ from __future__ import annotations
 import contextvars
 import dis
 import importlib.util
+import math
 import sys
 from array import array
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from linecache import getline
 from pathlib import Path
+from types import CodeType, FrameType, TracebackType
+from typing import Any
 
 import numpy as np
 
 from ..core.attention import cuda as launcher
+from ..core.attention.attention import AttentionCall
 from ..core.device import module_of
-from .access_record import WARP_SIZE, Access, ArrayInfo, Trace, WarpAccess
-from .traced_cuda import Cuda, Index, Integer, Rebuilder
-from .traced_memory import Fault, LocalGuard, SharedGuard, traced_array
+from .access_record import WARP_SIZE, Access, ArrayInfo, Dim3, Trace, WarpAccess
+from .traced_cuda import Cuda, Integer, Rebuilder, WaitPoint
+from .traced_memory import Fault, LocalGuard, SharedGuard, TracedArray
 
 __all__ = ["Access", "KernelError", "Trace", "WarpAccess", "recording", "run"]
 
+Size = int | tuple[int, ...]
+
 
 class KernelError(Exception):
-    """A kernel did what it must not do. The message says what, in which thread, and at which line."""
+    """A mistake of a kernel. The message says what it is, in which thread, and at which line."""
 
-    def __init__(self, what, kernel, block, thread, file, line):
+    def __init__(self, what: str, kernel: str, block: Dim3, thread: Dim3, file: str, line: int) -> None:
         self.what, self.kernel, self.block, self.thread, self.line = what, kernel, block, thread, line
         super().__init__(
             f"{kernel}, block {tuple(block)}, thread {tuple(thread)}, {Path(file).name}:{line}: {what}\n"
@@ -43,13 +50,13 @@ class KernelError(Exception):
         )
 
 
-def run(kernel, grid, block, *args) -> Trace:
+def run(kernel: Any, grid: Size, block: Size, *args: Any) -> Trace:
     """Run `kernel[grid, block](*args)` on NumPy arrays, and return the record of its accesses.
 
     `kernel` is what `cuda.jit` made, or its Python function; `grid` and `block` are an int or a tuple of up
     to three. Arrays are changed in place. Raises KernelError.
     """
-    return _Machine(getattr(kernel, "py_func", kernel), _index(grid), _index(block), args).run()
+    return _Machine(getattr(kernel, "py_func", kernel), _dim3(grid), _dim3(block), args).run()
 
 
 def unavailable() -> str | None:
@@ -59,24 +66,24 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(call) -> str | None:
+def unsupported(call: AttentionCall) -> str | None:
     """Why this backend cannot run this call; None where it can."""
     if module_of(call.query) is not np:
         return "query lies on the GPU; the tracer reads host memory (NumPy arrays)"
     return launcher.unsupported_by_kernels(call)
 
 
-def attention(call) -> None:
+def attend(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse` with the teaching kernels; an open `recording` keeps the trace."""
     num_threads = _recordings[-1][1] if _recordings else launcher.NUM_THREADS
-    kernel, grid, block, args = launcher.launch(call, num_threads)
-    trace = run(kernel, grid, block, *args)
+    launch = launcher.launch(call, num_threads)
+    trace = run(launch.kernel, launch.grid, launch.num_threads, *launch.args)
     for traces, _ in _recordings:
         traces.append(trace)
 
 
 @contextmanager
-def recording(num_threads=launcher.NUM_THREADS):
+def recording(num_threads: int = launcher.NUM_THREADS) -> Iterator[list[Trace]]:
     """The traces of all calls inside: `with recording() as traces: paged_attention(..., backend="trace")`.
 
     Fewer threads (a power of two) make a picture that fits on a screen; the kernels run with any number.
@@ -89,38 +96,44 @@ def recording(num_threads=launcher.NUM_THREADS):
         _recordings.pop()
 
 
-_recordings = []  # (traces, threads of a CUDA block) of each open `recording`
+_recordings: list[tuple[list[Trace], int]] = []  # of each open `recording`: its traces, and the threads of a CUDA block
 
 
-def _index(size) -> Index:
-    return Index(*size) if isinstance(size, tuple) else Index(int(size))
+def _dim3(size: Size) -> Dim3:
+    return Dim3(*size) if isinstance(size, tuple) else Dim3(int(size))
 
 
 class _Thread:
-    """A CUDA thread. `stop` is where it waits for others, None before its start and after its end."""
+    """A CUDA thread. `waiting` is where it waits for others: None before its start and after its end."""
 
-    __slots__ = ("answer", "greenlet", "index", "number", "stop")
+    __slots__ = ("greenlet", "index", "number", "result", "waiting")
 
-    def __init__(self, number, index, greenlet):
-        self.number, self.index, self.greenlet, self.stop, self.answer = number, index, greenlet, None, None
+    def __init__(self, number: int, index: Dim3, greenlet: Any) -> None:
+        self.number, self.index, self.greenlet = number, index, greenlet
+        self.waiting: WaitPoint | None = None
+        self.result: Any = None  # what the thread gets when it goes on
 
 
 class _Machine:
     """One launch: its threads, its memory and its record."""
 
-    def __init__(self, function, grid, block_dim, args):
-        import greenlet  # here, so that the module loads, and says what is missing, without it
+    def __init__(self, function: Any, grid: Dim3, block_dim: Dim3, args: tuple[Any, ...]) -> None:
+        import greenlet  # imported here, so that this module loads without it and can name it as missing
 
         self.greenlet, self.hub = greenlet.greenlet, greenlet.getcurrent()
         self.function, self.grid, self.block_dim = function, grid, block_dim
         self.kernel = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        self.num_threads = block_dim.x * block_dim.y * block_dim.z
-        self.thread, self.clock, self.barrier_clock, self.warp_clock = 0, 0, 0, []
+        self.num_threads = math.prod(block_dim)
+        self.thread, self.clock, self.barrier_clock = 0, 0, 0
+        self.warp_clock: list[int] = []
         self.log = array("i")  # five numbers for each access: see traced_memory.Machine
-        self.rounds = []  # (length of the log, number of the CUDA block, its barriers) as each round begins
-        self.codes, self.sites = [], {}  # the code of each function; its places by id(code) and offset
-        self.arrays = []
-        self.array_at = {}  # place in the kernel to the number of the shared or local array made there
+        # (length of the log, number of the CUDA block, its barriers) at the beginning of each round
+        self.rounds: list[tuple[int, int, int]] = []
+        self.codes: list[CodeType] = []  # of each function
+        self.sites: dict[int, list[int]] = {}  # by id(code): the site of every two bytes of it
+        self.arrays: list[ArrayInfo] = []
+        self.array_at: dict[int, int] = {}  # site to the number of the shared or local array made there
+        self.shared: dict[int, Any] = {}  # the CUDA block's shared arrays by site
         self.cuda = Cuda(self)
         self.rebuilder = Rebuilder(self.cuda)
         self.entry = self.rebuilder.rebuild(function)
@@ -131,14 +144,14 @@ class _Machine:
 
     def run(self) -> Trace:
         with np.errstate(all="ignore"):  # a GPU does not warn
-            for number in range(self.grid.x * self.grid.y * self.grid.z):
+            for number in range(math.prod(self.grid)):
                 self._run_block(number)
         return self._trace()
 
     # ---- threads
 
-    def _run_block(self, number):
-        self.cuda.blockIdx = _at(number, self.grid)
+    def _run_block(self, number: int) -> None:
+        self.cuda.blockIdx = self.grid.place(number)
         self.shared = {}
         self.barrier_clock, self.warp_clock = self.clock, [0] * (self.num_threads // WARP_SIZE + 1)
         threads = [self._thread(t) for t in range(self.num_threads)]
@@ -148,93 +161,99 @@ class _Machine:
             while running:
                 for thread in running:
                     self._run_thread(thread)
-                running = self._meet_in_warps(threads)
+                running = self._release_warps(threads)
                 if not running:
-                    running = self._meet(threads)
+                    running = self._release_block(threads)
                     barriers += 1
                     self.rounds.append((len(self.log), number, barriers))
         finally:
             for thread in threads:
-                thread.greenlet.throw()  # ends those that an error left behind
+                thread.greenlet.throw()  # ends the threads that an error left unfinished
 
-    def _thread(self, number):
+    def _thread(self, number: int) -> _Thread:
         green = self.greenlet(lambda _: self.entry(*self.args))
         green.gr_context = contextvars.copy_context()  # np.errstate holds in there, too
-        return _Thread(number, _at(number, self.block_dim), green)
+        return _Thread(number, self.block_dim.place(number), green)
 
-    def _run_thread(self, thread):
-        """Let the thread run until it stops or ends."""
+    def _run_thread(self, thread: _Thread) -> None:
+        """Let the thread run until it waits or ends."""
         self.thread, self.cuda.threadIdx = thread.number, thread.index
         self.cuda.laneid = thread.number % WARP_SIZE
         try:
-            thread.stop = thread.greenlet.switch(thread.answer)
+            thread.waiting = thread.greenlet.switch(thread.result)
         except Fault as fault:
             raise self._located(str(fault), fault.__traceback__) from None
         except Exception as error:
             raise self._located(f"{type(error).__name__}: {error}", error.__traceback__) from error
 
-    def _meet_in_warps(self, threads):
-        """Answer each warp operation whose lanes have all come; return the threads that go on."""
-        released = []
+    def _release_warps(self, threads: list[_Thread]) -> list[_Thread]:
+        """Complete each warp operation whose lanes have all arrived; return the threads that go on."""
+        released: list[_Thread] = []
         for start in range(0, len(threads), WARP_SIZE):
-            warp, waiting = threads[start : start + WARP_SIZE], {}
+            warp = threads[start : start + WARP_SIZE]
+            arrived: dict[tuple[Any, ...], dict[int, _Thread]] = {}  # by operation: its threads by lane
             for lane, thread in enumerate(warp):
-                if thread.stop is not None and thread.stop.mask is not None:
-                    waiting.setdefault(thread.stop[:3], {})[lane] = thread
-            for (kind, _, mask), lanes in waiting.items():
+                if thread.waiting is not None and thread.waiting.mask is not None:
+                    arrived.setdefault(thread.waiting[:3], {})[lane] = thread
+            for (kind, _, mask), lanes in arrived.items():
                 if any(mask >> lane & 1 and lane not in lanes for lane in range(len(warp))):
                     continue
                 if kind == "syncwarp":
                     self.clock += 1
                     self.warp_clock[start // WARP_SIZE] = self.clock
-                released += self._answer(lanes)
+                released += self._complete(lanes)
         return sorted(released, key=lambda thread: thread.number)
 
-    def _meet(self, threads):
+    def _release_block(self, threads: list[_Thread]) -> list[_Thread]:
         """All threads stand still: at the block's barrier, or at their end. Anything else is an error."""
-        first = next((thread for thread in threads if thread.stop is not None), None)
-        if first is None:
+        first = next((thread for thread in threads if thread.waiting is not None), None)
+        if first is None or first.waiting is None:
             return []
-        if first.stop.mask is not None:  # its warp did not get together: look no further
+        wanted = first.waiting
+        if wanted.mask is not None:  # lanes of its warp are missing: no other warp matters
             warp = threads[first.number // WARP_SIZE * WARP_SIZE :][:WARP_SIZE]
-            threads = [thread for lane, thread in enumerate(warp) if first.stop.mask >> lane & 1]
+            threads = [thread for lane, thread in enumerate(warp) if wanted.mask >> lane & 1]
         for other in threads:
-            if other.stop is None:
+            if other.waiting is None:
                 where = "has returned"
-            elif other.stop[:2] != first.stop[:2]:
-                where = f"waits in cuda.{other.stop.kind} at line {self._line(other.stop.site)}"
-            elif other.stop.mask != first.stop.mask:
-                where = f"names the mask {other.stop.mask:#x}, not {first.stop.mask:#x}"
+            elif other.waiting[:2] != wanted[:2]:
+                where = f"waits in cuda.{other.waiting.kind} at line {self._line(other.waiting.site)}"
+            elif other.waiting.mask != wanted.mask:
+                where = f"names the mask {other.waiting.mask:#x}, not {wanted.mask:#x}"
             else:
                 continue
             name = self.thread_name(other.number)
-            raise self._error(f"waits in cuda.{first.stop.kind}, which {name} does not reach: it {where}", first)
+            raise self._error(f"waits in cuda.{wanted.kind}, which {name} does not reach: it {where}", first)
         self.clock += 1
         self.barrier_clock = self.clock
-        return self._answer(dict(enumerate(threads)))
+        return self._complete(dict(enumerate(threads)))
 
-    def _answer(self, group):
-        values = {place: thread.stop.value for place, thread in group.items()}
-        for place, thread in group.items():
-            if thread.stop.mask is not None and not thread.stop.mask >> place & 1:
-                raise self._error(f"lane {place} is not in the mask {thread.stop.mask:#x} that it names", thread)
+    def _complete(self, group: dict[int, _Thread]) -> list[_Thread]:
+        """Give each thread of the operation its result, from the values of all."""
+        points = {place: thread.waiting for place, thread in group.items() if thread.waiting is not None}
+        values = {place: point.value for place, point in points.items()}
+        for place, point in points.items():
+            thread = group[place]
+            if point.mask is not None and not point.mask >> place & 1:
+                raise self._error(f"lane {place} is not in the mask {point.mask:#x} that it names", thread)
             try:
-                thread.answer = thread.stop.answer(place, values)
+                thread.result = point.answer(place, values)
             except Fault as fault:
                 raise self._error(str(fault), thread) from None
         return list(group.values())
 
     # ---- errors
 
-    def thread_name(self, number):
-        return f"thread {tuple(_at(number, self.block_dim))}"
+    def thread_name(self, number: int) -> str:
+        return f"thread {tuple(self.block_dim.place(number))}"
 
-    def _error(self, what, thread):
+    def _error(self, what: str, thread: _Thread) -> KernelError:
         """An error of a thread that waits."""
-        file = self.codes[thread.stop.site >> 20].co_filename
-        return KernelError(what, self.kernel, self.cuda.blockIdx, thread.index, file, self._line(thread.stop.site))
+        assert thread.waiting is not None
+        file, line = self.codes[thread.waiting.site >> 20].co_filename, self._line(thread.waiting.site)
+        return KernelError(what, self.kernel, self.cuda.blockIdx, thread.index, file, line)
 
-    def _located(self, what, traceback):
+    def _located(self, what: str, traceback: TracebackType | None) -> KernelError:
         """An error of the running thread, at the last line of the kernel that the traceback goes through."""
         ours = {function.__code__ for function in self.rebuilder.functions}
         file, line = self.function.__code__.co_filename, 0
@@ -246,24 +265,25 @@ class _Machine:
 
     # ---- memory
 
-    def _argument(self, name, value):
+    def _argument(self, name: str, value: Any) -> Any:
         if isinstance(value, np.ndarray):
             self.arrays.append(ArrayInfo(name, "global", value.shape, value.strides, value.dtype))
-            return traced_array(self, len(self.arrays) - 1, self.arrays[-1], value, None)
+            return TracedArray(self, len(self.arrays) - 1, self.arrays[-1], value, None)
         return int(value) if isinstance(value, np.integer) else value
 
-    def shared_array(self, shape, dtype, alignment=None):
+    def shared_array(self, shape: Any, dtype: Any, alignment: int | None = None) -> TracedArray:
         """One for each CUDA block and each place in the kernel. `alignment` has no meaning here."""
         frame = sys._getframe(1)
         site = self.site_of(frame)
         if site not in self.shared:
             self.shared[site] = self._own_array(frame, "shared", shape, dtype)
-        return self.shared[site]
+        made: TracedArray = self.shared[site]
+        return made
 
-    def local_array(self, shape, dtype, alignment=None):
+    def local_array(self, shape: Any, dtype: Any, alignment: int | None = None) -> TracedArray:
         return self._own_array(sys._getframe(1), "local", shape, dtype)
 
-    def _own_array(self, frame, space, shape, dtype):
+    def _own_array(self, frame: FrameType, space: str, shape: Any, dtype: Any) -> TracedArray:
         data = np.zeros(shape, dtype=dtype.dtype if isinstance(dtype, Integer) else dtype)
         if not data.size:
             raise Fault(f"an array of shape {shape}: the tracer has no dynamic shared memory")
@@ -273,13 +293,13 @@ class _Machine:
             name = _name_assigned(frame.f_code, site & 0xFFFFF)
             self.arrays.append(ArrayInfo(name, space, data.shape, data.strides, data.dtype))
         number = self.array_at[site]
-        guard = SharedGuard(data.size, self) if space == "shared" else LocalGuard(data.size)
-        return traced_array(self, number, self.arrays[number], data, guard)
+        guard: Any = SharedGuard(data.size, self) if space == "shared" else LocalGuard(data.size)
+        return TracedArray(self, number, self.arrays[number], data, guard)
 
     # ---- the record
 
-    def site_of(self, frame):
-        """The place in the kernel where `frame` is, as a number; `_line` looks its line up, later."""
+    def site_of(self, frame: FrameType) -> int:
+        """The place in the kernel where `frame` stands, as a number; `_line` finds its line later."""
         sites = self.sites.get(id(frame.f_code))
         if sites is None:
             self.codes.append(frame.f_code)
@@ -287,10 +307,10 @@ class _Machine:
             sites = self.sites[id(frame.f_code)] = [first | place for place in _places(frame.f_code)]
         return sites[frame.f_lasti // 2]
 
-    def _line(self, site):
+    def _line(self, site: int) -> int:
         return _lines(self.codes[site >> 20])[(site & 0xFFFFF) // 2]
 
-    def _trace(self):
+    def _trace(self) -> Trace:
         rows = np.array(self.log, dtype=np.int32).reshape(-1, 5)
         site, thread, number, index, write = (np.ascontiguousarray(column) for column in rows.T)
         sites, place = np.unique(site, return_inverse=True)
@@ -299,37 +319,33 @@ class _Machine:
         length = np.diff(np.append(begin, len(self.log))) // 5
         return Trace(
             kernel=self.kernel, function=self.function,
-            grid=tuple(self.grid), block_dim=tuple(self.block_dim), arrays=tuple(self.arrays),
+            grid=self.grid, block_dim=self.block_dim, arrays=tuple(self.arrays),
             block=np.repeat(block, length), round=np.repeat(barriers, length),
             thread=thread, line=line, site=site, array=number, index=index, write=write.astype(bool),
         )  # fmt: skip
 
 
-def _at(number, size) -> Index:
-    """The place of the CUDA block or thread with this number in a grid or block of this size."""
-    return Index(number % size.x, number // size.x % size.y, number // (size.x * size.y))
-
-
 @cache
-def _lines(code):
+def _lines(code: CodeType) -> list[int]:
     """The source line of each instruction."""
-    return [position[0] for position in code.co_positions()]
+    return [position[0] or 0 for position in code.co_positions()]
 
 
 @cache
-def _places(code):
+def _places(code: CodeType) -> list[int]:
     """For each two bytes of the code, the offset that stands for their place in the source.
 
     A frame's own offset is not enough: once Python has specialised an instruction, the frame may stand at
     its end, and the compiler may have copied one call of the source into two branches.
     """
     steps = {step.offset: step for step in dis.get_instructions(code)}
-    places, first = [], {}
+    places: list[int] = []
+    first: dict[Any, int] = {}
     for offset in range(0, len(code.co_code), 2):
         step = steps.get(offset)
         if step is None:  # inside an instruction
             places.append(places[-1])
-        elif step.positions.col_offset is None:  # Python was told to keep no columns
+        elif step.positions is None or step.positions.col_offset is None:  # Python runs without columns
             places.append(offset)
         else:
             places.append(first.setdefault((step.opname, step.positions), offset))
@@ -337,7 +353,7 @@ def _places(code):
 
 
 @cache
-def _name_assigned(code, at):
+def _name_assigned(code: CodeType, at: int) -> str:
     """The variable in which the result of the call at `at` is stored."""
     for step in dis.get_instructions(code):
         if step.offset > at and step.opname.startswith("STORE"):

@@ -1,7 +1,7 @@
-"""What a traced kernel finds in place of `numba.cuda`, `math` and Numba's types, and how it gets there.
+"""The stand-ins for `numba.cuda`, `math` and Numba's types in a traced kernel.
 
-`Rebuilder` makes the kernel's Python function again, with these in its globals and closure. Nothing is
-patched: the kernel itself, and numba, stay as they are.
+`Rebuilder` makes the kernel's Python function again, with these in its globals and closure. Nothing is patched: the
+kernel itself and numba stay as they are.
 """
 
 from __future__ import annotations
@@ -16,42 +16,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .access_record import WARP_SIZE
+from .access_record import WARP_SIZE, Dim3
 from .traced_memory import Fault, TracedArray
 
-Lanes = dict[int, Any]  # what each lane (or thread) brought to a meeting
+Lanes = dict[int, Any]  # the value that each lane (or thread) handed in
+Answer = Callable[[int, Lanes], Any]  # (own lane, all values) -> the result in this thread
 
 
-class Index(NamedTuple):
-    """threadIdx and its kin."""
-
-    x: int
-    y: int = 1
-    z: int = 1
+def _nothing(lane: int, values: Lanes) -> None:
+    """The answer of a barrier."""
 
 
-class Stop(NamedTuple):
-    """Where a thread waits for others, what it brought, and what it wants to know."""
+class WaitPoint(NamedTuple):
+    """Where a thread waits for other threads, the value that it hands in, and the function that answers it."""
 
     kind: str
     site: int
-    mask: int | None  # lanes that meet; None: all threads of the CUDA block
+    mask: int | None  # the lanes that wait for each other; None: all threads of the CUDA block
     value: Any
-    answer: Callable[[int, Lanes], Any]  # (own lane, values) to what this thread gets
+    answer: Answer
 
 
 class Cuda:
     """The names of `numba.cuda` that a kernel may use. The machine sets threadIdx, blockIdx and laneid."""
 
     warpsize = WARP_SIZE
-    threadIdx: Index  # noqa: N815 (CUDA's names)
-    blockIdx: Index  # noqa: N815
+    threadIdx: Dim3  # noqa: N815 (CUDA's names)
+    blockIdx: Dim3  # noqa: N815
     laneid: int
 
     def __init__(self, machine: Any) -> None:
         self._machine = machine
-        self.gridDim: Index = machine.grid
-        self.blockDim: Index = machine.block_dim
+        self.gridDim: Dim3 = machine.grid
+        self.blockDim: Dim3 = machine.block_dim
         self.shared = types.SimpleNamespace(array=machine.shared_array)
         self.local = types.SimpleNamespace(array=machine.local_array)
         self.atomic = types.SimpleNamespace(
@@ -81,68 +78,61 @@ class Cuda:
     # Barriers of the CUDA block
 
     def syncthreads(self) -> None:
-        self._meet("syncthreads", None)
+        self._wait("syncthreads", None)
 
     def syncthreads_count(self, predicate: Any) -> Any:
-        return self._meet("syncthreads_count", None, bool(predicate), lambda _, values: sum(values.values()))
+        return self._wait("syncthreads_count", None, bool(predicate), lambda _, values: sum(values.values()))
 
     def syncthreads_and(self, predicate: Any) -> Any:
-        return self._meet("syncthreads_and", None, bool(predicate), lambda _, values: int(all(values.values())))
+        return self._wait("syncthreads_and", None, bool(predicate), lambda _, values: int(all(values.values())))
 
     def syncthreads_or(self, predicate: Any) -> Any:
-        return self._meet("syncthreads_or", None, bool(predicate), lambda _, values: int(any(values.values())))
+        return self._wait("syncthreads_or", None, bool(predicate), lambda _, values: int(any(values.values())))
 
-    # What a warp does together
+    # Operations of a warp
 
     def syncwarp(self, mask: int = 0xFFFFFFFF) -> None:
-        self._meet("syncwarp", mask)
+        self._wait("syncwarp", mask)
 
     def shfl_sync(self, mask: int, value: Any, source: int) -> Any:
-        return self._meet("shfl_sync", mask, value, lambda _, values: _of_lane(values, source % WARP_SIZE))
+        return self._wait("shfl_sync", mask, value, lambda _, values: _of_lane(values, source % WARP_SIZE))
 
     def shfl_xor_sync(self, mask: int, value: Any, lane_mask: int) -> Any:
-        return self._meet("shfl_xor_sync", mask, value, lambda lane, values: _of_lane(values, lane ^ lane_mask))
+        return self._wait("shfl_xor_sync", mask, value, lambda lane, values: _of_lane(values, lane ^ lane_mask))
 
     def shfl_up_sync(self, mask: int, value: Any, delta: int) -> Any:
-        def answer(lane: int, values: Lanes) -> Any:
-            return _of_lane(values, lane - delta if lane >= delta else lane)
-
-        return self._meet("shfl_up_sync", mask, value, answer)
+        return self._shift("shfl_up_sync", mask, value, -delta)
 
     def shfl_down_sync(self, mask: int, value: Any, delta: int) -> Any:
-        def answer(lane: int, values: Lanes) -> Any:
-            return _of_lane(values, lane + delta if lane + delta < WARP_SIZE else lane)
+        return self._shift("shfl_down_sync", mask, value, delta)
 
-        return self._meet("shfl_down_sync", mask, value, answer)
+    def _shift(self, kind: str, mask: int, value: Any, step: int) -> Any:
+        def answer(lane: int, values: Lanes) -> Any:
+            return _of_lane(values, lane + step if 0 <= lane + step < WARP_SIZE else lane)
+
+        return self._wait(kind, mask, value, answer, depth=3)
 
     def all_sync(self, mask: int, predicate: Any) -> Any:
-        return self._meet("all_sync", mask, bool(predicate), lambda _, values: all(values.values()))
+        return self._wait("all_sync", mask, bool(predicate), lambda _, values: all(values.values()))
 
     def any_sync(self, mask: int, predicate: Any) -> Any:
-        return self._meet("any_sync", mask, bool(predicate), lambda _, values: any(values.values()))
+        return self._wait("any_sync", mask, bool(predicate), lambda _, values: any(values.values()))
 
     def ballot_sync(self, mask: int, predicate: Any) -> Any:
         def answer(_: int, values: Lanes) -> int:
             return sum(1 << lane for lane, true in values.items() if true)
 
-        return self._meet("ballot_sync", mask, bool(predicate), answer)
+        return self._wait("ballot_sync", mask, bool(predicate), answer)
 
-    def together(self, kind: str, value: Any, answer: Callable[[int, Lanes], Any]) -> Any:
-        """For the twin of an intrinsic: all lanes of the warp meet, and each gets `answer(lane, values)`."""
-        return self._meet(kind, 0xFFFFFFFF, value, answer, depth=3)
+    def warp_collective(self, kind: str, value: Any, answer: Answer) -> Any:
+        """For the twin of an intrinsic: all lanes of the warp hand in a value, and each gets `answer(lane, values)`."""
+        return self._wait(kind, 0xFFFFFFFF, value, answer, depth=3)
 
-    def _meet(
-        self,
-        kind: str,
-        mask: int | None,
-        value: Any = None,
-        answer: Callable[[int, Lanes], Any] = lambda *_: None,
-        depth: int = 2,
-    ) -> Any:
-        """Let the other threads run until all that meet here have come; return this thread's answer."""
+    def _wait(self, kind: str, mask: int | None, value: Any = None, answer: Answer = _nothing, depth: int = 2) -> Any:
+        """Let the other threads run until all that take part have arrived; return this thread's answer."""
         site = self._machine.site_of(sys._getframe(depth))
         mask = None if mask is None else int(mask) & 0xFFFFFFFF
-        return self._machine.hub.switch(Stop(kind, site, mask, value, answer))
+        return self._machine.hub.switch(WaitPoint(kind, site, mask, value, answer))
 
 
 def _of_lane(values: Lanes, lane: int) -> Any:
@@ -189,7 +179,7 @@ class Math:
 
 
 class Integer:
-    """numba.int32 and its kin: a cast, after which the number is wide again, as in a compiled kernel."""
+    """numba.int32 and the other integer types: a cast, after which the number is wide, as in a compiled kernel."""
 
     def __init__(self, name: str) -> None:
         self.dtype = np.dtype(name)
@@ -233,7 +223,7 @@ class Rebuilder:
         return new
 
     def replace(self, value: Any) -> Any:
-        """What stands for `value`, a global or a closure's."""
+        """The stand-in for `value`, which a kernel finds in its globals or its closure."""
         if hasattr(value, "traced_as"):  # an intrinsic has no Python body; this is its twin in Python
             return self.rebuild(value.traced_as)
         if hasattr(value, "py_func"):

@@ -1,8 +1,8 @@
 """The memory that a traced kernel sees: arrays that check and record each access.
 
-An access outside an array stops the kernel; NumPy would take a negative index for one from the end, and a
-GPU would take anything. Shared and local arrays have a guard, too: memory that nobody wrote holds garbage,
-and what one thread writes to shared memory another may only see after a barrier.
+An access outside an array stops the kernel; NumPy would count a negative index from the end, and a GPU would read or
+write whatever lies there. Shared and local arrays also have a guard: memory that was not written holds garbage, and
+another thread may read what a thread wrote to shared memory only after a barrier.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .access_record import WARP_SIZE, ArrayInfo
 
 
 class Fault(Exception):  # noqa: N818
-    """What a kernel did wrong, in words. The tracer adds where, and raises KernelError."""
+    """A mistake of a kernel, in words. The tracer adds the place, and raises KernelError."""
 
 
 class Machine(Protocol):
-    """What memory needs to know of the running kernel."""
+    """What arrays ask of the machine that runs the kernel."""
 
     thread: int  # number of the thread that runs now
     clock: int  # rises at each barrier and warp barrier
@@ -48,12 +48,12 @@ class LocalGuard:
     update = write
 
 
-# In the place of a thread's number. Readers: several threads of warp w are _ONE_WARP - w.
+# In the place of a thread's number. As readers, several threads of warp w are _ONE_WARP - w.
 _NEVER, _ATOMIC, _SEVERAL, _ONE_WARP = -1, -2, -2, -3
 
 
 class SharedGuard:
-    """An array of one CUDA block: two threads that touch an element, one writing, need a barrier between.
+    """An array of one CUDA block: between two threads that touch an element, one of them writing, a barrier must stand.
 
     A warp barrier orders the threads of its warp (all of them, whatever its mask). A shuffle orders none.
     """
@@ -62,7 +62,7 @@ class SharedGuard:
         self.machine = machine
         self.writer = [_NEVER] * size  # of each element, the last one
         self.write_time = [-1] * size
-        self.reader = [_NEVER] * size  # those that no barrier has ordered yet
+        self.reader = [_NEVER] * size  # of each element, since the last barrier that orders them
         self.read_time = [-1] * size
 
     def read(self, flat: int) -> None:
@@ -122,27 +122,10 @@ class SharedGuard:
 class TracedArray:
     """A NumPy array, or a view of one, that a kernel reads and writes one element at a time."""
 
-    __slots__ = (
-        "data",
-        "dtype",
-        "first",
-        "guard",
-        "info",
-        "machine",
-        "ndim",
-        "number",
-        "shape",
-        "size",
-        "steps",
-    )
+    __slots__ = ("data", "dtype", "first", "guard", "info", "machine", "ndim", "number", "shape", "size", "steps")
 
     def __init__(
-        self,
-        machine: Machine,
-        number: int,
-        info: ArrayInfo,
-        data: Any,
-        guard: LocalGuard | SharedGuard | None,
+        self, machine: Machine, number: int, info: ArrayInfo, data: Any, guard: LocalGuard | SharedGuard | None
     ) -> None:
         self.machine, self.number, self.info, self.guard = machine, number, info, guard
         steps = [1] * data.ndim  # elements from one index to the next, row-major
@@ -162,30 +145,35 @@ class TracedArray:
         return int(self.shape[0])
 
     def __getitem__(self, index: Any) -> Any:
-        if type(index) is not tuple:
-            index = (index,)
-        if len(index) != self.ndim or slice in map(type, index):
-            return self._view(index)
-        flat = self._flat(index)
-        machine = self.machine
+        if type(index) is int and self.ndim == 1 and 0 <= index < self.size:  # the common case, made fast
+            flat = self.first + index * self.steps[0]
+        else:
+            if type(index) is not tuple:
+                index = (index,)
+            if len(index) != self.ndim or slice in map(type, index):
+                return self._view(index)
+            flat = self._flat(index)
+        machine, guard = self.machine, self.guard
         machine.log.extend((machine.site_of(sys._getframe(1)), machine.thread, self.number, flat, 0))
-        if self.guard is not None:
-            self._ask(self.guard.read, "reads", flat)
+        if guard is not None and not (type(guard) is LocalGuard and guard.written[flat]):
+            self._ask(guard.read, "reads", flat)
         value = self.data[index]
         return int(value) if self.dtype.kind in "iu" else value  # integers are 64 bits wide in a kernel
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if type(index) is not tuple:
-            index = (index,)
-        flat = self._flat(index)
-        machine = self.machine
+        if type(index) is int and self.ndim == 1 and 0 <= index < self.size:
+            flat = self.first + index * self.steps[0]
+        else:
+            index = index if type(index) is tuple else (index,)
+            flat = self._flat(index)
+        machine, guard = self.machine, self.guard
         machine.log.extend((machine.site_of(sys._getframe(1)), machine.thread, self.number, flat, 1))
-        if self.guard is not None:
-            self._ask(self.guard.write, "writes", flat)
+        if guard is not None:
+            self._ask(guard.write, "writes", flat)
         self.data[index] = value
 
     def update(self, index: Any, compute: Any, frame: Any) -> Any:
-        """An atomic: put `compute(old)` in the place of `old` in one step, and answer `old`."""
+        """An atomic: put `compute(old)` in the place of `old` in one step, and return `old`."""
         index = index if type(index) is tuple else (index,)
         flat, machine = self._flat(index), self.machine
         for write in (0, 1):
@@ -203,7 +191,7 @@ class TracedArray:
         flat = self.first
         for i, bound, step in zip(index, self.shape, self.steps, strict=False):
             if not 0 <= i < bound:
-                place = ", ".join(str(i) for i in index)
+                place = ", ".join(map(str, index))
                 raise Fault(f"{self.info.name}[{place}] is outside the shape {list(self.shape)}")
             flat += i * step
         return int(flat)
@@ -233,42 +221,3 @@ class TracedArray:
         except Fault as fault:
             place = ", ".join(str(i) for i in np.unravel_index(flat, self.info.shape))
             raise Fault(f"{verb} {self.info.space} {self.info.name}[{place}], {fault}") from None
-
-
-class TracedVector(TracedArray):
-    """A TracedArray of one dimension. The tuned kernels know no others, so here time is saved."""
-
-    __slots__ = ()
-
-    def __getitem__(self, index: Any) -> Any:
-        if type(index) is not int or not 0 <= index < self.size:
-            return super().__getitem__(index)
-        machine = self.machine
-        flat = self.first + index * self.steps[0]
-        machine.log.extend((machine.site_of(sys._getframe(1)), machine.thread, self.number, flat, 0))
-        guard = self.guard
-        if type(guard) is LocalGuard and guard.written[flat]:
-            pass
-        elif guard is not None:
-            self._ask(guard.read, "reads", flat)
-        return self.data.item(index) if self.dtype.kind in "iu" else self.data[index]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if type(index) is not int or not 0 <= index < self.size:
-            super().__setitem__(index, value)
-            return
-        machine = self.machine
-        flat = self.first + index * self.steps[0]
-        machine.log.extend((machine.site_of(sys._getframe(1)), machine.thread, self.number, flat, 1))
-        guard = self.guard
-        if type(guard) is LocalGuard:
-            guard.written[flat] = 1
-        elif guard is not None:
-            self._ask(guard.write, "writes", flat)
-        self.data[index] = value
-
-
-def traced_array(
-    machine: Machine, number: int, info: ArrayInfo, data: Any, guard: LocalGuard | SharedGuard | None
-) -> TracedArray:
-    return (TracedVector if data.ndim == 1 else TracedArray)(machine, number, info, data, guard)

@@ -1,9 +1,9 @@
 """Each part of the decoder forwards, as training runs it, and its gradient, written by hand.
 
 A batch is packed: the tokens of all sequences, one after another, `num_tokens` in all. `x` of a function is
-its input, `dy` the gradient of the loss by its output, `dx` by its input. A forward gives what its gradient
-needs beside the input. Nothing here keeps anything: what is kept, and where, is activations.py.
-All is written for NumPy and CuPy alike, in the dtype of its inputs (float32; float64 in tests).
+its input, `dy` the gradient of the loss by its output, `dx` by its input. A forward returns what its gradient
+needs beside the input; activations.py decides where to keep it. All functions run on NumPy and CuPy, in the dtype of
+their inputs (float32; float64 in tests).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from ..core.device import Array, on_gpu, xp
 from ..core.model.llama import rotate
 
-QUERY_CHUNK = 64  # queries whose scores exist at a time; the keys behind them all are never looked at
-SCORES = 2**27 if on_gpu else 2**18  # scores that exist at a time: what stays in a core's cache, on a CPU
-ROWS = 2**20 if on_gpu else 2**7  # tokens that elementwise chains work on at a time
-LOGIT_ROWS = 2**15 if on_gpu else 2**9  # tokens whose logits exist at a time
+QUERY_CHUNK = 64  # queries whose scores exist at the same time; keys after the last of them are not read
+SCORES = 2**27 if on_gpu else 2**18  # scores that exist at the same time; on a CPU they fit a core's cache
+ROWS = 2**20 if on_gpu else 2**7  # tokens of one pass of elementwise operations
+LOGIT_ROWS = 2**15 if on_gpu else 2**9  # tokens whose logits exist at the same time
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
@@ -69,7 +69,7 @@ def swiglu(gate_up: Array) -> Array:
 
 
 def swiglu_backward(dy: Array, gate_up: Array) -> tuple[Array, Array]:
-    """dgate_up [num_tokens, 2 * intermediate_size], and y once more, which is cheaper to make than to keep.
+    """dgate_up [num_tokens, 2 * intermediate_size], and y, which is cheaper to compute again than to keep.
 
     silu'(g) = s · (1 + g · (1 − s)) with s = sigmoid(g).
     """
@@ -91,7 +91,7 @@ def swiglu_backward(dy: Array, gate_up: Array) -> tuple[Array, Array]:
 
 
 def row_blocks(num_rows: int) -> Iterator[slice]:
-    """So many rows at a time that a chain of operations on them finds them in the cache."""
+    """All rows in parts that fit the cache, so that a chain of operations reads them from there."""
     return (slice(first, first + ROWS) for first in range(0, num_rows, ROWS))
 
 
@@ -107,9 +107,9 @@ def causal_attention(qkv: Array, lengths: Sequence[int], num_heads: int, num_kv_
     """Attention of each sequence to itself: output [num_tokens, num_heads, head_size], lse [num_tokens, num_heads].
 
     `qkv [num_tokens, num_heads + 2 * num_kv_heads, head_size]`, q and k turned by RoPE. Query head h reads
-    KV head h // (num_heads // num_kv_heads). `lse` is the log of the sum that softmax divides by: with it
-    the gradient makes the probabilities again, so that memory grows with the tokens and not with their
-    square (Dao et al. 2022).
+    KV head h // (num_heads // num_kv_heads). `lse` is the log of the sum that softmax divides by. From it the
+    gradient computes the probabilities again, so that memory grows with the number of tokens and not with its square
+    (Dao et al. 2022).
     """
     num_tokens, head_size = qkv.shape[0], qkv.shape[2]
     scale = head_size**-0.5
@@ -172,13 +172,13 @@ def causal_attention_backward(
 
 
 def _equal_lengths(lengths: Sequence[int], num_heads: int) -> Iterator[tuple[slice, int, int]]:
-    """Neighbours of one length are computed together: their rows, how many sequences, and the length."""
+    """Neighbours of one length, which are computed together: their rows, how many sequences, and the length."""
     row = 0
     for length, group in groupby(lengths):
         left = len(list(group))
-        at_once = max(1, SCORES // (num_heads * min(QUERY_CHUNK, length) * length))
+        most = max(1, SCORES // (num_heads * min(QUERY_CHUNK, length) * length))
         while left:
-            count = min(left, at_once)
+            count = min(left, most)
             yield slice(row, row + count * length), count, length
             row += count * length
             left -= count
@@ -224,8 +224,8 @@ def cross_entropy(h: Array, head: Array, targets: Array, token_weight: float) ->
     """The head and its loss in one, with both gradients: loss, dh [num_tokens, hidden_size], dhead as `head`.
 
     `head [vocab_size, hidden_size]`, `targets [num_tokens]` token ids. The loss is `token_weight` times the
-    sum over tokens of −ln(probability of the target). Logits exist for some rows at a time: together they
-    would be the largest array of all.
+    sum over tokens of −ln(probability of the target). Logits are computed for a part of the rows, then the next: all
+    together they would be the largest array of all.
     """
     dh, dhead, loss = xp.empty_like(h), xp.zeros_like(head), xp.zeros((), dtype=np.float64)
     for first in range(0, h.shape[0], LOGIT_ROWS):

@@ -1,6 +1,6 @@
 """What a run leaves behind: a model in Hugging Face form, and the state that a run continues from.
 
-Each file is written beside its place and then put there at once, so that at any moment there is a whole one.
+Each file is written under another name and then renamed, so that there is a complete file at any moment.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ STATE = "training_state.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A run after so many steps. Arrays are on the host."""
+    """A run after some steps. Arrays are on the host."""
 
-    run: dict[str, Any]  # what the weights follow from: settings, sizes, a digest of the text
+    run: dict[str, Any]  # what determines the weights: settings, sizes, a digest of the text
     step: int
     arrays: dict[str, np.ndarray]
 
@@ -37,13 +37,13 @@ class State:
 def save_model(directory: Path, weights: Parameters, tokenizer: Tokenizer, dtype: DTypeLike) -> None:
     """config.json, tokenizer.json and model.safetensors, as transformers and LLM read them. Raises ValueError."""
     put(directory / "config.json", json.dumps(hf_config(weights.config, dtype), indent=1).encode())
-    put(directory / "tokenizer.json", tokenizer.to_json().encode())
-    # transformers wants to be told which framework the tensors are for
+    put(directory / "tokenizer.json", tokenizer.inner.to_str().encode())
+    # transformers reads only files that name the framework of their tensors
     put(directory / "model.safetensors", save(weights.export(dtype), metadata={"format": "pt"}))
 
 
 def hf_config(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
-    """The config in the words of config.json."""
+    """The config under the names of config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -66,13 +66,13 @@ def hf_config(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
 
 
 def save_state(directory: Path, state: State) -> None:
-    """Raises ValueError where it cannot be written; the state that was there before is then still there."""
+    """Write the state. Raises ValueError where it cannot be written; the previous state then stays."""
     metadata = {"run": json.dumps(state.run), "step": str(state.step)}
     put(directory / STATE, save(state.arrays, metadata=metadata))
 
 
 def load_state(directory: Path) -> State:
-    """Raises ValueError where there is none, or it is broken."""
+    """Read the state. Raises ValueError where there is none, or it is broken."""
     path = directory / STATE
     if not path.is_file():
         raise ValueError(f"{path} is missing; there is no run to continue")
@@ -86,16 +86,16 @@ def load_state(directory: Path) -> State:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file in one step, as seen by others. Raises ValueError; what was there before is then untouched."""
-    beside = path.with_name(f".{path.name}.part")
+    """Replace a file in one step. Raises ValueError where that fails; the previous file then stays."""
+    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        part.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Text to learn from: read, parted into stories, made into tokens, packed into sequences."""
+"""Text to learn from: read, split into stories, encoded as tokens, packed into sequences."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..core.model.tokenizer import Tokenizer
 
-END = "<|endoftext|>"  # between stories, in the text files and as a token: the usual mark of GPT-2's kind
+END = "<|endoftext|>"  # between stories, in text files and as a token, as in GPT-2
 NUM_BYTES = 256
-PIECE = 4096  # characters: so long are the pieces of a text that has no END in it
+PIECE = 4096  # characters of a piece, in a text without END
 
 
 def read_stories(path: Path) -> list[str]:
-    """The stories of a text file, plain or .gz, parted by END. Raises ValueError.
+    """The stories of a text file, plain or .gz, split at END. Raises ValueError.
 
     A text without END is cut where a line ends, into pieces of about PIECE characters.
     """
@@ -31,7 +31,7 @@ def read_stories(path: Path) -> list[str]:
         raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if b"\0" in raw:
         raise ValueError(f"{path} is not text: it holds zero bytes")
-    text = raw.decode("utf-8", errors="ignore")  # a file that was cut to a size may end inside a character
+    text = raw.decode("utf-8", errors="ignore")  # the end of a file may be inside a character
     stories = text.split(END) if END in text else _pieces(text)
     return [story.strip() for story in stories if story.strip()]
 
@@ -49,7 +49,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def hold_out(stories: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Stories to learn from, and the last `share` of them to measure on, which training must not see.
+    """Stories to learn from, and the last `share` of them to measure on, which are kept from training.
 
     At least one is held out. Raises ValueError where none would be left to learn from.
     """
@@ -65,8 +65,8 @@ def hold_out(stories: list[str], share: float) -> tuple[list[str], list[str]]:
 def train_tokenizer(stories: Sequence[str], vocab_size: int, whole: str = "") -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016), as GPT-2 has it. Token 0 is END.
 
-    Each word of `whole` becomes one token: that text is counted as often as it takes. Raises ValueError
-    where the stories do not have so many different pieces, or the words no room.
+    Each word of `whole` becomes one token: that text is repeated until this is so. Raises ValueError where the
+    stories have fewer different pieces than the vocabulary, or the words do not fit.
     """
     if vocab_size <= NUM_BYTES:
         raise ValueError(f"--vocab-size is {vocab_size}; more than the {NUM_BYTES} bytes is needed")
@@ -98,7 +98,7 @@ def _bpe(texts: Sequence[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, stories: Sequence[str]) -> list[np.ndarray]:
-    """Each story's token ids, END behind them: [length] int32. Raises ValueError for a tokenizer without END."""
+    """Each story's token ids, then END: [length] int32. Raises ValueError for a tokenizer without END."""
     end = tokenizer.encode(END)
     if len(end) != 1:
         raise ValueError(f"the tokenizer has no token {END}")
@@ -106,11 +106,11 @@ def encode(tokenizer: Tokenizer, stories: Sequence[str]) -> list[np.ndarray]:
 
 
 def sequences(stories: Sequence[np.ndarray], context: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-    """All stories in an order of the epoch's own, packed into sequences of at most `context` + 1 tokens.
+    """All stories in a random order for each epoch, packed into sequences of at most `context` + 1 tokens.
 
-    A sequence begins where a story begins, and holds as many whole ones as fit; only a story that is longer
-    than that is cut. Every other sequence, by chance, has an END before it, so that the model knows text
-    both with and without one in front.
+    A sequence begins where a story begins, and holds as many whole stories as fit; only a story that is longer than a
+    sequence is cut. At random, every other sequence has an END in front, so that the model learns text with and
+    without one.
     """
     rng = np.random.default_rng([seed, epoch])
     end = stories[0][-1:]  # [1]
@@ -130,7 +130,7 @@ def sequences(stories: Sequence[np.ndarray], context: int, seed: int, epoch: int
 
 
 def batches(stories: Sequence[np.ndarray], context: int, batch_tokens: int, seed: int) -> Iterator[list[np.ndarray]]:
-    """Epoch after epoch without end: sequences whose inputs come to `batch_tokens` or just more."""
+    """Batches of epoch after epoch, without end: sequences with `batch_tokens` inputs, or just more."""
     batch: list[np.ndarray] = []
     epoch, filled = 0, 0
     while True:

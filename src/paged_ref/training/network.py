@@ -1,4 +1,4 @@
-"""The decoder as training runs it: forward that gives away what backward needs, and backward."""
+"""The decoder as training runs it: a forward that saves what backward needs, and backward."""
 
 from __future__ import annotations
 
@@ -28,19 +28,17 @@ Saved = dict[str, Array]  # what a layer's backward needs
 
 
 class Activations(Protocol):
-    """Who keeps what the layers save, until backward asks for it, last layer first."""
+    """Storage for saved activations. Backward loads the last layer first; what is loaded is no longer stored."""
 
-    recompute: bool  # keep a layer's input only, and run its forward once more
+    recompute: bool  # save a layer's input only, and run its forward once more
 
     def save(self, layer: int, saved: Saved) -> None: ...
 
     def load(self, layer: int) -> Saved: ...
 
-    def release(self, layer: int) -> None: ...
-
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PackedBatch:
     """Sequences packed one after another. `num_tokens` is the sum of `lengths`."""
 
     lengths: Sequence[int]  # of each sequence
@@ -48,25 +46,25 @@ class Batch:
     targets: Array  # [num_tokens] the token that follows each
 
     @staticmethod
-    def of(sequences: Sequence[Sequence[int] | np.ndarray]) -> Batch:
-        """Of token ids: each predicts the next of its sequence, so a sequence has at least two."""
+    def of(sequences: Sequence[Sequence[int] | np.ndarray]) -> PackedBatch:
+        """Pack token ids. Each id predicts the next one of its sequence, so a sequence has at least two."""
         inputs = np.concatenate([np.asarray(ids[:-1]) for ids in sequences])
         targets = np.concatenate([np.asarray(ids[1:]) for ids in sequences])
-        return Batch([len(ids) - 1 for ids in sequences], xp.asarray(inputs), xp.asarray(targets))
+        return PackedBatch([len(ids) - 1 for ids in sequences], xp.asarray(inputs), xp.asarray(targets))
 
 
 class Dropout:
     """Zeroes each element with probability `rate`, and scales the others up (Srivastava et al. 2014).
 
-    The mask of a place is drawn from the key and the place alone, so backward and recomputation draw it
-    again instead of keeping it.
+    The mask of a place is drawn from the key and the place alone, so backward and recomputation draw the mask again
+    instead of keeping it.
     """
 
     def __init__(self, rate: float, key: Sequence[int]) -> None:
         self.rate, self.key = rate, key
 
     def __call__(self, x: Array, place: int) -> Array:
-        """`x` itself, changed. `place` numbers the places in the model where dropout happens."""
+        """Change `x` in place and return it. `place` numbers the places in the model where dropout happens."""
         cut = round(256 * self.rate)
         if cut:
             seed = np.random.SeedSequence([*self.key, place])
@@ -89,7 +87,7 @@ class Pass:
 def loss_and_gradient(
     weights: Parameters,
     gradient: Parameters,
-    batch: Batch,
+    batch: PackedBatch,
     activations: Activations,
     dropout: Dropout | None = None,
     token_weight: float | None = None,
@@ -105,7 +103,7 @@ def loss_and_gradient(
         y, saved = layer_forward(layer, x, shared, index)
         activations.save(index, {"x": x} if activations.recompute else saved)
         x = y
-        del y, saved  # so that what `activations` does not keep is gone
+        del y, saved  # only what `activations` keeps stays in memory
     h, inverse = rms_norm(x, weights.final_norm, config.rms_norm_eps)  # [num_tokens, hidden_size]
     token_weight = 1 / num_tokens if token_weight is None else token_weight
     loss, dh, dhead = cross_entropy(h, weights.embedding, batch.targets, token_weight)
@@ -119,13 +117,12 @@ def loss_and_gradient(
             saved = layer_forward(weights.layers[index], saved["x"], shared, index)[1]
         dx = layer_backward(weights.layers[index], gradient.layers[index], dx, saved, shared, index)
         del saved
-        activations.release(index)
     _add_rows(gradient.embedding, batch.inputs, shared.dropout(dx, 0))
     return loss
 
 
-def total_loss(weights: Parameters, batch: Batch) -> float:
-    """The sum of the tokens' losses in nats, without dropout; nothing is kept."""
+def total_loss(weights: Parameters, batch: PackedBatch) -> float:
+    """The sum of the tokens' losses in nats, without dropout. Saves nothing."""
     shared = _shared(weights, batch, None)
     x = weights.embedding[batch.inputs]  # [num_tokens, hidden_size]
     for index, layer in enumerate(weights.layers):
@@ -135,7 +132,7 @@ def total_loss(weights: Parameters, batch: Batch) -> float:
 
 
 def layer_forward(layer: LayerViews, x: Array, shared: Pass, index: int) -> tuple[Array, Saved]:
-    """Layer `index`: x [num_tokens, hidden_size] to the next layer's x, and what its backward needs."""
+    """Layer `index`: x [num_tokens, hidden_size] to the next layer's x, and what the backward of this layer needs."""
     config = shared.config
     eps, num_heads, num_kv_heads = config.rms_norm_eps, config.num_heads, config.num_kv_heads
     num_qk, head_size = num_heads + num_kv_heads, config.head_size  # the heads that RoPE turns
@@ -157,7 +154,7 @@ def layer_forward(layer: LayerViews, x: Array, shared: Pass, index: int) -> tupl
 
 
 def saved_shapes(config: ModelConfig, num_tokens: int) -> dict[str, tuple[int, ...]]:
-    """What `layer_forward` saves: the shape of each."""
+    """The shape of each array that `layer_forward` saves."""
     num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
     return {
         "x": (num_tokens, config.hidden_size),
@@ -203,10 +200,10 @@ def layer_backward(layer: LayerViews, gradient: LayerViews, dy: Array, saved: Sa
     return dx
 
 
-def _shared(weights: Parameters, batch: Batch, dropout: Dropout | None) -> Pass:
+def _shared(weights: Parameters, batch: PackedBatch, dropout: Dropout | None) -> Pass:
     config, dtype = weights.config, weights.flat.dtype
     positions = xp.asarray(np.concatenate([np.arange(length) for length in batch.lengths]))  # [num_tokens]
-    frequencies = rope_frequencies(config)  # [head_size // 2]
+    frequencies = xp.asarray(rope_frequencies(config), dtype=np.float32)  # [head_size // 2]
     angles = positions[:, None, None].astype(np.float32) * xp.concatenate([-frequencies, frequencies])
     cos, sin = xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)  # [num_tokens, 1, head_size]
     return Pass(config, batch.lengths, cos, sin, dropout or Dropout(0.0, []))
@@ -217,7 +214,7 @@ def _add_rows(table: Array, ids: Array, rows: Array) -> None:
 
     `table [vocab_size, hidden_size]`, `ids [num_tokens]`, `rows [num_tokens, hidden_size]`.
     """
-    if on_gpu:  # atomic adds would come in any order; a product with ones and zeros does not
+    if on_gpu:  # atomic adds have no fixed order; a product with ones and zeros has one
         for first in range(0, len(ids), LOGIT_ROWS):
             part = slice(first, first + LOGIT_ROWS)
             chosen = xp.arange(len(table))[:, None] == ids[part]  # [vocab_size, part]

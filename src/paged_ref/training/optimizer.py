@@ -1,4 +1,4 @@
-"""AdamW and Muon, the learning rate's way up and down, and the clip of the gradient."""
+"""AdamW and Muon, the schedule of the learning rate, and the clip of the gradient."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..core.device import Array, xp
 
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8  # of AdamW
 MOMENTUM = 0.95  # of Muon
-MUON_RATE = 7  # times the learning rate: a matrix moves by as much in all directions, and bears longer steps
+MUON_RATE = 7  # times the learning rate: a matrix moves equally in all directions, so its steps can be longer
 
 
 def learning_rate(step: int, num_steps: int, warmup: int, peak: float) -> float:
-    """Up in a line over `warmup` steps, then down to 0 as half a cosine (Loshchilov & Hutter 2017).
+    """A rise in a line over `warmup` steps, then half a cosine down to 0 (Loshchilov & Hutter 2017).
 
     Step 0 is the first.
     """
@@ -32,12 +32,12 @@ def clip(gradient: Array, longest: float) -> float:
 
 
 class Optimizer(Protocol):
-    """Moves some of the weights by their gradient."""
+    """The rule by which some of the weights move."""
 
-    state: list[Array]  # all that it keeps from step to step
+    state: list[Array]  # all that lasts from step to step
 
     def step(self, rate: float, count: int) -> None:
-        """Step number `count`, the first is 1, at learning rate `rate`. The gradient is left changed."""
+        """Make step number `count`, from 1, at learning rate `rate`. Changes the gradient."""
 
 
 class AdamW:
@@ -45,8 +45,8 @@ class AdamW:
 
     def __init__(self, weights: Array, gradient: Array, weight_decay: float) -> None:
         self.weights, self.gradient, self.weight_decay = weights, gradient, weight_decay
-        self.mean = xp.zeros_like(weights)  # [size] of the gradient, moving
-        self.square = xp.zeros_like(weights)  # [size] of its square, moving
+        self.mean = xp.zeros_like(weights)  # [size] moving average of the gradient
+        self.square = xp.zeros_like(weights)  # [size] moving average of its square
         self.state = [self.mean, self.square]
 
     def step(self, rate: float, count: int) -> None:
@@ -70,7 +70,7 @@ class Muon:
     """Momentum whose matrix is made orthogonal before the weights move by it (Jordan 2024): matrices only."""
 
     def __init__(self, weights: Sequence[Array], gradients: Sequence[Array], weight_decay: float) -> None:
-        """Each `[out, in]`; views, where several are joined in one."""
+        """Matrices `[out, in]`; where several are joined in one array, views of it."""
         self.weights, self.gradients, self.weight_decay = weights, gradients, weight_decay
         self.state = [xp.zeros_like(weight) for weight in weights]
 
@@ -80,7 +80,7 @@ class Muon:
             momentum *= MOMENTUM
             momentum += (1 - MOMENTUM) * gradient
             gradient *= 1 - MOMENTUM
-            gradient += MOMENTUM * momentum  # Nesterov's look ahead
+            gradient += MOMENTUM * momentum  # Nesterov momentum
             move = orthogonal(gradient)  # [out, in]
             move *= rate * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
             weight *= 1 - rate * self.weight_decay

@@ -1,9 +1,9 @@
-"""All weights of a decoder in one flat array, so that the optimizer is a few lines over one array."""
+"""All weights of a decoder in one flat array, so that an optimizer is a few lines over one array."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ from numpy.typing import DTypeLike
 
 from ..core.device import Array, to_host, xp
 from ..core.model.config import ModelConfig
+from ..interop.hf_config import HFConfig
 
 
 @dataclass(frozen=True, slots=True)
 class LayerViews:
-    """One layer's weights, or their gradients: views of the flat array. [out, in], what reads the same input joined."""
+    """One layer's weights, or their gradients: views of the flat array, [out, in]. Matrices of one input are joined."""
 
     qkv: Array  # [(num_heads + 2 * num_kv_heads) * head_size, hidden_size]
     output: Array  # [hidden_size, num_heads * head_size]
@@ -26,32 +27,19 @@ class LayerViews:
 
 
 class Parameters:
-    """One value for each weight of a Llama with tied embeddings, matrices first, then the norms.
+    """The weights of a Llama with tied embeddings, or their gradients.
 
-    `flat[:num_in_matrices]` are the matrices, the embedding first; norms follow.
+    `flat[:num_in_matrices]` are the matrices, the embedding first; the norms follow.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike = np.float32) -> None:
         """All zero. Raises ValueError for a model that is not such a Llama."""
-        if config.model_type != "llama" or config.rope_scaling is not None:
+        if isinstance(config, HFConfig) and (config.model_type != "llama" or config.rope_scaling is not None):
             raise ValueError(f"model_type is {config.model_type}; training knows llama, without rope_scaling")
         if not config.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is false; training knows tied embeddings")
         self.config = config
-        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
-        qkv_size = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
-        matrices = {
-            "qkv": (qkv_size, hidden_size),
-            "output": (hidden_size, config.num_heads * config.head_size),
-            "gate_up": (2 * intermediate_size, hidden_size),
-            "down": (hidden_size, intermediate_size),
-        }
-        norms = {"attention_norm": (hidden_size,), "mlp_norm": (hidden_size,)}
-        shapes: dict[tuple[int, str], tuple[int, ...]] = {(-1, "embedding"): (config.vocab_size, hidden_size)}
-        for group in (matrices, norms):
-            shapes |= {(layer, name): shape for layer in range(config.num_layers) for name, shape in group.items()}
-        shapes[-1, "final_norm"] = (hidden_size,)
-
+        shapes = _shapes(config)
         ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
         self.flat = xp.zeros(int(ends[-1]), dtype=dtype)  # [number of weights]
         self.num_in_matrices = int(sum(np.prod(shape) for shape in shapes.values() if len(shape) == 2))
@@ -62,12 +50,13 @@ class Parameters:
         self.embedding = views[-1, "embedding"]  # [vocab_size, hidden_size]; the head as well
         self.final_norm = views[-1, "final_norm"]  # [hidden_size]
         self.layers = [
-            LayerViews(**{name: views[layer, name] for name in (*matrices, *norms)})
+            LayerViews(**{field.name: views[layer, field.name] for field in fields(LayerViews)})
             for layer in range(config.num_layers)
         ]
 
     def initialize(self, seed: int) -> None:
-        """Normal with deviation 0.02; what writes into the residual is smaller the deeper the model (GPT-2)."""
+        """Draw from a normal distribution with deviation 0.02. Matrices that write into the residual get smaller values
+        the deeper the model is (GPT-2)."""
         rng = np.random.default_rng(seed)
         drawn = rng.standard_normal(self.num_in_matrices, dtype=np.float32)
         self.flat[: self.num_in_matrices] = xp.asarray(np.float32(0.02) * drawn)
@@ -101,6 +90,25 @@ class Parameters:
         return {name: to_host(view).astype(dtype) for name, view in self.by_name().items()}
 
     def fill(self, weights: Mapping[str, Any]) -> None:
-        """Take the values from arrays under Hugging Face's names."""
+        """Copy the values from arrays under Hugging Face's names."""
         for name, view in self.by_name().items():
             view[...] = xp.asarray(weights[name])
+
+
+def _shapes(config: ModelConfig) -> dict[tuple[int, str], tuple[int, ...]]:
+    """The shape of each weight by (layer, name), in the order of the flat array; layer -1 is outside of all layers."""
+    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+    matrices = {
+        "qkv": ((config.num_heads + 2 * config.num_kv_heads) * config.head_size, hidden_size),
+        "output": (hidden_size, config.num_heads * config.head_size),
+        "gate_up": (2 * intermediate_size, hidden_size),
+        "down": (hidden_size, intermediate_size),
+    }
+    norms = {"attention_norm": (hidden_size,), "mlp_norm": (hidden_size,)}
+    shapes: dict[tuple[int, str], tuple[int, ...]] = {(-1, "embedding"): (config.vocab_size, hidden_size)}
+    for layer in range(config.num_layers):
+        shapes |= {(layer, name): shape for name, shape in matrices.items()}
+    for layer in range(config.num_layers):
+        shapes |= {(layer, name): shape for name, shape in norms.items()}
+    shapes[-1, "final_norm"] = (hidden_size,)
+    return shapes

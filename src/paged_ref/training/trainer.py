@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps made, state that a run can stop and go on from to the same weights."""
+"""The training loop, and the state from which a run that was stopped continues to the same weights."""
 
 from __future__ import annotations
 
@@ -11,40 +11,37 @@ from typing import Any
 
 import numpy as np
 
+from ..core.checks import require
 from ..core.device import Array, to_host, xp
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
 from .checkpoint import State
 from .corpus import batches, encode
-from .network import Activations, Batch, Dropout, loss_and_gradient, total_loss
+from .network import Activations, Dropout, PackedBatch, loss_and_gradient, total_loss
 from .optimizer import AdamW, Muon, Optimizer, clip, learning_rate
 from .parameters import Parameters
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to train. With the text, the sizes and the seed, the weights follow to the bit on one machine."""
+    """How to train. On one machine, settings, text and sizes of the model determine the weights to the bit."""
 
     num_steps: int
     batch_tokens: int = 4096  # of one step
-    micro_tokens: int = 2048  # of these, computed at a time; their gradients add up
-    optimizer: str = "adamw"  # of the layers' matrices, or "muon"; the rest is always AdamW's
-    learning_rate: float = 3e-3  # at its highest
+    micro_tokens: int = 2048  # of these, computed together; the gradients of all parts add up
+    optimizer: str = "adamw"  # of the layers' matrices: "adamw" or "muon"; for the rest always AdamW
+    learning_rate: float = 3e-3  # the highest
     warmup: int = 100  # steps
     weight_decay: float = 0.1
     dropout: float = 0.1
-    clip: float = 1.0  # the gradient's length at most
+    clip: float = 1.0  # the longest gradient
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer is {self.optimizer!r}; known are 'adamw' and 'muon'")
-        for name in ("num_steps", "batch_tokens", "micro_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        for name in ("warmup", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; at least 0 is needed")
+        require(**{name: (getattr(self, name), 1) for name in ("num_steps", "batch_tokens", "micro_tokens")})
+        require(**{name: (getattr(self, name), 0) for name in ("warmup", "weight_decay", "seed")})
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
@@ -53,23 +50,23 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TrainingStep:
     """What one step did."""
 
     number: int  # the first is 1
     loss: float  # nats for each token, mean over the batch
-    gradient: float  # its length before the clip
+    gradient: float  # the length of the gradient before the clip
     num_tokens: int
     seconds: float
 
 
 class Trainer:
-    """One run. `step()` until `done`; `state()` at any time between, and `restore()` of one goes on from there."""
+    """One run: call `step()` until `done`. Between steps, `state()` gives a state that `restore()` continues from."""
 
     def __init__(
         self, config: ModelConfig, settings: Settings, stories: Sequence[np.ndarray], activations: Activations
     ) -> None:
-        """`stories`: token ids of each, END at their end, as corpus.encode gives them. Raises ValueError."""
+        """`stories`: the token ids of each, with END at the end, as corpus.encode returns them. Raises ValueError."""
         self.settings, self.activations = settings, activations
         context = config.max_position_embeddings
         num_tokens = sum(map(len, stories))
@@ -89,8 +86,8 @@ class Trainer:
     def done(self) -> bool:
         return len(self.losses) >= self.settings.num_steps
 
-    def step(self) -> Step:
-        """One batch forwards and backwards, and the weights' move."""
+    def step(self) -> TrainingStep:
+        """Compute one batch forwards and backwards, and move the weights."""
         began = perf_counter()
         settings, number = self.settings, len(self.losses)
         batch = next(self._batches)
@@ -99,23 +96,22 @@ class Trainer:
         loss = 0.0
         for index, part in enumerate(micro_batches(batch, settings.micro_tokens)):
             dropout = Dropout(settings.dropout, [settings.seed, number, index])
-            loss += loss_and_gradient(
-                self.weights, self.gradient, Batch.of(part), self.activations, dropout, 1 / num_tokens
-            )
+            packed = PackedBatch.of(part)
+            loss += loss_and_gradient(self.weights, self.gradient, packed, self.activations, dropout, 1 / num_tokens)
         length = clip(self.gradient.flat, settings.clip)
         rate = learning_rate(number, settings.num_steps, settings.warmup, settings.learning_rate)
         for optimizer in self.optimizers:
             optimizer.step(rate, number + 1)
         self.losses.append(loss)
-        return Step(number + 1, loss, length, num_tokens, perf_counter() - began)
+        return TrainingStep(number + 1, loss, length, num_tokens, perf_counter() - began)
 
     def state(self, run: dict[str, Any]) -> State:
-        """All that going on takes. `run` is kept with it, to be compared by whoever goes on."""
+        """All that is needed to continue, and `run`, which says what determines the weights."""
         arrays = {name: to_host(array).copy() for name, array in self._arrays().items()}
         return State(run, len(self.losses), arrays | {"losses": np.array(self.losses)})
 
     def restore(self, state: State) -> None:
-        """Go on where `state` was taken."""
+        """Continue from `state`."""
         for name, array in self._arrays().items():
             array[...] = xp.asarray(state.arrays[name])
         self.losses = state.arrays["losses"].tolist()
@@ -130,14 +126,14 @@ class Trainer:
 
 
 def _optimizers(settings: Settings, weights: Parameters, gradient: Parameters) -> list[Optimizer]:
-    """Who moves what. The norms' weights do not decay."""
+    """The optimizer of each part of the weights. The norms' weights do not decay."""
     decay, ends = settings.weight_decay, weights.num_in_matrices
     norms = AdamW(weights.flat[ends:], gradient.flat[ends:], 0.0)
     if settings.optimizer == "adamw":
         return [AdamW(weights.flat[:ends], gradient.flat[:ends], decay), norms]
     embedding = AdamW(weights.embedding.reshape(-1), gradient.embedding.reshape(-1), decay)
     matrices, gradients = (
-        [view for name, view in its.by_name().items() if "_proj" in name] for its in (weights, gradient)
+        [view for name, view in part.by_name().items() if "_proj" in name] for part in (weights, gradient)
     )
     return [Muon(matrices, gradients, decay), embedding, norms]
 
@@ -156,9 +152,10 @@ def micro_batches(batch: Sequence[np.ndarray], micro_tokens: int) -> list[list[n
 
 
 def bits_per_byte(weights: Parameters, tokenizer: Tokenizer, stories: Sequence[str]) -> float:
-    """How many bits each byte of the stories takes: an END before it, all of its tokens and the END behind it.
+    """The bits that the model takes for each byte of the stories.
 
-    Comparable between vocabularies. A story that is longer than the context begins anew at every full one.
+    Each story has an END before it; the bits are those of its tokens and of the END behind it. Comparable between
+    vocabularies. In a story that is longer than the context, the context begins anew whenever it is full.
     """
     context = weights.config.max_position_embeddings
     parts: list[np.ndarray] = []
@@ -166,5 +163,5 @@ def bits_per_byte(weights: Parameters, tokenizer: Tokenizer, stories: Sequence[s
         whole = np.concatenate([ids[-1:], ids])  # [length + 1]
         parts += [whole[first : first + context + 1] for first in range(0, len(whole) - 1, context)]
     groups = micro_batches(parts, max(context, 2048))
-    nats = math.fsum(total_loss(weights, Batch.of(group)) for group in groups)
+    nats = math.fsum(total_loss(weights, PackedBatch.of(group)) for group in groups)
     return nats / math.log(2) / sum(len(story.encode()) for story in stories)

@@ -1,1 +1,8 @@
 """Kernels made for speed. Each is a backend of the core's attention, or takes the place of array code."""
+
+from ..core.attention.attention import register
+
+register(
+    "cuda-flash", "tuned kernels on a GPU: split sequences, tensor cores, all formats", f"{__name__}.flash", rank=0
+)
+register("cpu-simd", "a loop for CPU threads, in vectors: all variants and formats", f"{__name__}.cpu_simd", rank=20)

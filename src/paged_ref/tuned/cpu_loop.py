@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The loop of the backend `cpu`, compiled by Numba. Its order, from the outside in, and why:
+"""The loop of the backend `cpu-simd`, compiled by Numba. Its order, from the outside in, and why:
 
     item   a few queries of one sequence, with the keys that they may see. Threads share the items.
      tile    16 keys. Their slots are looked up once, and this is all that paging costs.
@@ -7,12 +7,12 @@
        rows      all query heads of its group, for all queries of the item: each K row is read once for
                  all of them. Four rows by four keys at a time is what fits in the vector registers.
 
-The softmax is online, one step for each tile (Milakov and Gimelshein 2018), so no score outlives its tile.
+The softmax is online, one step for each tile (Milakov and Gimelshein 2018), so scores are kept for one tile only.
 While a tile is computed, the next one is prefetched: rows of a tile lie a token apart, which the hardware's own
 prefetcher does not follow (without this, decoding takes twice as long).
 
-Arrays are flat and indices are counted by hand, because that is what the compiler turns into vectors: a slice
-in Numba costs a reference count, and rows of a 2-D array a test for negative indices.
+Arrays are flat and indices are computed in the code, because the compiler makes vectors of that form: a slice in
+Numba costs a reference count, and rows of a 2-D array cost a test for negative indices.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def to_float(typingctx, number):
             return builder.bitcast(builder.shl(builder.zext(bits, i32), i32(16)), f32)
         if number == types.int8:
             return builder.sitofp(bits, f32)
-        wide = builder.zext(bits, i16)  # as in quantize.from_float8
+        wide = builder.zext(bits, i16)  # as in formats.from_float8
         size = builder.and_(wide, i16(0x7F))
         sign = builder.shl(builder.and_(wide, i16(0x80)), i16(8))
         small = builder.fpext(builder.bitcast(builder.or_(sign, builder.shl(size, i16(7))), half), f32)
@@ -59,18 +59,8 @@ def to_float(typingctx, number):
 
 
 @intrinsic
-def float_of_bits(typingctx, bits):
-    """The float32 with these bits."""
-
-    def build(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), build
-
-
-@intrinsic
 def prefetch(typingctx, array, index):
-    """Ask for the cache line of array[index], into L2. Reads nothing, waits for nothing."""
+    """Ask for the cache line of array[index], into L2, without waiting for it."""
 
     def build(context, builder, signature, arguments):
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -87,8 +77,8 @@ def prefetch(typingctx, array, index):
 
 @njit(fastmath=FAST, forceinline=True)
 def exp(x):
-    """e**x for x <= 0 to float32's precision: 2**n * 2**f, the second by its series. math.exp would be a call
-    for each number; this the compiler does for 16 at a time."""
+    """e**x for x <= 0 to float32's precision: 2**n * 2**f, the second by its series. math.exp would be a call for
+    each number; the compiler makes vectors of 16 numbers of this."""
     power = x * FLOAT(1.4426950408889634)
     n = np.floor(power + FLOAT(0.5))
     f = power - n  # -0.5 to 0.5
@@ -101,13 +91,13 @@ def exp(x):
     y = y * f + FLOAT(1.0)
     if x < FLOAT(-87.0):  # below float32's normal numbers, -inf included
         return FLOAT(0.0)
-    return y * float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(FLOAT)
 
 
 @njit(forceinline=True)
-def u(index):
-    """An index that is not negative. Numba lets a signed index count from the end, and that test keeps the
-    compiler from seeing that a[i + d] for d = 0, 1, 2... is one vector."""
+def unsigned(index):
+    """An index that is not negative. Numba lets a signed index count from the end, and the test for that hides from
+    the compiler that a[i + d] for d = 0, 1, 2... is one vector."""
     return np.uint64(index)
 
 
@@ -148,8 +138,8 @@ def plan(seq_lens, query_start_loc, window, queries):
 
 @njit(fastmath=FAST, forceinline=True)
 def slots(at, table, s, first, last, block_size, strides):
-    """Where the rows of the tile at key `first` begin: slot_of, times the strides. After the last key that
-    key is repeated, so that a short tile needs no loops of its own and still reads nothing but its keys."""
+    """Fill `at [TILE]` with the places where the rows of the tile at key `first` begin: slot_of, times the strides.
+    Past the end, the last key is repeated: a short tile then needs no loops of its own, and reads only its keys."""
     block, offset = first // block_size, first % block_size
     for t in range(TILE):
         if first + t < last:
@@ -162,9 +152,9 @@ def slots(at, table, s, first, last, block_size, strides):
 
 
 @njit(fastmath=FAST, forceinline=True)
-def ahead(cache, at, strides, first, num_kv_heads, width):
-    """Prefetch four head rows of the next tile, strictly in the order in which they lie in memory: any other
-    order was slower, up to twice. So was more at once: the core drops what it has no room to wait for."""
+def prefetch_tile(cache, at, strides, first, num_kv_heads, width):
+    """Prefetch four head rows of the next tile, strictly in the order in which they lie in memory: any other order was
+    slower, up to twice. More rows in one call were slower, too: the processor drops requests beyond its capacity."""
     for j in range(first, first + 4):
         row = at[j // num_kv_heads] + j % num_kv_heads * strides[2]
         for d in range(0, width, LINE):
@@ -176,68 +166,70 @@ def unpack(rows, cache, at, offset, step, head_size):
     """Copy one head of a tile to rows [TILE, head_size] of float32, from any format and any stride."""
     for t in range(TILE):
         source, target = at[t] + offset, t * head_size
-        if step == 1:  # said apart, so that the compiler sees a vector
+        if step == 1:  # a loop of its own, of which the compiler makes vectors
             for d in range(head_size):
-                rows[u(target + d)] = to_float(cache[u(source + d)])
+                rows[unsigned(target + d)] = to_float(cache[unsigned(source + d)])
         else:
             for d in range(head_size):
-                rows[u(target + d)] = to_float(cache[u(source + d * step)])
+                rows[unsigned(target + d)] = to_float(cache[unsigned(source + d * step)])
 
 
 @njit(fastmath=FAST, forceinline=True)
-def dots(scores, r, t, query, q, keys, k0, k1, k2, k3, size):
+def dot_four_rows(scores, r, t, query, q, keys, k0, k1, k2, k3, size):
     """scores[r:r+4, t:t+4] = four query rows, from `q` on, times the key rows at k0 to k3."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = FLOAT(0.0)
     for d in range(size):
-        qa, qb = query[u(q + d)], query[u(q + size + d)]
-        qc, qd = query[u(q + 2 * size + d)], query[u(q + 3 * size + d)]
-        x0, x1, x2, x3 = keys[u(k0 + d)], keys[u(k1 + d)], keys[u(k2 + d)], keys[u(k3 + d)]
+        qa, qb = query[unsigned(q + d)], query[unsigned(q + size + d)]
+        qc, qd = query[unsigned(q + 2 * size + d)], query[unsigned(q + 3 * size + d)]
+        x0, x1, x2, x3 = keys[unsigned(k0 + d)], keys[unsigned(k1 + d)], keys[unsigned(k2 + d)], keys[unsigned(k3 + d)]
         a0, a1, a2, a3 = a0 + qa * x0, a1 + qa * x1, a2 + qa * x2, a3 + qa * x3
         b0, b1, b2, b3 = b0 + qb * x0, b1 + qb * x1, b2 + qb * x2, b3 + qb * x3
         c0, c1, c2, c3 = c0 + qc * x0, c1 + qc * x1, c2 + qc * x2, c3 + qc * x3
         d0, d1, d2, d3 = d0 + qd * x0, d1 + qd * x1, d2 + qd * x2, d3 + qd * x3
     i = r * TILE + t
-    scores[u(i)], scores[u(i + 1)], scores[u(i + 2)], scores[u(i + 3)] = a0, a1, a2, a3
+    scores[unsigned(i)], scores[unsigned(i + 1)], scores[unsigned(i + 2)], scores[unsigned(i + 3)] = a0, a1, a2, a3
     i += TILE
-    scores[u(i)], scores[u(i + 1)], scores[u(i + 2)], scores[u(i + 3)] = b0, b1, b2, b3
+    scores[unsigned(i)], scores[unsigned(i + 1)], scores[unsigned(i + 2)], scores[unsigned(i + 3)] = b0, b1, b2, b3
     i += TILE
-    scores[u(i)], scores[u(i + 1)], scores[u(i + 2)], scores[u(i + 3)] = c0, c1, c2, c3
+    scores[unsigned(i)], scores[unsigned(i + 1)], scores[unsigned(i + 2)], scores[unsigned(i + 3)] = c0, c1, c2, c3
     i += TILE
-    scores[u(i)], scores[u(i + 1)], scores[u(i + 2)], scores[u(i + 3)] = d0, d1, d2, d3
+    scores[unsigned(i)], scores[unsigned(i + 1)], scores[unsigned(i + 2)], scores[unsigned(i + 3)] = d0, d1, d2, d3
 
 
 @njit(fastmath=FAST, forceinline=True)
-def dots_of_one(scores, t, query, q, keys, k0, k1, k2, k3, size):
-    """scores[0, t:t+4], where there is but one row: decoding without groups. Four would be four times the work."""
+def dot_one_row(scores, t, query, q, keys, k0, k1, k2, k3, size):
+    """scores[0, t:t+4] where only one row exists: decoding without groups. Four rows would be four times the work."""
     a0 = a1 = a2 = a3 = FLOAT(0.0)
     for d in range(size):
-        qa = query[u(q + d)]
-        a0, a1 = a0 + qa * keys[u(k0 + d)], a1 + qa * keys[u(k1 + d)]
-        a2, a3 = a2 + qa * keys[u(k2 + d)], a3 + qa * keys[u(k3 + d)]
-    scores[u(t)], scores[u(t + 1)], scores[u(t + 2)], scores[u(t + 3)] = a0, a1, a2, a3
+        qa = query[unsigned(q + d)]
+        a0, a1 = a0 + qa * keys[unsigned(k0 + d)], a1 + qa * keys[unsigned(k1 + d)]
+        a2, a3 = a2 + qa * keys[unsigned(k2 + d)], a3 + qa * keys[unsigned(k3 + d)]
+    scores[unsigned(t)], scores[unsigned(t + 1)], scores[unsigned(t + 2)], scores[unsigned(t + 3)] = a0, a1, a2, a3
 
 
 @njit(fastmath=FAST, forceinline=True)
-def add_values(mixed, m, weights, r, t, values, v0, v1, v2, v3, size):
+def add_values_two_rows(mixed, m, weights, r, t, values, v0, v1, v2, v3, size):
     """Two rows of `mixed`, from `m` on, += weights[r:r+2, t:t+4] times the value rows at v0 to v3."""
     i, j, n = r * TILE + t, (r + 1) * TILE + t, m + size
-    a0, a1, a2, a3 = weights[u(i)], weights[u(i + 1)], weights[u(i + 2)], weights[u(i + 3)]
-    b0, b1, b2, b3 = weights[u(j)], weights[u(j + 1)], weights[u(j + 2)], weights[u(j + 3)]
+    a0, a1, a2, a3 = weights[unsigned(i)], weights[unsigned(i + 1)], weights[unsigned(i + 2)], weights[unsigned(i + 3)]
+    b0, b1, b2, b3 = weights[unsigned(j)], weights[unsigned(j + 1)], weights[unsigned(j + 2)], weights[unsigned(j + 3)]
     for d in range(size):
-        x0, x1, x2, x3 = values[u(v0 + d)], values[u(v1 + d)], values[u(v2 + d)], values[u(v3 + d)]
-        a = mixed[u(m + d)] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        b = mixed[u(n + d)] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-        mixed[u(m + d)] = a
-        mixed[u(n + d)] = b
+        x0, x1 = values[unsigned(v0 + d)], values[unsigned(v1 + d)]
+        x2, x3 = values[unsigned(v2 + d)], values[unsigned(v3 + d)]
+        a = mixed[unsigned(m + d)] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+        b = mixed[unsigned(n + d)] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+        mixed[unsigned(m + d)] = a
+        mixed[unsigned(n + d)] = b
 
 
 @njit(fastmath=FAST, forceinline=True)
-def add_values_of_one(mixed, m, weights, t, values, v0, v1, v2, v3, size):
+def add_values_one_row(mixed, m, weights, t, values, v0, v1, v2, v3, size):
     """The same for the one row of `mixed` at `m`."""
-    a0, a1, a2, a3 = weights[u(t)], weights[u(t + 1)], weights[u(t + 2)], weights[u(t + 3)]
+    a0, a1, a2, a3 = weights[unsigned(t)], weights[unsigned(t + 1)], weights[unsigned(t + 2)], weights[unsigned(t + 3)]
     for d in range(size):
-        x0, x1, x2, x3 = values[u(v0 + d)], values[u(v1 + d)], values[u(v2 + d)], values[u(v3 + d)]
-        mixed[u(m + d)] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+        x0, x1 = values[unsigned(v0 + d)], values[unsigned(v1 + d)]
+        x2, x3 = values[unsigned(v2 + d)], values[unsigned(v3 + d)]
+        mixed[unsigned(m + d)] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
 
 
 @njit(fastmath=FAST, forceinline=True)
@@ -249,10 +241,10 @@ def adjust(scores, r, first, position, end, window, softcap, slope):
             scores[r * TILE + t] = softcap * math.tanh(scores[r * TILE + t] / softcap)
     last, earliest = min(position, end - 1) - first, max(position - window, -1) - first
     if slope == 0 and last >= TILE - 1 and earliest < 0:
-        return  # the common case: all of the tile is seen, as it is
+        return  # the common case: the whole tile is visible, and nothing changes
     last32, earliest32, before = np.int32(last), np.int32(earliest), np.int32(first - position)
     for t in range(TILE):
-        i, key = u(r * TILE + t), np.int32(t)
+        i, key = unsigned(r * TILE + t), np.int32(t)
         score = scores[i] + slope * FLOAT(key + before)
         if key > last32:
             score = FLOAT(-np.inf)
@@ -262,34 +254,34 @@ def adjust(scores, r, first, position, end, window, softcap, slope):
 
 
 @njit(forceinline=True)
-def top_of(scores, r, half):
-    """The highest score of row r, by halves: a running maximum is a chain of 16 steps, which no compiler may
-    reorder while NaN counts. `half` is scratch."""
+def row_max(scores, r, half):
+    """The highest score of row r, by halves: a running maximum is a chain of 16 steps, which no compiler may reorder
+    because NaN counts. `half [TILE // 2]` is scratch."""
     for t in range(TILE // 2):
-        half[u(t)] = max(scores[u(r * TILE + t)], scores[u(r * TILE + t + TILE // 2)])
+        half[unsigned(t)] = max(scores[unsigned(r * TILE + t)], scores[unsigned(r * TILE + t + TILE // 2)])
     for t in range(TILE // 4):
-        half[u(t)] = max(half[u(t)], half[u(t + TILE // 4)])
+        half[unsigned(t)] = max(half[unsigned(t)], half[unsigned(t + TILE // 4)])
     return max(max(half[0], half[1]), max(half[2], half[3]))
 
 
 @njit(fastmath=FAST, forceinline=True)
-def weigh(weights, r, shift):
-    """The scores of row r become weights, e**(score - shift); returns their sum."""
+def exp_weights(weights, r, shift):
+    """Replace the scores of row r by weights, e**(score - shift), and return the sum of the weights."""
     total = FLOAT(0.0)
     for t in range(TILE):
-        weight = exp(weights[u(r * TILE + t)] - shift)
-        weights[u(r * TILE + t)] = weight
+        weight = exp(weights[unsigned(r * TILE + t)] - shift)
+        weights[unsigned(r * TILE + t)] = weight
         total += weight
     return total
 
 
 @njit(fastmath=FAST, forceinline=True)
 def attend(item, query, caches, floats, in_place, strides, table, sizes, options, out, lse):
-    """Compute one item. A row is a (query, head) pair of one KV head. Rows come in fours; those past the last
-    pair are queries of zeros, and nobody reads what becomes of them.
+    """Compute one item. A row is a (query, head) pair of one KV head. Rows come in fours; the rows past the last pair
+    are queries of zeros, and their results are never read.
 
-    query [num_tokens * num_heads * head_size], scaled. caches: the flat K and V; floats: they again where they
-    are float32 and can be read in place, else empty. The other names are those of `attention`.
+    query [num_tokens * num_heads * head_size], scaled. caches: the flat K and V; floats: the same two arrays where
+    they are float32 and can be read in place, else empty. The other names are those of cpu_simd.attend.
     """
     keys, values = caches
     key_strides, value_strides = strides
@@ -307,7 +299,7 @@ def attend(item, query, caches, floats, in_place, strides, table, sizes, options
             row, q_head = head * rows + r, head * group_size + r % group_size
             source = ((item.query + r // group_size) * num_heads + q_head) * size
             for d in range(size):
-                q[u(row * size + d)] = query[u(source + d)]
+                q[unsigned(row * size + d)] = query[unsigned(source + d)]
             # The sink is a key without a value, seen before all others.
             highest[row] = sinks[q_head] if item.part == 0 else -np.inf
             total[row] = 1.0 if highest[row] > -np.inf else 0.0
@@ -336,41 +328,41 @@ def attend(item, query, caches, floats, in_place, strides, table, sizes, options
                 k, v, k_head, v_head = in_tile, in_tile, 0, 0
             for t in range(0, TILE, 4):
                 if more:
-                    ahead(keys, next_key_at, key_strides, head * TILE + t, num_kv_heads, size)
+                    prefetch_tile(keys, next_key_at, key_strides, head * TILE + t, num_kv_heads, size)
                 k0, k1, k2, k3 = k[t] + k_head, k[t + 1] + k_head, k[t + 2] + k_head, k[t + 3] + k_head
                 if pairs == 1:
-                    dots_of_one(weights, t, q, base * size, key_rows, k0, k1, k2, k3, size)
+                    dot_one_row(weights, t, q, base * size, key_rows, k0, k1, k2, k3, size)
                 for r in range(0, rows - 3, 4):
-                    dots(weights, r, t, q, (base + r) * size, key_rows, k0, k1, k2, k3, size)
+                    dot_four_rows(weights, r, t, q, (base + r) * size, key_rows, k0, k1, k2, k3, size)
             for r in range(pairs):
                 row, position = base + r, item.position + r // group_size
                 slope = slopes[head * group_size + r % group_size]
                 adjust(weights, r, first, position, item.end, window, softcap, slope)
-                top = max(highest[row], top_of(weights, r, half))
+                top = max(highest[row], row_max(weights, r, half))
                 if top > highest[row]:  # what was summed before shrinks to the new scale
                     shrink = exp(highest[row] - top)
                     highest[row] = top
                     total[row] *= shrink
                     for d in range(size):
-                        mixed[u(row * size + d)] *= shrink
+                        mixed[unsigned(row * size + d)] *= shrink
                 # While no key was seen, top is -inf, and -inf - -inf would be NaN.
-                total[row] += weigh(weights, r, top if top > -np.inf else FLOAT(0.0))
+                total[row] += exp_weights(weights, r, top if top > -np.inf else FLOAT(0.0))
             for t in range(0, TILE, 4):
                 if more:
-                    ahead(values, next_value_at, value_strides, head * TILE + t, num_kv_heads, size)
+                    prefetch_tile(values, next_value_at, value_strides, head * TILE + t, num_kv_heads, size)
                 v0, v1, v2, v3 = v[t] + v_head, v[t + 1] + v_head, v[t + 2] + v_head, v[t + 3] + v_head
                 if pairs == 1:
-                    add_values_of_one(mixed, base * size, weights, t, value_rows, v0, v1, v2, v3, size)
+                    add_values_one_row(mixed, base * size, weights, t, value_rows, v0, v1, v2, v3, size)
                 for r in range(0, rows - 1, 2):
-                    add_values(mixed, (base + r) * size, weights, r, t, value_rows, v0, v1, v2, v3, size)
+                    add_values_two_rows(mixed, (base + r) * size, weights, r, t, value_rows, v0, v1, v2, v3, size)
 
     for head in range(num_kv_heads):
         for r in range(pairs):
             row = head * rows + r
             target = (item.to + r // group_size) * num_heads + head * group_size + r % group_size
-            seen = total[row] != 0  # NaN counts as seen: it has to show
+            seen = total[row] != 0  # NaN counts as seen: it must show in the output
             for d in range(size):
-                out[u(target * size + d)] = mixed[u(row * size + d)] / total[row] if seen else FLOAT(0.0)
+                out[unsigned(target * size + d)] = mixed[unsigned(row * size + d)] / total[row] if seen else FLOAT(0.0)
             lse[target] = highest[row] + math.log(total[row]) if seen else -np.inf
 
 
@@ -378,8 +370,8 @@ def attend(item, query, caches, floats, in_place, strides, table, sizes, options
 def attend_share(
     mine, threads, items, products, query, caches, floats, in_place, strides, table, sizes, options, whole, parts
 ):
-    """The items of thread `mine`. Each thread walks the whole list, and takes an item when the item's middle
-    lies in its share, out of `threads` equal shares, of all the work."""
+    """Compute the items of thread `mine`. All work is divided into `threads` equal shares; a thread goes through the
+    whole list, and takes the items whose middle lies in its share."""
     before = 0
     for i in range(len(items)):
         item = items[i]
@@ -407,7 +399,7 @@ def merge(items, num_heads, size, parts_out, parts_lse, out, lse):
                 weight = FLOAT(math.exp(parts_lse[row] - top)) if top != -np.inf else FLOAT(0.0)
                 total += weight
                 for d in range(size):
-                    out[u(target * size + d)] += weight * parts_out[u(row * size + d)]
+                    out[unsigned(target * size + d)] += weight * parts_out[unsigned(row * size + d)]
             for d in range(size):
-                out[u(target * size + d)] /= total if total != 0 else FLOAT(1.0)
+                out[unsigned(target * size + d)] /= total if total != 0 else FLOAT(1.0)
             lse[target] = top + math.log(total) if total != 0 else -np.inf

@@ -1,4 +1,4 @@
-"""Backend `cuda-flash`: the tuned kernels of `flash_kernels.py`, chosen, launched and explained.
+"""Backend `cuda-flash`: the tuned kernels of `flash_kernels.py`, chosen and launched.
 
 Decoding reads K and V once and does little else, so the yardstick is a copy of the same bytes. Four ideas bring
 the kernel to it (the kernel's own docstring has the details):
@@ -8,18 +8,12 @@ the kernel to it (the kernel's own docstring has the details):
 * long sequences are split over CUDA blocks, so that one sequence fills the GPU (flash-decoding, Dao et al. 2023);
 * paging costs one table entry for each tile, read two tiles ahead.
 
-Why tensor cores for a single query? The 8 heads of a group have 8 multiply-adds for each number of K and of V. A
-warp does 32 at once, so a KiB of float16 (512 numbers) would take 8 * 512 / 32 = 128 instructions before any
-conversion, shuffle or exponential. What a GPU can issue: an H200 reads 4.8 TB/s = 4.69e9 KiB/s; its 132
-multiprocessors * 4 schedulers * 1.755 GHz issue 927e9 warp instructions a second, so 198 for each KiB. More, and
-memory waits for instructions. With tensor cores a KiB takes 30 in float16 with heads of 128 (45 with heads of 64),
-whatever the group, 54 in float32, 99 in int8, 112 in float8: counted from machine code by `paged-ref bench sass`.
-So float16 fills 15 % of the issue slots, float8 57 %, and memory is the bound; groups over 8 read K and V again
-for each 8 heads. In flight at a time must be what memory takes to answer, about a microsecond: 4.8 MB, 36 KiB for
-each multiprocessor. The kernels keep 48 to 96 there.
+Why tensor cores for a single query? While an H200 reads a KiB of K and V it can issue 198 warp instructions, and the 8
+heads of a group need 128 of them for multiply-adds alone, before any conversion or exponential. With tensor cores a KiB
+of float16 takes 30 in all, whatever the group; `paged-ref bench sass` counts all formats from the machine code.
 
-The first call of a variant compiles it, for seconds (machine_code.py); CuPy launches it, from pointers and numbers
-alone, so the host waits for nothing and a CUDA graph may hold it. All that decides a launch is in the shapes.
+The first call of a variant compiles it, for seconds; the host never waits, so a CUDA graph may hold a call. All that
+decides a launch is in the shapes.
 
 float8: e4m3's two codes for not-a-number read as 480, so what is stored must be numbers. Float32 queries over a
 16-bit or 8-bit cache are multiplied in the operands' range: up to 65504, unless the cache is bfloat16.
@@ -27,35 +21,30 @@ float8: e4m3's two codes for not-a-number read as 480, so what is stored must be
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core import device
+from ..core.attention.attention import AttentionCall
+from ..core.attention.cuda import Launch
 from ..core.device import Array, module_of
-from ..extras.formats import BFLOAT16, FLOAT8, INT8, word
-from ..interop.arguments import AttentionCall
+from ..extras.formats import BFLOAT16, FLOAT8, INT8, format_name
+from ..extras.variants import PLAIN
 from . import launching
+from .flat_views import address_of, flat_view, span_bytes
 
-NAMES = {
-    np.dtype("float16"): "float16", np.dtype("float32"): "float32",
-    BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "e4m3",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from .flash_variant import KernelVariant
+
+NAMES = {np.dtype(name): name for name in ("float16", "float32")} | {BFLOAT16: "bfloat16", INT8: "int8", FLOAT8: "e4m3"}
 ITEM_BYTES = 16  # of a load
 MAX_SPLITS = 128
 MIN_KEYS = 256  # of a split: fewer, and beginning and end cost more than the middle
 OLDEST = (8, 0)  # compute capability that has the `mma` shapes and bfloat16
-
-
-class Launch(NamedTuple):
-    """A kernel with all that it needs."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    bounds: tuple[int, int]  # threads of a CUDA block, CUDA blocks that must fit on a multiprocessor
-    args: tuple[Any, ...]
 
 
 def unavailable() -> str | None:
@@ -78,44 +67,45 @@ def unsupported(call: AttentionCall) -> str | None:
 def unsupported_by_kernels(call: AttentionCall) -> str | None:
     """What of this call the tuned kernels leave out, on whatever they run; None if nothing."""
     if call.query.dtype not in NAMES:
-        return f"query is {word(call.query.dtype)}; the tuned kernels compute in float32"
+        return f"query is {format_name(call.query.dtype)}; the tuned kernels compute in float32"
     if call.keys.dtype not in NAMES:
-        return f"the cache is {word(call.keys.dtype)}; the tuned kernels read {', '.join(NAMES.values())}"
-    itemsize = call.keys.dtype.itemsize
-    if call.head_size * itemsize % ITEM_BYTES:
-        return f"head_size is {call.head_size}; a row of {word(call.keys.dtype)} must be a multiple of 16 bytes"
-    if call.head_size * itemsize > 512:
-        return f"head_size is {call.head_size}; rows of the cache may have 512 bytes at most"
+        return f"the cache is {format_name(call.keys.dtype)}; the tuned kernels read {', '.join(NAMES.values())}"
+    itemsize, head_size = call.keys.dtype.itemsize, call.query.shape[-1]
+    if head_size * itemsize % ITEM_BYTES:
+        return f"head_size is {head_size}; a row of {format_name(call.keys.dtype)} must be a multiple of 16 bytes"
+    if head_size * itemsize > 512:
+        return f"head_size is {head_size}; rows of the cache may have 512 bytes at most"
     for name, cache_array in (("keys", call.keys), ("values", call.values)):
         if cache_array.size == 0:
             continue
-        if cache_array.strides[-1] != itemsize and call.head_size > 1:
+        if cache_array.strides[-1] != itemsize and head_size > 1:
             return f"the numbers of a head do not follow one another in the memory of the {name}"
-        if any(stride % ITEM_BYTES for stride in (_address(cache_array), *cache_array.strides[:-1])):
+        if any(stride % ITEM_BYTES for stride in (address_of(cache_array), *cache_array.strides[:-1])):
             return f"the rows of the {name} do not begin at multiples of {ITEM_BYTES} bytes"
-        if min(cache_array.strides) < 0 or _span(cache_array) > ITEM_BYTES << 32:
+        if min(cache_array.strides) < 0 or span_bytes(cache_array) > ITEM_BYTES << 32:
             return f"the {name} span more than 64 GiB, or run backwards"
     return None
 
 
-def variant_of(call: AttentionCall) -> Any:
-    """The kernel's `Variant` for this call, not split: mixed where there are more tokens than sequences.
+def kernel_variant_of(call: AttentionCall) -> KernelVariant:
+    """The kernel's `KernelVariant` for this call, not split: mixed where there are more tokens than sequences.
 
-    A mixed batch is run by two kernels: this one, for sequences with few queries, and the same with `prefill`.
+    Two kernels run a mixed batch: this one, for sequences with few queries, and the same with `prefill`.
     """
-    from .flash_variant import Variant
+    from .flash_variant import KernelVariant
 
-    return Variant(
+    asked = call.variant or PLAIN
+    return KernelVariant(
         cache=NAMES[call.keys.dtype],
         query=NAMES[call.query.dtype],
-        head_size=call.head_size,
-        group_size=call.num_heads // call.num_kv_heads,
-        block_size=call.block_size if call.paged else None,
-        mixed=call.query.shape[0] > call.num_seqs,
-        window=call.sliding_window is not None,
-        softcap=call.softcap is not None,
-        alibi=call.alibi_slopes is not None,
-        sinks=call.sinks is not None,
+        head_size=call.query.shape[2],
+        group_size=call.query.shape[1] // call.keys.shape[-2],
+        block_size=call.keys.shape[1] if call.addresses.block_tables is not None else None,
+        mixed=call.query.shape[0] > len(call.addresses.seq_lens),
+        window=call.window is not None,
+        softcap=asked.softcap is not None,
+        alibi=asked.alibi_slopes is not None,
+        sinks=asked.sinks is not None,
     )
 
 
@@ -131,10 +121,10 @@ def number_of_splits(blocks: int, max_keys: int, places: int) -> int:
 
     def share(splits: int) -> float:
         waves = blocks * splits / places
-        return waves / -(-blocks * splits // places)
+        return waves / math.ceil(waves)
 
-    best = max(share(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if share(splits) >= 0.9 * best)
+    shares = [share(splits) for splits in range(1, most + 1)]
+    return 1 + next(i for i, one in enumerate(shares) if one >= 0.9 * max(shares))
 
 
 def launches(call: AttentionCall, num_splits: int | None = None, processors: int = 1) -> list[Launch]:
@@ -144,15 +134,11 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
     """
     from .flash_combine import combine_kernel
     from .flash_kernels import attention_kernel
-    from .flash_variant import FEW, NUM_THREADS
+    from .flash_variant import MAX_SPLIT_QUERIES, NUM_THREADS
 
-    xp, variant = module_of(call.query), variant_of(call)
-    num_tokens, num_seqs, num_heads, num_kv_heads = (
-        call.query.shape[0],
-        call.num_seqs,
-        call.num_heads,
-        call.num_kv_heads,
-    )
+    xp, variant = module_of(call.query), kernel_variant_of(call)
+    num_tokens, num_heads, head_size = call.query.shape
+    num_seqs, num_kv_heads = len(call.addresses.seq_lens), call.keys.shape[-2]
     if num_tokens == 0 or num_seqs == 0:
         return []
     if num_splits is None:
@@ -164,85 +150,76 @@ def launches(call: AttentionCall, num_splits: int | None = None, processors: int
     lse = call.lse if call.lse is not None else xp.empty((num_tokens, num_heads), dtype=np.float32)
     out, lse = _bits(call.out), lse.ravel()
     args, sinks = _arguments(call, variant, lse)
-    bounds = (NUM_THREADS, variant.blocks_per_multiprocessor)
-    answer = []
+    found = []
     if variant.mixed:
         prefill = replace(variant, prefill=True, split=False)
         blocks = num_tokens * variant.group_size // prefill.rows_per_block + num_seqs
-        answer.append(Launch(attention_kernel(prefill), (blocks * num_kv_heads, 1, 1), bounds, (out, lse, *args)))
+        found.append(Launch(attention_kernel(prefill), (blocks * num_kv_heads, 1), NUM_THREADS, (out, lse, *args)))
     items = num_seqs if variant.mixed else num_tokens
-    grid = (items * variant.blocks_per_item * num_kv_heads, num_splits, 1)
+    grid = (items * variant.blocks_per_item * num_kv_heads, num_splits)
     if not variant.split:
-        answer.append(Launch(attention_kernel(variant), grid, bounds, (out, lse, *args)))
-        return answer
-    items *= FEW if variant.mixed else 1
-    part_out = xp.empty(items * num_heads * num_splits * call.head_size, dtype=np.float32)
+        return [*found, Launch(attention_kernel(variant), grid, NUM_THREADS, (out, lse, *args))]
+    items *= MAX_SPLIT_QUERIES if variant.mixed else 1
+    part_out = xp.empty(items * num_heads * num_splits * head_size, dtype=np.float32)
     part_lse = xp.empty(items * num_heads * num_splits, dtype=np.float32)
-    answer.append(Launch(attention_kernel(variant), grid, bounds, (part_out, part_lse, *args)))
+    found.append(Launch(attention_kernel(variant), grid, NUM_THREADS, (part_out, part_lse, *args)))
     combine = combine_kernel(variant.query, variant.head_size, variant.sinks, variant.mixed)
-    loc = xp.ascontiguousarray(call.query_start_loc)
+    loc = xp.ascontiguousarray(call.addresses.query_start_loc)
     parts = (out, lse, part_out, part_lse, loc, np.int64(num_heads), np.int64(num_splits), sinks)
-    answer.append(Launch(combine, (items * num_heads, 1, 1), (NUM_THREADS, 8), parts))
-    return answer
+    return [*found, Launch(combine, (items * num_heads, 1), NUM_THREADS, parts)]
 
 
 def _longest(call: AttentionCall) -> int:
     """Keys that a sequence may have, from shapes."""
-    if call.block_tables is not None:
-        return int(call.block_tables.shape[1]) * call.block_size
-    return int(call.keys.shape[0]) // call.num_seqs  # a guess, that the regions are about equal
+    tables = call.addresses.block_tables
+    if tables is not None:
+        return int(tables.shape[1] * call.keys.shape[1])
+    return int(call.keys.shape[0]) // len(call.addresses.seq_lens)  # an estimate: regions are about equal
 
 
-def _arguments(call: AttentionCall, variant: Any, none: Array) -> tuple[tuple[Any, ...], Array]:
+def _arguments(call: AttentionCall, variant: KernelVariant, none: Array) -> tuple[tuple[Any, ...], Array]:
     """The attention kernel's arguments after `out` and `lse`, and the sinks. `none` stands for arrays not read."""
-    xp = module_of(call.query)
+    xp, addresses, asked = module_of(call.query), call.addresses, call.variant or PLAIN
     query = _bits(xp.ascontiguousarray(call.query))
     if variant.exact:
-        if _address(query) % ITEM_BYTES:
+        if address_of(query) % ITEM_BYTES:
             query = query.copy()
         query = query.view(np.uint32)
-    tables, where_stride = call.block_tables, 1
+    tables, where_stride = addresses.block_tables, 1
     if tables is not None:
         if tables.strides[1] != tables.dtype.itemsize:
             tables = xp.ascontiguousarray(tables)
-        where, where_stride = _span_of(tables, tables.dtype), tables.strides[0] // tables.dtype.itemsize
+        where, where_stride = flat_view(tables), tables.strides[0] // tables.dtype.itemsize
     else:
-        where = xp.ascontiguousarray(call.starts)
+        where = xp.ascontiguousarray(addresses.starts)
 
     def per_head(array: Array | None) -> Array:
         return none if array is None else xp.ascontiguousarray(array)
 
-    sinks = per_head(call.sinks)
+    sinks = per_head(asked.sinks)
     args = (
-        query, _span_of(call.keys, np.uint32), _span_of(call.values, np.uint32),
+        query, flat_view(call.keys, np.uint32), flat_view(call.values, np.uint32),
         where, np.int64(where_stride),
-        xp.ascontiguousarray(call.seq_lens), xp.ascontiguousarray(call.query_start_loc),
-        np.int64(call.num_seqs), np.int64(call.num_kv_heads),
-        *_strides(call.keys, call.paged), *_strides(call.values, call.paged),
-        np.float32(call.scale), np.int64(call.sliding_window or 0), np.float32(call.softcap or 0),
-        per_head(call.alibi_slopes), sinks, per_head(call.key_scales), per_head(call.value_scales),
+        xp.ascontiguousarray(addresses.seq_lens), xp.ascontiguousarray(addresses.query_start_loc),
+        np.int64(len(addresses.seq_lens)), np.int64(call.keys.shape[-2]), *_strides(call.keys), *_strides(call.values),
+        np.float32(call.scale), np.int64(call.window or 0), np.float32(asked.softcap or 0),
+        per_head(asked.alibi_slopes), sinks, per_head(asked.key_scales), per_head(asked.value_scales),
     )  # fmt: skip
     return args, sinks
 
 
-def attention(call: AttentionCall) -> None:
+def attend(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`, in order with what CuPy's current stream does. The host waits for nothing."""
     xp = device.xp
     out = call.out
     if not out.flags.c_contiguous:
         call = replace(call, out=xp.empty(out.shape, dtype=out.dtype))
     number = int(xp.cuda.Device().id)
-    for kernel, grid, bounds, args in launches(call, None, _processors(number)):
-        from .machine_code import parameters
-
-        launching.loaded(kernel, parameters(args), bounds, number)(grid, (bounds[0], 1, 1), args)
+    processors = launching.properties(number)["multiProcessorCount"]
+    for launch in launches(call, None, int(processors)):
+        launching.start(launch)
     if call.out is not out:
         out[...] = call.out
-
-
-@cache
-def _processors(number: int) -> int:
-    return int(device.xp.cuda.runtime.getDeviceProperties(number)["multiProcessorCount"])
 
 
 def _bits(array: Array) -> Array:
@@ -250,25 +227,7 @@ def _bits(array: Array) -> Array:
     return array.ravel().view(np.uint16) if array.dtype.itemsize == 2 else array.ravel()
 
 
-def _address(array: Array) -> int:
-    return int(array.ctypes.data if module_of(array) is np else array.data.ptr)
-
-
-def _span(array: Array) -> int:
-    """Bytes from the first to past the last element."""
-    size = array.dtype.itemsize
-    return int(size + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)))
-
-
-def _span_of(array: Array, dtype: Any) -> Array:
-    """All memory from the first element of `array` to its last, gaps included, as a flat array of this dtype."""
-    shape = (_span(array) // np.dtype(dtype).itemsize if array.size else 0,)
-    if module_of(array) is not np:
-        return module_of(array).ndarray(shape, dtype, memptr=array.data)
-    return np.lib.stride_tricks.as_strided(array.view(dtype), shape, (np.dtype(dtype).itemsize,))
-
-
-def _strides(cache_array: Array, paged: bool) -> tuple[Any, Any, Any]:
-    """From a block to the next, a slot, a KV head: in chunks of 16 bytes."""
-    strides = [stride // ITEM_BYTES for stride in cache_array.strides[:-1]]
-    return tuple(np.uint32(stride) for stride in (strides if paged else [0, *strides]))  # type: ignore[return-value]
+def _strides(cache_array: Array) -> list[np.uint32]:
+    """The steps from a block to the next, from a slot and from a KV head, in chunks of 16 bytes."""
+    strides = [np.uint32(stride // ITEM_BYTES) for stride in cache_array.strides[:-1]]
+    return strides if cache_array.ndim == 4 else [np.uint32(0), *strides]

@@ -8,8 +8,8 @@ from functools import cache
 from numba import cuda
 from numba.types import float32, int64, uint32
 
-from .flash_intrinsics import exp2
-from .flash_variant import FEW, NUM_THREADS, TO
+from .cuda_intrinsics import exp2
+from .flash_variant import MAX_SPLIT_QUERIES, NUM_THREADS, TO
 
 
 @cache
@@ -19,7 +19,7 @@ def combine_kernel(query: str, head_size: int, with_sinks: bool, mixed: bool):
     MINUS_INFINITY, ZERO, ONE = float32(-math.inf), float32(0), float32(1)
     TO_BASE_2, TO_BASE_E = float32(math.log2(math.e)), float32(math.log(2))
 
-    @cuda.jit
+    @cuda.jit(launch_bounds=(NUM_THREADS, 8))
     def flash_combine(out, lse, part_out, part_lse, query_start_loc, num_heads, num_splits, sinks):
         """Each part counts by its sum of exponentials. All arrays are flat.
 
@@ -30,9 +30,10 @@ def combine_kernel(query: str, head_size: int, with_sinks: bool, mixed: bool):
         item, head = int64(block // heads), int64(block % heads)
         here, to = int64(block), int64(block)  # which parts, and where their sum goes
         if MIXED:
-            seq = item // FEW
-            token = query_start_loc[seq] + item % FEW
-            if token >= query_start_loc[seq + 1] or query_start_loc[seq + 1] - query_start_loc[seq] > FEW:
+            seq = item // MAX_SPLIT_QUERIES
+            token = query_start_loc[seq] + item % MAX_SPLIT_QUERIES
+            end = query_start_loc[seq + 1]
+            if token >= end or end - query_start_loc[seq] > MAX_SPLIT_QUERIES:
                 return
             to = token * num_heads + head
         highest = MINUS_INFINITY

@@ -1,7 +1,7 @@
 """How the tuned kernels take the numbers of a cache to the tensor cores, for each kind of number.
 
 A kind is a set of small device functions with the same names and arguments; the kernel is written once and
-gets one set. It says how 16 bytes of a cache become operands of an `mma` (see flash_intrinsics):
+gets one set. It says how 16 bytes of a cache become operands of an `mma` (see cuda_intrinsics):
 
     score_operand(words, at, i)          operand i of the K chunk whose four words begin at `words[at]`
     value_operand(words, row, next, n)   number n of the V chunk at `words[row]`, and of the next key's at `next`
@@ -9,7 +9,7 @@ gets one set. It says how 16 bytes of a cache become operands of an `mma` (see f
     multiply_keys(q.., b.., c..)         S += Q · Kᵀ for one pair of words of Q (with what rounding lost) and of K
     multiply_values(a.., p.., c..)       Oᵀ += Vᵀ · Pᵀ for four words of V and one pair of P (and what rounding lost)
 
-8-bit numbers become float16 on the way. What one word of an operand holds, two numbers or one, is `per_word`.
+8-bit numbers become float16 on the way.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from numba import cuda
 from numba.types import uint32
 
-from .flash_intrinsics import (
+from .cuda_intrinsics import (
     add_float16,
     bits_of,
+    device,
     float_of,
     mma_bfloat16,
     mma_float16,
@@ -31,9 +31,7 @@ from .flash_intrinsics import (
     pack_float16,
     pick_bytes,
     unpack_float16,
-)
-
-device = cuda.jit(device=True, inline="always")
+)  # fmt: skip
 
 LOW_HALVES, HIGH_HALVES = uint32(0x5410), uint32(0x7632)  # selectors of pick_bytes
 
@@ -63,12 +61,13 @@ class Element:
         return 128 // self.bits
 
 
-# ---- float16 and bfloat16: two numbers in a word, as they lie
-
-
 @device
-def score_operand_16(words, at, i):
+def score_operand(words, at, i):
+    """Operand i of a chunk whose words are operands as they lie."""
     return words[at + 2 * i], words[at + 2 * i + 1]
+
+
+# ---- float16 and bfloat16: two numbers in a word, as they lie
 
 
 @device
@@ -92,24 +91,18 @@ def split_bfloat16(x, y):
     return rounded, pack_bfloat16(x - x_rounded, y - y_rounded)
 
 
-@device
-def multiply_values_float16(a0, a1, a2, a3, p0, p1, p0_lost, p1_lost, c0, c1, c2, c3):
-    c0, c1, c2, c3 = mma_float16(a0, a1, a2, a3, p0_lost, p1_lost, c0, c1, c2, c3)
-    return mma_float16(a0, a1, a2, a3, p0, p1, c0, c1, c2, c3)
+def multiply_values_by(mma):
+    """`multiply_values` where V is an operand as it lies."""
 
+    @device
+    def multiply_values(a0, a1, a2, a3, p0, p1, p0_lost, p1_lost, c0, c1, c2, c3):
+        c0, c1, c2, c3 = mma(a0, a1, a2, a3, p0_lost, p1_lost, c0, c1, c2, c3)
+        return mma(a0, a1, a2, a3, p0, p1, c0, c1, c2, c3)
 
-@device
-def multiply_values_bfloat16(a0, a1, a2, a3, p0, p1, p0_lost, p1_lost, c0, c1, c2, c3):
-    c0, c1, c2, c3 = mma_bfloat16(a0, a1, a2, a3, p0_lost, p1_lost, c0, c1, c2, c3)
-    return mma_bfloat16(a0, a1, a2, a3, p0, p1, c0, c1, c2, c3)
+    return multiply_values
 
 
 # ---- float32: one number in a word, in two parts that tf32 holds exactly, 11 bits and 11 more
-
-
-@device
-def score_operand_32(words, at, i):
-    return words[at + 2 * i], words[at + 2 * i + 1]
 
 
 @device
@@ -145,76 +138,50 @@ def multiply_values_float32(a0, a1, a2, a3, p0, p1, p0_lost, p1_lost, c0, c1, c2
     return mma_tfloat32(high0, high1, high2, high3, p0, p1, c0, c1, c2, c3)
 
 
-# ---- int8: the bits of 1024 + (number + 128) as float16 are 0x6400 + (number + 128); then take 1152 away
+# ---- 8 bits
+
+
+def operands_8(float16_of, low, high):
+    """`score_operand` and `value_operand` of a kind of number. `float16_of` takes two numbers to float16 from where the
+    selectors `low` and `high` of pick_bytes put numbers 0, 1 and 2, 3 of a word."""
+    LOW, HIGH = uint32(low), uint32(high)
+
+    @device
+    def score_operand_8(words, at, i):
+        word = words[at + i]
+        return float16_of(pick_bytes(word, word, LOW)), float16_of(pick_bytes(word, word, HIGH))
+
+    @device
+    def value_operand_8(words, row, next_row, n):
+        place = n % 4
+        selector = uint32(place | place << 4 | (place + 4) << 8 | (place + 4) << 12)
+        return float16_of(pick_bytes(words[row + n // 4], words[next_row + n // 4], selector))
+
+    return score_operand_8, value_operand_8
 
 
 @device
 def float16_of_int8(bytes_in_halves):
-    """The two numbers in bytes 0 and 2 of a word."""
+    """The two numbers in bytes 0 and 2 of a word. The bits of 1024 + (number + 128) as float16 are 0x6400 +
+    (number + 128); then 1152 is taken away."""
     return add_float16(uint32((bytes_in_halves & 0x00FF00FF) ^ 0x64806480), uint32(0xE480E480))
 
 
 @device
-def score_operand_int8(words, at, i):
-    word = words[at + i]
-    return (
-        float16_of_int8(pick_bytes(word, word, uint32(0x1110))),
-        float16_of_int8(pick_bytes(word, word, uint32(0x3332))),
-    )
-
-
-@device
-def value_operand_int8(words, row, next_row, n):
-    place = n % 4
-    selector = uint32(place | place << 4 | (place + 4) << 8 | (place + 4) << 12)
-    return float16_of_int8(pick_bytes(words[row + n // 4], words[next_row + n // 4], selector))
-
-
-# ---- float8 e4m3: sign and the other seven bits go to their places in a float16, whose exponents are 8 apart
-
-
-@device
 def float16_of_e4m3(bytes_in_halves):
-    """The two numbers in bytes 1 and 3 of a word, each 256 times too small. Not-a-number reads as 480."""
+    """The two numbers in bytes 1 and 3 of a word, each 256 times too small: sign and the other seven bits go to their
+    places in a float16, whose exponents are 8 apart. Not-a-number reads as 480."""
     return uint32((bytes_in_halves & 0x80008000) | ((bytes_in_halves >> 1) & 0x3F803F80))
 
 
-@device
-def score_operand_e4m3(words, at, i):
-    word = words[at + i]
-    return (
-        float16_of_e4m3(pick_bytes(word, word, uint32(0x1100))),
-        float16_of_e4m3(pick_bytes(word, word, uint32(0x3322))),
-    )
-
-
-@device
-def value_operand_e4m3(words, row, next_row, n):
-    place = n % 4
-    selector = uint32(place | place << 4 | (place + 4) << 8 | (place + 4) << 12)
-    return float16_of_e4m3(pick_bytes(words[row + n // 4], words[next_row + n // 4], selector))
-
+_as_float16 = (split_float16, mma_float16, multiply_values_by(mma_float16))
+_as_bfloat16 = (split_bfloat16, mma_bfloat16, multiply_values_by(mma_bfloat16))
+_as_float32 = (split_float32, multiply_keys_float32, multiply_values_float32)
 
 ELEMENTS = {
-    element.name: element
-    for element in (
-        Element(
-            "float16", 16, 2, score_operand_16, value_operand_16, split_float16, mma_float16, multiply_values_float16
-        ),
-        Element(
-            "bfloat16", 16, 2, score_operand_16, value_operand_16, split_bfloat16, mma_bfloat16,
-            multiply_values_bfloat16,
-        ),
-        Element(
-            "float32", 32, 1, score_operand_32, value_operand_32, split_float32, multiply_keys_float32,
-            multiply_values_float32,
-        ),
-        Element(
-            "int8", 8, 2, score_operand_int8, value_operand_int8, split_float16, mma_float16, multiply_values_float16
-        ),
-        Element(
-            "e4m3", 8, 2, score_operand_e4m3, value_operand_e4m3, split_float16, mma_float16,
-            multiply_values_float16, factor=256.0,
-        ),
-    )
-}  # fmt: skip
+    "float16": Element("float16", 16, 2, score_operand, value_operand_16, *_as_float16),
+    "bfloat16": Element("bfloat16", 16, 2, score_operand, value_operand_16, *_as_bfloat16),
+    "float32": Element("float32", 32, 1, score_operand, value_operand_32, *_as_float32),
+    "int8": Element("int8", 8, 2, *operands_8(float16_of_int8, 0x1110, 0x3332), *_as_float16),
+    "e4m3": Element("e4m3", 8, 2, *operands_8(float16_of_e4m3, 0x1100, 0x3322), *_as_float16, factor=256.0),
+}

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from numba import cuda
 from numba.types import uint16, uint32
 
+from .cuda_intrinsics import device, float_of, unpack_float16
 from .flash_elements import ELEMENTS, split_bfloat16, split_float16
-from .flash_intrinsics import float_of, unpack_float16
 
 NUM_WARPS = 4
 NUM_THREADS = 32 * NUM_WARPS
 ROWS = 8  # of a warp: a row is one query of one head
-FEW = 4  # queries of a sequence that are better split over the keys, as one is, than over warps
+MAX_SPLIT_QUERIES = 4  # up to this many queries per sequence, split the keys over warps (as in decoding)
 EVERY_LANE = 0xFFFFFFFF
-
-device = cuda.jit(device=True, inline="always")
 
 
 @dataclass(frozen=True)
-class Variant:
+class KernelVariant:
     """What is fixed when a kernel is compiled."""
 
     cache: str  # a name in ELEMENTS
@@ -29,7 +26,9 @@ class Variant:
     group_size: int  # query heads that share a KV head
     block_size: int | None  # None: contiguous
     prefill: bool = False  # each warp has rows of its own; else the warps of a CUDA block share rows
-    mixed: bool = False  # prefill leaves sequences with FEW queries or less to the other kernel, which takes only these
+    mixed: bool = (
+        False  # sequences of up to MAX_SPLIT_QUERIES are for the kernel without prefill, the others for prefill
+    )
     split: bool = False  # write parts for `combine_kernel`; not in a prefill
     window: bool = False
     softcap: bool = False
@@ -38,13 +37,13 @@ class Variant:
 
     @property
     def rows_per_block(self) -> int:
-        """Rows of a CUDA block."""
+        """Of a CUDA block."""
         return ROWS * NUM_WARPS if self.prefill else ROWS
 
     @property
     def blocks_per_item(self) -> int:
         """CUDA blocks, not in a prefill, for a token; mixed: for a sequence."""
-        return -(-self.group_size * (FEW if self.mixed else 1) // ROWS)
+        return -(-self.group_size * (MAX_SPLIT_QUERIES if self.mixed else 1) // ROWS)
 
     @property
     def exact(self) -> bool:
@@ -87,15 +86,13 @@ def from_float32(number):
     return number
 
 
-@device
-def to_float16(number):
-    return uint16(split_float16(number, number)[0] & 0xFFFF)
+def rounded_by(split):
+    @device
+    def to_16_bits(number):
+        return uint16(split(number, number)[0] & 0xFFFF)
 
-
-@device
-def to_bfloat16(number):
-    return uint16(split_bfloat16(number, number)[0] & 0xFFFF)
+    return to_16_bits
 
 
 FROM = {"float16": from_float16, "bfloat16": from_bfloat16, "float32": from_float32}
-TO = {"float16": to_float16, "bfloat16": to_bfloat16, "float32": from_float32}
+TO = {"float16": rounded_by(split_float16), "bfloat16": rounded_by(split_bfloat16), "float32": from_float32}

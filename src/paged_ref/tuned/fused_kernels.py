@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """CUDA kernels for what stands between a decoder's products: one pass over memory each. fused.py launches them.
 
-Arrays are flat and contiguous, float16 or float32; all arithmetic is float32, as in model/llama.py's array code.
+Arrays are flat and contiguous, float16 or float32; all arithmetic is float32, as in core/model/llama.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def rotate_kernel(out, x, cos, sin, num_heads, half, x_step):
 
 
 @cuda.jit
-def gate_kernel(out, gate_up, size):
+def gated_kernel(out, gate_up, size):
     """out = silu(gate) * up, where a row of gate_up is `size` gates and as many ups. Grid (num_rows, any)."""
     row = cuda.blockIdx.x
     for i in range(cuda.blockIdx.y * cuda.blockDim.x + cuda.threadIdx.x, size, cuda.gridDim.y * cuda.blockDim.x):

@@ -9,19 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..core import device
-from ..core.device import Array, module_of
-
-
-class Launch(NamedTuple):
-    """A kernel with all that it needs. Arrays go as the address of their first element, NumPy scalars by value."""
-
-    kernel: Any  # what cuda.jit made
-    grid: tuple[int, int]
-    num_threads: int
-    args: tuple[Any, ...]
+from ..core.attention.cuda import Launch
 
 
 @cache
@@ -36,22 +27,22 @@ def unavailable() -> str | None:
 
 
 def start(launch: Launch) -> None:
-    """Launch on CuPy's current stream. The host waits for nothing."""
+    """Launch on CuPy's current stream: arrays go as the address of their first element, NumPy scalars by value.
+
+    The host waits for nothing. The first launch of a kernel on a GPU compiles it.
+    """
     kernel, grid, num_threads, args = launch
     if 0 in grid:
         return
-    from .machine_code import parameters
+    from .machine_code import bounds_of, parameters
 
     number = int(device.xp.cuda.Device().id)
-    loaded(kernel, parameters(args), (num_threads, 1), number)((*grid, 1), (num_threads, 1, 1), args)
+    loaded(kernel, parameters(args), bounds_of(launch), number)((*grid, 1), (num_threads, 1, 1), args)
 
 
 @cache
 def loaded(kernel: Any, types: tuple[str, ...], bounds: tuple[int, int], number: int) -> Any:
-    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function.
-
-    `bounds`: threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor.
-    """
+    """The compiled kernel on GPU `number`, which must be the current one: a CuPy function."""
     from .machine_code import compile_kernel
 
     code = compile_kernel(kernel, types, bounds, capability(number))
@@ -61,15 +52,11 @@ def loaded(kernel: Any, types: tuple[str, ...], bounds: tuple[int, int], number:
 
 
 @cache
+def properties(number: int) -> dict[str, Any]:
+    """What CUDA says of GPU `number`."""
+    return dict(device.xp.cuda.runtime.getDeviceProperties(number))
+
+
 def capability(number: int) -> tuple[int, int]:
     """The compute capability of GPU `number`."""
-    properties = device.xp.cuda.runtime.getDeviceProperties(number)
-    return int(properties["major"]), int(properties["minor"])
-
-
-def span(array: Array) -> Array:
-    """All memory from the first element of `array` to its last, gaps included, as a flat array: no copy."""
-    steps = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
-    count = 1 + steps // array.itemsize if array.size else 0
-    flat: Array = module_of(array).lib.stride_tricks.as_strided(array, (count,), (array.itemsize,))
-    return flat
+    return int(properties(number)["major"]), int(properties(number)["minor"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.attention.cuda import prepare_compiler
+from ..core.attention.cuda import Launch, prepare_compiler
 
 Parameters = tuple[str, ...]  # of each parameter: a dtype's name, with a star for a pointer to such numbers
 
@@ -34,6 +34,11 @@ class Code:
     spill_loads: int
 
 
+def bounds_of(launch: Launch) -> tuple[int, int]:
+    """Threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor: 1, or the kernel's own number."""
+    return launch.kernel.targetoptions.get("launch_bounds") or (launch.num_threads, 1)
+
+
 def parameters(args: tuple[Any, ...]) -> Parameters:
     """The types of a kernel's arguments: arrays are passed as pointers, NumPy scalars by value."""
     return tuple(arg.dtype.name + ("*" if getattr(arg, "ndim", 0) else "") for arg in args)
@@ -41,10 +46,9 @@ def parameters(args: tuple[Any, ...]) -> Parameters:
 
 @cache
 def compile_kernel(kernel: Any, types: Parameters, bounds: tuple[int, int], capability: tuple[int, int]) -> Code:
-    """Compile for GPUs of this compute capability.
+    """Compile for GPUs of this compute capability. `bounds` as `bounds_of` gives them.
 
-    `bounds`: threads of a CUDA block, and how many CUDA blocks must fit on a multiprocessor. Raises ImportError
-    where numba-cuda or nvJitLink is missing.
+    Raises ImportError where numba-cuda or nvJitLink is missing.
     """
     from numba import cuda
     from numba import types as numba_types
@@ -78,12 +82,12 @@ def link(ptx: str, name: str, capability: tuple[int, int]) -> Code:
         nvjitlink.get_info_log(linker, log)
     finally:
         nvjitlink.destroy(linker)
-    said = log.decode()
-    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    used = re.search(r"[Uu]sed (\d+) registers", said)
-    shared = re.search(r"(\d+) bytes smem", said)
+    report = log.decode()
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    used = re.search(r"[Uu]sed (\d+) registers", report)
+    shared = re.search(r"(\d+) bytes smem", report)
     if stack is None or used is None:
-        raise RuntimeError(f"nvJitLink does not say what the kernel needs: {said}")
+        raise RuntimeError(f"nvJitLink does not say what the kernel needs: {report}")
     return Code(
         name, ptx, bytes(binary), int(used[1]), int(shared[1]) if shared else 0, *(int(n) for n in stack.groups())
     )

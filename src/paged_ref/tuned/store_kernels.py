@@ -1,70 +1,22 @@
 # mypy: ignore-errors
 """The CUDA kernels that move K and V: into slots, and from block to block. store.py launches them.
 
-Arrays come as pointers: flat, as launching.py passes them.
-
-Where a row is stored as it comes, it is moved in chunks of 16 bytes, the most that a thread can move at once.
-Else each number is converted on the way, with the rounding of quantize.py to the bit.
+All arrays are flat. A row that is stored as it is moves in chunks of 16 bytes, the most that one instruction moves.
+Otherwise each number is converted on the way, with the rounding of extras/formats.py to the bit.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
-from llvmlite import ir
 from numba import cuda
-from numba.core import types
-from numba.cuda.extending import intrinsic
 from numba.types import float32, int32, uint8, uint16, uint32
 
+from ..extras import formats
+from .cuda_intrinsics import bits_of, copy16, device, float_of
+from .flash_variant import from_bfloat16
 
-@intrinsic
-def copy16(typing, target, to, source, at):
-    """target[to : to + 4] = source[at : at + 4]: one load and one store of 16 bytes.
-
-    Both are uint32 that begin at a multiple of 16 bytes; `to` and `at` are multiples of 4.
-    """
-    words = types.CPointer(uint32)
-
-    def codegen(context, builder, signature, args):
-        target, to, source, at = args
-        four = ir.VectorType(ir.IntType(32), 4).as_pointer()
-        loaded = builder.load(builder.bitcast(builder.gep(source, [at]), four))
-        loaded.align = 16
-        builder.store(loaded, builder.bitcast(builder.gep(target, [to]), four)).align = 16
-        return context.get_dummy_value()
-
-    return types.void(words, types.int64, words, types.int64), codegen
-
-
-def _copy16(target, to, source, at):
-    for i in range(4):
-        target[to + i] = source[at + i]
-
-
-@intrinsic
-def bits_of(typing, number):
-    """The 32 bits of a float32."""
-    return types.int32(types.float32), lambda context, builder, _, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-def _bits_of(number):
-    return int(np.float32(number).view(np.int32))
-
-
-@intrinsic
-def float_of(typing, bits):
-    """The float32 with these 32 bits."""
-    return types.float32(types.int32), lambda context, builder, _, args: builder.bitcast(args[0], ir.FloatType())
-
-
-def _float_of(bits):
-    return np.uint32(bits & 0xFFFFFFFF).view(np.float32)
-
-
-# The tracer runs these in place of the three.
-copy16.traced_as, bits_of.traced_as, float_of.traced_as = _copy16, _bits_of, _float_of
+upper_half = device(formats.upper_half)
 
 
 @cuda.jit
@@ -99,47 +51,42 @@ def move_rows_kernel(key, value, key_cache, value_cache, slot_mapping, row_words
             copy16(value_cache, slot * row_words + word, value, token * value_step + word)
 
 
-# ---- number formats, as quantize.py has them. Each from and to float32, for one number.
+# ---- number formats, as in extras/formats.py. Each from and to float32, for one number.
 
 ONES_APART = float32(12582912.0)  # 1.5 * 2**23: here float32s are 1 apart, so adding it rounds, ties to even
 ONES_APART_BITS = 0x4B400000
 
 
-@cuda.jit(device=True, inline="always")
+@device
 def nearest(number):
     """The integer nearest to a float32 below 2**22 in size."""
-    return bits_of(float32(number + ONES_APART)) - ONES_APART_BITS
+    return int32(bits_of(float32(number + ONES_APART)) - ONES_APART_BITS)
 
 
-@cuda.jit(device=True, inline="always")
+@device
 def unchanged(number):
     return number
 
 
-@cuda.jit(device=True, inline="always")
+@device
 def widened(number):
     return float32(number)
 
 
-@cuda.jit(device=True, inline="always")
+@device
 def as_it_is(number, scale):
     return number  # storing casts it
 
 
-@cuda.jit(device=True, inline="always")
-def from_bfloat16(bits):
-    return float_of(int32(uint32(bits) << 16))
-
-
-@cuda.jit(device=True, inline="always")
+@device
 def to_bfloat16(number, scale):
-    bits = uint32(bits_of(number))
+    bits = bits_of(number)
     if number != number:
         return uint16((bits >> 16) | 0x40)
-    return uint16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    return uint16(upper_half(bits))
 
 
-@cuda.jit(device=True, inline="always")
+@device
 def to_int8(number, scale):
     part = float32(number / scale)
     if part != part:
@@ -147,15 +94,15 @@ def to_int8(number, scale):
     return nearest(min(max(part, float32(-127)), float32(127)))
 
 
-@cuda.jit(device=True, inline="always")
+@device
 def to_float8(number, scale):
     part = float32(number / scale)
     sign = (bits_of(part) >> 24) & 0x80
     if part != part:
         return uint8(sign | 0x7F)
     size = min(abs(part), float32(448))
-    exponent = max((bits_of(size) >> 23) - 127, -6)
-    steps = nearest(float32(size * float_of(int32((130 - exponent) << 23))))  # times 2**(3 - exponent)
+    exponent = max(int32(bits_of(size) >> 23) - 127, -6)
+    steps = nearest(float32(size * float_of(uint32((130 - exponent) << 23))))  # times 2**(3 - exponent)
     return uint8(sign | ((exponent + 6) * 8 + steps))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paged_ref.core.engine.sampling import SamplingParams, draw, generator
+from paged_ref.core.engine.sampling import RequestError, SamplingParams, apply_logits_hook, draw, random_generator
 
 PROBABILITY = np.array([0.05, 0.4, 0.15, 0.1, 0.3])
 LOGITS = np.log(PROBABILITY).astype(np.float32)
@@ -49,7 +49,7 @@ def test_each_sample_has_its_own_stream() -> None:
     params = SamplingParams(temperature=1.0, seed=5, n=3)
     for i in range(3):
         alone = SamplingParams(temperature=1.0, seed=5 + i)
-        assert generator(params, i).random() == generator(alone, 0).random()
+        assert random_generator(params, i).random() == random_generator(alone, 0).random()
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,6 @@ def test_each_sample_has_its_own_stream() -> None:
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"n": 0}, "n is 0; at least 1"),
         ({"seed": -1}, "seed is -1; at least 0"),
-        ({"beam_width": 0}, "beam_width is 0; at least 1"),
-        ({"beam_width": 2, "temperature": 1.0}, "temperature is 1.0; beam search takes no temperature"),
-        ({"beam_width": 2, "n": 2}, "n is 2; beam search takes no n"),
-        ({"beam_width": 2, "stop": "x"}, "beam search takes no stop"),
         ({"stop": ["a", ""]}, "stop holds an empty string"),
         ({"stop": ""}, "stop holds an empty string"),
     ],
@@ -75,3 +71,21 @@ def test_each_sample_has_its_own_stream() -> None:
 def test_params_out_of_bounds(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
+
+
+def test_a_hook_gets_a_copy_and_its_answer_is_used() -> None:
+    def only_the_last(tokens: object, logits: np.ndarray) -> np.ndarray:
+        logits[:-1] = -np.inf
+        return logits
+
+    before = LOGITS.copy()
+    params = SamplingParams(logits_hook=only_the_last)
+    assert draw(apply_logits_hook(LOGITS, [1, 2], params), params, np.random.default_rng(0)) == 4
+    np.testing.assert_array_equal(LOGITS, before)
+
+
+def test_a_hook_that_answers_in_another_shape_is_refused() -> None:
+    params = SamplingParams(logits_hook=lambda tokens, logits: logits[:2])
+    with pytest.raises(RequestError) as caught:
+        apply_logits_hook(LOGITS, [], params)
+    assert str(caught.value.__cause__) == "logits_hook returned shape [2]; [5] is needed"

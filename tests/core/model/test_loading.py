@@ -1,256 +1,32 @@
-"""Checkpoints made on the spot: each form that is read, and each way in which one can be broken."""
+"""The embedded checkpoint, and the same files from a directory of the caller's."""
 
 from __future__ import annotations
 
-import json
-import re
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
-import tokenizers
-from safetensors.numpy import save_file
-from tokenizers import models
 
-from paged_ref.core.model.config import ModelConfig
 from paged_ref.core.model.llama import Llama
-from paged_ref.core.model.loading import TINY, CheckpointError, load, random_weights
-
-HF: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-}
-WEIGHTS = random_weights(ModelConfig.from_hf(HF), seed=5)
-Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+from paged_ref.core.model.loading import TINY, load
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A whole checkpoint, for a test to break."""
-    write_json(tmp_path / "config.json", HF)
-    save_file(WEIGHTS, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    return tmp_path
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def write_shards(directory: Path) -> None:
-    """The same weights in three files and an index."""
-    (directory / "model.safetensors").unlink()
-    weight_map: dict[str, str] = {}
-    for n in range(3):
-        shard = f"model-{n + 1:05}-of-00003.safetensors"
-        part = {name: WEIGHTS[name] for i, name in enumerate(WEIGHTS) if i % 3 == n}
-        save_file(part, directory / shard)
-        weight_map |= dict.fromkeys(part, shard)
-    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-
-
-def write_bfloat16(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """The safetensors format by hand, since NumPy has no bfloat16: the upper half of each float32."""
-    header: dict[str, Any] = {}
-    data = b""
-    for name, array in tensors.items():
-        raw = (array.view(np.uint32) >> 16).astype(np.uint16).tobytes()
-        header[name] = {
-            "dtype": "BF16",
-            "shape": array.shape,
-            "data_offsets": [len(data), len(data) + len(raw)],
-        }
-        data += raw
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def assert_refused(directory: Path, message: str) -> None:
-    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
-        load(directory)
-    assert "\n" not in str(caught.value)
-
-
-def test_float32(directory: Path) -> None:
-    checkpoint = load(str(directory))
-    assert checkpoint.directory == directory
-    assert checkpoint.config == ModelConfig.from_hf(HF)
-    assert checkpoint.tokenizer.encode("b") == [1]
-    assert set(checkpoint.weights) == set(WEIGHTS)
-    assert len(checkpoint.weights) == len(WEIGHTS)
-    for name, array in WEIGHTS.items():
-        assert checkpoint.weights[name].dtype == np.float32
-        np.testing.assert_array_equal(checkpoint.weights[name], array)
-
-
-def test_float16(directory: Path) -> None:
-    half = {name: array.astype(np.float16) for name, array in WEIGHTS.items()}
-    save_file(half, directory / "model.safetensors")
-    weights = load(directory).weights
-    for name, array in half.items():
-        np.testing.assert_array_equal(weights[name], array)
-    assert Llama(ModelConfig.from_hf(HF), weights).embedding.dtype == np.float32
-
-
-def test_bfloat16(directory: Path) -> None:
-    write_bfloat16(directory / "model.safetensors", WEIGHTS)
-    weights = load(directory).weights
-    for name, array in WEIGHTS.items():
-        assert weights[name].dtype == np.float32
-        np.testing.assert_allclose(weights[name], array, rtol=2**-7)  # 8 bits of mantissa, cut off
-        assert not (weights[name].view(np.uint32) & 0xFFFF).any()
-
-
-def test_shards(directory: Path) -> None:
-    write_shards(directory)
-    weights = load(directory).weights
-    for name, array in WEIGHTS.items():
-        np.testing.assert_array_equal(weights[name], array)
-
-
-def test_a_tied_checkpoint_needs_no_head_and_may_keep_one(directory: Path) -> None:
-    write_json(directory / "config.json", {**HF, "tie_word_embeddings": True})
-    for weights in (WEIGHTS, {k: v for k, v in WEIGHTS.items() if k != "lm_head.weight"}):
-        save_file(weights, directory / "model.safetensors")
-        checkpoint = load(directory)
-        model = Llama(checkpoint.config, checkpoint.weights)
-        assert model.head is model.embedding
-
-
-def test_frequencies_in_old_files_are_passed_over(directory: Path) -> None:
-    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
-    save_file(WEIGHTS | old, directory / "model.safetensors")
-    load(directory)
-
-
-def test_generation_config_decides_about_eos(directory: Path) -> None:
-    assert load(directory).config.eos_token_ids == (2,)
-    write_json(directory / "generation_config.json", {"temperature": 0.6})
-    assert load(directory).config.eos_token_ids == (2,)
-    write_json(directory / "generation_config.json", {"eos_token_id": [3, 4]})
-    assert load(directory).config.eos_token_ids == (3, 4)
-
-
-@pytest.mark.skipif(not (TINY / "config.json").is_file(), reason="the embedded checkpoint is not there yet")
 def test_tiny_is_the_embedded_checkpoint() -> None:
     checkpoint = load("tiny")
-    assert checkpoint.directory == TINY
-    Llama(checkpoint.config, checkpoint.weights)
+    config = checkpoint.config
+    assert set(load().weights) == set(checkpoint.weights)
+    assert checkpoint.weights["model.embed_tokens.weight"].shape == (config.vocab_size, config.hidden_size)
+    assert all(0 <= i < config.vocab_size for i in checkpoint.tokenizer.encode("Once upon a time"))
+    assert len(config.eos_token_ids) == 1
+    Llama(config, checkpoint.weights)
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    assert_refused(tmp_path / "nowhere", "nowhere is not a directory; a checkpoint in Hugging Face form is needed")
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_missing_file(directory: Path, name: str) -> None:
-    (directory / name).unlink()
-    assert_refused(directory, f"{name} is missing")
-
-
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [(b"{", "is not JSON: "), (b"\xff", "is not JSON: "), (b"[1]", "holds a list; a JSON object is needed")],
-)
-def test_a_file_that_is_not_a_json_object(directory: Path, name: str, raw: bytes, message: str) -> None:
-    (directory / name).write_bytes(raw)
-    assert_refused(directory, f"{name} {message}")
-
-
-def test_a_broken_tokenizer(directory: Path) -> None:
-    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
-    assert_refused(directory, "tokenizer.json is not a tokenizer: ")
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"model_type": "gpt2"}, "config.json: model_type is 'gpt2'; known are llama, mistral, qwen2, qwen3"),
-        ({"hidden_size": None}, "config.json: hidden_size is missing"),
-        ({"num_attention_heads": 3}, "config.json: hidden_size is 8; without head_dim a multiple of the 3"),
-        (
-            {"num_hidden_layers": 3},
-            "has no tensor model.layers.2.input_layernorm.weight; the config wants one",
-        ),
-        ({"num_hidden_layers": 1}, "has a tensor model.layers.1."),
-        ({"model_type": "qwen2"}, "has no tensor model.layers.0.self_attn.q_proj.bias; the config wants one"),
-        (
-            {"intermediate_size": 16},
-            "model.layers.0.mlp.gate_proj.weight has shape [12, 8]; the config wants [16, 8]",
-        ),
-        ({"vocab_size": 21}, "model.embed_tokens.weight has shape [20, 8]; the config wants [21, 8]"),
-    ],
-)
-def test_a_config_that_does_not_fit(directory: Path, keys: dict[str, Any], message: str) -> None:
-    write_json(directory / "config.json", {**HF, **keys})
-    assert_refused(directory, message)
-
-
-def test_an_eos_that_is_no_token_id(directory: Path) -> None:
-    write_json(directory / "generation_config.json", {"eos_token_id": "</s>"})
-    assert_refused(directory, "generation_config.json: eos_token_id is '</s>'; a token id or a list of them")
-
-
-def test_no_weights(directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    assert_refused(directory, "has neither model.safetensors nor model.safetensors.index.json")
-    (directory / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    assert_refused(directory, "pytorch_model.bin is pickled, which is not read: save it as safetensors")
-
-
-@pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_truncated_weights(directory: Path, keep: int) -> None:
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    assert_refused(directory, "model.safetensors is not a whole safetensors file: ")
-
-
-def test_a_header_that_is_not_one(directory: Path) -> None:
-    (directory / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert_refused(directory, "model.safetensors is not a whole safetensors file: ")
-
-
-def test_a_missing_tensor(directory: Path) -> None:
-    save_file({k: v for k, v in WEIGHTS.items() if k != Q_PROJ}, directory / "model.safetensors")
-    assert_refused(directory, f"has no tensor {Q_PROJ}; the config wants one of shape [8, 8]")
-
-
-def test_a_tensor_that_the_model_has_no_place_for(directory: Path) -> None:
-    name = "model.layers.0.self_attn.q_proj.bias"
-    save_file(WEIGHTS | {name: np.ones(8, np.float32)}, directory / "model.safetensors")
-    assert_refused(directory, f"has a tensor {name}; a llama model has no place for it")
-
-
-def test_a_dtype_that_is_not_read(directory: Path) -> None:
-    save_file(WEIGHTS | {Q_PROJ: WEIGHTS[Q_PROJ].astype(np.float64)}, directory / "model.safetensors")
-    assert_refused(directory, f"{Q_PROJ} has dtype F64; known are F32, F16, BF16")
-
-
-def test_a_missing_shard(directory: Path) -> None:
-    write_shards(directory)
-    (directory / "model-00002-of-00003.safetensors").unlink()
-    assert_refused(directory, "model-00002-of-00003.safetensors is missing; model.safetensors.index.json names it")
-
-
-def test_a_truncated_shard(directory: Path) -> None:
-    write_shards(directory)
-    shard = directory / "model-00003-of-00003.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-4])
-    assert_refused(directory, "model-00003-of-00003.safetensors is not a whole safetensors file: ")
-
-
-@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 3}}])
-def test_an_index_without_a_map(directory: Path, index: dict[str, Any]) -> None:
-    (directory / "model.safetensors").unlink()
-    write_json(directory / "model.safetensors.index.json", index)
-    assert_refused(directory, "model.safetensors.index.json has no weight_map of tensor names to file names")
+def test_a_directory_with_the_same_files_is_the_same_checkpoint(tmp_path: Path) -> None:
+    for path in TINY.iterdir():
+        shutil.copy(path, tmp_path)
+    for directory in (tmp_path, str(tmp_path)):
+        checkpoint = load(directory)
+        assert checkpoint.config == load().config
+        for name, array in load().weights.items():
+            np.testing.assert_array_equal(checkpoint.weights[name], array)
+        assert checkpoint.tokenizer.encode("The cat") == load().tokenizer.encode("The cat")

@@ -2,72 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from support.vocabularies import EOS, TOKENIZERS, each_tokenizer
 
-from paged_ref.core.model.tokenizer import REPLACEMENT, Tokenizer
-
-EOS = 0  # in both vocabularies
-
-
-def byte_level() -> Tokenizer:
-    """GPT-2's way: every byte is a token, a space belongs to the word that follows it. No BOS."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<eos>", *alphabet, "th", "the", "Ġthe", "Ã©"]
-    inner = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={word: i for i, word in enumerate(words)},
-            merges=[("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ã", "©")],
-        )
-    )
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken("<eos>", special=True)])
-    return Tokenizer(inner)
-
-
-def sentencepiece() -> Tokenizer:
-    """Llama 2's way: ▁ for a space, one more in front, bytes for what has no token. The template adds BOS."""
-    words = [
-        "</s>",
-        "<s>",
-        "<unk>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "▁",
-        *"abcthe",
-        "▁th",
-        "▁the",
-        "▁a",
-    ]
-    inner = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={word: i for i, word in enumerate([*words, "▁t"])},
-            merges=[("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "a")],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    inner.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
-    return Tokenizer(inner)
-
-
-TOKENIZERS = {"byte-level": byte_level(), "sentencepiece": sentencepiece()}
-each_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
+from paged_ref.core.model.tokenizer import REPLACEMENT, TextStream, Tokenizer
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int], prompt_len: int) -> list[str]:
-    stream = tokenizer.stream(ids[:prompt_len])
+    stream = TextStream(tokenizer, ids[:prompt_len])
     return [stream.push(token_id) for token_id in ids[prompt_len:]] + [stream.flush()]
 
 
@@ -128,24 +71,3 @@ def test_a_special_token_in_between_keeps_the_space() -> None:
     tokenizer = TOKENIZERS["sentencepiece"]
     the = tokenizer.encode("the")[1]
     assert pieces_of(tokenizer, [the, EOS, the, EOS, EOS, the], 0) == ["the", "", " the", "", "", " the", ""]
-
-
-@each_tokenizer
-def test_token_text_is_one_readable_line(name: str) -> None:
-    tokenizer = TOKENIZERS[name]
-    assert [tokenizer.token_text(i) for i in tokenizer.encode("a the")][-1] == "·the"
-    assert tokenizer.token_text(tokenizer.encode("\n")[-1]) == "↵"
-    assert tokenizer.token_text(EOS) in ("<eos>", "</s>")
-    assert tokenizer.token_text(999999) == "<999999>"
-    for token_id in range(tokenizer.vocab_size):
-        text = tokenizer.token_text(token_id)
-        assert text
-        assert text.isprintable()
-
-
-def test_a_missing_or_broken_file_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere/tokenizer\.json is missing"):
-        Tokenizer.from_file(tmp_path / "nowhere" / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer: "):
-        Tokenizer.from_file(tmp_path / "tokenizer.json")

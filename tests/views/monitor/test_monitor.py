@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from rich.cells import cell_len
 from support.hand_made_log import BYTES, hand_made
 
@@ -28,7 +29,7 @@ from paged_ref.views.monitor.following import Follower
 from paged_ref.views.monitor.gpu_meter import EVERY, GPUMeter, GPUReading
 from paged_ref.views.monitor.monitor import Live
 from paged_ref.views.monitor.report import as_json, as_prometheus
-from paged_ref.views.monitor.screen import LEVELS, PARTS, screen, sparkline
+from paged_ref.views.monitor.screen import screen
 from paged_ref.views.monitor.state import KEPT, Monitor
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -39,7 +40,8 @@ H100 = GPUReading("NVIDIA H100 80GB HBM3", 87, 45, 44 * 2**30, 80 * 2**30, 1_200
 
 def monitored(events: list[Event]) -> Monitor:
     monitor = Monitor()
-    monitor.take_all(events)
+    for event in events:
+        monitor.take(event)
     return monitor
 
 
@@ -88,7 +90,7 @@ def test_the_parts_are_those_of_the_snapshot(manager: str) -> None:
         monitor.take(event)
         last = monitor.last
         if last is not None:
-            assert last.tokens + last.empty + last.cached + last.free == monitor.num_slots
+            assert sum(last.slots.values()) == monitor.num_slots
             assert last.running + last.waiting + last.swapped <= 3
     assert monitor.hit_rate is None or manager == "paged"
 
@@ -135,12 +137,12 @@ def test_a_second_run_begins_anew() -> None:
     assert as_json(monitor, None) == alone | {"run": 2, "events": monitor.num_events}
 
 
-def test_an_old_log_tells_no_times() -> None:
+def test_an_old_log_has_no_times() -> None:
     events = [event for event in hand_made() if not isinstance(event, StepTimed)]
     found = as_json(monitored(events), None)
     assert found["tokens_per_second"] is None
     assert set(found["step_seconds"].values()) == {None}
-    assert "this log tells no times" in screen(monitored(events), 80, 24).plain
+    assert "this log has no times" in screen(monitored(events), 80, 24).plain
     assert "step_seconds_total" not in as_prometheus(monitored(events), None)
 
 
@@ -158,7 +160,9 @@ def test_memory_stays_bounded_in_a_long_run() -> None:
 def test_a_log_that_contradicts_itself_is_refused() -> None:
     events = hand_made()
     first = next(i for i, event in enumerate(events) if isinstance(event, SequenceAdmitted))
-    with pytest.raises(ValueError, match=r"event 6, TokensAppended, does not fit what came before: 0 is not there"):
+    with pytest.raises(
+        ValueError, match=r"event 6, TokensAppended, does not fit what came before: sequence 0 is not there"
+    ):
         monitored(events[:first] + events[first + 1 :])
 
 
@@ -166,10 +170,9 @@ def test_a_log_that_contradicts_itself_is_refused() -> None:
 
 
 def test_prometheus_text_is_what_its_own_parser_reads() -> None:
-    parser = pytest.importorskip("prometheus_client.parser")
     monitor = monitored(hand_made())
     monitor.history.model = 'quoted "model" \\ of\ntwo lines'
-    families = {family.name: family for family in parser.text_string_to_metric_families(as_prometheus(monitor, H100))}
+    families = {family.name: family for family in text_string_to_metric_families(as_prometheus(monitor, H100))}
     found = as_json(monitor, H100)
 
     def value(name: str, **labels: str) -> float:
@@ -180,7 +183,7 @@ def test_prometheus_text_is_what_its_own_parser_reads() -> None:
                     return float(sample.value)
         raise AssertionError(name)
 
-    for part, *_ in PARTS:
+    for part in monitor.slots:
         assert value("slots", part=part) == found["slots"][part]
     assert value("sequences", state="running") == 2
     assert value("tokens_sampled_total") == found["tokens"]["sampled"]
@@ -223,13 +226,6 @@ def test_before_the_first_event_and_in_a_small_window() -> None:
     assert "at least 60x16 is needed" in " ".join(screen(Monitor(), 70, 5).plain.split())
 
 
-def test_sparkline() -> None:
-    assert sparkline([0, 4, 8], 9) == LEVELS[0] + LEVELS[4] + LEVELS[7]
-    assert sparkline([1, 2, 3, 4], 2) == LEVELS[6] + LEVELS[7]
-    assert sparkline([], 5) == sparkline([1], 0) == ""
-    assert sparkline([0, 0], 5) == LEVELS[0] * 2
-
-
 # --- logs that grow ----------------------------------------------------------------------------------------
 
 
@@ -252,7 +248,7 @@ def test_a_log_is_read_as_it_grows_at_any_cut(tmp_path: Path) -> None:
         while follower.num_bytes:
             found += follower.poll(100)
         assert found == events
-        assert not follower.in_a_line
+        assert not follower.in_partial_line
         follower.close()
 
 
@@ -305,7 +301,7 @@ def test_a_log_that_breaks_in_the_middle_names_the_line(log: Path, capsys: pytes
     assert f"{log}, event 6, TokensAppended, does not fit what came before" in capsys.readouterr().err
 
 
-def test_a_log_cut_off_in_a_line_is_read_up_to_there(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_cut_off_in_partial_line_is_read_up_to_there(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = log.read_bytes()
     log.write_bytes(whole[: len(whole) // 2])
     assert main(["monitor", str(log), "--once"]) == 0

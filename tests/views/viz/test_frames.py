@@ -11,20 +11,24 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+from support.logged_managers import logged_paged
 
-from paged_ref.core.memory.paged import PagedManager
+import paged_ref
+from paged_ref.core.engine.engine import Engine
+from paged_ref.core.engine.scheduler import Scheduler
+from paged_ref.extras.prefix_cache import CachingBlockPool
 from paged_ref.timeline.events import Event, SequenceFreed, TokenNamed
 from paged_ref.timeline.history import History, histories
 from paged_ref.views.common import canvas
+from paged_ref.views.common.bars import PARTS, USAGE
 from paged_ref.views.common.canvas import Scene
-from paged_ref.views.viz import source_links as living_code
+from paged_ref.views.viz import source_links
 from paged_ref.views.viz.frames import screen
-from paged_ref.views.viz.frames.memory import PARTS
-from paged_ref.views.viz.frames.screen import FRAMES, MIN_HEIGHT, MIN_WIDTH
+from paged_ref.views.viz.frames.screen import FRAMES, SMALLEST
 from paged_ref.views.viz.narration import narrate
-from paged_ref.views.viz.source_links import Place, actor, ended, place_of
+from paged_ref.views.viz.source_links import Place, ended, function_for_event, place_of
 
-PACKAGE = Path(living_code.__file__).parent.parent
+PACKAGE = Path(paged_ref.__file__).parent
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = ((80, 24), (100, 30), (160, 50))
 # For each frame the run, and the mark of the first event that it is about.
@@ -45,7 +49,7 @@ def first(run: History, mark: str) -> int:
 def steady_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Golden files must not change with every edit elsewhere: names stay, line numbers and sources do not."""
 
-    def steady(function: living_code.Function) -> Place:
+    def steady(function: source_links.Function) -> Place:
         place = place_of(function)
         return Place(place.file, 1, place.name, (f"def {place.name.rsplit('.')[-1]}(...):", "    ..."))
 
@@ -73,7 +77,7 @@ def test_every_frame_at_every_event_fills_its_window_and_is_a_pure_function(runs
     for run in range(len(runs)):
         for position in range(len(runs[run])):
             frame = position % len(FRAMES)
-            size = ((80, 24), (MIN_WIDTH, MIN_HEIGHT), (97, 33), (141, 61))[position % 4]
+            size = ((80, 24), SMALLEST, (97, 33), (141, 61))[position % 4]
             lines = draw(runs, frame, position, size, run)
             assert (len(lines), {cell_len(line) for line in lines}) == (size[1], {size[0]})
             assert draw(runs, frame, position, size, run) == lines
@@ -84,7 +88,7 @@ def test_a_window_that_is_too_small_says_what_is_needed(runs: list[History], siz
     lines = draw(runs, 0, 5, size)
     assert (len(lines), {cell_len(line) for line in lines}) == (size[1], {size[0]})
     if size[0] > 50:
-        assert f"at least {MIN_WIDTH}x{MIN_HEIGHT} is needed" in " ".join(lines)
+        assert "at least {}x{} is needed".format(*SMALLEST) in " ".join(lines)
 
 
 def test_a_state_at_80x24_shows_the_essentials(runs: list[History]) -> None:
@@ -95,7 +99,7 @@ def test_a_state_at_80x24_shows_the_essentials(runs: list[History]) -> None:
     assert "▸" in row  # the slot that was given out
     assert any("↓  0 2→1 B2" in line for line in text)  # the other's count falls
     assert any("Copy on write: B1 is to write into block 0, which B2 needs as it is." in line for line in text)
-    assert any("paged_ref/memory/paged.py:" in line and "_copy_on_write" in line for line in text)
+    assert any("paged_ref/core/memory/paged.py:" in line and "PagedManager.append" in line for line in text)
     assert any("Free, next first: 4 5 6 8" in line for line in text)
 
 
@@ -109,7 +113,7 @@ def test_nothing_is_said_by_colour_alone(runs: list[History]) -> None:
         drawn = file.getvalue()
         assert Text.from_ansi(drawn).plain.rstrip() == picture.plain.rstrip()
         assert ("\x1b[32m" in drawn or "\x1b[1;32m" in drawn) is not no_color
-    assert len({mark for _, mark, _, _ in PARTS}) == len(PARTS)
+    assert len({PARTS[part].mark for part in USAGE}) == len(USAGE)
 
 
 # --- words and code ---------------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ def test_each_event_has_its_sentence_and_its_function(runs: list[History]) -> No
             sentence = narrate(moment)
             assert sentence.endswith((".", "…", "”."))
             assert len(sentence.split()) >= 5
-            place = place_of(actor(moment))
+            place = place_of(function_for_event(moment))
             source = (PACKAGE.parent / place.file).read_text(encoding="utf-8")
             assert source.splitlines()[place.line - 1].strip() == place.source[0].strip()
             assert f"def {place.name.rsplit('.')[-1]}(" in "".join(place.source)
@@ -131,7 +135,21 @@ def test_each_event_has_its_sentence_and_its_function(runs: list[History]) -> No
         assert TokenNamed not in told
 
 
-def test_the_end_of_a_sequence_is_told_from_a_preemption(runs: list[History]) -> None:
+def test_every_function_that_events_link_to_exists_and_is_public() -> None:
+    """Functions are named as strings for the managers: a name that moved must not wait for a screen to fail."""
+    functions = [*source_links.FUNCTIONS.values(), Scheduler.schedule, Engine.step, CachingBlockPool.allocate]
+    for manager in source_links.MANAGERS.values():
+        functions += [getattr(manager, name) for name in source_links.METHODS.values() if hasattr(manager, name)]
+    for name in source_links.METHODS.values():
+        assert any(hasattr(manager, name) for manager in source_links.MANAGERS.values()), name
+    for function in functions:
+        place = place_of(function)
+        assert place.source, function
+        name = place.name.rsplit(".")[-1]
+        assert name.startswith("__") or not name.startswith("_"), place.name
+
+
+def test_the_end_of_a_sequence_differs_from_a_preemption(runs: list[History]) -> None:
     (run,) = histories(preempted())
     freed = [i for i, event in enumerate(run.events) if isinstance(event, SequenceFreed)]
     kinds = {ended(run.moment(i)) for i in freed}
@@ -152,7 +170,7 @@ def preempted() -> list[Event]:
     return events
 
 
-def test_beams_are_told(runs: list[History]) -> None:
+def test_beams_have_their_sentence_and_their_tree(runs: list[History]) -> None:
     from paged_ref import LLM, SamplingParams
 
     events: list[Event] = []
@@ -172,7 +190,7 @@ def test_beams_are_told(runs: list[History]) -> None:
 
 def test_a_pool_of_ten_thousand_blocks_stays_readable() -> None:
     events: list[Event] = []
-    manager = PagedManager(10_000, 16, num_host_blocks=5_000, prefix_cache=True, log=events.append)
+    manager = logged_paged(events.append, 10_000, 16, num_host_blocks=5_000, prefix_cache=True)
     for seq_id in range(300):
         tokens = [seq_id, *range(400)]
         manager.admit(seq_id, tokens, 2000)
@@ -187,7 +205,7 @@ def test_a_pool_of_ten_thousand_blocks_stays_readable() -> None:
             lines = draw([run], frame, len(run), size)
             assert {cell_len(line) for line in lines} == {size[0]}
     lines = draw([run], 0, len(run), (80, 24))
-    assert any("used, 50 idle, 2,184 free" in line for line in lines)
+    assert any("used, 50 cached, 2,184 free" in line for line in lines)
     assert any("each mark is" in line for line in lines)
     changed = min(block for block in run.moment(len(run)).change.before)
     assert any(re.search(rf"\+ +{changed} 0→1 #200 +▸", line) for line in lines)  # it scrolled there

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from paged_ref.timeline.change import sequences_of
-from paged_ref.timeline.events import SequenceForked, StepPlanned
+from paged_ref.timeline.events import SequenceForked, StepPlanned, sequences_of
 from paged_ref.timeline.history import History
-from paged_ref.views.common.loop import SPEEDS
+from paged_ref.views.common.viewer import SPEEDS
 from paged_ref.views.viz.frames.screen import FRAMES
 from paged_ref.views.viz.player import Player
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import termios
@@ -116,10 +117,10 @@ def test_an_exception_restores_the_terminal(start: Callable[..., Terminal], tmp_
     (tmp_path / "sitecustomize.py").write_text(
         "import paged_ref.views.viz.player as player\n"
         "def broken(self): raise RuntimeError('planted')\n"
-        "player.Player._actions['n'] = broken\n",
+        "player.Player.actions['n'] = broken\n",
         encoding="utf-8",
     )
-    terminal = start(PYTHONPATH=str(tmp_path))
+    terminal = start(PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     terminal.see("event 1 of")
     terminal.press("n")
     assert terminal.end() == 1

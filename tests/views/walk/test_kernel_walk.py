@@ -1,6 +1,6 @@
 """The kernel walk: its numbers are the trace's, each access is visited once, and the frames are as recorded.
 
-Golden frames lie in golden/. `UPDATE_GOLDEN=1 pytest tests/terminal/test_kernel_walk.py` writes them again;
+Golden frames lie in golden/. `pytest --update-golden tests/views/walk` writes them again;
 read the diff before you commit it.
 """
 
@@ -24,9 +24,11 @@ from rich.console import Console
 
 pytest.importorskip("greenlet", reason="the tracer runs CUDA threads on greenlets")
 
+from support.traces import per_thread
+
 from paged_ref.cli import main
 from paged_ref.kernels import paged_attention, slot_of
-from paged_ref.views.walk.captions import facts, sentence
+from paged_ref.views.walk.captions import caption, sentence
 from paged_ref.views.walk.frames import VIEWS, WIDE, Look, frame
 from paged_ref.views.walk.run import KERNELS, KernelRun, Sizes, Walk, walk
 from paged_ref.views.walk.walk import STEPS, Walker
@@ -107,11 +109,11 @@ def test_slots_belong_to_whom_the_picture_says(each: Walk) -> None:
 def test_the_key_that_a_sentence_names_is_the_thread_s_own(each: Walk) -> None:
     for run in each.runs.values():
         for position in range(len(run)):
-            known = facts(run, position)
-            if known.array == "keys":
-                assert known.position == known.key
-            if known.array == "block_tables":
-                assert known.d == known.key // run.sizes.block_size
+            known = caption(run, position)
+            if run.info(position).name == "keys":
+                assert known["position"] == known["key"]
+            if run.info(position).name == "block_tables":
+                assert known["last"] == known["key"] // run.sizes.block_size
 
 
 # ---- walking
@@ -180,7 +182,7 @@ def test_the_counters_are_the_trace_s(each: Walk, name: str) -> None:
         counts = run.counts(end)
         for number, info in enumerate(run.trace.arrays):
             for write in (False, True):
-                assert (counts[number, :, int(write)] == run.trace.per_thread(info.name, write=write)[block]).all()
+                assert (counts[number, :, int(write)] == per_thread(run.trace, info.name, write=write)[block]).all()
 
 
 def test_the_counters_are_shown(toy: Walk) -> None:
@@ -188,7 +190,7 @@ def test_the_counters_are_shown(toy: Walk) -> None:
     end = int(run.starts["block"][1]) - 1
     lines = text_of(toy, end, 100, 24, Look(view="threads")).splitlines()
     shown = next(line for line in lines if line.strip().startswith("keys")).split()[1:]
-    expected = run.trace.per_thread("keys")[0].tolist()
+    expected = per_thread(run.trace, "keys")[0].tolist()
     assert shown == [str(n) if n else "." for n in expected] + [str(sum(expected))]
 
 
@@ -276,7 +278,7 @@ def test_golden(toy: Walk, size: tuple[int, int], array: str, request: pytest.Fi
         text = text_of(toy, run.move(first(run, array), "thread", 1) + 7, width, height)
     text = re.sub(r"[ ]+$", "", text, flags=re.MULTILINE)
     file = GOLDEN / f"walk_{array}_{width}x{height}.txt"
-    if request.config.getoption("--update-golden", default=False) or os.environ.get("UPDATE_GOLDEN"):
+    if request.config.getoption("--update-golden"):
         file.write_text(text, encoding="utf-8")
     assert text == file.read_text(encoding="utf-8")
 

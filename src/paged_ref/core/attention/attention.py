@@ -1,51 +1,148 @@
-"""Which backend runs a call: the public `paged_attention` and `naive_attention`."""
+"""Attention as the model asks for it: the addresses of a step, one call for one layer, and the backends that run it.
+
+A backend is a module with three functions:
+
+    unavailable()      why it cannot run on this machine; None where it can
+    unsupported(call)  why it cannot run this call; None where it can
+    attend(call)       fill `call.out`, and `call.lse` where there is one
+
+Rooms outside the core add theirs with `register`.
+"""
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...interop.arguments import AttentionCall, build_call, like_caller
-from ..device import module_of
+from ..device import Array
 
-# The fastest first. A backend is the module of its name: unavailable(), unsupported(call), attention(call).
-# It is imported when it is first asked for.
-BACKENDS = {
-    "cuda-flash": "tuned kernels on a GPU: split sequences, tensor cores, all formats",
-    "cuda": "the teaching kernels on a GPU: naive.py and paged.py",
-    "cpu": "the same two operations for CPU threads, compiled by Numba",
-    "reference": "plain array code, NumPy or CuPy: the oracle",
-    "trace": "the teaching kernels run here, thread by thread, and every access recorded",
-}
-_MODULES = {
-    "cuda-flash": "paged_ref.tuned.flash",
-    "cuda": "paged_ref.core.attention.cuda",
-    "cpu": "paged_ref.tuned.cpu_simd",
-    "reference": "paged_ref.core.attention.reference",
-    "trace": "paged_ref.tracer.trace",
-}
-# `auto` takes the first of these that supports the call. Never the tracer: it is a microscope.
-_AUTO = ("cuda-flash", "cuda", "cpu", "reference")
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the tokens of a step lie. One value serves all layers, so it is checked once.
+
+    Integer arrays on the device of the queries. Paged memory has `block_tables`, contiguous memory has `starts`.
+    """
+
+    seq_lens: Array  # [num_seqs] keys of each sequence, this step's tokens included
+    query_start_loc: Array  # [num_seqs + 1] cumulative counts of query tokens
+    block_tables: Array | None = None  # [num_seqs, max_blocks] logical block to physical block
+    starts: Array | None = None  # [num_seqs] first slot of each sequence's region
+    slot_mapping: Array | None = None  # [num_tokens] where the step's K and V are written
+
+    def check(self, num_tokens: int, num_blocks: int, block_size: int) -> None:
+        """Raise ValueError, with argument, value and bound, for an address outside a cache of this size.
+
+        Looks at values, so all arrays must lie in host memory.
+        """
+        seq_lens, loc = self.seq_lens.astype(np.int64), self.query_start_loc
+        if seq_lens.size and seq_lens.min() < 0:
+            s = int(seq_lens.argmin())
+            raise ValueError(f"seq_lens[{s}] is {seq_lens[s]}; at least 0 is needed")
+        if loc[0] != 0 or loc[-1] != num_tokens or (np.diff(loc) < 0).any():
+            shown = ", ".join(map(str, loc[:8])) + (", ..." if loc.size > 8 else "")
+            raise ValueError(f"query_start_loc must rise from 0 to the {num_tokens} tokens of query; it is [{shown}]")
+        if self.block_tables is not None:
+            _check_tables(self.block_tables, seq_lens, num_blocks, block_size)
+        elif self.starts is not None:
+            _check_starts(self.starts, seq_lens, num_blocks * block_size)
+        if self.slot_mapping is not None:
+            slots, num_slots = self.slot_mapping, num_blocks * block_size
+            outside = slots[(slots < 0) | (slots >= num_slots)]
+            if outside.size:
+                raise ValueError(f"slot_mapping holds {outside[0]}; the cache has slots 0 to {num_slots - 1}")
+
+
+def _check_tables(tables: np.ndarray, seq_lens: np.ndarray, num_blocks: int, block_size: int) -> None:
+    needed = -(-seq_lens // block_size)  # [num_seqs] blocks that hold a token
+    if needed.size and needed.max() > tables.shape[1]:
+        s = int(needed.argmax())
+        raise ValueError(
+            f"seq_lens[{s}] is {seq_lens[s]}; its block table holds {tables.shape[1]} blocks "
+            f"of {block_size} = {tables.shape[1] * block_size} tokens"
+        )
+    bad = ((tables < 0) | (tables >= num_blocks)) & (np.arange(tables.shape[1]) < needed[:, None])
+    if bad.any():
+        s, b = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"block_tables[{s}, {b}] is {tables[s, b]}; the cache has blocks 0 to {num_blocks - 1}")
+
+
+def _check_starts(starts: np.ndarray, seq_lens: np.ndarray, num_slots: int) -> None:
+    bad = (seq_lens > 0) & ((starts < 0) | (starts.astype(np.int64) + seq_lens > num_slots))
+    if bad.any():
+        s = int(bad.argmax())
+        raise ValueError(
+            f"starts[{s}] is {starts[s]}; with {seq_lens[s]} keys the region leaves the cache of {num_slots} slots"
+        )
+
+
+@dataclass(slots=True)
+class AttentionCall:
+    """One layer's attention. Nothing in it is checked any more; a backend fills `out` and `lse`."""
+
+    query: Array  # [num_tokens, num_heads, head_size]
+    keys: Array  # [num_blocks, block_size, num_kv_heads, head_size]; contiguous: [num_slots, num_kv_heads, head_size]
+    values: Array  # like keys
+    addresses: Addresses
+    scale: float  # of the scores, mostly 1 / sqrt(head_size)
+    window: int | None  # how many keys a query sees, its own included; None: all before it
+    out: Array  # [num_tokens, num_heads, head_size]
+    lse: Array | None = None  # [num_tokens, num_heads] float32: the natural log of the sum of exp(score)
+    variant: Any = None  # what another room adds to attention; None: what is said above is all
+
+
+def by_slot(cache: Array) -> Array:
+    """`cache` with one row for each slot: [num_slots, num_kv_heads, head_size], the same memory."""
+    return cache.reshape(-1, *cache.shape[-2:])
+
+
+# --- backends ------------------------------------------------------------------------------------------------
+
+
+class Backend(NamedTuple):
+    """One way to run attention. Its module is imported when it is first asked for."""
+
+    name: str
+    summary: str
+    module: str
+    rank: int | None  # `auto` takes the lowest rank that can run a call; None: never
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register(name: str, summary: str, module: str, rank: int | None = None) -> None:
+    """Make the backend `name` known. A name that is known already stands for the new module from now on."""
+    _backends[name] = Backend(name, summary, module, rank)
+    _load.cache_clear()
+    _automatic.cache_clear()
 
 
 @cache
 def _load(name: str) -> tuple[Any, str | None]:
     """The backend's module, and why it cannot run here (None where it can)."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}; known are auto, {', '.join(BACKENDS)}")
+    if name not in _backends:
+        raise ValueError(f"backend is {name!r}; known are auto, {', '.join(known_backends())}")
     try:
-        module = importlib.import_module(_MODULES[name])
+        module = importlib.import_module(_backends[name].module)
     except ImportError as error:
         return None, f"it needs the package {error.name}"
     return module, module.unavailable()
 
 
+def known_backends() -> dict[str, str]:
+    """All backends and what they are: those that `auto` takes first come first."""
+    ordered = sorted(_backends.values(), key=lambda backend: np.inf if backend.rank is None else backend.rank)
+    return {backend.name: backend.summary for backend in ordered}
+
+
 def backends() -> tuple[str, ...]:
     """Names of the backends that work on this machine, the fastest first."""
-    return tuple(name for name in BACKENDS if _load(name)[1] is None)
+    return tuple(name for name in known_backends() if why_not(name) is None)
 
 
 def why_not(name: str) -> str | None:
@@ -53,110 +150,27 @@ def why_not(name: str) -> str | None:
     return _load(name)[1]
 
 
-def _run(call: AttentionCall, backend: str) -> None:
-    if backend != "auto":
+@cache
+def _automatic() -> tuple[Any, ...]:
+    """The modules that `auto` may take on this machine, the fastest first."""
+    names = [name for name in known_backends() if _backends[name].rank is not None]
+    return tuple(_load(name)[0] for name in names if why_not(name) is None)
+
+
+def attend(call: AttentionCall, backend: str = "auto") -> None:
+    """Fill `call.out`, and `call.lse` if there is one. Raises ValueError where `backend` cannot run the call."""
+    if backend == "auto":
+        module: Any = next((module for module in _automatic() if module.unsupported(call) is None), None)
+        reason = "none of the fast ones supports it" if module is None else None
+    else:
         module, reason = _load(backend)
-        if reason is None:
-            reason = module.unsupported(call)
-        if reason is not None:
-            able = [name for name in backends() if _load(name)[0].unsupported(call) is None]
-            raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(able)} can")
-        module.attention(call)
-        return
-    names = [name for name in _AUTO if module_of(call.query) is not np or not name.startswith("cuda")]
-    for name in names:
-        module, reason = _load(name)
-        if reason is None and module.unsupported(call) is None:
-            module.attention(call)
-            return
-    raise ValueError("no backend supports this call")  # the reference supports all, so this is a bug
+        reason = reason or module.unsupported(call)
+    if reason is not None:
+        able = [name for name in backends() if _load(name)[0].unsupported(call) is None]
+        raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(able) or 'none'} can")
+    module.attend(call)
 
 
-def _finish(call: AttentionCall, caller: Any, out: Any, return_lse: bool) -> Any:
-    result = out if out is not None else like_caller(call.out, caller)
-    return (result, like_caller(call.lse, caller)) if return_lse else result
-
-
-def paged_attention(
-    query: Any,
-    key_cache: Any,
-    value_cache: Any,
-    block_tables: Any,
-    seq_lens: Any,
-    query_start_loc: Any = None,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    key_scales: Any = None,
-    value_scales: Any = None,
-    return_lse: bool = False,
-    out: Any = None,
-    backend: str = "auto",
-    validate: bool | None = None,
-) -> Any:
-    """Causal attention over K and V that lie in blocks.
-
-    Shapes: `query [num_tokens, num_heads, head_size]`, caches `[num_blocks, block_size, num_kv_heads,
-    head_size]`, `block_tables [num_seqs, max_blocks]`, `seq_lens [num_seqs]` (keys of each sequence, this
-    step's included), `query_start_loc [num_seqs + 1]` (None: one query token for each sequence). Query i of
-    a sequence sees key j when `j <= i + seq_len - query_len`.
-
-    `scale` defaults to 1/sqrt(head_size); `sliding_window=W` sees W keys, the token itself included;
-    `softcap=c` is c·tanh(s/c), before ALiBi (`slope * (key_position - query_position)`) and the mask;
-    `sinks [num_heads]` is one more logit without a value. `return_lse` adds `lse [num_tokens, num_heads]`,
-    float32, natural log. A query with no visible key gives output 0 and lse −inf (with sinks: the sink).
-
-    Formats: float16, float32, float64; bfloat16, in uint16 where the library has none; caches also int8, and
-    float8 e4m3 in uint8, with `key_scales` and `value_scales [num_kv_heads]`: the value is stored * scale.
-    quantize.py makes them.
-
-    Arrays are NumPy, CuPy or DLPack; the answer is of the query's kind, dtype and device. Raises ValueError
-    with the argument, the value and the bound. Values on a GPU are only checked with `validate=True`.
-    The kernel of Kwon et al. 2023, §4.1, with the conventions of FlashAttention and of today's vLLM.
-    """
-    call = build_call(
-        query, key_cache, value_cache, seq_lens, query_start_loc,
-        block_tables=block_tables, names=("key_cache", "value_cache"), scale=scale,
-        sliding_window=sliding_window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        key_scales=key_scales, value_scales=value_scales, return_lse=return_lse, out=out, validate=validate,
-    )  # fmt: skip
-    _run(call, backend)
-    return _finish(call, query, out, return_lse)
-
-
-def naive_attention(
-    query: Any,
-    keys: Any,
-    values: Any,
-    starts: Any,
-    seq_lens: Any,
-    query_start_loc: Any = None,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    key_scales: Any = None,
-    value_scales: Any = None,
-    return_lse: bool = False,
-    out: Any = None,
-    backend: str = "auto",
-    validate: bool | None = None,
-) -> Any:
-    """Causal attention over K and V in one contiguous region for each sequence.
-
-    `keys, values [num_slots, num_kv_heads, head_size]`, `starts [num_seqs]` the first slot of each region;
-    all the rest as in `paged_attention`.
-    """
-    call = build_call(
-        query, keys, values, seq_lens, query_start_loc,
-        starts=starts, names=("keys", "values"), scale=scale,
-        sliding_window=sliding_window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        key_scales=key_scales, value_scales=value_scales, return_lse=return_lse, out=out, validate=validate,
-    )  # fmt: skip
-    _run(call, backend)
-    return _finish(call, query, out, return_lse)
+register("cuda", "the teaching kernels on a GPU: naive.py and paged.py", "paged_ref.core.attention.cuda", rank=10)
+register("cpu", "the teaching kernels' loop, compiled for a CPU", "paged_ref.core.attention.cpu", rank=30)
+register("reference", "plain array code, NumPy or CuPy: the oracle", "paged_ref.core.attention.reference", rank=40)

@@ -113,6 +113,6 @@ def attention_kernel(
         cuda.syncthreads()  # The next tile overwrites slots, weights and work: first all must be done.
 
     for d in range(thread, head_size, num_threads):
-        out[token, head, d] = acc[d] / total if total > 0 else float32(0)
+        out[token, head, d] = acc[d] / total if total != 0 else float32(0)
     if thread == 0:
-        lse[token, head] = highest + math.log(total) if total > 0 else float32(-math.inf)
+        lse[token, head] = highest + math.log(total) if total != 0 else float32(-math.inf)

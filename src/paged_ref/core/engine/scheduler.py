@@ -1,7 +1,7 @@
 """Continuous batching: which sequences run in the next step, and for how many tokens each.
 
-One rule covers prefill, chunked prefill, decode and recomputation: a sequence runs until its computed
-tokens catch up with its tokens. Ints only; nothing here knows of K, V, models or text.
+One rule covers prefill, chunked prefill, decode and recomputation: a sequence runs until its computed tokens catch up
+with its tokens. Ints only; nothing here knows of K, V, models or text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..memory.manager import Forkable, KVCacheManager, OutOfBlocks, OutOfHostBlocks, Swappable, Transfer
+from ..checks import require, require_one_of
+from ..memory.block_pool import OutOfBlocks
+from ..memory.manager import KVCacheManager, OutOfHostBlocks, Transfer
 from .sequence import Group, Sequence, Status
 
 Preemption = Literal["recompute", "swap"]
@@ -20,7 +22,7 @@ Preemption = Literal["recompute", "swap"]
 class StepPlan:
     """What one step does."""
 
-    chunks: list[tuple[Sequence, int]] = field(default_factory=list)  # sequence, tokens to compute
+    chunks: list[tuple[Sequence, int]] = field(default_factory=list)  # sequence, num_scheduled_tokens
     transfers: list[Transfer] = field(default_factory=list)  # to carry out first, in order
     preempted: list[Group] = field(default_factory=list)
 
@@ -31,33 +33,30 @@ class Scheduler:
     def __init__(
         self,
         manager: KVCacheManager,
-        max_batch_tokens: int,
-        max_batch_seqs: int,
+        max_batch_tokens: int = 512,
+        max_batch_seqs: int = 256,
         preemption: Preemption = "recompute",
     ) -> None:
         """`preemption` by swap falls back to recompute when host memory is full."""
-        for name, value in (("max_batch_tokens", max_batch_tokens), ("max_batch_seqs", max_batch_seqs)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1 is needed")
-        if preemption not in ("recompute", "swap"):
-            raise ValueError(f"preemption is {preemption!r}; known are recompute, swap")
-        if preemption == "swap" and not isinstance(manager, Swappable):
-            raise ValueError("preemption is 'swap'; the standard manager cannot swap, only recompute")
+        require(max_batch_tokens=(max_batch_tokens, 1), max_batch_seqs=(max_batch_seqs, 1))
+        require_one_of(("recompute", "swap"), preemption=preemption)
+        if preemption == "swap" and not manager.can_swap:
+            raise ValueError("preemption is 'swap'; this manager cannot swap, only recompute")
         self.manager = manager
         self.max_batch_tokens = max_batch_tokens
         self.max_batch_seqs = max_batch_seqs
         self.preemption = preemption
-        self.waiting: deque[Group] = deque()  # by arrival; those that were preempted come first
+        self.waiting: deque[Group] = deque()  # by arrival; preempted groups come first
         self.running: list[Group] = []  # by arrival
 
     def add(self, group: Group) -> None:
         """Queue a new group. Raises ValueError if it could never fit, even alone."""
         seq = group.leader
-        needed = self.manager.most_slots(seq.prompt_len, seq.max_slots, group.width)
+        needed = self.manager.max_slots_needed(seq.prompt_len, seq.max_slots, group.width)
         if needed > self.manager.num_slots:
             samples = f", {group.width} times," if group.width > 1 else ""
             raise ValueError(
-                f"a request of {seq.prompt_len} prompt tokens and up to {seq.max_tokens - seq.prompt_len} "
+                f"a request of {seq.prompt_len} prompt tokens and up to {seq.max_len - seq.prompt_len} "
                 f"new ones{samples} can need {needed} slots of KV cache; there are {self.manager.num_slots}"
             )
         if group.width > self.max_batch_seqs:
@@ -66,16 +65,18 @@ class Scheduler:
             )
         self.waiting.append(group)
 
+    # --- a step ----------------------------------------------------------------------------------------
+
     def schedule(self) -> StepPlan:
         """Plan the next step, and make room for it in the manager."""
         plan = StepPlan()
         budget = self.max_batch_tokens
-        # Those that run come first, the earliest arrival first. By index: a preemption shortens the list.
+        # Running groups come first, the earliest arrival first. By index: a preemption shortens the list.
         i = 0
         while i < len(self.running) and budget > 0:
             budget -= self._run(self.running[i], budget, plan)
             i += 1
-        # Whoever was preempted just now waits at the head of the queue, and there is no room for it.
+        # A group preempted in this step is now first in `waiting`; nothing can be admitted before it.
         width = sum(group.width for group in self.running)
         while self.waiting and budget > 0 and not plan.preempted:
             group = self.waiting[0]
@@ -94,13 +95,13 @@ class Scheduler:
 
     def _admit(self, group: Group, plan: StepPlan) -> None:
         """Bring a group back from the host, or begin with its leader. Raises OutOfBlocks."""
-        if group.status is Status.SWAPPED and isinstance(self.manager, Swappable):
+        if group.status is Status.SWAPPED:
             plan.transfers += self.manager.swap_in([seq.seq_id for seq in group.seqs if seq.admitted])
             return
         seq = group.leader
-        # Of a group that was preempted, the leader computes what all have in common; then they fork again.
+        # In a preempted group, the leader computes what all sequences have in common; then the others fork again.
         tokens = seq.tokens if len(group.seqs) == 1 else seq.tokens[: group.common_len()]
-        seq.num_computed = self.manager.admit(seq.seq_id, tokens, seq.max_slots)
+        seq.num_computed = self.manager.admit(seq.seq_id, tokens, seq.max_slots)  # num_cached_tokens
         seq.admitted = True
 
     def _run(self, group: Group, budget: int, plan: StepPlan) -> int:
@@ -123,8 +124,8 @@ class Scheduler:
 
     def _chunks(self, group: Group, budget: int) -> list[tuple[Sequence, int]]:
         """The one rule, for each sequence of the group, within the budget."""
-        leader = group.leader
         if len(group.seqs) > 1:
+            leader = group.leader
             to_fork = [seq for seq in group.seqs if not seq.admitted]
             missing = group.common_len() - leader.num_computed if to_fork else 0
             if missing > 0:
@@ -140,14 +141,13 @@ class Scheduler:
         return chunks
 
     def _preempt(self, group: Group, plan: StepPlan) -> None:
-        """Take all its blocks: to the host, or for good, and then its tokens are one long prompt later."""
+        """Take all blocks of the group: to the host, or for good, and then its tokens are one long prompt later."""
         self.running.remove(group)
         self.waiting.appendleft(group)
         plan.preempted.append(group)
         group.num_preemptions += 1
         admitted = [seq for seq in group.seqs if seq.admitted]
-        swaps = self.preemption == "swap" and group.leader.num_computed > 0
-        if swaps and isinstance(self.manager, Swappable):
+        if self.preemption == "swap" and group.leader.num_computed > 0:
             try:
                 plan.transfers += self.manager.swap_out([seq.seq_id for seq in admitted])
                 group.status = Status.SWAPPED
@@ -160,19 +160,20 @@ class Scheduler:
             seq.num_computed = 0
             seq.admitted = False
 
+    # --- between steps ---------------------------------------------------------------------------------
+
     def _fork(self, parent: Sequence, child: Sequence) -> None:
-        assert isinstance(self.manager, Forkable)
         self.manager.fork(parent.seq_id, child.seq_id)
         child.num_computed = parent.num_computed
         child.admitted = True
 
     def fork(self, group: Group, parent: Sequence, child: Sequence) -> None:
-        """`child` joins the running group, and goes on from where `parent` is, sharing its memory."""
+        """`child` joins the running group, and goes on from where `parent` is, sharing the memory of `parent`."""
         self._fork(parent, child)
         group.seqs.append(child)
 
     def finish(self, group: Group, seq: Sequence) -> None:
-        """Take `seq` out, wherever it is, and give its memory back. The group ends with its last sequence."""
+        """Take `seq` out of its group and free its memory. The group ends with its last sequence."""
         group.seqs.remove(seq)
         if seq.admitted:
             self.manager.free(seq.seq_id)

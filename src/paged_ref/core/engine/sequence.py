@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 
@@ -22,32 +22,32 @@ class Sequence:
     seq_id: int
     tokens: list[int]  # the prompt, then what was generated
     prompt_len: int
-    max_tokens: int  # the length at which it ends at the latest, prompt included
+    max_len: int  # the length at which the sequence ends at the latest, prompt included
     num_computed: int = 0  # tokens whose K and V are in the cache
-    admitted: bool = False  # the manager knows it
+    admitted: bool = False  # the manager holds memory for the sequence
 
     @property
     def num_uncomputed(self) -> int:
-        """What a step has to catch up with: the prompt at first, one token later, all after a preemption."""
+        """Tokens that a step has to compute: the prompt at first, one token later, all after a preemption."""
         return len(self.tokens) - self.num_computed
 
     @property
     def max_slots(self) -> int:
-        """The most slots that it will ever hold: the last token's K and V are never needed."""
-        return self.max_tokens - 1
+        """The most slots that the sequence will ever hold: the last token's K and V are never needed."""
+        return self.max_len - 1
 
 
 @dataclass(eq=False, slots=True)
 class Group:
     """The unfinished sequences of one request: samples or beams that share the blocks of their prompt.
 
-    It begins with one sequence, the leader; the others are forked from it when the prompt is computed.
+    A group begins with one sequence, the leader; the others are forked from it when the prompt is computed.
     """
 
     seqs: list[Sequence]  # the first is the leader; beams are in the order of their rank
-    width: int = 1  # sequences that it may come to have at once
+    width: int = 1  # sequences that the group may have at the same time, later on
     status: Status = Status.WAITING
-    num_preemptions: int = field(default=0)
+    num_preemptions: int = 0
 
     @property
     def leader(self) -> Sequence:

@@ -1,30 +1,34 @@
-"""The K and V themselves, for all layers: the only place that moves them between blocks, or off the device.
+"""The K and V themselves, for all layers: where a step writes them, and where attention reads them.
 
-One array on the device and one on the host hold everything. A manager that does without blocks has blocks
-of one slot.
-
-On a GPU, swaps run on a stream of their own, straight between the two arrays. Events keep the order: a swap
-begins when all work before it is done, and work after it begins when the swap is done, so that no block is
-reused before its copy. The host waits for none of this; who reads `host` calls synchronize() first.
+One array on the device and one on the host hold everything. A manager without blocks has blocks of one slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..attention.write import copy_planes
-from ..device import Array, on_gpu, xp
+from ..attention.attention import Addresses, AttentionCall, attend, by_slot
+from ..device import Array, to_host, xp
+from ..engine.scheduler import StepPlan
+from ..model.llama import AttendingKV, StepInputs
 from .manager import Transfer
 
-MAX_PITCH = 2**31 - 1  # bytes from row to row that cudaMemcpy2D takes (cudaDeviceProp::memPitch)
+
+class KV(AttendingKV, Protocol):
+    """K and V of all layers: what the engine asks of memory, and what the model does."""
+
+    def begin_step(self, plan: StepPlan, inputs: StepInputs) -> None:
+        """Before the forward pass: carry out the plan's transfers. `inputs` still lie in host memory."""
 
 
-class KVStorage:
+class KVCache:
     """K and V of `num_blocks * block_size` tokens. Every slot starts as NaN, so that a stray read shows."""
+
+    nan: float = np.nan  # as the cache stores it
 
     def __init__(
         self,
@@ -35,13 +39,46 @@ class KVStorage:
         head_size: int,
         dtype: str,
         num_host_blocks: int = 0,
+        backend: str = "auto",
     ) -> None:
+        self.block_size = block_size
+        self.backend = backend
+        self.scale = head_size**-0.5
+        self.variants: list[Any] = [None] * num_layers  # what attention over a layer needs beyond the plain one
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_size)
-        self.device = xp.full(shape, xp.nan, dtype=dtype)
+        self.device = xp.full(shape, self.nan, dtype=dtype)
         # (key_cache, value_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_size]
         self.layers: list[tuple[Array, Array]] = [(kv[0], kv[1]) for kv in self.device]
-        self.host = pinned((num_layers, 2, num_host_blocks, *shape[3:]), dtype)
-        self._swaps: Any = xp.cuda.Stream(non_blocking=True) if on_gpu else None
+        # The same memory without blocks, [num_slots, num_kv_heads, head_size]
+        self.slots = [(by_slot(keys), by_slot(values)) for keys, values in self.layers]
+        self.host = self._host_array((num_layers, 2, num_host_blocks, *shape[3:]), dtype)
+
+    def _host_array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Host memory full of NaN."""
+        return np.full(shape, self.nan, dtype=dtype)
+
+    # --- a step --------------------------------------------------------------------------------------
+
+    def begin_step(self, plan: StepPlan, inputs: StepInputs) -> None:
+        inputs.addresses.check(len(inputs.token_ids), self.device.shape[2], self.block_size)
+        self.apply(plan.transfers)
+
+    def attend(
+        self, layer: int, query: Array, key: Array, value: Array, addresses: Addresses, window: int | None
+    ) -> Array:
+        self._write(layer, key, value, addresses.slot_mapping)
+        keys, values = (self.slots if addresses.block_tables is None else self.layers)[layer]
+        out = xp.empty_like(query)
+        call = AttentionCall(query, keys, values, addresses, self.scale, window, out, variant=self.variants[layer])
+        attend(call, self.backend)
+        return call.out
+
+    def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
+        """Write K and V of the step's tokens into their slots. vLLM calls this reshape_and_cache."""
+        keys, values = self.slots[layer]
+        keys[slot_mapping], values[slot_mapping] = key, value
+
+    # --- transfers -----------------------------------------------------------------------------------
 
     def apply(self, transfers: Iterable[Transfer]) -> None:
         """Carry out this step's transfers, in their order, before anything is written."""
@@ -61,81 +98,16 @@ class KVStorage:
             self._apply_batch(batch)
 
     def _apply_batch(self, batch: Sequence[Transfer]) -> None:
-        kind = batch[0].kind
-        if kind in ("swap_out", "swap_in") and self._swaps is not None:
-            self._swap_beside(batch)
-            return
+        """Transfers of one kind, none of which reads or writes what another one writes."""
         sources = np.concatenate([np.arange(t.source, t.source + t.count) for t in batch])
         destinations = np.concatenate([np.arange(t.destination, t.destination + t.count) for t in batch])
-        if kind == "swap_out":
-            self.host[:, :, destinations] = self.device[:, :, sources]
-        elif kind == "swap_in":
-            self.device[:, :, destinations] = self.host[:, :, sources]
+        if batch[0].kind == "swap_out":
+            self.host[:, :, destinations] = to_host(self.device[:, :, sources])
+        elif batch[0].kind == "swap_in":
+            self.device[:, :, destinations] = xp.asarray(self.host[:, :, sources])
         else:
-            planes = self.device.reshape(-1, *self.device.shape[2:])  # [num_layers * 2, num_blocks, ...]
-            copy_planes(planes, np.stack([sources, destinations], axis=1))
+            self._copy(sources, destinations)
 
-    def _swap_beside(self, batch: Sequence[Transfer]) -> None:
-        """Between device and pinned host memory, on the stream for swaps."""
-        compute, swaps = xp.cuda.get_current_stream(), self._swaps
-        swaps.wait_event(compute.record(xp.cuda.Event(disable_timing=True)))
-        runtime, height = xp.cuda.runtime, self.device.shape[0] * 2
-        for transfer in batch:
-            if transfer.kind == "swap_out":
-                source, target, direction = self.device, self.host, runtime.memcpyDeviceToHost
-            else:
-                source, target, direction = self.host, self.device, runtime.memcpyHostToDevice
-            at, pitch, width = _run(source, transfer.source, transfer.count)
-            to, target_pitch, _ = _run(target, transfer.destination, transfer.count)
-            rows = height if max(pitch, target_pitch) <= MAX_PITCH else 1  # a row: these blocks in one K or V
-            for row in range(0, height, rows):
-                runtime.memcpy2DAsync(
-                    to + row * target_pitch, target_pitch, at + row * pitch, pitch, width, rows, direction, swaps.ptr
-                )
-        compute.wait_event(swaps.record(xp.cuda.Event(disable_timing=True)))
-
-    def synchronize(self) -> None:
-        """Wait until all swaps are done. Call before reading `host`."""
-        if self._swaps is not None:
-            self._swaps.synchronize()
-
-    def poison_slots(self, slots: np.ndarray) -> None:
-        """Fill these slots with NaN: whoever reads them now reads what is no longer there."""
-        block_size = self.device.shape[3]
-        self.device[:, :, xp.asarray(slots // block_size), xp.asarray(slots % block_size)] = np.nan
-
-
-class PageStorage(KVStorage):
-    """Pages of one layer and one KV head, for sequences longer than the device (streaming.py).
-
-    On a CPU, device and host are two parts of one array, `whole` [1, 2, device and host blocks, ...], so that the
-    compiled loop reaches both. On a GPU they are two memories, and `whole` is None.
-    """
-
-    def __init__(self, num_device_blocks: int, num_host_blocks: int, block_size: int, head_size: int, dtype: str):
-        self.whole: np.ndarray | None = None
-        if on_gpu:
-            super().__init__(1, num_device_blocks, block_size, 1, head_size, dtype, num_host_blocks)
-            return
-        super().__init__(1, 1, block_size, 1, head_size, dtype)
-        self.whole = np.full((1, 2, num_device_blocks + num_host_blocks, block_size, 1, head_size), np.nan, dtype)
-        self.device, self.host = self.whole[:, :, :num_device_blocks], self.whole[:, :, num_device_blocks:]
-        self.layers = [(kv[0], kv[1]) for kv in self.device]
-
-
-def _run(pool: Array, block: int, count: int) -> tuple[int, int, int]:
-    """Blocks `block` to `block + count` of a pool: their address in the first layer's K, the bytes from there to
-    the same blocks in the V, in the next layer's K and so on, and their length in bytes."""
-    address = pool.ctypes.data if isinstance(pool, np.ndarray) else pool.data.ptr
-    return address + block * pool.strides[2], pool.strides[1], count * pool.strides[2]
-
-
-def pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Host memory full of NaN; page-locked where there is a GPU, since only then is a copy fast."""
-    if not on_gpu:
-        return np.full(shape, np.nan, dtype=dtype)
-    import cupyx
-
-    host: np.ndarray = cupyx.empty_pinned(shape, dtype=dtype)
-    host.fill(np.nan)
-    return host
+    def _copy(self, sources: np.ndarray, destinations: np.ndarray) -> None:
+        """Copy blocks on the device, in all layers. All sources are read before a destination is written."""
+        self.device[:, :, xp.asarray(destinations)] = self.device[:, :, xp.asarray(sources)]

@@ -1,12 +1,15 @@
-"""Contiguous memory: first-fit regions in one array of slots, as a plain memory allocator does it."""
+"""Contiguous memory: first-fit regions in one array of slots, as a plain memory allocator places them."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..checks import require
 from .block_pool import OutOfBlocks
+from .manager import KVCacheManager
+from .usage import PartialAllocation
 
 
 @dataclass(slots=True)
@@ -16,7 +19,6 @@ class Region:
     start: int
     size: int  # slots
     length: int = 0  # of these, slots that hold a token
-    on_host: bool = False  # `start` counts host slots: swapped out
 
 
 class RegionPool:
@@ -26,10 +28,17 @@ class RegionPool:
     """
 
     def __init__(self, num_slots: int) -> None:
-        if num_slots < 0:
-            raise ValueError(f"num_slots is {num_slots}; at least 0 is needed")
+        require(num_slots=(num_slots, 0))
         self.num_slots = num_slots
-        self.holes: list[tuple[int, int]] = [(0, num_slots)] if num_slots else []  # (start, size)
+        self.clear()
+
+    def clear(self) -> None:
+        """Every slot is free."""
+        self.holes: list[tuple[int, int]] = [(0, self.num_slots)] if self.num_slots else []  # (start, size)
+
+    def slots_taken(self, size: int) -> int:
+        """Slots that a region of `size` takes from the pool."""
+        return size
 
     def allocate(self, size: int) -> int:
         """The start of a new region: the first hole that is large enough. Raises OutOfBlocks."""
@@ -63,7 +72,7 @@ class RegionPool:
             raise
 
     def release(self, start: int, size: int) -> None:
-        """Give a region back; it joins the holes that it touches."""
+        """Take a region back; it joins the holes that it touches."""
         i = bisect_left(self.holes, (start, 0))
         stop = start + size
         if i < len(self.holes) and self.holes[i][0] == stop:
@@ -78,16 +87,10 @@ class RegionPool:
         small = sum(size for _, size in self.holes if size < needed)
         return small, sum(size for _, size in self.holes) - small
 
-    def check_integrity(self, regions: Mapping[int, Region], on_host: bool = False) -> None:
-        """Raise AssertionError unless the regions that lie here and the holes tile the slots exactly."""
-        here = []
-        for seq_id, region in regions.items():
-            if region.length > region.size:
-                raise AssertionError(f"sequence {seq_id} has {region.length} tokens in {region.size} slots")
-            if region.on_host == on_host:
-                here.append((region.start, region.size))
+    def check_integrity(self, regions: Iterable[Region]) -> None:
+        """Raise AssertionError unless `regions` and the holes tile the slots exactly."""
         position = 0
-        for start, size in sorted(here + self.holes):
+        for start, size in sorted([*((region.start, region.size) for region in regions), *self.holes]):
             if start != position:
                 raise AssertionError(f"slots {position} to {start} belong to nothing, or to two regions")
             position += size
@@ -95,3 +98,43 @@ class RegionPool:
             raise AssertionError(f"regions and holes cover {position} of {self.num_slots} slots")
         if any(sum(a) == b[0] for a, b in zip(self.holes, self.holes[1:], strict=False)):
             raise AssertionError("two holes touch and were not joined")
+
+
+class RegionManager(KVCacheManager):
+    """What the managers share that keep each sequence in one region."""
+
+    paged = False
+    block_size = 1
+
+    def __init__(self, pool: RegionPool) -> None:
+        self.pool = pool
+        self.num_slots = pool.num_slots
+        self.regions: dict[int, Region] = {}  # on the device
+
+    def free(self, seq_id: int) -> None:
+        region = self.regions.pop(seq_id)
+        self.pool.release(region.start, region.size)
+
+    def clear(self) -> None:
+        self.regions.clear()
+        self.pool.clear()
+
+    def length(self, seq_id: int) -> int:
+        return self.regions[seq_id].length
+
+    def placement(self, seq_id: int) -> list[int]:
+        return [self.regions[seq_id].start]
+
+    def slots(self, seq_id: int, first: int, count: int) -> list[int]:
+        start = self.regions[seq_id].start + first
+        return list(range(start, start + count))
+
+    def partial_allocations(self) -> list[PartialAllocation]:
+        """Every region, for a snapshot."""
+        return [PartialAllocation(seq_id, r.length, r.length, r.size) for seq_id, r in self.regions.items()]
+
+    def check_integrity(self) -> None:
+        for seq_id, region in self.regions.items():
+            if region.length > region.size:
+                raise AssertionError(f"sequence {seq_id} has {region.length} tokens in {region.size} slots")
+        self.pool.check_integrity(self.regions.values())

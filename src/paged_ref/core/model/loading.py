@@ -1,218 +1,53 @@
-"""From a Hugging Face directory to a config, weights and a tokenizer. Nothing is ever unpickled."""
+"""From a directory to a config, weights and a tokenizer: a plain Llama in Hugging Face form.
+
+The files are taken as right. What checkpoints from elsewhere need (shards, bfloat16, other architectures, checks) is in
+another room, and gives the same `Checkpoint`. Nothing is ever unpickled.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import tokenizers
+from safetensors.numpy import load_file
 
-from .config import ModelConfig, token_ids
+from .config import ModelConfig
 from .tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # NumPy has no bfloat16: its bits
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: what is wrong, where, and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """What a directory holds."""
 
-    directory: Path
     config: ModelConfig
-    weights: Mapping[str, np.ndarray]  # under Hugging Face's names; each is read when it is asked for
+    weights: Mapping[str, np.ndarray]  # under Hugging Face's names, [out, in]
     tokenizer: Tokenizer
 
 
-def load(directory: str | Path) -> Checkpoint:
-    """Read config.json, tokenizer.json and the headers of the safetensors; "tiny" is the embedded checkpoint.
-
-    Weights are one model.safetensors or the shards of model.safetensors.index.json, in float32, float16 or
-    bfloat16. Raises CheckpointError, a ValueError, in one sentence: what is missing, broken or does not fit.
-    """
+def load(directory: str | Path = "tiny") -> Checkpoint:
+    """Read config.json, model.safetensors and tokenizer.json; "tiny" is the embedded checkpoint."""
     directory = TINY if directory == "tiny" else Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; a checkpoint in Hugging Face form is needed")
-    config = read_config(directory)
-    weights = _read_weights(directory)
-    _check_weights(config, weights, directory)
-    try:
-        tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    return Checkpoint(directory, config, weights, tokenizer)
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of `config` must hold, under Hugging Face's names, [out, in]."""
-    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden_size,),
-        "self_attn.q_proj.weight": (q_size, hidden_size),
-        "self_attn.k_proj.weight": (kv_size, hidden_size),
-        "self_attn.v_proj.weight": (kv_size, hidden_size),
-        "self_attn.o_proj.weight": (hidden_size, q_size),
-        "post_attention_layernorm.weight": (hidden_size,),
-        "mlp.gate_proj.weight": (intermediate_size, hidden_size),
-        "mlp.up_proj.weight": (intermediate_size, hidden_size),
-        "mlp.down_proj.weight": (hidden_size, intermediate_size),
-    }
-    if config.attention_bias:
-        layer |= {
-            f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (q_size, kv_size, kv_size), strict=True)
-        }
-    if config.qk_norm:
-        layer |= {f"self_attn.{name}_norm.weight": (config.head_size,) for name in "qk"}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden_size)}
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden_size)
-    return shapes
-
-
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights for benchmarks and tests, float32: they keep activations near size 1, and no two are alike."""
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for name, shape in weight_shapes(config).items():
-        drawn = rng.standard_normal(shape, dtype=np.float32)
-        if len(shape) == 2:
-            weights[name] = drawn / np.float32(np.sqrt(shape[1]))
-        else:
-            weights[name] = np.float32(0.1) * drawn + np.float32("norm" in name)
-    return weights
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies."""
-
-    path: Path
-    dtype: str  # in the words of safetensors: F32, F16, BF16
-    shape: tuple[int, ...]
-    offset: int  # bytes from the beginning of the file
-
-
-class Weights(Mapping[str, np.ndarray]):
-    """Tensors of one or many safetensors files, read from disk each time they are asked for.
-
-    float32 and float16 are views of the mapped file; bfloat16 becomes float32.
-    """
-
-    def __init__(self, entries: dict[str, TensorEntry]) -> None:
-        self.entries = entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        entry = self.entries[name]
-        array = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
-        if entry.dtype != "BF16":
-            return array
-        return (array.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; a JSON object is needed")
-    return value
-
-
-def read_config(directory: Path) -> ModelConfig:
-    """config.json, with the EOS ids of generation_config.json if any: Llama 3 keeps its list there.
-
-    The weights need not be there. Raises CheckpointError.
-    """
-    path = directory / "config.json"
-    generation = directory / "generation_config.json"
-    hf = _read_json(path)
-    try:
-        config = ModelConfig.from_hf(hf)
-        if generation.exists():
-            path = generation
-            eos_token_ids = token_ids(_read_json(generation), "eos_token_id")
-            config = replace(config, eos_token_ids=eos_token_ids or config.eos_token_ids)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return config
-
-
-def _read_weights(directory: Path) -> Weights:
-    """The headers of all weight files."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return Weights(_read_header(single))
-    if not index.exists():
-        pickled = sorted(p.name for suffix in ("bin", "pt", "pth") for p in directory.glob(f"*.{suffix}"))
-        hint = f"; {pickled[0]} is pickled, which is not read: save it as safetensors" if pickled else ""
-        raise CheckpointError(f"{directory} has neither {single.name} nor {index.name}{hint}")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
-    entries: dict[str, TensorEntry] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (directory / shard).is_file():
-            raise CheckpointError(f"{directory / shard} is missing; {index.name} names it")
-        entries |= _read_header(directory / shard)
-    return Weights(entries)
-
-
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    """Names, dtypes, shapes and places of the tensors in a file that the safetensors library finds whole.
-
-    The library has no NumPy reader for bfloat16, so the offsets are read here and one way serves all dtypes:
-    8 bytes of header size, the header in JSON, then the tensors.
-    """
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {
-        name: TensorEntry(path, tensor["dtype"], tuple(tensor["shape"]), 8 + size + tensor["data_offsets"][0])
-        for name, tensor in header.items()
-    }
-
-
-def _check_weights(config: ModelConfig, weights: Weights, directory: Path) -> None:
-    """Every tensor of the config is there, in its shape, in a known dtype; and none is left over."""
-    shapes = weight_shapes(config)
-    for name, shape in shapes.items():
-        entry = weights.entries.get(name)
-        if entry is None:
-            raise CheckpointError(f"{directory} has no tensor {name}; the config wants one of shape {list(shape)}")
-        if entry.shape != shape:
-            raise CheckpointError(f"{entry.path}: {name} has shape {list(entry.shape)}; the config wants {list(shape)}")
-        if entry.dtype not in _DTYPES:
-            raise CheckpointError(f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
-    # Old files also keep RoPE's frequencies, and some keep a head that is tied anyway.
-    extra = [n for n in weights if n not in shapes and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
-    if extra:
-        raise CheckpointError(f"{directory} has a tensor {extra[0]}; a {config.model_type} model has no place for it")
+    hf = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = ModelConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"],
+        head_size=hf["head_dim"],
+        max_position_embeddings=hf["max_position_embeddings"],
+        rms_norm_eps=hf["rms_norm_eps"],
+        rope_theta=hf["rope_theta"],
+        tie_word_embeddings=hf["tie_word_embeddings"],
+        bos_token_id=hf["bos_token_id"],
+        eos_token_ids=(hf["eos_token_id"],),
+    )
+    weights = load_file(directory / "model.safetensors")
+    return Checkpoint(config, weights, Tokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))))

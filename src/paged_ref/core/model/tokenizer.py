@@ -3,61 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import tokenizers
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for bytes that are no character (yet)
-_SHOWN_AS = {" ": "·", "\n": "↵", "\t": "→"}
 
 
 class Tokenizer:
-    """The tokenizer.json of a checkpoint."""
+    """The tokenizer.json of a checkpoint, in the form of `tokenizers.Tokenizer`."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        self._inner = inner
-
-    @classmethod
-    def from_file(cls, path: Path | str) -> Tokenizer:
-        """Read a tokenizer.json. Raises ValueError where it is missing or not a tokenizer."""
-        if not Path(path).is_file():
-            raise ValueError(f"{path} is missing; a tokenizer.json of Hugging Face tokenizers is needed")
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"{path} is not a tokenizer: {error}") from None
-
-    def to_json(self) -> str:
-        """The content of a tokenizer.json."""
-        return self._inner.to_str()
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids run from 0 to this, added tokens included."""
-        return self._inner.get_vocab_size()
+        self.inner = inner
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`; the tokenizer's own template adds BOS or does not."""
-        return self._inner.encode(text).ids
+        return self.inner.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out."""
-        return self._inner.decode(list(ids))
-
-    def token_text(self, token_id: int) -> str:
-        """One token as it is shown on screen, in one line: a space is `·`, a line break `↵`, a tab `→`."""
-        piece = self._inner.id_to_token(token_id)
-        if piece is None:
-            return f"<{token_id}>"
-        if "▁" in piece:  # SentencePiece's space; its decoder would drop the first one
-            text = piece.replace("▁", " ")
-        else:
-            text = self._inner.decode([token_id], skip_special_tokens=False) or piece
-        return "".join(_SHOWN_AS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
-
-    def stream(self, prompt_ids: Sequence[int]) -> TextStream:
-        """A decoder for the tokens that will follow `prompt_ids`, one at a time."""
-        return TextStream(self, prompt_ids)
+        return self.inner.decode(list(ids))
 
 
 class TextStream:
@@ -74,7 +38,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` adds; "" while a character is incomplete."""
-        self._window.append(token_id)
+        self._window = [*self._window, token_id]
         text = self._tokenizer.decode(self._window)
         if text.endswith(REPLACEMENT):
             return ""

@@ -7,7 +7,7 @@ are counted in cells of the terminal, since a token may be two cells wide.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
@@ -33,10 +33,8 @@ class Scene:
     selected: int | None = None  # a sequence
     scroll: int = 0  # lines that the list of the frame is moved down
     hints: bool = True  # show the keys
-    code: bool = True  # show the source where there is room
     playing: bool = False
     message: str = ""  # in place of the keys
-    extra: tuple[str, ...] = field(default=())
 
     @property
     def history(self) -> History:
@@ -53,7 +51,7 @@ def fit(text: str, width: int) -> str:
 
 
 def token(text: str, width: int) -> str:
-    """A token in a slot of `width` cells. The mark of its leading space goes before a letter does."""
+    """A token in a slot of `width` cells. The mark of the leading space is cut off before any letter."""
     if cell_len(text) > width and text.startswith("·"):
         text = text[1:]
     return fit(text, width)
@@ -86,15 +84,34 @@ def exactly(text: Text, width: int) -> Text:
     return fixed
 
 
+def filled(rows: Lines, height: int) -> Lines:
+    """Exactly `height` lines: the first of `rows`, then empty ones."""
+    return (rows + [line("")] * (height - len(rows)))[: max(0, height)]
+
+
+def page(rows: Lines, width: int, height: int) -> Text:
+    """The rows as one text of exactly `width` x `height` cells."""
+    return Text("\n", no_wrap=True).join(exactly(row, width) for row in filled(rows, height))
+
+
+def title_line(parts: Sequence[str], right: str, width: int) -> Text:
+    """The first line of a screen: the program, what is shown, and on the right where the viewer is."""
+    return line((" paged_ref ", "bold reverse"), " ", fit(", ".join(parts), width - 12 - len(right)), (right, "bold"))
+
+
+def too_small(width: int, height: int, smallest: tuple[int, int]) -> Text | None:
+    """What a window shows that has fewer columns or rows than `smallest`; None for one that is large enough."""
+    if width >= smallest[0] and height >= smallest[1]:
+        return None
+    needed = f"This window is {width}x{height}; at least {smallest[0]}x{smallest[1]} is needed. Enlarge it, or press q."
+    return page([line(row) for row in wrap(needed, max(1, width))], width, height)
+
+
 def beside(left: Lines, right: Lines, left_width: int, gap: int = 1) -> Lines:
     """Two columns of lines."""
-    rows = []
-    for i in range(max(len(left), len(right))):
-        row = exactly(left[i] if i < len(left) else line(""), left_width + gap)
-        if i < len(right):
-            row.append_text(right[i])
-        rows.append(row)
-    return rows
+    height = max(len(left), len(right))
+    columns = zip(filled(left, height), filled(right, height), strict=True)
+    return [exactly(one, left_width + gap).append_text(other) for one, other in columns]
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -124,7 +141,7 @@ def pack(items: Iterable[str], width: int, gap: str = "   ") -> list[str]:
 
 
 def window(count: int, room: int, wanted: int) -> tuple[int, int]:
-    """Which `room` of `count` lines to show so that line `wanted` is among them, near the middle."""
+    """Which of `count` lines to show in `room`: all, or those around line `wanted`. The first, and the end."""
     first = max(0, min(wanted - room // 2, count - room))
     return first, min(count, first + room)
 
@@ -136,15 +153,11 @@ def listing(title: str, items: Iterable[object], width: int, total: int | None =
     if not shown:
         return line((title, TITLE), (" none", DIM))
     text = ""
-    for i, item in enumerate(shown):
-        left = total - i - 1
-        more = f" … {left:,} more" if left else ""
-        if cell_len(title) + cell_len(text) + 1 + len(item) + len(more) > width:
-            text += f" … {total - i:,} more"
+    for fitting in range(len(shown), -1, -1):
+        left = total - fitting
+        text = "".join(f" {item}" for item in shown[:fitting]) + (f" … {left:,} more" if left else "")
+        if cell_len(title) + cell_len(text) <= width:
             break
-        text += f" {item}"
-        if i + 1 == len(shown) and left:
-            text += more
     return line((title, TITLE), text)
 
 
@@ -160,14 +173,24 @@ def in_words(names: Sequence[str]) -> str:
 
 
 def size_of(num_bytes: int, least: int = 10) -> str:
-    """A number of bytes as people say it, in a unit of which there are at least so many."""
+    """A number of bytes in the largest unit of which there are at least `least`."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= least * size:
             return f"{num_bytes / size:,.1f} {unit}"
     return f"{num_bytes:,} bytes"
 
 
-def colour(history: History, moment: Moment, seq_id: int) -> str:
+def prose(history: History, tokens: Iterable[int]) -> str:
+    """The tokens as running text."""
+    return "".join(map(history.text, tokens)).replace("·", " ").strip()
+
+
+def kv_size(history: History, tokens: int) -> str:
+    """`, 12,288 bytes`: what so many tokens keep, where the log says it."""
+    return f", {size_of(tokens * history.bytes_per_token)}" if history.bytes_per_token else ""
+
+
+def colour(moment: Moment, seq_id: int) -> str:
     """The colour of the sequence's request."""
     view = moment.state.sequences.get(seq_id)
     number = seq_id if view is None or view.request_id < 0 else view.request_id

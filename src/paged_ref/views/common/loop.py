@@ -1,4 +1,4 @@
-"""Keys in, screens out: the loop around whatever a terminal shows.
+"""Keys in, screens out: the loop around a view on a terminal.
 
 Rich draws, prompt_toolkit reads the keys. The terminal is given back as it was, whatever happens: at the end,
 at Ctrl-C, at an exception, at SIGTERM and SIGHUP, and while Ctrl-Z has stopped the program.
@@ -14,32 +14,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from prompt_toolkit.input import Input, create_input
 from rich.console import Console
 from rich.control import Control
-from rich.text import Text
 
-SPEEDS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # pictures in a second
+from .viewer import SPEEDS, Viewer
+
 _RESIZE = 0.1  # seconds after which a new size of the window shows, at the latest
 _ESCAPE = 0.05  # seconds after which a lone escape is the key, and not the beginning of another
-
-
-class Shown(Protocol):
-    """What can be shown: it knows no terminal."""
-
-    playing: bool
-    speed: int  # a place in SPEEDS
-
-    def draw(self, width: int, height: int) -> Text:
-        """The screen, in exactly so many cells."""
-
-    def press(self, key: str) -> bool:
-        """Do what a key means. False: quit. Keys are characters, or names such as `left`, `pgup`, `enter`."""
-
-    def tick(self) -> None:
-        """While it plays: the time for the next picture has come."""
 
 
 _KEYS = {
@@ -48,43 +32,43 @@ _KEYS = {
 }  # fmt: skip
 
 
-def play(shown: Shown) -> None:
-    """Show it on this terminal until it quits. Raises KeyboardInterrupt at Ctrl-C, the terminal restored."""
+def play(viewer: Viewer) -> None:
+    """Show the view on this terminal until a key quits. Raises KeyboardInterrupt at Ctrl-C, the terminal restored."""
     console, keys = Console(), create_input()
     with _signals() as stopped:
         while True:
             with console.screen(hide_cursor=True), keys.raw_mode():
-                if not _until_stopped(shown, keys, console, stopped):
+                if not _until_stopped(viewer, keys, console, stopped):
                     return
             stopped.clear()
             os.kill(0, signal.SIGSTOP)  # all of this job waits here for `fg`
 
 
-def _until_stopped(shown: Shown, keys: Input, console: Console, stopped: list[bool]) -> bool:
-    """False: it quit. True: it is to be stopped for a while."""
+def _until_stopped(viewer: Viewer, keys: Input, console: Console, stopped: list[bool]) -> bool:
+    """False: a key quit the view. True: Ctrl-Z is to stop the program for a while."""
     drawn: tuple[int, int] | None = None
     due = 0.0
     while not stopped:
         size = os.get_terminal_size(sys.stdout.fileno())
         width, height = max(1, size.columns), max(1, size.lines)
         if drawn != (width, height):
-            _draw(shown, console, width, height)
+            _draw(viewer, console, width, height)
             drawn = (width, height)
-            due = time.monotonic() + 1 / SPEEDS[shown.speed]
-        wait = min(_RESIZE, max(0.0, due - time.monotonic())) if shown.playing else _RESIZE
+            due = time.monotonic() + 1 / SPEEDS[viewer.speed]
+        wait = min(_RESIZE, max(0.0, due - time.monotonic())) if viewer.playing else _RESIZE
         pressed = _read(keys, wait)
         for key in pressed:
             if key == "c-c":
                 raise KeyboardInterrupt
             if key == "c-z":
                 stopped.append(True)
-            elif not shown.press(key):
+            elif not viewer.press(key):
                 return False
             drawn = None
         if keys.closed:  # the terminal is gone
             return False
-        if not pressed and shown.playing and time.monotonic() >= due:
-            shown.tick()
+        if not pressed and viewer.playing and time.monotonic() >= due:
+            viewer.tick()
             drawn = None
     return True
 
@@ -100,11 +84,11 @@ def _read(keys: Input, seconds: float) -> list[str]:
     return [_KEYS.get(name, name) for name in names if not name.startswith("<") or name == "<"]
 
 
-def _draw(shown: Shown, console: Console, width: int, height: int) -> None:
+def _draw(viewer: Viewer, console: Console, width: int, height: int) -> None:
     console.size = (width, height)  # asked anew each time: COLUMNS would hide a resize
     with console:  # one write
         console.control(Control.home())
-        console.print(shown.draw(width, height), end="", no_wrap=True, overflow="crop", crop=True)
+        console.print(viewer.draw(width, height), end="", no_wrap=True, overflow="crop", crop=True)
 
 
 @contextmanager

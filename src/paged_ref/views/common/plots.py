@@ -1,6 +1,6 @@
-"""Two plots, each for a terminal and as SVG: where memory goes, and latency over the request rate.
+"""Plots: where memory goes and latency over the request rate, for a terminal and as SVG; a curve for a terminal.
 
-Lines are told apart by letters, shares by shades, so that a pipe and a printer show them as well.
+Letters mark the lines and shades the shares, so that a pipe and a printer show them as well.
 """
 
 from __future__ import annotations
@@ -8,19 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
+from itertools import pairwise
 
+import numpy as np
 from rich.text import Text
 
+from .bars import PARTS, bar
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# Part of the memory -> (shade, colour in the terminal, colour in SVG)
-SHADES = {
-    "tokens": ("█", "green", "#1a7f37"),
-    "reserved": ("▓", "yellow", "#d4a72c"),
-    "internal": ("▒", "red", "#cf222e"),
-    "external": ("░", "magenta", "#8250df"),
-    "free": ("·", "dim", "#d0d7de"),
-}
+PLOTTED = ("tokens", "reserved", "internal", "external", "free")  # parts of the memory
 PALETTE = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700", "#0a6e78", "#953800", "#57606a", "#bf3989", "#24292f")
 
 
@@ -34,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """Shares of one bar, keyed as SHADES; what is missing to 1 stays empty."""
+    """Shares of one bar, keyed as PLOTTED; what is missing to 1 stays empty."""
 
     label: str
     shares: dict[str, float]
@@ -42,48 +38,28 @@ class Bar:
 
 def bars_text(bars: Sequence[Bar], columns: int) -> Text:
     """A bar a line, and the legend."""
-    margin = max(len(bar.label) for bar in bars) + 3
+    margin = max(len(each.label) for each in bars) + 3
     width = max(10, columns - margin - 1)
     text = Text()
-    for bar in bars:
-        text.append(f" {bar.label:<{margin - 2}} ")
-        drawn = total = 0.0
-        for part, (shade, style, _) in SHADES.items():
-            total += bar.shares.get(part, 0.0)
-            length = round(total * width) - round(drawn * width)
-            text.append(shade * length, style)
-            drawn = total
+    for each in bars:
+        text.append(f" {each.label:<{margin - 2}}")
+        text.append_text(bar({part: each.shares.get(part, 0.0) for part in PLOTTED}, 1, width, shaded=True))
         text.append("\n")
     text.append(" " * margin)
-    for part, (shade, style, _) in SHADES.items():
-        text.append(shade, style).append(f" {part}  ")
+    for part in PLOTTED:
+        text.append(PARTS[part].shade, PARTS[part].style).append(f" {part}  ")
     text.rstrip()
     return text
 
 
 def lines_text(
-    lines: Sequence[Line], columns: int, rows: int, y_most: float, x_label: str, y_label: str, bound: float | None
+    lines: Sequence[Line], columns: int, rows: int, y_most: float, x_label: str, y_label: str, bound: float
 ) -> Text:
     """Letters on a grid: A is the first line. What is above `y_most` is not drawn; `bound` is a dotted line."""
     margin = 7
     width = max(20, columns - margin - 1)
-    x_most = max((x for line in lines for x, y in line.points if y <= y_most), default=1.0) * 1.02
-    grid = [[" "] * width for _ in range(rows)]
-
-    def place(x: float, y: float) -> tuple[int, int]:
-        return rows - 1 - round(y / y_most * (rows - 1)), min(width - 1, round(x / x_most * (width - 1)))
-
-    if bound is not None:
-        row, _ = place(0, bound)
-        grid[row] = ["·"] * width
-    for letter, line in zip(LETTERS, lines, strict=False):
-        for (x0, y0), (x1, y1) in zip(line.points, line.points[1:], strict=False):
-            for i in range(2 * width + 1):  # finely enough that a steep line has no gaps
-                share = i / (2 * width)
-                x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
-                if y <= y_most:
-                    row, column = place(x, y)
-                    grid[row][column] = letter if grid[row][column] in " ·" else grid[row][column]
+    x_most = _x_most(lines, y_most)
+    grid = _letters(lines, width, rows, x_most, y_most, bound)
     text = Text(f" {y_label}\n")
     for number, cells in enumerate(grid):
         y = y_most * (rows - 1 - number) / (rows - 1)
@@ -97,6 +73,64 @@ def lines_text(
         text.append(f"   {letter} {line.label}\n")
     text.rstrip()
     return text
+
+
+def _x_most(lines: Sequence[Line], y_most: float) -> float:
+    """Where the x axis ends: a little after the last point that is drawn."""
+    return 1.02 * max((x for line in lines for x, y in line.points if y <= y_most), default=1.0)
+
+
+def _letters(
+    lines: Sequence[Line], width: int, rows: int, x_most: float, y_most: float, bound: float
+) -> list[list[str]]:
+    """The cells of the grid, from the top row down. A letter does not cover the letter of an earlier line."""
+    grid = [[" "] * width for _ in range(rows)]
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        return rows - 1 - round(y / y_most * (rows - 1)), min(width - 1, round(x / x_most * (width - 1)))
+
+    grid[place(0, bound)[0]] = ["·"] * width
+    for letter, line in zip(LETTERS, lines, strict=False):
+        for (x0, y0), (x1, y1) in pairwise(line.points):
+            for i in range(2 * width + 1):  # finely enough that a steep line has no gaps
+                share = i / (2 * width)
+                x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
+                if y <= y_most:
+                    row, column = place(x, y)
+                    grid[row][column] = letter if grid[row][column] in " ·" else grid[row][column]
+    return grid
+
+
+# --- a curve -------------------------------------------------------------------------------------------
+
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # [row][column] of a Braille pattern's 4 x 2
+LABEL = 7  # columns of the number at the left
+
+
+def curve(values: Sequence[float], width: int, height: int, unit: str = "") -> list[str]:
+    """`height` lines of `width` columns: the highest value above, the lowest below, first to last across.
+
+    Where there are more values than dots across, a dot is the mean of its share.
+    """
+    if not values:
+        return []
+    across = max(1, 2 * (width - LABEL - 2))  # dots
+    shares = np.array_split(np.asarray(values, dtype=float), min(across, len(values)))
+    means = np.array([share.mean() for share in shares])  # [dots across]
+    lowest, highest = float(means.min()), float(means.max())
+    rows = 4 * (height - 1)  # dots from top to bottom; the last line is the axis
+    places = np.rint((highest - means) / ((highest - lowest) or 1) * (rows - 1)).astype(int)
+    cells = np.zeros((height - 1, across // 2), dtype=int)
+    for at in range(across):
+        row = places[at * len(means) // across]
+        cells[row // 4, min(at // 2, cells.shape[1] - 1)] |= DOTS[row % 4][at % 2]
+    labels = [""] * (height - 1)
+    labels[-1], labels[0] = f"{lowest:.3f}", f"{highest:.3f}"
+    lines = [
+        f"{label:>{LABEL}} ┤" + "".join(chr(0x2800 + int(cell)) for cell in row)
+        for label, row in zip(labels, cells, strict=True)
+    ]
+    return [*lines, f"{unit:>{LABEL}} └" + "─" * (across // 2)]
 
 
 # --- SVG -----------------------------------------------------------------------------------------------
@@ -127,22 +161,23 @@ def _label(x: float, y: float, words: str, style: str = "", anchor: str = "start
 
 def _bars_svg(bars: Sequence[Bar], top: float) -> list[str]:
     parts, width = [], WIDTH - LEFT - 20
-    for number, bar in enumerate(bars):
+    for number, each in enumerate(bars):
         y, x = top + ROW * number, float(LEFT)
-        parts.append(_label(LEFT - 10, y + 14, bar.label, anchor="end"))
-        for part, (_, _, colour) in SHADES.items():
-            length = bar.shares.get(part, 0.0) * width
-            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="18" fill="{colour}"/>')
+        parts.append(_label(LEFT - 10, y + 14, each.label, anchor="end"))
+        for part in PLOTTED:
+            length = each.shares.get(part, 0.0) * width
+            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="18" fill="{PARTS[part].svg}"/>')
             x += length
-    for number, (part, (_, _, colour)) in enumerate(SHADES.items()):
+    for number, part in enumerate(PLOTTED):
         x, y = LEFT + 105 * number, top + ROW * len(bars) + 4
-        parts += [f'<rect x="{x}" y="{y}" width="12" height="12" fill="{colour}"/>', _label(x + 18, y + 11, part)]
+        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{PARTS[part].svg}"/>')
+        parts.append(_label(x + 18, y + 11, part))
     return parts
 
 
 def _lines_svg(lines: Sequence[Line], top: float, y_most: float, x_label: str, y_label: str, bound: float) -> list[str]:
     left, width, height = 70, WIDTH - 100, 220
-    x_most = max((x for line in lines for x, y in line.points if y <= y_most), default=1.0) * 1.02
+    x_most = _x_most(lines, y_most)
     bottom = top + 30 + height
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -170,11 +205,3 @@ def _lines_svg(lines: Sequence[Line], top: float, y_most: float, x_label: str, y
         x, y = 20 + 245 * (number % 3), bottom + 66 + 20 * (number // 3)
         parts += [f'<rect x="{x}" y="{y - 9}" width="14" height="4" fill="{colour}"/>', _label(x + 20, y, line.label)]
     return parts
-
-
-def write_svg(path: Path, picture: str) -> None:
-    """Raises ValueError where it cannot be written."""
-    try:
-        path.write_text(picture, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--svg {path} cannot be written: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Frames where nobody presses keys: printed one after another into a pipe, or written as a picture."""
+"""Frames without keys: printed one after another into a pipe, or written as a picture."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
+
+from .files import write_text
 
 Size = tuple[int, int]  # columns, rows
 
@@ -31,7 +33,7 @@ _GROUND = TerminalTheme(
 
 
 def is_terminal() -> bool:
-    """A person is there to press keys."""
+    """Keys can be read, and screens shown."""
     return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
@@ -61,13 +63,10 @@ def print_frames(
 
 
 def write_svg(path: Path, frame: Text, size: Size, title: str) -> None:
-    """A picture of one frame, which fetches nothing. Raises ValueError where it cannot be written."""
+    """A picture of one frame, which fetches nothing. Raises ValueError."""
     console = Console(
         width=size[0], height=size[1], record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
     console.print(frame, no_wrap=True, overflow="crop", crop=True)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title, theme=_GROUND), flags=re.DOTALL)
-    try:
-        path.write_text(svg, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--svg {path} cannot be written: {error.strerror}") from None
+    write_text(path, svg)

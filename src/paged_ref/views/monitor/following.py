@@ -1,7 +1,7 @@
 """A log as it grows: the events of its whole lines, as far as they are written.
 
-Who writes may be in the middle of a line, so what comes after the last line break waits for the rest. A file
-that is shorter than what was read of it was begun anew, and is read from its beginning.
+The writing program may be in the middle of a line, so the bytes after the last line break wait for the rest of
+their line. A file that has become shorter was started anew, and is read from its beginning.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from typing import BinaryIO
 
 from ...timeline.events import Event, PoolOpened, from_json
 
-CHUNK = 1 << 16  # bytes that are read at once
-
 
 class Follower:
-    """Reads a log in pieces. Nothing waits here: a file that is not there, or has nothing new, gives nothing."""
+    """Reads a log in pieces, and never waits: a file that is missing, or has nothing new, gives no events."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_lines = 0  # read, since the beginning of the file
         self.num_bytes = 0  # by the last poll
-        self.restarted = False  # found by the last poll: forget what came before
+        self.restarted = False  # found by the last poll: the events before it are of another log
         self._file: BinaryIO | None = None
         self._rest = b""  # of a line that is not whole yet
 
@@ -31,8 +29,8 @@ class Follower:
         return self._file is not None
 
     @property
-    def in_a_line(self) -> bool:
-        """The log ends in the middle of a line: someone writes it, or was cut off."""
+    def in_partial_line(self) -> bool:
+        """The log ends in the middle of a line: a program is writing it, or the log was cut off."""
         return bool(self._rest)
 
     def poll(self, max_bytes: int = 1 << 20) -> list[Event]:
@@ -44,7 +42,7 @@ class Follower:
         self.restarted = False
         try:
             self._open()
-            data = self._read(max_bytes)
+            data = self._file.read(max_bytes) if self._file else b""
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read: {error.strerror}") from None
         self.num_bytes = len(data)
@@ -74,13 +72,3 @@ class Follower:
             self.num_lines, self._rest, self.restarted = 0, b"", True
         if self._file is None and self.path.exists():
             self._file = self.path.open("rb")
-
-    def _read(self, max_bytes: int) -> bytes:
-        pieces: list[bytes] = []
-        while self._file is not None and max_bytes > 0:
-            piece = self._file.read(min(CHUNK, max_bytes))
-            if not piece:
-                break
-            pieces.append(piece)
-            max_bytes -= len(piece)
-        return b"".join(pieces)

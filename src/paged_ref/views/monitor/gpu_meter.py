@@ -1,7 +1,7 @@
-"""What the driver says of the GPU just now: how busy it is, its memory, and what goes over the host link.
+"""Readings of the GPU from its driver: load, memory, and traffic over the host link.
 
-Through NVML (nvidia-ml-py, which the CUDA extras bring). Without a GPU, a driver or the package there is
-nothing to read, and that is fine: the monitor shows a run on any machine.
+The readings come through NVML (nvidia-ml-py, which the CUDA extras bring). Without a GPU, a driver or the package
+there are none: the monitor shows a run on any machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EVERY = 1.0  # seconds between two readings: NVML's own sample period is up to a
 
 @dataclass(frozen=True, slots=True)
 class GPUReading:
-    """None: this GPU does not say."""
+    """None: this GPU does not report the number."""
 
     name: str
     busy: int | None  # percent of the last sample period in which a kernel ran
@@ -28,7 +28,7 @@ class GPUReading:
 
 
 class GPUMeter:
-    """Reads GPU 0, at most once in `EVERY` seconds. `why_not` says why there is nothing to read."""
+    """Reads GPU 0, at most once in `EVERY` seconds. `why_not` says why there are no readings."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.why_not = ""
@@ -76,5 +76,5 @@ class GPUMeter:
     def _ask(self, function: Callable[..., Any], *more: int) -> Any:
         try:
             return function(self._handle, *more)
-        except self._nvml.NVMLError:  # not every GPU, and no MIG slice, answers all
+        except self._nvml.NVMLError:  # some GPUs, and all MIG slices, refuse some questions
             return None

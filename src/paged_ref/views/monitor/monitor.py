@@ -1,7 +1,7 @@
 """`paged-ref monitor`: a run as it goes, live on a terminal, or its numbers for programs.
 
-It follows a log that `--record` writes. With `--run` it starts the command itself, lets it record into a
-temporary file, and follows that: one way for all.
+The monitor follows a log that `--record` writes. With `--run` the monitor starts the command itself, lets the
+command record into a temporary file, and follows that file.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import ClassVar, NamedTuple, TextIO
 
 from rich.text import Text
 
 from ...timeline.events import Event
-from ..common.loop import SPEEDS, play
+from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames
-from ..viz.frames.screen import MIN_HEIGHT, MIN_WIDTH
+from ..common.viewer import Viewer
+from ..viz.frames.screen import SMALLEST
 from .following import Follower
 from .gpu_meter import GPUMeter, GPUReading
 from .report import as_json, as_prometheus
 from .screen import screen
 from .state import Monitor
 
-RUNS = ("demo", "generate", "compare")  # commands that --run starts: they take --record
-PIECE = 1 << 18  # bytes of the log between two pictures: some thousand events
-SMALLEST: Size = (MIN_WIDTH, MIN_HEIGHT)
+RECORDING = ("demo", "generate", "compare")  # commands that --run starts: they take --record
+MAX_BYTES = 1 << 18  # of the log that are read between two pictures: some thousand events
 KEYS = "space pause   + - faster, slower   q quit"
 
 
@@ -55,41 +55,42 @@ def main(args: argparse.Namespace) -> int:
     if (args.file is None) == (args.run is None):
         raise ValueError("one of FILE and --run COMMAND is needed: a log to follow, or a command to start")
     live = is_terminal() and not (args.once or args.prometheus or args.print or size)
-    if args.run is None:
-        if live:
-            play(Live(args.file))
-        else:
-            _report(args, args.file, size)
-        return 0
+    if args.run is not None:
+        return _watch(args, size, live)
+    if live:
+        play(Live(args.file))
+    else:
+        _report(args, args.file, size)
+    return 0
+
+
+def _watch(args: argparse.Namespace, size: Size | None, live: bool) -> int:
+    """The command of `--run`. The exit status is the command's, or 0 where the viewer stopped it."""
     _check_run(args.run)
-    with _started(args.run) as run:
+    with _started(args.run) as command:
         if live:
-            play(Live(run.log, run.process))
-            if run.process.poll() is None:  # the viewer left before its end, and it ends with this block
+            play(Live(command.log, command.process))
+            if command.process.poll() is None:  # the viewer quit first: the command ends with this block
                 print(f"{args.run[0]} was not at its end, and is stopped", file=sys.stderr)
                 return 0
-        status = run.process.wait()
-        if live or status:  # what it said, where it no longer is in the way
-            run.output.seek(0)
-            sys.stderr.write(run.output.read())
+        status = command.process.wait()
+        if live or status:  # now that the screen is free
+            command.output.seek(0)
+            sys.stderr.write(command.output.read())
         if not (live or status):
-            _report(args, run.log, size)
+            _report(args, command.log, size)
     return status
 
 
-def show() -> None:
-    """What `python -m paged_ref.views.monitor.screen` does: the same as `paged-ref monitor`."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    main(parser.parse_args())
+class Live(Viewer):
+    """The screen of a log that grows. It has one position, the end of the log, and can pause."""
 
-
-class Live:
-    """The screen of a log that grows (loop.Shown)."""
+    num_positions = 1
+    actions: ClassVar = {key: Viewer.actions[key] for key in " +=-"}
 
     def __init__(self, path: Path, process: subprocess.Popen[str] | None = None) -> None:
+        super().__init__(speed=4)
         self.playing = True
-        self.speed = SPEEDS.index(4)
         self.monitor = Monitor()
         self._follower = Follower(path)
         self._process = process
@@ -98,12 +99,12 @@ class Live:
         self.tick()
 
     def tick(self) -> None:
-        """Read on. Raises ValueError for what is no log; a file that is not there may still come."""
-        events = self._follower.poll(PIECE)
+        """Read on. A file that is missing may still be made. Raises ValueError for a file that is no log."""
+        events = self._follower.poll(MAX_BYTES)
         if self._follower.restarted:
             self.monitor = Monitor()
         _take(self.monitor, events, self._follower.path)
-        self._behind = self._follower.num_bytes >= PIECE
+        self._behind = self._follower.num_bytes >= MAX_BYTES
 
     def draw(self, width: int, height: int) -> Text:
         gpu = self._meter.read() or self._meter.why_not
@@ -119,19 +120,12 @@ class Live:
             return f"waiting for {self._follower.path}"
         return "catching up" if self._behind else f"following {self._follower.path.name}"
 
-    def press(self, key: str) -> bool:
-        if key == " ":
-            self.playing = not self.playing
-        elif key in "+=-":
-            self.speed = max(0, min(self.speed + (1 if key != "-" else -1), len(SPEEDS) - 1))
-        return key != "q"
-
 
 # --- once --------------------------------------------------------------------------------------------------
 
 
 def _report(args: argparse.Namespace, path: Path, size: Size | None) -> None:
-    """The log up to its end, in the form that was asked for. Raises ValueError for what is no log."""
+    """The log up to its end, as the options ask: JSON, Prometheus text or a screen. Raises ValueError for no log."""
     follower, monitor = Follower(path), Monitor()
     while True:
         _take(monitor, follower.poll(), path)
@@ -140,24 +134,25 @@ def _report(args: argparse.Namespace, path: Path, size: Size | None) -> None:
     if not follower.exists:
         raise ValueError(f"{path} cannot be read: there is no such file")
     if monitor.opened is None:
-        what = "has no whole line" if follower.in_a_line else "is empty"
+        what = "has no whole line" if follower.in_partial_line else "is empty"
         raise ValueError(f"{path} {what}; a log of events as JSON lines is needed (--record writes one)")
     meter = GPUMeter()
     gpu: GPUReading | None = meter.read()
     if args.once:
-        json.dump(as_json(monitor, gpu, complete=not follower.in_a_line), sys.stdout, indent=1)
+        json.dump(as_json(monitor, gpu, complete=not follower.in_partial_line), sys.stdout, indent=1)
         print()
     elif args.prometheus:
         print(as_prometheus(monitor, gpu), end="")
     else:
-        status = "the last line is cut off" if follower.in_a_line else f"the end of {path.name}"
+        status = "the last line is cut off" if follower.in_partial_line else f"the end of {path.name}"
         shown = partial(screen, monitor, gpu=gpu or meter.why_not, status=status)
         print_frames(lambda _, width, height: shown(width, height), [0], size, SMALLEST)
 
 
 def _take(monitor: Monitor, events: list[Event], path: Path) -> None:
     try:
-        monitor.take_all(events)
+        for event in events:
+            monitor.take(event)
     except ValueError as error:
         raise ValueError(f"{path}, {error}") from None
 
@@ -165,31 +160,31 @@ def _take(monitor: Monitor, events: list[Event], path: Path) -> None:
 # --- a command of its own ----------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class Command(NamedTuple):
     """A command under way."""
 
     process: subprocess.Popen[str]
     log: Path
-    output: TextIO  # what it prints
+    output: TextIO  # what the command prints
 
 
 def _check_run(argv: list[str]) -> None:
-    if not argv or argv[0] not in RUNS:
-        raise ValueError(f"--run is {' '.join(argv)!r}; it begins with one of {', '.join(RUNS)}")
+    if not argv or argv[0] not in RECORDING:
+        raise ValueError(f"--run is {' '.join(argv)!r}; it begins with one of {', '.join(RECORDING)}")
     if any(argument.split("=")[0] == "--record" for argument in argv):
         raise ValueError("--run has --record of its own; start the command without monitor, and follow its FILE")
 
 
 @contextmanager
-def _started(argv: list[str]) -> Iterator[Run]:
-    """The command, recording into a file for a while. It ends with this block at the latest."""
+def _started(argv: list[str]) -> Iterator[Command]:
+    """Start the command, which records into a temporary file; end it with this block at the latest."""
     with tempfile.TemporaryDirectory(prefix="paged_ref_") as place:
         log, output = Path(place) / "run.jsonl", Path(place) / "output"
         command = [sys.executable, "-m", "paged_ref", *argv, "--record", str(log)]
         with output.open("w+", encoding="utf-8") as file:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, text=True)
             try:
-                yield Run(process, log, file)
+                yield Command(process, log, file)
             finally:
                 if process.poll() is None:
                     process.kill()

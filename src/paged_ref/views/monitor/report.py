@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from .gpu_meter import GPUReading
 from .state import Monitor
 
 
 def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> dict[str, Any]:
-    """The run after the last event. null: the log does not say. `complete`: its last line is whole."""
+    """The run after the last event. null: the log does not say. `complete`: the log's last line is whole."""
     memory, totals, last = monitor.state.memory, monitor.totals, monitor.last
     times = [sample.microseconds / 1e6 for sample in monitor.timed()]
     row_bytes = monitor.row_bytes
@@ -21,11 +26,7 @@ def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> 
         "events": monitor.num_events,
         "complete": complete,
         "steps": monitor.num_steps,
-        "slots": {
-            "total": monitor.num_slots,
-            "block_size": memory.block_size,
-            **_parts(monitor),
-        },
+        "slots": {"total": monitor.num_slots, "block_size": memory.block_size, **monitor.slots},
         "sequences": {
             "running": last.running if last else 0,
             "waiting": last.waiting if last else 0,
@@ -60,89 +61,70 @@ def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> 
     }
 
 
-def _parts(monitor: Monitor) -> dict[str, int]:
-    """Where the slots were in the last step; before the first, all are free."""
-    last = monitor.last
-    if last is None:
-        return {"tokens": 0, "empty": 0, "cached": 0, "free": monitor.num_slots}
-    return {"tokens": last.tokens, "empty": last.empty, "cached": last.cached, "free": last.free}
-
-
 # --- Prometheus --------------------------------------------------------------------------------------------
 
-# What is exposed: name, type, help. Names end in their unit, and counters in _total (Prometheus, "Metric and
-# label naming").
-_FAMILIES = (
-    ("slots", "gauge", "Slots of the KV cache by what is in them, in the last step"),
-    ("sequences", "gauge", "Sequences by what they do, in the last step"),
-    ("sequences_finished_total", "counter", "Sequences that came to their end"),
-    ("steps_total", "counter", "Steps of the engine"),
-    ("tokens_computed_total", "counter", "Tokens whose K and V were computed, those computed again included"),
-    ("tokens_sampled_total", "counter", "New tokens"),
-    ("step_seconds_total", "counter", "Time of all steps"),
-    ("tokens_per_second", "gauge", "New tokens over the time of the last steps"),
-    ("swap_rows_total", "counter", "Rows that travelled between device and host"),
-    ("swap_bytes_total", "counter", "Their bytes"),
-    ("preemptions_total", "counter", "Sequences that had to make room"),
-    ("copies_on_write_total", "counter", "Blocks copied because two sequences shared them"),
-    ("prefix_hit_tokens_total", "counter", "Tokens that the prefix cache found"),
-    ("prefix_asked_tokens_total", "counter", "Tokens of admitted sequences"),
-    ("prefix_evicted_blocks_total", "counter", "Blocks that the prefix cache gave up"),
-    ("gpu_busy_ratio", "gauge", "Share of the time in which a kernel ran"),
-    ("gpu_memory_busy_ratio", "gauge", "Share of the time in which the memory was read or written"),
-    ("gpu_memory_used_bytes", "gauge", "Memory in use on the GPU"),
-    ("gpu_link_bytes_per_second", "gauge", "What goes over the host link"),
-)
+Value = float | None | Mapping[str, float | None]  # of a family, or of each value of its label
+Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 
 def as_prometheus(monitor: Monitor, gpu: GPUReading | None) -> str:
     """Prometheus text format 0.0.4. What the log or the GPU does not say is left out."""
-    samples = _samples(as_json(monitor, gpu))
-    run = {"manager": monitor.state.memory.manager, "model": monitor.history.model}
-    lines = []
-    for name, kind, what in _FAMILIES:
-        told = [(labels, value) for found, labels, value in samples if found == name and value is not None]
-        if told:
-            lines += [f"# HELP paged_ref_{name} {what}.", f"# TYPE paged_ref_{name} {kind}"]
-            lines += [f"paged_ref_{name}{_labels(run | labels)} {value}" for labels, value in told]
-    return "\n".join(lines) + "\n"
+    registry = CollectorRegistry()
+    registry.register(_Families(as_json(monitor, gpu)))
+    return generate_latest(registry).decode()
 
 
-def _samples(found: dict[str, Any]) -> list[tuple[str, dict[str, str], float | None]]:
-    """(name, labels, value) of each number."""
-    slots, sequences, swap, prefix = found["slots"], found["sequences"], found["swap"], found["prefix_cache"]
-    gpu = found["gpu"] or {}
+class _Families(Collector):
+    def __init__(self, numbers: dict[str, Any]) -> None:
+        self._numbers = numbers
 
-    def ratio(percent: int | None) -> float | None:
-        return None if percent is None else percent / 100
-
-    return [
-        *(("slots", {"part": part}, slots[part]) for part in ("tokens", "empty", "cached", "free")),
-        *(("sequences", {"state": state}, sequences[state]) for state in ("running", "waiting", "swapped")),
-        ("sequences_finished_total", {}, sequences["finished"]),
-        ("steps_total", {}, found["steps"]),
-        ("tokens_computed_total", {}, found["tokens"]["computed"]),
-        ("tokens_sampled_total", {}, found["tokens"]["sampled"]),
-        ("step_seconds_total", {}, found["step_seconds"]["total"]),
-        ("tokens_per_second", {}, found["tokens_per_second"]),
-        *(("swap_rows_total", {"direction": way}, swap[f"rows_{way}"]) for way in ("out", "in")),
-        *(("swap_bytes_total", {"direction": way}, swap[f"bytes_{way}"]) for way in ("out", "in")),
-        ("preemptions_total", {}, found["preemptions"]),
-        ("copies_on_write_total", {}, found["copies_on_write"]),
-        ("prefix_hit_tokens_total", {}, prefix["hit_tokens"]),
-        ("prefix_asked_tokens_total", {}, prefix["asked_tokens"]),
-        ("prefix_evicted_blocks_total", {}, prefix["evicted_blocks"]),
-        ("gpu_busy_ratio", {}, ratio(gpu.get("busy"))),
-        ("gpu_memory_busy_ratio", {}, ratio(gpu.get("memory_busy"))),
-        ("gpu_memory_used_bytes", {}, gpu.get("memory_used")),
-        *(("gpu_link_bytes_per_second", {"direction": way}, gpu.get(key)) for way, key in
-          (("in", "to_gpu"), ("out", "from_gpu"))),
-    ]  # fmt: skip
+    def collect(self) -> Iterator[Metric]:
+        return (family for family in _families(self._numbers) if family.samples)
 
 
-def _labels(labels: dict[str, str]) -> str:
-    """`{name="value",...}`; backslash, quote and line break are escaped, as the format wants it."""
-    escaped = {
-        name: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") for name, value in labels.items()
-    }
-    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped.items()) + "}"
+def _families(numbers: dict[str, Any]) -> list[Metric]:
+    """One family for each kind of number. Names end in their unit (Prometheus, "Metric and label naming")."""
+    slots, sequences, tokens, swap = (numbers[key] for key in ("slots", "sequences", "tokens", "swap"))
+    prefix, gpu = numbers["prefix_cache"], numbers["gpu"] or {}
+    parts = {part: slots[part] for part in ("tokens", "empty", "cached", "free")}
+    states = {state: sequences[state] for state in ("running", "waiting", "swapped")}
+    rows, sizes = ({way: swap[f"{unit}_{way}"] for way in ("out", "in")} for unit in ("rows", "bytes"))
+    link = {"in": gpu.get("to_gpu"), "out": gpu.get("from_gpu")}
+    run = {"manager": numbers["manager"], "model": numbers["model"] or ""}
+
+    gauge, counter = GaugeMetricFamily, CounterMetricFamily  # the samples of a counter end in _total
+    families: list[tuple[Kind, str, str, Value, str]] = [
+        (gauge, "slots", "Slots of the KV cache by what is in them, in the last step", parts, "part"),
+        (gauge, "sequences", "Sequences by what they do, in the last step", states, "state"),
+        (counter, "sequences_finished", "Sequences that came to their end", sequences["finished"], ""),
+        (counter, "steps", "Steps of the engine", numbers["steps"], ""),
+        (counter, "tokens_computed", "Tokens whose K and V were computed, some of them again", tokens["computed"], ""),
+        (counter, "tokens_sampled", "New tokens", tokens["sampled"], ""),
+        (counter, "step_seconds", "Time of all steps", numbers["step_seconds"]["total"], ""),
+        (gauge, "tokens_per_second", "New tokens over the time of the last steps", numbers["tokens_per_second"], ""),
+        (counter, "swap_rows", "Rows that travelled between device and host", rows, "direction"),
+        (counter, "swap_bytes", "Their bytes", sizes, "direction"),
+        (counter, "preemptions", "Sequences that had to make room", numbers["preemptions"], ""),
+        (counter, "copies_on_write", "Blocks copied because two sequences shared them", numbers["copies_on_write"], ""),
+        (counter, "prefix_hit_tokens", "Tokens that the prefix cache found", prefix["hit_tokens"], ""),
+        (counter, "prefix_asked_tokens", "Tokens of admitted sequences", prefix["asked_tokens"], ""),
+        (counter, "prefix_evicted_blocks", "Blocks that the prefix cache gave up", prefix["evicted_blocks"], ""),
+        (gauge, "gpu_busy_ratio", "Share of the time in which a kernel ran", _ratio(gpu.get("busy")), ""),
+        (gauge, "gpu_memory_busy_ratio", "Share of the time with memory busy", _ratio(gpu.get("memory_busy")), ""),
+        (gauge, "gpu_memory_used_bytes", "Memory in use on the GPU", gpu.get("memory_used"), ""),
+        (gauge, "gpu_link_bytes_per_second", "What goes over the host link", link, "direction"),
+    ]
+    return [_family(*family, run) for family in families]
+
+
+def _family(kind: Kind, name: str, meaning: str, value: Value, label: str, run: Mapping[str, str]) -> Metric:
+    """One sample, or one for each value of `label`. A value of None is no sample."""
+    metric = kind(f"paged_ref_{name}", f"{meaning}.", labels=[*run, label] if label else list(run))
+    for key, number in (value if isinstance(value, Mapping) else {"": value}).items():
+        if number is not None:
+            metric.add_metric([*run.values(), key] if label else list(run.values()), number)
+    return metric
+
+
+def _ratio(percent: int | None) -> float | None:
+    return None if percent is None else percent / 100

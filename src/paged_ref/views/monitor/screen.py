@@ -1,4 +1,4 @@
-"""The monitor's screen: the pool now, memory over the last steps, who runs, how fast, and what travels."""
+"""The monitor's screen: the pool now, memory over the last steps, the sequences, the speed, swaps and the GPU."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from ..common.canvas import DIM, Lines, count, exactly, fit, line, owners, rule, size_of
-from ..viz.frames.blocks import overview
-from ..viz.frames.screen import MIN_HEIGHT, MIN_WIDTH, too_small
+from ..common.bars import bar, chart, legend, numbers
+from ..common.canvas import DIM, Lines, count, filled, fit, line, owners, page, rule, size_of, title_line, too_small
+from ..common.sparkline import sparkline
+from ..viz.frames.blocks import overview, pool_title
+from ..viz.frames.screen import SMALLEST
 from ..viz.frames.tables import slot_map
 from .gpu_meter import GPUReading
-from .state import WINDOW, Monitor, Sample
+from .state import WINDOW, Monitor, StepSample
 
-# part of a Sample, mark, style, what it is. What is empty and given out may be filled later: only the end tells.
-PARTS = (
-    ("tokens", "█", "green", "hold tokens"),
-    ("empty", "▒", "cyan", "given out, empty"),
-    ("cached", "c", "yellow", "known, in no table"),
-    ("free", "·", "dim", "free"),
-)
-LEVELS = "▁▂▃▄▅▆▇█"
 _TEXT_ROWS = 5  # of numbers, below the chart
 _FIXED = 7 + _TEXT_ROWS  # rows that are neither map nor chart
 
@@ -29,8 +23,8 @@ def screen(
     monitor: Monitor, width: int, height: int, *, gpu: GPUReading | str = "", status: str = "", keys: str = ""
 ) -> Text:
     """The run in exactly `width` x `height` cells. `gpu` is a reading, or why there is none; `keys` goes below."""
-    if width < MIN_WIDTH or height < MIN_HEIGHT:
-        return too_small(width, height)
+    if (small := too_small(width, height, SMALLEST)) is not None:
+        return small
     if monitor.opened is None:
         rows = [_title(monitor, width, status), line(""), line(f" {status or 'No event yet.'}")]
     else:
@@ -40,14 +34,13 @@ def screen(
             _title(monitor, width, status),
             _pool_rule(monitor, width),
             *(Text.assemble(" ", row) for row in blocks),
-            rule("Memory", width, "  ".join(f"{mark} {what}" for _, mark, _, what in PARTS)),
+            rule("Memory", width, "  ".join(legend(monitor.slots))),
             *_memory(monitor, width),
             *_chart(list(monitor.samples), width, room - len(blocks)),
-            rule("Run", width, f"times: the last {WINDOW} steps"),
+            rule("Run", width, f"times of the last {WINDOW} steps"),
             *_numbers(monitor, width, gpu),
         ]
-    rows = rows[: height - 1] + [line("")] * (height - 1 - len(rows))
-    return Text("\n").join(exactly(row, width) for row in [*rows, line((f" {keys}", DIM))])
+    return page([*filled(rows, height - 1), line((f" {keys}", DIM))], width, height)
 
 
 def _title(monitor: Monitor, width: int, status: str) -> Text:
@@ -60,7 +53,7 @@ def _title(monitor: Monitor, width: int, status: str) -> Text:
         parts.append(status)
     step = f"step {monitor.last.step:,}" if monitor.last else "no step yet"
     right = f"  {step}, {count(monitor.num_events, 'event')} "
-    return line((" paged_ref ", "bold reverse"), " ", fit(", ".join(parts), width - 12 - len(right)), (right, "bold"))
+    return title_line(parts, right, width)
 
 
 # --- memory ------------------------------------------------------------------------------------------------
@@ -69,11 +62,11 @@ def _title(monitor: Monitor, width: int, status: str) -> Text:
 def _pool_rule(monitor: Monitor, width: int) -> Text:
     memory = monitor.state.memory
     if not monitor.state.paged:
-        return rule(f"Pool: {memory.num_blocks:,} slots", width, "a letter holds a token, ░ is given out and empty")
-    used = memory.num_blocks - len(memory.free) - len(memory.idle)
-    idle = f"{len(memory.idle):,} idle, " if memory.idle else ""
-    note = f"{used:,} used, {idle}{len(memory.free):,} free"
-    return rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
+        return rule(f"Pool: {memory.num_blocks:,} slots", width, "a letter holds a token, ░ is allocated and empty")
+    used = memory.num_blocks - len(memory.free) - len(memory.cached)
+    cached = f"{len(memory.cached):,} cached, " if memory.cached else ""
+    note = f"{used:,} used, {cached}{len(memory.free):,} free"
+    return rule(pool_title(monitor.moment()), width, note)
 
 
 def _map(monitor: Monitor, width: int, height: int) -> Lines:
@@ -89,41 +82,18 @@ def _memory(monitor: Monitor, width: int) -> Lines:
     last = monitor.last
     if last is None:
         return [line((" No step is planned yet.", DIM)), line("")]
-    total = max(1, monitor.num_slots)
-    bar, numbers = line(" "), line(" ")
-    done = cells = 0
-    for part, mark, style, _ in PARTS:
-        slots = getattr(last, part)
-        done += slots
-        upto = round((width - 2) * done / total)
-        bar.append(mark * (upto - cells), style)
-        cells = upto
-        numbers.append(f"{mark} ", style)
-        numbers.append(f"{100 * slots / total:.0f} % {part}  ")
-    return [bar, numbers]
+    total = monitor.num_slots
+    return [bar(last.slots, total, width - 2), numbers(last.slots, total, zeros=True)]
 
 
-def _chart(samples: Sequence[Sample], width: int, height: int) -> Lines:
-    """A column for each of the last steps, the pool from the bottom up."""
+def _chart(samples: Sequence[StepSample], width: int, height: int) -> Lines:
+    """A column for each of the last steps, the pool from the bottom up; below it, which steps they are."""
     if height < 2 or not samples:
         return [line("")] * max(0, height)
     shown = samples[-(width - 2) :]
-    wide = max(1, min(3, (width - 2) // len(shown)))
-    height -= 1  # the line of the steps
-    columns = []
-    for sample in shown:
-        total = max(1, sum(getattr(sample, part) for part, *_ in PARTS))
-        column: list[tuple[str, str]] = []
-        done = 0
-        for part, mark, style, _ in PARTS:
-            done += getattr(sample, part)
-            column += [(mark, style)] * (round(height * done / total) - len(column))
-        columns.append(column)
-    rows = []
-    for level in reversed(range(height)):
-        marks = (column[level] for column in columns)
-        rows.append(Text.assemble(" ", *((mark * wide, style) for mark, style in marks)))
-    return [*rows, line((f" steps {shown[0].step:,} to {shown[-1].step:,}", DIM))]
+    columns = chart([sample.slots for sample in shown], width - 2, height - 1)
+    steps = line((f" steps {shown[0].step:,} to {shown[-1].step:,}", DIM))
+    return [*columns, steps]
 
 
 # --- numbers -----------------------------------------------------------------------------------------------
@@ -148,7 +118,7 @@ def _sequences(monitor: Monitor) -> tuple[str, str]:
 def _speed(monitor: Monitor, width: int) -> tuple[str, str]:
     timed = monitor.timed()
     if not timed:
-        return "speed", f"{monitor.sampled:,} new tokens; this log tells no times"
+        return "speed", f"{monitor.sampled:,} new tokens; this log has no times"
     times = [sample.microseconds / 1000 for sample in timed]
     text = (
         f"{monitor.tokens_per_second:,.0f} tokens/s, a step takes {sum(times) / len(times):.1f} ms "
@@ -171,18 +141,19 @@ def _traffic(monitor: Monitor) -> tuple[str, str]:
 
 def _prefix(monitor: Monitor) -> tuple[str, str]:
     totals, rate = monitor.totals, monitor.hit_rate
-    if rate is None or not (totals.hits or totals.evicted or monitor.state.known):
-        return "prefix", "nothing found: no prefix cache, or no prompt that begins as another"
+    known = monitor.state.memory.known
+    if rate is None or not (totals.hits or totals.evicted or known):
+        return "prefix", "nothing found: no prefix cache, or no two prompts that begin alike"
     return "prefix", (
-        f"{rate:.0%} of {count(totals.asked, 'token')} found, {count(len(monitor.state.known), 'block')} known, "
-        f"{totals.evicted:,} given up"
+        f"{rate:.0%} of {count(totals.asked, 'token')} found, {count(totals.evicted, 'block')} evicted, "
+        f"{len(known):,} in the cache"
     )
 
 
 def _gpu(gpu: GPUReading | str) -> tuple[str, str]:
     if isinstance(gpu, str):
         return "GPU", gpu or "not read"
-    parts = []  # the name comes last: in a narrow window it is what can be spared
+    parts = []  # the name comes last: a narrow window cuts off what it needs least
     if gpu.busy is not None and gpu.memory_busy is not None:
         parts.append(f"{gpu.busy} % busy, its memory {gpu.memory_busy} %")
     if gpu.memory_used is not None and gpu.memory_total:
@@ -190,17 +161,3 @@ def _gpu(gpu: GPUReading | str) -> tuple[str, str]:
     if gpu.to_gpu is not None and gpu.from_gpu is not None:
         parts.append(f"link {gpu.to_gpu / 1e9:.1f} in, {gpu.from_gpu / 1e9:.1f} GB/s out")
     return "GPU", ", ".join([*parts, gpu.name])
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The last values as a row of bars, the highest as high as a cell."""
-    if width < 1 or not values:
-        return ""
-    top = max(values) or 1
-    return "".join(LEVELS[min(len(LEVELS) - 1, int(len(LEVELS) * value / top))] for value in values[-width:])
-
-
-if __name__ == "__main__":
-    from .monitor import show
-
-    show()

@@ -1,15 +1,14 @@
 """What the monitor knows: the state of the run after the last event, and a sample of each step.
 
-It takes events one at a time and keeps no log, so a run may be as long as it likes. The state is run_state.py's.
+The monitor takes events one at a time and keeps no log, so a run of any length fits in memory. The state is that of
+timeline/state.py.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...timeline.change import Change
 from ...timeline.events import (
     Event,
     ModelOpened,
@@ -22,21 +21,18 @@ from ...timeline.events import (
     TokenSampled,
 )
 from ...timeline.history import History, Moment, letters
-from ...timeline.run_state import RunState, Totals, advance
+from ...timeline.state import Change, RunState, Totals
 
 KEPT = 1024  # samples: more steps than a screen has columns
 WINDOW = 32  # steps over which rates are taken
 
 
 @dataclass(slots=True)
-class Sample:
-    """One step, as it was planned; what came of it is filled in after."""
+class StepSample:
+    """One step, as it was planned. Its new tokens and its time are added when the log says them."""
 
     step: int
-    tokens: int  # slots that hold one
-    empty: int  # slots that are given out and hold none yet
-    cached: int
-    free: int
+    slots: dict[str, int]  # by what is in them: tokens, empty (allocated, no token yet), cached, free
     running: int  # sequences with K and V on the device
     waiting: int
     swapped: int
@@ -57,8 +53,8 @@ class Monitor:
 
     def _begin(self) -> None:
         self.state = RunState()
-        self.history = History()  # of its fields only the names: what frames know sequences by
-        self.samples: deque[Sample] = deque(maxlen=KEPT)
+        self.history = History()  # only the names, by which frames call the sequences
+        self.samples: deque[StepSample] = deque(maxlen=KEPT)
         self.opened: PoolOpened | None = None
         self.num_steps = 0
         self.computed = 0  # tokens, since the run began
@@ -66,10 +62,6 @@ class Monitor:
         self.finished = 0  # sequences
         self.microseconds = 0  # of all steps that say
         self._rows = (0, 0)  # out and in, before this step
-
-    def take_all(self, events: Iterable[Event]) -> None:
-        for event in events:
-            self.take(event)
 
     def take(self, event: Event) -> None:
         if isinstance(event, PoolOpened):
@@ -81,7 +73,7 @@ class Monitor:
             if isinstance(event, ModelOpened):
                 self.history.model, self.history.bytes_per_token = event.model, event.kv_bytes_per_token
             return
-        advance(self.state, event, self.num_events)
+        self.state.apply(event, self.num_events)
         if isinstance(event, RequestArrived):
             several = len(event.seq_ids) > 1
             for i, seq_id in enumerate(event.seq_ids, start=1):
@@ -97,21 +89,23 @@ class Monitor:
             self.microseconds += event.microseconds
         elif isinstance(event, SequenceFinished):
             self.finished += 1
-            del self.state.sequences[event.seq_id]  # nothing comes of it any more, and a run may be long
+            del self.state.sequences[event.seq_id]  # a finished sequence stays as it is, and a run may be long
             self.history.names.pop(event.seq_id, None)
 
     def _sample(self, event: StepPlanned) -> None:
-        snapshot, totals = self.state.snapshot(), self.state.totals
-        in_open = sum(piece.tokens for piece in snapshot.open)
+        snapshot, totals = self.state.memory.snapshot(), self.state.totals
+        in_open = sum(piece.tokens for piece in snapshot.partial)
         on_host = [place.on_host for place in self.state.memory.sequences.values()]
         computed = sum(count for _, count in event.chunks)
         self.samples.append(
-            Sample(
+            StepSample(
                 step=event.step,
-                tokens=snapshot.full + in_open,
-                empty=sum(piece.slots for piece in snapshot.open) - in_open,
-                cached=snapshot.cached,
-                free=snapshot.free + snapshot.external,
+                slots={
+                    "tokens": snapshot.full + in_open,
+                    "empty": sum(piece.slots for piece in snapshot.partial) - in_open,
+                    "cached": snapshot.cached,
+                    "free": snapshot.free + snapshot.external,
+                },
                 running=on_host.count(False),
                 waiting=len(event.waiting) - on_host.count(True),
                 swapped=on_host.count(True),
@@ -127,7 +121,7 @@ class Monitor:
     # --- to be shown ---------------------------------------------------------------------------------
 
     @property
-    def last(self) -> Sample | None:
+    def last(self) -> StepSample | None:
         return self.samples[-1] if self.samples else None
 
     @property
@@ -139,17 +133,22 @@ class Monitor:
         return self.state.memory.num_blocks * self.state.memory.block_size
 
     @property
+    def slots(self) -> dict[str, int]:
+        """Slots by what was in them in the last step; before the first step, all are free."""
+        return self.last.slots if self.last else {"tokens": 0, "empty": 0, "cached": 0, "free": self.num_slots}
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row that travels: a block, or a slot of a manager without blocks. 0: the log does not say."""
         return self.history.bytes_per_token * self.state.memory.block_size
 
-    def timed(self) -> list[Sample]:
+    def timed(self) -> list[StepSample]:
         """Those of the last steps that say how long they took."""
         return [sample for sample in list(self.samples)[-WINDOW:] if sample.microseconds]
 
     @property
     def tokens_per_second(self) -> float | None:
-        """New tokens over the last steps' time; None where the log tells no times."""
+        """New tokens over the last steps' time; None where the log has no times."""
         timed = self.timed()
         return 1e6 * sum(s.sampled for s in timed) / sum(s.microseconds for s in timed) if timed else None
 

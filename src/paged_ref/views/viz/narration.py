@@ -5,28 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...timeline.events import (
-    BeamsReordered,
-    BlockCached,
-    Event,
-    PoolOpened,
-    RegionPlaced,
-    RegionSwappedIn,
-    RegionSwappedOut,
-    RequestArrived,
-    SequenceAdmitted,
-    SequenceFinished,
-    SequenceForked,
-    SequenceFreed,
-    StepPlanned,
-    SwappedIn,
-    SwappedOut,
-    TokenSampled,
-    TokensAppended,
-)
+from ...timeline import events
 from ...timeline.history import Moment
-from ...timeline.run_state import holes
-from ..common.canvas import count, in_words, size_of
+from ..common.canvas import count, in_words, kv_size, prose
 from .page_narration import OF_PAGES
 from .source_links import ended
 
@@ -43,8 +24,9 @@ _REASONS = {
 def narrate(moment: Moment) -> str:
     """What the event of this moment did, and why."""
     streaming = moment.state.memory.manager == "streaming"
-    tell = (OF_PAGES if streaming else {}).get(type(moment.event)) or _SENTENCES.get(type(moment.event))
-    return tell(moment, moment.event) if tell else type(moment.event).__name__
+    sentences = {**_SENTENCES, **OF_PAGES} if streaming else _SENTENCES
+    sentence = sentences.get(type(moment.event))
+    return sentence(moment, moment.event) if sentence else type(moment.event).__name__
 
 
 def _names(moment: Moment, seq_ids: tuple[int, ...]) -> str:
@@ -53,53 +35,43 @@ def _names(moment: Moment, seq_ids: tuple[int, ...]) -> str:
 
 def _blocks(blocks: tuple[int, ...]) -> str:
     """`block 3`, `blocks 3 and 5`, `blocks 3, 5, 8 and 20 more`."""
-    shown = [str(block) for block in blocks[:4]]
-    if len(blocks) > 5:
-        return f"blocks {', '.join(shown)} and {len(blocks) - 4} more"
-    return ("block " if len(blocks) == 1 else "blocks ") + in_words([str(block) for block in blocks])
-
-
-def _bytes(moment: Moment, tokens: int) -> str:
-    """`, 12,288 bytes`, where the log says what a token keeps."""
-    per_token = moment.history.bytes_per_token
-    return f", {size_of(tokens * per_token)}" if per_token else ""
+    shown = list(map(str, blocks)) if len(blocks) <= 5 else [*map(str, blocks[:4]), f"{len(blocks) - 4} more"]
+    return ("block " if len(blocks) == 1 else "blocks ") + in_words(shown)
 
 
 def _gave_up(evicted: tuple[int, ...]) -> str:
-    if not evicted:
-        return ""
-    return f" No block was free: the prefix cache gave up {_blocks(evicted)}, used longest ago."
+    return f" No block was free: the prefix cache gave up {_blocks(evicted)}, used longest ago." if evicted else ""
 
 
 # --- one function for each event ------------------------------------------------------------------------
 
 
-def _pool_opened(moment: Moment, event: PoolOpened) -> str:
+def _pool_opened(moment: Moment, event: events.PoolOpened) -> str:
     if event.free_order:
         first = ", ".join(map(str, event.free_order[:3]))
         return (
             f"The KV cache opened: {count(event.num_blocks, 'block')} of {count(event.block_size, 'slot')}"
-            f"{_bytes(moment, event.block_size)} each. All are free, and will be handed out in this order: {first} …"
+            f"{kv_size(moment.history, event.block_size)} each. All blocks are free, to be handed out in this order: "
+            f"{first} …"
         )
     return (
         f"The KV cache opened: one piece of {count(event.num_blocks, 'slot')}, all free. Each sequence gets a region."
     )
 
 
-def _arrived(moment: Moment, event: RequestArrived) -> str:
+def _arrived(moment: Moment, event: events.RequestArrived) -> str:
     samples = f" for {len(event.seq_ids)} samples" if len(event.seq_ids) > 1 else ""
-    text = "".join(moment.history.text(token) for token in event.prompt[:12]).replace("·", " ").strip()
-    text += " …" if len(event.prompt) > 12 else ""
+    text = prose(moment.history, event.prompt[:12]) + (" …" if len(event.prompt) > 12 else "")
     return (
         f"{_names(moment, event.seq_ids)} arrived: “{text}”, {count(len(event.prompt), 'token')}{samples}. "
-        "It waits for the next step."
+        "The request waits for the next step."
     )
 
 
-def _admitted(moment: Moment, event: SequenceAdmitted) -> str:
+def _admitted(moment: Moment, event: events.SequenceAdmitted) -> str:
     name, total = moment.history.name(event.seq_id), len(moment.state.sequences[event.seq_id].tokens)
     if not event.blocks:
-        return f"{name} begins with an empty block table. Not one block of its beginning is known already."
+        return f"{name} begins with an empty block table: no block of its prompt is known."
     left = (
         f"{total - event.length} of its {total} tokens are left to compute" if total else "they are not computed again"
     )
@@ -109,7 +81,7 @@ def _admitted(moment: Moment, event: SequenceAdmitted) -> str:
     )
 
 
-def _appended(moment: Moment, event: TokensAppended) -> str:
+def _appended(moment: Moment, event: events.TokensAppended) -> str:
     place, name = moment.state.memory.sequences[event.seq_id], moment.history.name(event.seq_id)
     view = moment.state.sequences[event.seq_id]
     if not place.blocks:
@@ -122,10 +94,8 @@ def _appended(moment: Moment, event: TokensAppended) -> str:
     if event.copied:
         source, copy = event.copied
         others = tuple(s for s, p in moment.state.memory.sequences.items() if not p.on_host and source in p.blocks)
-        need = "needs" if len(others) == 1 else "need"
-        text = (
-            f"Copy on write: {name} is to write into block {source}, which {_names(moment, others)} {need} as it is. "
-        )
+        needed_by = f"{_names(moment, others)} {'needs' if len(others) == 1 else 'need'}"
+        text = f"Copy on write: {name} is to write into block {source}, which {needed_by} as it is. "
         text += f"So {name} gets a copy, block {copy}, and writes there."
     elif event.new_blocks and first:
         where = "" if event.evicted else ", the next on the free list, wherever they lie"
@@ -140,7 +110,7 @@ def _appended(moment: Moment, event: TokensAppended) -> str:
     return text + _gave_up(event.evicted)
 
 
-def _forked(moment: Moment, event: SequenceForked) -> str:
+def _forked(moment: Moment, event: events.SequenceForked) -> str:
     parent, child = moment.history.name(event.parent_id), moment.history.name(event.child_id)
     blocks = len(moment.state.memory.sequences[event.child_id].blocks)
     return (
@@ -149,8 +119,8 @@ def _forked(moment: Moment, event: SequenceForked) -> str:
     )
 
 
-def _cached(moment: Moment, event: BlockCached) -> str:
-    known = moment.state.known[event.block_id]
+def _cached(moment: Moment, event: events.BlockCached) -> str:
+    known = moment.state.memory.known[event.block_id]
     before = f", which holds that of the block before it ({known.parent[:6]}…)" if known.parent else ""
     return (
         f"Block {event.block_id} is full and computed: the prefix cache knows it from now on as {event.digest[:6]}…, "
@@ -158,78 +128,80 @@ def _cached(moment: Moment, event: BlockCached) -> str:
     )
 
 
-def _swapped_out(moment: Moment, event: SwappedOut) -> str:
+def _moved(moment: Moment, event: events.SwappedOut | events.SwappedIn) -> str:
     blocks = len(event.blocks)
-    size = _bytes(moment, blocks * moment.state.memory.block_size)
+    return f"{count(blocks, 'block')}{kv_size(moment.history, blocks * moment.state.memory.block_size)}"
+
+
+def _swapped_out(moment: Moment, event: events.SwappedOut) -> str:
     return (
         "A block is needed and none is left, so the last to arrive gives way: "
-        f"{_names(moment, event.seq_ids)} is preempted by swap, {count(blocks, 'block')}{size}, to host memory."
+        f"{_names(moment, event.seq_ids)} is preempted by swap, {_moved(moment, event)}, to host memory."
     )
 
 
-def _swapped_in(moment: Moment, event: SwappedIn) -> str:
-    blocks = len(event.blocks)
-    size = _bytes(moment, blocks * moment.state.memory.block_size)
-    text = (
-        f"There is room again: {_names(moment, event.seq_ids)} comes back from the host, "
-        f"{count(blocks, 'block')}{size}, to other places. Nothing is computed again."
+def _swapped_in(moment: Moment, event: events.SwappedIn) -> str:
+    return (
+        f"There is room again: {_names(moment, event.seq_ids)} comes back from the host, {_moved(moment, event)}, "
+        f"to other places. Nothing is computed again.{_gave_up(event.evicted)}"
     )
-    return text + _gave_up(event.evicted)
 
 
-def _freed(moment: Moment, event: SequenceFreed) -> str:
+def _freed(moment: Moment, event: events.SequenceFreed) -> str:
     name, before = moment.history.name(event.seq_id), moment.change.place_before
     held = 0 if before is None else len(before.blocks)
     if not moment.state.paged:
         size = 0 if before is None else before.size
-        return f"{name} gives its region back: {count(size, 'slot')} become a hole, joined with the holes beside it."
+        return f"{name} gives its region back: {count(size, 'slot')} become a hole, joined with the holes next to it."
     freed = sum(1 for block in moment.change.before if not moment.state.memory.ref_count[block])
-    idle = sum(1 for block in moment.change.before if block in moment.state.memory.idle)
-    kept = f"; {idle} of them stay known to the prefix cache" if idle else ""
-    shared = f" {held - freed} are shared and stay with the others." if held > freed else ""
+    cached = sum(1 for block in moment.change.before if block in moment.state.memory.cached)
+    kept = f"; {cached} of them stay in the prefix cache" if cached else ""
+    shared = f" {held - freed} are shared, and stay in other tables." if held > freed else ""
     if before is not None and before.on_host:
         return f"{name} gives back {count(held, 'block')} of host memory, without having run again."
     if ended(moment):
-        return f"{name} is at its end and gives back {count(held, 'block')}. {freed} can be had again{kept}.{shared}"
+        return f"{name} is at its end and gives back {count(held, 'block')}. {freed} are available again{kept}.{shared}"
     return (
-        f"No block is left, so the last to arrive gives way: {name} is preempted by recompute. It gives back "
-        f"{count(held, 'block')}{kept}; its K and V will be computed again.{shared}"
+        f"No block is left, so the last to arrive gives way: {name} is preempted by recompute, and gives back "
+        f"{count(held, 'block')}{kept}. The K and V of {name} will be computed again.{shared}"
     )
 
 
-def _placed(moment: Moment, event: RegionPlaced) -> str:
+def _placed(moment: Moment, event: events.RegionPlaced) -> str:
     name, before = moment.history.name(event.seq_id), moment.change.place_before
     view = moment.state.sequences[event.seq_id]
     slots = f"slots {event.start} to {event.start + event.size - 1}"
     if before is None:
         why = "for its whole life, used or not" if moment.state.memory.manager == "standard" else "of today's size"
-        return f"{name} gets a region of {count(event.size, 'slot')} {why}: {slots}. It has {len(view.tokens)} tokens."
+        return (
+            f"{name} gets a region of {count(event.size, 'slot')} {why}: {slots}. {name} has {len(view.tokens)} tokens."
+        )
     if before.start == event.start:
         return f"{name} has outgrown its region, and the hole behind it is large enough: it grows in place, to {slots}."
     return (
         f"{name} has outgrown its region, and another lies behind it: all {before.length} tokens"
-        f"{_bytes(moment, before.length)} are moved, to {slots}."
+        f"{kv_size(moment.history, before.length)} are moved, to {slots}."
     )
 
 
-def _region_out(moment: Moment, event: RegionSwappedOut) -> str:
+def _region_out(moment: Moment, event: events.RegionSwappedOut) -> str:
     name, before = moment.history.name(event.seq_id), moment.change.place_before
     size = 0 if before is None else before.size
     return (
         f"No hole is large enough for the next token, so the last to arrive gives way: {name} is swapped to the host, "
-        f"{count(event.size, 'slot')}{_bytes(moment, event.size)}. {size} slots become a hole."
+        f"{count(event.size, 'slot')}{kv_size(moment.history, event.size)}. {size} slots become a hole."
     )
 
 
-def _region_in(moment: Moment, event: RegionSwappedIn) -> str:
+def _region_in(moment: Moment, event: events.RegionSwappedIn) -> str:
     name, length = moment.history.name(event.seq_id), moment.state.memory.sequences[event.seq_id].length
     return (
         f"A hole of {count(event.size, 'slot')} is there: {name} comes back from the host, "
-        f"{count(length, 'token')}{_bytes(moment, length)}, to slot {event.start} and on."
+        f"{count(length, 'token')}{kv_size(moment.history, length)}, to slot {event.start} and on."
     )
 
 
-def _planned(moment: Moment, event: StepPlanned) -> str:
+def _planned(moment: Moment, event: events.StepPlanned) -> str:
     history, step = moment.history, moment.step
     decode = [history.name(s) for s, _ in event.chunks if history.code_at(s, step) == "d"]
     prefill = [f"{history.name(s)} ({n})" for s, n in event.chunks if history.code_at(s, step) != "d"]
@@ -253,44 +225,46 @@ def _planned(moment: Moment, event: StepPlanned) -> str:
 def _room(moment: Moment) -> str:
     memory = moment.state.memory
     if moment.state.paged:
-        idle = f" and {len(memory.idle)} idle" if memory.idle else ""
-        return f": {len(memory.free)} free{idle} blocks are too few"
-    largest = max((size for _, size in holes(memory)), default=0)
+        cached = f" and {len(memory.cached)} cached" if memory.cached else ""
+        return f": {len(memory.free)} free{cached} blocks are too few"
+    largest = max((size for _, size in memory.holes()), default=0)
     return f": the largest hole has {count(largest, 'slot')}"
 
 
-def _sampled(moment: Moment, event: TokenSampled) -> str:
+def _sampled(moment: Moment, event: events.TokenSampled) -> str:
     name, text = moment.history.name(event.seq_id), moment.history.text(event.token_id)
-    return f"{name} goes on with “{text}”. It has no slot yet: its K and V are computed, and stored, in the next step."
+    return f"{name} goes on with “{text}”. The token has no slot yet: the next step computes and stores its K and V."
 
 
-def _reordered(moment: Moment, event: BeamsReordered) -> str:
+def _reordered(moment: Moment, event: events.BeamsReordered) -> str:
     name = moment.history.name
     pairs = [f"{name(new)} from {name(old)}" if new != old else name(new) for old, new in event.chosen]
-    return f"Beam search keeps the likeliest continuations: {in_words(pairs)}. What they have in common stays shared."
+    return (
+        f"Beam search keeps the likeliest continuations: {in_words(pairs)}. What the beams have in common stays shared."
+    )
 
 
-def _finished(moment: Moment, event: SequenceFinished) -> str:
+def _finished(moment: Moment, event: events.SequenceFinished) -> str:
     view = moment.state.sequences[event.seq_id]
     why = _REASONS.get(event.reason, event.reason)
     return f"{moment.history.name(event.seq_id)} finished after {count(len(view.tokens), 'token')}: {why}."
 
 
-_SENTENCES: dict[type[Event], Callable[[Moment, Any], str]] = {
-    PoolOpened: _pool_opened,
-    RequestArrived: _arrived,
-    SequenceAdmitted: _admitted,
-    TokensAppended: _appended,
-    SequenceForked: _forked,
-    BlockCached: _cached,
-    SwappedOut: _swapped_out,
-    SwappedIn: _swapped_in,
-    SequenceFreed: _freed,
-    RegionPlaced: _placed,
-    RegionSwappedOut: _region_out,
-    RegionSwappedIn: _region_in,
-    StepPlanned: _planned,
-    TokenSampled: _sampled,
-    BeamsReordered: _reordered,
-    SequenceFinished: _finished,
+_SENTENCES: dict[type[events.Event], Callable[[Moment, Any], str]] = {
+    events.PoolOpened: _pool_opened,
+    events.RequestArrived: _arrived,
+    events.SequenceAdmitted: _admitted,
+    events.TokensAppended: _appended,
+    events.SequenceForked: _forked,
+    events.BlockCached: _cached,
+    events.SwappedOut: _swapped_out,
+    events.SwappedIn: _swapped_in,
+    events.SequenceFreed: _freed,
+    events.RegionPlaced: _placed,
+    events.RegionSwappedOut: _region_out,
+    events.RegionSwappedIn: _region_in,
+    events.StepPlanned: _planned,
+    events.TokenSampled: _sampled,
+    events.BeamsReordered: _reordered,
+    events.SequenceFinished: _finished,
 }

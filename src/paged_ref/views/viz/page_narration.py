@@ -5,23 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...timeline.events import (
-    Event,
-    PagesAttended,
-    PagesFreed,
-    PagesNamed,
-    PagesPlaced,
-    PoolOpened,
-    ResidencyOpened,
-    SequenceAdmitted,
-    SequenceFreed,
-    TokensAppended,
-)
+from ...timeline import events
 from ...timeline.history import Moment
 from ..common.canvas import count, in_words
 
 
-def _opened(moment: Moment, event: PoolOpened) -> str:
+def _opened(moment: Moment, event: events.PoolOpened) -> str:
     return (
         f"Memory for pages opened. A page is the K and V of {count(event.block_size, 'token')} in one layer, for one "
         f"KV head; there is room for {count(event.num_blocks, 'page')} on the device and {event.num_host_blocks:,} on "
@@ -29,22 +18,7 @@ def _opened(moment: Moment, event: PoolOpened) -> str:
     )
 
 
-def _residency(moment: Moment, event: ResidencyOpened) -> str:
-    return "No page is anywhere yet. A page will be on the device, on the host, or the same on both."
-
-
-def _admitted(moment: Moment, event: SequenceAdmitted) -> str:
-    return f"{moment.history.name(event.seq_id)} begins, without a page. Each layer makes its own when it writes."
-
-
-def _appended(moment: Moment, event: TokensAppended) -> str:
-    name, place = moment.history.name(event.seq_id), moment.state.memory.sequences[event.seq_id]
-    return (
-        f"{name} has room for {count(event.count, 'token')} more, {place.length:,} in all, on the device and the host."
-    )
-
-
-def _named(moment: Moment, event: PagesNamed) -> str:
+def _named(moment: Moment, event: events.PagesNamed) -> str:
     pages = moment.state.memory.pages.tables[event.seq_id, event.layer, event.head]
     first = len(pages) - len(event.pages)
     blocks = f"block {first}" if len(event.pages) == 1 else f"blocks {first} to {len(pages) - 1}"
@@ -54,25 +28,17 @@ def _named(moment: Moment, event: PagesNamed) -> str:
     )
 
 
-def _placed(moment: Moment, event: PagesPlaced) -> str:
+def _placed(moment: Moment, event: events.PagesPlaced) -> str:
     parts = [
         ("on the device only", sum(d >= 0 > h for d, h in zip(event.device_blocks, event.host_blocks, strict=True))),
         ("on both sides", sum(d >= 0 <= h for d, h in zip(event.device_blocks, event.host_blocks, strict=True))),
         ("on the host only", sum(d < 0 for d in event.device_blocks)),
     ]
-    told = in_words([f"{number:,} {where}" for where, number in parts if number])
-    return f"{count(len(event.pages), 'page')} came or moved: now {told}. Who leaves the device is the policy's choice."
+    places = in_words([f"{number:,} {where}" for where, number in parts if number])
+    return f"{count(len(event.pages), 'page')} came or moved: now {places}. The policy chooses what leaves the device."
 
 
-def _freed(moment: Moment, event: PagesFreed) -> str:
-    return f"{count(len(event.pages), 'page')} are gone, wherever they were."
-
-
-def _ended(moment: Moment, event: SequenceFreed) -> str:
-    return f"{moment.history.name(event.seq_id)} holds nothing any more, on the device or on the host."
-
-
-def _attended(moment: Moment, event: PagesAttended) -> str:
+def _attended(moment: Moment, event: events.PagesAttended) -> str:
     chosen, total = len(event.chosen), len(event.mass)
     covered = sum(event.mass[block] for block in event.chosen) / 1e4
     here = len(set(event.chosen) & set(event.resident))
@@ -83,14 +49,29 @@ def _attended(moment: Moment, event: PagesAttended) -> str:
     )
 
 
-OF_PAGES: dict[type[Event], Callable[[Moment, Any], str]] = {
-    PoolOpened: _opened,
-    ResidencyOpened: _residency,
-    SequenceAdmitted: _admitted,
-    TokensAppended: _appended,
-    PagesNamed: _named,
-    PagesPlaced: _placed,
-    PagesFreed: _freed,
-    SequenceFreed: _ended,
-    PagesAttended: _attended,
+def _name(moment: Moment, event: Any) -> str:
+    return moment.history.name(event.seq_id)
+
+
+OF_PAGES: dict[type[events.Event], Callable[[Moment, Any], str]] = {
+    events.PoolOpened: _opened,
+    events.ResidencyOpened: lambda moment, event: (
+        "No page is anywhere yet. A page will be on the device, on the host, or the same on both."
+    ),
+    events.SequenceAdmitted: lambda moment, event: (
+        f"{_name(moment, event)} begins, without a page. Each layer makes its own when it writes."
+    ),
+    events.TokensAppended: lambda moment, event: (
+        f"{_name(moment, event)} has room for {count(event.count, 'token')} more, "
+        f"{moment.state.memory.sequences[event.seq_id].length:,} in all, on the device and the host."
+    ),
+    events.PagesNamed: _named,
+    events.PagesPlaced: _placed,
+    events.PagesFreed: lambda moment, event: (
+        f"{count(len(event.pages), 'page')} are gone, on the device and on the host."
+    ),
+    events.SequenceFreed: lambda moment, event: (
+        f"{_name(moment, event)} holds no page any more, on the device or on the host."
+    ),
+    events.PagesAttended: _attended,
 }

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 from rich.text import Text
 
-from ...timeline.change import sequences_of
+from ...timeline.events import sequences_of
 from ...timeline.history import MARKS, History, Moment
-from ..common.canvas import DIM, Scene, exactly, fit, line, pack, rule
-from ..common.loop import SPEEDS
+from ..common.canvas import DIM, Scene, filled, line, pack, page, rule
+from ..common.viewer import Viewer, help_lines
 from .frames.blocks import EMPTY, UNKNOWN, WRITTEN
 from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
 from .frames.screen import Frame, frames_of, screen
@@ -37,22 +36,25 @@ SIGNS = (
 )
 
 
-class Player:
+class Player(Viewer):
     """Where the viewer is, and what each key does."""
 
+    thing = "events"
+
     def __init__(self, runs: Sequence[History], frame: int = 0, position: int = 0) -> None:
+        super().__init__(speed=2)
         self.runs = runs
         self.run = 0
         self.frame = frame
-        self.position = max(0, min(position, len(runs[0]) - 1))
         self.selected: int | None = None
         self.scroll = 0
-        self.playing = False
-        self.speed = 2  # a place in SPEEDS
         self.typed: str | None = None  # after `/`
-        self.message = ""
-        self.helping = False
         self._last_find = ""
+        self.go(position)
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.history)
 
     @property
     def history(self) -> History:
@@ -71,38 +73,21 @@ class Player:
         message = self.message
         if self.typed is not None:
             message = f"find a sequence: {self.typed}▏  (Enter: go, Esc: back)"
-        return screen(
-            Scene(self.moment(), self.runs, self.selected, self.scroll, playing=self.playing, message=message),
-            self.frame,
-            width,
-            height,
-        )
-
-    def tick(self) -> None:
-        """The time for one more event has come."""
-        if self.playing:
-            self.go(self.position + 1)
-            self.playing = self.position + 1 < len(self.history)
+        scene = Scene(self.moment(), self.runs, self.selected, self.scroll, playing=self.playing, message=message)
+        return screen(scene, self.frame, width, height)
 
     def press(self, key: str) -> bool:
-        """Do what a key means. False: quit. Keys are characters, or names such as `left`."""
+        if self.typed is None:
+            return super().press(key)
         self.message = ""
-        if self.typed is not None:
-            self._type(key)
-        elif self.helping:
-            self.helping = False
-        elif key == "q":
-            return False
-        elif key in self._actions:
-            self._actions[key](self)
-        elif key.isdigit() and 1 <= int(key) <= len(self.frames):
+        self._type(key)
+        return True
+
+    def press_other(self, key: str) -> None:
+        if key.isdigit() and 1 <= int(key) <= len(self.frames):
             self.frame, self.scroll = int(key) - 1, 0
         else:
             self.message = "no such key; ? shows those that there are"
-        return True
-
-    def go(self, position: int) -> None:
-        self.position = max(0, min(position, len(self.history) - 1))
 
     # --- what keys do ------------------------------------------------------------------------------
 
@@ -136,15 +121,6 @@ class Player:
         if self.selected is not None and self.selected not in self.history.names:
             self.selected = None
 
-    def _play(self) -> None:
-        self.playing = not self.playing
-        if self.playing and self.position + 1 == len(self.history):
-            self.go(0)
-
-    def _faster(self, direction: int) -> None:
-        self.speed = max(0, min(self.speed + direction, len(SPEEDS) - 1))
-        self.message = f"{SPEEDS[self.speed]} events in a second"
-
     def _scroll(self, lines: int) -> None:
         self.scroll += lines
 
@@ -153,9 +129,6 @@ class Player:
 
     def _begin_find(self) -> None:
         self.typed, self.playing = "", False
-
-    def _help(self) -> None:
-        self.helping = True
 
     def _type(self, key: str) -> None:
         assert self.typed is not None
@@ -172,9 +145,8 @@ class Player:
     def _find(self, what: str) -> None:
         seq_id = self.history.find(what)
         if seq_id is None:
-            self.message = (
-                f"no sequence {what!r} in this run; there are {', '.join(list(self.history.names.values())[:12])}"
-            )
+            known = ", ".join(list(self.history.names.values())[:12])
+            self.message = f"no sequence {what!r} in this run; there are {known}"
             return
         self._last_find, self.selected, self.scroll = what, seq_id, 0
         events = self.history.events
@@ -183,44 +155,23 @@ class Player:
         self.go(found)
         self.message = f"{self.history.name(seq_id)}: its next event (/ Enter: again, Esc: let go)"
 
-    _actions: ClassVar[dict[str, Callable[[Player], None]]] = {
-        "right": lambda self: self.go(self.position + 1),
-        "left": lambda self: self.go(self.position - 1),
+    actions = Viewer.actions | {
         "down": lambda self: self._step(1),
         "up": lambda self: self._step(-1),
-        "home": lambda self: self.go(0),
-        "end": lambda self: self.go(len(self.history)),
         "n": lambda self: self._mark(1),
         "p": lambda self: self._mark(-1),
-        " ": _play,
-        "+": lambda self: self._faster(1),
-        "=": lambda self: self._faster(1),  # + without shift
-        "-": lambda self: self._faster(-1),
         "tab": _next_run,
         "shift tab": lambda self: self._next_run(-1),
         "pgdn": lambda self: self._scroll(4),
         "pgup": lambda self: self._scroll(-4),
         "/": _begin_find,
-        "?": _help,
-        "h": _help,
         "escape": _escape,
     }
 
 
 def _help(width: int, height: int) -> Text:
-    rows = [rule("Keys", width)]
-    for key, what in HELP:
-        rows.append(line((f" {key:<10}", "bold"), what))
-    rows.append(rule("Signs", width))
+    rows = [rule("Keys", width), *help_lines(HELP), rule("Signs", width)]
     for where, signs in SIGNS:
         for i, text in enumerate(pack(signs, width - 18)):
             rows.append(line((f" {where if i == 0 else '':<17}", "bold"), text))
-    rows += [line("")] * (height - 1 - len(rows))
-    rows = [*rows[: height - 1], line((fit("  any key: back", width), DIM))]
-    return Text("\n").join(exactly(row, width) for row in rows)
-
-
-if __name__ == "__main__":
-    from ...commands.viz import show
-
-    show("timeline")
+    return page([*filled(rows, height - 1), line(("  any key: back", DIM))], width, height)

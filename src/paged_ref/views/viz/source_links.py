@@ -1,4 +1,7 @@
-"""Which function of this package did what an event tells: file and line, read from the living code."""
+"""Which function of this package did what an event says: file, line and source, read from the code that runs.
+
+Functions are named here by their public names: what they call to do their work may change.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,19 @@ from typing import Any
 
 import paged_ref
 
-from ...beyond_device.long_context import LongContext
+from ...beyond_device.kv import StreamedKV
 from ...beyond_device.residency import Residency
 from ...beyond_device.streaming import StreamingManager
+from ...core.engine.engine import Engine
 from ...core.engine.scheduler import Scheduler
-from ...core.memory.paged import PagedManager
+from ...core.memory.manager import KVCacheManager
 from ...core.memory.standard import StandardManager
 from ...core.memory.swapping import SwappingManager
 from ...extras.beam import BeamSearch
-from ...extras.prefix_cache import PrefixCache
+from ...extras.host_swap import SwappablePagedManager
+from ...extras.prefix_cache import CachingBlockPool
 from ...llm import LLM
-from ...timeline.events import (
-    BeamsReordered,
-    BlockCached,
-    PagesAttended,
-    PagesFreed,
-    PagesNamed,
-    PagesPlaced,
-    PoolOpened,
-    RegionPlaced,
-    RegionSwappedIn,
-    RegionSwappedOut,
-    RequestArrived,
-    ResidencyOpened,
-    SequenceAdmitted,
-    SequenceFinished,
-    SequenceForked,
-    SequenceFreed,
-    StepPlanned,
-    SwappedIn,
-    SwappedOut,
-    TokenSampled,
-    TokensAppended,
-)
+from ...timeline import events
 from ...timeline.history import Moment
 
 Function = Callable[..., Any]
@@ -70,58 +53,60 @@ def place_of(function: Function) -> Place:
     return Place(shown, first, function.__qualname__, tuple(lines))
 
 
-def actor(moment: Moment) -> Function:
-    """The function that did what the event of this moment tells."""
+def function_for_event(moment: Moment) -> Function:
+    """The function that did what the event of this moment says."""
     event = moment.event
-    manager = _MANAGERS.get(moment.state.memory.manager, PagedManager)
-    if isinstance(event, SequenceFreed):
-        return manager.free if ended(moment) else Scheduler._preempt
-    if isinstance(event, TokensAppended) and event.copied:
-        return PagedManager._copy_on_write
-    if isinstance(event, TokensAppended) and event.evicted:
-        return PrefixCache.evict
-    if isinstance(event, RegionPlaced) and moment.change.place_before is not None:
-        return SwappingManager._make_room
-    if isinstance(event, SequenceAdmitted) and manager is StreamingManager:
-        return StreamingManager.admit
-    named = _BY_MANAGER.get(type(event))
-    if named is not None:
-        function: Function = getattr(manager, named)
-        return function
-    return _ALWAYS.get(type(event), LLM.step)
+    if isinstance(event, events.SequenceFreed) and not ended(moment):
+        return Scheduler.schedule  # it preempted the sequence
+    if isinstance(event, (events.TokensAppended, events.SwappedIn)) and event.evicted:
+        return CachingBlockPool.allocate
+    name = METHODS.get(type(event))
+    if isinstance(event, events.RegionPlaced) and moment.change.place_before is not None:
+        name = "append"  # the region grew
+    if name is None:
+        return FUNCTIONS.get(type(event), Engine.step)
+    function: Function = getattr(MANAGERS.get(moment.state.memory.manager, SwappablePagedManager), name)
+    return function
 
 
 def ended(moment: Moment) -> bool:
-    """A sequence gave its memory back because it came to its end: the engine says so in the next event."""
+    """A sequence gave its memory back because it came to its end: then the next event says so."""
     following, event = moment.next_event, moment.event
-    if not isinstance(event, SequenceFreed) or following is None:
+    if not isinstance(event, events.SequenceFreed) or following is None:
         return True
-    return isinstance(following, SequenceFinished) and following.seq_id == event.seq_id
+    return isinstance(following, events.SequenceFinished) and following.seq_id == event.seq_id
 
 
-_MANAGERS: dict[str, type[PagedManager | StandardManager | SwappingManager | StreamingManager]] = {
-    "paged": PagedManager,
+MANAGERS: dict[str, type[KVCacheManager]] = {
+    "paged": SwappablePagedManager,
     "standard": StandardManager,
     "swapping": SwappingManager,
     "streaming": StreamingManager,
 }
-_BY_MANAGER: dict[type, str] = {PoolOpened: "__init__", TokensAppended: "append", RegionPlaced: "admit"}
-_ALWAYS: dict[type, Function] = {
-    RequestArrived: LLM.add_request,
-    SequenceAdmitted: PagedManager.admit,
-    SequenceForked: PagedManager.fork,
-    BlockCached: PagedManager.commit,
-    SwappedOut: PagedManager.swap_out,
-    SwappedIn: PagedManager.swap_in,
-    RegionSwappedOut: SwappingManager.swap_out,
-    RegionSwappedIn: SwappingManager.swap_in,
-    ResidencyOpened: Residency.__init__,
-    PagesPlaced: Residency.need,
-    PagesFreed: Residency.free,
-    PagesNamed: StreamingManager.prepare,
-    PagesAttended: LongContext._rows,
-    StepPlanned: Scheduler.schedule,
-    TokenSampled: LLM._accept,
-    BeamsReordered: BeamSearch.step,
-    SequenceFinished: LLM._end_sequence,
+METHODS: dict[type[events.Event], str] = {  # of the manager of the run
+    events.PoolOpened: "__init__",
+    events.SequenceAdmitted: "admit",
+    events.RegionPlaced: "admit",
+    events.TokensAppended: "append",
+    events.SequenceForked: "fork",
+    events.SequenceFreed: "free",
+    events.SwappedOut: "swap_out",
+    events.SwappedIn: "swap_in",
+    events.RegionSwappedOut: "swap_out",
+    events.RegionSwappedIn: "swap_in",
+    events.PagesNamed: "prepare",
+}
+FUNCTIONS: dict[
+    type[events.Event], Function
+] = {  # of the engine, and of the memory for pages; Engine.step for all others
+    events.RequestArrived: LLM.add_request,
+    events.BlockCached: CachingBlockPool.filled,
+    events.StepPlanned: Scheduler.schedule,
+    events.BeamsReordered: BeamSearch.step,
+    events.ResidencyOpened: Residency.__init__,
+    events.PagesPlaced: Residency.need,
+    events.PagesFreed: Residency.free,
+    events.PagesAttended: StreamedKV.attend,
+    events.TokenSampled: Engine.add_token,
+    events.SequenceFinished: Engine.end_sequence,
 }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...core.engine.sampling import SamplingParams
-from ...core.model.loading import load
+from ...extras.beam import SamplingParams
 from ...extras.managers import ManagerName
+from ...interop.checkpoints import load
 from ...llm import LLM
 from ...timeline.events import Event
 
@@ -26,7 +26,7 @@ class Workload:
     first_blocks: tuple[int, ...] = ()  # to be handed out before the others
 
 
-# What the paper draws, on so few blocks that they have to work for their living: Figure 6 (A begins in blocks
+# What the paper draws, with so few blocks that all of memory management is needed: Figure 6 (A begins in blocks
 # 7, 1 and 3), Figure 8 (B is two samples of a prompt), Figure 7 (C), and then D and E, until there is no room.
 PAPER = Workload(
     arrivals=(
@@ -49,7 +49,7 @@ def workload(
     num_blocks: int | None = None,
     num_host_blocks: int | None = None,
 ) -> Workload:
-    """Prompts that come two steps apart. Without `num_blocks` there are too few for all at once."""
+    """Prompts that come two steps apart. Without `num_blocks` there are too few for all prompts together."""
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; at least 1 is needed")
     if num_blocks is None:
@@ -66,19 +66,19 @@ def workload(
 def record(work: Workload, manager: ManagerName) -> list[Event]:
     """Run the requests under one manager, and return all that happened."""
     events: list[Event] = []
+    model = load(work.model)
+    longest = max(len(model.tokenizer.encode(prompt)) + params.max_tokens for _, prompt, params in work.arrivals)
+    num_slots = work.num_blocks * work.block_size
+    paged, can_swap = manager == "paged", manager != "standard" and work.num_host_blocks > 0
     first = [block for block in work.first_blocks if block < work.num_blocks]
-    tokenizer = load(work.model).tokenizer
-    context = load(work.model).config.max_position_embeddings
-    longest = max(len(tokenizer.encode(prompt)) + params.max_tokens for _, prompt, params in work.arrivals)
-    paged = manager == "paged"
     llm = LLM(
         work.model,
         manager=manager,
         block_size=work.block_size,
-        kv_cache_tokens=work.num_blocks * work.block_size,
-        host_kv_tokens=0 if manager == "standard" else work.num_host_blocks * work.block_size,
-        max_model_len=min(longest, context, max(1, work.num_blocks * work.block_size)),
-        preemption="recompute" if manager == "standard" or not work.num_host_blocks else "swap",
+        kv_cache_tokens=num_slots,
+        host_kv_tokens=work.num_host_blocks * work.block_size if can_swap else 0,
+        max_model_len=min(longest, model.config.max_position_embeddings, max(1, num_slots)),
+        preemption="swap" if can_swap else "recompute",
         prefix_cache=paged,
         watermark=0.0,
         free_order=[*first, *(b for b in range(work.num_blocks) if b not in first)] if paged else None,

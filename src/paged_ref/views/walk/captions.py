@@ -6,198 +6,142 @@ line that touches memory has one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 from .run import LETTERS, KernelRun
-
-
-class Facts(NamedTuple):
-    """What the sentences may name."""
-
-    t: int  # thread
-    n: int  # threads of the CUDA block
-    seq: str
-    token: int
-    head: int
-    kv_head: int
-    array: str
-    i: int  # first index of the access
-    d: int  # last index
-    slot: int  # of a cache access, or the one that a table leads to; else -1
-    position: int  # of the token in that slot
-    block: int
-    offset: int
-    block_size: int
-    num_keys: int
-    key: int  # key that thread t takes in this tile
-    tile: int  # first key of the tile
-    half: int  # threads that are still at work in a reduction
-
-
-def facts(run: KernelRun, position: int) -> Facts:
-    access, sizes = run.access(position), run.sizes
-    token, head = access.block[0], access.block[1]
-    slot = run.slot(position)
-    held = run.owner[slot][1] if slot is not None else None
-    block_size, n = sizes.block_size, sizes.num_threads
-    # A tile costs the same number of barriers each time: 4, and 2 for each halving of the threads.
-    tile = max(0, access.round - 1) // (4 + 2 * (n.bit_length() - 1)) * n
-    t = access.thread
-    if access.array == "block_tables":
-        slot = run.tables[token][access.index[-1]] * block_size + (tile + t) % block_size
-    elif access.array == "starts":
-        slot = run.tables[token][0] + tile + t
-    return Facts(
-        t=t, n=n, seq=LETTERS[token], token=token, head=head,
-        kv_head=head // (sizes.num_heads // sizes.num_kv_heads), array=access.array,
-        i=access.index[0], d=access.index[-1], slot=-1 if slot is None else slot,
-        position=-1 if held is None else held,
-        block=-1 if slot is None else slot // block_size, offset=-1 if slot is None else slot % block_size,
-        block_size=block_size, num_keys=sizes.tokens[token], key=tile + t, tile=tile,
-        half=abs(access.index[0] - t) if access.array == "work" else 0,
-    )  # fmt: skip
-
-
-# (piece of the source line, array or "" for any, the sentence)
-_SENTENCES: tuple[tuple[str, str, str], ...] = (
-    (
-        "while query_start_loc", "",
-        "Whose token is this? Thread {t} looks for the sequence that token {token} belongs to: {seq}. Every thread "
-        "looks for itself: the same address for all lanes is one sector, cheaper than a barrier.",
-    ),
-    (
-        "query_len =", "",
-        "Thread {t} works out how many query tokens {seq} has in this step: one, as in every decode step.",
-    ),
-    (
-        "query_position =", "",
-        "Thread {t} works out where {seq}'s query stands in its sequence, and so how many keys it sees: {num_keys}. "
-        "Causal: a query sees the keys up to its own.",
-    ),
-    (
-        "float32(query[", "query",
-        "Thread {t} fetches element {d} of the query of head {head}. Neighbouring threads fetch neighbouring "
-        "elements, so the warp's loads fall into few sectors.",
-    ),
-    (
-        "float32(query[", "q",
-        "Thread {t} puts element {d} of the query, scaled, into shared memory: each thread needs all of it, and "
-        "reads it from there once for each key instead of from global memory.",
-    ),
-    (
-        "acc[d] = float32(0)", "",
-        "Thread {t} clears the sum of dimension {d}: shared memory starts out as garbage.",
-    ),
-    (
-        "slot_of(", "",
-        "Thread {t} asks {seq}'s block table where its key {key} lies: entry {key} // {block_size} = {d} says block "
-        "{block}, so slot {block} * {block_size} + {key} % {block_size} = {slot}. This read is all that paging adds.",
-    ),
-    (
-        "starts[seq] + position", "",
-        "Thread {t} adds its key's number, {key}, to the start of {seq}'s region: slot {slot}. No table; but the "
-        "region had to be reserved in one piece before its length was known.",
-    ),
-    (
-        "slots[thread] = slot", "",
-        "Thread {t} notes where key {i} of the tile lies, in shared memory: in the step of the values every thread "
-        "needs every key's slot, and none has to look it up again.",
-    ),
-    (
-        "score +=", "q",
-        "Scores: thread {t} reads element {d} of the query from shared memory, to multiply it with the same element "
-        "of its key, number {key}.",
-    ),
-    (
-        "score +=", "keys",
-        "Scores: thread {t} owns key {position} of {seq}; it reads element {d} of K in slot {slot} (block {block}, "
-        "offset {offset}) and adds q*K to its score. A thread for each key: none needs another's result yet.",
-    ),
-    (
-        "work[thread] = score", "",
-        "Thread {t} lays its score out for the others (minus infinity if it has no key): together they look for the "
-        "tile's largest, so that no exp overflows.",
-    ),
-    (
-        "max(work[thread], work[thread + half])", "",
-        "Largest score: thread {t} compares its number with that of thread t + {half_word} and keeps the larger. Each "
-        "round halves the threads at work: {rounds} rounds for {n} numbers, not {steps} steps.",
-    ),
-    (
-        "new_highest =", "",
-        "Every thread reads the tile's largest score from work[0]. They must all have read it before the next step "
-        "overwrites work: a barrier follows.",
-    ),
-    (
-        "weights[thread] = weight", "",
-        "Thread {t} writes the softmax weight of its key, exp(score - largest), for all to use in the step of the "
-        "values. It is divided by the total only at the very end.",
-    ),
-    (
-        "work[thread] = weight", "",
-        "Thread {t} lays the same weight out once more: the sum will destroy work, and weights must live on.",
-    ),
-    (
-        "work[thread] += work[thread + half]", "",
-        "Sum of the weights: thread {t} adds the number of thread t + {half_word} to its own, and half as many "
-        "threads go on.",
-    ),
-    (
-        "total = total * shrink", "",
-        "Every thread takes the tile's sum from work[0] into its own total, after shrinking what earlier tiles gave: "
-        "the online softmax.",
-    ),
-    (
-        "mixed = acc[d] * shrink", "",
-        "Values: thread {t} takes up dimension {d} where the last tile left it. Now a thread has a dimension, not a "
-        "key.",
-    ),
-    (
-        "mixed +=", "weights",
-        "Values: thread {t} reads the weight of key {i} of the tile. All threads read the same one at once: shared "
-        "memory hands it to the whole warp in one go.",
-    ),
-    (
-        "mixed +=", "slots",
-        "Values: thread {t} reads where key {i} of the tile lies. The slot was looked up once, in the step of the "
-        "scores; naive and paged are the same from here on.",
-    ),
-    (
-        "mixed +=", "values",
-        "Values: thread {t} reads element {d} of V in slot {slot} ({seq}'s token {position}: block {block}, offset "
-        "{offset}). Neighbouring threads read neighbouring elements of one row: few sectors.",
-    ),
-    (
-        "acc[d] = mixed", "",
-        "Thread {t} puts the sum of dimension {d} back. Nobody else touches it, so it needs no barrier of its own.",
-    ),
-    (
-        "out[token, head, d] =", "acc",
-        "Thread {t} reads the finished sum of dimension {d}, to divide it by the total of the weights: only now does "
-        "the softmax become one.",
-    ),
-    (
-        "out[token, head, d] =", "out",
-        "Thread {t} writes element {d} of the answer for {seq}, head {head}. Each element is written once, by one "
-        "thread.",
-    ),
-    (
-        "lse[token, head] =", "",
-        "Thread {t}, alone, writes the logarithm of the softmax's denominator: with it, answers over parts of a "
-        "sequence can be merged later.",
-    ),
-)  # fmt: skip
 
 
 def sentence(run: KernelRun, position: int) -> str:
     """What the thread does at this access, and why. Raises LookupError where no sentence is written for the line."""
     source, array = run.code.text(int(run.line[position])), run.info(position).name
-    for piece, wanted, words in _SENTENCES:
+    for (piece, wanted), words in _SENTENCES.items():
         if piece in source and wanted in ("", array):
-            return words.format(**_named(facts(run, position)))
+            return words.format(**caption(run, position))
     raise LookupError(f"no sentence for {source.strip()!r} and the array {array}")
 
 
-def _named(known: Facts) -> dict[str, object]:
-    half = str(known.half) if known.half else "half"
-    return {**known._asdict(), "half_word": half, "rounds": known.n.bit_length() - 1, "steps": known.n - 1}
+def caption(run: KernelRun, position: int) -> dict[str, Any]:
+    """What the sentences may name. -1: the access has none."""
+    access, sizes = run.access(position), run.sizes
+    token, head, _ = access.block
+    thread, num_threads, first = access.thread, sizes.num_threads, access.index[0]
+    slot, key = run.slot_named(position), run.key(position)
+    held = None if slot is None else run.owner.get(slot, (token, None))[1]
+    block, offset = (-1, -1) if slot is None else divmod(slot, sizes.block_size)
+    half = abs(first - thread) if access.array == "work" else 0  # threads that are still at work in a reduction
+    return {
+        "thread": thread, "num_threads": num_threads, "rounds": num_threads.bit_length() - 1, "steps": num_threads - 1,
+        "half_word": half or "half", "seq": LETTERS[token], "token": token, "head": head,
+        "first": first, "last": access.index[-1],  # of the indices of the access
+        "slot": -1 if slot is None else slot, "block": block, "offset": offset, "block_size": sizes.block_size,
+        "position": -1 if held is None else held,  # of the token in the slot
+        "num_keys": sizes.tokens[token], "key": key,  # the key of this thread in this tile
+    }  # fmt: skip
+
+
+# (piece of the source line, array or "" for any) -> the sentence
+_SENTENCES = {
+    ("while query_start_loc", ""): (
+        "Thread {thread} looks for the sequence that token {token} belongs to: {seq}. Every thread searches for "
+        "itself: all lanes read the same address, which is one sector and costs less than a barrier."
+    ),
+    ("query_len =", ""): (
+        "Thread {thread} computes how many query tokens {seq} has in this step: one, as in every decode step."
+    ),
+    ("query_position =", ""): (
+        "Thread {thread} computes the position of {seq}'s query in the sequence, and so how many keys the query sees: "
+        "{num_keys}. Causal: a query sees the keys up to its own."
+    ),
+    ("float32(query[", "query"): (
+        "Thread {thread} fetches element {last} of the query of head {head}. Neighbouring threads fetch neighbouring "
+        "elements, so the warp's loads fall into few sectors."
+    ),
+    ("float32(query[", "q"): (
+        "Thread {thread} puts element {last} of the query, scaled, into shared memory: each thread needs the whole "
+        "query, and reads it from there once for each key instead of from global memory."
+    ),
+    ("acc[d] = float32(0)", ""): (
+        "Thread {thread} clears the sum of dimension {last}: shared memory begins with arbitrary values."
+    ),
+    ("slot_of(", ""): (
+        "Thread {thread} looks up in {seq}'s block table where key {key} lies: entry {key} // {block_size} = {last} "
+        "says block {block}, so slot {block} * {block_size} + {key} % {block_size} = {slot}. This read is all that "
+        "paging adds."
+    ),
+    ("starts[seq] + position", ""): (
+        "Thread {thread} adds the number of its key, {key}, to the start of {seq}'s region: slot {slot}. No table; "
+        "but the region had to be reserved in one piece before the length of {seq} was known."
+    ),
+    ("slots[thread] = slot", ""): (
+        "Thread {thread} notes in shared memory where key {first} of the tile lies: in the step of the values every "
+        "thread needs every key's slot, and no thread has to look the slot up again."
+    ),
+    ("score +=", "q"): (
+        "Scores: thread {thread} reads element {last} of the query from shared memory, to multiply it with the same "
+        "element of key {key}."
+    ),
+    ("score +=", "keys"): (
+        "Scores: thread {thread} owns key {position} of {seq}, reads element {last} of K in slot {slot} (block "
+        "{block}, offset {offset}) and adds q*K to the score. One thread for each key: no thread needs another's "
+        "result yet."
+    ),
+    ("work[thread] = score", ""): (
+        "Thread {thread} shows its score to the others (minus infinity if it has no key): together the threads look "
+        "for the tile's largest score, so that no exp overflows."
+    ),
+    ("max(work[thread], work[thread + half])", ""): (
+        "Largest score: thread {thread} compares its number with that of thread t + {half_word} and keeps the larger. "
+        "Each round halves the threads at work: {rounds} rounds for {num_threads} numbers, not {steps} steps."
+    ),
+    ("new_highest =", ""): (
+        "Every thread reads the tile's largest score from work[0]. All must have read it before the next step "
+        "overwrites work: a barrier follows."
+    ),
+    ("weights[thread] = weight", ""): (
+        "Thread {thread} writes the softmax weight of its key, exp(score - largest), which every thread uses in the "
+        "step of the values. The division by the total comes only at the very end."
+    ),
+    ("work[thread] = weight", ""): (
+        "Thread {thread} writes the same weight once more, into work: the sum overwrites work, and the weights are "
+        "still needed."
+    ),
+    ("work[thread] += work[thread + half]", ""): (
+        "Sum of the weights: thread {thread} adds the number of thread t + {half_word} to its own, and half as many "
+        "threads go on."
+    ),
+    ("total = total * shrink", ""): (
+        "Every thread adds the tile's sum from work[0] to its own total, after shrinking what earlier tiles gave: the "
+        "online softmax."
+    ),
+    ("mixed = acc[d] * shrink", ""): (
+        "Values: thread {thread} goes on with dimension {last} where the last tile left it. From here on a thread has "
+        "a dimension, not a key."
+    ),
+    ("mixed +=", "weights"): (
+        "Values: thread {thread} reads the weight of key {first} of the tile. All threads read the same weight at the "
+        "same time: one read of shared memory serves the whole warp."
+    ),
+    ("mixed +=", "slots"): (
+        "Values: thread {thread} reads where key {first} of the tile lies. The slot was looked up once, in the step "
+        "of the scores; naive and paged are the same from here on."
+    ),
+    ("mixed +=", "values"): (
+        "Values: thread {thread} reads element {last} of V in slot {slot} ({seq}'s token {position}: block {block}, "
+        "offset {offset}). Neighbouring threads read neighbouring elements of one row: few sectors."
+    ),
+    ("acc[d] = mixed", ""): (
+        "Thread {thread} puts the sum of dimension {last} back. No other thread uses this sum, so no barrier is needed."
+    ),
+    ("out[token, head, d] =", "acc"): (
+        "Thread {thread} reads the finished sum of dimension {last}, to divide it by the total of the weights. Only "
+        "this division completes the softmax."
+    ),
+    ("out[token, head, d] =", "out"): (
+        "Thread {thread} writes element {last} of the answer for {seq}, head {head}. Each element is written once, by "
+        "one thread."
+    ),
+    ("lse[token, head] =", ""): (
+        "Only thread {thread} writes the logarithm of the softmax's denominator: with it, answers over parts of a "
+        "sequence can be merged later."
+    ),
+}

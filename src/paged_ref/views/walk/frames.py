@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from ..common.canvas import DIM, TITLE, Lines, beside, exactly, fit, line, rule, wrap
+from ..common.canvas import DIM, TITLE, Lines, beside, filled, fit, line, page, rule, too_small, wrap
+from ..common.viewer import help_lines
 from .captions import sentence
 from .panels import NOW, caches, cell_width, counters, grid_height, layouts, now, source, thread_line
-from .run import KERNELS, LETTERS, KernelRun, Walk
+from .run import LETTERS, KernelRun, Walk
 
-MIN_WIDTH, MIN_HEIGHT = 60, 20
+SMALLEST = (60, 20)
 WIDE = 140  # columns from which both kernels fit side by side
 VIEWS = ("walk", "threads", "layouts")
 KEYS = (
@@ -29,17 +30,16 @@ KEYS = (
     ("k", "naive, paged, or both side by side"),
     ("1 2 3", "all, the counters of the threads, the layouts"),
     ("?", "this help"),
-    ("q", "quit"),
 )
 MARKS = (
     ("▶", "the line, the thread, the element of the moment"),
-    ("≠", "a line that the other kernel has otherwise: all that paging changes"),
+    ("≠", "a line that differs in the other kernel: all that paging changes"),
     ("A4", "the slot of token 4 of sequence A;  A_ is A's and empty;  . is free"),
     ("[A4]", "this thread reads it now"),
     ("(A4)", "other lanes of the warp read it in the same load"),
     ("k K", "some, all of the slot's K has been read by this CUDA block"),
-    ("v V", "the same of its V"),
-    ("■ □ ·", "elements that this thread, that others, that nobody touched so far"),
+    ("v V", "some, all of the slot's V"),
+    ("■ □ ·", "elements that this thread, that others, that no thread used so far"),
     ("12+3w", "12 reads and 3 writes"),
 )
 
@@ -52,95 +52,76 @@ class Look:
     view: str = "walk"
     help: bool = False
     playing: bool = False
-    keys: bool = True  # tell the keys; a printed frame has none
+    keys: bool = True  # show the keys; a printed frame has none
 
 
 def frame(walk: Walk, position: int, width: int, height: int, look: Look | None = None) -> Text:
     """The whole screen at one moment: exactly `height` lines of at most `width` cells."""
     look = look or Look()
-    if width < MIN_WIDTH or height < MIN_HEIGHT:
-        small = [f"{width}x{height} is too small:", f"the walk needs {MIN_WIDTH}x{MIN_HEIGHT}"]
-        return Text("\n", no_wrap=True, end="").join(exactly(line(row), width) for row in small[:height])
+    if (small := too_small(width, height, SMALLEST)) is not None:
+        return small
     run = walk.runs["naive" if look.kernel == "naive" else "paged"]
     if look.help:
         lines = _help(width)
     elif look.view == "threads":
-        lines = _alone(counters(run, position, width, height - 6), run, position, width, height - 2)
+        lines = [*filled(counters(run, position, width, height - 6), height - 6), *_why([run], position, width)]
     elif look.view == "layouts":
-        lines = _alone(layouts(run, position, width, height - 6), run, position, width, height - 2)
+        lines = [*filled(layouts(run, position, width, height - 6), height - 6), *_why([run], position, width)]
     elif width >= WIDE and look.kernel == "both":
         lines = _side_by_side(walk, position, width, height - 2)
     elif width >= 100 and height >= 30:
         lines = _everything(run, position, width, height - 2)
     else:
         lines = _essentials(run, position, width, height - 2)
-    lines = (lines + [line("")] * height)[: max(0, height - 2)]
-    lines = [_title(walk, run, position, width, look), *lines, _footer(width, look)]
-    return Text("\n", no_wrap=True, end="").join(exactly(one, width) for one in lines[:height])
+    head, foot = _title(walk, run, position, width, look), _footer(width, look)
+    return page([head, *filled(lines, height - 2), foot], width, height)
 
 
 # ---- the arrangements
 
 
 def _essentials(run: KernelRun, position: int, width: int, height: int) -> Lines:
-    words = _words([run], position, width, 3)
-    below = [rule("now", width), *now(run, position, width), *thread_line(run, position, width), rule("why", width)]
-    room = height - len(words) - len(below)
+    below = [rule("now", width), *now(run, position, width), *thread_line(run, position, width)]
+    why = _why([run], position, width)
+    room = height - len(below) - len(why)
     right = max(36, min(5 + run.sizes.block_size * cell_width(run), width // 2))
-    top = beside(
-        source(run, position, width - right - 1, room, brief=True),
-        caches(run, position, right, room),
-        width - right - 1,
-    )
-    return [*_exactly(top, room), *below, *words]
+    return [*_code_and_cache(run, position, width, right, room, brief=True), *below, *why]
 
 
 def _everything(run: KernelRun, position: int, width: int, height: int) -> Lines:
-    words = _words([run], position, width, 3)
     right = 40 if width < 120 else min(60, width * 2 // 5)
-    left = width - right - 1
     panel = 15 if height >= 38 else 9  # 15: each array has a line of its own
-    room = height - panel - 4 - len(words) - 1
-    top = beside(source(run, position, left, room, brief=width < 200), caches(run, position, right, room), left)
-    panels = beside(counters(run, position, left, panel), layouts(run, position, right, panel), left)
-    return [
-        *_exactly(top, room), rule("now", width), *now(run, position, width), *_exactly(panels, panel),
-        rule("why", width), *words,
-    ]  # fmt: skip
+    why = _why([run], position, width)
+    top = _code_and_cache(run, position, width, right, height - panel - 4 - len(why), brief=width < 200)
+    return [*top, rule("now", width), *now(run, position, width), *_panels(run, position, width, right, panel), *why]
+
+
+def _code_and_cache(run: KernelRun, position: int, width: int, right: int, height: int, brief: bool) -> Lines:
+    left = width - right - 1
+    code = source(run, position, left, height, brief=brief)
+    return filled(beside(code, caches(run, position, right, height), left), height)
+
+
+def _panels(run: KernelRun, position: int, width: int, right: int, height: int, gap: int = 1) -> Lines:
+    left = width - right - gap
+    panels = beside(counters(run, position, left, height), layouts(run, position, right, height), left, gap)
+    return filled(panels, height)
 
 
 def _side_by_side(walk: Walk, position: int, width: int, height: int) -> Lines:
     left = (width - 3) // 2
-    runs = [walk.runs[name] for name in KERNELS]
-    words = _words(runs, position, width, 3)
+    why = _why(list(walk.runs.values()), position, width)
     panel = max(0, min(15, (height - 24) * 2 // 3))
-    room = height - panel - 4 - len(words) - 1
+    room = height - panel - 4 - len(why)
     grid = min(room // 2, 3 + grid_height(walk.runs["paged"], left))
     columns: list[Lines] = []
-    for run in runs:
-        top = [
-            rule(f"{run.code.file}", left),
-            *_exactly(source(run, position, left, room - grid - 1, brief=left < 100, other=False), room - grid - 1),
-        ]
-        columns.append(
-            [*top, *_exactly(caches(run, position, left, grid), grid), rule("now", left), *now(run, position, left)]
-        )
-    lines = beside(columns[0], columns[1], left, 3)
-    if panel:
-        paged = walk.runs["paged"]
-        half = width - left - 3
-        lines += _exactly(
-            beside(counters(paged, position, left, panel), layouts(paged, position, half, panel), left, 3), panel
-        )
-    return [*lines, rule("why", width), *words]
-
-
-def _alone(panel: Lines, run: KernelRun, position: int, width: int, height: int) -> Lines:
-    return [*_exactly(panel, height - 4), rule("why", width), *_words([run], position, width, 3)]
-
-
-def _exactly(lines: Lines, height: int) -> Lines:
-    return (lines + [line("")] * height)[:height]
+    for run in walk.runs.values():
+        code = source(run, position, left, room - grid - 1, brief=left < 100, other=False)
+        cache = filled(caches(run, position, left, grid), grid)
+        top = [rule(run.code.file, left), *filled(code, room - grid - 1), *cache]
+        columns.append([*top, rule("now", left), *now(run, position, left)])
+    panels = _panels(walk.runs["paged"], position, width, width - left - 3, panel, gap=3)
+    return [*beside(columns[0], columns[1], left, 3), *panels, *why]
 
 
 # ---- title, words, keys
@@ -165,12 +146,8 @@ def _title(walk: Walk, run: KernelRun, position: int, width: int, look: Look) ->
 
 
 def _footer(width: int, look: Look) -> Text:
-    if look.help:
-        return line(("any key goes back", DIM))
-    if not look.keys:
-        return line("")
-    if look.playing:
-        return line(("playing; any key stops", DIM))
+    if look.help or look.playing or not look.keys:
+        return line(("any key goes back" if look.help else "playing; any key stops" if look.keys else "", DIM))
     text = "←→ access ↑↓ line t thread n round b block │ k kernel 1 2 3 view ? help q quit"
     if width >= 110:
         text = "←→ access  ↑↓ line  t/T thread  n/p round  b/B CUDA block  space play "
@@ -178,30 +155,15 @@ def _footer(width: int, look: Look) -> Text:
     return line((fit(text, width), DIM))
 
 
-def _words(runs: list[KernelRun], position: int, width: int, height: int) -> Lines:
+def _why(runs: list[KernelRun], position: int, width: int) -> Lines:
+    """A heading, and three lines: what the thread does, of each kernel where the two differ."""
     texts = [sentence(run, position) for run in runs]
-    if len(set(texts)) > 1 and len(texts) > 1:
-        naive_line, paged_line = (int(run.line[position]) for run in runs)
-        differ = naive_line in runs[0].code.different or paged_line in runs[1].code.different
+    if len(set(texts)) > 1:
+        differ = any(int(run.line[position]) in run.code.different for run in runs)
         texts = [f"{run.name}: {text}" for run, text in zip(runs, texts, strict=True)] if differ else texts[1:]
-    lines = [line(row) for text in dict.fromkeys(texts) for row in wrap(text, width - 2)]
-    return [line(" ").append_text(row) for row in _exactly(lines, height)]
+    rows = [line(" " + row) for text in dict.fromkeys(texts) for row in wrap(text, width - 2)]
+    return [rule("why", width), *filled(rows, 3)]
 
 
 def _help(width: int) -> Lines:
-    lines = [line(""), rule("keys", width)]
-    lines += [line((f" {key:>9}  ", TITLE), meaning) for key, meaning in KEYS if key != "q"]
-    lines += [rule("marks", width)]
-    lines += [line((f" {mark:>9}  ", TITLE), meaning) for mark, meaning in MARKS]
-    return lines[1:]
-
-
-if __name__ == "__main__":  # shows one frame of each arrangement: python -m paged_ref.views.walk.frames
-    from rich.console import Console
-
-    from .run import walk
-
-    shown = walk()
-    for columns, rows in ((80, 24), (100, 30), (160, 50)):
-        console = Console(width=columns, height=rows)
-        console.print(frame(shown, shown.runs["paged"].tour()[7], columns, rows), no_wrap=True, crop=True)
+    return [rule("keys", width), *help_lines(KEYS), rule("marks", width), *help_lines(MARKS)]

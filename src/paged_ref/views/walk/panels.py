@@ -1,7 +1,7 @@
 """The panels of the kernel walk: lists of lines of a given width and height.
 
 source     the kernel, the line of the moment marked ▶, the lines that the other kernel has otherwise ≠
-caches     the slots: whose they are, which are read now, what the CUDA block has read so far
+caches     the slots: the sequence of each, which are read now, what the CUDA block has read so far
 now        the access itself, in its array; the warp's load and its 32-byte sectors
 counters   reads and writes of each thread
 layouts    what the same warp load would move in the cache layouts of other systems
@@ -16,10 +16,10 @@ from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.text import Text
 
+from ...interop.layouts import pack_size
 from ..common.canvas import COLOURS, DIM, TITLE, Lines, exactly, fit, line, rule, window, wrap
-from .captions import facts
 from .run import LETTERS, IntArray, KernelRun, LayoutCost
-from .source import Code
+from .source import SourceLines
 
 NOW = "bold reverse"
 
@@ -28,18 +28,12 @@ NOW = "bold reverse"
 
 
 # Readable on a dark and on a light ground.
-_THEME = ANSISyntaxTheme(
-    {
-        Comment: Style(dim=True, italic=True),
-        Keyword: Style(bold=True),
-        String: Style(dim=True),
-        Number: Style(color="cyan"),
-    }
-)
+_STYLES = {Comment: "dim italic", Keyword: "bold", String: "dim", Number: "cyan"}
+_THEME = ANSISyntaxTheme({kind: Style.parse(style) for kind, style in _STYLES.items()})
 
 
 @cache
-def _highlighted(code: Code) -> dict[int, Text]:
+def _highlighted(code: SourceLines) -> dict[int, Text]:
     text = "\n".join(text for _, text in code.lines)
     painted = Syntax("", "python", theme=_THEME).highlight(text)
     return {number: row for (number, _), row in zip(code.lines, painted.split("\n", allow_blank=True), strict=False)}
@@ -72,8 +66,8 @@ def source(run: KernelRun, position: int, width: int, height: int, brief: bool =
             row.stylize("bold underline", 6)
         rows.append(row)
         if different and other:
-            theirs = run.code.different[number].strip()
-            rows.append(exactly(line((f" ≠     {pad}{_OTHER[run.name]}: {theirs}", "italic")), width))
+            instead = run.code.different[number].strip()
+            rows.append(exactly(line((f" ≠     {pad}{_OTHER[run.name]}: {instead}", "italic")), width))
     first, end = window(len(rows), height, focus)
     return rows[first:end]
 
@@ -107,14 +101,14 @@ _LEGEND = (
 
 
 def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
-    """Whose slots are where, what is read now, and what the CUDA block has read so far."""
+    """The sequence of each slot, what is read now, and what the CUDA block has read so far."""
     block_size, per_row = run.sizes.block_size, _per_row(run, width)
     if run.name == "paged":
         head = f"K and V: {run.shape[0]} blocks of {block_size} slots"
     else:
         head = f"K and V: {run.num_slots} slots, by regions"
     load = run.load(position)
-    now_slot, in_array = run.slot(position), run.info(position).name
+    now_slot, named = run.slot(position), run.slot_named(position)
     with_it = {slot for row in load.rows if (slot := run.slot(int(row))) is not None}
     read = {name: run.read_so_far(position, name) for name in ("keys", "values")}
     own_head = run.sizes.head_size  # a CUDA block reads the elements of one KV head
@@ -126,9 +120,9 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
             label = f"b{block}" if run.name == "paged" else str(first)
             row = line((f"{label if not begin or run.name == 'naive' else '':>4} ", DIM))
             for slot in range(first, min(first + per_row, (block + 1) * block_size)):
-                if slot == now_slot or (now_slot is None and slot == _slot_named(run, position)):
+                if slot == named:
                     focus = len(rows)
-                row.append_text(_cell(run, slot, now_slot, with_it, read["keys"], read["values"], own_head, in_array))
+                row.append_text(_cell(run, slot, now_slot, with_it, read["keys"], read["values"], own_head))
             rows.append(row)
     top = [rule(head, width), _tables(run, position, width)]
     first, end = window(len(rows), height - len(top), focus)
@@ -138,20 +132,8 @@ def caches(run: KernelRun, position: int, width: int, height: int) -> Lines:
     return lines
 
 
-def _slot_named(run: KernelRun, position: int) -> int | None:
-    """The slot that a read of a block table leads to."""
-    return facts(run, position).slot if run.info(position).name in ("block_tables", "starts") else None
-
-
 def _cell(
-    run: KernelRun,
-    slot: int,
-    now_slot: int | None,
-    with_it: set[int],
-    keys: IntArray,
-    values: IntArray,
-    full: int,
-    array: str,
+    run: KernelRun, slot: int, now_slot: int | None, with_it: set[int], keys: IntArray, values: IntArray, full: int
 ) -> Text:
     owner = run.owner.get(slot)
     digits = len(str(max(run.sizes.tokens) - 1))
@@ -204,9 +186,9 @@ def now(run: KernelRun, position: int, width: int) -> Lines:
     verb = "writes" if access.write else "reads"
     name = f"{info.name}[{', '.join(map(str, access.index))}]"
     first = line((f" {where}  ", DIM), (code, TITLE))
-    told = f" thread {access.thread} {verb} {name}  "
-    strip = _strip(run, position, max(4, width - len(told) - 2))
-    second = line(told).append_text(strip)
+    sentence = f" thread {access.thread} {verb} {name}  "
+    strip = _strip(run, position, max(4, width - len(sentence) - 2))
+    second = line(sentence).append_text(strip)
     return [exactly(first, width), exactly(second, width), exactly(line(" " + _warp(run, position)), width)]
 
 
@@ -268,47 +250,45 @@ def _both(each: IntArray) -> str:
 
 def counters(run: KernelRun, position: int, width: int, height: int) -> Lines:
     """Reads and writes of each thread in each array, in this CUDA block up to now; `w` marks the writes."""
-    counts, thread = run.counts(position), int(run.trace.thread[position])
-    arrays = list(run.trace.arrays)
-    rows: list[tuple[str, bool, list[str]]] = []
-
-    def add(name: str, members: list[int]) -> None:
-        current = int(run.trace.array[position]) in members
-        total = counts[members].sum(axis=0)
-        rows.append((name, current, [_both(each) for each in total] + [_both(total.sum(axis=0))]))
-
-    where = {info.name: number for number, info in enumerate(arrays)}
-    lookup = "block_tables" if "block_tables" in where else "starts"
-    in_global = ["query", lookup, "keys", "values", "out", "lse"]
-    in_shared = [info.name for info in arrays if info.space == "shared"]
-    lengths = ["seq_lens", "query_start_loc"]
-    title = "reads and writes (w) so far"
-    if height - 2 >= len(lengths) + len(in_global) + len(in_shared):
-        for name in lengths + in_global + in_shared:
-            add(name, [where[name]])
-    else:
-        title += ", global memory"
-        add("lengths", [where[name] for name in lengths])
-        for name in in_global:
-            add(name, [where[name]])
-    label = max(len(name) for name, _, _ in rows) + 2
-    cell = max(5, *(len(text) + 1 for _, _, texts in rows for text in texts[:-1]))
-    last = max(3, *(len(texts[-1]) for _, _, texts in rows)) + 2
-    first, end = window(run.trace.num_threads, max(1, (width - label - last) // cell), thread)
-    if (first, end) != (0, run.trace.num_threads):
-        title += f", threads {first} to {end - 1} of {run.trace.num_threads}"
+    title, rows = _counter_rows(run, position, height - 2)
+    thread, num_threads, current = int(run.trace.thread[position]), run.trace.num_threads, run.info(position).name
+    label = max(map(len, rows)) + 2
+    cell = max(5, *(len(_both(each)) + 1 for counts in rows.values() for each in counts))  # counts [threads, 2]
+    totals = {name: _both(counts.sum(axis=0)) for name, counts in rows.items()}
+    last = max(3, *map(len, totals.values())) + 2
+    first, end = window(num_threads, max(1, (width - label - last) // cell), thread)
+    if (first, end) != (0, num_threads):
+        title += f", threads {first} to {end - 1} of {num_threads}"
     header = line(" " * label)
     for t in range(first, end):
         header.append(f"{f'▶t{t}' if t == thread else f't{t}':>{cell}}", NOW if t == thread else DIM)
-    header.append(f"{'all':>{last}}", DIM)
-    lines = [rule(title, width), header]
-    for name, current, texts in rows:
-        row = line((f"{'▶' if current else ' '}{name:<{label - 1}}", TITLE if current else ""))
+    lines = [rule(title, width), header.append(f"{'all':>{last}}", DIM)]
+    for name, counts in rows.items():
+        here = name == current or (name == "lengths" and current in _LENGTHS)
+        row = line((f"{'▶' if here else ' '}{name:<{label - 1}}", TITLE if here else ""))
         for t in range(first, end):
-            row.append(f"{texts[t]:>{cell}}", NOW if t == thread and current else DIM if texts[t] == "." else "")
-        row.append(f"{texts[-1]:>{last}}", TITLE)
-        lines.append(row)
+            text = _both(counts[t])
+            row.append(f"{text:>{cell}}", NOW if t == thread and here else DIM if text == "." else "")
+        lines.append(row.append(f"{totals[name]:>{last}}", TITLE))
     return lines[:height]
+
+
+_LENGTHS = ("seq_lens", "query_start_loc")
+
+
+def _counter_rows(run: KernelRun, position: int, height: int) -> tuple[str, dict[str, IntArray]]:
+    """The panel's title, and reads and writes of each thread [threads, 2] by the name of the array.
+
+    Where `height` is less than all arrays need, only those of global memory, the lengths together.
+    """
+    counts = dict(zip((info.name for info in run.trace.arrays), run.counts(position), strict=True))
+    in_global = ("query", "block_tables" if "block_tables" in counts else "starts", "keys", "values", "out", "lse")
+    in_shared = [info.name for info in run.trace.arrays if info.space == "shared"]
+    title = "reads and writes (w) so far"
+    if height >= len(counts):
+        return title, {name: counts[name] for name in (*_LENGTHS, *in_global, *in_shared)}
+    lengths = counts["seq_lens"] + counts["query_start_loc"]
+    return f"{title}, global memory", {"lengths": lengths, **{name: counts[name] for name in in_global}}
 
 
 # ---- the layouts
@@ -332,27 +312,13 @@ def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
     info, load = run.info(at), run.load(at)
     costs = run.layout_costs(at)
     letter, itemsize = ("K" if info.name == "keys" else "V"), info.dtype.itemsize
-    x = 16 // itemsize
+    x = pack_size(itemsize)
     which = "this" if at == position else "the last" if at < position else "the next"
-    wide = letter == "K" and any(cost.wide_sectors is not None for cost in costs)
     lines = [rule(f"{which} {letter} load: {len(load.threads)} lanes, {load.bytes} bytes", width)]
-    roomy = width >= 62
-    header = f"{' sectors (used)':<17}{f'{itemsize} B a lane':>10}"
-    header += (f"{'16 B a lane':>13}" if wide else "") + (f"{'whole CUDA block':>19}" if roomy else "")
-    lines.append(line((header, DIM)))
-    for cost in costs:
-        row = line(f" {cost.layout:<16}")
-        cells = [(f"{cost.sectors} ({cost.used:.0%})", 10, cost.sectors == min(c.sectors for c in costs))]
-        if wide and cost.wide_sectors is not None:
-            best = cost.wide_sectors == min(c.wide_sectors or 0 for c in costs)
-            cells.append((f"{cost.wide_sectors} ({cost.wide_used:.0%})", 13, best))
-        if roomy:
-            cells.append((str(cost.block_sectors), 19, cost.block_sectors == min(c.block_sectors for c in costs)))
-        for text, room, best in cells:
-            row.append(f"{text:>{room}}", TITLE if best else "")
-        if width >= 100:
+    lines += _cost_table(costs, itemsize, whole_block=width >= 62)
+    if width >= 100:
+        for row, cost in zip(lines[2:], costs, strict=True):
             row.append("   " + _shape(cost.layout, letter, x), DIM)
-        lines.append(row)
     ends = [cost for cost in costs if cost.layout in ("ours", "vLLM packed")]
     lines += [_groups(cost, width) for cost in ends]
     text = _why_packed(letter, x, itemsize, len(ends) > 1)
@@ -363,6 +329,25 @@ def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
         lines += [line(""), line((f" the axes of {letter}", DIM))]
         lines += [line(f" {cost.layout:<17}", _shape(cost.layout, letter, x)) for cost in costs]
     return lines[:height]
+
+
+def _cost_table(costs: list[LayoutCost], itemsize: int, whole_block: bool) -> Lines:
+    """A header and a row for each layout: what it moves in each way of loading. The fewest sectors are bold."""
+    narrow = [(cost.sectors, f"{cost.sectors} ({cost.used:.0%})") for cost in costs]
+    wide = [(cost.wide_sectors, f"{cost.wide_sectors} ({cost.wide_used:.0%})") for cost in costs if cost.wide_sectors]
+    columns = [(f"{itemsize} B a lane", 10, narrow)]
+    if wide:  # all layouts have it, or none
+        columns.append(("16 B a lane", 13, wide))
+    if whole_block:
+        columns.append(("whole CUDA block", 19, [(cost.block_sectors, str(cost.block_sectors)) for cost in costs]))
+    rows = [line((f"{' sectors (used)':<17}" + "".join(f"{title:>{room}}" for title, room, _ in columns), DIM))]
+    for number, cost in enumerate(costs):
+        row = line(f" {cost.layout:<16}")
+        for _, room, cells in columns:
+            sectors, text = cells[number]
+            row.append(f"{text:>{room}}", TITLE if sectors == min(cells)[0] else "")
+        rows.append(row)
+    return rows
 
 
 def _groups(cost: LayoutCost, width: int) -> Text:

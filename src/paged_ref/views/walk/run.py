@@ -1,14 +1,15 @@
-"""What the kernel walk walks over: a small attention call, run by both teaching kernels in the tracer.
+"""The run behind the kernel walk: a small attention call, run by both teaching kernels in the tracer.
 
-The two kernels get the same queries, keys and values; the naive one finds them in a region for each sequence,
-the paged one in blocks. They make the same accesses in the same order, so one position (the number of an
-access) stands for the same moment in both. Nothing here draws.
+The two kernels get the same queries, keys and values; the naive kernel finds them in a region for each sequence,
+the paged kernel in blocks. Both make the same accesses in the same order, so one position (the number of an access)
+stands for the same moment in both runs. Nothing here draws.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +19,9 @@ from ...interop.layouts import LAYOUTS, element_offsets, pack_size
 from ...kernels import naive_attention, paged_attention
 from ...tracer import trace
 from ...tracer.access_record import SECTOR_BYTES, WARP_SIZE, Access, ArrayInfo, Trace
-from .source import Code, code_of, lines_of_kernel
+from .source import SourceLines, compared, lines_of_kernel
 
+Array = np.ndarray[Any, Any]
 IntArray = np.ndarray[Any, Any]
 KERNELS = ("naive", "paged")
 MAX_ACCESSES = 400_000  # the tracer needs a few seconds for so many
@@ -87,24 +89,23 @@ class LayoutCost:
     sectors: int
     used: float  # share of the bytes moved that the lanes asked for
     groups: tuple[tuple[int, ...], ...]  # threads whose element lies in the same sector, by sector
-    wide_sectors: int | None  # the same with 16 bytes for each lane at once; None where that makes no sense
+    wide_sectors: int | None  # sectors when each lane loads 16 bytes; None where that makes no sense
     wide_used: float | None
     block_sectors: int  # of all such loads of the CUDA block together
 
 
 @dataclass(frozen=True)
 class KernelRun:
-    """One kernel's run: its trace, its source, and whose slots are where."""
+    """One kernel's run: trace, source, and the sequence of each slot."""
 
     name: str
     sizes: Sizes
     trace: Trace
-    code: Code
-    owner: dict[int, tuple[int, int | None]]  # slot -> (sequence, position; None: given out and empty)
+    code: SourceLines
+    owner: dict[int, tuple[int, int | None]]  # slot -> (sequence, position; None: allocated and empty)
     tables: tuple[tuple[int, ...], ...]  # of each sequence: its blocks; naive: its first slot
     shape: tuple[int, int, int, int]  # of the cache, by blocks
-    line: IntArray  # the kernel's line of each access: for one in a device function, the line that calls it
-    _turn: IntArray = field(repr=False)  # how many times the thread was at this place before
+    line: IntArray  # the kernel's line of each access; in a device function, the line that calls the function
 
     def __len__(self) -> int:
         return len(self.trace)
@@ -114,6 +115,10 @@ class KernelRun:
 
     def access(self, position: int) -> Access:
         return self.trace[position]
+
+    @cached_property
+    def _turns(self) -> IntArray:
+        return self.trace.turns()
 
     @property
     def num_slots(self) -> int:
@@ -125,21 +130,31 @@ class KernelRun:
             return None
         return int(self.trace.index[position]) // (self.shape[2] * self.shape[3])
 
+    def key(self, position: int) -> int:
+        """The key of the thread in the tile of the moment."""
+        n = self.sizes.num_threads
+        # Each tile costs the same number of barriers: 4, and 2 for each halving of the threads.
+        tile = max(0, int(self.trace.round[position]) - 1) // (4 + 2 * (n.bit_length() - 1))
+        return tile * n + int(self.trace.thread[position])
+
+    def slot_named(self, position: int) -> int | None:
+        """The slot that an access to the cache falls in, or that a read of a block table, or of a start, leads to."""
+        access, key, block_size = self.access(position), self.key(position), self.sizes.block_size
+        if access.array == "block_tables":
+            return self.tables[access.block[0]][access.index[-1]] * block_size + key % block_size
+        return self.tables[access.block[0]][0] + key if access.array == "starts" else self.slot(position)
+
     # ---- where the runs of accesses begin
 
     @cached_property
     def starts(self) -> dict[str, IntArray]:
         """For each kind of step, the positions where it begins."""
         t = self.trace
-        keys: dict[str, list[IntArray]] = {"block": [t.block]}
-        keys["round"] = [*keys["block"], t.round]
-        keys["thread"] = [*keys["round"], t.thread]
-        keys["line"] = [*keys["thread"], self.line]
         answer = {"access": np.arange(len(t))}
-        for name, columns in keys.items():
-            rows = np.stack(columns)
-            change = (rows[:, 1:] != rows[:, :-1]).any(axis=0)
-            answer[name] = np.concatenate([[0], np.flatnonzero(change) + 1])
+        changed = np.zeros(len(t) - 1, dtype=bool)  # each kind of step is also a step of the kinds after it
+        for name, column in (("block", t.block), ("round", t.round), ("thread", t.thread), ("line", self.line)):
+            changed = changed | (column[1:] != column[:-1])
+            answer[name] = np.concatenate([[0], np.flatnonzero(changed) + 1])
         return answer
 
     def move(self, position: int, kind: str, step: int) -> int:
@@ -190,16 +205,16 @@ class KernelRun:
     # ---- warps
 
     def load(self, position: int) -> Load:
-        """The access at `position` together with those that the other lanes of its warp make at once."""
+        """The access at `position`, with those of the other lanes of its warp in the same instruction."""
         t = self.trace
-        same = (t.block == t.block[position]) & (t.site == t.site[position]) & (self._turn == self._turn[position])
+        same = (t.block == t.block[position]) & (t.site == t.site[position]) & (self._turns == self._turns[position])
         rows = np.flatnonzero(same & (t.thread // WARP_SIZE == t.thread[position] // WARP_SIZE))
-        counted = _rows(t, rows).warp_accesses()
+        counted = t.rows(rows).warp_accesses()
         size, sectors = (counted[0].bytes, counted[0].sectors) if counted else (0, 0)  # shared memory has none
         return Load(rows, tuple(int(i) for i in t.thread[rows]), size, sectors)
 
     def nearest_load(self, position: int) -> int:
-        """The access itself where it reads K or V; else the last such before it in its CUDA block, or the next."""
+        """The last access to K or V of the CUDA block up to `position`, or the next one after it."""
         t = self.trace
         cached = np.isin(t.array, [t.arrays.index(t.info(name)) for name in ("keys", "values")])
         here = np.flatnonzero(cached & (t.block == t.block[position]))
@@ -207,39 +222,43 @@ class KernelRun:
         return int(before[-1]) if len(before) else int(here[0])
 
     def layout_costs(self, position: int) -> list[LayoutCost]:
-        """The warp load at `position` (of K or V) in each layout that has one for this head size.
-
-        The lanes' (slot, head, element) come from the record; where those lie comes from `layouts.py`.
-        The 16-byte form asks for the x elements around each lane's: what its next x - 1 turns ask for, too.
-        """
+        """The warp load at `position` (of K or V) in each layout that has one for this head size."""
         load, info = self.load(position), self.info(position)
-        elements = self.trace.index[load.rows]
-        itemsize = info.dtype.itemsize
-        x = pack_size(itemsize)
-        wide = elements // x * x if info.name == "keys" and self.shape[3] % x == 0 else None
-        t = self.trace
-        mine = np.flatnonzero((t.block == t.block[position]) & (t.array == t.array[position]))
-        turns = np.stack([t.thread[mine] // WARP_SIZE, t.site[mine], self._turn[mine]])  # each a load of a warp
-        answer = []
+        costs = []
         for layout in LAYOUTS:
             try:
-                offsets = element_offsets(layout, self.shape, itemsize)[info.name == "values"].ravel()
+                of_keys, of_values = element_offsets(layout, self.shape, info.dtype.itemsize)
             except ValueError:  # head_size is no multiple of x
                 continue
-            sector = offsets[elements] // SECTOR_BYTES
-            groups = tuple(
-                tuple(thread for thread, its in zip(load.threads, sector, strict=True) if its == one)
-                for one in np.unique(sector)
-            )
-            wide_sectors, wide_used = None, None
-            if wide is not None:
-                asked = np.unique(offsets[wide[:, None] + np.arange(x)])
-                wide_sectors = len(np.unique(asked // SECTOR_BYTES))
-                wide_used = len(asked) * itemsize / (wide_sectors * SECTOR_BYTES)
-            used = len(np.unique(elements)) * itemsize / (len(groups) * SECTOR_BYTES)
-            every = np.unique(np.vstack([turns, offsets[t.index[mine]] // SECTOR_BYTES]), axis=1).shape[1]
-            answer.append(LayoutCost(layout, len(groups), used, groups, wide_sectors, wide_used, every))
-        return answer
+            offsets = (of_keys if info.name == "keys" else of_values).ravel()
+            costs.append(self._layout_cost(layout, offsets, load, position))
+        return costs
+
+    def _layout_cost(self, layout: str, offsets: IntArray, load: Load, position: int) -> LayoutCost:
+        """The cost of a load where element i of the cache lies at byte `offsets[i]`.
+
+        The lanes' elements come from the record. The 16-byte form asks for the x elements around each lane's: what
+        the lane asks for in its next x - 1 turns, too.
+        """
+        t, info = self.trace, self.info(position)
+        itemsize = info.dtype.itemsize
+        elements = t.index[load.rows]
+        sectors = offsets[elements] // SECTOR_BYTES
+        groups = tuple(
+            tuple(thread for thread, sector in zip(load.threads, sectors, strict=True) if sector == shared)
+            for shared in np.unique(sectors)
+        )
+        wide_sectors, wide_used = None, None
+        x = pack_size(itemsize)
+        if info.name == "keys" and self.shape[3] % x == 0:
+            asked = np.unique(offsets[(elements // x * x)[:, None] + np.arange(x)])
+            wide_sectors = len(np.unique(asked // SECTOR_BYTES))
+            wide_used = len(asked) * itemsize / (wide_sectors * SECTOR_BYTES)
+        used = len(np.unique(elements)) * itemsize / (len(groups) * SECTOR_BYTES)
+        block = np.flatnonzero((t.block == t.block[position]) & (t.array == t.array[position]))
+        loads = np.stack([t.thread[block] // WARP_SIZE, t.site[block], self._turns[block]])  # each of one warp
+        block_sectors = np.unique(np.vstack([loads, offsets[t.index[block]] // SECTOR_BYTES]), axis=1).shape[1]
+        return LayoutCost(layout, len(groups), used, groups, wide_sectors, wide_used, block_sectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,68 +277,55 @@ def walk(sizes: Sizes | None = None) -> Walk:
     sizes = sizes or Sizes()
     sizes.check()
     rng = np.random.default_rng(sizes.seed)
-    num_seqs, block_size, lens = len(sizes.tokens), sizes.block_size, sizes.tokens
-    needed = [-(-n // block_size) for n in lens]  # blocks of each sequence
+    block_size = sizes.block_size
+    needed = [-(-count // block_size) for count in sizes.tokens]  # blocks of each sequence
     region = max(needed)  # standard memory reserves the same for every sequence: here the longest
-    row = (sizes.num_kv_heads, sizes.head_size)
-    shape = (num_seqs * region, block_size, *row)
+    shape = (len(needed) * region, block_size, sizes.num_kv_heads, sizes.head_size)
 
     free = iter(rng.permutation(shape[0]).tolist())
     tables = tuple(tuple(next(free) for _ in range(count)) for count in needed)
-    starts = tuple((s * region * block_size,) for s in range(num_seqs))
-    block_tables = np.full((num_seqs, region), -1, dtype=np.int32)  # -1: padding, never followed
-    key_cache = np.full(shape, np.nan, dtype=sizes.dtype)  # NaN: a read of what nobody wrote would show
-    value_cache, keys, values = key_cache.copy(), key_cache.copy(), key_cache.copy()
-    paged_owner: dict[int, tuple[int, int | None]] = {}
-    naive_owner: dict[int, tuple[int, int | None]] = {}
-    by_slot = (shape[0] * block_size, *row)
-    for s, count in enumerate(lens):
-        block_tables[s, : needed[s]] = tables[s]
-        k, v = rng.standard_normal((2, count, *row)).astype(sizes.dtype)
-        for p in range(region * block_size):
-            held = p if p < count else None
-            naive_owner[starts[s][0] + p] = (s, held)
-            if p < needed[s] * block_size:
-                paged_owner[tables[s][p // block_size] * block_size + p % block_size] = (s, held)
-        for owner, cache, source in (
-            (paged_owner, key_cache, k), (paged_owner, value_cache, v),
-            (naive_owner, keys, k), (naive_owner, values, v),
-        ):  # fmt: skip
-            flat = cache.reshape(by_slot)
-            for slot, (who, position) in owner.items():
-                if who == s and position is not None:
-                    flat[slot] = source[position]
-    query = rng.standard_normal((num_seqs, sizes.num_heads, sizes.head_size)).astype(sizes.dtype)
-    seq_lens = np.array(lens, dtype=np.int32)
-    first = np.array([start for (start,) in starts], dtype=np.int32)
+    starts = tuple((seq * region * block_size,) for seq in range(len(needed)))
+    kv = [rng.standard_normal((2, count, *shape[2:])).astype(sizes.dtype) for count in sizes.tokens]
+    query = rng.standard_normal((len(needed), sizes.num_heads, sizes.head_size)).astype(sizes.dtype)
+    naive: list[Sequence[int]] = [range(first, first + region * block_size) for (first,) in starts]
+    paged: list[Sequence[int]] = [
+        [block * block_size + i for block in table for i in range(block_size)] for table in tables
+    ]
+    naive_kv, paged_kv = _filled(shape, naive, kv), _filled(shape, paged, kv)
+
+    block_tables = np.full((len(needed), region), -1, dtype=np.int32)  # -1: padding, never followed
+    for seq, table in enumerate(tables):
+        block_tables[seq, : len(table)] = table
+    seq_lens = np.array(sizes.tokens, dtype=np.int32)
+    first_slots = np.array(starts, dtype=np.int32)[:, 0]
     with trace.recording(sizes.num_threads) as traces:
-        naive_attention(query, keys.reshape(by_slot), values.reshape(by_slot), first, seq_lens, backend="trace")
-        paged_attention(query, key_cache, value_cache, block_tables, seq_lens, backend="trace")
-    sources = [inspect.getsourcelines(one.function) for one in traces]
-    codes = [code_of(name, sources[i], sources[1 - i]) for i, name in enumerate(KERNELS)]
+        keys, values = naive_kv.reshape(2, -1, *shape[2:])  # [num_slots, num_kv_heads, head_size]
+        naive_attention(query, keys, values, first_slots, seq_lens, backend="trace")
+        paged_attention(query, paged_kv[0], paged_kv[1], block_tables, seq_lens, backend="trace")
+    sources = [inspect.getsourcelines(each.function) for each in traces]
     runs = {}
-    for name, one, code, owner, table in zip(
-        KERNELS, traces, codes, (naive_owner, paged_owner), (starts, tables), strict=True
-    ):
-        runs[name] = KernelRun(name, sizes, one, code, owner, table, shape, lines_of_kernel(one), _turns(one))
+    for i, (name, slots, table) in enumerate(zip(KERNELS, (naive, paged), (starts, tables), strict=True)):
+        code = compared(name, sources[i], sources[1 - i])
+        owner = _owner(slots, sizes.tokens)
+        runs[name] = KernelRun(name, sizes, traces[i], code, owner, table, shape, lines_of_kernel(traces[i]))
     return Walk(sizes, runs)
 
 
-# ---- the record, read further
+def _filled(shape: tuple[int, int, int, int], slots: Sequence[Sequence[int]], kv: Sequence[Array]) -> Array:
+    """[2, *shape]: K and V of each sequence in the first of its `slots`; the other slots stay NaN.
+
+    `kv` has [2, num_tokens, num_kv_heads, head_size] for each sequence. A kernel that reads an empty slot computes NaN.
+    """
+    caches = np.full((2, *shape), np.nan, dtype=kv[0].dtype)
+    for of_seq, of_tokens in zip(slots, kv, strict=True):
+        caches.reshape(2, -1, *shape[2:])[:, of_seq[: of_tokens.shape[1]]] = of_tokens
+    return caches
 
 
-def _rows(one: Trace, rows: IntArray) -> Trace:
-    columns = ("block", "round", "thread", "line", "site", "array", "index", "write")
-    return replace(one, **{name: getattr(one, name)[rows] for name in columns})
-
-
-def _turns(one: Trace) -> IntArray:
-    """For each access, how many times its thread was at the same place of the kernel before."""
-    order = np.lexsort((one.site, one.thread, one.block))  # stable
-    who = np.stack([one.block, one.thread, one.site])[:, order]
-    fresh = np.ones(len(order), dtype=bool)
-    fresh[1:] = (who[:, 1:] != who[:, :-1]).any(axis=0)
-    place = np.arange(len(order))
-    turn = np.empty(len(order), dtype=np.int64)
-    turn[order] = place - np.maximum.accumulate(np.where(fresh, place, 0))
-    return turn
+def _owner(slots: Sequence[Sequence[int]], lengths: Sequence[int]) -> dict[int, tuple[int, int | None]]:
+    """Slot -> (sequence, position; None: allocated and empty)."""
+    return {
+        slot: (seq, position if position < length else None)
+        for seq, (of_seq, length) in enumerate(zip(slots, lengths, strict=True))
+        for position, slot in enumerate(of_seq)
+    }

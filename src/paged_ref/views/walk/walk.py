@@ -6,59 +6,50 @@ The kernels run in the tracer, here, without a GPU. What is shown is the record 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import ClassVar
 
 from rich.text import Text
 
-from ..common.loop import SPEEDS, play
+from ..common import options
+from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames, write_svg
-from .frames import MIN_HEIGHT, MIN_WIDTH, VIEWS, WIDE, Look, frame
+from ..common.viewer import Viewer
+from .frames import SMALLEST, VIEWS, WIDE, Look, frame
 from .run import KERNELS, Sizes, Walk, walk
 
 STEPS = ("access", "line", "thread", "round", "block")
-SMALLEST = (MIN_WIDTH, MIN_HEIGHT)
 _TOY = Sizes()
 
 
-class Walker:
+class Walker(Viewer):
     """Where the viewer is in the walk, and what each key does."""
 
+    thing = "accesses"
+
     def __init__(self, walk: Walk, look: Look | None = None, position: int = 0) -> None:
-        self.walk, self.look, self.position = walk, look or Look(), position
-        self.playing = False
-        self.speed = SPEEDS.index(4)
+        super().__init__(speed=4)
+        self.walk, self.look = walk, look or Look()
         self._wide = False  # as last drawn
+        self.go(position)
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.walk)
 
     def draw(self, width: int, height: int) -> Text:
         self._wide = width >= WIDE
-        return frame(self.walk, self.position, width, height, replace(self.look, playing=self.playing))
-
-    def tick(self) -> None:
-        """The time for one more access has come."""
-        self.move("access", 1)
-        self.playing = self.playing and self.position + 1 < len(self.walk)
+        look = replace(self.look, playing=self.playing, help=self.helping)
+        return frame(self.walk, self.position, width, height, look)
 
     def press(self, key: str) -> bool:
-        """Do what a key means. False: quit. Keys are characters, or names such as `left`."""
-        if self.look.help:
-            self.look = replace(self.look, help=False)
-        elif self.playing and key not in "+-=":
+        if self.playing and key not in "+-=":  # any other key only stops
             self.playing = False
-        elif key == "q":
-            return False
-        elif key in self._actions:
-            self._actions[key](self)
-        return True
+            return True
+        return super().press(key)
 
     def move(self, kind: str, step: int) -> None:
-        self.position = self.walk.runs["paged"].move(self.position, kind, step)
-
-    def _to(self, position: int) -> None:
-        self.position = position
+        """To the next (step 1) or the previous (step -1) access, line, thread, round or CUDA block."""
+        self.go(self.walk.runs["paged"].move(self.position, kind, step))
 
     def _kernel(self) -> None:
         names = ("both", *KERNELS) if self._wide else KERNELS
@@ -68,18 +59,7 @@ class Walker:
     def _view(self, number: int) -> None:
         self.look = replace(self.look, view=VIEWS[number])
 
-    def _help(self) -> None:
-        self.look = replace(self.look, help=True)
-
-    def _play(self) -> None:
-        self.playing = self.position + 1 < len(self.walk)
-
-    def _faster(self, direction: int) -> None:
-        self.speed = max(0, min(self.speed + direction, len(SPEEDS) - 1))
-
-    _actions: ClassVar[dict[str, Callable[[Walker], None]]] = {
-        "right": lambda self: self.move("access", 1),
-        "left": lambda self: self.move("access", -1),
+    actions = Viewer.actions | {
         "down": lambda self: self.move("line", 1),
         "up": lambda self: self.move("line", -1),
         "t": lambda self: self.move("thread", 1),
@@ -88,19 +68,11 @@ class Walker:
         "p": lambda self: self.move("round", -1),
         "b": lambda self: self.move("block", 1),
         "B": lambda self: self.move("block", -1),
-        "home": lambda self: self._to(0),
-        "end": lambda self: self._to(len(self.walk) - 1),
         "k": _kernel,
         "tab": _kernel,
         "1": lambda self: self._view(0),
         "2": lambda self: self._view(1),
         "3": lambda self: self._view(2),
-        " ": _play,
-        "+": lambda self: self._faster(1),
-        "=": lambda self: self._faster(1),  # + without shift
-        "-": lambda self: self._faster(-1),
-        "?": _help,
-        "h": _help,
     }
 
 
@@ -117,20 +89,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--every", metavar="STEP", help=f"without a terminal: {', '.join(STEPS)}, or a number of accesses"
     )
-    show.add_argument("--size", metavar="WxH", help="of printed frames (default: COLUMNS and LINES, or 80x24)")
-    show.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
-    show.add_argument("--svg", type=Path, metavar="FILE", help="write the frame at --at (default: keys) as a picture")
+    options.printed(show)
+    options.svg_output(show, "write the frame at --at (default: keys) as a picture")
     call = parser.add_argument_group("the attention call, one query token for each sequence")
-    tokens = " ".join(map(str, _TOY.tokens))
-    call.add_argument("--tokens", type=int, nargs="+", metavar="N", default=_TOY.tokens,
-                      help=f"keys of each sequence (default {tokens})")  # fmt: skip
-    call.add_argument("--block-size", type=int, default=_TOY.block_size, metavar="N", help="tokens in a block (4)")
-    call.add_argument("--heads", type=int, default=_TOY.num_heads, metavar="N", help="query heads (2)")
-    call.add_argument("--kv-heads", type=int, default=_TOY.num_kv_heads, metavar="N", help="KV heads (1)")
-    call.add_argument("--head-size", type=int, default=_TOY.head_size, metavar="N", help="elements of a head (8)")
-    call.add_argument("--threads", type=int, default=_TOY.num_threads, metavar="N", help="of a CUDA block (8)")
+    options.integer(call, "--tokens", list(_TOY.tokens), "keys of each sequence", least=None, nargs="+")
+    options.integer(call, "--block-size", _TOY.block_size, "tokens in a block", least=None)
+    options.integer(call, "--heads", _TOY.num_heads, "query heads", least=None)
+    options.integer(call, "--kv-heads", _TOY.num_kv_heads, "KV heads", least=None)
+    options.integer(call, "--head-size", _TOY.head_size, "elements of a head", least=None)
+    options.integer(call, "--threads", _TOY.num_threads, "of a CUDA block", least=None)
     call.add_argument("--dtype", default=_TOY.dtype, choices=("float32", "float16"), help="of K, V and the query")
-    call.add_argument("--seed", type=int, default=_TOY.seed, metavar="N", help="which blocks are taken (0)")
+    options.seed(call, _TOY.seed, "which blocks are taken")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -139,7 +108,6 @@ def main(args: argparse.Namespace) -> int:
         args.seed,
     )  # fmt: skip
     size = parse_size(args.size, SMALLEST) if args.size else None
-    sizes.check()
     every = _every(args.every) if args.every else None
     made = walk(sizes)
     at = _position(args.at, made) if args.at else None
@@ -173,7 +141,7 @@ def _position(text: str, walk: Walk) -> int:
 
 
 def _print(walk: Walk, at: int | None, every: str | None, size: Size | None, look: Look) -> None:
-    """Frames one after another, for pipes: the first access to each array, unless told otherwise."""
+    """Frames one after another, for pipes: the first access to each array, or those that `at` and `every` name."""
     run = walk.runs["paged"]
     if every is not None:
         positions = range(0, len(walk), int(every)) if every.isdigit() else run.starts[every].tolist()
@@ -182,9 +150,3 @@ def _print(walk: Walk, at: int | None, every: str | None, size: Size | None, loo
         positions = run.tour() if at is None else [at]
     still = replace(look, keys=False)
     print_frames(lambda position, width, height: frame(walk, position, width, height, still), positions, size, SMALLEST)
-
-
-if __name__ == "__main__":  # shows the walk: python -m paged_ref.views.walk.walk
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))

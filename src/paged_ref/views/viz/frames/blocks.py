@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, WARM, brief, colour, fit, line, token
+from ...common.canvas import DIM, NEW, WARM, Lines, Scene, brief, colour, fit, line, owners, rule, token, window
 
 EMPTY = "_"  # a slot that was given out and holds nothing yet
-UNKNOWN = "#"  # a slot that holds a token of which the log does not tell
+UNKNOWN = "#"  # a slot that holds a token that the log does not name
 WRITTEN = "▸"  # before a slot that this event gave out
 MARKS = {  # what an event did to a block
     "+": "taken",
@@ -18,8 +18,8 @@ MARKS = {  # what an event did to a block
     "↑": "one table more",
     "↓": "one table less",
     "C": "copy on write",
-    "i": "idle now: known, in no table",
-    "K": "known now to the prefix cache",
+    "c": "cached now: in no table",
+    "K": "known to the prefix cache from now on",
     "H": "found by the prefix cache",
     "E": "given up by the prefix cache, and taken",
 }
@@ -39,8 +39,8 @@ def block_texts(moment: Moment, block_id: int, in_tables: Sequence[int]) -> list
     if in_tables:
         longest = max(in_tables, key=lambda seq_id: moment.state.memory.sequences[seq_id].length)
         return contents(moment, longest, moment.state.memory.sequences[longest].blocks.index(block_id))
-    known = moment.state.known.get(block_id)
-    if known is None or block_id not in moment.state.memory.idle:
+    known = moment.state.memory.known.get(block_id)
+    if known is None or block_id not in moment.state.memory.cached:
         return []
     texts = [moment.history.text(t) for t in known.tokens]
     return texts or [UNKNOWN] * moment.state.memory.block_size
@@ -48,12 +48,11 @@ def block_texts(moment: Moment, block_id: int, in_tables: Sequence[int]) -> list
 
 def written_in(moment: Moment, block_id: int, in_tables: Sequence[int]) -> set[int]:
     """Offsets of the slots of this block that the event gave out."""
-    size, found = moment.state.memory.block_size, set()
-    for seq_id, position in moment.change.written:
-        place = moment.state.memory.sequences.get(seq_id)
-        if place and seq_id in in_tables and place.blocks and place.blocks[position // size] == block_id:
-            found.add(position % size)
-    return found
+    change, size = moment.change, moment.state.memory.block_size
+    if not change.written or change.seq_ids[0] not in in_tables:
+        return set()
+    blocks = moment.state.memory.sequences[change.seq_ids[0]].blocks
+    return {position % size for position in change.written if blocks[position // size] == block_id}
 
 
 def slots(texts: Sequence[str], size: int, width: int, new: set[int], style: str = "", free: bool = False) -> Text:
@@ -62,12 +61,8 @@ def slots(texts: Sequence[str], size: int, width: int, new: set[int], style: str
     if each < 3 and size > 1:
         mark = WRITTEN if new else "│"
         number = "" if free else f"{len(texts)}/{size} "
-        return line(
-            (mark, NEW if new else DIM),
-            (number, DIM),
-            (fit("".join(texts), width - 2 - len(number)), style),
-            ("│", DIM),
-        )
+        text = fit("".join(texts), width - 2 - len(number))
+        return line((mark, NEW if new else DIM), (number, DIM), (text, style), ("│", DIM))
     row = Text()
     for offset in range(size):
         is_new = offset in new
@@ -88,7 +83,7 @@ def mark_of(moment: Moment, block_id: int) -> str:
         return "C"
     if block_id in change.evicted:
         return "E"
-    if block_id in change.cached:
+    if block_id in change.known:
         return "K"
     if block_id in change.hits:
         return "H"
@@ -96,7 +91,7 @@ def mark_of(moment: Moment, block_id: int) -> str:
         return " "
     before, now = change.before[block_id], memory.ref_count[block_id]
     if not now:
-        return "i" if block_id in memory.idle else "-"
+        return "c" if block_id in memory.cached else "-"
     if not before:
         return "+"
     return "↑" if now > before else "↓"
@@ -107,46 +102,45 @@ def block_row(moment: Moment, block_id: int, in_tables: Sequence[int], width: in
     memory = moment.state.memory
     number = len(str(memory.num_blocks - 1))
     names = [moment.history.name(seq_id) for seq_id in in_tables]
-    who = 4 if width < 60 else 8
+    owners_width = 5 if width < 60 else 8
     mark = mark_of(moment, block_id)
     row = line((mark, NEW if mark != " " else ""), (f"{block_id:>{number + 1}} ", "bold" if mark != " " else ""))
-    idle = block_id in memory.idle
-    if not in_tables and not idle:
-        row.append(fit("free", 4 + who + 1), DIM)
+    cached = block_id in memory.cached
+    if not in_tables and not cached:
+        row.append(fit("free", 4 + owners_width + 1), DIM)
     else:
         before = moment.change.before.get(block_id)
         count = f"×{memory.ref_count[block_id]}" if before is None else f"{before}→{memory.ref_count[block_id]}"
         row.append(fit(count, 4), "bold" if before is not None else DIM)
-        if idle:
-            row.append(fit("idle" if who == 4 else "cached", who + 1), WARM)
+        if cached:
+            row.append(fit("cached", owners_width + 1), WARM)
         else:
-            style = colour(moment.history, moment, in_tables[0])
-            row.append(fit(brief(names, who), who + 1), f"{style} reverse" if selected in in_tables else style)
+            style = colour(moment, in_tables[0])
+            row.append(
+                fit(brief(names, owners_width), owners_width + 1),
+                f"{style} reverse" if selected in in_tables else style,
+            )
     texts = block_texts(moment, block_id, in_tables)
-    style = colour(moment.history, moment, in_tables[0]) if in_tables else WARM if idle else DIM
-    row.append_text(
-        slots(
-            texts,
-            memory.block_size,
-            width - row.cell_len,
-            written_in(moment, block_id, in_tables),
-            style,
-            free=not in_tables and not idle,
-        )
-    )
-    return row
+    style = colour(moment, in_tables[0]) if in_tables else WARM if cached else DIM
+    new, free = written_in(moment, block_id, in_tables), not in_tables and not cached
+    return row.append_text(slots(texts, memory.block_size, width - row.cell_len, new, style, free))
+
+
+def pool_title(moment: Moment) -> str:
+    memory = moment.state.memory
+    return f"Pool: {memory.num_blocks:,} × {memory.block_size} slots"
 
 
 def overview(moment: Moment, owned: dict[int, list[int]], width: int, height: int, on_host: bool = False) -> list[Text]:
     """The whole pool as a map: a letter for each block, or a shade for each run of blocks.
 
-    A letter is the request's; a digit says how many tables share the block, `i` is idle, `.` is free. In a run,
+    A letter is the request's; a digit says how many tables share the block, `c` is cached, `.` is free. In a run,
     the shade is the share in use, and `*` says that something changed there.
     """
     memory = moment.state.memory
     total = memory.num_host_blocks if on_host else memory.num_blocks
     each = max(1, -(-total // (width * height)))  # blocks in one cell
-    changed = set() if on_host else set(moment.change.before) | set(moment.change.cached)
+    changed = set() if on_host else set(moment.change.before) | set(moment.change.known)
     rows = []
     for top in range(0, total, width * each):
         row = Text()
@@ -154,10 +148,10 @@ def overview(moment: Moment, owned: dict[int, list[int]], width: int, height: in
             blocks = range(first, min(first + each, total))
             style = "reverse" if changed and not changed.isdisjoint(blocks) else ""
             if each == 1:
-                letter, its_style = _letter(moment, first, owned.get(first, ()), on_host)
-                row.append(letter, f"{its_style} {style}".strip())
+                letter, of_block = _letter(moment, first, owned.get(first, ()), on_host)
+                row.append(letter, f"{of_block} {style}".strip())
             else:
-                used = sum(block in owned or (not on_host and block in memory.idle) for block in blocks)
+                used = sum(block in owned or (not on_host and block in memory.cached) for block in blocks)
                 shade = " ░▒▓█"[-(-4 * used // each)]
                 row.append("*" if style else shade, style)
         rows.append(row)
@@ -168,5 +162,24 @@ def _letter(moment: Moment, block_id: int, in_tables: Sequence[int], on_host: bo
     if len(in_tables) > 1:
         return (str(len(in_tables)) if len(in_tables) < 10 else "+"), "bold"
     if in_tables:
-        return moment.history.name(in_tables[0])[0], colour(moment.history, moment, in_tables[0])
-    return ("i", WARM) if not on_host and block_id in moment.state.memory.idle else (".", DIM)
+        return moment.history.name(in_tables[0])[0], colour(moment, in_tables[0])
+    return ("c", WARM) if not on_host and block_id in moment.state.memory.cached else (".", DIM)
+
+
+def pool_rows(
+    scene: Scene, wanted: int, row: Callable[[int], Text], width: int, room: int, on_host: bool = False
+) -> Lines:
+    """`row(block_id)` of each block; where there is no room, a map of all blocks, and the rows around `wanted`."""
+    memory = scene.moment.state.memory
+    total = memory.num_host_blocks if on_host else memory.num_blocks
+    if total <= room:
+        return [row(block_id) for block_id in range(total)]
+    height = max(1, min(6, room // 3, -(-total // width)))
+    first, last = window(total, room - height - 1, wanted + scene.scroll)
+    each = -(-total // (width * height))
+    title = f"{'Host blocks' if on_host else 'Blocks'} {first} to {last - 1}"
+    return [
+        *overview(scene.moment, owners(scene.moment, on_host), width, height, on_host),
+        rule(title, width, "a letter for each block" if each == 1 else f"each mark is {each} blocks"),
+        *map(row, range(first, last)),
+    ]

@@ -1,4 +1,4 @@
-"""Frame 4: the prefix cache. Which blocks it knows, how their digests hang together, who goes first."""
+"""Frame 4: the prefix cache. Which blocks the cache knows, how their digests form chains, what goes first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from itertools import islice
 
 from rich.text import Text
 
-from ....timeline.run_state import KnownBlock
+from ....timeline.history import Moment
+from ....timeline.state import KnownBlock
 from ...common.canvas import (
     DIM,
     NEW,
@@ -17,6 +18,7 @@ from ...common.canvas import (
     colour,
     count,
     exactly,
+    filled,
     fit,
     line,
     listing,
@@ -24,6 +26,7 @@ from ...common.canvas import (
     rule,
     window,
 )
+from ...common.trees import forest
 from .blocks import UNKNOWN, mark_of, slots
 
 
@@ -32,7 +35,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     if not moment.history.caches:
         return _without(scene, width)
     memory, totals = moment.state.memory, moment.state.totals
-    chains = chain(list(moment.state.known.values()))
+    chains = chain(list(memory.known.values()))
     share = f" ({100 * totals.hits / totals.asked:.0f} %)" if totals.asked else ""
     tail = [
         rule("Hits and evictions so far", width),
@@ -40,25 +43,25 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
             f" {totals.hits} of {count(totals.asked, 'token')} were found{share}; "
             f"{count(totals.evicted, 'block')} given up for new tokens."
         ),
-        listing(" Idle, first to go first:", islice(memory.idle, width), width, len(memory.idle)),
+        listing(" Cached, oldest first:", islice(memory.cached, width), width, len(memory.cached)),
     ]
     if height > 20:
-        tail.append(
-            line((" A digest holds its parent's: the same tokens after another beginning are another block.", DIM))
-        )
+        holds = " A digest holds its parent's: the same tokens after another beginning are another block."
+        tail.append(line((holds, DIM)))
     room = height - 1 - len(tail)
     marked = (i for i, (_, known) in enumerate(chains) if mark_of(moment, known.block_id) != " ")
-    first, last = 0, len(chains)
-    if len(chains) > room:
-        first, last = window(len(chains), room, next(marked, 0) + scene.scroll)
-    note = f"{len(moment.state.known):,} known: {len(memory.idle):,} idle, the others in use"
+    first, last = window(len(chains), room, next(marked, 0) + scene.scroll)
+    note = f"{len(memory.known):,} known: {len(memory.cached):,} cached, the others in use"
     deepest = min(width // 4, max((len(strokes) for strokes, _ in chains[first:last]), default=0))
     owned = owners(moment)
-    ranks = {block: rank for rank, block in enumerate(memory.idle, start=1)}
-    rows = [_row(scene, strokes, known, deepest, width, owned, ranks) for strokes, known in chains[first:last]]
+    ranks = {block: rank for rank, block in enumerate(memory.cached, start=1)}
+    rows = []
+    for strokes, known in chains[first:last]:
+        in_tables, rank = owned.get(known.block_id, []), ranks.get(known.block_id, 0)
+        rows.append(_row(moment, strokes, known, deepest, width, in_tables, rank))
     if not rows:
         rows = [line((" Nothing yet. A block is known once it is full and its K and V are computed.", DIM))]
-    return [rule("Known blocks, by their digests", width, note), *rows, *[line("")] * (room - len(rows)), *tail]
+    return [rule("Known blocks, by their digests", width, note), *filled(rows, room), *tail]
 
 
 def chain(known: list[KnownBlock]) -> list[tuple[str, KnownBlock]]:
@@ -71,46 +74,26 @@ def chain(known: list[KnownBlock]) -> list[tuple[str, KnownBlock]]:
             children.setdefault(block.parent, []).append(block)
         else:
             roots.append(block)
-    rows: list[tuple[str, KnownBlock]] = []
-    for root in roots:
-        stack = [("", "", root)]
-        while stack:
-            head, below, block = stack.pop()
-            rows.append((head, block))
-            following = children.get(block.digest, [])
-            for i, child in reversed(list(enumerate(following))):
-                is_last = i == len(following) - 1
-                straight = len(following) == 1 and not below.strip() and head.endswith(("└─", ""))
-                stroke, space = ("└─" if is_last else "├─"), ("  " if is_last else "│ ")
-                stack.append((below + stroke, below + ("" if straight and len(below) > 6 else space), child))
-    return rows
+    return forest(roots, lambda block: children.get(block.digest, []), indent_only_child=True)
 
 
 def _row(
-    scene: Scene,
-    strokes: str,
-    known: KnownBlock,
-    indent: int,
-    width: int,
-    owned: dict[int, list[int]],
-    ranks: dict[int, int],
+    moment: Moment, strokes: str, known: KnownBlock, indent: int, width: int, in_tables: list[int], rank: int
 ) -> Text:
-    moment = scene.moment
     block = known.block_id
     mark = mark_of(moment, block)
-    in_tables = owned.get(block, [])
-    style = colour(moment.history, moment, in_tables[0]) if in_tables else WARM
-    who = 16 if width < 100 else 24
+    style = colour(moment, in_tables[0]) if in_tables else WARM
+    owners_width = 16 if width < 100 else 24
     number = len(str(moment.state.memory.num_blocks - 1))
     row = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (known.digest[:6], "bold"))
     row = exactly(row, 2 + indent + 6)
     row.append(f" {block:>{number}} ")
     texts = [moment.history.text(t) for t in known.tokens] or [UNKNOWN] * moment.state.memory.block_size
-    row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - who - 1, set(), style))
+    row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - owners_width - 1, set(), style))
     names = [moment.history.name(s) for s in in_tables]
-    state = f"×{len(in_tables)} {brief(names, who - 4)}" if in_tables else f"idle, goes {ordinal(ranks.get(block, 0))}"
-    row.append(" " * max(1, width - who - row.cell_len))
-    row.append(fit(state, who), f"{style} bold" if in_tables else style)
+    state = f"×{len(in_tables)} {brief(names, owners_width - 4)}" if in_tables else f"cached, goes {ordinal(rank)}"
+    row.append(" " * max(1, width - owners_width - row.cell_len))
+    row.append(fit(state, owners_width), f"{style} bold" if in_tables else style)
     return row
 
 
@@ -122,14 +105,9 @@ def ordinal(number: int) -> str:
 
 def _without(scene: Scene, width: int) -> Lines:
     manager = scene.moment.state.memory.manager
+    why = " This run has none: it is off, or no block was ever full. generate --prefix-cache switches it on."
     if manager != "paged":
-        why = f"The {manager} manager has none: what cannot be shared cannot be found again by another sequence."
-    else:
-        why = "This run has none: it is off, or no block was ever full. generate --prefix-cache switches it on."
-    return [rule("Prefix cache", width), line(" " + why)]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("prefix")
+        why = (
+            f" The {manager} manager has none: a region cannot be shared, so no other sequence could use what is in it."
+        )
+    return [rule("Prefix cache", width), line(why)]

@@ -16,13 +16,8 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     memory = moment.state.memory
     here = sum(device >= 0 for device, _ in memory.pages.places.values())
     away = sum(host >= 0 for _, host in memory.pages.places.values())
-    rows: Lines = [
-        rule(
-            "Pages",
-            width,
-            f"{here:,} of {memory.num_blocks:,} on the device, {away:,} of {memory.num_host_blocks:,} on the host",
-        )
-    ]
+    note = f"{here:,} of {memory.num_blocks:,} on the device, {away:,} of {memory.num_host_blocks:,} on the host"
+    rows: Lines = [rule("Pages", width, note)]
     seq_id = shown_sequence(scene)
     if seq_id is None:
         return [*rows, line((" no sequence has a page now", DIM))]
@@ -30,14 +25,12 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     longest = max(len(pages) for pages in tables.values())
     label = 10
     each = max(1, -(-longest // (width - label - 1)))  # blocks in one cell
-    style = colour(moment.history, moment, seq_id)
+    style = colour(moment, seq_id)
     rows.append(_about(moment, seq_id, longest, each, style))
     moved = set(getattr(moment.event, "pages", ()))
     keys = list(tables)
     changed = next((i for i, key in enumerate(keys) if moved & set(tables[key])), 0)
-    first, last = window(len(keys), height - len(rows) - 1, max(0, min(changed + scene.scroll, len(keys) - 1)))
-    if len(keys) <= height - len(rows) - 1:
-        first, last = 0, len(keys)
+    first, last = window(len(keys), height - len(rows) - 1, changed + scene.scroll)
     for layer, head in keys[first:last]:
         row = line((f" L{layer:<3} h{head:<3} ", "bold"))
         for cell in range(0, len(tables[layer, head]), each):
@@ -74,9 +67,3 @@ def sign(moment: Moment, pages: list[int]) -> str:
         return "." if device < 0 else "=" if host >= 0 else "#"
     here = sum(device >= 0 for device, _ in places)
     return SHADES[-(-4 * here // len(places))]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("residency")

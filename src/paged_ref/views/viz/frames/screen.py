@@ -8,13 +8,28 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from ....timeline.history import History
-from ...common.canvas import DIM, Lines, Scene, beside, colour, exactly, fit, line, rule, window, wrap
+from ...common.canvas import (
+    DIM,
+    Lines,
+    Scene,
+    beside,
+    colour,
+    filled,
+    fit,
+    line,
+    page,
+    rule,
+    title_line,
+    too_small,
+    window,
+    wrap,
+)
+from ...common.printing import Size
 from ..narration import narrate
-from ..source_links import actor, place_of
+from ..source_links import function_for_event, place_of
 from . import attention, memory, prefix, residency, sharing, swap, tables, timeline
 
-MIN_WIDTH: int = 60
-MIN_HEIGHT: int = 16
+SMALLEST: Size = (60, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +63,27 @@ def frames_of(run: History) -> tuple[Frame, ...]:
 
 def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
     """Frame `frame` (from 0) in exactly `width` x `height` cells."""
-    if width < MIN_WIDTH or height < MIN_HEIGHT:
-        return too_small(width, height)
+    if (small := too_small(width, height, SMALLEST)) is not None:
+        return small
     frames = frames_of(scene.history)
     frame = min(frame, len(frames) - 1)
     head = [_title(scene, width), _tabs(frames, frame, width)]
     foot = _foot(scene, width, 3 if height >= 22 else 2)
     room = height - len(head) - len(foot)
     body: Lines
-    if scene.code and width >= 140:
+    if width >= 140:
         side = min(76, width * 2 // 5)
         left = _stacked(scene, frame, width - side - 2, room)
         body = beside(left, _side(scene, side, room), width - side - 2, gap=2)
-    elif scene.code and height >= 44:
-        body = frames[frame].draw(scene, width, room - 14)[: room - 14]
-        body += [line("")] * (room - 14 - len(body)) + _code(scene, width, 14)
+    elif height >= 44:
+        body = filled(frames[frame].draw(scene, width, room - 14), room - 14) + _code(scene, width, 14)
     else:
         body = frames[frame].draw(scene, width, room)
         while body and not body[-1].plain.strip():
             body.pop()
         if room - len(body) >= 5:
             body += [line(""), *_texts(scene, width)]
-    body = body[:room] + [line("")] * (room - len(body))
-    return Text("\n").join(exactly(row, width) for row in [*head, *body, *foot])
+    return page([*head, *filled(body, room), *foot], width, height)
 
 
 def _stacked(scene: Scene, frame: int, width: int, height: int) -> Lines:
@@ -80,15 +93,8 @@ def _stacked(scene: Scene, frame: int, width: int, height: int) -> Lines:
         return frames[frame].draw(scene, width, height)
     below = 16
     second = frames[0].draw if frames[frame].draw is timeline.draw else timeline.draw
-    rows = frames[frame].draw(scene, width, height - below - 1)[: height - below - 1]
-    return [*rows, *[line("")] * (height - below - len(rows)), *second(scene, width, below)]
-
-
-def too_small(width: int, height: int) -> Text:
-    """What a window below MIN_WIDTH x MIN_HEIGHT shows."""
-    needed = f"This window is {width}x{height}; at least {MIN_WIDTH}x{MIN_HEIGHT} is needed. Enlarge it, or press q."
-    rows = [fit(row, width) for row in wrap(needed, max(1, width))][: max(1, height)]
-    return Text("\n".join(rows + [" " * width] * (height - len(rows))), no_wrap=True)
+    above = height - below - 1
+    return [*filled(frames[frame].draw(scene, width, above), above), line(""), *second(scene, width, below)]
 
 
 # --- above the frame --------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ def _title(scene: Scene, width: int) -> Text:
         parts.append(f"run {place}/{len(scene.runs)}")
     step = f"step {moment.state.plan.step}" if moment.state.plan else "no step yet"
     right = f"  {step}, event {moment.position + 1:,} of {len(history):,} "
-    return line((" paged_ref ", "bold reverse"), " ", fit(", ".join(parts), width - 12 - len(right)), (right, "bold"))
+    return title_line(parts, right, width)
 
 
 def _tabs(frames: tuple[Frame, ...], frame: int, width: int) -> Text:
@@ -120,14 +126,14 @@ def _tabs(frames: tuple[Frame, ...], frame: int, width: int) -> Text:
 
 def _foot(scene: Scene, width: int, room: int) -> Lines:
     moment = scene.moment
-    place = place_of(actor(moment))
+    place = place_of(function_for_event(moment))
     said = wrap(narrate(moment), width - 2)
     if len(said) > room:
         said = [*said[: room - 1], fit(" ".join(said[room - 1 :]), width - 2)]
     name = type(moment.event).__name__
     did = line(" ", (f"{place.file}:{place.line}", "underline"), " ", place.name, (f" ({name})", DIM))
     rows = [rule("What happened, and why", width)]
-    rows += [line(" ", (row, "bold")) for row in said] + [line("")] * (room - len(said))
+    rows += filled([line(" ", (row, "bold")) for row in said], room)
     rows += [did, _scrubber(scene, width)]
     if scene.message:
         rows.append(line((" " + scene.message, "bold")))
@@ -164,19 +170,18 @@ def _keys(scene: Scene, width: int) -> Text:
     return row
 
 
-# --- beside it, where there is room ------------------------------------------------------------------------
+# --- next to it, where there is room -------------------------------------------------------------------------
 
 
 def _side(scene: Scene, width: int, height: int) -> Lines:
     """The function that did it, and what has been written so far."""
     texts = _texts(scene, width)
     room = max(8, height - len(texts))
-    code = _code(scene, width, room)
-    return [*code, *[line("")] * (room - len(code)), *texts][:height]
+    return [*filled(_code(scene, width, room), room), *texts][:height]
 
 
 def _code(scene: Scene, width: int, height: int) -> Lines:
-    place = place_of(actor(scene.moment))
+    place = place_of(function_for_event(scene.moment))
     rows = [rule("The code that did it", width, f"{place.file.rsplit('/', 1)[-1]}:{place.line}")]
     for number, text in enumerate(place.source[: height - 1]):
         left = len(place.source) - number
@@ -191,23 +196,15 @@ def _texts(scene: Scene, width: int) -> Lines:
     moment = scene.moment
     rows = [rule("The texts so far", width)]
     shown = sorted(moment.state.sequences)
-    if len(shown) > 8:  # those that the event is about, and their neighbours
-        about = next((s for s in (scene.selected, *moment.change.seq_ids) if s in moment.state.sequences), shown[0])
-        first, last = window(len(shown), 8, shown.index(about))
-        shown = shown[first:last]
-    for seq_id in shown:
+    about = next((shown.index(s) for s in (scene.selected, *moment.change.seq_ids) if s in shown), 0)
+    first, last = window(len(shown), 8, about)  # those that the event is about, and their neighbours
+    for seq_id in shown[first:last]:
         view = moment.state.sequences[seq_id]
         name = moment.history.name(seq_id)
         prompt, output = view.tokens[: view.prompt_len], view.tokens[view.prompt_len :]
         text = "".join(moment.history.text(t) for t in prompt) + "‖" + "".join(moment.history.text(t) for t in output)
         text = text.replace("·", " ").strip()
-        style = colour(moment.history, moment, seq_id)
+        style = colour(moment, seq_id)
         for i, row in enumerate(wrap(text, width - 6)[:3]):
             rows.append(line((f"{name if i == 0 else '':<5} ", f"{style} bold"), (row, style)))
     return rows
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("tables")

@@ -17,13 +17,15 @@ from ...common.canvas import (
     colour,
     count,
     exactly,
+    filled,
     fit,
+    kv_size,
     line,
     owners,
     rule,
-    size_of,
     window,
 )
+from ...common.trees import forest
 from .blocks import block_texts, mark_of, slots, written_in
 
 
@@ -34,14 +36,6 @@ class Node:
     block_id: int
     seq_ids: list[int] = field(default_factory=list)
     children: dict[int, Node] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A line of the tree: the strokes before it, and its block."""
-
-    strokes: str
-    node: Node
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -56,27 +50,26 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     entries = sum(map(len, several.values()))
     now = "Nothing is shared now."
     if several:
-        cost = f", {size_of(saved * scene.history.bytes_per_token)}" if scene.history.bytes_per_token else ""
         verb = "is" if len(several) == 1 else "are"
-        now = f"{count(len(several), 'block')} {verb} in {entries} places. Sharing saves {count(saved, 'slot')}{cost}."
+        now = f"{count(len(several), 'block')} {verb} in {entries} places. "
+        now += f"Sharing saves {count(saved, 'slot')}{kv_size(scene.history, saved)}."
     rows = tree(moment)
     room = height - 2 - len(below)
-    wanted = next((i for i, row in enumerate(rows) if mark_of(moment, row.node.block_id) != " "), 0) + scene.scroll
-    first, last = window(len(rows), room, wanted) if len(rows) > room else (0, len(rows))
-    deepest = max((len(row.strokes) for row in rows[first:last]), default=0)
-    drawn = [_row(scene, row, min(deepest, width // 3), width) for row in rows[first:last]]
+    wanted = next((i for i, (_, node) in enumerate(rows) if mark_of(moment, node.block_id) != " "), 0) + scene.scroll
+    first, last = window(len(rows), room, wanted)
+    deepest = max((len(strokes) for strokes, _ in rows[first:last]), default=0)
+    drawn = [_row(scene, *row, min(deepest, width // 3), width) for row in rows[first:last]]
     note = f"{first + 1}-{last} of {len(rows)} blocks" if len(rows) > room else "a branch is where they part"
     return [
-        rule("Who shares what", width, note),
+        rule("Which sequences share which blocks", width, note),
         line(" ", (now, "bold")),
-        *drawn,
-        *[line("")] * (room - len(drawn)),
+        *filled(drawn, room),
         *below,
     ]
 
 
-def tree(moment: Moment) -> list[Row]:
-    """All tables on the device as one forest, those that share first."""
+def tree(moment: Moment) -> list[tuple[str, Node]]:
+    """All tables on the device as one forest, those that share first: strokes and node of each row."""
     roots: dict[int, Node] = {}
     for seq_id, place in sorted(moment.state.memory.sequences.items()):
         level = roots
@@ -84,43 +77,29 @@ def tree(moment: Moment) -> list[Row]:
             node = level.setdefault(block_id, Node(block_id))
             node.seq_ids.append(seq_id)
             level = node.children
-    rows: list[Row] = []
-    for root in sorted(roots.values(), key=lambda node: (-len(node.seq_ids), node.seq_ids[0])):
-        # A stack, not recursion: a table may have thousands of blocks.
-        stack = [("", "", root)]
-        while stack:
-            head, below, node = stack.pop()
-            rows.append(Row(head, node))
-            children = list(node.children.values())
-            if len(children) == 1:
-                stack.append((below, below, children[0]))
-                continue
-            for i, child in reversed(list(enumerate(children))):
-                is_last = i == len(children) - 1
-                stack.append((below + ("└─" if is_last else "├─"), below + ("  " if is_last else "│ "), child))
-    return rows
+    ordered = sorted(roots.values(), key=lambda node: (-len(node.seq_ids), node.seq_ids[0]))
+    return forest(ordered, lambda node: list(node.children.values()), indent_only_child=False)
 
 
-def _row(scene: Scene, row: Row, indent: int, width: int) -> Text:
-    moment, node = scene.moment, row.node
-    memory = moment.state.memory
+def _row(scene: Scene, strokes: str, node: Node, indent: int, width: int) -> Text:
+    moment, memory = scene.moment, scene.moment.state.memory
     number = len(str(memory.num_blocks - 1))
     mark, before = mark_of(moment, node.block_id), moment.change.before.get(node.block_id)
     now = len(node.seq_ids)
-    style = colour(moment.history, moment, node.seq_ids[0])
-    who = max(8, min(20, width // 7))
-    drawn = line((mark, NEW if mark != " " else ""), (f" {row.strokes}", DIM), (f"{node.block_id} ", "bold"))
+    style = colour(moment, node.seq_ids[0])
+    owners_width = max(8, min(20, width // 7))
+    drawn = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (f"{node.block_id} ", "bold"))
     counted = f"×{now}" if before is None else f"{before}→{now}"
     # Deeper trees than there is room for keep their slots in line, and lose their strokes.
     drawn = exactly(drawn, 2 + indent + number + 1)
     drawn.append(fit(counted, 4), "bold" if now > 1 or before is not None else DIM)
     texts = block_texts(moment, node.block_id, node.seq_ids)
-    room = width - drawn.cell_len - who - 1
+    room = width - drawn.cell_len - owners_width - 1
     new = written_in(moment, node.block_id, node.seq_ids)
     drawn.append_text(slots(texts, memory.block_size, room, new, style))
     names = [moment.history.name(seq_id) for seq_id in node.seq_ids]
-    drawn.append(" " * max(1, width - who - drawn.cell_len))
-    drawn.append(brief(names, who), f"{style} {'reverse' if scene.selected in node.seq_ids else 'bold'}")
+    drawn.append(" " * max(1, width - owners_width - drawn.cell_len))
+    drawn.append(brief(names, owners_width), f"{style} {'reverse' if scene.selected in node.seq_ids else 'bold'}")
     return drawn
 
 
@@ -128,9 +107,8 @@ def _event(scene: Scene, width: int) -> Lines:
     """The copy or the fork of this event, or how many there were."""
     moment = scene.moment
     totals = moment.state.totals
-    so_far = f"So far: {count(totals.forks, 'fork')}, {totals.copies} copies on write."
-    if totals.copies == 1:
-        so_far = f"So far: {count(totals.forks, 'fork')}, 1 copy on write."
+    copies = "1 copy" if totals.copies == 1 else f"{totals.copies} copies"
+    so_far = f"So far: {count(totals.forks, 'fork')}, {copies} on write."
     if moment.change.copied:
         return _copy(scene, width)
     if isinstance(moment.event, SequenceForked):
@@ -152,19 +130,18 @@ def _copy(scene: Scene, width: int) -> Lines:
     source, copy = moment.change.copied
     writer = moment.change.seq_ids[0]
     # What was copied is what lay there before the write: the slots in front of it.
-    offset = min(position for _, position in moment.change.written) % size
-    cost = f", {size_of(size * moment.history.bytes_per_token)}" if moment.history.bytes_per_token else ""
+    offset = moment.change.written.start % size
+    cost = kv_size(moment.history, size)
     rows = [rule(f"A copy on write in this event: 1 block, {count(offset, 'token')} in it{cost}", width)]
-    for block, who, what in (
-        (source, owned.get(source, []), "stays as it is"),
-        (copy, [writer], "is written"),
-    ):
-        names = brief([moment.history.name(s) for s in who], 10)
+    for block, holders, what in ((source, owned.get(source, []), "stays as it is"), (copy, [writer], "is written")):
+        names = brief([moment.history.name(s) for s in holders], 10)
         before, now = moment.change.before.get(block, 0), moment.state.memory.ref_count[block]
         head = line(f"  block {block:<5}{before}→{now}  ", (fit(names, 11), "bold"))
-        style = colour(moment.history, moment, who[0]) if who else ""
+        style = colour(moment, holders[0]) if holders else ""
         room = width - head.cell_len - 16
-        head.append_text(slots(block_texts(moment, block, who), size, room, written_in(moment, block, who), style))
+        head.append_text(
+            slots(block_texts(moment, block, holders), size, room, written_in(moment, block, holders), style)
+        )
         head.append(f"  {what}")
         rows.append(head)
     rows.insert(2, line((" " * 9 + "↓ copied, so that the other tables see no change", "bold")))
@@ -176,8 +153,8 @@ def _cannot_share(scene: Scene, width: int) -> Lines:
     moment = scene.moment
     manager = moment.state.memory.manager
     rows = [
-        rule("Who shares what", width),
-        line(f" Nobody. The {manager} manager gives each sequence a region of its own, and a region cannot be"),
+        rule("Which sequences share which blocks", width),
+        line(f" None do. The {manager} manager gives each sequence a region of its own, and a region cannot be"),
         line(" in two places. Each sample of a request holds the whole prompt once more."),
         line(""),
     ]
@@ -193,9 +170,3 @@ def _cannot_share(scene: Scene, width: int) -> Lines:
     if len(rows) == 4:
         rows.append(line((" No request has two samples in memory at this point.", DIM)))
     return rows
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("sharing")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.text import Text
 
 from ....timeline.events import RegionPlaced, RegionSwappedIn, RegionSwappedOut, SwappedIn, SwappedOut
-from ....timeline.run_state import holes
 from ...common.canvas import (
     DIM,
     NEW,
@@ -15,15 +14,16 @@ from ...common.canvas import (
     brief,
     colour,
     count,
+    filled,
     fit,
+    kv_size,
     line,
     listing,
     owners,
+    prose,
     rule,
-    size_of,
-    window,
 )
-from .blocks import block_row, contents, overview, slots
+from .blocks import block_row, contents, pool_rows, slots
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -35,39 +35,31 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     else:
         device, host = _regions(scene, left, room, False), _regions(scene, width - 2 - left, room, True)
     pools = beside(device[:room], host[:room], left, gap=2)
-    return [*pools, *[line("")] * (room - len(pools)), *below]
+    return [*filled(pools, room), *below]
 
 
 def _device(scene: Scene, width: int, height: int) -> Lines:
-    moment, memory = scene.moment, scene.moment.state.memory
-    owned = owners(moment)
-    head = rule("Device", width, f"{memory.num_blocks:,} blocks, {len(memory.free) + len(memory.idle):,} can be had")
-    room = height - 1
-    if memory.num_blocks <= room:
-        rows = [block_row(moment, b, owned.get(b, []), width, scene.selected) for b in range(memory.num_blocks)]
-        return [head, *rows]
-    here = list(_sources_or_targets(scene, device=True)) or sorted(moment.change.before)
-    map_height = max(1, min(room // 2, -(-memory.num_blocks // width)))
-    first, last = window(memory.num_blocks, room - map_height - 1, (here[0] if here else 0) + scene.scroll)
-    rows = [block_row(moment, b, owned.get(b, []), width, scene.selected) for b in range(first, last)]
-    return [head, *overview(moment, owned, width, map_height), rule(f"Blocks {first} to {last - 1}", width), *rows]
+    moment, memory, owned = scene.moment, scene.moment.state.memory, owners(scene.moment)
+    head = rule("Device", width, f"{memory.num_blocks:,} blocks, {len(memory.free) + len(memory.cached):,} available")
+    here = list(_sources_or_targets(scene, device=True)) or sorted(moment.change.before) or [0]
+
+    def row(block_id: int) -> Text:
+        return block_row(moment, block_id, owned.get(block_id, []), width, scene.selected)
+
+    return [head, *pool_rows(scene, here[0], row, width, height - 1)]
 
 
 def _host(scene: Scene, width: int, height: int) -> Lines:
-    moment, memory = scene.moment, scene.moment.state.memory
+    memory, owned = scene.moment.state.memory, owners(scene.moment, on_host=True)
     if not memory.num_host_blocks:
         return [rule("Host", width), line((" no host memory: preemption is", DIM)), line((" by recompute", DIM))]
-    owned = owners(moment, on_host=True)
-    head = rule("Host", width, f"{memory.num_host_blocks:,} blocks, {len(memory.host_free):,} free")
-    room = height - 1
-    first, last, above = 0, memory.num_host_blocks, []
-    if memory.num_host_blocks > room:
-        map_height = max(1, min(room // 2, -(-memory.num_host_blocks // width)))
-        here = list(_sources_or_targets(scene, device=False)) or sorted(owned)
-        first, last = window(memory.num_host_blocks, room - map_height - 1, (here[0] if here else 0) + scene.scroll)
-        above = overview(moment, owned, width, map_height, on_host=True)
-        above.append(rule(f"Host blocks {first} to {last - 1}", width))
-    return [head, *above, *(_host_row(scene, block, owned.get(block, []), width) for block in range(first, last))]
+    head = rule("Host", width, f"{memory.num_host_blocks:,} blocks, {len(memory.host.free):,} free")
+    here = list(_sources_or_targets(scene, device=False)) or sorted(owned) or [0]
+
+    def row(block_id: int) -> Text:
+        return _host_row(scene, block_id, owned.get(block_id, []), width)
+
+    return [head, *pool_rows(scene, here[0], row, width, height - 1, on_host=True)]
 
 
 def _host_row(scene: Scene, block_id: int, in_tables: list[int], width: int) -> Text:
@@ -78,9 +70,9 @@ def _host_row(scene: Scene, block_id: int, in_tables: list[int], width: int) -> 
     if not in_tables:
         row.append(fit("free", 9), DIM)
         return row.append_text(slots([], memory.block_size, width - row.cell_len, set(), free=True))
-    style = colour(moment.history, moment, in_tables[0])
+    style = colour(moment, in_tables[0])
     names = brief([moment.history.name(s) for s in in_tables], 4)
-    row.append(fit(f"×{memory.host_ref_count[block_id]}", 4), DIM)
+    row.append(fit(f"×{memory.host.ref_count[block_id]}", 4), DIM)
     row.append(fit(names, 5), style)
     index = memory.sequences[in_tables[0]].blocks.index(block_id)
     texts = contents(moment, in_tables[0], index)
@@ -99,22 +91,20 @@ def _sources_or_targets(scene: Scene, device: bool) -> set[int]:
 def _moved(scene: Scene, width: int) -> Lines:
     """What went which way in this event, and in all."""
     moment, event, totals = scene.moment, scene.moment.event, scene.moment.state.totals
-    unit = moment.state.memory.block_size * moment.history.bytes_per_token
     row = "block" if moment.state.paged else "slot"
 
     def cost(rows: int) -> str:
-        return count(rows, row) + (f", {size_of(rows * unit)}" if unit and rows else "")
+        return count(rows, row) + (kv_size(moment.history, rows * moment.state.memory.block_size) if rows else "")
 
     rows = [line(" None in this event.")]
     title = "Moved between device and host"
-    if isinstance(event, (SwappedOut, SwappedIn)):
-        out = isinstance(event, SwappedOut)
+    out = isinstance(event, (SwappedOut, RegionSwappedOut))
+    if out or isinstance(event, (SwappedIn, RegionSwappedIn)):
         title = "Device → host in this event" if out else "Host → device in this event"
+    if isinstance(event, (SwappedOut, SwappedIn)):
         pairs = [f"{a}→h{b}" if out else f"h{a}→{b}" for a, b in event.blocks]
         rows = [listing(f" {cost(len(pairs))}:", pairs, width)]
     elif isinstance(event, (RegionSwappedOut, RegionSwappedIn)):
-        out = isinstance(event, RegionSwappedOut)
-        title = "Device → host in this event" if out else "Host → device in this event"
         length = moment.state.memory.sequences[event.seq_id].length
         rows = [line(f" {cost(length)}: {moment.history.name(event.seq_id)}, now at slot {event.start}")]
     elif isinstance(event, RegionPlaced) and (before := moment.change.place_before) and before.start != event.start:
@@ -134,7 +124,7 @@ def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
     if not total:
         return [rule(name, width), line((" no host memory: this manager does not swap", DIM))]
     here = [(p.start, p.size, seq_id) for seq_id, p in memory.sequences.items() if p.on_host == on_host]
-    free = [(start, size, -1) for start, size in holes(memory, on_host)]
+    free = [(start, size, -1) for start, size in memory.holes(on_host)]
     note = f"{total:,} slots, {sum(size for _, size, _ in free):,} free"
     rows = [rule(name, width, note)]
     for start, size, seq_id in sorted(here + free):
@@ -143,15 +133,9 @@ def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
             rows.append(line((f"  {where:>9}  free", DIM)))
             continue
         place, view = memory.sequences[seq_id], moment.state.sequences[seq_id]
-        style = colour(moment.history, moment, seq_id)
+        style = colour(moment, seq_id)
         mark = "*" if seq_id in moment.change.seq_ids else " "
-        text = "".join(moment.history.text(t) for t in view.tokens[: place.length]).replace("·", " ").strip()
+        text = prose(moment.history, view.tokens[: place.length])
         head = f"{moment.history.name(seq_id):<4}{place.length}/{size} "
         rows.append(line((f"{mark} {where:>9}  ", "bold"), (head, f"{style} bold"), (text, style)))
     return rows[:height]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("swap")

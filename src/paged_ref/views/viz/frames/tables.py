@@ -9,7 +9,6 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ....timeline.run_state import holes
 from ...common.canvas import (
     DIM,
     NEW,
@@ -20,6 +19,7 @@ from ...common.canvas import (
     colour,
     count,
     exactly,
+    filled,
     fit,
     line,
     listing,
@@ -27,7 +27,7 @@ from ...common.canvas import (
     rule,
     window,
 )
-from .blocks import block_row, overview
+from .blocks import block_row, pool_rows, pool_title
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -45,17 +45,15 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
 def _tables(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
     live = sorted(view.seq_id for view in moment.state.sequences.values() if view.status != "finished")
-    looked_at = (
-        scene.selected if scene.selected in live else next((s for s in moment.change.seq_ids if s in live), None)
-    )
-    place = 0 if looked_at is None else bisect_left(live, looked_at)
+    looked_at = next((s for s in (scene.selected, *moment.change.seq_ids) if s in live), 0)
+    place = bisect_left(live, looked_at)
     body = height - 1
     # A sequence takes a line at least, so these are enough to fill the window around the one looked at.
     near = live[max(0, place - body) : place + body]
     groups = [_table(scene, seq_id, width) for seq_id in near]
     rows = [row for group in groups for row in group]
-    wanted = sum(len(group) for seq_id, group in zip(near, groups, strict=True) if seq_id < (looked_at or 0))
-    first, last = window(len(rows), body, wanted) if len(rows) > body else (0, len(rows))
+    wanted = sum(len(group) for seq_id, group in zip(near, groups, strict=True) if seq_id < looked_at)
+    first, last = window(len(rows), body, wanted)
     note = f"{len(live)} sequences" if len(rows) > body or len(near) < len(live) else ""
     return [rule("Block tables", width, note), *(rows[first:last] or [line((" no sequence", DIM))])]
 
@@ -65,19 +63,17 @@ def _table(scene: Scene, seq_id: int, width: int) -> Lines:
     moment = scene.moment
     view, place = moment.state.sequences[seq_id], moment.state.memory.sequences.get(seq_id)
     concerned = seq_id in moment.change.seq_ids
-    style = colour(moment.history, moment, seq_id)
+    style = colour(moment, seq_id)
     pointer = "▶" if seq_id == scene.selected else "*" if concerned else " "
     status = view.status if view.status != "swapped" else "on the host"
     tokens = f", {count(place.length, 'token')}" if place else ""
     name = moment.history.name(seq_id)
-    head = line((pointer, "bold"), (name, f"{style} bold"), " ", fit(f"{status}{tokens}", width - 2 - len(name)))
-    rows = [head]
+    rows = [line((pointer, "bold"), (name, f"{style} bold"), " ", fit(f"{status}{tokens}", width - 2 - len(name)))]
     if place is None or not place.blocks:
         return rows
-    before = moment.change.place_before if concerned and len(moment.change.seq_ids) == 1 else None
-    known = place.blocks if before is None else before.blocks
+    new_entries = moment.change.new_entries if concerned else range(0)
     row = line("  ")
-    for entry, is_new in _entries(place.blocks, known, "h" if place.on_host else ""):
+    for entry, is_new in _entries(place.blocks, new_entries, "h" if place.on_host else ""):
         if row.cell_len + len(entry) + 1 > width and row.cell_len > 2:
             rows.append(row)
             row = line("  ")
@@ -85,12 +81,12 @@ def _table(scene: Scene, seq_id: int, width: int) -> Lines:
     return [*rows, row]
 
 
-def _entries(blocks: list[int], known: list[int], host: str) -> list[tuple[str, bool]]:
+def _entries(blocks: list[int], new_entries: range, host: str) -> list[tuple[str, bool]]:
     """`logical→physical` of a table, and whether it is new. In a long table, neighbours that run in step are one."""
     entries: list[tuple[str, bool]] = []
     run = 0  # entries in step before this one
     for logical, physical in enumerate(blocks):
-        is_new = logical >= len(known) or known[logical] != physical
+        is_new = logical in new_entries
         follows = len(blocks) > 12 and logical > 0 and physical == blocks[logical - 1] + 1
         if follows and entries[-1][1] == is_new:
             run += 1
@@ -105,41 +101,22 @@ def _entries(blocks: list[int], known: list[int], host: str) -> list[tuple[str, 
 
 
 def _pool(scene: Scene, width: int, height: int) -> Lines:
-    moment = scene.moment
-    memory = moment.state.memory
-    owned = owners(moment)
-    used = memory.num_blocks - len(memory.free) - len(memory.idle)
-    note = f"{used:,} used, {len(memory.free):,} free"
-    if moment.state.known:
-        note = f"{used:,} used, {len(memory.idle):,} idle, {len(memory.free):,} free"
-    head = rule(f"Pool: {memory.num_blocks:,} × {memory.block_size} slots", width, note)
+    moment, memory, owned = scene.moment, scene.moment.state.memory, owners(scene.moment)
+    used = memory.num_blocks - len(memory.free) - len(memory.cached)
+    cached = f"{len(memory.cached):,} cached, " if memory.known else ""
+    head = rule(pool_title(moment), width, f"{used:,} used, {cached}{len(memory.free):,} free")
     # The lists may be long; a screen never shows a hundred of them.
     tail = [listing("Free, next first:", memory.free[: -width - 1 : -1], width, len(memory.free))]
-    if moment.state.known:
-        tail.append(listing("Idle, first to go first:", islice(memory.idle, width), width, len(memory.idle)))
-    room = height - 1 - len(tail)
-    if memory.num_blocks <= room:
-        return [head, *(_row(scene, block, owned, width) for block in range(memory.num_blocks)), *tail]
-    # Zoom: the map shows all, the rows a part around what changed.
-    map_height = max(1, min(6, room // 3, -(-memory.num_blocks // width)))
-    rows = room - map_height - 1
-    concerned = [*moment.change.copied[1:], *(b for b in moment.change.before), *moment.change.cached]
-    if not concerned and scene.selected is not None and scene.selected in memory.sequences:
-        concerned = [] if memory.sequences[scene.selected].on_host else memory.sequences[scene.selected].blocks
-    first, last = window(memory.num_blocks, rows, (min(concerned) if concerned else 0) + scene.scroll)
-    each = max(1, -(-memory.num_blocks // (width * map_height)))
-    what = "a letter for each block" if each == 1 else f"each mark is {each} blocks"
-    return [
-        head,
-        *overview(moment, owned, width, map_height),
-        rule(f"Blocks {first} to {last - 1}", width, what),
-        *(_row(scene, block, owned, width) for block in range(first, last)),
-        *tail,
-    ]
+    if memory.known:
+        tail.append(listing("Cached, oldest first:", islice(memory.cached, width), width, len(memory.cached)))
+    concerned = [*moment.change.copied[1:], *moment.change.before, *moment.change.known]
+    if not concerned and scene.selected in memory.sequences and not memory.sequences[scene.selected].on_host:
+        concerned = memory.sequences[scene.selected].blocks
 
+    def row(block_id: int) -> Text:
+        return block_row(moment, block_id, owned.get(block_id, []), width, scene.selected)
 
-def _row(scene: Scene, block_id: int, owned: dict[int, list[int]], width: int) -> Text:
-    return block_row(scene.moment, block_id, owned.get(block_id, []), width, scene.selected)
+    return [head, *pool_rows(scene, min(concerned, default=0), row, width, height - 1 - len(tail)), *tail]
 
 
 # --- managers without blocks ------------------------------------------------------------------------------
@@ -152,7 +129,7 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
     pieces: list[tuple[int, int, int | None]] = [
         (place.start, place.size, seq_id) for seq_id, place in memory.sequences.items() if not place.on_host
     ]
-    pieces += [(start, size, None) for start, size in holes(memory)]
+    pieces += [(start, size, None) for start, size in memory.holes()]
     pieces.sort()
     note = f"{count(len(pieces), 'piece')}, one for each sequence, in one array"
     head = rule(f"{memory.manager.capitalize()} manager: {memory.num_blocks:,} slots", width, note)
@@ -168,10 +145,10 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
     map_height = max(1, min(-(-memory.num_blocks // width), height // 3))
     room = height - 1 - len(below) - map_height
     wanted = next((i for i, (_, _, s) in enumerate(pieces) if s in moment.change.seq_ids), 0) + scene.scroll
-    each = 2 if 2 * len(pieces) <= room else 1
-    first, last = window(len(pieces), room // each, wanted) if each * len(pieces) > room else (0, len(pieces))
+    each = 2 if 2 * len(pieces) <= room else 1  # lines for a piece
+    first, last = window(len(pieces), room // each, wanted)
     rows = [row for piece in pieces[first:last] for row in _piece(scene, *piece, width)[:each]]
-    return [head, *rows, *[line("")] * (room - len(rows)), below[0], below[1], *slot_map(moment, width, map_height)]
+    return [head, *filled(rows, room), *below, *slot_map(moment, width, map_height)]
 
 
 def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) -> Lines:
@@ -180,7 +157,7 @@ def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) 
     if seq_id is None:
         return [line(("  ", ""), (f"{where:>11} ", DIM), (f"free: a hole of {count(size, 'slot')}", DIM)), line("")]
     place, view = moment.state.memory.sequences[seq_id], moment.state.sequences[seq_id]
-    style = colour(moment.history, moment, seq_id)
+    style = colour(moment, seq_id)
     mark = "▶" if seq_id == scene.selected else "*" if seq_id in moment.change.seq_ids else " "
     gauge_room = max(10, width - 48)
     full = round(gauge_room * place.length / size)
@@ -192,8 +169,7 @@ def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) 
         ("█" * full, style),
         ("░" * (gauge_room - full), DIM),
     )
-    texts = [moment.history.text(token) for token in view.tokens[: place.length]]
-    text = "│".join(texts)
+    text = "│".join(map(moment.history.text, view.tokens[: place.length]))
     if cell_len(text) > width - 15:  # the newest are worth more
         text = "…" + set_cell_size(text[::-1], width - 16)[::-1]
     return [exactly(head, width), line(" " * 14, (text, style))]
@@ -208,12 +184,6 @@ def slot_map(moment: Moment, width: int, height: int) -> Lines:
         if not place.on_host:
             slots = (place.start, place.start + place.length, place.start + place.size)
             first, full, last = (-(-slot // each) for slot in slots)
-            name, style = moment.history.name(seq_id)[0], colour(moment.history, moment, seq_id)
+            name, style = moment.history.name(seq_id)[0], colour(moment, seq_id)
             cells[first:last] = [(name, style)] * (full - first) + [("░", WARM)] * (last - full)
     return [Text.assemble(*cells[top : top + width]) for top in range(0, len(cells), width)]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("tables")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from ...common.canvas import DIM, Lines, Scene, colour, count, fit, line, pack, rule, window
+from ...common.canvas import DIM, Lines, Scene, colour, count, filled, fit, line, pack, prose, rule, window
 
 CODES = {
     "P": "prefill",
@@ -17,17 +17,8 @@ CODES = {
     "-": "idle",
     "F": "finished",
 }
-_SHOWN = {"w": ".", "d": "d"}
-_STYLES = {
-    "P": "bold",
-    "R": "bold",
-    "S": "bold reverse",
-    "x": "bold reverse",
-    "w": DIM,
-    "s": DIM,
-    "-": DIM,
-    "F": "bold",
-}
+_SHOWN = {"w": "."}  # in place of the code
+_STYLES = {**dict.fromkeys("PRF", "bold"), **dict.fromkeys("Sx", "bold reverse"), **dict.fromkeys("ws-", DIM)}
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -38,27 +29,20 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     label = 24 if width < 110 else 40
     columns = width - label - 1
     wide = 3 if 3 * (total + 1) <= columns else 2 if 2 * (total + 1) <= columns else 1
-    fitting = columns // wide
-    first_step, last_step = window(total + 1, fitting, max(0, now)) if total + 1 > fitting else (0, total + 1)
-    seq_ids = sorted(moment.history.names)
+    first_step, last_step = window(total + 1, columns // wide, max(0, now))
+    seq_ids = sorted(history.names)
     room = height - 3 - len(legend) - len(batch)
-    wanted = 0
-    concerned = [scene.selected] if scene.selected is not None else list(moment.change.seq_ids[:1])
-    if concerned and concerned[0] in moment.history.names:
-        wanted = seq_ids.index(concerned[0])
-    first, last = window(len(seq_ids), room, wanted + scene.scroll) if len(seq_ids) > room else (0, len(seq_ids))
+    concerned = next((s for s in (scene.selected, *moment.change.seq_ids) if s is not None), None)
+    wanted = seq_ids.index(concerned) if concerned in history.names else 0
+    first, last = window(len(seq_ids), room, wanted + scene.scroll)
     note = f"sequences {first + 1}-{last} of {len(seq_ids)}" if len(seq_ids) > room else count(total, "step")
     rows = [
-        rule("Who did what in each step", width, note),
+        rule("What each sequence did in each step", width, note),
         _scale(label, wide, first_step, last_step),
         *(_row(scene, seq_id, label, wide, first_step, last_step) for seq_id in seq_ids[first:last]),
-        line(
-            " " * (label + 1 + (max(0, now) - first_step) * wide),
-            ("▲", "bold"),
-            (f" step {now}" if now >= 0 else "", "bold"),
-        ),
+        line(" " * (label + 1 + (max(0, now) - first_step) * wide), (f"▲ step {now}" if now >= 0 else "▲", "bold")),
     ]
-    return [*rows, *[line("")] * (height - len(rows) - len(batch) - len(legend)), *batch, *legend]
+    return [*filled(rows, height - len(batch) - len(legend)), *batch, *legend]
 
 
 def _scale(label: int, wide: int, first: int, last: int) -> Text:
@@ -74,11 +58,9 @@ def _scale(label: int, wide: int, first: int, last: int) -> Text:
 def _row(scene: Scene, seq_id: int, label: int, wide: int, first: int, last: int) -> Text:
     moment, history = scene.moment, scene.history
     view = moment.state.sequences.get(seq_id)
-    style = colour(history, moment, seq_id)
+    style = colour(moment, seq_id)
     pointer = "▶" if seq_id == scene.selected else "*" if seq_id in moment.change.seq_ids else " "
-    text = ""
-    if view is not None:
-        text = "".join(history.text(t) for t in view.tokens[: view.prompt_len]).replace("·", " ").strip()
+    text = prose(history, view.tokens[: view.prompt_len]) if view else ""
     name = fit(history.name(seq_id), 4)
     row = line((pointer, "bold"), (name, f"{style} bold"), (fit(text, label - 6) + " ", style if view else DIM))
     row.append("│", DIM)
@@ -103,8 +85,8 @@ def _batch(scene: Scene, width: int, height: int) -> Lines:
     for seq_id, n in plan.chunks[: height - 1]:
         view = moment.state.sequences[seq_id]
         code = moment.history.code_at(seq_id, moment.step)
-        style = colour(moment.history, moment, seq_id)
-        text = "".join(moment.history.text(t) for t in view.tokens).replace("·", " ").strip()
+        style = colour(moment, seq_id)
+        text = prose(moment.history, view.tokens)
         head = f" {moment.history.name(seq_id):<4}{CODES.get(code, '')} {n}: "
         room = width - len(head) - 1
         rows.append(line((head, f"{style} bold"), (text if len(text) <= room else "…" + text[1 - room :], style)))
@@ -118,9 +100,3 @@ def _legend(scene: Scene, width: int) -> Lines:
     used = {code for spans in scene.history.spans.values() for _, code in spans}
     shown = [f"{_SHOWN.get(code, code)} {what}" for code, what in CODES.items() if code in used]
     return [line((f" {row}", DIM)) for row in pack(shown, width - 2)]
-
-
-if __name__ == "__main__":
-    from ....commands.viz import show
-
-    show("timeline")

@@ -1,0 +1,100 @@
+"""Tokens as they come: `stream`, and `generate` with a callback. Several loops over one LLM may be open together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+from ..core.engine.llm import LLM, Prompt
+from ..core.engine.outputs import RequestOutput, TokenOutput
+from ..core.engine.request import Request
+from ..core.engine.sampling import SamplingParams
+from .transaction import Turns
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class StreamingLLM(LLM):
+    """The core's LLM, whose loops get their tokens whichever loop makes the step."""
+
+    def open(self, *parts: Any) -> None:
+        super().open(*parts)
+        self._turns = Turns()
+        self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: tokens for the loop that waits for them
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        with self._turns.taken("add_request"):
+            return super().add_request(prompt, params)
+
+    def step(self) -> list[TokenOutput]:
+        """One step for every sequence that runs; [] when nothing is left."""
+        with self._turns.taken("step"):
+            return self.engine.step()
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.engine.requests)
+
+    def output_of(self, request_id: int) -> RequestOutput:
+        """The output of an unfinished request. The object is filled as the request goes on."""
+        return self.engine.requests[request_id].output
+
+    def abort(self, request_id: int) -> None:
+        """Stop a request where it is and free its memory. A request that has finished is left alone."""
+        with self._turns.taken("abort"):
+            self.engine.abort(request_id)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        on_token: Callable[[TokenOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Run the prompts to their end; one RequestOutput for each, in order.
+
+        `params` is one for all, or one for each. `on_token` is called with each new token. If it or a hook raises,
+        these requests are aborted and nothing stays behind.
+        """
+        requests = self.queue(prompts, params)
+        with closing(self._run(requests)) as tokens:
+            next(tokens)
+            for token in tokens:
+                if on_token is not None:
+                    on_token(token)
+        return [request.output for request in requests]
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[TokenOutput]:
+        """Like generate(), but yields each token as it comes. Leaving the loop aborts what is unfinished."""
+        tokens = self._run(self.queue(prompts, params))
+        next(tokens)
+        return tokens
+
+    def _run(self, requests: list[Request]) -> Generator[Any, None, None]:
+        """The tokens of these requests, after one None.
+
+        The None comes before the first step, so that the caller is inside `try` by then: dropping the loop aborts the
+        requests even before their first token.
+        """
+        own = {request.output.request_id for request in requests}
+        fresh: deque[TokenOutput] = deque()  # tokens for this loop; a step that another loop makes may bring some
+        self._loops.update(dict.fromkeys(own, fresh))
+        try:
+            yield None
+            while True:
+                while fresh:
+                    yield fresh.popleft()
+                for request in requests:
+                    if request.output.error is not None:
+                        raise request.output.error
+                if not any(request_id in self.engine.requests for request_id in own):
+                    return
+                for token in self.step():
+                    if token.request_id in self._loops:
+                        self._loops[token.request_id].append(token)
+        finally:
+            for request_id in own:
+                del self._loops[request_id]
+                self.abort(request_id)

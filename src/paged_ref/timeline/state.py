@@ -1,0 +1,580 @@
+"""One moment of a run, as its log says it: memory, tokens, pages and totals.
+
+`RunState.apply` moves the state by one event, and returns what changed. The state follows the events and decides
+nothing: the event says which block was taken, copied or given up. An event that contradicts an earlier one is refused.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import msgspec
+
+from ..core.memory.paged import Table, snapshot_of
+from ..core.memory.usage import PartialAllocation, Snapshot
+from ..extras.prefix_cache import block_digests
+from .events import (
+    BlockCached,
+    Event,
+    PagesAttended,
+    PagesFreed,
+    PagesNamed,
+    PagesPlaced,
+    Pairs,
+    PoolOpened,
+    RegionPlaced,
+    RegionSwappedIn,
+    RegionSwappedOut,
+    RequestArrived,
+    ResidencyOpened,
+    SequenceAdmitted,
+    SequenceFinished,
+    SequenceForked,
+    SequenceFreed,
+    StepPlanned,
+    SwappedIn,
+    SwappedOut,
+    TokenSampled,
+    TokensAppended,
+    sequences_of,
+)
+
+Status = Literal["waiting", "running", "swapped", "finished"]
+PageEvent = ResidencyOpened | PagesPlaced | PagesFreed | PagesNamed
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Placement(Table):
+    """Where one sequence lies: in blocks, or in a region (then `blocks` is empty)."""
+
+    start: int = 0
+    size: int = 0
+    on_host: bool = False
+
+    def copy(self) -> Placement:
+        return Placement(self.blocks.copy(), self.length, self.start, self.size, self.on_host)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownBlock:
+    """A full block in the prefix cache. `parent` is the digest of the block before it, "" for the first."""
+
+    block_id: int
+    digest: str
+    parent: str = field(default="", compare=False)  # this and the tokens are the log's, not the manager's
+    tokens: tuple[int, ...] = field(default=(), compare=False)
+
+
+@dataclass(slots=True)
+class PageState:
+    """The pages of sequences that are longer than the device: where each page is, and which sequence has it."""
+
+    num_device_blocks: int = 0
+    num_host_blocks: int = 0
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)  # page -> device block, host block; -1: not there
+    tables: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)  # (sequence, layer, KV head) -> pages
+
+    def copy(self) -> PageState:
+        tables = {key: pages.copy() for key, pages in self.tables.items()}
+        return PageState(self.num_device_blocks, self.num_host_blocks, self.places.copy(), tables)
+
+    def apply(self, event: PageEvent) -> None:
+        match event:
+            case ResidencyOpened():
+                self.num_device_blocks, self.num_host_blocks = event.num_device_blocks, event.num_host_blocks
+            case PagesPlaced():
+                self._place(event)
+            case PagesFreed():
+                for page in event.pages:
+                    del self.places[page]
+            case PagesNamed():
+                self.tables.setdefault((event.seq_id, event.layer, event.head), []).extend(event.pages)
+
+    def _place(self, event: PagesPlaced) -> None:
+        """All pages leave their old places before one comes to its new place."""
+        for page in event.pages:
+            self.places.pop(page, None)
+        new = {page: (d, h) for page, d, h in zip(event.pages, event.device_blocks, event.host_blocks, strict=True)}
+        for side, total in ((0, self.num_device_blocks), (1, self.num_host_blocks)):
+            wanted = [place[side] for place in new.values() if place[side] >= 0]
+            if any(block >= total for block in wanted):
+                raise ValueError(f"block {max(wanted)} is not among the {total}")
+            taken = {place[side] for place in self.places.values()} if wanted else set()
+            twice = [block for i, block in enumerate(wanted) if block in taken or block in wanted[:i]]
+            if twice:
+                raise ValueError(f"{('device', 'host')[side]} block {twice[0]} has two pages")
+        self.places.update(new)
+
+    def end(self, seq_id: int) -> None:
+        """The sequence has no pages any more."""
+        for key in [key for key in self.tables if key[0] == seq_id]:
+            del self.tables[key]
+
+
+@dataclass(slots=True)
+class Blocks:
+    """The blocks of the device, or of the host. A block is in tables, or free, or cached: in the prefix cache alone."""
+
+    ref_count: list[int] = field(default_factory=list)  # tables that point to each block
+    free: list[int] = field(default_factory=list)  # free[-1] was freed last; the managers allocate it next
+    known: dict[int, KnownBlock] = field(default_factory=dict)  # blocks in the prefix cache, in tables or cached
+    cached: OrderedDict[int, None] = field(default_factory=OrderedDict)  # the block unused longest first
+    counts_before: dict[int, int] = field(default_factory=dict, compare=False)  # of blocks that this event touched
+
+    def take(self, block_id: int) -> None:
+        """A free block is in one table now."""
+        if self._count_of(block_id) or block_id in self.cached:
+            raise ValueError(f"block {block_id} is not free")
+        if self.free[-1] == block_id:
+            self.free.pop()
+        else:
+            self.free.remove(block_id)
+        self.ref_count[block_id] = 1
+
+    def share(self, block_id: int) -> None:
+        """A block that is in a table, or cached, is in one table more."""
+        if not self._count_of(block_id):
+            if block_id not in self.cached:
+                raise ValueError(f"block {block_id} is free")
+            del self.cached[block_id]
+        self.ref_count[block_id] += 1
+
+    def release(self, block_id: int) -> None:
+        """A block is in one table less. From its last table it goes to the free blocks, or to the cached ones."""
+        self.check_held(block_id)
+        self.ref_count[block_id] -= 1
+        if self.ref_count[block_id]:
+            return
+        if block_id in self.known:
+            self.cached[block_id] = None
+        else:
+            self.free.append(block_id)
+
+    def give_up(self, blocks: Iterable[int]) -> None:
+        """The prefix cache gave up these cached blocks: they are free."""
+        for block_id in blocks:
+            if block_id not in self.cached:
+                raise ValueError(f"block {block_id} is not cached, and cannot be given up")
+            del self.cached[block_id], self.known[block_id]
+            self.free.append(block_id)
+
+    def check_held(self, block_id: int) -> None:
+        """Raise ValueError unless the block is in a table."""
+        if not self._count_of(block_id):
+            raise ValueError(f"block {block_id} is in no table")
+
+    def _count_of(self, block_id: int) -> int:
+        """Tables that point to a block that is about to change."""
+        if not 0 <= block_id < len(self.ref_count):
+            raise ValueError(f"block {block_id} is not in the pool")
+        self.counts_before.setdefault(block_id, self.ref_count[block_id])
+        return self.ref_count[block_id]
+
+
+@dataclass(slots=True)
+class MemoryState(Blocks):
+    """What a manager holds, as plain values. The blocks of the device are its own, those of the host are in `host`."""
+
+    manager: str = ""
+    num_blocks: int = 0
+    block_size: int = 1
+    num_host_blocks: int = 0
+    sequences: dict[int, Placement] = field(default_factory=dict)
+    host: Blocks = field(default_factory=Blocks)
+    pages: PageState = field(default_factory=PageState)
+
+    @property
+    def paged(self) -> bool:
+        return bool(self.ref_count)
+
+    def copy(self) -> MemoryState:
+        """A state of its own. Known blocks never change, and are shared."""
+        return replace(
+            self,
+            ref_count=self.ref_count.copy(),
+            free=self.free.copy(),
+            known=self.known.copy(),
+            cached=self.cached.copy(),
+            counts_before={},
+            sequences={seq_id: place.copy() for seq_id, place in self.sequences.items()},
+            host=Blocks(self.host.ref_count.copy(), self.host.free.copy()),
+            pages=self.pages.copy(),
+        )
+
+    # --- one sequence ----------------------------------------------------------------------------------
+
+    def find(self, seq_id: int, on_host: bool) -> Placement:
+        """The placement of a sequence that must be on this side."""
+        place = self.sequences.get(seq_id)
+        if place is None:
+            raise ValueError(f"sequence {seq_id} is not there")
+        if place.on_host != on_host:
+            raise ValueError(f"sequence {seq_id} is on the {'host' if place.on_host else 'device'}")
+        return place
+
+    def begin(self, seq_id: int, place: Placement) -> None:
+        """A new sequence, in blocks that exist already."""
+        if seq_id in self.sequences:
+            raise ValueError(f"sequence {seq_id} is there already")
+        for block_id in place.blocks:
+            self.share(block_id)
+        self.sequences[seq_id] = place
+        self.check_fit(seq_id, place)
+
+    def check_fit(self, seq_id: int, place: Placement) -> None:
+        """A table has just enough blocks, a region has enough slots. Pages come later, layer by layer."""
+        if self.manager == "streaming":
+            return
+        if not self.paged:
+            if place.length > place.size:
+                raise ValueError(f"sequence {seq_id} has {place.length} tokens in {place.size} slots")
+        elif len(place.blocks) != -(-place.length // self.block_size):
+            raise ValueError(f"sequence {seq_id} has {place.length} tokens in {len(place.blocks)} blocks")
+
+    def move_tables(self, seq_ids: Sequence[int], moved: Pairs, to_host: bool) -> None:
+        """Tables move from one pool to the other. A block that several of the sequences share moves once."""
+        source, destination = (self, self.host) if to_host else (self.host, self)
+        new_of, taken = dict(moved), set()
+        for seq_id in seq_ids:
+            for block_id in self.find(seq_id, on_host=not to_host).blocks:
+                if block_id not in new_of:
+                    raise ValueError(f"block {block_id} of sequence {seq_id} is not among the blocks that moved")
+                new = new_of[block_id]
+                (destination.share if new in taken else destination.take)(new)
+                taken.add(new)
+        for seq_id in seq_ids:
+            place = self.sequences[seq_id]
+            for block_id in reversed(place.blocks):
+                source.release(block_id)
+            place.blocks, place.on_host = [new_of[block_id] for block_id in place.blocks], to_host
+            self.now_last(seq_id)
+
+    def now_last(self, seq_id: int) -> None:
+        """The sequence is the last that came to its side, device or host; snapshots are in that order."""
+        self.sequences[seq_id] = self.sequences.pop(seq_id)
+
+    # --- where the slots are ---------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """What the manager's own snapshot() says, with no request waiting. For pages that stream: how full the device
+        is."""
+        if self.manager == "streaming":
+            here = sum(device >= 0 for device, _ in self.pages.places.values())
+            return Snapshot(here * self.block_size, [], external=0, free=(self.num_blocks - here) * self.block_size)
+        on_device = {seq_id: place for seq_id, place in self.sequences.items() if not place.on_host}
+        if self.paged:
+            free, cached = len(self.free), len(self.cached)
+            return snapshot_of(on_device, self.block_size, self.num_blocks - free - cached, free, cached)
+        regions = [PartialAllocation(seq_id, p.length, p.length, p.size) for seq_id, p in on_device.items()]
+        return Snapshot(0, regions, external=0, free=sum(size for _, size in self.holes()))
+
+    def holes(self, on_host: bool = False) -> list[tuple[int, int]]:
+        """(start, size) of the free slots between the regions of one pool."""
+        found, position = [], 0
+        here = [(place.start, place.size) for place in self.sequences.values() if place.on_host == on_host]
+        for start, size in [*sorted(here), (self.num_host_blocks if on_host else self.num_blocks, 0)]:
+            if start > position:
+                found.append((position, start - position))
+            position = start + size
+        return found
+
+
+# --- the run ---------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class SequenceView:
+    """One sequence as the log says it. `tokens` is empty where only a manager was logged, and no engine."""
+
+    seq_id: int
+    request_id: int  # -1: no engine was logged
+    prompt_len: int
+    tokens: list[int]
+    status: Status = "waiting"
+    reason: str = ""  # why it finished
+    digest: tuple[int, bytes] = (0, b"")  # leading blocks, and the digest of the last of them
+
+    def copy(self) -> SequenceView:
+        return replace(self, tokens=self.tokens.copy())
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counted from the beginning of the log."""
+
+    forks: int = 0
+    copies: int = 0  # on write
+    rows_out: int = 0  # to the host: blocks, or slots of a manager without blocks
+    rows_in: int = 0
+    rows_moved: int = 0  # on the device, by the swapping manager
+    hits: int = 0  # tokens found in the prefix cache
+    asked: int = 0  # tokens of sequences that were admitted
+    evicted: int = 0  # blocks that the prefix cache gave up
+    preemptions: int = 0  # sequences
+
+
+class Change(msgspec.Struct, frozen=True):
+    """What one event did to memory, for the marks on screen."""
+
+    seq_ids: tuple[int, ...] = ()  # the sequences that the event is about
+    before: dict[int, int] = {}  # device block -> its ref count before, where it changed
+    written: range = range(0)  # positions of the sequence that got a slot
+    new_entries: range = range(0)  # logical blocks of the sequence whose entry in the table is new
+    copied: tuple[int, ...] = ()  # (source, destination) of a copy on write
+    evicted: tuple[int, ...] = ()  # blocks that the prefix cache gave up
+    hits: tuple[int, ...] = ()  # blocks that the prefix cache found
+    known: tuple[int, ...] = ()  # blocks that the prefix cache knows from now on
+    place_before: Placement | None = None  # of the sequence that was freed, or whose region changed
+
+
+@dataclass(slots=True)
+class RunState:
+    """All that is drawn of one moment."""
+
+    memory: MemoryState = field(default_factory=MemoryState)
+    sequences: dict[int, SequenceView] = field(default_factory=dict)
+    writer: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> (sequence, logical block)
+    plan: StepPlanned | None = None  # the last one
+    attended: dict[int, PagesAttended] = field(default_factory=dict)  # by sequence: what was watched last
+    totals: Totals = field(default_factory=Totals)
+
+    @property
+    def paged(self) -> bool:
+        return self.memory.paged
+
+    def copy(self) -> RunState:
+        """A state of its own. Finished sequences never change, and are shared."""
+        views = {seq_id: v if v.status == "finished" else v.copy() for seq_id, v in self.sequences.items()}
+        totals = replace(self.totals)
+        return RunState(self.memory.copy(), views, self.writer.copy(), self.plan, self.attended.copy(), totals)
+
+    def apply(self, event: Event, number: int = 0) -> Change:
+        """Move the state by one event. Raises ValueError, with `number` as the event's place in the log, where the
+        event contradicts what came before."""
+        follow = _FOLLOW.get(type(event))
+        if follow is None:
+            return Change(sequences_of(event))
+        place_before = None
+        if isinstance(event, _PLACE_CHANGES) and event.seq_id in self.memory.sequences:
+            place_before = self.memory.sequences[event.seq_id].copy()
+        self.memory.counts_before.clear()
+        try:
+            follow(self, event)
+        except (KeyError, IndexError, ValueError) as error:
+            why = f"{error} is not there" if isinstance(error, KeyError) else error
+            raise ValueError(f"event {number}, {type(event).__name__}, does not fit what came before: {why}") from None
+        return self._change(event, place_before)
+
+    def _change(self, event: Event, place_before: Placement | None) -> Change:
+        ref_count, seq_ids = self.memory.ref_count, sequences_of(event)
+        written = new_entries = range(0)
+        if isinstance(event, TokensAppended):
+            place = self.memory.sequences[event.seq_id]
+            written = range(place.length - event.count, place.length)
+            new_entries = range(len(place.blocks) - len(event.new_blocks) - bool(event.copied), len(place.blocks))
+        elif isinstance(event, (SwappedOut, SwappedIn)) and len(seq_ids) == 1:
+            new_entries = range(len(self.memory.sequences[seq_ids[0]].blocks))
+        return Change(
+            seq_ids,
+            before={block: old for block, old in self.memory.counts_before.items() if ref_count[block] != old},
+            written=written,
+            new_entries=new_entries,
+            copied=getattr(event, "copied", ()),
+            evicted=getattr(event, "evicted", ()),
+            hits=event.blocks if isinstance(event, SequenceAdmitted) else (),
+            known=(event.block_id,) if isinstance(event, BlockCached) else (),
+            place_before=place_before,
+        )
+
+    # --- one method for each event that changes something ------------------------------------------------
+
+    def _pool_opened(self, event: PoolOpened) -> None:
+        memory = self.memory
+        if memory.manager:
+            raise ValueError("a pool was opened before")
+        memory.manager, memory.block_size = event.manager, event.block_size
+        memory.num_blocks, memory.num_host_blocks = event.num_blocks, event.num_host_blocks
+        if event.free_order:
+            memory.ref_count = [0] * event.num_blocks
+            memory.free = list(reversed(event.free_order))
+            memory.host = Blocks([0] * event.num_host_blocks, list(reversed(range(event.num_host_blocks))))
+
+    def _request_arrived(self, event: RequestArrived) -> None:
+        for seq_id in event.seq_ids:
+            self.sequences[seq_id] = SequenceView(seq_id, event.request_id, len(event.prompt), list(event.prompt))
+
+    def _admitted(self, event: SequenceAdmitted) -> None:
+        self.memory.begin(event.seq_id, Placement(list(event.blocks), event.length))
+        view = self._set_status(event.seq_id, "running")
+        self.totals.hits += event.length
+        self.totals.asked += len(view.tokens)
+
+    def _appended(self, event: TokensAppended) -> None:
+        memory = self.memory
+        place = memory.find(event.seq_id, on_host=False)
+        self._give_up(event.evicted)
+        if event.copied:
+            source, destination = event.copied
+            if place.blocks[-1] != source:
+                last = place.blocks[-1]
+                raise ValueError(f"block {source} was copied; the last of sequence {event.seq_id} is {last}")
+            memory.take(destination)
+            place.blocks[-1] = destination
+            memory.release(source)
+            self.totals.copies += 1
+        for block_id in event.new_blocks:
+            memory.take(block_id)
+        place.blocks += event.new_blocks
+        for index in range(place.length // memory.block_size, len(place.blocks)):
+            self.writer[place.blocks[index]] = (event.seq_id, index)
+        place.length += event.count
+        memory.check_fit(event.seq_id, place)
+
+    def _forked(self, event: SequenceForked) -> None:
+        place, parent = self.memory.find(event.parent_id, on_host=False), self._arrived(event.parent_id)
+        self.memory.begin(event.child_id, place.copy())
+        if event.child_id not in self.sequences:  # a beam; a sample has arrived with its request
+            self.sequences[event.child_id] = replace(parent, seq_id=event.child_id, tokens=parent.tokens.copy())
+        self._set_status(event.child_id, "running")
+        self.totals.forks += 1
+
+    def _block_cached(self, event: BlockCached) -> None:
+        self.memory.check_held(event.block_id)
+        view, index = self._writer_of(event.block_id)
+        size = self.memory.block_size
+        tokens = tuple(view.tokens[index * size : (index + 1) * size])
+        parent = b""
+        if len(tokens) == size:
+            done, digest = view.digest if view.digest[0] <= index else (0, b"")
+            chain = [digest, *block_digests(view.tokens[done * size : (index + 1) * size], size, digest)]
+            parent = chain[-2]
+            if view.status != "finished":
+                view.digest = (index + 1, chain[-1])
+        self.memory.known[event.block_id] = KnownBlock(event.block_id, event.digest, parent.hex(), tokens)
+
+    def _swapped_out(self, event: SwappedOut) -> None:
+        self.memory.move_tables(event.seq_ids, event.blocks, to_host=True)
+        for seq_id in event.seq_ids:
+            self._set_status(seq_id, "swapped")
+        self.totals.rows_out += len(event.blocks)
+        self.totals.preemptions += len(event.seq_ids)
+
+    def _swapped_in(self, event: SwappedIn) -> None:
+        self._give_up(event.evicted)
+        self.memory.move_tables(event.seq_ids, event.blocks, to_host=False)
+        for seq_id in event.seq_ids:
+            self._set_status(seq_id, "running")
+            for index, block_id in enumerate(self.memory.sequences[seq_id].blocks):
+                self.writer[block_id] = (seq_id, index)
+        self.totals.rows_in += len(event.blocks)
+
+    def _freed(self, event: SequenceFreed) -> None:
+        place = self.memory.sequences.pop(event.seq_id, None)
+        if place is None:
+            raise ValueError(f"sequence {event.seq_id} is not there")
+        for block_id in reversed(place.blocks):  # managers free the last block first
+            (self.memory.host if place.on_host else self.memory).release(block_id)
+        self.memory.pages.end(event.seq_id)
+        view = self._set_status(event.seq_id, "waiting")  # preempted, unless SequenceFinished follows
+        if view.request_id < 0:  # no engine was logged, so SequenceFinished never follows
+            del self.sequences[event.seq_id]
+
+    def _region_moved(self, event: RegionPlaced | RegionSwappedOut | RegionSwappedIn) -> None:
+        """The region of the sequence lies here now, where no other region may lie."""
+        memory, totals = self.memory, self.totals
+        from_host, to_host = isinstance(event, RegionSwappedIn), isinstance(event, RegionSwappedOut)
+        if isinstance(event, RegionPlaced):
+            memory.sequences.setdefault(event.seq_id, Placement())
+        place = memory.find(event.seq_id, on_host=from_host)
+        if from_host != to_host:
+            memory.now_last(event.seq_id)
+            totals.rows_in += place.length * from_host
+            totals.rows_out += place.length * to_host
+            totals.preemptions += to_host
+        elif place.start != event.start:
+            totals.rows_moved += place.length
+        place.start, place.size, place.on_host = event.start, event.size, to_host
+        stop = event.start + event.size
+        if event.start < 0 or stop > (memory.num_host_blocks if to_host else memory.num_blocks):
+            raise ValueError(f"slots {event.start} to {stop - 1} are not all in the pool")
+        for seq_id, other in memory.sequences.items():
+            overlap = other.start < stop and event.start < other.start + other.size
+            if overlap and other is not place and other.on_host == to_host:
+                raise ValueError(f"sequences {event.seq_id} and {seq_id} lie in the same slots")
+        memory.check_fit(event.seq_id, place)
+        self._set_status(event.seq_id, "swapped" if to_host else "running")
+
+    def _pages_changed(self, event: PageEvent) -> None:
+        self.memory.pages.apply(event)
+
+    def _pages_attended(self, event: PagesAttended) -> None:
+        self.attended[event.seq_id] = event
+
+    def _planned(self, event: StepPlanned) -> None:
+        for seq_id, _ in event.chunks:
+            if seq_id not in self.memory.sequences:
+                raise ValueError(f"sequence {seq_id} holds nothing")
+        for seq_id in (*(seq_id for seq_id, _ in event.chunks), *event.preempted, *event.waiting):
+            self._arrived(seq_id)
+        self.plan = event
+        # A sequence that was swapped out is counted by that event.
+        self.totals.preemptions += sum(self.sequences[seq_id].status == "waiting" for seq_id in event.preempted)
+
+    def _sampled(self, event: TokenSampled) -> None:
+        self._arrived(event.seq_id).tokens.append(event.token_id)
+
+    def _finished(self, event: SequenceFinished) -> None:
+        # A new object, which never changes again: copies of the state share finished sequences.
+        self.sequences[event.seq_id] = replace(self._arrived(event.seq_id), status="finished", reason=event.reason)
+
+    # --- what several of them do -----------------------------------------------------------------------
+
+    def _set_status(self, seq_id: int, status: Status) -> SequenceView:
+        """The sequence, made where no engine was logged, with this status from now on."""
+        view = self.sequences.setdefault(seq_id, SequenceView(seq_id, -1, 0, []))
+        view.status = status
+        return view
+
+    def _arrived(self, seq_id: int) -> SequenceView:
+        """The sequence, which must be there."""
+        if seq_id not in self.sequences:
+            raise ValueError(f"sequence {seq_id} never arrived")
+        return self.sequences[seq_id]
+
+    def _writer_of(self, block_id: int) -> tuple[SequenceView, int]:
+        """The sequence that wrote the block, or one that shares it, and the block's place in the table."""
+        seq_id, index = self.writer[block_id]
+        if seq_id not in self.sequences:  # it was freed before another sequence committed the block
+            tables = self.memory.sequences.items()
+            seq_id = next(s for s, p in tables if not p.on_host and p.blocks[index : index + 1] == [block_id])
+        return self.sequences[seq_id], index
+
+    def _give_up(self, evicted: Sequence[int]) -> None:
+        self.memory.give_up(evicted)
+        self.totals.evicted += len(evicted)
+
+
+_PLACE_CHANGES = (SequenceFreed, RegionPlaced, RegionSwappedOut, RegionSwappedIn)
+_FOLLOW: dict[type[Event], Callable[[RunState, Any], None]] = {
+    PoolOpened: RunState._pool_opened,
+    RequestArrived: RunState._request_arrived,
+    SequenceAdmitted: RunState._admitted,
+    TokensAppended: RunState._appended,
+    SequenceForked: RunState._forked,
+    BlockCached: RunState._block_cached,
+    SwappedOut: RunState._swapped_out,
+    SwappedIn: RunState._swapped_in,
+    SequenceFreed: RunState._freed,
+    **dict.fromkeys((RegionPlaced, RegionSwappedOut, RegionSwappedIn), RunState._region_moved),
+    **dict.fromkeys((ResidencyOpened, PagesPlaced, PagesFreed, PagesNamed), RunState._pages_changed),
+    PagesAttended: RunState._pages_attended,
+    StepPlanned: RunState._planned,
+    TokenSampled: RunState._sampled,
+    SequenceFinished: RunState._finished,
+}

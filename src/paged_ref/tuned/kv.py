@@ -1,0 +1,68 @@
+"""The KV cache on a GPU: swaps beside the computation, and kernels that move K and V."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..core.device import Array
+from ..core.memory.kv import KVCache
+from ..core.memory.manager import Transfer
+from ..extras.formatted_kv import FormattedKV
+from . import store
+from .copies import CopyStream, pinned
+
+
+class TunedKV(KVCache):
+    """A KVCache that swaps on a stream of its own, and writes and copies with one kernel each.
+
+    Swaps run straight between the device and page-locked host memory. A swap begins when all work before it is done,
+    and work after it begins when the swap is done, so that no block is reused before its copy. The host does not wait;
+    call `synchronize` before reading `host`.
+    """
+
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        """The arguments of KVCache."""
+        super().__init__(*sizes, **options)
+        self.copies = CopyStream()
+
+    def synchronize(self) -> None:
+        """Make the host wait for all swaps."""
+        self.copies.synchronize()
+
+    def _host_array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return pinned(shape, dtype, self.nan)
+
+    def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
+        if not store.write(key, value, *self.layers[layer], slot_mapping):
+            super()._write(layer, key, value, slot_mapping)
+
+    def _copy(self, sources: np.ndarray, destinations: np.ndarray) -> None:
+        if not store.copy(_planes(self.device), np.stack([sources, destinations], axis=1)):
+            super()._copy(sources, destinations)
+
+    def _apply_batch(self, batch: Sequence[Transfer]) -> None:
+        if batch[0].kind not in ("swap_out", "swap_in"):
+            super()._apply_batch(batch)
+            return
+        device, host = _planes(self.device), _planes(self.host)
+        self.copies.begin()
+        for transfer in batch:
+            first, end = transfer.source, transfer.source + transfer.count
+            to, to_end = transfer.destination, transfer.destination + transfer.count
+            if transfer.kind == "swap_out":
+                self.copies.out_planes(device[:, first:end], host[:, to:to_end])
+            else:
+                self.copies.back_planes(host[:, first:end], device[:, to:to_end])
+        self.copies.wait()
+
+
+class TunedFormattedKV(FormattedKV, TunedKV):
+    """A FormattedKV that swaps and copies as TunedKV does. Array code writes, since it measures the scales."""
+
+
+def _planes(cache: Array) -> Array:
+    """The cache as [num_layers * 2, num_blocks, block_size, num_kv_heads, head_size]: a plane is K or V of a layer."""
+    return cache.reshape(-1, *cache.shape[2:])

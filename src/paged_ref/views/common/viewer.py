@@ -1,0 +1,97 @@
+"""What keys do in every view: move through numbered positions, play, change the speed, show the help, quit.
+
+A view knows no terminal: loop.py reads the keys and shows the screens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from rich.text import Text
+
+from .canvas import Lines, line
+
+SPEEDS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # positions in a second
+
+
+class Viewer(ABC):
+    """A position from 0 to `num_positions` - 1. A subclass draws it, and adds its own keys to `actions`.
+
+    Keys are characters, or names such as `left`, `pgup`, `enter`.
+    """
+
+    thing: ClassVar[str] = "positions"  # what the positions number
+
+    def __init__(self, speed: float) -> None:
+        """`speed` is one of SPEEDS."""
+        self.position = 0
+        self.playing = False
+        self.speed = SPEEDS.index(speed)
+        self.helping = False
+        self.message = ""  # what the last key has to say
+
+    @property
+    @abstractmethod
+    def num_positions(self) -> int: ...
+
+    @abstractmethod
+    def draw(self, width: int, height: int) -> Text:
+        """The screen, in exactly `width` x `height` cells."""
+
+    def go(self, position: int) -> None:
+        """To this position, or to the nearest that there is."""
+        self.position = max(0, min(position, self.num_positions - 1))
+
+    def tick(self) -> None:
+        """While it plays: one position on. The last one ends it."""
+        if self.playing:
+            self.go(self.position + 1)
+            self.playing = self.position + 1 < self.num_positions
+
+    def press(self, key: str) -> bool:
+        """Do what the key means; False: quit. Any key leaves the help."""
+        self.message = ""
+        if self.helping:
+            self.helping = False
+        elif key == "q":
+            return False
+        elif key in self.actions:
+            self.actions[key](self)
+        else:
+            self.press_other(key)
+        return True
+
+    def press_other(self, key: str) -> None:  # noqa: B027  (most views have no other keys)
+        """Do what a key means that is not in `actions`."""
+
+    def _play(self) -> None:
+        self.playing = not self.playing
+        if self.playing and self.position + 1 == self.num_positions:
+            self.go(0)
+
+    def _change_speed(self, direction: int) -> None:
+        self.speed = max(0, min(self.speed + direction, len(SPEEDS) - 1))
+        self.message = f"{SPEEDS[self.speed]} {self.thing} in a second"
+
+    def _help(self) -> None:
+        self.helping = True
+
+    actions: ClassVar[dict[str, Callable[[Any], None]]] = {
+        "right": lambda self: self.go(self.position + 1),
+        "left": lambda self: self.go(self.position - 1),
+        "home": lambda self: self.go(0),
+        "end": lambda self: self.go(self.num_positions - 1),
+        " ": _play,
+        "+": lambda self: self._change_speed(1),
+        "=": lambda self: self._change_speed(1),  # + without shift
+        "-": lambda self: self._change_speed(-1),
+        "?": _help,
+        "h": _help,
+    }
+
+
+def help_lines(keys: Iterable[tuple[str, str]]) -> Lines:
+    """A line for each key, or mark, and what it means."""
+    return [line((f" {key:<10}", "bold"), meaning) for key, meaning in keys]

@@ -1,0 +1,172 @@
+"""config.json in all its spellings, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from paged_ref.interop.hf_config import HFConfig, Llama3RopeScaling, config_from_hf
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4,
+    "original_max_position_embeddings": 8192,
+}
+SCALING = Llama3RopeScaling(8.0, 1.0, 4.0, 8192)
+
+
+def test_llama() -> None:
+    assert config_from_hf(LLAMA) == HFConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_size=8,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        qk_norm=False,
+        sliding_windows=(None, None, None, None),
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        model_type="llama",
+    )
+
+
+def test_left_out_keys_take_hugging_faces_defaults() -> None:
+    hf = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
+    config = config_from_hf(hf)
+    assert (config.num_kv_heads, config.rms_norm_eps) == (8, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "theta", "scaling"),
+    [
+        ({"rope_theta": 500000.0}, 500000.0, None),
+        ({"rope_theta": 500000, "rope_scaling": None}, 500000.0, None),
+        ({"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 500000.0, SCALING),
+        ({"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **LLAMA3}}, 500000.0, SCALING),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6, None),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6, **LLAMA3}}, 1e6, SCALING),
+    ],
+)
+def test_rope_in_old_and_new_words(keys: dict[str, Any], theta: float, scaling: Llama3RopeScaling | None) -> None:
+    config = config_from_hf({**LLAMA, **keys})
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        ({"model_type": "llama", "sliding_window": 16}, (None,) * 4),
+        ({"model_type": "mistral", "sliding_window": 16}, (16,) * 4),
+        ({"model_type": "mistral", "sliding_window": None}, (None,) * 4),
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": False}, (None,) * 4),
+        (
+            {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3},
+            (None, None, None, 16),
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 16,
+                "use_sliding_window": True,
+                "max_window_layers": 0,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (16, None, 16, None),
+        ),
+    ],
+)
+def test_sliding_windows_by_layer(keys: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert config_from_hf({**LLAMA, **keys}).sliding_windows == windows
+
+
+def test_the_siblings_differ_by_a_flag() -> None:
+    qwen2 = config_from_hf({**LLAMA, "model_type": "qwen2"})
+    qwen3 = config_from_hf({**LLAMA, "model_type": "qwen3", "head_dim": 16})
+    assert (qwen2.attention_bias, qwen2.qk_norm, qwen2.head_size) == (True, False, 8)
+    assert (qwen3.attention_bias, qwen3.qk_norm, qwen3.head_size) == (False, True, 16)
+
+
+@pytest.mark.parametrize(("eos", "ids"), [(None, ()), (0, (0,)), ([2, 7], (2, 7))])
+def test_eos_is_null_or_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
+    assert config_from_hf({**LLAMA, "eos_token_id": eos}).eos_token_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; known are llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type is None; known are llama, mistral, qwen2, qwen3"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; an integer of at least 1 is needed"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; an integer of at least 1 is needed"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; an integer of at least 1 is needed"),
+        ({"num_attention_heads": 7}, "hidden_size is 64; without head_dim a multiple of the 7"),
+        ({"num_key_value_heads": 3}, "num_heads is 8; a multiple of the 3 KV heads is needed"),
+        ({"head_dim": 7}, "head_size is 7; RoPE turns pairs, so an even number is needed"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0; a number above 0 is needed"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; known is silu"),
+        ({"attention_bias": True}, "attention_bias is True; not supported"),
+        ({"mlp_bias": True}, "mlp_bias is True; not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type in rope_scaling is 'linear'; known are",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type in rope_parameters is 'yarn'; known are"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; an object is needed"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; true or false is needed"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; a token id or a list of them is needed"),
+        (
+            {"model_type": "mistral", "sliding_window": 0},
+            "sliding_window is 0; an integer of at least 1 is needed",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "layer_types": ["chunked_attention"] * 4,
+            },
+            "layer_types holds 'chunked_attention'; known are full_attention, sliding_attention",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "layer_types": ["full_attention"],
+            },
+            "sliding_windows has 1 entries for 4 layers",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_from_hf({**LLAMA, **keys})

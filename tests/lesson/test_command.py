@@ -1,0 +1,86 @@
+"""`paged-ref lesson` in a pipe: one lesson, the list, and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paged_ref.cli import main
+from paged_ref.lesson.progress import LessonRecord, Progress
+from paged_ref.views.common.program import program
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    head = '"""Lesson {}: number {}\n\nQuestion: which?\nTime: 15 minutes. Short.\n"""\n\n# ## Run\n#\n# Text.\n\n{}\n'
+    (tmp_path / "01_one.py").write_text(head.format(1, "one", "print('ran', 40 + 2)"))
+    (tmp_path / "02_two.py").write_text(head.format(2, "two", "print(1 / 0)"))
+    return tmp_path
+
+
+def test_a_lesson_in_a_pipe_shows_and_runs_all_and_waits_for_no_key(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lesson", "1", "--lessons", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in ("Question: which?", "Text.", "print('ran', 40 + 2)", "ran 42") if line not in out] == []
+
+
+def test_an_error_of_the_lesson_is_shown_without_the_runners_frames(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lesson", "2", "--lessons", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "ZeroDivisionError: division by zero" in out
+    assert "lesson_player.py" not in out
+    (folder / "02_two.py").write_text((folder / "02_two.py").read_text() + "print(\n")
+    assert main(["lesson", "2", "--lessons", str(folder)]) == 1
+    assert "SyntaxError" in capsys.readouterr().out
+
+
+def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lesson", "--lessons", str(folder)]) == 0
+    assert f"Go on with: {program()} lesson 1\n" in capsys.readouterr().out
+    main(["lesson", "1", "--lessons", str(folder)])
+    assert not Progress().lessons, "a pipe has no reader"
+    Progress().save("01_one", LessonRecord(part=0, exercises={"my_f": True}))
+    (folder / "02_two.py").write_text("def\n")
+    capsys.readouterr()
+    assert main(["lesson", "--lessons", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "to the end" in out
+    assert "✓ solved" in out
+    assert "not readable" in out
+    assert f"Go on with: {program()} lesson 2\n" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["9"], "lesson is 9; known are 1 to 2"),
+        (["1", "--part", "4"], "--part is 4; lesson 1 has the parts 1 to 1"),
+        (["--watch"], "--watch needs the number of a lesson"),
+        (["1", "--part", "1", "--watch"], "--watch runs the whole lesson"),
+        (["--part", "1"], "--part needs the number of a lesson"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str
+) -> None:
+    assert main(["lesson", *argv, "--lessons", str(folder)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_without_lessons_it_says_where_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paged_ref.lesson import command
+
+    assert main(["lesson", "--lessons", str(tmp_path)]) == 2
+    assert "no file NN_name.py is in it" in capsys.readouterr().err
+    monkeypatch.setattr(command, "_CHECKOUT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["lesson"]) == 2
+    assert "in the folder lessons/ of the project's repository" in capsys.readouterr().err

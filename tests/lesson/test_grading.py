@@ -1,0 +1,91 @@
+"""An answer compared with the spec: right, open, wrong in every way that a first try can be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_ref import lesson
+from paged_ref.lesson import grading
+from paged_ref.lesson.grading import grade
+
+
+def double(values: list[int]) -> list[int]:
+    return [2 * value for value in values]
+
+
+CASES: list[tuple[Any, ...]] = [([1, 2, 3],), ([],)]
+
+
+def state(answer: Callable[..., Any], spec: Callable[..., Any] = double, cases: Any = CASES) -> str:
+    return grade(answer, spec, cases).state
+
+
+def test_a_right_answer_and_an_open_one() -> None:
+    assert state(lambda values: [value + value for value in values]) == "right"
+    verdict = grade(lambda values: lesson.todo("2 lines"), double, CASES)
+    assert (verdict.state, verdict.hole) == ("pending", "2 lines")
+
+
+def test_a_wrong_answer_shows_the_call_both_values_and_the_first_difference() -> None:
+    def wrong(values: list[int]) -> list[int]:
+        return [values[0] * 2, *values[1:]] if values else []
+
+    verdict = grade(wrong, double, CASES)
+    assert (verdict.state, verdict.case) == ("wrong", "wrong([1, 2, 3])")
+    assert (verdict.yours, verdict.spec) == ("[2, 2, 3]", "[2, 4, 6]")
+    assert verdict.difference == "at [1]: 2 instead of 4"
+
+
+def test_an_answer_that_raises_prints_loops_or_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "SECONDS", 0.2)
+
+    def raises(values: list[int]) -> list[int]:
+        return [values[99]]
+
+    def floods(values: list[int]) -> None:
+        while True:
+            with suppress(Exception):
+                print("again and again")
+
+    def loops(values: list[int]) -> None:
+        while True:
+            pass
+
+    verdict = grade(raises, double, CASES)
+    assert verdict.state == "wrong"
+    assert isinstance(verdict.error, IndexError)
+    verdict = grade(floods, double, CASES)
+    assert "printed more than" in verdict.yours
+    assert verdict.printed.startswith("again and again")
+    assert "still running" in grade(loops, double, CASES).yours
+    assert state(lambda values: sys.exit(3)) == "wrong"
+    assert grade(lambda values: None, double, CASES).yours == "None"
+
+
+def test_what_is_left_in_the_arguments_counts() -> None:
+    def pop(values: list[int]) -> int:
+        return values.pop()
+
+    assert state(lambda values: values[-1], pop, [([1, 2],)]) == "wrong"
+    assert "argument 1 is left as [1, 2]" in grade(lambda values: values[-1], pop, [([1, 2],)]).difference
+    assert state(lambda values: values.pop(), pop, [([1, 2],)]) == "right"
+    assert state(lambda values: values.pop(0), pop, [([],)]) == "right", "the same error"
+    assert state(lambda values: 5, pop, [([],)]) == "wrong", "no error"
+
+
+def test_floats_arrays_and_shapes() -> None:
+    def spec(x: Any) -> Any:
+        return x / 3
+
+    array = np.arange(6.0).reshape(2, 3)
+    assert state(lambda x: x * (1 / 3), spec, [(array,), (2.0,)]) == "right"
+    verdict = grade(lambda x: x / 3 + (x == 4), spec, [(array,)])
+    assert verdict.difference.startswith("at [1, 1]: 2.33")
+    assert "shape (6,)" in grade(lambda x: x.ravel() / 3, spec, [(array,)]).difference
+    assert state(lambda x: np.where(x > 4, np.nan, x / 3), spec, [(array,)]) == "wrong"

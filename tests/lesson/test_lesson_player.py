@@ -1,0 +1,234 @@
+"""A reader at a real (pseudo) terminal: right and wrong answers, Ctrl-C, a broken file. Nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.terminal import own_terminal
+
+LESSON = '''"""Lesson 1: a small one
+
+Question: how much is twice a number?
+Time: 15 minutes. Needs nothing.
+
+It is short.
+"""
+
+from paged_ref.lesson import break_it, check, claim, predict, todo
+
+
+class Books:
+    def balance(self):
+        return [1, 2]
+
+
+# ## Predict
+#
+# Twice *seven*.
+
+guess = predict("How much is twice seven?", "euros")
+
+# ## Run
+
+print("here it runs")
+guess.grade(14)
+claim("it is", 14, 14)
+
+# ## What must hold
+
+break_it("one is lost", where=(Books, "balance"), bug=lambda real: lambda self: [1],
+         run=lambda: Books().balance(), caught_by="contract")
+
+# ## Exercise
+
+
+def my_twice(number):
+    return todo("1 line")
+
+
+check(my_twice, spec=lambda number: 2 * number, cases=[(3,), (5,)], hint="Multiply it.")
+
+# ## Next
+#
+# That was all.
+'''
+CTRL_C = b"\x03"
+PROGRAM = f"{sys.executable} -m paged_ref"  # as started below
+
+
+class Reader:
+    """`paged-ref lesson` on a pseudo terminal of 80 by 24."""
+
+    def __init__(self, directory: Path, *argv: str) -> None:
+        self.main, side = pty.openpty()
+        termios.tcsetwinsize(self.main, (24, 80))
+        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+        env |= {"TERM": "xterm", "XDG_STATE_HOME": str(directory / "state"), "PAGED_REF_DEVICE": "cpu"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "paged_ref", "lesson", *argv, "--lessons", str(directory)],
+            stdin=side, stdout=side, stderr=side, env=env, start_new_session=True,
+            preexec_fn=own_terminal,
+        )  # fmt: skip
+        os.close(side)
+        self.seen = ""
+
+    def see(self, text: str) -> str:
+        """Wait until `text` is printed; return and forget what came up to it."""
+        deadline = time.monotonic() + 60
+        while text not in self.plain:
+            assert time.monotonic() < deadline, f"waited for {text!r}, saw\n{self.plain}"
+            if select.select([self.main], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self.main, 65536).decode(errors="replace")
+                except OSError:
+                    assert text in self.plain, f"waited for {text!r} to the end, saw\n{self.plain}"
+        before, _, self.seen = self.plain.partition(text)
+        return before + text
+
+    @property
+    def plain(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", self.seen)
+
+    def type(self, line: str) -> None:
+        os.write(self.main, f"{line}\n".encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C, once it waits for the keyboard: Python loses one that comes just before it does."""
+        deadline = time.monotonic() + 120
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"Ctrl-C did not end it; saw\n{self.plain}"
+            time.sleep(0.5)
+            os.write(self.main, CTRL_C)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=10)
+
+    def end(self) -> int:
+        code = self.process.wait(timeout=60)
+        os.close(self.main)
+        return code
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "solutions").mkdir()
+    (tmp_path / "solutions" / "01_small.py").write_text("def my_twice(number):\n    return number + number\n")
+    (tmp_path / "01_small.py").write_text(LESSON)
+    return tmp_path
+
+
+def answer(directory: Path, code: str) -> None:
+    (directory / "01_small.py").write_text(LESSON.replace('return todo("1 line")', code))
+
+
+def progress(directory: Path) -> Any:
+    path = directory / "state" / "paged_ref" / "lessons.json"
+    return json.loads(path.read_text())["01_small"]
+
+
+def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
+    reader = Reader(directory)
+    reader.see(f"Go on with: {PROGRAM} lesson 1")
+    reader.see("q: leave]")
+    reader.type("")
+    assert "how much is twice a number?" in reader.see("1 of 6: What it uses")
+    reader.see("q: leave]")
+    reader.type("")
+    reader.see("a number of euros (Enter: no answer):")
+    reader.type("plenty")
+    reader.see("'plenty' is not a number")
+    reader.type("3 * 5")
+    reader.see("q: leave]")
+    reader.type("")
+    reader.see("here it runs")
+    reader.see("you said 15, it is 14 euros")
+    reader.see("✓ it is: 14")
+    reader.see("q: leave]")
+    reader.type("")
+    reader.see("b and Enter plants this bug")
+    reader.type("b")
+    reader.see("Caught by the contract")
+    reader.see("q: leave]")
+    reader.type("")
+    reader.see("my_twice is yours to write: 1 line")
+    reader.see("h: hint   q: leave]")
+    reader.type("h")
+    reader.see("Multiply it.")
+    # The reader writes, and each time asks for the part again.
+    for code, sentence in (
+        ("return number + 2", "spec   6"),
+        ("return number +", "SyntaxError"),
+        ("return number / 0", "ZeroDivisionError at line"),
+        ("print('looking')", "is there a `return`?"),
+    ):
+        answer(directory, code)
+        reader.see("q: leave]")
+        reader.type("r")
+        reader.see(sentence)
+    answer(directory, "return 2 * number")
+    reader.see("q: leave]")
+    reader.type("r")
+    reader.see("my_twice is right in all 2 cases")
+    reader.see("return number + number")
+    reader.see("q: leave]")
+    reader.type("")
+    reader.see("That was all.")
+    reader.see("q: leave]")
+    reader.type("")
+    assert reader.end() == 0
+    assert progress(directory) == {
+        "part": 0,
+        "predictions": {"How much is twice seven?": 15.0},
+        "exercises": {"my_twice": True},
+    }
+
+
+def test_leaving_and_interrupting_lose_nothing(directory: Path) -> None:
+    reader = Reader(directory, "1")
+    reader.see("q: leave]")
+    reader.type("")
+    reader.see("a number of euros")
+    reader.type("14")
+    reader.see("q: leave]")
+    reader.interrupt()
+    reader.see(f"Interrupted. What you did is kept: {PROGRAM} lesson 1 goes on from here.")
+    assert reader.end() == 130
+    assert progress(directory)["part"] == 2
+
+    reader = Reader(directory, "1")  # goes on in part 2, and knows the answer
+    reader.see("From part 2 on")
+    reader.see("Enter keeps 14")
+    reader.type("")
+    reader.see("q: leave]")
+    reader.type("")
+    reader.see("Right: it is 14 euros")
+    reader.see("q: leave]")
+    reader.type("q")
+    reader.see("Left.")
+    assert reader.end() == 0
+    assert progress(directory)["part"] == 3
+
+
+def test_watch_runs_again_at_each_save(directory: Path) -> None:
+    reader = Reader(directory, "1", "--watch")
+    reader.see("my_twice is yours to write")
+    reader.see("is run again when it is saved")
+    for code, sentence in (("return number +", "SyntaxError"), ("return 2 * number", "right in all 2 cases")):
+        answer(directory, code)
+        os.utime(directory / "01_small.py", (time.time() + 5, time.time() + 5 + len(code)))
+        reader.see(sentence)
+        reader.see("is run again when it is saved")
+    reader.interrupt()
+    assert reader.end() == 130
+    assert progress(directory)["exercises"] == {"my_twice": True}

@@ -1,0 +1,46 @@
+"""Progress is kept, found again, and survives a file that is not progress."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from paged_ref.lesson.progress import LessonRecord, Progress
+
+
+def test_progress_is_kept_and_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lessons.json"
+    progress = Progress(path)
+    assert progress.of("05") == LessonRecord(part=1, exercises={}, predictions={})
+    assert "05" not in progress.lessons
+    record = LessonRecord(3, {"my_slot_of": True}, {"How many?": 4.0})
+    progress.save("05", record)
+    assert Progress(path).of("05") == record
+    assert [p.name for p in path.parent.iterdir()] == ["lessons.json"]
+
+
+def test_a_file_that_is_not_progress_is_put_aside(tmp_path: Path) -> None:
+    path = tmp_path / "lessons.json"
+    for text in ("{", "[1]", '{"05": 3}', "\x00"):
+        path.write_text(text)
+        progress = Progress(path)
+        assert "is not what was written there" in progress.warnings[0]
+        assert (tmp_path / "lessons.unreadable").read_text() == text
+        progress.save("05", LessonRecord(part=2))
+        assert Progress(path).of("05").part == 2
+
+
+def test_entries_of_a_strange_kind_do_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "lessons.json"
+    path.write_text(json.dumps({"05": {"part": "x", "exercises": 3, "predictions": {"How many?": "four"}}}))
+    progress = Progress(path)
+    assert progress.of("05") == LessonRecord()
+
+
+def test_progress_that_cannot_be_kept_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    progress = Progress(tmp_path / "file" / "lessons.json")
+    progress.save("05", LessonRecord(part=2))
+    progress.save("05", LessonRecord(part=3))
+    assert len(progress.warnings) == 1
+    assert progress.of("05").part == 3
