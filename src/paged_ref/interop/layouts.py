@@ -29,7 +29,7 @@ import numpy as np
 from ..core.checks import require, require_one_of
 from ..core.device import Array, module_of
 
-PACK_BYTES = 16  # what one thread of vLLM's first kernel loaded at once
+PACK_BYTES = 16  # what one thread of the first kernel of vLLM loaded with one instruction
 
 KVLayout = Literal["NHD", "HND"]
 KV_LAYOUTS = ("NHD", "HND")
