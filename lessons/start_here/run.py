@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="new tokens for each prompt")
     args = parser.parse_args(arguments)
     if args.step is not None and not 1 <= args.step <= last:
-        parser.error(f"step is {args.step}; 1 to {last} can be had")
+        parser.error(f"step is {args.step}; 1 to {last} is allowed")
     if args.max_tokens < 1:
         parser.error(f"--max-tokens is {args.max_tokens}; at least 1 is needed")
     if args.step is not None:

@@ -321,10 +321,10 @@ def test_a_log_tells_where_every_page_was_and_survives_json() -> None:
     events = [from_json(to_json(event)) for event in engine.events]
     assert events == engine.events
     assert replay(events).pages == pages_of(kv_of(engine).manager)
-    told = [event for event in events if isinstance(event, PagesAttended)]
-    assert {(event.layer, event.head) for event in told} == {watch}
-    assert len(told) == sum(len(output.outputs[0].token_ids) for output in run.outputs)
-    for event in told:
+    attended = [event for event in events if isinstance(event, PagesAttended)]
+    assert {(event.layer, event.head) for event in attended} == {watch}
+    assert len(attended) == sum(len(output.outputs[0].token_ids) for output in run.outputs)
+    for event in attended:
         assert abs(sum(event.mass) - 10**6) <= len(event.mass)
         assert set(event.chosen) <= set(range(len(event.mass)))
     without = Engine("tiny", device_blocks=2, block_size=4, attend=0.5, log=None).run(PROMPTS[:2], GREEDY[:2])

@@ -92,7 +92,7 @@ class Memory:
 def test_a_page_that_is_on_both_sides_leaves_without_a_copy() -> None:
     memory = Memory(2, 3)
     a, b = memory.add(2)
-    (c,) = memory.add()  # a leaves: nobody else has it
+    (c,) = memory.add()  # a leaves: the host has no copy
     assert [t.kind for t in memory.moved] == ["swap_out"]
     memory.need(a)  # b leaves for it
     assert [t.kind for t in memory.moved] == ["swap_out", "swap_out", "swap_in"]
@@ -307,7 +307,7 @@ def test_lives_that_hypothesis_makes_up() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_refusal_names_a_room_that_is_really_missing(seed: int) -> None:
-    """Any pages that fit on the device can be had, and all that the capacity holds added."""
+    """Any pages that fit on the device can be loaded, and as many as the capacity holds can be added."""
     rng = random.Random(seed)
     memory = Memory(rng.randint(1, 8), rng.randint(1, 8))
     while memory.residency.num_pages < memory.residency.capacity:

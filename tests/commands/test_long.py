@@ -183,7 +183,7 @@ def test_each_event_has_its_sentence_and_its_function(run: History) -> None:
 
 
 def test_residency_shows_each_page_where_it_is(run: History) -> None:
-    """The cells of the first frame, counted, are the places that the events told."""
+    """The cells of the first frame, counted, are the places that the events name."""
     checked = 0
     for position, event in enumerate(run.events):
         if not isinstance(event, PagesPlaced) or position % 7:

@@ -36,6 +36,7 @@ ROUND_TRIPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[bool,
         lambda kv: L.from_flashinfer(kv, "HND"),
         (True, True),
     ),
+    "flash-attn": (L.to_flash_attn, lambda pair: L.from_flash_attn(*pair), (True, True)),
 }
 each_trip = pytest.mark.parametrize("trip", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
 

@@ -191,7 +191,7 @@ def standard(reserve: str) -> Setting:
 
 SAME_SUMS = "each step has the same rows; only the place of K and V differs, and no sum is ordered by place"
 OTHER_BATCH = "other tokens share a step, and BLAS orders the sums of a product by its shape"
-OTHER_CHUNKS = "the same; besides, `reference` multiplies all queries of a chunk by the keys at once"
+OTHER_CHUNKS = "the same; besides, `reference` multiplies all queries of a chunk by the keys together"
 OTHER_BACKEND = "both take the softmax key by key or block by block, and sum in their own order"
 
 CONTRACT = (

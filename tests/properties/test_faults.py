@@ -429,10 +429,10 @@ def test_what_can_never_fit_is_refused_with_the_numbers(
 ) -> None:
     engine = Engine(kv_cache_tokens=48, max_model_len=512, **options)
     keep = engine.add("The cat", greedy())
-    told = len(engine.events)
+    num_events = len(engine.events)
     with pytest.raises(ValueError, match=numbers):
         engine.add([5] * prompt_len, params)
-    assert len(engine.events) == told
+    assert len(engine.events) == num_events
     engine.finish()
     assert tokens_of(keep) == alone("The cat")
 

@@ -158,7 +158,7 @@ def test_a_bad_line_is_refused_with_its_number_and_what_is_wrong(line: str, mess
         from_json(line)
     good = to_json(TokenSampled(1, 2))
     events = read_events(io.StringIO(f"{good}\n{good}\n{line}\n{good}\n"))
-    assert [next(events), next(events)] == [TokenSampled(1, 2)] * 2  # what is before it can be had
+    assert [next(events), next(events)] == [TokenSampled(1, 2)] * 2  # what is before it was read
     with pytest.raises(ValueError, match=f"^line 3: .*({message})"):
         next(events)
 

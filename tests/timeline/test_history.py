@@ -108,7 +108,7 @@ def test_the_example_makes_the_pool_work(runs: list[History]) -> None:
     first = [place.blocks.copy() for i in range(20) if (place := paged.moment(i).state.memory.sequences.get(0))]
     assert [7, 1] in first
     assert [7, 1, 3] in first
-    # The same requests, the same tokens, whoever manages memory.
+    # The same requests, the same tokens, whichever manager is used.
     ends = [run.moment(len(run)).state.sequences for run in runs]
     assert len({tuple(tuple(view.tokens) for _, view in sorted(end.items())) for end in ends}) == 1
 

@@ -618,7 +618,7 @@ def test_a_shared_read_before_its_barrier() -> None:
         box[cuda.threadIdx.x] = 1.0
         answers[cuda.threadIdx.x] = box[cuda.threadIdx.x ^ 1]  # here
 
-    error = error_of(kernel, 4, np.zeros(4))  # thread 0 runs first: nobody has written box[1] yet
+    error = error_of(kernel, 4, np.zeros(4))  # thread 0 runs first: nothing is written to box[1] yet
     assert error.what == "reads shared box[1], which no thread has written"
     assert error.line == line_of(kernel, "here")
 

@@ -65,7 +65,7 @@ def test_write_kv_kernels_write_what_the_array_code_writes(source: str, target: 
 
 @pytest.mark.parametrize(("dtype", "names"), [("float32", ("key", "key_cache")), ("uint8", ("rows", "cache"))])
 def test_every_number_of_a_row_is_read_and_written_once(dtype: str, names: tuple[str, str]) -> None:
-    """Also where a row is longer than the threads reach at once."""
+    """Also where a row is longer than the threads reach with one access each."""
     key, caches = np.ones((3, 4, 300), np.float32), np.zeros((2, 2, 2, 4, 300), dtype)
     scales = [np.ones(4, np.float32)] * 2 if dtype == "uint8" else [None, None]
     launch = write_launches(key, key, caches[0], caches[1], np.array([3, -2, 0]), (scales[0], scales[1]))[0]

@@ -29,7 +29,7 @@ import numpy as np
 from ..core.checks import require, require_one_of
 from ..core.device import Array, module_of
 
-PACK_BYTES = 16  # what one thread of vLLM's first kernel loaded at once
+PACK_BYTES = 16  # what one thread of the first kernel of vLLM loaded with one instruction
 
 KVLayout = Literal["NHD", "HND"]
 KV_LAYOUTS = ("NHD", "HND")
@@ -126,8 +126,22 @@ def from_flashinfer(kv_cache: Array, kv_layout: KVLayout = "NHD") -> tuple[Array
     return from_vllm(kv_cache if kv_layout == "NHD" else swap_nhd_hnd(kv_cache), axis=1)
 
 
-# ---- flash-attn: its k_cache and v_cache are our arrays, block_table is our block_tables, cache_seqlens our seq_lens,
-# both int32. flash-attn 2 documents that page_block_size must be a multiple of 256; flash-attn 3 takes smaller ones.
+# ---- flash-attn
+
+
+def to_flash_attn(key_cache: Array, value_cache: Array) -> tuple[Array, Array]:
+    """`k_cache, v_cache [num_blocks, page_block_size, nheads_k, headdim]`: ours, the very same arrays.
+
+    `block_table` is our block_tables and `cache_seqlens` our seq_lens, both int32. flash-attn 2 documents that
+    page_block_size must be a multiple of 256; flash-attn 3 and vLLM's build of it take smaller ones.
+    """
+    _check_pair(key_cache, value_cache)
+    return key_cache, value_cache
+
+
+def from_flash_attn(k_cache: Array, v_cache: Array) -> tuple[Array, Array]:
+    """The paged form back: the very same arrays."""
+    return to_flash_attn(k_cache, v_cache)
 
 
 def from_flash_attn_batch(k_cache: Array, v_cache: Array) -> tuple[Array, Array, Array]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from ..core.device import synchronize
 from ..core.engine.engine import Observer
@@ -136,11 +137,15 @@ class LoggedManager(KVCacheManager):
         self.log(SequenceFreed(seq_id))
 
     def clear(self) -> None:
-        self.manager.clear()
         for seq_id in sorted(self._alive):
+            with suppress(KeyError, ValueError):  # an interrupted operation left disorder: then all is cleared below
+                self.manager.free(seq_id)
             self.log(SequenceFreed(seq_id))
         self._alive.clear()
         self._evicted.clear()
+        left = self.manager.snapshot()
+        if left.free + left.cached + left.external != self.num_slots:
+            self.manager.clear()
 
     def fork(self, parent_id: int, child_id: int) -> None:
         self.manager.fork(parent_id, child_id)

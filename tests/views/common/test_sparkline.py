@@ -1,4 +1,4 @@
-"""Sparklines: the highest value as high as a cell, and zeros that can be told from small values."""
+"""Sparklines: the highest value as high as a cell, and zeros that look unlike small values."""
 
 from __future__ import annotations
 

@@ -285,9 +285,9 @@ def test_what_is_no_log_is_one_sentence(
     path = tmp_path / "log"
     path.write_bytes(content)
     assert main(["monitor", str(path), form]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert (told.count("\n"), told.count(str(path))) == (1, 1)
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert (printed.count("\n"), printed.count(str(path))) == (1, 1)
 
 
 def test_a_log_that_breaks_in_the_middle_names_the_line(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,9 +338,9 @@ def test_without_a_terminal_it_prints_once(log: Path, capsys: pytest.CaptureFixt
 )
 def test_bad_input_is_one_sentence(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", *argv]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def test_compare_records_only_what_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,9 +359,9 @@ def test_a_command_is_run_and_watched(capfd: pytest.CaptureFixture[str]) -> None
 
 def test_a_command_that_fails_says_so_itself(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", "--once", "--run", "generate", "--prompt", ""]) == 2
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert "the prompt is empty" in told.err
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "the prompt is empty" in printed.err
 
 
 def test_a_reader_that_leaves_is_no_error(log: Path) -> None:

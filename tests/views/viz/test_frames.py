@@ -121,7 +121,7 @@ def test_nothing_is_said_by_colour_alone(runs: list[History]) -> None:
 
 def test_each_event_has_its_sentence_and_its_function(runs: list[History]) -> None:
     for run in runs:
-        told = set()
+        narrated = set()
         for position in range(len(run)):
             moment = run.moment(position)
             sentence = narrate(moment)
@@ -131,8 +131,8 @@ def test_each_event_has_its_sentence_and_its_function(runs: list[History]) -> No
             source = (PACKAGE.parent / place.file).read_text(encoding="utf-8")
             assert source.splitlines()[place.line - 1].strip() == place.source[0].strip()
             assert f"def {place.name.rsplit('.')[-1]}(" in "".join(place.source)
-            told.add(type(moment.event))
-        assert TokenNamed not in told
+            narrated.add(type(moment.event))
+        assert TokenNamed not in narrated
 
 
 def test_every_function_that_events_link_to_exists_and_is_public() -> None:
