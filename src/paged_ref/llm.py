@@ -37,6 +37,7 @@ from .interop.checkpoints import load
 from .kernels import why_not
 from .timeline.events import Log
 from .timeline.logged import LoggedManager, LoggedSteps
+from .tuned import blas_threads
 from .tuned.fused import OPERATIONS
 from .tuned.kv import TunedFormattedKV, TunedKV
 
@@ -155,6 +156,7 @@ class LLM(StreamingLLM):
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
+        self.around_step = blas_threads.limit_for(config)
         if self._log_steps:
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
 

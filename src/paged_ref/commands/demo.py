@@ -107,9 +107,10 @@ def main(args: argparse.Namespace) -> int:
             llm.generate([prompt for prompt, _ in REQUESTS], SamplingParams(max_tokens=2))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with recording(args.record) as log, Progress(*columns, console=console) as progress:
-        if log:  # each log begins with a new engine: the runs above are not part of it
-            engines = [_engine(args, manager, log) for manager in MANAGERS]
-        runs = [_run(manager, llm, progress) for manager, llm in zip(MANAGERS, engines, strict=True)]
+        runs = []
+        for manager, llm in zip(MANAGERS, engines, strict=True):
+            # A log begins with a new engine: the run above is not part of it, nor the other manager's.
+            runs.append(_run(manager, _engine(args, manager, log) if log else llm, progress))
     return _report(console, engines[1], *runs)
 
 

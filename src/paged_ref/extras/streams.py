@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from ..core.engine.llm import LLM, Prompt
@@ -22,6 +22,7 @@ class StreamingLLM(LLM):
     def open(self, *parts: Any) -> None:
         super().open(*parts)
         self._turns = Turns()
+        self.around_step: Callable[[], AbstractContextManager[object]] = nullcontext  # what a step runs in
         self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: tokens for the loop that waits for them
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
@@ -30,7 +31,7 @@ class StreamingLLM(LLM):
 
     def step(self) -> list[TokenOutput]:
         """One step for every sequence that runs; [] when nothing is left."""
-        with self._turns.taken("step"):
+        with self._turns.taken("step"), self.around_step():
             return self.engine.step()
 
     @property
