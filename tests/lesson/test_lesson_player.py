@@ -26,6 +26,7 @@ Time: 15 minutes. Needs nothing.
 It is short.
 """
 
+from paged_ref.views.common.program import short_path
 from paged_ref.lesson import break_it, check, claim, predict, todo
 
 
@@ -65,7 +66,7 @@ check(my_twice, spec=lambda number: 2 * number, cases=[(3,), (5,)], hint="Multip
 # That was all.
 '''
 CTRL_C = b"\x03"
-PROGRAM = f"{sys.executable} -m paged_ref"  # as started below
+PROGRAM = f"{short_path(Path(sys.executable))} -m paged_ref"  # as started below
 
 
 class Reader:
