@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from support.terminal import own_terminal
 
+from paged_ref.views.common.program import short_path
+
 LESSON = '''"""Lesson 1: a small one
 
 Question: how much is twice a number?
@@ -26,7 +28,6 @@ Time: 15 minutes. Needs nothing.
 It is short.
 """
 
-from paged_ref.views.common.program import short_path
 from paged_ref.lesson import break_it, check, claim, predict, todo
 
 
