@@ -1,7 +1,7 @@
 # Every target makes what it needs, from a fresh clone, with only python3 and make there.
 PYTHON ?= python3
 # On this one, `make test-all` runs the tests of the core, the tracer and the tuned kernels once more.
-OTHER ?= python3.13
+OTHER ?= $(lastword python3.13 $(sort $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python)))
 BIN := .venv/bin
 # The CUDA extra that fits the NVIDIA driver, or nothing where there is none.
 CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA \(UMD \)\{0,1\}Version: *\([0-9]*\).*/\2/p' | head -n 1)

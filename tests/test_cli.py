@@ -14,6 +14,7 @@ from support.manager_state import replay
 from paged_ref.cli import main
 from paged_ref.core.model.loading import TINY
 from paged_ref.timeline.events import read_events
+from paged_ref.views.common.program import short_path
 
 PAPER = "Four score and seven years ago our"
 
@@ -61,7 +62,7 @@ def test_the_demo_compares_two_identical_runs(columns: int) -> None:
         "running sequences, peak",
         "memory holding tokens",
         "preemptions",
-        f"Next: {sys.executable} -m paged_ref generate",
+        f"Next: {short_path(Path(sys.executable))} -m paged_ref generate",
     ):
         assert expected in words
     assert max(map(len, done.stdout.splitlines())) <= columns

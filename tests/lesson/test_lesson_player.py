@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from support.terminal import own_terminal
 
+from paged_ref.views.common.program import short_path
+
 LESSON = '''"""Lesson 1: a small one
 
 Question: how much is twice a number?
@@ -65,7 +67,7 @@ check(my_twice, spec=lambda number: 2 * number, cases=[(3,), (5,)], hint="Multip
 # That was all.
 '''
 CTRL_C = b"\x03"
-PROGRAM = f"{sys.executable} -m paged_ref"  # as started below
+PROGRAM = f"{short_path(Path(sys.executable))} -m paged_ref"  # as started below
 
 
 class Reader:

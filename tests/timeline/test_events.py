@@ -93,6 +93,7 @@ OLD_LINES = [
     r'{"event":"SwappedOut","seq_ids":[1,2],"blocks":[[1,2],[3,4]]}',
     r'{"event":"SwappedIn","seq_ids":[1,2],"blocks":[[1,2],[3,4]],"evicted":[1,2]}',
     r'{"event":"SequenceFreed","seq_id":7}',
+    r'{"event":"PoolCleared","free_order":[1,2]}',
     r'{"event":"RegionPlaced","seq_id":7,"start":7,"size":7}',
     r'{"event":"RegionSwappedOut","seq_id":7,"start":7,"size":7}',
     r'{"event":"RegionSwappedIn","seq_id":7,"start":7,"size":7}',

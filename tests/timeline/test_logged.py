@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from support.manager_state import replay, state_of
 
+import paged_ref
+from paged_ref import SamplingParams
 from paged_ref.core.engine.engine import Engine
 from paged_ref.core.engine.llm import LLM
 from paged_ref.core.engine.scheduler import Scheduler
@@ -23,6 +26,7 @@ from paged_ref.timeline.events import (
     BlockCached,
     Event,
     ModelOpened,
+    PoolCleared,
     PoolOpened,
     RegionPlaced,
     RegionSwappedIn,
@@ -70,6 +74,11 @@ class Life:
         """One operation that the manager may refuse."""
         rng, device = self.rng, [seq_id for seq_id in self.tokens if seq_id not in self.on_host]
         choice = rng.random()
+        if rng.random() < 0.02:
+            self.manager.clear()
+            self.tokens.clear()
+            self.on_host.clear()
+            return
         if choice < 0.3 or not device:
             self.admit()
         elif choice < 0.6:
@@ -138,7 +147,7 @@ def test_the_log_says_what_the_manager_holds(name: str) -> None:
         refused += life.refused
         kinds |= {type(event) for event in life.events}
     assert refused
-    wanted = {PoolOpened, TokensAppended, SequenceFreed}
+    wanted = {PoolOpened, TokensAppended, SequenceFreed, PoolCleared}
     wanted |= {SequenceAdmitted, SequenceForked} if name.startswith("paged") else {RegionPlaced}
     wanted |= {BlockCached} if "prefix" in name else set()
     wanted |= {SwappedOut, SwappedIn} if name.endswith(", swap") else set()
@@ -254,3 +263,45 @@ def test_the_steps_of_an_engine_are_logged_in_their_order() -> None:
     assert [event.step for event in rest if isinstance(event, StepTimed)] == list(range(len(tokens)))
     # Without the log, the tokens are the same.
     assert LLM().generate("Four score", None)[0].outputs[0].token_ids == tokens
+
+
+@pytest.mark.parametrize("manager", ["paged", "standard", "swapping", "streaming"])
+def test_a_step_that_is_undone_is_undone_in_the_state(manager: Any) -> None:
+    """Forks, beams, ends and tokens of the step, and hits in the prefix cache before and after."""
+    events: list[Event] = []
+    failing = False
+
+    def on_step(record: object) -> None:
+        if failing:
+            raise OSError("the disk is full")
+
+    options: dict[str, Any] = {"manager": manager, "block_size": 4, "kv_cache_tokens": 200}
+    options |= {"prefix_cache": True} if manager == "paged" else {"reserve": "exact"}
+    if manager == "streaming":
+        options = {"device_blocks": 4, "host_blocks": 40, "block_size": 4, "max_model_len": 48}
+    llm = paged_ref.LLM("tiny", log=events.append, on_step=on_step, **options)
+    samples = SamplingParams(max_tokens=9, temperature=0.9, seed=1, n=3, ignore_eos=True)
+    beams = SamplingParams(max_tokens=8, beam_width=3) if manager == "paged" else SamplingParams(max_tokens=8)
+    outputs = [llm.output_of(llm.add_request("Once upon a time", params)) for params in (samples, beams)]
+    state, applied, number = RunState(), 0, 0
+    while llm.has_unfinished:
+        number += 1
+        failing = number in (1, 3, 8, 10)  # to compute all again takes more than one step
+        if failing:
+            with pytest.raises(OSError, match="the disk is full"):
+                llm.step()
+        else:
+            llm.step()
+        for event in events[applied:]:
+            state.apply(event)
+        applied = len(events)
+        assert state.memory == state_of(llm.engine.manager)
+        unfinished = {
+            seq.seq_id: seq.tokens for request in llm.engine.requests.values() for seq in request.unfinished()
+        }
+        views = {view.seq_id: view.tokens for view in state.sequences.values() if view.status != "finished"}
+        assert views == unfinished
+    assert number > 10
+    ended = [view.tokens[view.prompt_len :] for view in state.sequences.values() if view.reason == "length"]
+    wanted = [sample.token_ids for output in outputs for sample in output.outputs if len(sample.token_ids) == 9]
+    assert [tokens for tokens in ended if len(tokens) == 9] == wanted

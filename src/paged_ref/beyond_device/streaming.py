@@ -20,7 +20,7 @@ from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import OutOfBlocks
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.usage import PartialAllocation, Snapshot
-from ..timeline.events import Log, PagesNamed, PoolOpened, SequenceAdmitted, SequenceFreed, TokensAppended
+from ..timeline.events import Log, PagesNamed, PoolCleared, PoolOpened, SequenceAdmitted, SequenceFreed, TokensAppended
 from .residency import Residency
 
 Eviction = Literal["lru", "sliding", "relevance"]
@@ -118,6 +118,8 @@ class StreamingManager(KVCacheManager):
     def clear(self) -> None:
         self.tables.clear()
         self.residency.clear()
+        if self.log:
+            self.log(PoolCleared(()))
 
     def length(self, seq_id: int) -> int:
         return self.tables[seq_id].length

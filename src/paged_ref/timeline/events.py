@@ -89,6 +89,13 @@ class SequenceFreed(Event, frozen=True):
     seq_id: int
 
 
+class PoolCleared(Event, frozen=True):
+    """An exception ended a step, which was undone: no sequence holds memory, the prefix cache knows nothing, and all
+    blocks are free in this order. What sequences got since StepPlanned, unless StepTimed came, they do not have."""
+
+    free_order: tuple[int, ...]
+
+
 class RegionPlaced(Event, frozen=True):
     """A sequence's region begins at slot `start` and has `size` slots: reserved, grown in place, or moved."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 
 from ..core.device import synchronize
 from ..core.engine.engine import Observer
@@ -32,6 +31,7 @@ from .events import (
     BlockCached,
     Log,
     ModelOpened,
+    PoolCleared,
     PoolOpened,
     RegionPlaced,
     RegionSwappedIn,
@@ -67,10 +67,8 @@ class LoggedManager(KVCacheManager):
         self._tables: dict[int, Table] = {}
         self._regions: dict[int, Region] = {}
         self._evicted: list[int] = []  # by the operation under way
-        self._alive: set[int] = set()  # sequences that began in the log and did not end there
-        free_order: list[int] = []
         if isinstance(manager, PagedManager):
-            name, self._tables, free_order = "paged", manager.tables, manager.pool.free_blocks
+            name, self._tables = "paged", manager.tables
             if isinstance(manager.pool, CachingBlockPool):
                 manager.pool.on_cached = lambda block_id, digest: log(BlockCached(block_id, digest.hex()))
                 manager.pool.on_evicted = lambda block_id: self._evicted.append(block_id)
@@ -79,13 +77,12 @@ class LoggedManager(KVCacheManager):
         else:
             raise ValueError(f"{type(manager).__name__} is no PagedManager and no RegionManager; it cannot be logged")
         num_blocks = self.num_slots // self.block_size
-        log(PoolOpened(name, num_blocks, self.block_size, _host_size(manager), tuple(free_order)))
+        log(PoolOpened(name, num_blocks, self.block_size, _host_size(manager), _free_order(manager)))
 
     # --- operations that are logged --------------------------------------------------------------------
 
     def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
         length = self.manager.admit(seq_id, tokens, max_len)
-        self._alive.add(seq_id)
         if self.paged:
             self.log(SequenceAdmitted(seq_id, tuple(self._tables[seq_id].blocks), length))
         else:
@@ -133,23 +130,15 @@ class LoggedManager(KVCacheManager):
 
     def free(self, seq_id: int) -> None:
         self.manager.free(seq_id)
-        self._alive.discard(seq_id)
         self.log(SequenceFreed(seq_id))
 
     def clear(self) -> None:
-        for seq_id in sorted(self._alive):
-            with suppress(KeyError, ValueError):  # an interrupted operation left disorder: then all is cleared below
-                self.manager.free(seq_id)
-            self.log(SequenceFreed(seq_id))
-        self._alive.clear()
+        self.manager.clear()
         self._evicted.clear()
-        left = self.manager.snapshot()
-        if left.free + left.cached + left.external != self.num_slots:
-            self.manager.clear()
+        self.log(PoolCleared(_free_order(self.manager)))
 
     def fork(self, parent_id: int, child_id: int) -> None:
         self.manager.fork(parent_id, child_id)
-        self._alive.add(child_id)
         self.log(SequenceForked(parent_id, child_id))
 
     def swap_out(self, seq_ids: Sequence[int]) -> list[Transfer]:
@@ -191,6 +180,11 @@ class LoggedManager(KVCacheManager):
 
     def check_integrity(self) -> None:
         self.manager.check_integrity()
+
+
+def _free_order(manager: KVCacheManager) -> tuple[int, ...]:
+    """The free blocks, the next one first; none for a manager without blocks."""
+    return tuple(manager.pool.free_blocks) if isinstance(manager, PagedManager) else ()
 
 
 def _host_size(manager: KVCacheManager) -> int:

@@ -24,6 +24,7 @@ from .events import (
     PagesNamed,
     PagesPlaced,
     Pairs,
+    PoolCleared,
     PoolOpened,
     RegionPlaced,
     RegionSwappedIn,
@@ -35,6 +36,7 @@ from .events import (
     SequenceForked,
     SequenceFreed,
     StepPlanned,
+    StepTimed,
     SwappedIn,
     SwappedOut,
     TokenSampled,
@@ -227,6 +229,20 @@ class MemoryState(Blocks):
         self.sequences[seq_id] = place
         self.check_fit(seq_id, place)
 
+    def clear(self, free_order: Sequence[int]) -> None:
+        """No sequence is there. All blocks are free, in this order; those of the host in the order of their numbers."""
+        if sorted(free_order) != list(range(len(self.ref_count))):
+            raise ValueError(f"free_order does not name each of the {len(self.ref_count)} blocks once")
+        for block_id in range(len(self.ref_count)):
+            self._count_of(block_id)
+        self.sequences.clear()
+        self.known.clear()
+        self.cached.clear()
+        self.pages.tables.clear()
+        self.ref_count, self.free = [0] * len(free_order), list(reversed(free_order))
+        num_host_blocks = len(self.host.ref_count)
+        self.host = Blocks([0] * num_host_blocks, list(reversed(range(num_host_blocks))))
+
     def check_fit(self, seq_id: int, place: Placement) -> None:
         """A table has just enough blocks, a region has enough slots. Pages come later, layer by layer."""
         if self.manager == "streaming":
@@ -343,6 +359,7 @@ class RunState:
     plan: StepPlanned | None = None  # the last one
     attended: dict[int, PagesAttended] = field(default_factory=dict)  # by sequence: what was watched last
     totals: Totals = field(default_factory=Totals)
+    got: list[Event] = field(default_factory=list)  # tokens, new beams and ends, by the step under way
 
     @property
     def paged(self) -> bool:
@@ -352,7 +369,8 @@ class RunState:
         """A state of its own. Finished sequences never change, and are shared."""
         views = {seq_id: v if v.status == "finished" else v.copy() for seq_id, v in self.sequences.items()}
         totals = replace(self.totals)
-        return RunState(self.memory.copy(), views, self.writer.copy(), self.plan, self.attended.copy(), totals)
+        attended, got = self.attended.copy(), self.got.copy()
+        return RunState(self.memory.copy(), views, self.writer.copy(), self.plan, attended, totals, got)
 
     def apply(self, event: Event, number: int = 0) -> Change:
         """Move the state by one event. Raises ValueError, with `number` as the event's place in the log, where the
@@ -441,6 +459,7 @@ class RunState:
         self.memory.begin(event.child_id, place.copy())
         if event.child_id not in self.sequences:  # a beam; a sample has arrived with its request
             self.sequences[event.child_id] = replace(parent, seq_id=event.child_id, tokens=parent.tokens.copy())
+            self.got.append(event)
         self._set_status(event.child_id, "running")
         self.totals.forks += 1
 
@@ -481,9 +500,23 @@ class RunState:
         for block_id in reversed(place.blocks):  # managers free the last block first
             (self.memory.host if place.on_host else self.memory).release(block_id)
         self.memory.pages.end(event.seq_id)
-        view = self._set_status(event.seq_id, "waiting")  # preempted, unless SequenceFinished follows
-        if view.request_id < 0:  # no engine was logged, so SequenceFinished never follows
-            del self.sequences[event.seq_id]
+        self._now_waits(event.seq_id)  # preempted, unless SequenceFinished follows
+
+    def _cleared(self, event: PoolCleared) -> None:
+        for seq_id in self.memory.sequences:
+            self._now_waits(seq_id)
+        self.memory.clear(event.free_order)
+        self.writer.clear()
+        for undone in reversed(self.got):
+            if isinstance(undone, SequenceForked):
+                self.sequences.pop(undone.child_id, None)
+            elif isinstance(undone, (TokenSampled, SequenceFinished)) and undone.seq_id in self.sequences:
+                view = self.sequences[undone.seq_id]
+                tokens = view.tokens[:-1] if isinstance(undone, TokenSampled) else view.tokens.copy()
+                self.sequences[undone.seq_id] = replace(
+                    view, tokens=tokens, status="waiting", reason="", digest=(0, b"")
+                )
+        self.got.clear()
 
     def _region_moved(self, event: RegionPlaced | RegionSwappedOut | RegionSwappedIn) -> None:
         """The region of the sequence lies here now, where no other region may lie."""
@@ -523,15 +556,21 @@ class RunState:
         for seq_id in (*(seq_id for seq_id, _ in event.chunks), *event.preempted, *event.waiting):
             self._arrived(seq_id)
         self.plan = event
+        self.got.clear()
         # A sequence that was swapped out is counted by that event.
         self.totals.preemptions += sum(self.sequences[seq_id].status == "waiting" for seq_id in event.preempted)
 
     def _sampled(self, event: TokenSampled) -> None:
         self._arrived(event.seq_id).tokens.append(event.token_id)
+        self.got.append(event)
 
     def _finished(self, event: SequenceFinished) -> None:
         # A new object, which never changes again: copies of the state share finished sequences.
         self.sequences[event.seq_id] = replace(self._arrived(event.seq_id), status="finished", reason=event.reason)
+        self.got.append(event)
+
+    def _timed(self, event: StepTimed) -> None:
+        self.got.clear()
 
     # --- what several of them do -----------------------------------------------------------------------
 
@@ -540,6 +579,11 @@ class RunState:
         view = self.sequences.setdefault(seq_id, SequenceView(seq_id, -1, 0, []))
         view.status = status
         return view
+
+    def _now_waits(self, seq_id: int) -> None:
+        """The sequence holds nothing. Where no engine was logged, that is its end."""
+        if self._set_status(seq_id, "waiting").request_id < 0:
+            del self.sequences[seq_id]
 
     def _arrived(self, seq_id: int) -> SequenceView:
         """The sequence, which must be there."""
@@ -577,4 +621,6 @@ _FOLLOW: dict[type[Event], Callable[[RunState, Any], None]] = {
     StepPlanned: RunState._planned,
     TokenSampled: RunState._sampled,
     SequenceFinished: RunState._finished,
+    StepTimed: RunState._timed,
+    PoolCleared: RunState._cleared,
 }

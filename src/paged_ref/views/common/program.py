@@ -15,12 +15,12 @@ def program() -> str:
     started = Path(sys.argv[0])
     script = started.absolute() if started.name == SCRIPT else Path(sys.executable).with_name(SCRIPT)
     if started.name == "__main__.py" or not script.exists():
-        return f"{_short(Path(sys.orig_argv[0]))} -m paged_ref"
+        return f"{short_path(Path(sys.orig_argv[0]))} -m paged_ref"
     found = shutil.which(SCRIPT)
-    return SCRIPT if found and Path(found).samefile(script) else _short(script)
+    return SCRIPT if found and Path(found).samefile(script) else short_path(script)
 
 
-def _short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """From the current directory, where the path lies below it. A name without a folder is left to the PATH."""
     if not (path.is_absolute() and path.is_relative_to(Path.cwd())):
         return str(path)

@@ -231,6 +231,13 @@ def _room(moment: Moment) -> str:
     return f": the largest hole has {count(largest, 'slot')}"
 
 
+def _cleared(moment: Moment, event: events.PoolCleared) -> str:
+    return (
+        "An exception ended the step, and the step was undone: no sequence holds memory, and each will compute its "
+        "tokens again."
+    )
+
+
 def _sampled(moment: Moment, event: events.TokenSampled) -> str:
     name, text = moment.history.name(event.seq_id), moment.history.text(event.token_id)
     return f"{name} goes on with “{text}”. The token has no slot yet: the next step computes and stores its K and V."
@@ -264,6 +271,7 @@ _SENTENCES: dict[type[events.Event], Callable[[Moment, Any], str]] = {
     events.RegionSwappedOut: _region_out,
     events.RegionSwappedIn: _region_in,
     events.StepPlanned: _planned,
+    events.PoolCleared: _cleared,
     events.TokenSampled: _sampled,
     events.BeamsReordered: _reordered,
     events.SequenceFinished: _finished,

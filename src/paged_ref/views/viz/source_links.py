@@ -90,6 +90,7 @@ METHODS: dict[type[events.Event], str] = {  # of the manager of the run
     events.TokensAppended: "append",
     events.SequenceForked: "fork",
     events.SequenceFreed: "free",
+    events.PoolCleared: "clear",
     events.SwappedOut: "swap_out",
     events.SwappedIn: "swap_in",
     events.RegionSwappedOut: "swap_out",
