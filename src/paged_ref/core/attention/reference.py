@@ -46,8 +46,8 @@ def attend(call: AttentionCall) -> None:
         elif addresses.starts is not None:
             slots = addresses.starts[s] + key_position  # [seq_len]
         q = call.query[rows].astype(dtype, copy=False)  # [query_len, num_heads, head_size]
-        k = xp.repeat(keys[slots], group_size, axis=1).astype(dtype, copy=False)  # [seq_len, num_heads, head_size]
-        v = xp.repeat(values[slots], group_size, axis=1).astype(dtype, copy=False)  # [seq_len, num_heads, head_size]
+        k = xp.repeat(keys[slots].astype(dtype, copy=False), group_size, axis=1)  # [seq_len, num_heads, head_size]
+        v = xp.repeat(values[slots].astype(dtype, copy=False), group_size, axis=1)  # [seq_len, num_heads, head_size]
 
         scores = xp.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0)) * dtype(call.scale)
         distance = query_position[:, None] - key_position  # [query_len, seq_len]; 0 and more: a key of the past

@@ -43,7 +43,10 @@ class SwappingManager(RegionManager):
         return 0
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
-        if all(self.regions[seq_id].length + count <= self.regions[seq_id].size for seq_id, count in appends):
+        for seq_id, count in appends:
+            if self.regions[seq_id].length + count > self.regions[seq_id].size:
+                break
+        else:  # all fit in their regions
             for seq_id, count in appends:
                 self.regions[seq_id].length += count
             return []
@@ -99,8 +102,7 @@ class SwappingManager(RegionManager):
         sizes = [self.region_size(length + 1) for length in lengths]  # they come back because they want to grow
         starts = _allocate_all(self.pool, sizes)
         transfers = []
-        for seq_id, start, size in zip(seq_ids, starts, sizes, strict=True):
-            length = self.swapped[seq_id].length
+        for seq_id, start, size, length in zip(seq_ids, starts, sizes, lengths, strict=True):
             transfers.append(Transfer("swap_in", self.swapped[seq_id].start, start, length))
             self.free(seq_id)
             self.regions[seq_id] = Region(start, size, length)
