@@ -13,6 +13,7 @@ from typing import NamedTuple
 from .beyond_device.options import LongOptions
 from .beyond_device.relevance import Attend
 from .beyond_device.streaming import Eviction
+from .core.checks import require_one_of
 from .core.device import on_gpu
 from .core.engine.engine import Observer
 from .core.engine.outputs import RequestOutput
@@ -112,6 +113,7 @@ class LLM(StreamingLLM):
         """
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
+        require_one_of(("float16", "float32"), dtype=dtype)
         checkpoint = load(model)
         config = checkpoint.config
         context = config.max_position_embeddings
