@@ -190,7 +190,7 @@ def test_sizes_that_cannot_be_are_refused(device: int, host: int, word: str) -> 
         Residency(device, host)
 
 
-# --- who leaves --------------------------------------------------------------------------------------------
+# --- which page leaves -------------------------------------------------------------------------------------
 
 
 def test_the_least_recently_used_leaves() -> None:

@@ -340,7 +340,7 @@ def test_generate_raises_what_a_hook_raised(manager: str, options: dict[str, Any
 
 
 def test_another_loops_step_can_bring_the_error() -> None:
-    """The error of a request goes to who waits for it, not to who happened to make the step."""
+    """The error of a request goes to the thread that waits for the request, not to the one that made the step."""
     llm = LLM("tiny", sanitize=True)
     bad = llm.stream(PAPER, greedy(logits_hook=failing_hook(after=2)))
     good = llm.stream("The cat", greedy())

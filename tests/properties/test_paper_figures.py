@@ -223,7 +223,7 @@ def test_figure_9_four_beams_go_on_from_two(figures: dict[str, Any]) -> None:
 def test_figure_9_in_the_engines_order_frees_first_and_needs_no_new_block(figures: dict[str, Any]) -> None:
     """The engine lets a parent go on as its first child, and frees dropped beams before it appends.
 
-    Who shares what is the same; the four new blocks are just those that the dropped beams gave back.
+    The beams share the same blocks as in the figure; the four new blocks are those that the dropped beams gave back.
     """
     figure = figures["fig9"]
     paper = Paper([], num_blocks=9)  # the nine blocks of the state before are all there is

@@ -44,7 +44,7 @@ class Engine:
         self.step_number = 0
 
     def step(self, *seq_ids: int, waiting: tuple[int, ...] = (), preempted: tuple[int, ...] = ()) -> None:
-        """One step: who has not begun computes its prompt, the others a token."""
+        """One step: a sequence that has not begun computes its prompt, the others a token."""
         chunks = []
         for seq_id in seq_ids:
             tokens = self.tokens[seq_id]

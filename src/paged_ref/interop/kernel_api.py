@@ -1,4 +1,4 @@
-"""The kernels as functions for everyone: arrays of any library in, every argument checked, the same kind of array out.
+"""The kernels as public functions: arrays of any library in, every argument checked, the same kind of array out.
 
 `paged_ref.kernels` is the door to them. The engine does not come this way: what is fixed for its steps is checked once
 for a step (core/attention/attention.py).

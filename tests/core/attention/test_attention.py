@@ -1,4 +1,4 @@
-"""The addresses of a step and their check, and the registry of backends: order, refusals, who can."""
+"""The addresses of a step and their check, and the registry of backends: order, refusals, and which ones run."""
 
 from __future__ import annotations
 
