@@ -181,18 +181,20 @@ def test_a_table_that_is_too_short() -> None:
 
 def test_nan_in_attention() -> None:
     numbers, mixed = np.zeros((2, 3, 4), np.float32), np.zeros((2, 3, 4), np.float32)
-    check_numbers(1, 0, numbers, mixed)
+    check_numbers(1, 0, numbers, numbers, numbers, mixed)
     mixed[1, 2, 3] = np.nan
     with pytest.raises(SanitizerError) as caught:
-        check_numbers(1, 5, numbers, mixed)
+        check_numbers(1, 5, numbers, numbers, numbers, mixed)
     assert str(caught.value) == (
         "sequence 1 has NaN in its attention in layer 5: a kernel read a slot outside its tokens"
     )
-    numbers[0, 0, 0] = np.nan
-    with pytest.raises(
-        SanitizerError, match="sequence 1 has NaN among its queries in layer 5, before attention: the we"
-    ):
-        check_numbers(1, 5, numbers, mixed)
+    wrong = numbers.copy()
+    wrong[0, 0, 0] = np.inf
+    for i, what in enumerate(("queries", "keys", "values")):
+        computed = [numbers, numbers, numbers]
+        computed[i] = wrong
+        with pytest.raises(SanitizerError, match=f"1 has NaN or inf among its {what} in layer 5, before attention: t"):
+            check_numbers(1, 5, *computed, mixed)
 
 
 def addresses(**wrong: Any) -> Addresses:

@@ -260,3 +260,28 @@ def test_merge_states_refuses() -> None:
         merge_states(np.ones((2, 3, 4, 8)), np.ones((2, 3)))
     with pytest.raises(ValueError, match="outputs has 0 parts; at least 1 is needed"):
         merge_states(np.ones((0, 3, 4, 8)), np.ones((0, 3, 4)))
+
+
+@pytest.mark.parametrize("mark", [-np.inf, np.inf])
+@pytest.mark.parametrize("rest", [np.nan, np.inf, 7.0])
+def test_a_part_that_saw_no_key_adds_nothing_whatever_its_output(mark: float, rest: float) -> None:
+    """flash-attn 2 marks such a part with lse +inf, others with -inf; its output is what lay there."""
+    rng = np.random.default_rng(0)
+    outputs = rng.standard_normal((3, 4, 2, 8)).astype(F32)
+    lses = rng.standard_normal((3, 4, 2)).astype(F32)
+    outputs[1, 2], lses[1, 2] = rest, mark
+    outputs[:, 3], lses[:, 3] = rest, mark  # no part saw a key
+    merged, lse = merge_states(outputs, lses)
+    want, want_lse = merge_states(outputs[[0, 2], 2:3], lses[[0, 2], 2:3])
+    np.testing.assert_array_equal(merged[2], want[0])
+    np.testing.assert_array_equal(lse[2], want_lse[0])
+    assert (merged[3] == 0).all()
+    assert (lse[3] == -np.inf).all()
+
+
+def test_nan_in_a_part_that_saw_keys_shows() -> None:
+    outputs, lses = np.zeros((2, 1, 1, 4), F32), np.zeros((2, 1, 1), F32)
+    lses[1] = np.nan
+    merged, lse = merge_states(outputs, lses)
+    assert np.isnan(merged).all()
+    assert np.isnan(lse).all()

@@ -9,10 +9,10 @@ from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.standard import Reserve, StandardManager
-from ..core.memory.swapping import SwappingManager
 from .buddy import BuddyPool
 from .host_swap import SwappablePagedManager
 from .prefix_cache import CachingBlockPool
+from .swapping import SwappingManager
 
 ManagerName = Literal["paged", "standard", "swapping"]
 Allocator = Literal["first fit", "buddy"]

@@ -19,12 +19,12 @@ from ..core.engine.sequence import Sequence as TokenSequence
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.paged import PagedManager, Table
 from ..core.memory.regions import Region, RegionManager
-from ..core.memory.swapping import SwappingManager
 from ..core.memory.usage import Snapshot
 from ..core.model.llama import StepInputs
 from ..core.model.tokenizer import Tokenizer
 from ..extras.host_swap import SwappablePagedManager
 from ..extras.prefix_cache import CachingBlockPool
+from ..extras.swapping import SwappingManager
 from ..extras.token_text import token_text
 from .events import (
     BeamsReordered,

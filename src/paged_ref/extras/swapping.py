@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..checks import require
-from .block_pool import OutOfBlocks
-from .manager import OutOfHostBlocks, Transfer
-from .regions import Region, RegionManager, RegionPool
-from .usage import Snapshot
+from ..core.checks import require
+from ..core.memory.block_pool import OutOfBlocks
+from ..core.memory.manager import OutOfHostBlocks, Transfer
+from ..core.memory.regions import Region, RegionManager, RegionPool
+from ..core.memory.usage import Snapshot
 
 
 class SwappingManager(RegionManager):
