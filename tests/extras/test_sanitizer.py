@@ -288,3 +288,20 @@ def test_freed_slots_are_nan_and_held_ones_are_not() -> None:
     watched.step((2, 3, 1))
     empty = np.isnan(np.asarray(watched.kv.device.tolist())).all(axis=(0, 1, 4, 5))  # [blocks, block_size]
     assert empty.tolist() == [[True] * 4, [True] * 4, [False] * 4, [True] * 4]
+
+
+def test_a_request_that_ended_or_was_aborted_leaves_nothing() -> None:
+    llm = sanitized(LLM("tiny", block_size=4, kv_cache_tokens=64, backend="reference"))
+    sanitizer = llm.engine.kv.sanitizer  # type: ignore[attr-defined]
+
+    def kept() -> tuple[int, int]:
+        rows = sanitizer._history.values()
+        return len(sanitizer._fingerprints._known), sum(len(what) for what in rows)
+
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    for _ in range(8):
+        llm.generate([[5] * 9, [6] * 20, [7] * 12], params)  # one is preempted
+        llm.add_request([8] * 5, params)
+        llm.step()
+        llm.engine.abort(next(iter(llm.engine.requests)))
+        assert kept() <= (1, 4 * 16)  # the last step's, and four lines for each block

@@ -6,6 +6,7 @@ Each message names the argument, the value and the bound.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_ref.kernels import copy_blocks, merge_states, naive_attention, paged_attention, write_kv
+from paged_ref.kernels import backends, copy_blocks, merge_states, naive_attention, paged_attention, write_kv
 
 F32, I32 = np.float32, np.int32
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -285,3 +286,18 @@ def test_nan_in_a_part_that_saw_keys_shows() -> None:
     merged, lse = merge_states(outputs, lses)
     assert np.isnan(merged).all()
     assert np.isnan(lse).all()
+
+
+@pytest.mark.parametrize("backend", [name for name in ("reference", "cpu", "cpu-simd") if name in backends()])
+def test_slots_beyond_int32(tmp_path: Path, backend: str) -> None:
+    """Block 2**27 of 16 slots begins at slot 2**31. The file has holes, so it takes no room."""
+    num_blocks, last = 2**27 + 1, 2**27
+    cache = np.memmap(tmp_path / "cache", np.float32, "w+", shape=(num_blocks, 16, 1, 1))
+    rng = np.random.default_rng(0)
+    cache[last, :5, 0, 0] = cache[0, :5, 0, 0] = rng.standard_normal(5)
+    query = np.ones((1, 1, 1), F32)
+    tables, seq_lens = np.array([[last]], I32), np.array([5], I32)
+    out = paged_attention(query, cache, cache, tables, seq_lens, backend=backend)
+    want = paged_attention(query, cache, cache, np.zeros((1, 1), I32), seq_lens, backend=backend)
+    np.testing.assert_array_equal(out, want)
+    assert out.any()
