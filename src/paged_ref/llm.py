@@ -26,9 +26,10 @@ from .core.memory.kv import KV, KVCache
 from .core.memory.manager import KVCacheManager
 from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
-from .extras.beam import BeamRequest, SamplingParams
+from .extras.beam import BeamRequest
 from .extras.formatted_kv import FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
+from .extras.sampling_params import SamplingParams
 from .extras.sanitizer import SanitizedKV
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import StreamingLLM

@@ -144,3 +144,37 @@ def test_the_curve_falls_from_upper_left_to_lower_right() -> None:
     assert curve([], 40, 6) == []
     assert len(curve([2.0], 40, 6)) == 6
     assert len(curve(list(np.linspace(9, 1, 10_000)), 40, 6)[0]) == 40
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        ("1e30", "step 2 has a loss of "),
+        ("inf", "learning_rate is inf; a finite number above 0 is needed"),
+        ("nan", "learning_rate is nan; a finite number above 0 is needed"),
+    ],
+)
+def test_a_loss_that_is_no_number_keeps_the_checkpoint(
+    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], rate: str, message: str
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["train", "--text", str(text), "--out", str(out), *SMALL, "--save-every", "1", "--warmup", "0"]
+    assert main([*arguments, "--steps", "4", "--learning-rate", rate]) == 2
+    shown = capfd.readouterr()
+    assert message in shown.err
+    assert "Warning" not in shown.err
+    if rate == "1e30":
+        assert load_state(out).step == 1  # the last step whose numbers are numbers
+        assert all(np.isfinite(array).all() for array in weights(out).values())
+
+
+def test_a_rate_of_100_ends_in_a_sentence_and_keeps_the_checkpoint(
+    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["train", "--text", str(text), "--out", str(out), *SMALL, "--save-every", "1", "--warmup", "0"]
+    assert main([*arguments, "--steps", "30", "--learning-rate", "100"]) == 2
+    assert (
+        "the stories have a loss of nan: the weights of the model hold NaN, or are too large" in capfd.readouterr().err
+    )
+    assert all(np.isfinite(array).all() for array in weights(out).values())

@@ -17,8 +17,8 @@ import numpy as np
 from rich.console import Console
 
 from ..core.model.config import ModelConfig
-from ..extras.beam import SamplingParams
 from ..extras.managers import ManagerName
+from ..extras.sampling_params import SamplingParams
 from ..interop.architectures import random_weights
 from ..llm import LLM
 from ..views.common import options

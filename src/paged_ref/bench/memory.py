@@ -23,8 +23,8 @@ from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.paged import PagedManager
 from ..core.memory.standard import StandardManager
-from ..core.memory.swapping import SwappingManager
 from ..extras.prefix_cache import CachingBlockPool, block_digests
+from ..extras.swapping import SwappingManager
 from ..timeline.events import Event
 from ..timeline.logged import LoggedManager
 from ..views.common import options

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from ..core.device import on_gpu, reason
 from ..core.model.config import ModelConfig, kv_bytes_per_token
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..extras.step_records import StepRecord
 from ..interop.architectures import weight_shapes
 from ..llm import LLM

@@ -80,9 +80,10 @@ class StreamingManager(KVCacheManager):
     def max_slots_needed(self, prompt_len: int, max_len: int, n: int = 1) -> int:
         return n * self.blocks_for(max_len) * self.block_size
 
-    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int, spare: int = 0) -> int:
         needed = self.blocks_for(len(tokens))
-        if needed > self.num_free_blocks:
+        kept = self.blocks_for(spare) if self.tables else 0
+        if needed + kept > self.num_free_blocks:
             raise OutOfBlocks(
                 f"{len(tokens)} tokens need {needed} blocks; {self.num_free_blocks} of the {self.num_blocks} on "
                 "device and host are free"

@@ -20,7 +20,7 @@ from rich.text import Text
 from ..core.engine.outputs import RequestOutput
 from ..core.engine.sequence import Status
 from ..core.model.config import kv_bytes_per_token
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..extras.step_records import StepRecord, StepRecords
 from ..extras.token_text import token_text
 from ..interop.checkpoints import load

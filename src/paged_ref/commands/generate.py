@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import recording

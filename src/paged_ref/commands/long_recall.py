@@ -16,7 +16,7 @@ from rich.table import Table
 from ..beyond_device.kv import StreamedKV
 from ..beyond_device.observation import Observation
 from ..beyond_device.relevance import budget_of, choose
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
 
 BUDGETS = (0.05, 0.10, 0.25, 0.50)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..interop.checkpoints import load
 from ..llm import LLM
 

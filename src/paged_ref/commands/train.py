@@ -141,15 +141,17 @@ def _train(
         while not trainer.done and not interrupts:
             display.show(trainer.step())
             if len(trainer.losses) % args.save_every == 0 and not trainer.done:
+                bits = measure()  # refuses weights that are no numbers, before they are written
                 save()
-                display.measured(measure())
+                display.measured(bits)
+    bits = measure() if trainer.done else 0.0
     save()
     for line in curve(trainer.losses, min(display.console.width, 100), CURVE_ROWS, "loss"):
         print(line)
     if not trainer.done:
         print(f"stopped after step {len(trainer.losses)} of {args.steps}; --resume continues", file=sys.stderr)
         return 130
-    print(f"{args.out}: {trainer.weights.flat.size} weights, {args.steps} steps, {measure():.4f} bits per byte "
+    print(f"{args.out}: {trainer.weights.flat.size} weights, {args.steps} steps, {bits:.4f} bits per byte "
           f"on {len(held)} stories held out")  # fmt: skip
     return 0
 

@@ -11,8 +11,8 @@ from typing import get_args
 from rich.console import Console
 from rich.text import Text
 
-from ..extras.beam import SamplingParams
 from ..extras.managers import MANAGERS, ManagerName
+from ..extras.sampling_params import SamplingParams
 from ..timeline.events import Event
 from ..timeline.history import MARKS, History, histories, read_histories
 from ..views.common import options

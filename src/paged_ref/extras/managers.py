@@ -9,10 +9,10 @@ from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.standard import Reserve, StandardManager
-from ..core.memory.swapping import SwappingManager
 from .buddy import BuddyPool
 from .host_swap import SwappablePagedManager
 from .prefix_cache import CachingBlockPool
+from .swapping import SwappingManager
 
 ManagerName = Literal["paged", "standard", "swapping"]
 Allocator = Literal["first fit", "buddy"]
@@ -58,4 +58,5 @@ def make_manager(
         return SwappingManager(num_slots, num_host_slots)
     num_blocks, num_host_blocks = num_slots // block_size, num_host_slots // block_size
     pool = (CachingBlockPool if prefix_cache else BlockPool)(num_blocks, free_order)
-    return SwappablePagedManager(pool, block_size, num_host_blocks, int(watermark * num_blocks))
+    kept = max(1, int(watermark * num_blocks)) if watermark > 0 else 0  # of few blocks, a share is less than one
+    return SwappablePagedManager(pool, block_size, num_host_blocks, kept)

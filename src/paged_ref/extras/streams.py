@@ -11,6 +11,7 @@ from ..core.engine.llm import LLM, Prompt
 from ..core.engine.outputs import RequestOutput, TokenOutput
 from ..core.engine.request import Request
 from ..core.engine.sampling import SamplingParams
+from .prompts import read_prompt, read_prompts
 from .transaction import Turns
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -26,8 +27,13 @@ class StreamingLLM(LLM):
         self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: tokens for the loop that waits for them
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        if params is not None and not isinstance(params, SamplingParams):
+            raise ValueError(f"params is {params!r}; SamplingParams are needed")
         with self._turns.taken("add_request"):
-            return super().add_request(prompt, params)
+            return super().add_request(read_prompt(prompt), params)
+
+    def queue(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Request]:
+        return super().queue(read_prompts(prompts), params)
 
     def step(self) -> list[TokenOutput]:
         """One step for every sequence that runs; [] when nothing is left."""

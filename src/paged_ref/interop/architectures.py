@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from ..core.device import Array, xp
 from ..core.model.config import ModelConfig
@@ -68,7 +67,7 @@ class Decoder(Llama):
 def build_model(
     config: ModelConfig,
     weights: Mapping[str, np.ndarray],
-    dtype: DTypeLike = np.float32,
+    dtype: str = "float32",
     operations: Operations = ARRAY_OPERATIONS,
 ) -> Llama:
     """The decoder of this config: the core's Llama where that is enough."""

@@ -341,8 +341,8 @@ def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
 
     `outputs [num_parts, num_tokens, num_heads, head_size]` and `lses [num_parts, num_tokens, num_heads]` (natural log)
     come from attention over disjoint sets of keys; returns `(output, lse)` without the first axis. A part that saw no
-    key (lse −inf) adds nothing; where all parts saw none, output is 0 and lse −inf. The split-KV combine of
-    flash-decoding; FlashInfer's merge_states.
+    key (lse −inf, or +inf as in flash-attn 2) adds nothing, whatever its output; where all parts saw none, output is 0
+    and lse −inf. The split-KV combine of flash-decoding; FlashInfer's merge_states.
     """
     caller = outputs
     outputs, lses = adopt(outputs, "outputs"), adopt(lses, "lses")
@@ -354,7 +354,9 @@ def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
     if outputs.shape[0] == 0:
         raise ValueError("outputs has 0 parts; at least 1 is needed")
     xp, dtype = module_of(outputs), outputs.dtype
-    outputs = decode(outputs)
+    empty = xp.isinf(lses)  # [num_parts, num_tokens, num_heads]
+    lses = xp.where(empty, -xp.inf, lses)
+    outputs = xp.where(empty[..., None], 0, decode(outputs))
     highest = lses.max(axis=0)  # [num_tokens, num_heads]
     shift = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
     weights = xp.exp(lses - shift)  # [num_parts, num_tokens, num_heads]

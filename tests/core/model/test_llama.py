@@ -127,8 +127,8 @@ def test_float16_stays_near_float32() -> None:
 
 
 def test_other_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match="dtype is float64; known are float16, float32"):
-        Llama(LLAMA, random_weights(LLAMA), np.float64)
+    with pytest.raises(ValueError, match="dtype is 'float64'; known are float16, float32"):
+        Llama(LLAMA, random_weights(LLAMA), "float64")
 
 
 def test_the_model_keeps_its_own_copy_of_the_weights() -> None:

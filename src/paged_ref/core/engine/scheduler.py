@@ -81,7 +81,8 @@ class Scheduler:
         while self.waiting and budget > 0 and not plan.preempted:
             group = self.waiting[0]
             width += group.width
-            if width > self.max_batch_seqs:
+            comes_back = any(not seq.admitted for last in self.running[-1:] for seq in last.seqs)
+            if width > self.max_batch_seqs or comes_back:  # a group that forks again in the next step comes first
                 break
             try:
                 self._admit(group, plan)
@@ -95,14 +96,32 @@ class Scheduler:
 
     def _admit(self, group: Group, plan: StepPlan) -> None:
         """Bring a group back from the host, or begin with its leader. Raises OutOfBlocks."""
+        # A group that comes back too early is preempted again before it has computed what coming back costs.
+        spare = sum(map(self._growth, [*self.running, group])) if group.num_preemptions else 0
         if group.status is Status.SWAPPED:
-            plan.transfers += self.manager.swap_in([seq.seq_id for seq in group.seqs if seq.admitted])
+            plan.transfers += self.manager.swap_in([seq.seq_id for seq in group.seqs if seq.admitted], spare)
             return
         seq = group.leader
         # In a preempted group, the leader computes what all sequences have in common; then the others fork again.
         tokens = seq.tokens if len(group.seqs) == 1 else seq.tokens[: group.common_len()]
-        seq.num_computed = self.manager.admit(seq.seq_id, tokens, seq.max_slots)  # num_cached_tokens
+        seq.num_computed = self.manager.admit(seq.seq_id, tokens, seq.max_slots, spare)  # num_cached_tokens
         seq.admitted = True
+
+    def _growth(self, group: Group) -> int:
+        """Slots that the group takes until each of its sequences is a block's worth of tokens longer, or at its end."""
+        size, leader = self.manager.block_size, group.leader
+        waits = len(group.seqs) > 1 and not all(seq.admitted for seq in group.seqs)
+        num_common = group.common_len() if waits else len(leader.tokens)  # which admission asks for
+        num_blocks = 0
+        for seq in group.seqs:
+            length = seq.num_computed if seq.admitted else num_common
+            longest = min(len(seq.tokens) + size - 1, seq.max_slots)
+            num_blocks += -(-longest // size) - -(-length // size)
+        if group.width > 1:
+            num_blocks += len(group.seqs)  # each may copy its last block first
+            if len(leader.tokens) == leader.prompt_len:
+                num_blocks += 2 * (group.width - len(group.seqs))  # the others begin when the prompt is computed
+        return num_blocks * size
 
     def _run(self, group: Group, budget: int, plan: StepPlan) -> int:
         """Plan this step's tokens of a group, preempting the latest arrivals as needed. Returns their number."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from ..attention.attention import Addresses
+from ..checks import require_one_of
 from ..device import Array, xp
 from .config import ModelConfig
 
@@ -113,13 +113,12 @@ class Llama:
         self,
         config: ModelConfig,
         weights: Mapping[str, np.ndarray],
-        dtype: DTypeLike = np.float32,
+        dtype: str = "float32",
         operations: Operations = ARRAY_OPERATIONS,
     ) -> None:
         self.config = config
+        require_one_of(("float16", "float32"), dtype=dtype)
         self.dtype = np.dtype(dtype)
-        if self.dtype.name not in ("float16", "float32"):
-            raise ValueError(f"dtype is {self.dtype.name}; known are float16, float32")
         self.operations = operations
         self.embedding = self.take(weights, "model.embed_tokens.weight")  # [vocab_size, hidden_size]
         self.layers = [self.read_layer(weights, f"model.layers.{index}") for index in range(config.num_layers)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...extras.beam import SamplingParams
 from ...extras.managers import ManagerName
+from ...extras.sampling_params import SamplingParams
 from ...interop.checkpoints import load
 from ...llm import LLM
 from ...timeline.events import Event
