@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
-from ..interop.checkpoints import load, read_tokenizer
+from ..interop.checkpoints import load
+from ..interop.hf_tokenizer import read_tokenizer
 from ..training.activations import MEMORY, PAGE_SIZE, activations_for
 from ..training.checkpoint import STATE, load_state, put, save_model, save_state
 from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
