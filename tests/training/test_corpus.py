@@ -45,8 +45,13 @@ def test_a_text_without_marks_is_cut_at_line_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "No such file"), (b"\0\1\2", "is not text"), (gzip.compress(b"abc" * 99)[:-12], "cannot be read")],
-    ids=["missing", "binary", "cut short"],
+    [
+        (None, "No such file"),
+        (b"\0\1\2", "is not text"),
+        (gzip.compress(b"abc" * 99)[:-12], "is damaged"),
+        ("a caf\u00e9 here".encode("latin-1"), "is not text in UTF-8: byte 5 is 0xe9; in Latin-1, convert it first"),
+    ],
+    ids=["missing", "binary", "cut short", "latin-1"],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
     path = tmp_path / "text"
