@@ -26,8 +26,8 @@ MOST_DIGITS = 19  # of an integer: as many as 64 bits need
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]|-?\d[\d.eE+-]*', re.DOTALL)
 
 
-def open_file(path: Path) -> BinaryIO:
-    """Open a regular file. A pipe, a device or a directory is refused, and none of them is waited for."""
+def open_file(path: Path, limit: int = FILE_LIMIT) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes. A pipe, a device or a directory is refused, and not waited for."""
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (the caller closes it)
     except OSError as error:
@@ -35,6 +35,10 @@ def open_file(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{path} cannot be read: it is a pipe or a device; a regular file is needed")
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        file.close()
+        raise ValueError(f"{path} has {size} bytes; at most {limit} are read")
     return file
 
 
@@ -44,15 +48,12 @@ def _without_waiting(path: str, flags: int) -> int:
 
 def read_file(path: Path, limit: int = FILE_LIMIT, *, unpack: bool = False) -> bytes:
     """The bytes of a regular file, at most `limit` of them; with `unpack`, those inside a gzip file."""
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        _require_size(path, size, limit)
+    with open_file(path, limit) as file:
         if not unpack or file.read(2) != b"\x1f\x8b":
             file.seek(0)
-            content = file.read(limit + 1)
-            _require_size(path, len(content), limit)  # it may have grown
-            return content
+            return file.read(limit)
         file.seek(0)
+        size = os.fstat(file.fileno()).st_size
         most = min(limit, max(16 * MIB, MOST_UNPACKED * size))
         try:
             with gzip.open(file) as unpacked:
@@ -62,11 +63,6 @@ def read_file(path: Path, limit: int = FILE_LIMIT, *, unpack: bool = False) -> b
     if len(content) > most:
         raise ValueError(f"{path} has {size} bytes and unpacks to more than {most}; at most that many are read")
     return content
-
-
-def _require_size(path: Path, size: int, limit: int) -> None:
-    if size > limit:
-        raise ValueError(f"{path} has {size} bytes; at most {limit} are read")
 
 
 def read_text(path: Path, limit: int = FILE_LIMIT, *, unpack: bool = False) -> str:

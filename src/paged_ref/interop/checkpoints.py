@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -147,7 +148,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     The library has no NumPy reader for bfloat16, so the offsets are read here and one way serves all dtypes:
     8 bytes of header size, the header in JSON, then the tensors.
     """
-    with open_file(path) as file:
+    with open_file(path, sys.maxsize) as file:
         try:
             with safe_open(path, framework="np"):
                 pass

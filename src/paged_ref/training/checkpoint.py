@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
+from ..extras.memory_limit import machine_memory
 from ..extras.reading import open_file, parse_json
 from .parameters import Parameters
 
@@ -80,7 +81,7 @@ def load_state(directory: Path) -> State:
     path = directory / STATE
     if not path.exists():
         raise ValueError(f"{path} is missing; there is no run to continue")
-    open_file(path).close()  # refuses what is no regular file
+    open_file(path, machine_memory()).close()  # refuses what is no regular file, or too large
     try:
         with safe_open(path, framework="np") as file:
             metadata = {"run": "", "step": "", "sha256": "", **(file.metadata() or {})}
