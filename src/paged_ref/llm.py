@@ -132,8 +132,6 @@ class LLM(StreamingLLM):
             )  # fmt: skip
             if host_blocks is None:
                 host_blocks = -(-(max_model_len or context) // max(1, block_size))
-            sizes = ("device_blocks", device_blocks), ("host_blocks", host_blocks)
-            require_kv_memory(config, dtype, dtype, *sizes, unit=block_size)
             options = LongOptions(device_blocks, host_blocks, staging_pages, attend, evict, full_layers)
             long_manager, long_kv = options.make(config, block_size, dtype, max_batch_tokens, backend, sanitize, log)
             parts = Parts(long_manager, long_kv, "recompute")

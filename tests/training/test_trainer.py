@@ -15,7 +15,6 @@ from support import small
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.device import to_host
-from paged_ref.training import checkpoint
 from paged_ref.training.activations import Keep, Paged
 from paged_ref.training.checkpoint import STATE, State, load_state, put, save_model, save_state
 from paged_ref.training.corpus import encode, train_tokenizer
@@ -196,7 +195,7 @@ def test_any_flipped_bit_of_a_state_is_refused(tmp_path: Path) -> None:
 def test_a_run_that_is_no_json_object_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, reason: str
 ) -> None:
-    monkeypatch.setattr(checkpoint.json, "dumps", lambda value: run)
+    monkeypatch.setattr(json, "dumps", lambda value: run)
     save_state(tmp_path, State({}, 3, {"weights": np.zeros(5)}))
     with pytest.raises(ValueError, match=f"is not a run's state: {reason}"):
         load_state(tmp_path)

@@ -89,10 +89,10 @@ def _checked(args: argparse.Namespace) -> tuple[int, int] | None:
     watch = _watch(args.watch, config) if args.watch or args.record else None
     if args.watch and not args.record:
         raise ValueError(f"--watch is {args.watch}; --record FILE is needed, the log for `{program()} viz`")
-    tokens, none = ("--tokens", args.tokens), ("--host-blocks", 0)
+    for asked in (("--tokens", args.tokens), ("--new-tokens", args.new_tokens), ("--block-size", args.block_size)):
+        require_kv_memory(config, "float32", "float32", asked)
     blocks = ("--device-blocks", args.device_blocks or 0), ("--host-blocks", args.host_blocks or 0)
-    for sizes, unit in (((tokens, none), 1), ((("--block-size", args.block_size), none), 1), (blocks, args.block_size)):
-        require_kv_memory(config, "float32", "float32", *sizes, unit=unit)
+    require_kv_memory(config, "float32", "float32", *blocks, unit=args.block_size)
     return watch
 
 

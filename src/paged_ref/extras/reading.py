@@ -49,20 +49,24 @@ def _without_waiting(path: str, flags: int) -> int:
 def read_file(path: Path, limit: int = FILE_LIMIT, *, unpack: bool = False) -> bytes:
     """The bytes of a regular file, at most `limit` of them; with `unpack`, those inside a gzip file."""
     with open_file(path, limit) as file:
-        if not unpack or file.read(2) != b"\x1f\x8b":
-            file.seek(0)
-            return file.read(limit)
-        file.seek(0)
         size = os.fstat(file.fileno()).st_size
+        packed = unpack and file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if not packed:
+            return file.read(size)
         most = min(limit, max(16 * MIB, MOST_UNPACKED * size))
+        content = bytearray()
         try:
             with gzip.open(file) as unpacked:
-                content = unpacked.read(most + 1)
+                while piece := unpacked.read(MIB):
+                    content += piece
+                    if len(content) > most:
+                        raise ValueError(
+                            f"{path} has {size} bytes and unpacks to more than {most}; at most that many are read"
+                        )
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-    if len(content) > most:
-        raise ValueError(f"{path} has {size} bytes and unpacks to more than {most}; at most that many are read")
-    return content
+        return bytes(content)
 
 
 def read_text(path: Path, limit: int = FILE_LIMIT, *, unpack: bool = False) -> str:

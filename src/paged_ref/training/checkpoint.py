@@ -100,7 +100,7 @@ def _checksum(run: str, step: str, arrays: dict[str, np.ndarray]) -> str:
     checksum = hashlib.sha256(f"{run} {step}".encode())
     for name, array in sorted(arrays.items()):
         checksum.update(f" {name} {array.dtype} {array.shape} ".encode())
-        checksum.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        checksum.update(np.ascontiguousarray(array).reshape(-1).data)
     return checksum.hexdigest()
 
 

@@ -55,7 +55,8 @@ def workload(
         raise ValueError(f"block_size is {block_size}; at least 1 is needed")
     if num_blocks is None:
         checkpoint = load(model)
-        require_kv_memory(checkpoint.config, "float32", "float32", ("max_tokens", params.max_tokens), ("n", params.n))
+        for asked in (("max_tokens", params.max_tokens), ("n", params.n)):
+            require_kv_memory(checkpoint.config, "float32", "float32", asked)
         lengths = [len(checkpoint.tokenizer.encode(prompt)) + params.max_tokens for prompt in prompts]
         each = [params.n * -(-length // block_size) for length in lengths]
         num_blocks = max(*each, -(-2 * sum(each) // 3), 1)
