@@ -183,6 +183,10 @@ def test_eos_is_null_or_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
             "num_hidden_layers is 100000000000000000...0000000000000000000; an integer of at most",
         ),
         ({"rope_theta": float("inf")}, "rope_theta is inf; a number above 0 is needed"),
+        (
+            {"rms_norm_eps": 10**400},
+            "rms_norm_eps is 100000000000000000...0000000000000000000; a number",
+        ),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; a number above 0 is needed"),
         (
             {"rope_scaling": LLAMA3_EQUAL},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +160,7 @@ def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> fl
     value = default if hf.get(key) is None else hf[key]
     if value is None:
         raise ValueError(f"{key} is missing")
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{key} is {reprlib.repr(value)}; a number above 0 is needed")
     return float(value)
 

@@ -31,7 +31,7 @@ def read_stories(path: Path) -> list[str]:
         text = codecs.getincrementaldecoder("utf-8")().decode(raw)  # which waits for the rest of the last character
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is {raw[error.start]:#04x}"
-        raise ValueError(f"{path} is not text in UTF-8: {byte}; in Latin-1, convert it first") from None
+        raise ValueError(f"{path} is not text in UTF-8: {byte}; a text in Latin-1 must be converted") from None
     stories = text.split(END) if END in text else _pieces(text)
     return [story.strip() for story in stories if story.strip()]
 
