@@ -134,7 +134,8 @@ def _complete(args: argparse.Namespace, state: State | None) -> list[str]:
         if value is not None:
             values = value if isinstance(value, list) else [value]
             words = [str(each.resolve()) if isinstance(each, Path) else str(each) for each in values]
-            given += [f"--{name.replace('_', '-')}", *words]
+            option = f"--{name.replace('_', '-')}"
+            given += [option, *words] if isinstance(value, list) else [f"{option}={words[0]}"]
     return given
 
 
