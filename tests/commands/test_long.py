@@ -154,7 +154,7 @@ def test_a_text_too_short_says_how_short(tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(r"text.txt has \d+ tokens; --tokens asks for 2048", capsys.readouterr().err)
     file.write_bytes(b"\xff\xfe\xfa")
     assert main(["long", "--text", str(file)]) == 2
-    assert "is no text: byte 0 is not UTF-8" in capsys.readouterr().err
+    assert "is not text in UTF-8: byte 0 is wrong" in capsys.readouterr().err
 
 
 # --- the frames ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,44 @@ def test_a_state_that_is_missing_or_broken_is_one_sentence(tmp_path: Path, damag
     else:
         path.write_bytes(path.read_bytes()[: 20 if damage == "cut" else 0])
     with pytest.raises(ValueError, match="there is no run to continue" if damage == "missing" else "is not a run's"):
+        load_state(tmp_path)
+
+
+def test_any_flipped_bit_of_a_state_is_refused(tmp_path: Path) -> None:
+    run = trainer()
+    run.step()
+    save_state(tmp_path, run.state({"name": "x", "seed": 1}))
+    path, rng = tmp_path / STATE, np.random.default_rng(0)
+    whole = path.read_bytes()
+    for position in (*range(0, 600, 7), *rng.integers(len(whole), size=100).tolist()):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a run's state: ") as caught:
+            load_state(tmp_path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert load_state(tmp_path).run == {"name": "x", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [("[" * 1000 + "]" * 1000, "not JSON: nested more than 100 deep at column 101"), ("5", "run is a int; "),
+     ('{"a": 1' + "0" * 400 + "}", "not JSON: a number that needs more than 64 bits at column 7"), ("{", "not JSON: ")],
+    ids=["nested", "number", "huge", "cut"],
+)  # fmt: skip
+def test_a_run_that_is_no_json_object_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, reason: str
+) -> None:
+    monkeypatch.setattr(json, "dumps", lambda value: run)
+    save_state(tmp_path, State({}, 3, {"weights": np.zeros(5)}))
+    with pytest.raises(ValueError, match=f"is not a run's state: {reason}"):
+        load_state(tmp_path)
+
+
+def test_a_state_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / STATE)
+    with pytest.raises(ValueError, match="it is a pipe or a device; a regular file is needed"):
         load_state(tmp_path)
 
 

@@ -22,6 +22,7 @@ from ..core.device import Array, on_gpu, xp
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Sequence
 from ..core.model.config import ModelConfig
+from ..extras.memory_limit import require_memory
 from ..kernels import paged_attention
 from ..views.common import options
 from ..views.common.versions import describe_device
@@ -72,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if min(args.contexts) < 1 or sorted(args.contexts) != args.contexts:
         raise ValueError(f"--contexts is {args.contexts}; numbers from 1 on are needed, from small to large")
+    _, kv_heads, head_size = SHAPES["Llama 3 8B"]
+    what = f"--tokens is {args.tokens}: a layer's keys and values of this size"
+    require_memory(what, 2 * 4 * kv_heads * head_size * args.tokens)
     console = Console(soft_wrap=True)
     growth = grow(args.contexts, args.device_blocks, args.rounds)
     console.print(_growth_table(growth, args.device_blocks))

@@ -23,6 +23,7 @@ from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.paged import PagedManager
 from ..core.memory.standard import StandardManager
+from ..extras.memory_limit import require_memory
 from ..extras.prefix_cache import CachingBlockPool, block_digests
 from ..extras.swapping import SwappingManager
 from ..timeline.events import Event
@@ -32,6 +33,7 @@ from ..views.common.versions import describe_device
 from .results import median_ratio, table_of, write_results
 
 BLOCK_SIZE = 16
+ENTRY_BYTES = 64  # of an integer in a list, and of what goes with it
 LONGEST = 2048  # tokens of context, when the steps begin
 
 POOL_TOKENS = 16  # the longest context in the pools of different sizes: the smallest pool must hold them all
@@ -65,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    for name, value in (("--prompt-tokens", args.prompt_tokens), ("--pools", max(args.pools))):
+        require_memory(f"{name} holds {value}: a list of so many", ENTRY_BYTES * value)
     needed = args.sequences * (POOL_TOKENS + POOL_STEPS) // BLOCK_SIZE
     for num_blocks in args.pools:
         if num_blocks < needed:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -25,12 +24,12 @@ from ..core.device import on_gpu, reason
 from ..core.model.config import ModelConfig, kv_bytes_per_token
 from ..extras.sampling_params import SamplingParams
 from ..extras.step_records import StepRecord
-from ..interop.architectures import weight_shapes
+from ..interop.architectures import num_weights
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.versions import describe_device
 from .gpu_clock import GpuClock
-from .random_model import repeated_weights, save_checkpoint
+from .random_model import repeated_weights, require_prompt_memory, save_checkpoint
 from .results import table_of, write_results
 
 # The sizes of Llama 3.2 1B: 1.24 billion parameters.
@@ -102,6 +101,7 @@ def same_tokens(want: list[list[int]]) -> list[int]:
 def decode_speed(config: ModelConfig, dtype: str, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """Decode a batch of random prompts: the median step, and the bound as a share of it."""
     rng = np.random.default_rng(0)
+    require_prompt_memory(args.batch, args.prompt_tokens)
     prompts = rng.integers(3, config.vocab_size, size=(args.batch, args.prompt_tokens)).tolist()
     length = args.prompt_tokens + args.new_tokens
     steps: list[StepRecord] = []
@@ -132,7 +132,7 @@ def decode_speed(config: ModelConfig, dtype: str, args: argparse.Namespace, band
 def weights_read(config: ModelConfig) -> int:
     """How many weights a decode step reads: all; but where the embeddings are not also the head, only the few rows of
     the step's tokens, which are not counted."""
-    count = sum(math.prod(shape) for shape in weight_shapes(config).values())
+    count = num_weights(config)
     return count - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 

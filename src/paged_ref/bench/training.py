@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ..core.device import on_gpu, synchronize, to_host, xp
 from ..core.model.config import ModelConfig
+from ..extras.memory_limit import require_memory
 from ..training.activations import PAGE_SIZE, Keep, Paged, Recompute, Swap
 from ..training.checkpoint import hf_config
 from ..training.network import PackedBatch, loss_and_gradient, saved_shapes
@@ -62,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    num_tokens = args.sequences * args.length
+    what = f"--sequences is {args.sequences} and --length {args.length}: what the layers save of such a step"
+    require_memory(what, _saved_bytes(CONFIG, num_tokens))
     rng = np.random.default_rng(0)
     tokens = rng.integers(CONFIG.vocab_size, size=(args.sequences, args.length + 1))
     weights = Parameters(CONFIG)
@@ -88,10 +92,15 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _saved_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """What all layers save for backward, in float32."""
+    return config.num_layers * 4 * sum(map(math.prod, saved_shapes(config, num_tokens).values()))
+
+
 def memory(weights: Parameters, tokens: np.ndarray, page_size: int, rounds: int) -> list[ActivationCost]:
     """Every way to keep activations, on the same batch. `tokens [sequences, length + 1]`."""
     config, batch, num_tokens = weights.config, PackedBatch.of(list(tokens)), tokens[:, 1:].size
-    everything = config.num_layers * 4 * sum(map(math.prod, saved_shapes(config, num_tokens).values()))
+    everything = _saved_bytes(config, num_tokens)
     ways: list[tuple[ActivationCost, Any]] = [
         (ActivationCost("keep", None), Keep()),
         (ActivationCost("recompute", None), Recompute()),

@@ -18,6 +18,7 @@ from ..beyond_device.relevance import Attend, check_attend
 from ..beyond_device.streaming import EVICTIONS
 from ..core.model.config import ModelConfig
 from ..interop.checkpoints import load
+from ..interop.model_memory import require_kv_memory
 from ..kernels import why_not
 from ..llm import LLM
 from ..timeline.events import Event, Log
@@ -84,9 +85,14 @@ def _checked(args: argparse.Namespace) -> tuple[int, int] | None:
         raise ValueError(f"--backend is {args.backend!r}, which does not work on this machine: {reason}")
     if args.recall and (option := options.first_given(args, *UNUSED_BY_RECALL)):
         raise ValueError(f"{option} is given with --recall, which has no use for it")
-    watch = _watch(args.watch, load(args.model).config) if args.watch or args.record else None
+    config = load(args.model).config
+    watch = _watch(args.watch, config) if args.watch or args.record else None
     if args.watch and not args.record:
         raise ValueError(f"--watch is {args.watch}; --record FILE is needed, the log for `{program()} viz`")
+    for asked in (("--tokens", args.tokens), ("--new-tokens", args.new_tokens), ("--block-size", args.block_size)):
+        require_kv_memory(config, "float32", "float32", asked)
+    blocks = ("--device-blocks", args.device_blocks or 0), ("--host-blocks", args.host_blocks or 0)
+    require_kv_memory(config, "float32", "float32", *blocks, unit=args.block_size)
     return watch
 
 

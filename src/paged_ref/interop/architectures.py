@@ -5,6 +5,7 @@ Mistral is the core's Llama with sliding windows, which are fields of every conf
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,23 @@ def build_model(
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of `config` must hold, under Hugging Face's names, [out, in]."""
+    layer, hidden_size = _layer_shapes(config), config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden_size)}
+    for index in range(config.num_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden_size)
+    return shapes
+
+
+def num_weights(config: ModelConfig) -> int:
+    """The numbers in all these tensors, counted without listing the layers."""
+    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size
+    return config.num_layers * sum(map(math.prod, _layer_shapes(config).values())) + (tables + 1) * config.hidden_size
+
+
+def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     layer: dict[str, tuple[int, ...]] = {
@@ -96,13 +114,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         }
     if isinstance(config, HFConfig) and config.qk_norm:
         layer |= {f"self_attn.{name}_norm.weight": (config.head_size,) for name in "qk"}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden_size)}
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden_size)
-    return shapes
+    return layer
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:

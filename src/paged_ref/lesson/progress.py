@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..extras.reading import JSON_LIMIT, parse_json, read_file
 from ..views.common.files import write_json
 
 
@@ -29,7 +30,8 @@ class Progress:
     """The records of the lessons that were begun, by the name of the lesson's file.
 
     Every change is written immediately, to a new file that then replaces the old one: a crash loses nothing.
-    A file that is not progress is put aside; one that cannot be written is named once in `warnings`.
+    A file that is not progress is put aside; one that cannot be read is left alone, and one that cannot be written is
+    named once in `warnings`.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -37,13 +39,18 @@ class Progress:
         self.path = default_path() if path is None else path
         self.warnings: list[str] = []
         self.lessons: dict[str, LessonRecord] = {}
+        self._writes = True
+        if not self.path.exists():
+            return
         try:
-            self.lessons = msgspec.json.decode(self.path.read_bytes(), type=dict[str, LessonRecord])
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            self.warnings.append(f"progress cannot be read: {self.path}: {error.strerror}")
-        except msgspec.MsgspecError:
+            text = read_file(self.path, JSON_LIMIT).decode("utf-8", errors="replace")
+        except ValueError as error:
+            self.warnings.append(f"progress cannot be read: {error}")
+            self._writes = False  # what is there may be progress after all
+            return
+        try:
+            self.lessons = msgspec.convert(parse_json(text), type=dict[str, LessonRecord])
+        except ValueError:
             self._put_aside()
 
     def _put_aside(self) -> None:
@@ -60,6 +67,8 @@ class Progress:
 
     def save(self, lesson: str, record: LessonRecord) -> None:
         self.lessons[lesson] = record
+        if not self._writes:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, msgspec.to_builtins(self.lessons))

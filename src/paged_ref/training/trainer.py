@@ -125,8 +125,19 @@ class Trainer:
         return State(run, len(self.losses), arrays | {"losses": np.array(self.losses)})
 
     def restore(self, state: State) -> None:
-        """Continue from `state`."""
-        for name, array in self._arrays().items():
+        """Continue from `state`. Raises ValueError, and changes nothing, for the state of another run."""
+        arrays = self._arrays()
+        wanted = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        wanted["losses"] = (np.dtype(np.float64), (state.step,))
+        if missing := sorted(wanted.keys() ^ state.arrays.keys()):
+            raise ValueError(f"the state has the arrays {', '.join(sorted(state.arrays))}; {missing[0]} is one too "
+                             "many, or missing")  # fmt: skip
+        for name, (dtype, shape) in wanted.items():
+            found = state.arrays[name]
+            if (found.dtype, found.shape) != (dtype, shape):
+                raise ValueError(f"the state after step {state.step} has {name} in {found.dtype} and of shape "
+                                 f"{list(found.shape)}; {dtype} and {list(shape)} are needed")  # fmt: skip
+        for name, array in arrays.items():
             array[...] = xp.asarray(state.arrays[name])
         self.losses = state.arrays["losses"].tolist()
         settings, context = self.settings, self.weights.config.max_position_embeddings

@@ -330,6 +330,7 @@ def test_without_a_terminal_it_prints_once(log: Path, capsys: pytest.CaptureFixt
         (["FILE", "--run", "demo"], "one of FILE and --run COMMAND is needed"),
         (["nowhere/run.jsonl", "--once"], "nowhere/run.jsonl cannot be read: there is no such file"),
         ([".", "--once"], ". cannot be read: Is a directory"),
+        (["/dev/zero", "--once"], "/dev/zero cannot be read: it is a pipe or a device; a regular file is needed"),
         (["--run"], "--run is ''; it begins with one of"),
         (["--run", "viz"], "--run is 'viz'; it begins with one of demo"),
         (["--run", "demo", "--record=x"], "--run has --record of its own"),
