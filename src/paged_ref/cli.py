@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
 import sys
+import traceback
 from collections.abc import Sequence
-
-from .views.common.options import subcommands
 
 # command -> (module with add_arguments(parser) and main(args) -> exit status, help)
 COMMANDS = {
@@ -29,29 +26,67 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 the command's own finding, 2 bad input, 130 interrupted."""
+    """Run one command. Exit status: 0 done, 1 the command's own finding, or a fault of the program, 2 bad input or a
+    file or stream that fails, 130 interrupted."""
+    from .views.common import (  # here, so that an interrupt has its sentence from the first import on
+        interrupts,
+        streams,
+    )
+
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        with interrupts.ends_in_time(), streams.standard_streams():
+            return _with_sentences(list(sys.argv[1:] if argv is None else argv))
+    except OSError as error:  # one of the streams is closed
+        return _fail(error)
+
+
+def _with_sentences(argv: list[str]) -> int:
+    """Run the command; every error that is known becomes one sentence."""
+    from .views.common import interrupts, streams
+
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
     except ValueError as error:
-        print(f"paged-ref: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error)
     except KeyboardInterrupt:
-        print("paged-ref: interrupted", file=sys.stderr)
-        return 130
+        print(interrupts.MESSAGE, file=sys.stderr)
+        return interrupts.STATUS
     except BrokenPipeError:  # the program that reads the output has ended, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.give_up_output()
         return 0
     except OSError as error:
         if error.filename is None:
-            raise
-        print(f"paged-ref: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+            return _fault()
+        if error.filename == streams.OUTPUT:
+            streams.give_up_output()
+        return _fail(error)
+    except Exception:
+        return _fault()
+
+
+def _fail(error: ValueError | OSError) -> int:
+    """One sentence about what is outside of the program."""
+    from .extras.plain_text import plain
+
+    words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    print(f"paged-ref: error: {plain(words)}", file=sys.stderr)
+    return 2
+
+
+def _fault() -> int:
+    """An error that is not known: its traceback, and what to do with it."""
+    traceback.print_exc()
+    print("paged-ref: this is a fault of the program; please report it with the lines above", file=sys.stderr)
+    return 1
 
 
 def _run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="paged-ref", description="PagedAttention to read, run, single-step and import."
-    )
+    from .views.common.options import Parser, subcommands
+
+    parser = Parser(prog="paged-ref", description="PagedAttention to read, run, single-step and import.")
     subcommands(parser, "command", COMMANDS, "COMMAND")
     args = parser.parse_args(argv)
     return int(importlib.import_module(COMMANDS[args.command][0]).main(args))

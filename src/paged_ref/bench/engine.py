@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from rich.console import Console
 
 from ..core.model.config import ModelConfig
 from ..extras.beam import SamplingParams
@@ -22,6 +21,7 @@ from ..extras.managers import ManagerName
 from ..interop.architectures import random_weights
 from ..llm import LLM
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
 from .random_model import save_checkpoint
 from .results import table_of, take_turns, write_results

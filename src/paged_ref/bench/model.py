@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from ..core.device import on_gpu, reason
 from ..core.model.config import ModelConfig, kv_bytes_per_token
@@ -28,6 +27,7 @@ from ..extras.step_records import StepRecord
 from ..interop.architectures import weight_shapes
 from ..llm import LLM
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
 from .gpu_clock import GpuClock
 from .random_model import repeated_weights, save_checkpoint

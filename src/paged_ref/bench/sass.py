@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import versions
 from .results import table_of, write_results
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..bench import kernels as bench_kernels
@@ -26,6 +25,7 @@ from ..planner.sweep import RUNS_OF_A_CURVE, curves_of
 from ..planner.trace_files import trace_named
 from ..planner.traces import RequestTrace, scaled
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import recording, write_json, write_text
 from .compare_plots import picture
 from .compare_report import MeasuredCost, print_checked, print_report, print_setting

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.kv import StreamedKV
@@ -22,6 +21,7 @@ from ..kernels import why_not
 from ..llm import LLM
 from ..timeline.events import Event, Log
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.program import program
 from ..views.common.versions import describe_device

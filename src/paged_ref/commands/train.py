@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..core.model.config import ModelConfig
@@ -24,6 +23,7 @@ from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
 from ..training.parameters import Parameters
 from ..training.trainer import Settings, Trainer, TrainingStep, bits_per_byte
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.plots import curve
 
 REPEATS = 8  # times that a text to memorize is read in each epoch

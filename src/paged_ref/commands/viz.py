@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
 from rich.text import Text
 
 from ..extras.beam import SamplingParams
@@ -17,6 +16,7 @@ from ..timeline.events import Event
 from ..timeline.history import MARKS, History, histories, read_histories
 from ..views.common import options
 from ..views.common.canvas import Scene
+from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.loop import play
 from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg

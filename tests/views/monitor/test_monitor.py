@@ -15,6 +15,7 @@ from rich.cells import cell_len
 from support.hand_made_log import BYTES, hand_made
 
 from paged_ref.cli import main
+from paged_ref.extras.plain_text import plain
 from paged_ref.timeline.events import (
     Event,
     SequenceAdmitted,
@@ -179,7 +180,7 @@ def test_prometheus_text_is_what_its_own_parser_reads() -> None:
         for family in families.values():
             for sample in family.samples:
                 if sample.name == f"paged_ref_{name}" and labels.items() <= sample.labels.items():
-                    assert sample.labels["model"] == monitor.history.model
+                    assert sample.labels["model"] == plain(monitor.history.model)
                     return float(sample.value)
         raise AssertionError(name)
 

@@ -10,11 +10,13 @@ import argparse
 import importlib
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
+from ...extras.plain_text import plain
 from .files import check_writable
 from .program import program
 
@@ -152,7 +154,17 @@ def first_given(args: argparse.Namespace, *names: str) -> str | None:
 # --- subcommands -----------------------------------------------------------------------------------------------
 
 
-class _Imported(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
+
+    def print_help(self, file: Any = None) -> None:
+        (file or sys.stdout).write(self.format_help())  # argparse's own drops the error of a stream that fails
+
+
+class _Imported(Parser):
     """A subcommand whose module is imported when the command line names it, so that --help stays quick."""
 
     module = ""

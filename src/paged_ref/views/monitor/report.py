@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ...extras.plain_text import plain
 from .gpu_meter import GPUReading
 from .state import Monitor
 
@@ -90,7 +91,7 @@ def _families(numbers: dict[str, Any]) -> list[Metric]:
     states = {state: sequences[state] for state in ("running", "waiting", "swapped")}
     rows, sizes = ({way: swap[f"{unit}_{way}"] for way in ("out", "in")} for unit in ("rows", "bytes"))
     link = {"in": gpu.get("to_gpu"), "out": gpu.get("from_gpu")}
-    run = {"manager": numbers["manager"], "model": numbers["model"] or ""}
+    run = {name: plain(numbers[name] or "") for name in ("manager", "model")}
 
     gauge, counter = GaugeMetricFamily, CounterMetricFamily  # the samples of a counter end in _total
     families: list[tuple[Kind, str, str, Value, str]] = [
