@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
@@ -78,6 +79,10 @@ class _Plain(_Named):
         return super().write(plain(text, lines=True))
 
 
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"paged-ref: warning: {message}\n"
+
+
 @contextmanager
 def standard_streams() -> Iterator[None]:
     """Both streams as described above, in this block. Raises OSError with the stream's name where output is closed.
@@ -85,6 +90,7 @@ def standard_streams() -> Iterator[None]:
     A closed input is an empty one; where the error stream is closed, its text is dropped.
     """
     before = sys.stdin, sys.stdout, sys.stderr  # None: closed when Python began
+    sentence, warnings.formatwarning = warnings.formatwarning, _warning
     changed = [(stream, stream.errors) for stream in before[1:] if hasattr(stream, "reconfigure")]
     with open(os.devnull, "r+", encoding="utf-8") as nothing:
         try:
@@ -98,6 +104,7 @@ def standard_streams() -> Iterator[None]:
             yield
         finally:
             sys.stdin, sys.stdout, sys.stderr = before
+            warnings.formatwarning = sentence
             for stream, handler in changed:
                 stream.reconfigure(errors=handler)
 
