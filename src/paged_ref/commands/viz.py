@@ -123,6 +123,7 @@ def _runs(args: argparse.Namespace) -> list[History]:
         if option := options.first_given(args, *chosen):
             raise ValueError(f"{option} is for a new run; {args.logs[0]} is a log of one that was")
         return [run for path in args.logs for run in read_histories(path)]
+    options.check_text("--prompt", args.prompt or ())
     work = _workload(args)
     names: list[ManagerName] = list(get_args(ManagerName)) if args.manager == "all" else [args.manager]
     events: list[Event] = []

@@ -11,7 +11,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -144,6 +144,14 @@ def svg_output(parser: Options, help: str = "write the plots here") -> None:
 def printed(parser: Options) -> None:
     parser.add_argument("--size", metavar="WxH", help="of printed frames (default: COLUMNS and LINES, or 80x24)")
     parser.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
+
+
+def check_text(option: str, texts: Iterable[str]) -> None:
+    """Raise ValueError for a text that the shell passed as bytes which are no UTF-8; Python has halves of characters
+    for them, which no tokenizer takes."""
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{option} is {text[:40]!r}, with bytes that are no UTF-8; text is needed")
 
 
 def first_given(args: argparse.Namespace, *names: str) -> str | None:
