@@ -26,23 +26,25 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: 0 done, 1 the command's own finding, or a fault of the program, 2 bad input or a
+    """Run one command. Exit status: 0 done, 1 the command's own finding, or a fault of the program, 2 bad input, or a
     file or stream that fails, 130 interrupted."""
-    from .views.common import (  # here, so that an interrupt has its sentence from the first import on
-        interrupts,
-        streams,
-    )
-
     try:
+        from .views.common import interrupts, streams  # here, so that an interrupt is one line from now on
+
         with interrupts.ends_in_time(), streams.standard_streams():
             return _with_sentences(list(sys.argv[1:] if argv is None else argv))
-    except OSError as error:  # one of the streams is closed
-        return _fail(error)
+    except KeyboardInterrupt:
+        print("paged-ref: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(error)  # one of the streams is closed
 
 
 def _with_sentences(argv: list[str]) -> int:
     """Run the command; every error that is known becomes one sentence."""
-    from .views.common import interrupts, streams
+    from .views.common import streams
 
     try:
         try:
@@ -51,9 +53,6 @@ def _with_sentences(argv: list[str]) -> int:
             sys.stdout.flush()
     except ValueError as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print(interrupts.MESSAGE, file=sys.stderr)
-        return interrupts.STATUS
     except BrokenPipeError:  # the program that reads the output has ended, as `| head` does
         streams.give_up_output()
         return 0

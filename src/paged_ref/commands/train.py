@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from ..training.parameters import Parameters
 from ..training.trainer import Settings, Trainer, TrainingStep, bits_per_byte
 from ..views.common import options
 from ..views.common.console import Console
+from ..views.common.interrupts import STATUS, Interrupts
 from ..views.common.plots import curve
 
 REPEATS = 8  # times that a text to memorize is read in each epoch
@@ -34,7 +32,7 @@ DEFAULTS = Settings(num_steps=1)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE",
                         help="what to learn from, plain or .gz, stories parted by <|endoftext|>")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the model goes, in Hugging Face form")
+    options.folder(parser, "--out", "where the model goes, in Hugging Face form")
     options.integer(parser, "--steps", 1000, least=None)
     parser.add_argument("--resume", action="store_true", help="continue the run that stopped in --out")
     parser.add_argument("--measure", metavar="DIR",
@@ -136,19 +134,22 @@ def _train(
         save_state(args.out, trainer.state(run))
         save_model(args.out, trainer.weights, tokenizer, args.dtype)
 
-    display = Display(trainer)
-    with _stop_on_interrupt() as interrupts, display.progress:
-        while not trainer.done and not interrupts:
-            display.show(trainer.step())
-            if len(trainer.losses) % args.save_every == 0 and not trainer.done:
-                save()
-                display.measured(measure())
+    display, interrupts = Display(trainer), Interrupts()
+    try:
+        with interrupts, display.progress:
+            while not trainer.done:
+                display.show(trainer.step(interrupts.whole))
+                if len(trainer.losses) % args.save_every == 0 and not trainer.done:
+                    with interrupts.whole():
+                        save()
+                    display.measured(measure())
+    except KeyboardInterrupt:
+        save()
+        print(f"stopped after step {len(trainer.losses)} of {args.steps}; --resume continues", file=sys.stderr)
+        return STATUS
     save()
     for line in curve(trainer.losses, min(display.console.width, 100), CURVE_ROWS, "loss"):
         print(line)
-    if not trainer.done:
-        print(f"stopped after step {len(trainer.losses)} of {args.steps}; --resume continues", file=sys.stderr)
-        return 130
     print(f"{args.out}: {trainer.weights.flat.size} weights, {args.steps} steps, {measure():.4f} bits per byte "
           f"on {len(held)} stories held out")  # fmt: skip
     return 0
@@ -172,23 +173,6 @@ def _refuse_other_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         if name != "num_steps" and before.get(name) != value:
             raise ValueError(f"--resume continues a run whose {name} is {before.get(name)!r}; now it is {value!r}")
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[list[int]]:
-    """A first Ctrl-C is added to the list, so that the current step ends; a second one interrupts immediately."""
-    caught: list[int] = []
-
-    def remember(number: int, _frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Display:

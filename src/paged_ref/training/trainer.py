@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
@@ -86,8 +87,11 @@ class Trainer:
     def done(self) -> bool:
         return len(self.losses) >= self.settings.num_steps
 
-    def step(self) -> TrainingStep:
-        """Compute one batch forwards and backwards, and move the weights."""
+    def step(self, whole: Callable[[], AbstractContextManager[object]] = nullcontext) -> TrainingStep:
+        """Compute one batch forwards and backwards, and move the weights.
+
+        An exception before the block `whole()`, in which the weights move, leaves the state of the last step.
+        """
         began = perf_counter()
         settings, number = self.settings, len(self.losses)
         batch = next(self._batches)
@@ -100,9 +104,10 @@ class Trainer:
             loss += loss_and_gradient(self.weights, self.gradient, packed, self.activations, dropout, 1 / num_tokens)
         length = clip(self.gradient.flat, settings.clip)
         rate = learning_rate(number, settings.num_steps, settings.warmup, settings.learning_rate)
-        for optimizer in self.optimizers:
-            optimizer.step(rate, number + 1)
-        self.losses.append(loss)
+        with whole():
+            for optimizer in self.optimizers:
+                optimizer.step(rate, number + 1)
+            self.losses.append(loss)
         return TrainingStep(number + 1, loss, length, num_tokens, perf_counter() - began)
 
     def state(self, run: dict[str, Any]) -> State:

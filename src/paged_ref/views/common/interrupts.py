@@ -38,14 +38,35 @@ def ends_in_time() -> Iterator[None]:
         os.close(writing)
 
 
-@contextmanager
-def handled_here() -> Iterator[None]:
-    """Within ends_in_time: this block has a way of its own to end at Ctrl-C, and the time that it needs."""
-    before = signal.set_wakeup_fd(-1)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
+class Interrupts:
+    """Ctrl-C in `with interrupts:` is a KeyboardInterrupt at once, except in a block `with interrupts.whole():`, which
+    comes to its end first and may take its time. A second Ctrl-C interrupts that block, too."""
+
+    def __init__(self) -> None:
+        self._in_whole = self._pending = False
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._handle), signal.set_wakeup_fd(-1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before[0])
+        signal.set_wakeup_fd(self._before[1])
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        self._in_whole = True
+        try:
+            yield
+        finally:
+            self._in_whole = False
+        if self._pending:
+            raise KeyboardInterrupt
+
+    def _handle(self, *_: object) -> None:
+        if self._pending or not self._in_whole:
+            raise KeyboardInterrupt
+        self._pending = True
 
 
 def _watch(reading: int, ended: threading.Event) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from ...extras.plain_text import plain
-from .files import check_writable
+from .files import check_folder, check_writable
 from .program import program
 
 SUFFIXES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -127,6 +127,15 @@ def output(parser: Options, option: str, help: str, *, stdout: bool = False) -> 
             check_writable(path, option)
 
     parser.add_argument(option, action=_Checked, check=check, type=Path, metavar="FILE", help=help)
+
+
+def folder(parser: Options, option: str, help: str) -> None:
+    """A directory that the command writes into, and makes. A place that cannot be written is refused now."""
+
+    def check(option: str, path: Path) -> None:
+        check_folder(path, option)
+
+    parser.add_argument(option, action=_Checked, check=check, type=Path, metavar="DIR", help=help)
 
 
 def json_output(parser: Options, help: str = "also write the results here", *, stdout: bool = False) -> None:
