@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupts.ends_in_time(), streams.standard_streams():
             return _with_sentences(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        print("paged-ref: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
     except OSError as error:
         if error.filename is None:
@@ -54,13 +54,13 @@ def _with_sentences(argv: list[str]) -> int:
     except ValueError as error:
         return _fail(error)
     except BrokenPipeError:  # the program that reads the output has ended, as `| head` does
-        streams.give_up_output()
+        streams.give_up(sys.stdout)
         return 0
     except OSError as error:
         if error.filename is None:
             return _fault()
         if error.filename == streams.OUTPUT:
-            streams.give_up_output()
+            streams.give_up(sys.stdout)
         return _fail(error)
     except Exception:
         return _fault()
@@ -71,15 +71,26 @@ def _fail(error: ValueError | OSError) -> int:
     from .extras.plain_text import plain
 
     words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-    print(f"paged-ref: error: {plain(words)}", file=sys.stderr)
+    _say(f"error: {plain(words)}")
     return 2
 
 
 def _fault() -> int:
     """An error that is not known: its traceback, and what to do with it."""
-    traceback.print_exc()
-    print("paged-ref: this is a fault of the program; please report it with the lines above", file=sys.stderr)
+    _say("this is a fault of the program; please report it with the lines above", traceback.format_exc())
     return 1
+
+
+def _say(sentence: str, before: str = "") -> None:
+    """A line of our own on standard error, where it goes nowhere if that stream is closed or fails, too."""
+    from .views.common.streams import give_up
+
+    if sys.stderr is None:
+        return
+    try:
+        print(f"{before}paged-ref: {sentence}", file=sys.stderr, flush=True)
+    except OSError:
+        give_up(sys.stderr)
 
 
 def _run(argv: list[str]) -> int:

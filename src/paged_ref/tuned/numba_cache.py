@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 from numba import config
 from numba.core.dispatcher import Dispatcher
@@ -39,11 +40,8 @@ def anywhere() -> Iterator[None]:
                 finally:
                     config.CACHE_DIR = before
 
-    Dispatcher.enable_caching = keep_somewhere
-    try:
+    with patch.object(Dispatcher, "enable_caching", keep_somewhere):
         yield
-    finally:
-        Dispatcher.enable_caching = keep
 
 
 def _is_homeless() -> bool:

@@ -109,7 +109,7 @@ def standard_streams() -> Iterator[None]:
                 stream.reconfigure(errors=handler)
 
 
-def give_up_output() -> None:
-    """Nothing more can be written to standard output: what is left in its buffer goes nowhere, also at the end."""
+def give_up(stream: TextIO) -> None:
+    """Nothing more can be written to the stream: what is left in its buffer goes nowhere, also at the end."""
     with suppress(OSError, ValueError):  # a test's stream has no number
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
