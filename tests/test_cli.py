@@ -51,6 +51,36 @@ def test_generate_searches_with_beams_and_records(tmp_path: Path, capfd: pytest.
         assert replay(read_events(file)).sequences == {}
 
 
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_generate_reads_a_prompt_from_standard_input(ending: str) -> None:
+    done = run("generate", "--prompt", "-", "--max-tokens", "3", stdin=PAPER + ending)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{PAPER} fathers brought forth\n", "")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the prompt is empty"),
+        (b"Once \xff", "--prompt - is no text: byte 5 of standard input is not UTF-8"),
+        (b"a" * ((1 << 24) + 1), "--prompt - has more than 16,777,216 bytes"),
+    ],
+    ids=["empty", "bytes", "long"],
+)
+def test_a_standard_input_that_is_no_prompt_is_one_sentence(data: bytes, message: str) -> None:
+    command = [sys.executable, "-m", "paged_ref", "generate", "--prompt", "-"]
+    done = subprocess.run(command, input=data, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+    assert message in done.stderr.decode()
+
+
+@pytest.mark.parametrize("command", ["generate", "viz"])
+def test_half_characters_in_a_prompt_are_one_sentence(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--prompt", os.fsdecode(b"\xff\xfe")]) == 2
+    assert capsys.readouterr().err == (
+        "paged-ref: error: --prompt is '\\udcff\\udcfe', with bytes that are no UTF-8; text is needed\n"
+    )
+
+
 @pytest.mark.parametrize("columns", [50, 80, 160])
 def test_the_demo_compares_two_identical_runs(columns: int) -> None:
     done = run("demo", columns=columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,3 +30,17 @@ def test_each_benchmark_lists_its_options(name: str, capsys: pytest.CaptureFixtu
         main(["bench", name, "--help"])
     assert stopped.value.code == 0
     assert "--json FILE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gone", ["numba_cuda", "cuda"])
+def test_bench_sass_without_the_extra_says_so(
+    gone: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one sentence, and not by a TypeError of Numba's own compiler."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == gone else find_spec(name))
+    assert main(["bench", "sass"]) == 2
+    printed = capsys.readouterr().err
+    assert "not installed here; pip install 'paged_ref[ptx]' brings all of it" in printed
+    assert {"numba_cuda": "numba-cuda", "cuda": "cuda-bindings"}[gone] in printed
+    assert printed.count("\n") == 1

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from paged_ref.bench import batch, gpu_kernels, model, shapes
 from paged_ref.bench.gpu_clock import GpuClock, Library, Timing
@@ -22,6 +21,7 @@ from paged_ref.cli import main
 from paged_ref.core.device import on_gpu
 from paged_ref.core.model.config import ModelConfig
 from paged_ref.kernels import paged_attention
+from paged_ref.views.common.console import Console
 
 pytestmark = pytest.mark.skipif(on_gpu, reason="a GPU is in use: the benchmark itself can run")
 TOY = "toy"

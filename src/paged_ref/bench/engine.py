@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from rich.console import Console
 
 from ..core.model.config import ModelConfig
 from ..extras.managers import ManagerName
@@ -22,6 +21,7 @@ from ..extras.sampling_params import SamplingParams
 from ..interop.architectures import random_weights
 from ..llm import LLM
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
 from .random_model import require_prompt_memory, save_checkpoint
 from .results import table_of, take_turns, write_results

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..core.device import Array, on_gpu
 from ..views.common import options
+from ..views.common.console import Console
 from .batch import Batch, Call
 from .peers import SDPA, sdpa
 from .results import table_of, write_results

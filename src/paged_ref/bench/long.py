@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.attention import TwoCaches, streamed_attention
@@ -25,6 +24,7 @@ from ..core.model.config import ModelConfig
 from ..extras.memory_limit import require_memory
 from ..kernels import paged_attention
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
 from .results import Times, shortest, table_of, write_results
 

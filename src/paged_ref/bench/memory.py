@@ -14,8 +14,6 @@ from itertools import pairwise
 from statistics import median
 from time import perf_counter
 
-from rich.console import Console
-
 from ..core.engine.scheduler import Scheduler
 from ..core.engine.sequence import Group
 from ..core.engine.sequence import Sequence as TokenSequence
@@ -29,6 +27,7 @@ from ..extras.swapping import SwappingManager
 from ..timeline.events import Event
 from ..timeline.logged import LoggedManager
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
 from .results import median_ratio, table_of, write_results
 

@@ -18,7 +18,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from ..core.device import on_gpu, reason
 from ..core.model.config import ModelConfig, kv_bytes_per_token
@@ -27,6 +26,7 @@ from ..extras.step_records import StepRecord
 from ..interop.architectures import num_weights
 from ..llm import LLM
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
 from .gpu_clock import GpuClock
 from .random_model import repeated_weights, require_prompt_memory, save_checkpoint

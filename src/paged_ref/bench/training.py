@@ -19,7 +19,6 @@ from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ..core.device import on_gpu, synchronize, to_host, xp
@@ -30,6 +29,7 @@ from ..training.checkpoint import hf_config
 from ..training.network import PackedBatch, loss_and_gradient, saved_shapes
 from ..training.parameters import Parameters
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
 from .results import shortest, table_of, timed, write_results
 

@@ -12,7 +12,6 @@ from time import perf_counter
 from typing import Literal, get_args
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +26,7 @@ from ..interop.checkpoints import load
 from ..llm import LLM
 from ..timeline.events import Log
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.program import program
 from ..views.common.versions import describe_device

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.kv import StreamedKV
@@ -23,6 +22,7 @@ from ..kernels import why_not
 from ..llm import LLM
 from ..timeline.events import Event, Log
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.program import program
 from ..views.common.versions import describe_device
@@ -37,7 +37,7 @@ UNUSED_BY_RECALL = ("device_blocks", "host_blocks", "attend", "evict", "full_lay
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.model(parser)
     options.integer(parser, "--tokens", 2048, "of text before the new ones", least=2)
-    options.integer(parser, "--new-tokens", 32, "that are timed and compared")
+    options.integer(parser, "--new-tokens", 32, f"that are timed; with {OBSERVED} more, they are compared")
     parser.add_argument("--text", type=Path, metavar="FILE", help="the text (default: the model writes one itself)")
     options.integer(parser, "--device-blocks", help="default: a tenth of what the text needs", metavar="B")
     options.integer(parser, "--host-blocks", help="default: what the text needs", least=0, metavar="B")
@@ -133,8 +133,9 @@ def _runs(
 
 def _show(console: Console, args: argparse.Namespace, runs: Sequence[LongRun], device_blocks: int, needed: int) -> None:
     title = (
-        f"{args.tokens} tokens of text, then {args.new_tokens} new ones; {describe_device()}\n"
-        f"device: {device_blocks} of the {needed} blocks of {args.block_size} tokens that all of it needs"
+        f"{args.tokens} tokens of text, then {args.new_tokens} new ones, timed, and {OBSERVED} more, observed: "
+        f"all {args.new_tokens + OBSERVED} are compared\n"
+        f"{describe_device()}; {device_blocks} of the {needed} blocks of {args.block_size} tokens are on the device"
     )
     table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("attend")  # a narrow terminal breaks these words, not the numbers

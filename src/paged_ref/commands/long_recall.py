@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.kv import StreamedKV
@@ -18,6 +17,7 @@ from ..beyond_device.observation import Observation
 from ..beyond_device.relevance import budget_of, choose
 from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
+from ..views.common.console import Console
 
 BUDGETS = (0.05, 0.10, 0.25, 0.50)
 CHOICES = ("oracle", "relevance", "random", "recent")

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..core.model.config import ModelConfig
@@ -28,6 +24,8 @@ from ..training.corpus import encode, hold_out, read_stories, train_tokenizer
 from ..training.parameters import Parameters
 from ..training.trainer import Settings, Trainer, TrainingStep, bits_per_byte
 from ..views.common import options
+from ..views.common.console import Console
+from ..views.common.interrupts import STATUS, Interrupts
 from ..views.common.plots import curve
 
 REPEATS = 8  # times that a text to memorize is read in each epoch
@@ -46,7 +44,7 @@ OPTIONS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE",
                         help="what to learn from, plain or .gz, stories parted by <|endoftext|>")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the model goes, in Hugging Face form")
+    options.folder(parser, "--out", "where the model goes, in Hugging Face form")
     options.integer(parser, "--steps", 1000, least=None)
     parser.add_argument("--resume", type=Path, metavar="DIR",
                         help="continue the run that stopped there, with its options; --steps may be more")  # fmt: skip
@@ -203,23 +201,26 @@ def _train(
         save_state(args.out, trainer.state(run))
         save_model(args.out, trainer.weights, tokenizer, args.dtype)
 
-    display = Display(trainer)
-    with _stop_on_interrupt() as interrupts, display.progress:
-        while not trainer.done and not interrupts:
-            display.show(trainer.step())
-            if len(trainer.losses) % args.save_every == 0 and not trainer.done:
-                bits = measure()  # refuses weights that are no numbers, before they are written
-                save()
-                display.measured(bits)
-    bits = measure() if trainer.done else 0.0
-    save()
-    for line in curve(trainer.losses, min(display.console.width, 100), CURVE_ROWS, "loss"):
-        print(line)
-    if not trainer.done:
+    display, interrupts = Display(trainer), Interrupts()
+    try:
+        with interrupts, display.progress:
+            while not trainer.done:
+                display.show(trainer.step(interrupts.whole))
+                if len(trainer.losses) % args.save_every == 0 and not trainer.done:
+                    bits = measure()  # refuses weights that are no numbers, before they are written
+                    with interrupts.whole():
+                        save()
+                    display.measured(bits)
+    except KeyboardInterrupt:
+        save()
         print(
             f"stopped after step {len(trainer.losses)} of {args.steps}; --resume {args.out} continues", file=sys.stderr
         )
-        return 130
+        return STATUS
+    bits = measure()
+    save()
+    for line in curve(trainer.losses, min(display.console.width, 100), CURVE_ROWS, "loss"):
+        print(line)
     print(f"{args.out}: {trainer.weights.flat.size} weights, {args.steps} steps, {bits:.4f} bits per byte "
           f"on {len(held)} stories held out")  # fmt: skip
     return 0
@@ -244,23 +245,6 @@ def _refuse_other_run(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         if name != "num_steps" and before.get(name) != value:
             raise ValueError(f"--resume continues a run whose {name} is {before.get(name)!r}; now it is {value!r}")
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[list[int]]:
-    """A first Ctrl-C is added to the list, so that the current step ends; a second one interrupts immediately."""
-    caught: list[int] = []
-
-    def remember(number: int, _frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Display:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,9 @@ class LessonRecord(msgspec.Struct):
 def default_path() -> Path:
     """The place that the XDG base directories give to lasting state; other systems use the same one."""
     home = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
+    base = Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~"), ".local", "state")
+    if not base.is_absolute():  # a user whom the system does not know, as in a container, has no home
+        base = Path(tempfile.gettempdir(), f"paged_ref-{os.getuid()}")
     return base / "paged_ref" / "lessons.json"
 
 

@@ -23,6 +23,7 @@ from ..core.memory.usage import Snapshot
 from ..core.model.llama import StepInputs
 from ..core.model.tokenizer import Tokenizer
 from ..extras.host_swap import SwappablePagedManager
+from ..extras.plain_text import plain
 from ..extras.prefix_cache import CachingBlockPool
 from ..extras.swapping import SwappingManager
 from ..extras.token_text import token_text
@@ -212,7 +213,7 @@ class LoggedSteps(Observer):
 
     def model_opened(self, model: str, kv_bytes_per_token: int) -> None:
         """The name of the model, and the bytes of K and V that a token has over all layers."""
-        self.log(ModelOpened(model, kv_bytes_per_token))
+        self.log(ModelOpened(plain(model), kv_bytes_per_token))
 
     def request_added(self, request: Request) -> None:
         prompt = tuple(request.output.prompt_token_ids)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
@@ -86,9 +87,10 @@ class Trainer:
     def done(self) -> bool:
         return len(self.losses) >= self.settings.num_steps
 
-    def step(self) -> TrainingStep:
+    def step(self, whole: Callable[[], AbstractContextManager[object]] = nullcontext) -> TrainingStep:
         """Compute one batch forwards and backwards, and move the weights.
 
+        An exception before the block `whole()`, in which the weights move, leaves the state of the last step.
         Raises ValueError, and moves no weight, where the loss or the gradient is no number.
         """
         began = perf_counter()
@@ -109,9 +111,10 @@ class Trainer:
                 f"large; learning_rate is {settings.learning_rate}, and a lower one is needed"
             )
         rate = learning_rate(number, settings.num_steps, settings.warmup, settings.learning_rate)
-        for optimizer in self.optimizers:
-            optimizer.step(rate, number + 1)
-        self.losses.append(loss)
+        with whole():
+            for optimizer in self.optimizers:
+                optimizer.step(rate, number + 1)
+            self.losses.append(loss)
         return TrainingStep(number + 1, loss, length, num_tokens, perf_counter() - began)
 
     def state(self, run: dict[str, Any]) -> State:

@@ -23,8 +23,11 @@ from numpy.typing import DTypeLike
 from ..core.attention.attention import AttentionCall
 from ..extras.formats import BFLOAT16, FLOAT8, decode, encode
 from ..extras.variants import PLAIN
-from .cpu_loop import FLOAT, attend_share, merge, plan
 from .flat_views import flat_view
+from .numba_cache import anywhere
+
+with anywhere():
+    from .cpu_loop import FLOAT, attend_share, merge, plan
 
 ROWS = 64  # (query, head) rows of an item for each KV head: enough work for each K row, and still in L2
 MIN_PARALLEL_WORK = 1 << 18  # query-key products times head_size; for less, waking threads costs more than it saves
@@ -55,7 +58,7 @@ def in_threads(function: Callable[..., None], threads: int, *arguments: Any) -> 
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine; None where it can."""
-    return None
+    return "its loop is for the compiler, and NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else None
 
 
 def unsupported(call: AttentionCall) -> str | None:

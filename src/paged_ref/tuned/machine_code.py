@@ -5,6 +5,7 @@ The launch path loads exactly this code, so what the tests read without a GPU is
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -44,11 +45,21 @@ def parameters(args: tuple[Any, ...]) -> Parameters:
     return tuple(arg.dtype.name + ("*" if getattr(arg, "ndim", 0) else "") for arg in args)
 
 
+def missing_packages() -> list[str]:
+    """What is not installed of what compiles and reads kernels; the extra `ptx` brings all of it."""
+    found = {
+        "numba-cuda": importlib.util.find_spec("numba_cuda"),  # Numba's own cuda takes no launch_bounds
+        "cuda-bindings": importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"),
+        "nvidia-cuda-nvdisasm": disassembler(),
+    }
+    return [package for package, place in found.items() if place is None]
+
+
 @cache
 def compile_kernel(kernel: Any, types: Parameters, bounds: tuple[int, int], capability: tuple[int, int]) -> Code:
     """Compile for GPUs of this compute capability. `bounds` as `bounds_of` gives them.
 
-    Raises ImportError where numba-cuda or nvJitLink is missing.
+    Raises ImportError where one of the missing_packages is needed.
     """
     from numba import cuda
     from numba import types as numba_types

@@ -12,19 +12,41 @@ from typing import Any
 
 from ...timeline.events import Event, Log, write_events
 
+ROOM = 4096  # bytes: a disk that has not even these is full
+
 
 def check_writable(path: Path, name: str = "") -> None:
     """Raise ValueError, with `name` (the option) before the path, where `path` cannot become a file. Writes nothing."""
-    folder = path.parent
+    folder = path.resolve().parent
     if path.is_dir():
-        reason = "it is a directory"
+        reason: str | None = "it is a directory"
     elif not folder.is_dir():
-        reason = f"there is no directory {folder}"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        reason = "it is read-only" if path.exists() else f"the directory {folder} is read-only"
+        reason = f"there is no directory {path.parent}"
+    elif path.exists() and not os.access(path, os.W_OK):
+        reason = "it is read-only"
+    elif path.exists() and not (path.is_file() and os.access(folder, os.W_OK)):  # as write_text: it stays where it is
+        reason = None
     else:
-        return
-    raise _error(f"{name} {path}".strip(), reason)
+        reason = _why_not_in(folder)
+    if reason is not None:
+        raise _error(f"{name} {path}".strip(), reason)
+
+
+def check_folder(path: Path, name: str = "") -> None:
+    """Raise ValueError where `path` is no directory for new files, and cannot become one. Makes nothing."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if (reason := _why_not_in(there)) is not None:
+        raise _error(f"{name} {path}".strip(), reason)
+
+
+def _why_not_in(folder: Path) -> str | None:
+    """Why no file can be made in the folder: the rights, the file system, a full disk; None where one can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(ROOM))
+    except OSError as error:
+        return f"no file can be made in {folder}: {error.strerror}"
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,8 +91,13 @@ def recording(path: Path | None) -> Iterator[Log | None]:
         except OSError as error:
             raise _error(f"--record {path}", error.strerror) from None
 
-    with file:
+    try:
         yield log
+    finally:
+        try:
+            file.close()
+        except OSError as error:
+            raise _error(f"--record {path}", error.strerror) from None
 
 
 def _error(what: object, reason: str | None) -> ValueError:

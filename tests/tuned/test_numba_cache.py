@@ -1,0 +1,100 @@
+"""Compiled functions on machines that leave Numba no place to keep them: a package that is read-only, no home."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import paged_ref
+from paged_ref.tuned import numba_cache
+
+RUN = "import sys; from paged_ref.cli import main; sys.exit(main(sys.argv[1:]))"
+ARGV = ["generate", "--prompt", "Four score and seven years ago our", "--max-tokens", "2", "--backend", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def read_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package in which no folder takes a cache, not even root's: a file stands in its place."""
+    place = tmp_path_factory.mktemp("read_only")
+    package = Path(paged_ref.__file__).parent
+    shutil.copytree(package, place / "paged_ref", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("core/attention", "tuned"):
+        (place / "paged_ref" / folder / "__pycache__").touch()
+    return place
+
+
+def run(read_only: Path, code: str, temporary: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    environment = kept | {"PYTHONPATH": str(read_only), "HOME": "/dev/null/none", "TMPDIR": str(temporary)} | more
+    environment |= {"PAGED_REF_DEVICE": "cpu"}
+    command = [sys.executable, "-c", code, *ARGV]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=temporary, timeout=300)
+
+
+def test_the_temporary_directory_takes_the_cache_and_the_next_run_finds_it(read_only: Path, tmp_path: Path) -> None:
+    folder = tmp_path / f"paged_ref-{os.getuid()}"
+    done = run(read_only, RUN, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "Four score and seven years ago our fathers brought\n"), done.stderr
+    assert done.stderr == (
+        "paged-ref: warning: Numba has no place to keep compiled functions beside the package or at home; they are "
+        f"kept in {folder}\n"
+    )
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.nb*")}
+    assert kept
+    assert run(read_only, RUN, tmp_path).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.nb*")} == kept
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_without_any_place_nothing_is_kept_and_one_line_says_so(read_only: Path, tmp_path: Path) -> None:
+    done = run(read_only, f"import tempfile; tempfile.tempdir = '/dev/null/none'; {RUN}", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "Four score and seven years ago our fathers brought\n"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("they are compiled again in each run\n")
+
+
+def test_a_folder_that_others_may_write_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in it would be run."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"paged_ref-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert numba_cache._temporary() is None
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert numba_cache._temporary() is None
+    folder.unlink()
+    assert numba_cache._temporary() == str(folder)
+
+
+def test_a_user_without_a_home_gets_no_folder_with_its_name(
+    read_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert numba_cache._is_homeless()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not numba_cache._is_homeless()
+
+
+@pytest.mark.parametrize("backend", [[], ["--backend", "cpu"]], ids=["auto", "cpu"])
+def test_without_the_compiler_every_path_works(backend: list[str]) -> None:
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PAGED_REF_DEVICE": "cpu"}
+    command = [sys.executable, "-c", RUN, *ARGV[:-2], *backend]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.stdout, done.stderr) == ("Four score and seven years ago our fathers brought\n", "")
+
+
+def test_without_the_compiler_the_vector_loop_says_so() -> None:
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PAGED_REF_DEVICE": "cpu"}
+    code = "from paged_ref.kernels import backends, why_not; print(backends()[:2], why_not('cpu-simd'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout == "('reference', 'cpu') its loop is for the compiler, and NUMBA_DISABLE_JIT is set\n"
