@@ -11,13 +11,14 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from . import memory, order
 from .arrays import DTYPES, ndarray, plain
-from .modules import KERNELS
+from .modules import Function
 from .order import Access, CUDARuntimeError, enqueue
 
 TRACE = os.environ.get("STRICT_GPU_KERNELS") == "trace"
@@ -219,29 +220,27 @@ def _used(addresses: Any, shape: tuple[int, ...]) -> list[int]:
 # --- in place of the compilers and of Numba's launch -----------------------------------------------------------------
 
 
-def compiling(compile_kernel: Any) -> Callable[..., Any]:
-    """`compile_kernel`: the stand-in's machine code names what `start` runs."""
+def loading(loaded: Callable[..., Any]) -> Callable[..., Any]:
+    """`loaded` of launching.py: the launched kernel runs here. `loaded` itself compiles it for the GPU."""
 
-    def compiled(kernel: Any, types: Any, bounds: Any, capability: Any) -> Any:
-        from paged_ref.tuned import machine_code
+    @cache
+    def function(kernel: Any, types: Any, bounds: Any, number: int) -> Function:
+        from paged_ref.tuned.machine_code import parameters
 
-        name = kernel.py_func.__name__
         if COMPILE:
-            code = compile_kernel(kernel, types, bounds, capability)
-        else:
-            code = machine_code.Code(name, "", repr((name, id(kernel), types, bounds)).encode(), 0, 0, 0, 0, 0)
+            loaded(kernel, types, bounds, number)
+        name = kernel.py_func.__name__
 
         def run(grid: Any, block: Any, args: Args) -> None:
-            if (given := machine_code.parameters(tuple(args))) != types:
+            if (given := parameters(tuple(args))) != types:
                 raise AssertionError(f"{name} was compiled for {types} and is launched with {given}")
             if block[0] > bounds[0]:
                 raise CUDARuntimeError(f"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: {name}: {block} threads, bounds {bounds}")
             start(kernel, grid[:2], block[0], args)
 
-        KERNELS[code.binary] = run
-        return code
+        return Function(run)
 
-    return compiled
+    return function
 
 
 class NumbaStream:
@@ -274,20 +273,22 @@ def configured(kernel: Any, configuration: tuple[Any, int, NumbaStream]) -> Call
 
 def put_in_place() -> None:
     """The project's kernels run here from now on. Import paged_ref before."""
+    from paged_ref.tuned import copies, launching, machine_code
+
+    # First what other modules take by name when they are imported.
+    launching.loaded = loading(launching.loaded)
+    if not COMPILE:
+        machine_code.compile_kernel = lambda *what: machine_code.Code("stand-in", "", b"", 0, 0, 0, 0, 0)
+    make_pinned = copies.pinned
+    copies.pinned = lambda *args, **options: make_pinned(*args, **options).view(memory.Pinned)
+
     from numba import cuda
 
     from paged_ref.core.attention import cuda as teaching
     from paged_ref.core.attention import naive
-    from paged_ref.tuned import copies, flash, machine_code
+    from paged_ref.tuned import flash
 
-    machine_code.compile_kernel = compiling(machine_code.compile_kernel)
     for backend in (flash, teaching):
         backend.attend = attending(backend.attend)
     cuda.external_stream, cuda.as_cuda_array = NumbaStream, as_cuda_array
     type(naive.attention_kernel).__getitem__ = configured
-    make_pinned = copies.pinned
-
-    def pinned(*args: Any, **options: Any) -> Any:
-        return make_pinned(*args, **options).view(memory.Pinned)
-
-    copies.pinned = pinned

@@ -15,8 +15,6 @@ from .arrays import CUPY, SCALARS, missing, ndarray, new
 from .functions import FUNCTIONS
 from .order import CUDARuntimeError
 
-KERNELS: dict[bytes, Any] = {}  # what runs a kernel, called with (grid, block, args), by its machine code
-
 
 class StandInModule(ModuleType):
     """Has `contents`; another name raises NotImplementedError if CuPy has it, else AttributeError."""
@@ -91,17 +89,17 @@ def elapsed(start: order.Event, end: order.Event) -> float:
 
 
 class Module:
+    """Machine code that is loaded, and not run."""
+
     def load(self, cubin: bytes) -> None:
         if type(cubin) is not bytes:
             raise TypeError("Argument 'cubin' has incorrect type (expected bytes)")
-        self.run = KERNELS[cubin]
 
-    def get_function(self, name: str) -> Function:
-        return Function(self.run)
+    def get_function(self, name: str) -> None: ...
 
 
 class Function:
-    """A compiled kernel. A launch is checked as CuPy and the driver check it."""
+    """A compiled kernel. A launch is checked as CuPy and the driver check it, and then run(grid, block, args) is."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
