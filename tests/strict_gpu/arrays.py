@@ -345,12 +345,6 @@ class ndarray:  # noqa: N801
                 axis += part.ndim if isinstance(part, ndarray) and part.dtype.kind == "b" else 1
         return tuple(index)
 
-    def _elements(self, index: tuple[Any, ...]) -> Access:
-        """Exactly the elements that the index names."""
-        marks = np.zeros(self.shape, bool)
-        marks[index] = True
-        return self.access(np.nonzero(marks))
-
     def __getitem__(self, slices: Any) -> ndarray:
         parts, arrays = self._index(slices)
         if not arrays:
@@ -362,7 +356,7 @@ class ndarray:  # noqa: N801
             out._a[...] = self._a[self._host_index(parts)]
 
         if out.size:
-            enqueue(lambda: [*accesses(*arrays), self._elements(self._host_index(parts))], accesses(out), "take", run)
+            enqueue(lambda: [*accesses(*arrays), self.access(self._host_index(parts))], accesses(out), "take", run)
         return out
 
     def __setitem__(self, slices: Any, value: Any) -> None:
@@ -387,7 +381,7 @@ class ndarray:  # noqa: N801
                 self._a[self._host_index(parts)] = source._a.astype(self.dtype)
 
         if self.size:
-            writes = lambda: [self._elements(self._host_index(parts))]  # noqa: E731
+            writes = lambda: [self.access(self._host_index(parts))]  # noqa: E731
             enqueue(accesses(source, *arrays), writes, "scatter", run)
 
 

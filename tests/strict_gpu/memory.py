@@ -21,7 +21,11 @@ _by_address: dict[int, Allocation] = {}
 
 
 class Allocation:
-    """One piece of memory. Who touched it last is kept for the whole, and byte by byte from the second stream on."""
+    """One piece of memory, and the last operation of each stream that wrote it and that read it.
+
+    While one stream alone touches it, that is a number for the whole; from the second stream on, one for each byte. An
+    older write may stay noted: what comes after the newer one comes after the older one too.
+    """
 
     def __init__(self, size: int, on_host: bool = False) -> None:
         self.size, self.on_host = size, on_host
@@ -30,11 +34,9 @@ class Allocation:
         self.ptr = self._room.ctypes.data + skip if size else 0
         self.bytes = self._room[skip : skip + size]
         self.bytes[:] = UNWRITTEN
-        self._streams: set[int] = set()  # that touched it
-        self._writer = 0  # the number of an operation; 0: none
-        self._readers: dict[int, int] = {}  # by stream
-        self._byte_writer: np.ndarray | None = None  # [size]
-        self._byte_readers: dict[int, np.ndarray] = {}  # by stream: [size]
+        # By stream: the number of an operation, or [size] of them.
+        self._writes: dict[int, Any] = {}
+        self._reads: dict[int, Any] = {}
         if size:
             bisect.insort(_addresses, self.ptr)
             _by_address[self.ptr] = self
@@ -43,47 +45,42 @@ class Allocation:
         if _by_address.get(self.ptr) is self:
             del _by_address[self.ptr], _addresses[bisect.bisect_left(_addresses, self.ptr)]
 
-    def last_operations(self, access: Access, write: bool) -> list[int]:
-        """The numbers of the operations that must be done before this access."""
-        if self._byte_writer is None:
-            return [self._writer, *(self._readers.values() if write else ())]
-        found: list[int] = []
-        for record in (self._byte_writer, *(self._byte_readers.values() if write else ())):
-            found += np.unique(self._touched(record, access)).tolist()
-        return found
+    def last_operations(self, access: Access, write: bool) -> list[tuple[int, int]]:
+        """(stream, number) of the operations that must be done before this access."""
+        if not access.view.size:
+            return []
+        noted = [*self._writes.items(), *(self._reads.items() if write else ())]
+        return [(stream, int(np.max(self._part(numbers, access), initial=0))) for stream, numbers in noted]
 
-    def note(self, operation: int, stream: int, access: Access, write: bool) -> None:
+    def note(self, stream: int, number: int, access: Access, write: bool) -> None:
         """The access was made by this operation."""
         if not access.view.size:
             return
-        self._streams.add(stream)
-        if self._byte_writer is None and len(self._streams) == 1:
-            if write:
-                self._writer = operation
-            else:
-                self._readers[stream] = operation
+        noted = self._writes if write else self._reads
+        if {*self._writes, *self._reads} <= {stream}:
+            noted[stream] = number
             return
-        if self._byte_writer is None:
-            self._byte_writer = np.full(self.size, self._writer, np.int32)
-            self._byte_readers = {key: np.full(self.size, last, np.int32) for key, last in self._readers.items()}
-        record = self._byte_writer
-        if not write:
-            record = self._byte_readers.setdefault(stream, np.zeros(self.size, np.int32))
-        bytes_of = self._bytes_of(record, access.view)
-        bytes_of[... if access.index is None else access.index] = operation
+        for numbers in (self._writes, self._reads):
+            for other, last in numbers.items():
+                if isinstance(last, int):
+                    numbers[other] = np.full(self.size, last, np.int32)
+        if stream not in noted:
+            noted[stream] = np.zeros(self.size, np.int32)
+        part = self._bytes_of(noted[stream], access.view)
+        part[... if access.index is None else access.index] = number
 
-    def _bytes_of(self, record: np.ndarray, view: np.ndarray) -> np.ndarray:
-        """What `record [size]` says of each byte of the view: [*view.shape, itemsize]."""
+    def _part(self, numbers: Any, access: Access) -> Any:
+        if isinstance(numbers, int):
+            return numbers
+        part = self._bytes_of(numbers, access.view)
+        return part if access.index is None else part[access.index]
+
+    def _bytes_of(self, numbers: np.ndarray, view: np.ndarray) -> np.ndarray:
+        """Of `numbers [size]` those of the view's bytes: [*view.shape, itemsize]."""
         start = view.__array_interface__["data"][0] - self.ptr
-        strides = (*(record.itemsize * stride for stride in view.strides), record.itemsize)
-        found: np.ndarray = np.lib.stride_tricks.as_strided(record[start:], (*view.shape, view.itemsize), strides)
+        strides = (*(numbers.itemsize * stride for stride in view.strides), numbers.itemsize)
+        found: np.ndarray = np.lib.stride_tricks.as_strided(numbers[start:], (*view.shape, view.itemsize), strides)
         return found
-
-    def _touched(self, record: np.ndarray, access: Access) -> np.ndarray:
-        if not access.view.size:
-            return record[:0]
-        found = self._bytes_of(record, access.view)
-        return found if access.index is None else found[access.index]
 
 
 def allocation_at(address: int) -> Allocation | None:

@@ -65,14 +65,8 @@ def note_wait(what: str) -> None:
 # --- operations --------------------------------------------------------------------------------------------------
 
 
-class Operation(NamedTuple):
-    stream: int
-    number: int  # in the stream, from 1
-    words: str
-
-
-_operations: list[Operation] = []
-_forgotten = 1  # operations below this number are done for everybody; 0 is "never touched"
+_words: dict[tuple[int, int], str] = {}  # of each operation: by stream and number
+_ended: set[int] = set()  # streams that are no more, with all that they did
 host_clock: Clock = {}
 
 
@@ -84,42 +78,36 @@ def join(clock: Clock, other: Clock) -> None:
 
 def forget() -> None:
     """All that was done is from now on done for every stream and for the host. Between tests."""
-    global _forgotten
-    _forgotten += len(_operations)
-    _operations.clear()
     clocks = [host_clock, *(stream.clock for stream in list(streams.values()))]
     done: Clock = {}
     for clock in clocks:
         join(done, clock)
-    done = {stream: number for stream, number in done.items() if stream == HOST or stream in streams}
+    _ended.update(stream for stream in done if stream != HOST and stream not in streams)
     for clock in clocks:
         clock.clear()
-        clock.update(done)
+        clock.update((stream, number) for stream, number in done.items() if stream not in _ended)
+    _words.clear()
 
 
-def _check(words: str, clock: Clock, access: Access, write: bool) -> None:
-    for operation in access.allocation.last_operations(access, write):
-        if operation < _forgotten:
-            continue
-        last = _operations[operation - _forgotten]
-        if clock.get(last.stream, 0) < last.number:
+def _check(words: str, stream: int, clock: Clock, access: Access, write: bool) -> None:
+    for other, number in access.allocation.last_operations(access, write):
+        if other != stream and other not in _ended and clock.get(other, 0) < number:
             where = "page-locked host" if access.allocation.on_host else "device"
             raise StreamRace(
                 f"{words} {'writes' if write else 'reads'} {where} memory of {access.allocation.size} bytes; nothing "
-                f"orders it after {last.words}"
+                f"orders it after {_words.get((other, number), 'an operation before')}"
             )
 
 
 def _perform(words: str, stream: int, clock: Clock, reads: Sequence[Access], writes: Sequence[Access]) -> None:
-    clock[stream] = clock.get(stream, 0) + 1
+    number = clock[stream] = clock.get(stream, 0) + 1
     for write, accesses in ((False, reads), (True, writes)):
         for access in accesses:
-            _check(words, clock, access, write)
-    _operations.append(Operation(stream, clock[stream], words))
-    number = _forgotten + len(_operations) - 1
+            _check(words, stream, clock, access, write)
+    _words[stream, number] = words
     for write, accesses in ((False, reads), (True, writes)):
         for access in accesses:
-            access.allocation.note(number, stream, access, write)
+            access.allocation.note(stream, number, access, write)
 
 
 def host_access(allocation: Allocation, view: np.ndarray, write: bool) -> None:
