@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from paged_ref import LLM, RequestOutput, SamplingParams
+from paged_ref.core.device import on_gpu
 
 PROMPTS = ["Four score and seven years ago our", "Once upon a time", "The cat"]
 LONG_PROMPT = "One day, Ben found a red box under the tree. " * 3
@@ -38,8 +39,13 @@ def ids(outputs: list[RequestOutput]) -> list[list[int]]:
     return [sample.token_ids for output in outputs for sample in output.outputs]
 
 
+def make(**options: Any) -> LLM:
+    """The embedded model. Without a GPU by the reference, which compiles nothing."""
+    return LLM("tiny", **options if on_gpu else {**options, "backend": "reference"})
+
+
 def generate(prompts: Any = PROMPTS, params: Any = None, **options: Any) -> list[RequestOutput]:
-    return LLM("tiny", **options).generate(prompts, params or lengths(12, 10, 8))
+    return make(**options).generate(prompts, params or lengths(12, 10, 8))
 
 
 @flow(QUICK)
@@ -74,7 +80,7 @@ def fork() -> Any:
 
 @flow(QUICK)
 def prefix_cache() -> Any:
-    llm = LLM("tiny", block_size=4, prefix_cache=True, sanitize=True)
+    llm = make(block_size=4, prefix_cache=True, sanitize=True)
     first, again = (llm.generate([LONG_PROMPT, LONG_PROMPT + PROMPTS[1]], lengths(5, 5)) for _ in range(2))
     assert ids(first) == ids(again)
     return ids(first)
@@ -155,7 +161,7 @@ def every_manager() -> Any:
         {"backend": "reference"},
     ]
     for these in options:
-        llm = LLM("tiny", **these)
+        llm = make(**these)
         assert ids(llm.generate(prompts, params)) == want, these
         assert ids(llm.generate(prompts, params)) == want, these
     return want
@@ -167,7 +173,7 @@ def every_long_context() -> Any:
     found = []
     for attend in ("all", 4, 0.5):
         for more in ({"sanitize": True}, {"evict": "sliding"}, {"evict": "relevance"}, {"staging_pages": 3}):
-            llm = LLM("tiny", **options, attend=attend, **more)  # type: ignore[arg-type]
+            llm = make(**options, attend=attend, **more)
             found.append(ids(llm.generate([LONG_PROMPT + PROMPTS[0]], lengths(6))))
     whole = ids(generate([LONG_PROMPT + PROMPTS[0]], lengths(6)))
     assert all(tokens == whole for tokens in found[:4])

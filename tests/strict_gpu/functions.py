@@ -115,8 +115,8 @@ def _array_ufunc(self: ndarray, ufunc: Any, method: str, *inputs: Any, out: Any 
 
 
 def _array_function(self: ndarray, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    module = __import__("cupy")
-    return getattr(module, func.__name__)(*args, **kwargs) if hasattr(module, func.__name__) else NotImplemented
+    function = FUNCTIONS.get(func.__name__)
+    return function(*args, **kwargs) if function else NotImplemented
 
 
 ndarray.__array_ufunc__ = _array_ufunc  # type: ignore[attr-defined]

@@ -50,7 +50,10 @@ class Allocation:
         if not access.view.size:
             return []
         noted = [*self._writes.items(), *(self._reads.items() if write else ())]
-        return [(stream, int(np.max(self._part(numbers, access), initial=0))) for stream, numbers in noted]
+        return [
+            (stream, numbers if isinstance(numbers, int) else int(self._part(numbers, access).max(initial=0)))
+            for stream, numbers in noted
+        ]
 
     def note(self, stream: int, number: int, access: Access, write: bool) -> None:
         """The access was made by this operation."""
@@ -69,9 +72,7 @@ class Allocation:
         part = self._bytes_of(noted[stream], access.view)
         part[... if access.index is None else access.index] = number
 
-    def _part(self, numbers: Any, access: Access) -> Any:
-        if isinstance(numbers, int):
-            return numbers
+    def _part(self, numbers: np.ndarray, access: Access) -> Any:
         part = self._bytes_of(numbers, access.view)
         return part if access.index is None else part[access.index]
 

@@ -9,6 +9,7 @@ StreamRace, with both operations and their lines.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import weakref
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .memory import Allocation
 
 HOST = -1  # the host's key in a clock; the other keys are the pointers of streams
-HERE = str(Path(__file__).resolve().parent)
+OWN_FILES = {str(Path(__file__).with_name(f"{name}.py")) for name in ("arrays", "functions", "kernels", "memory", "modules", "order")}
 Clock = dict[int, int]
 
 
@@ -53,9 +54,9 @@ waits: Counter[str] = Counter()
 def place() -> str:
     """The line outside this package that asked for the operation."""
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(HERE):
+    while frame is not None and frame.f_code.co_filename in OWN_FILES:
         frame = frame.f_back
-    return "?" if frame is None else f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
+    return "?" if frame is None else f"{'/'.join(frame.f_code.co_filename.split(os.sep)[-2:])}:{frame.f_lineno}"
 
 
 def note_wait(what: str) -> None:
@@ -66,7 +67,9 @@ def note_wait(what: str) -> None:
 
 
 _words: dict[tuple[int, int], str] = {}  # of each operation: by stream and number
-_ended: set[int] = set()  # streams that are no more, with all that they did
+_blocking: list[Stream] = []  # kept, since the default stream waits for them even when nothing else names them
+_known: set[int] = set()  # streams since the last `forget`, and those that lived then
+_ended: set[int] = set()  # streams that were gone at the last `forget`: all that they did is done
 host_clock: Clock = {}
 
 
@@ -82,11 +85,13 @@ def forget() -> None:
     done: Clock = {}
     for clock in clocks:
         join(done, clock)
-    _ended.update(stream for stream in done if stream != HOST and stream not in streams)
+    _ended.update(_known - set(streams))
+    _known.intersection_update(streams)
     for clock in clocks:
         clock.clear()
         clock.update((stream, number) for stream, number in done.items() if stream not in _ended)
     _words.clear()
+    _blocking.clear()
 
 
 def _check(words: str, stream: int, clock: Clock, access: Access, write: bool) -> None:
@@ -185,6 +190,9 @@ class Stream:
         self.captured: list[tuple[Accesses, Accesses, str, Callable[[], Any]]] | None = None
         self.broken = False  # the capture, by something that CUDA forbids
         streams[self.ptr] = self
+        _known.add(self.ptr)
+        if self.blocking:
+            _blocking.append(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and self.ptr == other.ptr
