@@ -1,8 +1,8 @@
 """A strict stand-in for CuPy and for the GPU behind it. README.md says what it refuses, and what it does not model.
 
-    PYTHONPATH=src:tests python -m strict_gpu SCRIPT [arguments]      a program with the stand-in in place
-    PYTHONPATH=src:tests python -m strict_gpu -m MODULE [arguments]
-    PYTHONPATH=src:tests python -m pytest -p strict_gpu.plugin ...    tests with the stand-in in place
+PYTHONPATH=src:tests python -m strict_gpu SCRIPT [arguments]      a program with the stand-in in place
+PYTHONPATH=src:tests python -m strict_gpu -m MODULE [arguments]
+PYTHONPATH=src:tests python -m pytest -p strict_gpu.plugin ...    tests with the stand-in in place
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def missing(owner: str, name: str, known: Any) -> Exception:
 
 
 def checked_dtype(dtype: Any) -> np.dtype[Any]:
-    found = np.dtype(dtype)
+    found: np.dtype[Any] = np.dtype(dtype)
     if found not in DTYPES:
         raise ValueError(f"Unsupported dtype {found}")
     return found
@@ -97,7 +97,7 @@ class ndarray:  # noqa: N801
     data: MemoryPointer
     base: ndarray | None
 
-    def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None, strides: Any = None, order: str = "C"):
+    def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None, strides: Any = None, order: Any = "C"):
         shape = tuple(map(operator.index, shape)) if hasattr(shape, "__len__") else (operator.index(shape),)
         if any(n < 0 for n in shape):
             raise ValueError("Negative dimensions are not allowed")
@@ -106,7 +106,7 @@ class ndarray:  # noqa: N801
         pointer = memory.allocate(size) if memptr is None else memptr
         allocation = pointer.mem.allocation
         if size:  # NumPy refuses an array that leaves its allocation; CuPy does not look
-            array = np.ndarray(shape, dtype, allocation.bytes, pointer.ptr - allocation.ptr, strides, order)  # type: ignore[call-overload]
+            array = np.ndarray(shape, dtype, allocation.bytes, pointer.ptr - allocation.ptr, strides, order)
         else:
             array = np.empty(shape, dtype)
         self.__dict__.update(_a=array, data=pointer, base=None)
@@ -444,7 +444,7 @@ def array(
         from .functions import stack
 
         joined = stack(obj)
-        return joined if dtype is None else joined.astype(dtype, copy=False)  # type: ignore[no-any-return]
+        return joined if dtype is None else joined.astype(dtype, copy=False)
     host = np.array(obj, dtype=dtype, ndmin=ndmin)  # of a list with some arrays of the device: refused by __array__
     if host.ndim:
         refuse_in_capture("H2D transfers")

@@ -1,6 +1,6 @@
 """What the project does, one flow for each capability. A flow returns what must be the same on every device.
 
-    PYTHONPATH=src:tests python -m strict_gpu tests/strict_gpu/flows.py [flow ...]      prints JSON, a line for each
+PYTHONPATH=src:tests python -m strict_gpu tests/strict_gpu/flows.py [flow ...]      prints JSON, a line for each
 """
 
 from __future__ import annotations
@@ -210,4 +210,6 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or flows:
         began = time.perf_counter()
         result = flows[name]()
-        print(json.dumps({"flow": name, "result": result, "seconds": round(time.perf_counter() - began, 1)}), flush=True)
+        print(
+            json.dumps({"flow": name, "result": result, "seconds": round(time.perf_counter() - began, 1)}), flush=True
+        )

@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 
 from .arrays import (
-    CUPY, SCALARS, array, asarray, ascontiguousarray, checked_dtype, missing, ndarray, new, operand, plain, store,
+    CUPY,
+    SCALARS,
+    array,
+    asarray,
+    ascontiguousarray,
+    checked_dtype,
+    missing,
+    ndarray,
+    new,
+    operand,
+    plain,
+    store,
 )  # fmt: skip
 from .order import note_wait, refuse_in_capture
 
@@ -25,9 +36,7 @@ class ufunc:  # noqa: N801
         self.__name__, self.nin, self.nout = name, nin, nout
         self._numpy = getattr(np, name)
 
-    def __call__(
-        self, *args: Any, out: Any = None, dtype: Any = None, casting: str = "same_kind", **wrong: Any
-    ) -> Any:
+    def __call__(self, *args: Any, out: Any = None, dtype: Any = None, casting: str = "same_kind", **wrong: Any) -> Any:
         if wrong:
             raise TypeError(f"Wrong arguments {sorted(wrong)}")
         if not self.nin <= len(args) <= self.nin + self.nout:
@@ -87,7 +96,7 @@ def _binary(name: str, reflected: bool) -> Callable[[ndarray, Any], Any]:
 
 
 def _inplace(name: str) -> Callable[[ndarray, Any], ndarray]:
-    return lambda self, other: UFUNCS[name](self, other, out=self)  # type: ignore[no-any-return]
+    return lambda self, other: UFUNCS[name](self, other, out=self)
 
 
 ARITHMETIC = {
@@ -119,22 +128,28 @@ def _array_function(self: ndarray, func: Any, types: Any, args: Any, kwargs: Any
     return function(*args, **kwargs) if function else NotImplemented
 
 
-ndarray.__array_ufunc__ = _array_ufunc  # type: ignore[attr-defined]
-ndarray.__array_function__ = _array_function  # type: ignore[attr-defined]
+for _operator, _function in {"__array_ufunc__": _array_ufunc, "__array_function__": _array_function}.items():
+    setattr(ndarray, _operator, _function)
 
 
 # --- reductions ------------------------------------------------------------------------------------------------------
 
 
 def _reduction(name: str, keywords: tuple[str, ...]) -> Callable[..., ndarray]:
-    def method(self: ndarray, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, **more: Any) -> ndarray:
+    def method(
+        self: ndarray, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, **more: Any
+    ) -> ndarray:
         if wrong := set(more) - set(keywords) | ({"dtype"} if dtype is not None and "dtype" not in keywords else set()):
             raise TypeError(f"cupy.{name} got an unexpected keyword argument {sorted(wrong)}")
         if dtype is not None:
             more["dtype"] = dtype
         if not self.size and name in ("max", "min", "argmax", "argmin"):
             # CuPy looks at the size of the answer first, and at what has no identity then.
-            axes = range(self.ndim) if axis is None else [a % self.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
+            axes = (
+                range(self.ndim)
+                if axis is None
+                else [a % self.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
+            )
             shape = tuple(n for i, n in enumerate(self.shape) if i not in axes)
             if math.prod(shape):
                 raise ValueError(f"zero-size array to reduction operation cupy_{name} which has no identity")
@@ -228,8 +243,8 @@ def ones_like(a: Any, dtype: Any = None, order: str = "K", subok: Any = None, sh
 def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> ndarray:
     if any(isinstance(bound, ndarray) for bound in (start, stop, step)):
         raise TypeError("cupy.arange of an array would make the host wait")
-    bounds = (0, start) if stop is None else (start, stop)
-    return new((), lambda: np.arange(*bounds, step, dtype=dtype), "arange")
+    first, end = (0, start) if stop is None else (start, stop)
+    return new((), lambda: np.arange(first, end, step, dtype), "arange")
 
 
 def triu(m: ndarray, k: int = 0) -> ndarray:
@@ -257,9 +272,7 @@ def _on_device(arrays: Any, name: str) -> tuple[ndarray, ...]:
     return found
 
 
-def concatenate(
-    tup: Any, axis: Any = 0, out: Any = None, *, dtype: Any = None, casting: Any = "same_kind"
-) -> ndarray:
+def concatenate(tup: Any, axis: Any = 0, out: Any = None, *, dtype: Any = None, casting: Any = "same_kind") -> ndarray:
     arrays = _on_device(tup, "concatenate")
     compute = lambda: np.concatenate([one._a for one in arrays], axis, dtype=dtype, casting=casting)  # noqa: E731
     return new_or(arrays, compute, "concatenate", (out,))
@@ -299,7 +312,14 @@ def take(a: ndarray, indices: Any, axis: Any = None, out: Any = None) -> ndarray
 
 
 def matmul(
-    x1: Any, x2: Any, out: Any = None, *, casting: Any = "same_kind", dtype: Any = None, axes: Any = None, axis: Any = None
+    x1: Any,
+    x2: Any,
+    out: Any = None,
+    *,
+    casting: Any = "same_kind",
+    dtype: Any = None,
+    axes: Any = None,
+    axis: Any = None,
 ) -> ndarray:
     a, b = _on_device((x1, x2), "matmul")
     if not a.ndim or not b.ndim:
@@ -327,12 +347,18 @@ def einsum(*operands: Any, dtype: Any = None, optimize: Any = False) -> ndarray:
     return new(arrays, lambda: np.einsum(subscripts, *(one._a for one in arrays), dtype=dtype), "einsum")
 
 
-ndarray.__matmul__ = lambda self, other: matmul(self, other)  # type: ignore[attr-defined]
-ndarray.__rmatmul__ = lambda self, other: matmul(other, self)  # type: ignore[attr-defined]
-for _name in ("cumsum", "nonzero", "repeat", "take"):
-    setattr(ndarray, _name, globals()[_name])
-ndarray.clip = lambda self, min=None, max=None, out=None: clip(self, min, max, out)  # type: ignore[attr-defined]
-ndarray.dot = matmul  # type: ignore[attr-defined]
+METHODS: dict[str, Callable[..., Any]] = {
+    "__matmul__": matmul,
+    "__rmatmul__": lambda self, other: matmul(other, self),
+    "clip": lambda self, min=None, max=None, out=None: clip(self, min, max, out),
+    "cumsum": cumsum,
+    "dot": matmul,
+    "nonzero": nonzero,
+    "repeat": repeat,
+    "take": take,
+}
+for _name, _function in METHODS.items():
+    setattr(ndarray, _name, _function)
 
 FUNCTIONS: dict[str, Any] = {
     **UFUNCS,

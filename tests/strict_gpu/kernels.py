@@ -1,8 +1,8 @@
 """What a launched kernel does here.
 
-By default a kernel does what its docstring says, as array code below, and attention is the reference's: fast enough for
-whole programs. A kernel that is not below, or every kernel where STRICT_GPU_KERNELS=trace, runs in the project's tracer:
-its own code, thread by thread. With STRICT_GPU_COMPILE=1 each launched kernel is compiled for the GPU too.
+By default a kernel does what its docstring says, as array code below, and attention is the reference's: fast enough
+for whole programs. A kernel that is not below, or every kernel where STRICT_GPU_KERNELS=trace, runs in the project's
+tracer: its own code, thread by thread. With STRICT_GPU_COMPILE=1 each launched kernel is compiled for the GPU too.
 """
 
 from __future__ import annotations
@@ -145,7 +145,6 @@ def start(kernel: Any, grid: tuple[int, int], num_threads: int, args: Args) -> N
 
 def traced(kernel: Any, grid: tuple[int, int], num_threads: int, args: Args) -> None:
     """Run the kernel's own code, and check the accesses that the tracer records."""
-    from paged_ref.core.attention.cuda import Launch
     from paged_ref.tracer import trace
 
     arrays = [arg for arg in args if isinstance(arg, ndarray)]
@@ -153,7 +152,7 @@ def traced(kernel: Any, grid: tuple[int, int], num_threads: int, args: Args) -> 
 
     def run() -> None:
         nonlocal record
-        record = trace.run(Launch(kernel, grid, num_threads, tuple(map(plain, args))))
+        record = trace.run(kernel, grid, num_threads, *map(plain, args))
 
     def touched(write: bool) -> list[Access]:
         found = []
@@ -276,9 +275,9 @@ def put_in_place() -> None:
     from paged_ref.tuned import copies, launching, machine_code
 
     # First what other modules take by name when they are imported.
-    launching.loaded = loading(launching.loaded)
+    launching.loaded = loading(launching.loaded)  # type: ignore[assignment]
     if not COMPILE:
-        machine_code.compile_kernel = lambda *what: machine_code.Code("stand-in", "", b"", 0, 0, 0, 0, 0)
+        machine_code.compile_kernel = lambda *what: machine_code.Code("", "", b"", 0, 0, 0, 0, 0)  # type: ignore[assignment]
     make_pinned = copies.pinned
     copies.pinned = lambda *args, **options: make_pinned(*args, **options).view(memory.Pinned)
 
@@ -289,6 +288,6 @@ def put_in_place() -> None:
     from paged_ref.tuned import flash
 
     for backend in (flash, teaching):
-        backend.attend = attending(backend.attend)
+        setattr(backend, "attend", attending(getattr(backend, "attend")))  # noqa: B009, B010
     cuda.external_stream, cuda.as_cuda_array = NumbaStream, as_cuda_array
     type(naive.attention_kernel).__getitem__ = configured

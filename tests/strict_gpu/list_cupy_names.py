@@ -1,6 +1,6 @@
 """Writes cupy_names.json: the names, parameters and ufuncs of the installed CuPy. It needs CuPy, and no GPU.
 
-    python tests/strict_gpu/list_cupy_names.py
+python tests/strict_gpu/list_cupy_names.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ def parameters(function: Any) -> str:
         found = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
         return "?"
-    marks = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_POSITIONAL: "**", inspect.Parameter.VAR_KEYWORD: "***"}
+    marks: dict[Any, str] = {
+        inspect.Parameter.KEYWORD_ONLY: "*",
+        inspect.Parameter.VAR_POSITIONAL: "**",
+        inspect.Parameter.VAR_KEYWORD: "***",
+    }
     return " ".join(marks.get(parameter.kind, "") + parameter.name for parameter in found)
 
 
@@ -40,7 +44,9 @@ def names() -> dict[str, Any]:
         if callable(value) and name not in ufuncs and not inspect.isclass(value)
     }
     runtime = cupy.cuda.runtime
-    cuda = {name: public(getattr(cupy.cuda, name)) for name in ("Device", "Event", "MemoryHook", "MemoryPool", "Stream")}
+    cuda = {
+        name: public(getattr(cupy.cuda, name)) for name in ("Device", "Event", "MemoryHook", "MemoryPool", "Stream")
+    }
     return {
         "version": cupy.__version__,
         "ufuncs": ufuncs,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -128,7 +128,7 @@ class MemoryHook:
     """Told of each allocation while it is entered."""
 
     name = "MemoryHook"
-    active: list[MemoryHook] = []
+    active: ClassVar[list[MemoryHook]] = []
 
     def __enter__(self) -> MemoryHook:
         MemoryHook.active.append(self)
@@ -258,11 +258,11 @@ def _plain(value: Any, write: bool = False) -> Any:
     return type(value)(_plain(part) for part in value) if type(value) in (list, tuple) else value
 
 
-def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> Pinned:
+def empty_pinned(shape: Any, dtype: Any = float, order: Any = "C") -> Pinned:
     """cupyx.empty_pinned."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    array = np.ndarray(shape, dtype, pinned_bytes(size), order=order)  # type: ignore[call-overload]
+    array = np.ndarray(shape, dtype, pinned_bytes(size), order=order)
     pinned: Pinned = array.view(Pinned)
     return pinned
 

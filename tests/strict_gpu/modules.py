@@ -74,7 +74,8 @@ def memcpy_2d_async(*args: Any) -> None:
     for value in args:
         if not isinstance(value, int):
             raise TypeError(f"an integer is required, not {type(value)}")
-    memory.copy_2d(*args[:-1], order.streams[args[-1]])
+    dst, dpitch, src, spitch, width, height, kind, stream = args
+    memory.copy_2d(dst, dpitch, src, spitch, width, height, kind, order.streams[stream])
 
 
 def memcpy_async(dst: int, src: int, size: int, kind: int, stream: int) -> None:

@@ -1,6 +1,6 @@
 """Takes one ordering of copies and computation away at a time, and runs what needs it: StreamRace must say so.
 
-    PYTHONPATH=src:tests python -m strict_gpu tests/strict_gpu/mutants.py      prints JSON: by mutant what was said
+PYTHONPATH=src:tests python -m strict_gpu tests/strict_gpu/mutants.py      prints JSON: by mutant what was said
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from strict_gpu import flows, order
-from strict_gpu.order import StreamRace
 
 from paged_ref.core.device import xp
 from paged_ref.core.memory.manager import Transfer
 from paged_ref.tuned.copies import CopyStream
 from paged_ref.tuned.kv import TunedKV
+from strict_gpu import flows, order
+from strict_gpu.order import StreamRace
 
 
 def swaps() -> None:

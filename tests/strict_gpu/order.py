@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from .memory import Allocation
 
 HOST = -1  # the host's key in a clock; the other keys are the pointers of streams
-OWN_FILES = {str(Path(__file__).with_name(f"{name}.py")) for name in ("arrays", "functions", "kernels", "memory", "modules", "order")}
+OWN_FILES = {
+    str(Path(__file__).with_name(f"{name}.py"))
+    for name in ("arrays", "functions", "kernels", "memory", "modules", "order")
+}
 Clock = dict[int, int]
 
 
@@ -32,7 +35,7 @@ class CUDARuntimeError(RuntimeError):
     """What CUDA itself refuses."""
 
 
-class StreamRace(AssertionError):
+class StreamRace(AssertionError):  # noqa: N818
     """Two operations touch the same bytes, and nothing orders them."""
 
 
@@ -121,9 +124,7 @@ def host_access(allocation: Allocation, view: np.ndarray, write: bool) -> None:
     _perform(f"the host at {place()}", HOST, host_clock, () if write else access, access if write else ())
 
 
-def enqueue(
-    reads: Accesses, writes: Accesses, name: str, run: Callable[[], Any], stream: Stream | None = None
-) -> None:
+def enqueue(reads: Accesses, writes: Accesses, name: str, run: Callable[[], Any], stream: Stream | None = None) -> None:
     """`run` as the next operation of the stream. While the stream is captured, it is recorded and does not run."""
     stream = current_stream() if stream is None else stream
     work[name] += 1

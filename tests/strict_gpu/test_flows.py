@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from strict_gpu import flows, mutants
 
 from paged_ref.lesson import lesson_script
+from strict_gpu import flows, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOWS = flows.QUICK | flows.SLOW

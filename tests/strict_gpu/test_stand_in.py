@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from strict_gpu import memory, modules, order
-from strict_gpu.arrays import CUPY, ndarray
+from strict_gpu.arrays import CUPY
 from strict_gpu.functions import FUNCTIONS
 from strict_gpu.order import CUDARuntimeError, Event, Stream, StreamRace
 
@@ -23,12 +24,12 @@ def _fresh() -> Iterator[None]:
     order.forget()
 
 
-REFUSED: dict[str, tuple[Callable[[ndarray], Any], type[Exception]]] = {
+REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception]]] = {
     "an array becomes NumPy's by itself": (np.asarray, TypeError),
     "NumPy writes it": (lambda a: np.copyto(host.copy(), a), TypeError),
     "an operator with a NumPy array": (lambda a: a + host, TypeError),
     "an operator of a NumPy array": (lambda a: host * a, TypeError),
-    "an operator with a list": (lambda a: a + [1, 2, 3], TypeError),
+    "an operator with a list": (lambda a: a * [1, 2, 3], TypeError),
     "a NumPy function with a NumPy array": (lambda a: np.maximum(a, host), TypeError),
     "matmul with a NumPy array": (lambda a: a @ host.T, TypeError),
     "where with a NumPy array": (lambda a: cupy.where(a > 0, a, host), TypeError),
@@ -161,7 +162,7 @@ def test_the_host_waits_before_it_reads_page_locked_memory() -> None:
     pinned, side = memory.empty_pinned(4, np.float32), Stream(non_blocking=True)
     with side:
         cupy.ones(4, np.float32).get(stream=side, out=pinned, blocking=False)
-    with pytest.raises(StreamRace, match="the host at .*test_stand_in.py:.* reads page-locked host memory"):
+    with pytest.raises(StreamRace, match=r"the host at .*test_stand_in.py:.* reads page-locked host memory"):
         _ = pinned + 1
     side.synchronize()
     assert (pinned == 1).all()
