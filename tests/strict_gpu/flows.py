@@ -15,6 +15,7 @@ import numpy as np
 
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.device import on_gpu
+from paged_ref.extras.sanitizer import SanitizerError
 
 PROMPTS = ["Four score and seven years ago our", "Once upon a time", "The cat"]
 LONG_PROMPT = "One day, Ben found a red box under the tree. " * 3
@@ -115,6 +116,23 @@ def formats() -> Any:
         outputs = generate(kv_dtype=kv_dtype, params=lengths(24, 22, 20), **SWAPS)
         assert sum(output.num_preemptions for output in outputs) > 0
     return ids(generate(params=lengths(4, 4, 4), dtype="float16"))
+
+
+@flow(QUICK)
+def sanitizer() -> Any:
+    """NaN that attention brings is seen, also where the sampler asks for the largest logit alone."""
+    said = []
+    for temperature in (0.0, 0.5):
+        llm = make(sanitize=True)
+        watched: Any = llm.engine.kv
+        attend = watched.inner.attend
+        watched.inner.attend = lambda *args, attend=attend: attend(*args) * np.float32(np.nan)
+        try:
+            llm.generate(PROMPTS[1], SamplingParams(max_tokens=3, temperature=temperature, seed=1))
+        except SanitizerError as error:
+            said.append(str(error))
+    assert len(said) == 2
+    return said
 
 
 @flow(QUICK)
