@@ -38,7 +38,8 @@ from .interop.checkpoints import load
 from .kernels import why_not
 from .timeline.events import Log
 from .timeline.logged import LoggedManager, LoggedSteps
-from .tuned import blas_threads
+from .tuned import blas_threads, launching
+from .tuned.decoder import FusedDecoder
 from .tuned.fused import OPERATIONS
 from .tuned.kv import TunedFormattedKV, TunedKV
 
@@ -155,6 +156,8 @@ class LLM(StreamingLLM):
         if self._log_steps:
             observers.append(self._log_steps)
         decoder = build_model(config, checkpoint.weights, dtype, OPERATIONS)
+        if launching.unavailable() is None:
+            decoder = FusedDecoder(decoder)
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
