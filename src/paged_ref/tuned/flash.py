@@ -61,7 +61,17 @@ def unsupported(call: AttentionCall) -> str | None:
     """Why this backend cannot run this call; None where it can."""
     if not launching.takes(call.query):
         return "query lies in host memory; the kernels read the GPU's (CuPy arrays)"
-    return None if _shapes_of(call) in _plans else unsupported_by_kernels(call)
+    keys, values = call.keys, call.values
+    what = (
+        call.query.dtype.num, call.query.shape[-1], keys.dtype.num, keys.shape, keys.strides, values.strides,
+        (address_of(keys) | address_of(values)) % ITEM_BYTES,
+    )  # fmt: skip
+    if what not in _reasons:
+        _reasons[what] = unsupported_by_kernels(call)
+    return _reasons[what]
+
+
+_reasons: dict[Any, str | None] = {}  # for each kind of query and cache that was asked for
 
 
 def unsupported_by_kernels(call: AttentionCall) -> str | None:
@@ -241,17 +251,16 @@ def _where(addresses: Addresses) -> tuple[Array, np.int64]:
 
 
 def _shapes_of(call: AttentionCall) -> tuple[Any, ...]:
-    """What decides the plan of a call, and whether the kernels can run it."""
-    query, keys, values, addresses, asked = call.query, call.keys, call.values, call.addresses, call.variant
+    """What decides the plan of a call."""
+    query, keys, addresses, asked = call.query, call.keys, call.addresses, call.variant
     where = addresses.starts if addresses.block_tables is None else addresses.block_tables
     variant = asked and (
         asked.softcap, asked.alibi_slopes is None, asked.sinks is None, asked.key_scales is None,
         asked.value_scales is None,
     )  # fmt: skip
     return (
-        query.shape, query.dtype.num, keys.shape, keys.strides, keys.dtype.num, values.strides,
-        (address_of(keys) | address_of(values)) % ITEM_BYTES, where.shape, where.dtype.num,
-        len(addresses.seq_lens), addresses.seq_lens.dtype.num, addresses.query_start_loc.dtype.num,
+        query.shape, query.dtype.num, keys.shape, keys.strides, keys.dtype.num, call.values.strides,
+        where.shape, where.dtype.num, len(addresses.seq_lens), addresses.seq_lens.dtype.num, addresses.query_start_loc.dtype.num,
         call.scale, call.window, variant, launching.current_device(),
     )  # fmt: skip
 

@@ -103,11 +103,16 @@ def turn_and_write_launch(
     slot_mapping: Array,
 ) -> Launch:  # fmt: skip
     num_tokens, num_heads, head_size = query.shape
-    num_kv_heads = value.shape[1]
+    num_kv_heads, whole = value.shape[1], qk.base
     steps = (qk.strides[0] // qk.itemsize, value.strides[0] // value.itemsize)
+    if whole is not None and whole is value.base and whole.flags.c_contiguous and whole.size == num_tokens * steps[0]:
+        rows, first = (whole.reshape(-1),) * 2, qk.shape[1] * head_size  # of one product: values behind the keys
+    else:
+        rows, first = (flat_view(qk), flat_view(value)), 0
+    sizes = _sizes(num_heads, num_kv_heads, head_size // 2, *steps, first)
     args = (
-        query.reshape(-1), key_cache.reshape(-1), value_cache.reshape(-1), flat_view(qk), flat_view(value),
-        cos.reshape(-1), sin.reshape(-1), slot_mapping, *_sizes(num_heads, num_kv_heads, head_size // 2, *steps),
+        query.reshape(-1), key_cache.reshape(-1), value_cache.reshape(-1), *rows, cos.reshape(-1), sin.reshape(-1),
+        slot_mapping, *sizes,
     )  # fmt: skip
     return Launch(_kernels().turn_and_write_kernel, (num_tokens, num_heads + 2 * num_kv_heads), 32, args)
 

@@ -79,12 +79,14 @@ def rotate_kernel(out, x, cos, sin, num_heads, half, x_step):
 
 @cuda.jit
 def turn_and_write_kernel(
-    query, key_cache, value_cache, qk, value, cos, sin, slot_mapping, num_heads, num_kv_heads, half, qk_step, value_step
+    query, key_cache, value_cache, qk, value, cos, sin, slot_mapping,
+    num_heads, num_kv_heads, half, qk_step, value_step, value_first,
 ):  # fmt: skip
     """RoPE of queries and keys, and the write of K and V to their slots; a negative slot is skipped.
 
     query [num_tokens, num_heads, 2 * half]; caches [num_slots, num_kv_heads, 2 * half]; cos and sin
-    [num_tokens, 2 * half]. Token t's queries and keys begin at qk[t * qk_step], its values at value[t * value_step].
+    [num_tokens, 2 * half]. Token t's queries and keys begin at qk[t * qk_step], its values at
+    value[t * value_step + value_first].
     Launch with the grid (num_tokens, num_heads + 2 * num_kv_heads) and any number of threads.
     """
     token, head, size = cuda.blockIdx.x, cuda.blockIdx.y, 2 * half
@@ -96,7 +98,7 @@ def turn_and_write_kernel(
         target = (slot * num_kv_heads + kv_head) * size
         turn(key_cache, target, qk, token * qk_step + head * size, cos, sin, token * size, half)
     elif slot >= 0:
-        target, first = (slot * num_kv_heads + kv_head - num_kv_heads) * size, token * value_step
+        target, first = (slot * num_kv_heads + kv_head - num_kv_heads) * size, token * value_step + value_first
         for i in range(cuda.threadIdx.x, size, cuda.blockDim.x):
             value_cache[target + i] = value[first + (kv_head - num_kv_heads) * size + i]
 

@@ -25,9 +25,13 @@ Start = Callable[[tuple[int, int, int], tuple[int, int, int], tuple[Any, ...]], 
 _host: Callable[[Any], Start] | None = None  # what takes the GPU's place inside `on_host`
 
 
-@cache
 def unavailable() -> str | None:
     """Why no kernel can be launched so on this machine; None where it can. The first call compiles a small kernel."""
+    return _fault() if _host is None else None
+
+
+@cache
+def _fault() -> str | None:
     if not device.on_gpu:
         return device.reason
     for module, package in (("numba_cuda", "numba-cuda"), ("cuda.bindings", "cuda-bindings")):
@@ -40,14 +44,20 @@ def unavailable() -> str | None:
 def on_host(run: Callable[[Any], Start]) -> Iterator[None]:
     """Inside, launches take NumPy arrays, and `run(kernel)` gives what starts a kernel in the place of a GPU: what
     tests and benchmarks use on machines without one."""
-    global _host
-    before, _host = _host, run
-    _started.cache_clear()
+    from . import register_backends
+
+    def put(value: Callable[[Any], Start] | None) -> None:
+        global _host
+        _host = value
+        _started.cache_clear()
+        register_backends()
+
+    before = _host
+    put(run)
     try:
         yield
     finally:
-        _host = before
-        _started.cache_clear()
+        put(before)
 
 
 def takes(array: Array) -> bool:
@@ -91,13 +101,15 @@ def current_device() -> int:
 
 
 def processors() -> int:
-    """Multiprocessors of the current GPU; of one that there is not: an H200's."""
-    return int(properties(current_device())["multiProcessorCount"]) if device.on_gpu else 132
+    """Multiprocessors of the current GPU."""
+    return int(properties(current_device())["multiProcessorCount"])
 
 
 @cache
 def properties(number: int) -> dict[str, Any]:
-    """What CUDA says of GPU `number`."""
+    """What CUDA says of GPU `number`; where there is none, of an H200."""
+    if not device.on_gpu:
+        return {"major": 9, "minor": 0, "multiProcessorCount": 132}
     return dict(device.xp.cuda.runtime.getDeviceProperties(number))
 
 
