@@ -167,17 +167,19 @@ def test_a_model_is_decoded_and_put_in_proportion() -> None:
     bound = (result["weights_bytes"] + result["kv_bytes"]) / 1e9
     assert result["share_of_bound"] == pytest.approx(bound / result["seconds_per_step"])
     console = Console(file=io.StringIO(), width=80)
-    model.report(console, [64, 64], result, 1e9)
-    model.report(console, [64, 20], result, 1e9)
+    model.report(console, [model.Parting(64, 0.0)] * 2, result, 1e9)
+    model.report(console, [model.Parting(64, 0.0), model.Parting(20, 0.0009)], result, 1e9)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "2 of 2 continuations" in text
-    assert "tokens that agree: [64, 20]" in " ".join(text.split())
+    assert "after 20 tokens one differs; float32's two best logits there are 0.0009" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_the_tokens_that_agree_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "greedy_tokens", lambda dtype: [[1, 2, 4], [5, 6, 7]])
-    assert model.same_tokens([[1, 2, 3], [5, 6, 7]]) == [2, 3]
+def test_where_two_runs_part_the_gap_between_logits_counts() -> None:
+    cpu = [model.Greedy([1, 2, 3], [5.0, 4.0, 0.0009]), model.Greedy([5, 6, 7], [1.0, 1.0, 1.0])]
+    mine = [model.Greedy([1, 2, 4], []), model.Greedy([5, 6, 7], [])]
+    assert model.compare(mine, cpu) == [(2, 0.0009), (3, 0.0)]
+    assert 0.0009 < model.NEAR < 0.1
 
 
 def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
@@ -187,9 +189,9 @@ def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
 
 
 def test_the_run_on_the_cpu_gives_tokens() -> None:
-    tokens = model.cpu_tokens()
-    assert [len(ids) for ids in tokens] == [model.NEW_TOKENS] * len(model.PROMPTS)
-    assert tokens == model.greedy_tokens("float32")
+    found = model.on_cpu()
+    assert [len(ids) for ids, _ in found] == [model.NEW_TOKENS] * len(model.PROMPTS)
+    assert found == model.greedy("float32")
 
 
 def test_the_benchmark_of_the_model_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
