@@ -6,6 +6,8 @@ BIN := .venv/bin
 # The CUDA extra that fits the NVIDIA driver, or nothing where there is none.
 CUDA_MAJOR := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA \(UMD \)\{0,1\}Version: *\([0-9]*\).*/\2/p' | head -n 1)
 CUDA := $(if $(filter 12,$(CUDA_MAJOR)),cuda12,$(if $(CUDA_MAJOR),cuda13))
+# On this one, `make test-all` checks that what `make gpu` needs starts where only little is installed.
+BARE ?= $(lastword python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)))
 # `make gpu`: where its parts leave their results, and the compiled kernels that they take. It runs PYTHON's own packages
 # if PYTHON is given, else those of .venv.
 OUT ?= build/gpu
@@ -41,9 +43,18 @@ test-all: test  ## `test`, then the slow tests; those of the core, too, on OTHER
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m slow
 	@if $(OTHER) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-other; \
 	else echo "make test-all: $(OTHER) does not run here; no second run of tests/core, tests/tracer and tests/tuned"; fi
+	@if $(BARE) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-bare; \
+	else echo "make test-all: $(BARE) does not run here; no check of a machine with little installed"; fi
 
 test-other: build/other/test.stamp  # a part of `test-all`
 	OPENBLAS_NUM_THREADS=1 build/other/bin/python -m pytest -n auto --maxprocesses 4 tests/core tests/tracer tests/tuned
+
+# No GPU: that the GPU tests are collected, kernels compile, and what `make gpu` runs starts.
+test-bare: build/bare/pip.stamp  # a part of `test-all`
+	PYTHONPATH=src build/bare/bin/python -m pytest -m gpu $(GPU_TESTS)
+	PYTHONPATH=src build/bare/bin/python -m pytest tests/core/attention/test_ptx.py tests/tuned/test_sanitized.py
+	PYTHONPATH=src build/bare/bin/python -m paged_ref bench host --rounds 1
+	PYTHONPATH=src build/bare/bin/python -m paged_ref demo
 
 lint: .venv/test.stamp .venv/lint.stamp  ## ruff format and check, mypy strict
 	$(BIN)/ruff format --check .
@@ -126,6 +137,13 @@ build/other/test.stamp: pyproject.toml
 build/cuda-%/pip.stamp: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --editable '.[test,ptx]' 'nvidia-nvvm==$*.*' 'nvidia-nvjitlink==$*.*'
+	@touch $@
+
+# As on many GPU machines: NumPy 2.5, and none of prompt_toolkit, greenlet, pyte, msgspec, hypothesis. torch, triton and
+# transformers would be there, too; they are gigabytes, and nothing here imports them.
+build/bare/pip.stamp: pyproject.toml
+	$(BARE) -m venv build/bare
+	build/bare/bin/pip install --quiet 'numpy==2.5.*' numba 'numba-cuda[cu13]' cupy-cuda13x rich pytest safetensors tokenizers
 	@touch $@
 
 .venv/lint.stamp: .venv/pip.stamp pyproject.toml

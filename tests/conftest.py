@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a test that needs none of it should not wait for it
     from paged_ref.timeline.events import Event
     from paged_ref.timeline.history import History
 
-# What a machine with a GPU may lack and no ordinary installation does; hypothesis, pyte and the like are for tests alone.
+# Packages that every installation for tests has, and a machine with a GPU may lack.
 PACKAGES = {"greenlet", "hypothesis", "msgspec", "prometheus_client", "prompt_toolkit", "pyte", "threadpoolctl"}
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -66,10 +66,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
     """A test file that needs a package of PACKAGES which is not here is skipped, with the reason."""
     report = yield
-    if report.failed and (missing := re.findall(r"No module named '(\w+)", str(report.longrepr))):
-        if missing[-1] in PACKAGES:
-            report.outcome = "skipped"
-            report.longrepr = (str(collector.path), 0, f"it needs the package {missing[-1]}")
+    missing = re.findall(r"No module named '(\w+)", str(report.longrepr)) if report.failed else []
+    if missing and missing[-1] in PACKAGES:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"it needs the package {missing[-1]}")
     return report
 
 
@@ -88,7 +88,12 @@ class Lines:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             text = report.longreprtext[-2000:] if report.failed else ""
-            line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2), "text": text}
+            line = {
+                "test": report.nodeid,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 2),
+                "text": text,
+            }
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
 

@@ -147,7 +147,9 @@ def small_kernels() -> Any:
 @check("cuda-flash, float16: decode, split, prefill beside it", 35)
 def tuned() -> Any:
     decoding = beside_reference("cuda-flash", *batch([3000, 1, 517, 16], (32, 8), 128, "float16"), 2e-3)
-    mixed = beside_reference("cuda-flash", *batch([600, 900, 40], (8, 2), 128, "float16", query_lens=[600, 1, 30]), 2e-3)
+    mixed = beside_reference(
+        "cuda-flash", *batch([600, 900, 40], (8, 2), 128, "float16", query_lens=[600, 1, 30]), 2e-3
+    )
     return {"off by": [decoding, mixed]}
 
 
@@ -179,7 +181,12 @@ def model() -> Any:
 
 @check("cuda-flash: bfloat16, float32, int8, float8 caches", 60)
 def formats() -> Any:
-    kinds = (("uint16", "uint16", 2e-2), ("float32", "float32", 1e-4), ("int8", "float16", 2e-3), ("uint8", "float16", 2e-3))
+    kinds = (
+        ("uint16", "uint16", 2e-2),
+        ("float32", "float32", 1e-4),
+        ("int8", "float16", 2e-3),
+        ("uint8", "float16", 2e-3),
+    )
     return {
         dtype: beside_reference("cuda-flash", *batch([700, 33], (8, 1), 64, dtype, query), bound)
         for dtype, query, bound in kinds
@@ -231,10 +238,8 @@ def speed() -> Any:
 @check("a context longer than the device, the same tokens", 30)
 def long_context() -> Any:
     prompt, params = "One day, Ben found a red box under the tree. " * 3, SamplingParams(max_tokens=5)
-    here, streamed = (
-        LLM("tiny", **options).generate(prompt, params)[0].outputs[0].text
-        for options in ({}, {"block_size": 4, "device_blocks": 8, "host_blocks": 80, "max_batch_tokens": 32})
-    )
+    small: dict[str, Any] = {"block_size": 4, "device_blocks": 8, "host_blocks": 80, "max_batch_tokens": 32}
+    here, streamed = (LLM("tiny", **each).generate(prompt, params)[0].outputs[0].text for each in ({}, small))
     assert here == streamed, (here, streamed)
     return here
 
@@ -312,7 +317,10 @@ def main() -> int:
     chosen = [each for each in CHECKS if not any(words in each.name for words in args.without)]
     failed = run_all(args.out, args.seconds, chosen)
     folder = os.environ.get("PAGED_REF_CUBINS", "no folder")
-    print(f"{failed} of {len(chosen)} checks failed, in {time.perf_counter() - began:.0f} s; kernels ({folder}):", cubins.counts)
+    print(
+        f"{failed} of {len(chosen)} checks failed, in {time.perf_counter() - began:.0f} s; kernels ({folder}):",
+        cubins.counts,
+    )
     return 1 if failed else 0
 
 

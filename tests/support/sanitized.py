@@ -24,7 +24,8 @@ from .gpu_smoke import Check, run_all
 DECODE, MIXED = (1, 1, 1, 1), (1, 0, 1, 40)  # new tokens of each sequence
 EVERYTHING: dict[str, Any] = {"softcap": 3.0, "alibi_slopes": 1, "sinks": 1}
 # dtype of the cache, new tokens, (query heads, KV heads, head size), features
-TUNED: tuple[tuple[str, tuple[int, ...], tuple[int, int, int], dict[str, Any]], ...] = (
+Call = tuple[str, tuple[int, ...], tuple[int, int, int], dict[str, Any]]
+TUNED: tuple[Call, ...] = (
     ("float16", DECODE, (8, 1, 128), {}),
     ("float16", MIXED, (4, 4, 64), {"sliding_window": 9}),
     ("uint16", MIXED, (8, 1, 128), EVERYTHING),
@@ -32,7 +33,7 @@ TUNED: tuple[tuple[str, tuple[int, ...], tuple[int, int, int], dict[str, Any]], 
     ("int8", DECODE, (8, 1, 128), {"sliding_window": 9}),
     ("uint8", MIXED, (4, 4, 64), EVERYTHING),
 )
-TEACHING = (("float32", MIXED, (4, 4, 64), {}), ("float16", DECODE, (8, 1, 128), {}))
+TEACHING: tuple[Call, ...] = (("float32", MIXED, (4, 4, 64), {}), ("float16", DECODE, (8, 1, 128), {}))
 
 
 def attention(
@@ -95,8 +96,12 @@ def checks() -> list[Check]:
         for variant in variants:
             words = f"{backend}: {variant[0]}, {'mixed' if variant[1] == MIXED else 'decode'}, {' '.join(variant[3])}"
             found.append(Check(words.rstrip(", "), 10, partial(attention, backend, *variant)))
-    for variant in (("float16", "float16", (2, 64)), ("float32", "int8", (3, 7)), ("uint16", "uint8", (2, 64))):
-        found.append(Check(f"write_kv: {variant[0]} to {variant[1]}", 10, partial(moves, *variant)))
+    for source, target, row in (
+        ("float16", "float16", (2, 64)),
+        ("float32", "int8", (3, 7)),
+        ("uint16", "uint8", (2, 64)),
+    ):
+        found.append(Check(f"write_kv: {source} to {target}", 10, partial(moves, source, target, row)))
     return found
 
 

@@ -1,8 +1,8 @@
 """`paged-ref bench host`: what the host does for a layer of a decode step on a GPU. Needs no GPU.
 
-The layer's kernels are prepared by the real code, on NumPy arrays, and the launch itself is a call that does nothing. So
-the time is the host's alone, and its unit is as many such calls with as many arguments. The four products of a layer
-are the library's, and are left out.
+The layer's kernels are prepared by the real code, on NumPy arrays, and the launch itself is a call that does nothing.
+So the time is the host's alone, and its unit is as many such calls with as many arguments. The four products of a
+layer are the library's, and are left out.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ def cost(shape: str, batch: int, rounds: int) -> HostCost:
     def nothing(grid: Any, block: Any, args: tuple[Any, ...]) -> None:
         pass
 
+    def launch_bare() -> None:
+        for args in launched:
+            nothing((1, 1, 1), (1, 1, 1), args)
+
     layer = Layer(shape, batch)
     with launching.on_host(lambda kernel: note):
         layer.launch()
@@ -84,7 +88,7 @@ def cost(shape: str, batch: int, rounds: int) -> HostCost:
         times, bare = [], []
         for _ in range(rounds):
             times.append(_timed(layer.launch))
-            bare.append(_timed(lambda: [nothing((1, 1, 1), (1, 1, 1), args) for args in launched]))
+            bare.append(_timed(launch_bare))
     arguments = sum(map(len, launched))
     return HostCost(shape, batch, len(launched), arguments, 1e6 * median(times), median_ratio(times, bare))
 

@@ -1,8 +1,9 @@
 """`paged-ref bench model`: whole-model decoding on a GPU, against the speed of its memory and against a CPU run.
 
-First the embedded model: greedy tokens in float16 on the GPU, compared with float32 on the CPU. Where they part, the two
-best logits must be as near to each other as float16 rounds. Then a Llama of about a billion random parameters, float16, a batch of equal prompts: each decode step must read all weights and
-all K and V once, and a step's bound is these bytes over the bandwidth of a copy, measured in the same run.
+First the embedded model: greedy tokens in float16 on the GPU, compared with float32 on the CPU. Where they part, the
+two best logits must be as near to each other as float16 rounds. Then a Llama of about a billion random parameters,
+float16, a batch of equal prompts: each decode step must read all weights and all K and V once, and a step's bound is
+these bytes over the bandwidth of a copy, measured in the same run.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,12 +11,14 @@ from ..core.checks import require
 from ..core.device import on_gpu
 from ..core.model.config import ModelConfig
 from ..kernels import why_not
-from ..timeline.events import Log
 from .kv import StreamedKV
 from .page_sanitizer import SanitizedStreamedKV
 from .relevance import Attend, check_attend
 from .storage import PageStorage
 from .streaming import Eviction, StreamingManager
+
+if TYPE_CHECKING:
+    from ..timeline.events import Log
 
 STAGING_BYTES = 8 << 20  # two pieces of 4 MiB: long enough for the bus
 

@@ -23,9 +23,7 @@ SOURCES = ("tuned/*.py", "core/attention/*.py", "extras/formats.py")  # what a k
 counts = {"read": 0, "compiled": 0}  # kernels since the start
 
 
-def code_of(
-    kernel: Any, types: Parameters, bounds: tuple[int, int], capability: tuple[int, int]
-) -> tuple[str, bytes]:
+def code_of(kernel: Any, types: Parameters, bounds: tuple[int, int], capability: tuple[int, int]) -> tuple[str, bytes]:
     """The name of the kernel's entry point, and its machine code: from the folder if it is there, else compiled, and
     then written to the folder."""
     folder = os.environ.get("PAGED_REF_CUBINS")

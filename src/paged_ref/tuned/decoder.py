@@ -1,4 +1,4 @@
-"""The decoder of core/model/llama.py with few launches: nine for a layer of a decode step, ten where sequences are split.
+"""The decoder of core/model/llama.py with few launches: nine for a layer of a decode step, ten if sequences are split.
 
 On a GPU a small batch is computed faster than the host can launch it, so what counts is the number of launches and the
 host's time for each (`paged-ref bench host`). Four are products; the others are one kernel each:

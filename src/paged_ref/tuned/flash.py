@@ -253,15 +253,15 @@ def _where(addresses: Addresses) -> tuple[Array, np.int64]:
 def _shapes_of(call: AttentionCall) -> tuple[Any, ...]:
     """What decides the plan of a call."""
     query, keys, addresses, asked = call.query, call.keys, call.addresses, call.variant
-    where = addresses.starts if addresses.block_tables is None else addresses.block_tables
+    where: Array = addresses.starts if addresses.block_tables is None else addresses.block_tables
     variant = asked and (
         asked.softcap, asked.alibi_slopes is None, asked.sinks is None, asked.key_scales is None,
         asked.value_scales is None,
     )  # fmt: skip
     return (
         query.shape, query.dtype.num, keys.shape, keys.strides, keys.dtype.num, call.values.strides,
-        where.shape, where.dtype.num, len(addresses.seq_lens), addresses.seq_lens.dtype.num, addresses.query_start_loc.dtype.num,
-        call.scale, call.window, variant, launching.current_device(),
+        where.shape, where.dtype.num, len(addresses.seq_lens), addresses.seq_lens.dtype.num,
+        addresses.query_start_loc.dtype.num, call.scale, call.window, variant, launching.current_device(),
     )  # fmt: skip
 
 
