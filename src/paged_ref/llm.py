@@ -39,7 +39,6 @@ from .interop.checkpoints import load
 from .kernels import why_not
 from .tuned import blas_threads, launching
 from .tuned.decoder import FusedDecoder
-from .tuned.fused import OPERATIONS
 from .tuned.kv import TunedFormattedKV, TunedKV
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ class LLM(StreamingLLM):
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        decoder = build_model(config, checkpoint.weights, dtype, OPERATIONS)
+        decoder = build_model(config, checkpoint.weights, dtype)
         if launching.unavailable() is None:
             decoder = FusedDecoder(decoder)
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)

@@ -21,7 +21,6 @@ from paged_ref.interop.hf_config import HFConfig
 from paged_ref.tracer import trace
 from paged_ref.tuned import launching
 from paged_ref.tuned.decoder import FusedDecoder
-from paged_ref.tuned.fused import OPERATIONS
 from paged_ref.tuned.kv import TunedKV
 
 LLAMA = ModelConfig(
@@ -46,7 +45,7 @@ def by_tracer(launched: list[str]) -> Callable[[Any], launching.Start]:
 
 
 def stepper_of(config: ModelConfig, dtype: str, fuse: bool) -> Stepper:
-    model = build_model(config, random_weights(config), dtype, OPERATIONS)
+    model = build_model(config, random_weights(config), dtype)
     stepper = Stepper(FusedDecoder(model) if fuse else model, 3, 12)
     sizes = (config.num_layers, *stepper.kv.device.shape[2:])
     stepper.kv = TunedKV(*sizes, dtype, backend="cuda-flash" if fuse else "reference")

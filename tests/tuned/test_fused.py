@@ -12,6 +12,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra
 
 from paged_ref.core.attention.cuda import Launch
 from paged_ref.core.model.llama import gated, rms_norm, rotate
+from paged_ref.kernels import merge_states
 from paged_ref.tracer.trace import Trace, run
 from paged_ref.tuned.fused import (
     add_norm_launch,
@@ -21,6 +22,7 @@ from paged_ref.tuned.fused import (
     turn_and_write_launch,
 )
 from paged_ref.tuned.machine_code import bounds_of, compile_kernel, parameters
+from paged_ref.tuned.parts import add_part_launch
 
 RNG = np.random.default_rng(0)
 CLOSE = {"float32": 3e-6, "float16": 3e-3}  # relative, and absolute: float16 rounds on the way in the array code
@@ -77,6 +79,26 @@ def test_add_norm(dtype: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
+def test_one_more_part(dtype: str) -> None:
+    """Four rows: two parts, an empty one, the first one, and one with a NaN key."""
+    outs, lses = random(2, 2, 2, 10), random(2, 2, 2) * 20
+    lses[1, 0, 1], lses[0, 1, 0], outs[0, 1, 0] = -np.inf, -np.inf, 0
+    lses[1, 1, 1], outs[1, 1, 1] = np.nan, np.nan
+    part = outs[1].astype(dtype)
+    want, want_lse = merge_states(np.stack([outs[0], part.astype(np.float32)]), lses)
+    out, lse = outs[0].copy(), lses[0].copy()
+    traced(add_part_launch(out, lse, part, lses[1]))
+    np.testing.assert_allclose(out, want, rtol=3e-6, atol=3e-6)
+    np.testing.assert_allclose(lse, want_lse, rtol=3e-6, atol=3e-6)
+    assert np.isnan(out[1, 1]).all()
+    np.testing.assert_array_equal(out[0, 1], outs[0, 0, 1])
+    nothing, minus = np.zeros((1, 1, 4), np.float32), np.full((1, 1), -np.inf, np.float32)
+    traced(add_part_launch(nothing, minus, random(1, 1, 4), minus.copy()))
+    assert nothing.tolist() == [[[0] * 4]]
+    assert minus.tolist() == [[-np.inf]]
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("joined", [True, False])
 def test_turn_and_write(dtype: str, joined: bool) -> None:
     """Three query heads, two KV heads of size 10; the second token has no slot."""
@@ -122,6 +144,7 @@ def test_machine_code(dtype: str) -> None:
         rotate_launch(x.reshape(2, 8, 8), x.reshape(2, 8, 8), cos, cos),
         gated_launch(x[:, :32].copy(), x),
         add_norm_launch(x.copy(), x, x, x[0], 1e-5),
+        add_part_launch(random(2, 4, 8), random(2, 4), x.reshape(2, 8, 8)[:, :4].copy(), random(2, 4)),
         turn_and_write_launch(heads[:, :4].copy(), heads[:, :6], heads[:, 6:], cos, cos, heads, heads, slots),
     ):
         code = compile_kernel(launch.kernel, parameters(launch.args), bounds_of(launch), (9, 0))

@@ -20,7 +20,8 @@ from .streaming import Eviction, StreamingManager
 if TYPE_CHECKING:
     from ..timeline.events import Log
 
-STAGING_BYTES = 8 << 20  # two pieces of 4 MiB: long enough for the bus
+# Two pieces: long enough that the bus takes longer than the host, which launches five kernels and copies for each.
+STAGING_BYTES = (128 if on_gpu else 8) << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import paged_ref
-
 from . import machine_code
 from .machine_code import Parameters
 
-ROOT = Path(paged_ref.__file__).parent
+ROOT = Path(__file__).parent.parent
 SOURCES = ("tuned/*.py", "core/attention/*.py", "extras/formats.py")  # what a kernel's code may come from
 counts = {"read": 0, "compiled": 0}  # kernels since the start
 
@@ -28,10 +26,9 @@ def code_of(kernel: Any, types: Parameters, bounds: tuple[int, int], capability:
     then written to the folder."""
     folder = os.environ.get("PAGED_REF_CUBINS")
     path = Path(folder) / file_name(kernel, types, bounds, capability) if folder else None
-    if path is not None and path.exists():
+    if path is not None and (found := read(path)) is not None:
         counts["read"] += 1
-        header, _, binary = path.read_bytes().partition(b"\n")
-        return json.loads(header)["name"], binary
+        return found
     counts["compiled"] += 1
     code = machine_code.compile_kernel(kernel, types, bounds, capability)
     if path is not None:
@@ -39,10 +36,22 @@ def code_of(kernel: Any, types: Parameters, bounds: tuple[int, int], capability:
     return code.name, code.binary
 
 
+def read(path: Path) -> tuple[str, bytes] | None:
+    """What `write` wrote; None where there is no file, or only a part of one."""
+    if not path.exists():
+        return None
+    line, _, binary = path.read_bytes().partition(b"\n")
+    try:
+        header = json.loads(line)
+    except ValueError:
+        return None
+    return (header["name"], binary) if header["bytes"] == len(binary) else None
+
+
 def write(path: Path, code: machine_code.Code) -> None:
     """A line of JSON, then the machine code. Another process may do the same at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = json.dumps({"name": code.name, "registers": code.registers, "shared_bytes": code.shared_bytes})
+    header = json.dumps({"name": code.name, "bytes": len(code.binary), "registers": code.registers})
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_bytes(header.encode() + b"\n" + code.binary)
     beside.replace(path)

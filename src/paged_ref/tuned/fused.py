@@ -131,6 +131,3 @@ def gated_launch(out: Array, gate_up: Array) -> Launch:
     num_tokens, size = out.shape
     args = (out.reshape(-1), gate_up.reshape(-1), *_sizes(size))
     return Launch(_kernels().gated_kernel, (num_tokens, -(-size // THREADS)), THREADS, args)
-
-
-OPERATIONS = llama.Operations(rms_norm, rotate, gated)
