@@ -1,4 +1,4 @@
-"""The kernels that merge attention over parts of the keys: `merge_states` in CUDA, with the sinks; and one more part."""
+"""Kernels that merge attention over parts of the keys: `merge_states` in CUDA, with the sinks; and one part more."""
 
 from __future__ import annotations
 
