@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -167,19 +168,24 @@ def test_a_model_is_decoded_and_put_in_proportion() -> None:
     bound = (result["weights_bytes"] + result["kv_bytes"]) / 1e9
     assert result["share_of_bound"] == pytest.approx(bound / result["seconds_per_step"])
     console = Console(file=io.StringIO(), width=80)
-    model.report(console, [model.Parting(64, 0.0)] * 2, result, 1e9)
-    model.report(console, [model.Parting(64, 0.0), model.Parting(20, 0.0009)], result, 1e9)
+    whole, near, far = (model.Agreement(*these) for these in ((64, 0.0), (20, 0.0009), (3, 0.5)))
+    model.report(console, [whole, whole], result, 1e9)
+    model.report(console, [whole, near, far], result, 1e9)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "2 of 2 continuations" in text
-    assert "after 20 tokens one differs; float32's two best logits there are 0.0009" in " ".join(text.split())
+    flowing = " ".join(text.split())
+    assert "prompt 2: token 21 differs; two logits 0.0009 apart: too near for float16" in flowing
+    assert "prompt 3: token 4 differs; two logits 0.5000 apart: float16 should tell them apart" in flowing
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_where_two_runs_part_the_gap_between_logits_counts() -> None:
-    cpu = [model.Greedy([1, 2, 3], [5.0, 4.0, 0.0009]), model.Greedy([5, 6, 7], [1.0, 1.0, 1.0])]
-    mine = [model.Greedy([1, 2, 4], []), model.Greedy([5, 6, 7], [])]
-    assert model.compare(mine, cpu) == [(2, 0.0009), (3, 0.0)]
-    assert 0.0009 < model.NEAR < 0.1
+def test_a_token_that_differs_is_weighed_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit status asks whether float16 could tell the two tokens apart, and not whether they are the same."""
+    logits = np.zeros(8, np.float32)
+    logits[4], logits[3] = 2.0, 1.75
+    monkeypatch.setattr(model, "greedy_run", lambda dtype: ([[1, 2, 4], [5, 6, 7]], [[logits] * 3] * 2))
+    assert model.compared([[1, 2, 3], [5, 6, 7]]) == [(2, 0.25), (3, 0.0)]
+    assert model.compared([[1, 2, 4], [5, 6, 7]]) == [(3, 0.0), (3, 0.0)]
 
 
 def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
@@ -189,9 +195,9 @@ def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
 
 
 def test_the_run_on_the_cpu_gives_tokens() -> None:
-    found = model.on_cpu()
-    assert [len(ids) for ids, _ in found] == [model.NEW_TOKENS] * len(model.PROMPTS)
-    assert found == model.greedy("float32")
+    tokens = model.cpu_tokens()
+    assert [len(ids) for ids in tokens] == [model.NEW_TOKENS] * len(model.PROMPTS)
+    assert tokens == model.greedy_run("float32")[0]
 
 
 def test_the_benchmark_of_the_model_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

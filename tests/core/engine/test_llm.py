@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.model_backends import of_models
 
-from paged_ref.core.attention.attention import backends
 from paged_ref.core.engine.llm import LLM
 from paged_ref.core.engine.outputs import RequestOutput
 from paged_ref.core.engine.sampling import SamplingParams
@@ -17,11 +17,7 @@ from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
 from paged_ref.core.memory.swapping import SwappingManager
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
-    for name in ("reference", "cpu", "cuda")
-    if name in backends()
-]
+BACKENDS = of_models("reference", "cpu", "cuda")
 PAPER = "Four score and seven years ago our"
 MIXED = [PAPER, "Once upon a time", "The cat", "One day, Ben found a red box under the tree. " * 4]
 

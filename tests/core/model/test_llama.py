@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.model_backends import of_models
 from support.plain_decoder import plain_logits
 from support.stepping import Stepper, logits_of
 
-from paged_ref.core.attention.attention import backends
 from paged_ref.core.device import to_host, xp
 from paged_ref.core.model.config import ModelConfig
 from paged_ref.core.model.llama import Llama, rope_frequencies
@@ -18,11 +18,7 @@ from paged_ref.core.model.loading import load
 from paged_ref.core.model.tokenizer import TextStream
 from paged_ref.interop.architectures import random_weights
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
-    for name in ("reference", "cpu", "cuda")
-    if name in backends()
-]
+BACKENDS = of_models("reference", "cpu", "cuda")
 
 LLAMA = ModelConfig(
     vocab_size=50,
