@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +15,13 @@ pytest.importorskip("numba_cuda", reason="numba-cuda makes the kernels (extra te
 pytest.importorskip("cuda.bindings.nvjitlink", reason="cuda-bindings links PTX to machine code")
 
 from paged_ref.tuned import cubins, machine_code
+from paged_ref.tuned.flash_combine import combine_kernel
 from paged_ref.tuned.flash_elements import ELEMENTS
 from paged_ref.tuned.flash_kernels import attention_kernel
 from paged_ref.tuned.flash_variant import KernelVariant
 from paged_ref.tuned.fused_kernels import gated_kernel, rms_norm_kernel
 from paged_ref.tuned.machine_code import Code, check_versions, compiler_fault
+from paged_ref.tuned.store_kernels import copy_blocks_kernel, write_rows_kernel
 
 LLAMA = KernelVariant("float16", "float16", 128, 4, 16, split=True)
 WHAT: Any = (gated_kernel, ("float32*", "float32*", "int64"), (256, 1), (9, 0))
@@ -95,6 +98,19 @@ def test_another_process_finds_the_same_name() -> None:
     )  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == cubins.file_name(kernel, ("a",), (1, 1), (9, 0))
+
+
+def test_the_sources_are_those_of_every_function_of_a_kernel() -> None:
+    sources = {path for pattern in cubins.SOURCES for path in cubins.ROOT.glob(pattern)}
+    kernels = (attention_kernel(LLAMA), combine_kernel("float16", 64, True, True), write_rows_kernel("float32", "int8"))
+    for kernel in (*kernels, gated_kernel, rms_norm_kernel, copy_blocks_kernel):
+        modules = set(re.findall(r"paged_ref((?:\.[a-z_]+)+)\.", cubins.constants_of(kernel)))
+        assert modules
+        for module in modules:
+            parts = module.split(".")[1:]
+            while not (path := cubins.ROOT.joinpath(*parts).with_suffix(".py")).exists():
+                parts.pop()  # a function inside another
+            assert path in sources, module
 
 
 def test_a_mixture_of_cuda_versions_is_refused() -> None:
