@@ -49,10 +49,13 @@ test-all: test  ## `test`, then the slow tests; those of the core, too, on OTHER
 test-other: build/other/test.stamp  # a part of `test-all`
 	OPENBLAS_NUM_THREADS=1 build/other/bin/python -m pytest -n auto --maxprocesses 4 tests/core tests/tracer tests/tuned
 
-# No GPU: that the GPU tests are collected, kernels compile, and what `make gpu` runs starts.
+# No GPU: that the GPU tests are collected, kernels compile, and what `make gpu` runs starts (on tests/strict_gpu).
 test-bare: build/bare/pip.stamp  # a part of `test-all`
 	PYTHONPATH=src build/bare/bin/python -m pytest -m gpu $(GPU_TESTS)
 	PYTHONPATH=src build/bare/bin/python -m pytest tests/core/attention/test_ptx.py tests/tuned/test_sanitized.py
+	for part in "support.gpu_smoke --without speed" support.sanitized; do \
+	  PYTHONPATH=src:tests build/bare/bin/python -m strict_gpu -m $$part --out build/bare/stand-in --seconds 900 || exit 1; \
+	done
 	PYTHONPATH=src build/bare/bin/python -m paged_ref bench host --rounds 1
 	PYTHONPATH=src build/bare/bin/python -m paged_ref demo
 
