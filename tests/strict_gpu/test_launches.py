@@ -29,7 +29,7 @@ for _ in range(3):
 order.work.clear()
 order.waits.clear()
 llm.step()
-print(json.dumps([dict(order.work), sum(order.waits.values()), len(llm.engine.model.decoder.layers)]))
+print(json.dumps([dict(order.work), sum(order.waits.values()), len(llm.engine.model.layers)]))
 """
 
 

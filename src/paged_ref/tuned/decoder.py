@@ -21,21 +21,20 @@ class FusedDecoder(Llama):
     """Another decoder's weights, and the same tokens."""
 
     def __init__(self, decoder: Llama) -> None:
-        self.config, self.dtype, self.decoder = decoder.config, decoder.dtype, decoder
-        frequencies = xp.asarray(decoder.frequencies(), dtype=np.float32)  # [head_size // 2]
-        self.turns = xp.concatenate([-frequencies, frequencies])  # [head_size], as RoPE wants them
+        vars(self).update(vars(decoder))  # all that Llama.__init__ made
+        self.decoder = decoder  # of a kind that projects in its own way
 
     def forward(self, inputs: StepInputs, kv: AttendingKV) -> Array:
         """As Llama.forward: logits [num_rows, vocab_size], float32. The shapes are there."""
-        decoder, config, eps = self.decoder, self.config, self.config.rms_norm_eps
+        config, eps = self.config, self.config.rms_norm_eps
         num_tokens, where = len(inputs.token_ids), inputs.addresses
-        angles = inputs.positions.astype(np.float32)[:, None, None] * self.turns  # [num_tokens, 1, head_size]
+        angles = inputs.positions.astype(np.float32)[:, None, None] * self._turns  # [num_tokens, 1, head_size]
         cos, sin = (turn(angles).astype(self.dtype, copy=False) for turn in (xp.cos, xp.sin))
-        norms = [*(layer.attention_norm for layer in decoder.layers[1:]), decoder.final_norm]  # after each layer
-        x = decoder.embedding[inputs.token_ids]  # an array of its own, which `add_norm` changes
-        h = fused.rms_norm(x, decoder.layers[0].attention_norm, eps)
-        for index, (layer, next_norm) in enumerate(zip(decoder.layers, norms, strict=True)):
-            qk, value = decoder.project(layer, h)
+        norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]  # after each layer
+        x = self.embedding[inputs.token_ids]  # an array of its own, which `add_norm` changes
+        h = fused.rms_norm(x, self.layers[0].attention_norm, eps)
+        for index, (layer, next_norm) in enumerate(zip(self.layers, norms, strict=True)):
+            qk, value = self.decoder.project(layer, h)
             window = config.sliding_windows[index]
             if isinstance(kv, TunedKV) and kv.layers[0][0].dtype == x.dtype:
                 mixed = kv.turn_and_attend(index, qk, value, cos, sin, where, window)
@@ -45,4 +44,4 @@ class FusedDecoder(Llama):
                 mixed = kv.attend(index, query, qk[:, config.num_heads :], value, where, window)
             h = fused.add_norm(x, mixed.reshape(num_tokens, -1) @ layer.output.T, layer.mlp_norm, eps)
             h = fused.add_norm(x, fused.gated(h @ layer.gate_up.T) @ layer.down.T, next_norm, eps)
-        return (h[inputs.logits_rows] @ decoder.head.T).astype(np.float32, copy=False)
+        return (h[inputs.logits_rows] @ self.head.T).astype(np.float32, copy=False)
