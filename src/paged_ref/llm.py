@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from . import timeline
 from .beyond_device.options import LongOptions
 from .beyond_device.relevance import Attend
 from .beyond_device.streaming import Eviction
@@ -40,11 +41,12 @@ from .interop.checkpoints import load
 from .interop.hf_tokenizer import MissingTokenizer
 from .interop.model_memory import SAME_SIZE, SAMPLE_BYTES, require_kv_memory
 from .kernels import why_not
-from .timeline.events import Log
-from .timeline.logged import LoggedManager, LoggedSteps
-from .tuned import blas_threads
-from .tuned.fused import OPERATIONS
+from .tuned import blas_threads, launching
+from .tuned.decoder import FusedDecoder
 from .tuned.kv import TunedFormattedKV, TunedKV
+
+if TYPE_CHECKING:
+    from .timeline.events import Log
 
 DEFAULT_KV_TOKENS = 4096
 
@@ -156,13 +158,17 @@ class LLM(StreamingLLM):
                     free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
             kv = _make_kv(config, manager, dtype, kv_dtype, host_kv_tokens, backend, sanitize)
-            parts = Parts(LoggedManager(manager, log) if log else manager, kv, preemption)
+            if log:
+                manager = timeline.logged.LoggedManager(manager, log)
+            parts = Parts(manager, kv, preemption)
         scheduler = Scheduler(parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
         observers: list[Observer] = [StepRecords(scheduler, on_step)] if on_step else []
-        self._log_steps = LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
+        self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        decoder = build_model(config, checkpoint.weights, dtype, OPERATIONS)
+        decoder = build_model(config, checkpoint.weights, dtype)
+        if launching.unavailable() is None:
+            decoder = FusedDecoder(decoder)
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)

@@ -48,6 +48,57 @@ def rms_norm(name: str, grid: Any, args: Args) -> None:
     _run(name, args, [0], compute)
 
 
+def add_norm(name: str, grid: Any, args: Args) -> None:
+    out, x, change, weight, size, eps = map(plain, args)
+
+    def compute() -> None:
+        x[:] = x.astype(np.float32) + change.astype(np.float32)
+        rows = x.reshape(-1, size).astype(np.float32)
+        mean = (rows * rows).sum(axis=1, dtype=np.float32, keepdims=True) / np.float32(size)
+        out[:] = (rows / np.sqrt(mean + eps) * weight.astype(np.float32)).ravel()
+
+    _run(name, args, [0, 1], compute)
+
+
+def turn_and_write(name: str, grid: Any, args: Args) -> None:
+    query, key_cache, value_cache, qk, value, cos, sin, slots, *sizes = map(plain, args)
+    heads, kv_heads, half, qk_step, value_step, value_first = map(int, sizes)
+    tokens, size, bytes_each = grid[0], 2 * half, qk.itemsize
+    written = np.flatnonzero(slots >= 0)
+
+    def rows_of(flat: np.ndarray, step: int, num_heads: int) -> np.ndarray:
+        strides = (step * bytes_each, size * bytes_each, bytes_each)
+        return np.lib.stride_tricks.as_strided(flat, (tokens, num_heads, size), strides).astype(np.float32)
+
+    def compute() -> None:
+        rows = rows_of(qk, qk_step, heads + kv_heads)
+        turns = [table.reshape(tokens, 1, -1).astype(np.float32) for table in (cos, sin)]
+        partner = np.concatenate([rows[..., half:], rows[..., :half]], axis=-1)
+        turned = rows * turns[0] + partner * turns[1]
+        query[:] = turned[:, :heads].ravel()
+        new = (turned[:, heads:], rows_of(value[value_first:], value_step, kv_heads))
+        for stored, each in zip((key_cache, value_cache), new, strict=True):
+            stored.reshape(-1, kv_heads, size)[slots[written]] = each[written]
+
+    target = (slots[written][:, None].astype(np.int64) * (kv_heads * size) + np.arange(kv_heads * size),)
+    _run(name, args, [0, 1, 2], compute, [None, target, target])
+
+
+def add_part(name: str, grid: Any, args: Args) -> None:
+    out, lse, part, part_lse, size = map(plain, args)
+
+    def compute() -> None:
+        some = part_lse != -np.inf
+        shift = np.maximum(lse[some], part_lse[some])
+        weights = np.exp(lse[some] - shift), np.exp(part_lse[some] - shift)
+        total = weights[0] + weights[1]
+        rows, new = out.reshape(-1, size), part.reshape(-1, size).astype(np.float32)
+        rows[some] = (rows[some] * weights[0][:, None] + new[some] * weights[1][:, None]) / total[:, None]
+        lse[some] = shift + np.log(total)
+
+    _run(name, args, [0, 1], compute)
+
+
 def rotate(name: str, grid: Any, args: Args) -> None:
     out, x, cos, sin, heads, half, step = map(plain, args)
     tokens, heads, half, step = grid[0], int(heads), int(half), int(step)
@@ -121,6 +172,9 @@ def by_the_reference(name: str, grid: Any, args: Args) -> None:
 
 MEANING: dict[str, Callable[[str, Any, Args], None]] = {
     "rms_norm_kernel": rms_norm,
+    "add_norm_kernel": add_norm,
+    "turn_and_write_kernel": turn_and_write,
+    "add_part_kernel": add_part,
     "rotate_kernel": rotate,
     "gated_kernel": gated,
     "copy_blocks_kernel": copy_blocks,

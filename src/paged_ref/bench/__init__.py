@@ -16,6 +16,7 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 BENCHMARKS = {
     "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
     "sass": ("paged_ref.bench.sass", "what the tuned GPU kernels cost, counted from machine code; needs no GPU"),
+    "host": ("paged_ref.bench.host", "what the host does for a layer on a GPU: launches, their time; needs no GPU"),
     "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
     "model": ("paged_ref.bench.model", "on a GPU: decoding a whole model against the speed of memory; a CPU's tokens"),
     "simulate": ("paged_ref.bench.simulate", "how fast a trace goes through the schedulers and managers"),

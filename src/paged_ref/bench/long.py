@@ -23,6 +23,7 @@ from ..core.engine.sequence import Sequence
 from ..core.model.config import ModelConfig
 from ..extras.memory_limit import require_memory
 from ..kernels import paged_attention
+from ..tuned.copies import exactly_pinned
 from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.versions import describe_device
@@ -203,9 +204,7 @@ def budgets(tokens: int, rounds: int) -> list[Ratio]:
 def _pinned(array: np.ndarray) -> np.ndarray:
     if not on_gpu:
         return array
-    import cupyx
-
-    pinned: np.ndarray = cupyx.empty_pinned(array.shape, array.dtype)
+    pinned = exactly_pinned(array.shape, array.dtype)
     pinned[:] = array
     return pinned
 

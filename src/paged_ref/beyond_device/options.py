@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,14 +12,17 @@ from ..core.device import on_gpu
 from ..core.model.config import ModelConfig
 from ..interop.model_memory import require_kv_memory
 from ..kernels import why_not
-from ..timeline.events import Log
 from .kv import StreamedKV
 from .page_sanitizer import SanitizedStreamedKV
 from .relevance import Attend, check_attend
 from .storage import PageStorage
 from .streaming import Eviction, StreamingManager
 
-STAGING_BYTES = 8 << 20  # two pieces of 4 MiB: long enough for the bus
+if TYPE_CHECKING:
+    from ..timeline.events import Log
+
+# Two pieces: long enough that the bus takes longer than the host, which launches five kernels and copies for each.
+STAGING_BYTES = (128 if on_gpu else 8) << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import dataclass
 from statistics import mean
 from time import perf_counter
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -24,12 +24,14 @@ from ..extras.step_records import StepRecord, StepRecords
 from ..extras.token_text import token_text
 from ..interop.checkpoints import load
 from ..llm import LLM
-from ..timeline.events import Log
 from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.program import program
 from ..views.common.versions import describe_device
+
+if TYPE_CHECKING:
+    from ..timeline.events import Log
 
 Manager = Literal["standard", "paged"]
 MANAGERS: tuple[Manager, ...] = get_args(Manager)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.device import Array, xp
 from ..core.model.config import ModelConfig
-from ..core.model.llama import ARRAY_OPERATIONS, Layer, Llama, Operations
+from ..core.model.llama import Layer, Llama, rms_norm
 from .hf_config import HFConfig
 
 
@@ -49,7 +49,7 @@ class Decoder(Llama):
         if layer.qkv_bias is not None:
             qk, value = qk + layer.qkv_bias[: qk.shape[1]], value + layer.qkv_bias[qk.shape[1] :]
         if layer.qk_norm is not None:
-            qk = self.operations.rms_norm(qk, layer.qk_norm, self.config.rms_norm_eps)
+            qk = rms_norm(qk, layer.qk_norm, self.config.rms_norm_eps)
         return qk, value
 
     def frequencies(self) -> np.ndarray:
@@ -69,11 +69,10 @@ def build_model(
     config: ModelConfig,
     weights: Mapping[str, np.ndarray],
     dtype: str = "float32",
-    operations: Operations = ARRAY_OPERATIONS,
 ) -> Llama:
     """The decoder of this config: the core's Llama where that is enough."""
     needs_more = isinstance(config, HFConfig) and (config.attention_bias or config.qk_norm or config.rope_scaling)
-    return (Decoder if needs_more else Llama)(config, weights, dtype, operations)
+    return (Decoder if needs_more else Llama)(config, weights, dtype)
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

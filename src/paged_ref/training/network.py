@@ -12,10 +12,10 @@ from ..core.device import Array, on_gpu, xp
 from ..core.model.config import ModelConfig
 from ..core.model.llama import rope_frequencies
 from .backward import (
-    LOGIT_ROWS,
     causal_attention,
     causal_attention_backward,
     cross_entropy,
+    logit_rows,
     rms_norm,
     rms_norm_backward,
     rope,
@@ -215,8 +215,7 @@ def _add_rows(table: Array, ids: Array, rows: Array) -> None:
     `table [vocab_size, hidden_size]`, `ids [num_tokens]`, `rows [num_tokens, hidden_size]`.
     """
     if on_gpu:  # atomic adds have no fixed order; a product with ones and zeros has one
-        for first in range(0, len(ids), LOGIT_ROWS):
-            part = slice(first, first + LOGIT_ROWS)
+        for part in logit_rows(len(ids), len(table)):
             chosen = xp.arange(len(table))[:, None] == ids[part]  # [vocab_size, part]
             table += chosen.astype(rows.dtype) @ rows[part]
         return

@@ -10,8 +10,6 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from threadpoolctl import ThreadpoolController
-
 from ..core.model.config import ModelConfig
 
 SMALL = 1 << 18  # numbers in a weight matrix: up to here, one thread is as fast as several
@@ -20,8 +18,12 @@ SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_
 
 def limit_for(config: ModelConfig) -> Callable[[], AbstractContextManager[object]]:
     """What a step of this model runs in: one BLAS thread where its products are small. A number of threads that the
-    environment names stays as it is."""
+    environment names stays as it is, and so do all where threadpoolctl is not installed."""
     if config.hidden_size * config.intermediate_size > SMALL or any(name in os.environ for name in SETTINGS):
+        return nullcontext
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
         return nullcontext
     blas = ThreadpoolController().select(user_api="blas")
     return lambda: blas.limit(limits=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from support.stepping import Stepper, logits_of
 
 from paged_ref.core.device import to_host, xp
 from paged_ref.core.model.config import ModelConfig
-from paged_ref.core.model.llama import ARRAY_OPERATIONS, Llama, Operations, rope_frequencies
+from paged_ref.core.model.llama import Llama, rope_frequencies
 from paged_ref.core.model.loading import load
 from paged_ref.core.model.tokenizer import TextStream
 from paged_ref.interop.architectures import random_weights
@@ -86,27 +85,6 @@ def test_the_model_writes_its_tokens_and_nothing_else() -> None:
     assert not np.isnan(after[:, :, block, 0]).any()
     after[:, :, block, 0] = np.nan
     np.testing.assert_array_equal(after, before)
-
-
-def test_operations_from_another_room_take_the_place_of_array_code() -> None:
-    called = []
-
-    def watched(name: str) -> Any:
-        def operation(*arguments: Any) -> Any:
-            called.append(name)
-            return getattr(ARRAY_OPERATIONS, name)(*arguments)
-
-        return operation
-
-    weights = random_weights(LLAMA)
-    want = logits_of(Llama(LLAMA, weights), SEQUENCES)
-    operations = Operations(*(watched(name) for name in Operations._fields))
-    for a, b in zip(logits_of(Llama(LLAMA, weights, "float32", operations), SEQUENCES), want, strict=True):
-        np.testing.assert_array_equal(a, b)
-    layers = LLAMA.num_layers
-    assert {name: called.count(name) for name in called} == {
-        "rms_norm": 2 * layers + 1, "rotate": layers, "gated": layers,
-    }  # fmt: skip
 
 
 def test_frequencies_are_powers_of_theta() -> None:

@@ -7,9 +7,9 @@ are the same code. The other names are fields of ModelConfig.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -69,17 +69,6 @@ def gated(gate_up: Array) -> Array:
         return gate / (1 + xp.exp(-gate)) * up
 
 
-class Operations(NamedTuple):
-    """What a layer does beside products and attention. Another room may hand in faster ones."""
-
-    rms_norm: Callable[[Array, Array, float], Array] = rms_norm
-    rotate: Callable[[Array, Array, Array], Array] = rotate
-    gated: Callable[[Array], Array] = gated
-
-
-ARRAY_OPERATIONS = Operations()
-
-
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians that each pair of a head turns by from one position to the next: [head_size // 2] float64.
 
@@ -114,12 +103,10 @@ class Llama:
         config: ModelConfig,
         weights: Mapping[str, np.ndarray],
         dtype: str = "float32",
-        operations: Operations = ARRAY_OPERATIONS,
     ) -> None:
         self.config = config
         require_one_of(("float16", "float32"), dtype=dtype)
         self.dtype = np.dtype(dtype)
-        self.operations = operations
         self.embedding = self.take(weights, "model.embed_tokens.weight")  # [vocab_size, hidden_size]
         self.layers = [self.read_layer(weights, f"model.layers.{index}") for index in range(config.num_layers)]
         self.final_norm = self.take(weights, "model.norm.weight")  # [hidden_size]
@@ -159,20 +146,20 @@ class Llama:
 
         x = self.embedding[inputs.token_ids]  # [num_tokens, hidden_size]
         for index, layer in enumerate(self.layers):
-            h = self.operations.rms_norm(x, layer.attention_norm, eps)  # [num_tokens, hidden_size]
+            h = rms_norm(x, layer.attention_norm, eps)  # [num_tokens, hidden_size]
             qk, value = self.project(layer, h)  # [num_tokens, num_heads + num_kv_heads and num_kv_heads, head_size]
-            qk = self.operations.rotate(qk, cos, sin)  # [num_tokens, num_heads + num_kv_heads, head_size]
+            qk = rotate(qk, cos, sin)  # [num_tokens, num_heads + num_kv_heads, head_size]
             query = xp.ascontiguousarray(qk[:, : config.num_heads])  # [num_tokens, num_heads, head_size]
             key = qk[:, config.num_heads :]  # [num_tokens, num_kv_heads, head_size]
             window = config.sliding_windows[index]
             mixed = kv.attend(index, query, key, value, inputs.addresses, window)  # the query's shape
             x = x + mixed.reshape(num_tokens, -1) @ layer.output.T  # [num_tokens, hidden_size]
 
-            h = self.operations.rms_norm(x, layer.mlp_norm, eps)  # [num_tokens, hidden_size]
+            h = rms_norm(x, layer.mlp_norm, eps)  # [num_tokens, hidden_size]
             gate_up = h @ layer.gate_up.T  # [num_tokens, 2 * intermediate_size]
-            x = x + self.operations.gated(gate_up) @ layer.down.T  # [num_tokens, hidden_size]
+            x = x + gated(gate_up) @ layer.down.T  # [num_tokens, hidden_size]
 
-        x = self.operations.rms_norm(x[inputs.logits_rows], self.final_norm, eps)  # [num_rows, hidden_size]
+        x = rms_norm(x[inputs.logits_rows], self.final_norm, eps)  # [num_rows, hidden_size]
         return (x @ self.head.T).astype(np.float32, copy=False)  # [num_rows, vocab_size]
 
     def project(self, layer: Any, h: Array) -> tuple[Array, Array]:

@@ -8,9 +8,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...timeline.events import Event, Log, write_events
+from ... import timeline
+
+if TYPE_CHECKING:
+    from ...timeline.events import Event, Log
 
 ROOM = 4096  # bytes: a disk that has not even these is full
 
@@ -87,7 +90,7 @@ def recording(path: Path | None) -> Iterator[Log | None]:
 
     def log(event: Event) -> None:
         try:
-            write_events([event], file)
+            timeline.events.write_events([event], file)
         except OSError as error:
             raise _error(f"--record {path}", error.strerror) from None
 
