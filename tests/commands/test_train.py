@@ -113,7 +113,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_weights(text: Path,
         (["--heads", "0"], "num_heads is 0; at least 1 is needed"),
         (["--steps", "0"], "num_steps is 0; at least 1 is needed"),
         (["--save-every", "0"], "--save-every is 0; at least 1 is needed"),
-        (["--resume", "nowhere"], "nowhere/training_state.safetensors is missing; there is no run to continue"),
+        (["--resume", "nowhere"], "--resume is nowhere, which is not a directory; there is no run to continue"),
+        (["--resume", "."], "training_state.safetensors is missing; there is no run to continue"),
         (["--layers", "99999999"], "--layers is 99999999, which needs 6,553.6 GB; this machine has 16.0 GB"),
         (["--hidden-size", "99999984"], "--hidden-size 99999984, --intermediate-size 24, --layers 2 needs "),
         (["--vocab-size", "99999999999"], "training with --vocab-size 99999999999, --hidden-size 16, --intermediate"),
@@ -195,6 +196,7 @@ def test_a_second_training_into_one_directory_is_refused_before_it_starts(
         assert list(out.iterdir()) == []
     assert not out.exists()
     assert main(command) == 0
+    (out / STATE).write_bytes(b"the other training is writing here")
     with alone_in(out):
         assert main(["train", "--resume", str(out)]) == 2
     assert f"{out} is in use: another training writes to it" in capsys.readouterr().err

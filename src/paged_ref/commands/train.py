@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,18 +92,21 @@ def _add_steps(steps: options.Options) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    state = load_state(args.resume) if args.resume else None
-    given = _complete(args, state)
-    if args.text is None:
-        raise ValueError("--text is missing; it names the files to learn from")
-    if args.out is None and args.measure is None:
+    directory = args.resume or args.out
+    if directory is None and args.measure is None:
         raise ValueError("--out is missing; it names the directory that the model goes to")
-    config = _config(args)
-    stories = [story for path in args.text for story in read_stories(path)]
-    learned, held = hold_out(stories, args.held_out)
-    if args.measure is not None:
-        return _measure(args.measure, held)
-    with alone_in(args.out):
+    if args.resume is not None and not args.resume.is_dir():
+        raise ValueError(f"--resume is {args.resume}, which is not a directory; there is no run to continue")
+    with alone_in(directory) if directory else nullcontext():
+        state = load_state(args.resume) if args.resume else None
+        given = _complete(args, state)
+        if args.text is None:
+            raise ValueError("--text is missing; it names the files to learn from")
+        config = _config(args)
+        stories = [story for path in args.text for story in read_stories(path)]
+        learned, held = hold_out(stories, args.held_out)
+        if args.measure is not None:
+            return _measure(args.measure, held)
         if state is None and (args.out / STATE).exists():
             raise ValueError(f"--out {args.out} holds a run already; --resume {args.out} continues it")
         return _train(args, *_prepare(args, config, state, given, learned, held), held)

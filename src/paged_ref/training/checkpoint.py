@@ -110,6 +110,7 @@ def alone_in(directory: Path) -> Iterator[None]:
 
     The lock is the system's: it ends with the process, however that ends, and leaves no file.
     """
+    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         folder = os.open(directory, os.O_RDONLY)
@@ -125,7 +126,8 @@ def alone_in(directory: Path) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                directory.rmdir()  # if nothing came of it
+                if is_new:
+                    directory.rmdir()  # if nothing came of it
     finally:
         os.close(folder)
 
