@@ -73,6 +73,7 @@ def _default_interrupts() -> None:
         ["lesson", "3"],
         ["long", "--tokens", "8192"],
         ["bench", "memory"],
+        ["monitor", "--once", "--run", "demo"],
         ["bench", "kernels", "--rounds", "1000"],
     ],
     ids=lambda argv: " ".join(argv[:2]),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from paged_ref.lesson.progress import LessonRecord, Progress
+from paged_ref.lesson.progress import LessonRecord, Progress, default_path
 
 
 def test_progress_is_kept_and_found_again(tmp_path: Path) -> None:
@@ -63,3 +63,11 @@ def test_progress_that_cannot_be_kept_is_said_once(tmp_path: Path) -> None:
     progress.save("05", LessonRecord(part=3))
     assert len(progress.warnings) == 1
     assert progress.of("05").part == 3
+
+
+def test_a_user_without_a_home_has_a_place_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, under a number that the system does not know."""
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert default_path() == tmp_path / f"paged_ref-{os.getuid()}" / "paged_ref" / "lessons.json"

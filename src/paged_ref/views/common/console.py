@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import IO, Any
+from typing import Any
 
 import rich.console
 from rich.segment import Segment
+from rich.text import Text
 
 from ...extras.plain_text import plain
 
@@ -20,15 +21,13 @@ class Console(rich.console.Console):
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)
 
-    @property
-    def file(self) -> IO[str]:
-        """Past the stream that makes `print` plain, also while a progress bar has put its own in front of that."""
-        file = super().file
-        return getattr(file, "rich_proxied_file", file)
+    def set_live(self, live: Any) -> Any:
+        """Rich would put a stream in front of standard output that follows escape sequences in what is printed."""
+        live._redirect_stdout = live._redirect_stderr = False
+        return super().set_live(live)
 
-    @file.setter
-    def file(self, file: IO[str]) -> None:
-        self._file = file
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(plain(text, lines=True), **settings)
 
     def render(
         self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None

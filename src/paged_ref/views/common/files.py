@@ -54,7 +54,7 @@ def _why_not_in(folder: Path) -> str | None:
 
 def write_text(path: Path, text: str) -> None:
     """Write the file in one step: a reader sees the old content or the new one. Raises ValueError."""
-    try:
+    with _named(path):
         if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
             path.write_text(text, encoding="utf-8")  # a pipe or a device, or a place that takes no second file
             return
@@ -65,8 +65,6 @@ def write_text(path: Path, text: str) -> None:
             if target.exists():
                 whole.chmod(target.stat().st_mode)
             whole.replace(target)
-    except OSError as error:
-        raise _error(path, error.strerror) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,24 +81,28 @@ def recording(path: Path | None) -> Iterator[Log | None]:
     if path is None:
         yield None
         return
-    try:
+    what = f"--record {path}"
+    with _named(what):
         file = path.open("w", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise _error(f"--record {path}", error.strerror) from None
 
     def log(event: Event) -> None:
-        try:
+        with _named(what):
             timeline.events.write_events([event], file)
-        except OSError as error:
-            raise _error(f"--record {path}", error.strerror) from None
 
     try:
         yield log
     finally:
-        try:
+        with _named(what):
             file.close()
-        except OSError as error:
-            raise _error(f"--record {path}", error.strerror) from None
+
+
+@contextlib.contextmanager
+def _named(what: object) -> Iterator[None]:
+    """An OSError in this block becomes a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise _error(what, error.strerror) from None
 
 
 def _error(what: object, reason: str | None) -> ValueError:
