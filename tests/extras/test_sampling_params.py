@@ -61,7 +61,8 @@ def test_params_out_of_bounds(options: dict[str, Any], message: str) -> None:
 
 def test_none_is_the_default() -> None:
     names = ("max_tokens", "temperature", "n", "stop", "stop_token_ids", "ignore_eos", "length_penalty", "seed")
-    assert SamplingParams(**dict.fromkeys(names)) == SamplingParams()
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    assert SamplingParams(**nothing) == SamplingParams()
 
 
 @pytest.mark.parametrize("top_k", [0, -1, None])

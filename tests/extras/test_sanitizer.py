@@ -191,10 +191,9 @@ def test_nan_in_attention() -> None:
     wrong = numbers.copy()
     wrong[0, 0, 0] = np.inf
     for i, what in enumerate(("queries", "keys", "values")):
-        computed = [numbers, numbers, numbers]
-        computed[i] = wrong
+        query, key, value = (wrong if i == place else numbers for place in range(3))
         with pytest.raises(SanitizerError, match=f"1 has NaN or inf among its {what} in layer 5, before attention: t"):
-            check_numbers(1, 5, *computed, mixed)
+            check_numbers(1, 5, query, key, value, mixed)
 
 
 def addresses(**wrong: Any) -> Addresses:

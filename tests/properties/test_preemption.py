@@ -10,7 +10,7 @@ import pytest
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.engine.engine import Observer
-from paged_ref.core.engine.scheduler import StepPlan
+from paged_ref.core.engine.scheduler import Preemption, StepPlan
 from paged_ref.core.engine.sequence import Group
 from paged_ref.core.memory.kv import KV
 from paged_ref.core.model.llama import StepInputs
@@ -65,7 +65,7 @@ class Progress(Observer):
                 self.since[group] += fresh
 
 
-def traffic(seed: int, preemption: str) -> tuple[Progress, int]:
+def traffic(seed: int, preemption: Preemption) -> tuple[Progress, int]:
     """Random requests, arriving at random steps, to a pool that holds a few of them."""
     rng = random.Random(seed)
     block_size, num_blocks = rng.choice([(1, 40), (2, 40), (4, 24), (4, 60), (16, 14), (16, 40)])
@@ -97,13 +97,13 @@ def traffic(seed: int, preemption: str) -> tuple[Progress, int]:
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("seed", [*range(20), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 300))])
-def test_coming_back_pays(seed: int, preemption: str) -> None:
+def test_coming_back_pays(seed: int, preemption: Preemption) -> None:
     progress, block_size = traffic(seed, preemption)
     assert all(tokens >= block_size for tokens in progress.found)
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_samples_that_were_preempted_come_back_with_room_for_all(preemption: str) -> None:
+def test_samples_that_were_preempted_come_back_with_room_for_all(preemption: Preemption) -> None:
     """generate --prompt "Once upon a time" --prompt Lily --prompt "Tom had" --n 2 --temperature 0.8 --seed 1
     --max-tokens 250 --kv-tokens 700 --ignore-eos: a pair that came back on one block was preempted in the next step."""
     records: list[StepRecord] = []

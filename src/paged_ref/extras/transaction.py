@@ -31,33 +31,33 @@ class Turns:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._owner: int | None = None
-        self._waiting: deque[threading.Lock] = deque()
+        self._queue: deque[threading.Lock] = deque()  # a locked ticket for each thread; the first one has the turn
 
     @contextmanager
     def taken(self, what: str) -> Iterator[None]:
         """Have the turn. Raises RuntimeError where this thread has it: `what` was called by a hook, a log or an
-        observer."""
-        with self._guard:
-            if self._owner == threading.get_ident():
-                raise RuntimeError(f"{what} was called from inside a hook, a log or an observer of the same engine")
-            ticket = None
-            if self._owner is not None:
-                ticket = threading.Lock()
-                ticket.acquire()
-                self._waiting.append(ticket)
-            else:
-                self._owner = threading.get_ident()
-        if ticket is not None:
-            ticket.acquire()  # until the thread before hands the turn over
-            self._owner = threading.get_ident()
+        observer. A thread that is interrupted while it waits leaves the queue."""
+        if self._owner == threading.get_ident():
+            raise RuntimeError(f"{what} was called from inside a hook, a log or an observer of the same engine")
+        ticket = threading.Lock()
+        ticket.acquire()
         try:
+            with self._guard:
+                self._queue.append(ticket)
+                if self._queue[0] is ticket:
+                    ticket.release()
+            ticket.acquire()  # when the tickets before it have left the queue
+            self._owner = threading.get_ident()
             yield
         finally:
             with self._guard:
-                self._owner = None
-                if self._waiting:
-                    self._owner = -1  # no thread's id: the turn is on the way to the next one
-                    self._waiting.popleft().release()
+                if self._queue and self._queue[0] is ticket:
+                    self._owner = None
+                    self._queue.popleft()
+                    if self._queue:
+                        self._queue[0].release()
+                elif ticket in self._queue:
+                    self._queue.remove(ticket)
 
 
 class TransactionalEngine(Engine):
@@ -77,7 +77,7 @@ class TransactionalEngine(Engine):
         next_seq_id = self.next_seq_id
         self._saved = []
         try:
-            return super().step()
+            tokens = super().step()
         except BaseException:
             self._given_up = True
             for seq_id in range(next_seq_id, self.next_seq_id):
@@ -89,6 +89,8 @@ class TransactionalEngine(Engine):
             self._wait_all(groups)
             self._given_up = False
             raise
+        self._saved = []
+        return tokens
 
     def _sample(self, plan: StepPlan, logits: Array) -> list[TokenOutput]:
         requests: dict[int, Request] = {}

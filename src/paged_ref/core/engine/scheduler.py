@@ -114,7 +114,7 @@ class Scheduler:
         num_common = group.common_len() if waits else len(leader.tokens)  # which admission asks for
         num_blocks = 0
         for seq in group.seqs:
-            length = seq.num_computed if seq.admitted else num_common
+            length = self.manager.length(seq.seq_id) if seq.admitted else num_common
             longest = min(len(seq.tokens) + size - 1, seq.max_slots)
             num_blocks += -(-longest // size) - -(-length // size)
         if group.width > 1:
