@@ -244,7 +244,7 @@ def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> nd
     if any(isinstance(bound, ndarray) for bound in (start, stop, step)):
         raise TypeError("cupy.arange of an array would make the host wait")
     first, end = (0, start) if stop is None else (start, stop)
-    return new((), lambda: np.arange(first, end, step, dtype), "arange")
+    return new((), lambda: np.arange(first, end, step, dtype), "arange")  # type: ignore[call-overload]
 
 
 def triu(m: ndarray, k: int = 0) -> ndarray:
