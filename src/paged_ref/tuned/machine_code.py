@@ -81,13 +81,13 @@ def linker_version() -> tuple[int, int]:
 
 
 def check_versions(ptx: str, linker: tuple[int, int]) -> None:
-    """Raise RuntimeError if nvJitLink is older than NVVM, which names its CUDA version in the PTX that it wrote. (A newer
-    one reads it, and NVIDIA's packages install such pairs.)"""
+    """Raise RuntimeError if nvJitLink is older than NVVM, which names its CUDA version in its PTX. (A newer nvJitLink
+    reads that, and NVIDIA's packages install such pairs.)"""
     found = re.search(r"release (\d+)\.(\d+)", ptx)
     if found is not None and (int(found[1]), int(found[2])) > linker:
         raise RuntimeError(
-            f"NVVM is of CUDA {found[1]}.{found[2]} and nvJitLink of CUDA {linker[0]}.{linker[1]}, which cannot read newer "
-            "PTX: install the packages nvidia-nvvm and nvidia-nvjitlink of one version"
+            f"NVVM is of CUDA {found[1]}.{found[2]} and nvJitLink of CUDA {linker[0]}.{linker[1]}, which cannot read "
+            "newer PTX: install the packages nvidia-nvvm and nvidia-nvjitlink of one version"
         )
 
 
