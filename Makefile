@@ -139,7 +139,7 @@ build/other/test.stamp: pyproject.toml
 
 build/cuda-%/pip.stamp: pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --editable '.[test,ptx]' 'nvidia-nvvm==$*.*' 'nvidia-nvjitlink==$*.*'
+	$(@D)/bin/pip install --quiet --editable '.[test,ptx]' 'cuda-toolkit[nvvm]==$*.*' 'nvidia-nvjitlink==$*.*'
 	@touch $@
 
 # As on many GPU machines: NumPy 2.5, and none of prompt_toolkit, greenlet, pyte, msgspec, hypothesis. torch, triton and

@@ -113,10 +113,13 @@ def test_the_sources_are_those_of_every_function_of_a_kernel() -> None:
             assert path in sources, module
 
 
-def test_a_mixture_of_cuda_versions_is_refused() -> None:
+def test_a_linker_older_than_the_compiler_is_refused() -> None:
     ptx = "// Cuda compilation tools, release 13.5, V13.5.37\n.version 9.5"
-    check_versions(ptx, (13, 5))
-    with pytest.raises(RuntimeError, match=r"NVVM is of CUDA 13\.5 and nvJitLink of CUDA 13\.0; both must be of one"):
+    for linker in ((13, 5), (13, 6), (14, 0)):
+        check_versions(ptx, linker)
+    with pytest.raises(
+        RuntimeError, match=r"NVVM is of CUDA 13\.5 and nvJitLink of CUDA 13\.0, which cannot read newer"
+    ):
         check_versions(ptx, (13, 0))
 
 

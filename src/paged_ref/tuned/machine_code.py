@@ -63,8 +63,7 @@ def missing_packages() -> list[str]:
 def compile_kernel(kernel: Any, types: Parameters, bounds: tuple[int, int], capability: tuple[int, int]) -> Code:
     """Compile for GPUs of this compute capability. `bounds` as `bounds_of` gives them.
 
-    Raises ImportError where one of the missing_packages is needed, and RuntimeError where NVVM and nvJitLink are not of
-    one CUDA version.
+    Raises ImportError where one of the missing_packages is needed, and RuntimeError where nvJitLink is older than NVVM.
     """
     from numba import cuda
     from numba import types as numba_types
@@ -92,12 +91,13 @@ def linker_version() -> tuple[int, int]:
 
 
 def check_versions(ptx: str, linker: tuple[int, int]) -> None:
-    """Raise RuntimeError unless nvJitLink is of the CUDA version of NVVM, which names its own in the PTX it wrote."""
+    """Raise RuntimeError if nvJitLink is older than NVVM, which names its CUDA version in its PTX. (A newer nvJitLink
+    reads that, and NVIDIA's packages install such pairs.)"""
     found = re.search(r"release (\d+)\.(\d+)", ptx)
-    if found is not None and (int(found[1]), int(found[2])) != linker:
+    if found is not None and (int(found[1]), int(found[2])) > linker:
         raise RuntimeError(
-            f"NVVM is of CUDA {found[1]}.{found[2]} and nvJitLink of CUDA {linker[0]}.{linker[1]}; both must be of one "
-            "version: install the packages nvidia-nvvm and nvidia-nvjitlink of the same version"
+            f"NVVM is of CUDA {found[1]}.{found[2]} and nvJitLink of CUDA {linker[0]}.{linker[1]}, which cannot read "
+            "newer PTX: install the packages nvidia-nvvm and nvidia-nvjitlink of one version"
         )
 
 
