@@ -80,4 +80,5 @@ def gated_launch(out: Array, gate_up: Array) -> Launch:
 
 
 # What a model is given on this machine.
-OPERATIONS = llama.Operations(rms_norm, rotate, gated) if launching.unavailable() is None else llama.ARRAY_OPERATIONS
+FUSED = {"rms_norm": rms_norm, "rotate": rotate, "gated": gated}
+OPERATIONS = llama.ARRAY_OPERATIONS._replace(**(FUSED if launching.unavailable() is None else {}))

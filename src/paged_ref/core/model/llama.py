@@ -70,8 +70,9 @@ def gated(gate_up: Array) -> Array:
 
 
 class Operations(NamedTuple):
-    """What a layer does beside products and attention. Another room may hand in faster ones."""
+    """What a layer does beside attention. Another room may hand in faster ones."""
 
+    linear: Callable[[Array, Array], Array] = lambda x, weight: x @ weight.T  # `weight [out, in]`
     rms_norm: Callable[[Array, Array, float], Array] = rms_norm
     rotate: Callable[[Array, Array, Array], Array] = rotate
     gated: Callable[[Array], Array] = gated
@@ -167,18 +168,18 @@ class Llama:
             key = qk[:, config.num_heads :]  # [num_tokens, num_kv_heads, head_size]
             window = config.sliding_windows[index]
             mixed = kv.attend(index, query, key, value, inputs.addresses, window)  # the query's shape
-            x = x + mixed.reshape(num_tokens, -1) @ layer.output.T  # [num_tokens, hidden_size]
+            x = x + self.operations.linear(mixed.reshape(num_tokens, -1), layer.output)  # [num_tokens, hidden_size]
 
             h = self.operations.rms_norm(x, layer.mlp_norm, eps)  # [num_tokens, hidden_size]
-            gate_up = h @ layer.gate_up.T  # [num_tokens, 2 * intermediate_size]
-            x = x + self.operations.gated(gate_up) @ layer.down.T  # [num_tokens, hidden_size]
+            gate_up = self.operations.linear(h, layer.gate_up)  # [num_tokens, 2 * intermediate_size]
+            x = x + self.operations.linear(self.operations.gated(gate_up), layer.down)  # [num_tokens, hidden_size]
 
         x = self.operations.rms_norm(x[inputs.logits_rows], self.final_norm, eps)  # [num_rows, hidden_size]
-        return (x @ self.head.T).astype(np.float32, copy=False)  # [num_rows, vocab_size]
+        return self.operations.linear(x, self.head).astype(np.float32, copy=False)  # [num_rows, vocab_size]
 
     def project(self, layer: Any, h: Array) -> tuple[Array, Array]:
         """From `h [num_tokens, hidden_size]`: queries and keys before RoPE, side by side, and values."""
-        qkv = h @ layer.qkv.T  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
+        qkv = self.operations.linear(h, layer.qkv)  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
         qkv = qkv.reshape(len(h), -1, self.config.head_size)  # [num_tokens, num_heads + 2 * num_kv_heads, head_size]
         num_qk = self.config.num_heads + self.config.num_kv_heads  # the heads that RoPE turns
         return qkv[:, :num_qk], qkv[:, num_qk:]

@@ -1,0 +1,47 @@
+"""Products of a few rows with a large weight matrix, as decoding makes them: `linear` for core/model/llama.py.
+
+A decode step multiplies one row for each sequence by every weight. BLAS is made for many rows: it packs the weights
+first, which costs more than the products of a few rows. Here the weights are read once, where they lie.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..core.device import Array
+from ..core.model.config import ModelConfig
+from .threads import in_parts, num_threads
+
+LARGE = 1 << 18  # weights in the largest matrix: a smaller model is not worth compiling the loop
+FEW = 16  # rows: for more, BLAS is as fast as the loop
+PARALLEL = 1 << 24  # multiplications: for fewer, waking threads costs more than it saves
+
+
+def worth_it(config: ModelConfig) -> bool:
+    """Is `linear` faster than plain array code for a model of these sizes?"""
+    return config.hidden_size * max(config.vocab_size, 2 * config.intermediate_size) > LARGE
+
+
+def linear(x: Array, weight: Array) -> Array:
+    """`x [rows, in]` times `weight [out, in]`: [rows, out]. What is not float32 is left to NumPy."""
+    rows, out = len(x), len(weight)
+    if not (isinstance(x, np.ndarray) and x.dtype == weight.dtype == np.float32) or rows == 0 or out < 2:
+        return x @ weight.T
+    if 1 < rows <= FEW:
+        from .linear_loop import multiply_few as multiply  # here, so that importing this file compiles nothing
+
+        spare = -rows % 4  # the loop takes four rows at a time
+        x = np.concatenate([x, np.zeros((spare, x.shape[1]), np.float32)]) if spare else np.ascontiguousarray(x)
+    else:
+        multiply = _multiply_by_blas
+    y = np.empty((len(x), out), np.float32)
+    if rows * weight.size < PARALLEL or num_threads() == 1:
+        multiply(0, out, x, weight, y)
+    else:
+        in_parts(multiply, out, x, weight, y)
+    return y[:rows]
+
+
+def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
+    """Columns `first` to `end - 1` of y = x @ weight.T. Each column is added up as if it were computed alone."""
+    np.matmul(x, weight[first:end].T, out=y[:, first:end])
