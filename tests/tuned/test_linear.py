@@ -67,7 +67,9 @@ def test_nan_stays_in_its_row(num_threads: int) -> None:
 def test_a_large_model_has_it_and_the_embedded_one_does_not(tmp_path: Path) -> None:
     assert not linear.worth_it(load("tiny").config)
     assert linear.worth_it(CONFIG)
-    small = replace(CONFIG, num_layers=1, sliding_windows=(None,), hidden_size=96, num_heads=2, num_kv_heads=2, vocab_size=4096)
+    small = replace(
+        CONFIG, num_layers=1, sliding_windows=(None,), hidden_size=96, num_heads=2, num_kv_heads=2, vocab_size=4096
+    )
     save_checkpoint(tmp_path, small, random_weights(small))
     llm = LLM(tmp_path, kv_cache_tokens=256)
     assert llm.engine.model.operations.linear is linear.linear

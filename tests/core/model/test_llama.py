@@ -109,7 +109,7 @@ def test_operations_from_another_room_take_the_place_of_array_code() -> None:
         np.testing.assert_array_equal(a, b)
     layers = LLAMA.num_layers
     assert {name: called.count(name) for name in called} == {
-        "rms_norm": 2 * layers + 1, "rotate": layers, "gated": layers,
+        "linear": 4 * layers + 1, "rms_norm": 2 * layers + 1, "rotate": layers, "gated": layers,
     }  # fmt: skip
 
 
