@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,26 @@ def test_a_tokenizer_that_is_missing_or_broken_is_one_sentence(tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer: "):
         read_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loading_takes_little_more_memory_than_the_weights(directory: Path, stored: str, dtype: str) -> None:
+    hf = HF | {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": True}
+    weights = random_weights(config_from_hf(hf))
+    write_json(directory / "config.json", hf)
+    if stored == "bfloat16":
+        write_bfloat16(directory / "model.safetensors", weights)
+    else:
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = load(directory)
+    tracemalloc.start()
+    try:
+        model = build_model(checkpoint.config, checkpoint.weights, dtype)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = np.dtype(dtype).itemsize
+    sizes = [size * array.size for array in weights.values()]
+    assert peak <= 1.1 * sum(sizes) + max(sizes)
+    assert model.embedding.nbytes == max(sizes)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..core.model.loading import TINY, Checkpoint
 from ..core.model.tokenizer import Tokenizer
+from ..extras.formats import from_bfloat16
 from .architectures import weight_shapes
 from .hf_config import HFConfig, config_from_hf, token_ids
 
@@ -82,7 +83,7 @@ class Weights(Mapping[str, np.ndarray]):
         array = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
         if entry.dtype != "BF16":
             return array
-        return (array.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+        return from_bfloat16(array)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class Llama:
 
     def take(self, weights: Mapping[str, np.ndarray], *names: str) -> Array:
         """The named weights, joined along their first axis, on the device and in the model's dtype."""
-        return xp.concatenate([xp.asarray(weights[name], dtype=self.dtype) for name in names])
+        return xp.concatenate([xp.asarray(weights[name]) for name in names], dtype=self.dtype)
 
     def read_layer(self, weights: Mapping[str, np.ndarray], at: str) -> Any:
         """The layer whose names begin with `at`."""
