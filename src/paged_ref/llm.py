@@ -159,7 +159,7 @@ class LLM(StreamingLLM):
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
-        self.around_step = threads.one_blas_thread
+        self.around_step = threads.blas_threads
         if self._log_steps:
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
 

@@ -8,7 +8,7 @@ import os
 
 from rich.console import Console
 
-from ..tuned.threads import one_blas_thread
+from ..tuned.threads import blas_threads
 from ..views.common.options import subcommands
 
 # Threads that wait for work sleep: OpenMP's would otherwise spin after a call and slow what is timed next. torch reads
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     from . import conditions  # here, so that the command line starts without the compiler
 
     load = conditions.load()
-    with one_blas_thread():
+    with blas_threads():
         status = int(importlib.import_module(BENCHMARKS[args.benchmark][0]).main(args))
     Console(highlight=False).print(conditions.closing_line(load))
     return status

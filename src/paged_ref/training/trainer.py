@@ -15,6 +15,7 @@ from ..core.checks import require
 from ..core.device import Array, to_host, xp
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
+from ..tuned.threads import blas_threads
 from .checkpoint import State
 from .corpus import batches, encode
 from .network import Activations, Dropout, PackedBatch, loss_and_gradient, total_loss
@@ -88,6 +89,10 @@ class Trainer:
 
     def step(self) -> TrainingStep:
         """Compute one batch forwards and backwards, and move the weights."""
+        with blas_threads(self.weights.embedding.size):
+            return self._step()
+
+    def _step(self) -> TrainingStep:
         began = perf_counter()
         settings, number = self.settings, len(self.losses)
         batch = next(self._batches)

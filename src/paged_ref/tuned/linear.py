@@ -1,4 +1,4 @@
-"""Products of a few rows with a large weight matrix, as decoding makes them: `linear` for core/model/llama.py.
+"""Products with weights: of a few rows, as decoding makes them (`linear` for core/model/llama.py), and of many.
 
 A decode step multiplies one row for each sequence by every weight. BLAS is made for many rows: it packs the weights
 first, which costs more than the products of a few rows. Here the weights are read once, where they lie.
@@ -40,6 +40,15 @@ def linear(x: Array, weight: Array) -> Array:
     else:
         in_parts(multiply, out, x, weight, y)
     return y[:rows]
+
+
+def product(a: Array, b: Array) -> Array:
+    """`a [rows, size] @ b [size, columns]`, for large arrays of many rows: the threads share the rows."""
+    if not isinstance(a, np.ndarray) or len(a) * b.size < PARALLEL or num_threads() == 1:
+        return a @ b
+    y = np.empty((len(a), b.shape[1]), a.dtype)
+    in_parts(lambda first, end: np.matmul(a[first:end], b, out=y[first:end]), len(a))
+    return y
 
 
 def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:

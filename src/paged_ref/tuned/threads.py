@@ -21,6 +21,7 @@ from threadpoolctl import ThreadpoolController
 # A number of threads that the caller names, in one of these variables, is taken; the first one counts.
 SETTINGS = ("NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 CGROUP = Path("/sys/fs/cgroup")
+SMALL = 1 << 22  # numbers in a matrix of weights: products with it are over before several threads have found together
 
 
 @cache
@@ -52,9 +53,10 @@ def _quotas() -> list[int]:
     return quotas
 
 
-def one_blas_thread() -> AbstractContextManager[object]:
-    """Inside, BLAS computes on the thread that calls it."""
-    limits: AbstractContextManager[object] = _blas().limit(limits=1)
+def blas_threads(largest: int = 0) -> AbstractContextManager[object]:
+    """Inside, BLAS has one thread if `largest`, the numbers in the largest matrix of weights, is small, and otherwise
+    as many as `num_threads` says. For work that is not cut in parts here."""
+    limits: AbstractContextManager[object] = _blas().limit(limits=1 if largest <= SMALL else num_threads())
     return limits
 
 
