@@ -38,9 +38,10 @@ from .interop.checkpoints import load
 from .kernels import why_not
 from .timeline.events import Log
 from .timeline.logged import LoggedManager, LoggedSteps
-from .tuned import linear, threads
 from .tuned.fused import OPERATIONS
 from .tuned.kv import TunedFormattedKV, TunedKV
+from .tuned.linear import linear
+from .tuned.threads import blas_threads
 
 DEFAULT_KV_TOKENS = 4096
 
@@ -154,12 +155,12 @@ class LLM(StreamingLLM):
         self._log_steps = LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        operations = OPERATIONS._replace(linear=linear.linear) if linear.worth_it(config) else OPERATIONS
+        operations = OPERATIONS if on_gpu else OPERATIONS._replace(linear=linear)
         decoder = build_model(config, checkpoint.weights, dtype, operations)
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
-        self.around_step = threads.blas_threads
+        self.around_step = blas_threads
         if self._log_steps:
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
 

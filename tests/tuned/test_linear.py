@@ -13,13 +13,13 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.bench.engine import CONFIG
 from paged_ref.bench.random_model import save_checkpoint
 from paged_ref.core.model.llama import ARRAY_OPERATIONS
-from paged_ref.core.model.loading import load
 from paged_ref.interop.architectures import random_weights
 from paged_ref.tuned import linear, threads
 
 
 @pytest.fixture(params=[1, 3])
 def num_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr(linear, "SMALL", 48 * 33)  # larger weights go through the loop
     monkeypatch.setattr(linear, "PARALLEL", 0)  # small products, too
     monkeypatch.setattr(linear, "num_threads", lambda: request.param)
     monkeypatch.setattr(threads, "num_threads", lambda: request.param)
@@ -42,7 +42,7 @@ def test_the_answer_is_numpys(num_threads: int, rows: int, out: int, size: int) 
 
 def test_a_row_has_the_same_bits_among_any_few_rows(num_threads: int) -> None:
     rng = np.random.default_rng(0)
-    x, weight = (rng.standard_normal((n, 100), np.float32) for n in (linear.FEW, 60))
+    x, weight = (rng.standard_normal((n, 100), np.float32) for n in (linear.FEW, 60))  # by the loop
     whole = linear.linear(x, weight)
     for rows in range(2, linear.FEW):
         np.testing.assert_array_equal(linear.linear(x[:rows], weight), whole[:rows])
@@ -64,17 +64,22 @@ def test_nan_stays_in_its_row(num_threads: int) -> None:
     assert (np.delete(y, 3, axis=0) == 32).all()
 
 
-def test_a_large_model_has_it_and_the_embedded_one_does_not(tmp_path: Path) -> None:
-    assert not linear.worth_it(load("tiny").config)
-    assert linear.worth_it(CONFIG)
+def test_product_is_numpys_in_parts_too(num_threads: int) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((50, 40), np.float32), rng.standard_normal((40, 30), np.float32)
+    np.testing.assert_allclose(linear.product(a, b), a @ b, atol=1e-4)
+    np.testing.assert_allclose(linear.product(b.T, a.T), b.T @ a.T, atol=1e-4)
+
+
+def test_the_public_llm_computes_with_it_and_gives_the_same_tokens(tmp_path: Path) -> None:
     small = replace(
         CONFIG, num_layers=1, sliding_windows=(None,), hidden_size=96, num_heads=2, num_kv_heads=2, vocab_size=4096
     )
     save_checkpoint(tmp_path, small, random_weights(small))
     llm = LLM(tmp_path, kv_cache_tokens=256)
-    assert llm.engine.model.operations.linear is linear.linear
     prompts = [[5, 6, 7 + i] for i in range(3)]
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     fast = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    assert llm.engine.model.operations.linear is linear.linear
     llm.engine.model.operations = ARRAY_OPERATIONS
     assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == fast

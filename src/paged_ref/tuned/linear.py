@@ -9,25 +9,21 @@ from __future__ import annotations
 import numpy as np
 
 from ..core.device import Array
-from ..core.model.config import ModelConfig
 from .threads import in_parts, num_threads
 
-LARGE = 1 << 18  # weights in the largest matrix: a smaller model is not worth compiling the loop
 FEW = 16  # rows: for more, BLAS is as fast as the loop
+SMALL = 1 << 18  # weights: up to here, BLAS with the weights first is as fast as the loop, and needs no compiling
 PARALLEL = 1 << 24  # multiplications: for fewer, waking threads costs more than it saves
-
-
-def worth_it(config: ModelConfig) -> bool:
-    """Is `linear` faster than plain array code for a model of these sizes?"""
-    return config.hidden_size * max(config.vocab_size, 2 * config.intermediate_size) > LARGE
 
 
 def linear(x: Array, weight: Array) -> Array:
     """`x [rows, in]` times `weight [out, in]`: [rows, out]. What is not float32 is left to NumPy."""
     rows, out = len(x), len(weight)
-    if not (isinstance(x, np.ndarray) and x.dtype == weight.dtype == np.float32) or rows == 0 or out < 2:
+    if not (isinstance(x, np.ndarray) and x.dtype == weight.dtype == np.float32) or rows == 0:
         return x @ weight.T
-    if 1 < rows <= FEW:
+    if 1 < rows <= FEW and weight.size <= SMALL:
+        return np.ascontiguousarray((weight @ x.T).T)
+    if 1 < rows <= FEW and out > 1:
         from .linear_loop import multiply_few as multiply  # here, so that importing this file compiles nothing
 
         spare = -rows % 4  # the loop takes four rows at a time
