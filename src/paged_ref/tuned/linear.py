@@ -13,7 +13,7 @@ from .threads import in_parts, num_threads
 
 FEW = 16  # rows: for more, BLAS is as fast as the loop
 SMALL = 1 << 18  # weights: up to here, BLAS with the weights first is as fast as the loop, and needs no compiling
-PARALLEL = 1 << 24  # multiplications: for fewer, waking threads costs more than it saves
+PARALLEL = 1 << 26  # multiplications, a millisecond: for fewer, waking threads costs more than it saves
 
 
 def linear(x: Array, weight: Array) -> Array:
