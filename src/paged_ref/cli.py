@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .views.common.options import subcommands
+from .views.common.options import integer, subcommands
 
 # command -> (module with add_arguments(parser) and main(args) -> exit status, help)
 COMMANDS = {
@@ -52,8 +52,11 @@ def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="paged-ref", description="PagedAttention to read, run, single-step and import."
     )
+    integer(parser, "--threads", help="that compute on a CPU (default: one for each core that this process may use)")
     subcommands(parser, "command", COMMANDS, "COMMAND")
     args = parser.parse_args(argv)
+    if args.threads is not None:
+        os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # read by tuned/threads.py and by Numba, which load later
     return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from paged_ref.bench import BENCHMARKS, conditions, kernels
+from paged_ref.bench.shapes import Shape
 from paged_ref.cli import main
 
 
@@ -49,7 +50,7 @@ def test_the_closing_line_names_the_processor_and_says_when_the_machine_was_busy
 
 
 def test_kernels_takes_the_faster_read_and_runs_contiguous_twice() -> None:
-    shape = kernels.Shape("embedded", 2, 64, dtype="float32")
+    shape = Shape("embedded", 2, 64, dtype="float32")
     records = {record["contender"]: record for record in kernels.bench(shape, rounds=3, threads=1)}
     assert list(records)[:4] == [kernels.STREAM, kernels.PAGED, kernels.CONTIGUOUS, kernels.REFERENCE]
     assert records[kernels.CONTIGUOUS]["again_times_first"] > 0

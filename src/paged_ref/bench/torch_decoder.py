@@ -15,7 +15,7 @@ from ..training.optimizer import BETA1, BETA2, EPSILON
 from ..training.parameters import Parameters
 
 
-class TorchDecoder(nn.Module):
+class TorchDecoder(nn.Module):  # type: ignore[misc]  # torch has no types here
     """A Llama with the weights of `Parameters`: tied embeddings, and matrices of one input joined."""
 
     def __init__(self, weights: Parameters) -> None:

@@ -81,9 +81,8 @@ class Weights(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
         array = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
-        if entry.dtype != "BF16":
-            return array
-        return from_bfloat16(array)
+        numbers: np.ndarray = array if entry.dtype != "BF16" else from_bfloat16(array)
+        return numbers
 
 
 def _read_json(path: Path) -> dict[str, Any]:

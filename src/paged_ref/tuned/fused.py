@@ -79,6 +79,5 @@ def gated_launch(out: Array, gate_up: Array) -> Launch:
     return Launch(gated_kernel, (num_tokens, -(-size // THREADS)), THREADS, args)
 
 
-# What a model is given on this machine.
-FUSED = {"rms_norm": rms_norm, "rotate": rotate, "gated": gated}
-OPERATIONS = llama.ARRAY_OPERATIONS._replace(**(FUSED if launching.unavailable() is None else {}))
+FUSED = llama.Operations(rms_norm=rms_norm, rotate=rotate, gated=gated)
+OPERATIONS = FUSED if launching.unavailable() is None else llama.ARRAY_OPERATIONS  # what a model gets on this machine

@@ -34,10 +34,10 @@ def prefetch(typing_context: Any, array: Any, row: Any, i: Any) -> Any:
 
 
 # Additions may be reordered, so that the loop over i runs in vectors: each sum becomes a vector of partial sums.
-@njit(
+@njit(  # type: ignore[untyped-decorator]
     "void(int64, int64, float32[:, ::1], float32[:, ::1], float32[:, ::1])",
     nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"},
-)  # fmt: skip  # type: ignore[untyped-decorator]
+)  # fmt: skip
 def multiply_few(first: int, end: int, x: Any, weight: Any, y: Any) -> None:
     """Columns `first` to `end - 1`, at least two, of y = x @ weight.T, for rows in multiples of four.
 
