@@ -77,11 +77,11 @@ def from_bfloat16(bits: Array) -> Array:
 def to_float8(numbers: Array) -> Array:
     """The e4m3 codes nearest to the numbers, uint8, at most ±448. NaN stays NaN."""
     xp = module_of(numbers)
-    numbers = xp.ascontiguousarray(numbers, dtype=np.float32)
+    numbers = numbers.astype(np.float32, copy=False)
     size = xp.minimum(xp.abs(numbers), np.float32(448))
     # The exponent and the upper 3 bits of the mantissa, rounded to nearest, ties to even, which may carry into the
     # exponent; and the exponent counted from 7 instead of 127.
-    bits = size.view(np.uint32).reshape(numbers.shape)
+    bits = size.view(np.uint32)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - np.uint32((127 - 7) * 8)
     small = xp.rint(size * np.float32(2**9))  # below 2**-6 the numbers are whole multiples of 2**-9
     code = xp.where(size < np.float32(2**-6), small, normal).astype(np.uint8)
