@@ -23,18 +23,21 @@ def linear(x: Array, weight: Array) -> Array:
         return x @ weight.T
     if 1 < rows <= FEW and weight.size <= SMALL:
         return np.ascontiguousarray((weight @ x.T).T)
+    parallel = rows * weight.size >= PARALLEL and num_threads() > 1
     if 1 < rows <= FEW and out > 1:
         from .linear_loop import multiply_few as multiply  # here, so that importing this file compiles nothing
 
         spare = -rows % 4  # the loop takes four rows at a time
         x = np.concatenate([x, np.zeros((spare, x.shape[1]), np.float32)]) if spare else np.ascontiguousarray(x)
-    else:
+    elif parallel:
         multiply = _multiply_by_blas
-    y = np.empty((len(x), out), np.float32)
-    if rows * weight.size < PARALLEL or num_threads() == 1:
-        multiply(0, out, x, weight, y)
     else:
+        return x @ weight.T
+    y = np.empty((len(x), out), np.float32)
+    if parallel:
         in_parts(multiply, out, x, weight, y)
+    else:
+        multiply(0, out, x, weight, y)
     return y[:rows]
 
 

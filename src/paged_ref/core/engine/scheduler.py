@@ -70,12 +70,16 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step, and make room for it in the manager."""
         plan = StepPlan()
-        while True:  # the running groups; where there is no room for all, the latest arrival gives way
-            try:
-                budget = self._run(self.running, self.max_batch_tokens, plan)
-                break
-            except OutOfBlocks:
-                self._preempt(self.running[-1], plan)
+        try:
+            budget = self._run(self.running, self.max_batch_tokens, plan)  # mostly there is room for all
+        except OutOfBlocks:
+            budget, i = self.max_batch_tokens, 0
+            while i < len(self.running):  # the earliest arrival first; by index: a preemption shortens the list
+                try:
+                    budget = self._run([self.running[i]], budget, plan)
+                    i += 1
+                except OutOfBlocks:
+                    self._preempt(self.running[-1], plan)
         # A group preempted in this step is now first in `waiting`; nothing can be admitted before it.
         width = sum(group.width for group in self.running)
         while self.waiting and budget > 0 and not plan.preempted:
@@ -129,7 +133,7 @@ class Scheduler:
             for seq in to_fork:
                 self._fork(group.leader, seq)
         for seq in group.seqs:
-            num_tokens = min(seq.num_uncomputed, budget)
+            num_tokens = min(len(seq.tokens) - seq.num_computed, budget)  # num_uncomputed, without a call
             if num_tokens:
                 chunks.append((seq, num_tokens))
                 budget -= num_tokens

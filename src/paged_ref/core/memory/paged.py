@@ -71,17 +71,13 @@ class PagedManager(KVCacheManager):
         if needed > self.pool.num_free:
             ids = ", ".join(str(seq_id) for seq_id, _ in appends)
             raise OutOfBlocks(f"sequences {ids} need {needed} blocks; {self.pool.num_free} are available")
-        if not needed:  # mostly the last block has room, and no other table points to it
-            for seq_id, count in appends:
-                self.tables[seq_id].length += count
-            return []
         transfers = []
         for seq_id, count in appends:
             table = self.tables[seq_id]
-            if self.writes_shared_block(table, count):
+            if needed and self.writes_shared_block(table, count):
                 transfers.append(self._copy_on_write(table))
             table.length += count
-            while len(table.blocks) * self.block_size < table.length:
+            while needed and len(table.blocks) * self.block_size < table.length:
                 table.blocks.append(self.pool.allocate())
         return transfers
 
