@@ -14,6 +14,7 @@ from support.manager_state import replay
 from paged_ref.cli import main
 from paged_ref.core.model.loading import TINY
 from paged_ref.timeline.events import read_events
+from paged_ref.tuned import threads
 from paged_ref.views.common.program import short_path
 
 PAPER = "Four score and seven years ago our"
@@ -28,6 +29,19 @@ def run(*argv: str, columns: int = 80, stdin: str | None = None) -> subprocess.C
 def test_generate_streams_the_text(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--prompt", PAPER, "--max-tokens", "3"]) == 0
     assert capfd.readouterr().out == f"{PAPER} fathers brought forth\n"
+
+
+def test_the_number_of_threads_is_the_callers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "7")
+    monkeypatch.setattr(threads, "cores", lambda: 8)
+    threads.num_threads.cache_clear()
+    try:
+        assert main(["--threads", "3", "info"]) == 0
+        assert threads.num_threads() == 3
+    finally:
+        threads.num_threads.cache_clear()
 
 
 def test_generate_takes_several_prompts_and_samples(capfd: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +148,7 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
         ),
         (["bench", "kernels", "--rounds", "0"], "--rounds is 0; at least 1"),
         (["bench", "kernels", "--shape", "zzz"], "--shape is 'zzz'; known are: decode"),
+        (["--threads", "0", "demo"], "--threads is 0; at least 1"),
         (["demo", "--kv-tokens", "0"], "at least"),
         (["demo", "--kv-tokens", "100"], "100"),
         (["demo", "--block-size", "0"], "block_size is 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -94,11 +95,14 @@ def _say(sentence: str, before: str = "") -> None:
 
 
 def _run(argv: list[str]) -> int:
-    from .views.common.options import Parser, subcommands
+    from .views.common.options import Parser, integer, subcommands
 
     parser = Parser(prog="paged-ref", description="PagedAttention to read, run, single-step and import.")
+    integer(parser, "--threads", help="that compute on a CPU (default: one for each core that this process may use)")
     subcommands(parser, "command", COMMANDS, "COMMAND")
     args = parser.parse_args(argv)
+    if args.threads is not None:
+        os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # read by tuned/threads.py and by Numba, which load later
     return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
 
 

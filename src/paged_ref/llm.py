@@ -41,9 +41,11 @@ from .interop.checkpoints import load
 from .interop.hf_tokenizer import MissingTokenizer
 from .interop.model_memory import SAME_SIZE, SAMPLE_BYTES, require_kv_memory
 from .kernels import why_not
-from .tuned import blas_threads, launching
+from .tuned import launching
 from .tuned.decoder import FusedDecoder
 from .tuned.kv import TunedFormattedKV, TunedKV
+from .tuned.linear import linear
+from .tuned.threads import blas_threads
 
 if TYPE_CHECKING:
     from .timeline.events import Log
@@ -166,13 +168,13 @@ class LLM(StreamingLLM):
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        decoder = build_model(config, checkpoint.weights, dtype)
+        decoder = build_model(config, checkpoint.weights, dtype, linear)
         if launching.unavailable() is None:
             decoder = FusedDecoder(decoder)
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
-        self.around_step = blas_threads.limit_for(config)
+        self.around_step = blas_threads
         if self._log_steps:
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -366,3 +367,26 @@ def test_an_index_without_a_map(directory: Path, index: dict[str, Any]) -> None:
     (directory / "model.safetensors").unlink()
     write_json(directory / "model.safetensors.index.json", index)
     assert_refused(directory, "model.safetensors.index.json has no weight_map of tensor names to file names")
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loading_takes_little_more_memory_than_the_weights(directory: Path, stored: str, dtype: str) -> None:
+    hf = HF | {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": True}
+    weights = random_weights(config_from_hf(hf))
+    write_json(directory / "config.json", hf)
+    if stored == "bfloat16":
+        write_bfloat16(directory / "model.safetensors", weights)
+    else:
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = load(directory)
+    tracemalloc.start()
+    try:
+        model = build_model(checkpoint.config, checkpoint.weights, dtype)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = np.dtype(dtype).itemsize
+    sizes = [size * array.size for array in weights.values()]
+    assert peak <= 1.1 * sum(sizes) + max(sizes)
+    assert model.embedding.nbytes == max(sizes)

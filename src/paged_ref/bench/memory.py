@@ -29,6 +29,7 @@ from ..timeline.logged import LoggedManager
 from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.versions import describe_device
+from .conditions import record_rounds
 from .results import median_ratio, table_of, write_results
 
 BLOCK_SIZE = 16
@@ -144,6 +145,8 @@ def scheduling(num_seqs: int, num_steps: int) -> list[Measurement]:
         began = perf_counter()
         batches["paged"].manager.snapshot()
         seconds["snapshot"].append(perf_counter() - began)
+    for times in seconds.values():
+        record_rounds(times)
     micros = {name: 1e6 * median(times) for name, times in seconds.items()}
     recording = median_ratio(seconds["recorded"], seconds["paged"])
     return [

@@ -18,11 +18,10 @@ from typing import Any
 
 from ..core.device import Array
 from ..core.engine.engine import Engine
-from ..core.engine.outputs import SequenceOutput, TokenOutput
+from ..core.engine.outputs import FinishReason, TokenOutput
 from ..core.engine.request import Request, Sample
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Group, Sequence, Status
-from ..core.model.tokenizer import TextStream
 
 
 class Turns:
@@ -172,11 +171,12 @@ class SavedRequest:
             for seq in group.seqs:
                 self.tokens.append((seq, len(seq.tokens)))
         draws = request.params.temperature != 0
-        self.samples: list[tuple[Sample, str, TextStream, Any, SequenceOutput, int]] = []
+        self.samples: list[tuple[Sample, str, dict[str, Any], Any, tuple[str, FinishReason | None, int]]] = []
         for sample in request.samples.values():
             rng_state = sample.rng.bit_generator.state if draws else None
-            made = copy(sample.output)
-            self.samples.append((sample, sample.held_back, copy(sample.text), rng_state, made, len(made.token_ids)))
+            made = sample.output.text, sample.output.finish_reason, len(sample.output.token_ids)
+            stream = vars(sample.text).copy()  # the stream changes no list in place
+            self.samples.append((sample, sample.held_back, stream, rng_state, made))
         for sample in request.to_fork:
             self.tokens.append((sample.seq, len(sample.seq.tokens)))
 
@@ -191,12 +191,13 @@ class SavedRequest:
         for seq, length in self.tokens:
             del seq.tokens[length:]
             engine.request_of[seq.seq_id] = request
-        for sample, held_back, text, rng_state, made, num_ids in self.samples:
-            sample.held_back, sample.text = held_back, text
+        for sample, held_back, stream, rng_state, (text, finish_reason, num_ids) in self.samples:
+            sample.held_back = held_back
+            vars(sample.text).update(stream)
             if rng_state is not None:
                 sample.rng.bit_generator.state = rng_state
             del sample.output.token_ids[num_ids:]
-            sample.output.text, sample.output.finish_reason = made.text, made.finish_reason
+            sample.output.text, sample.output.finish_reason = text, finish_reason
         engine.requests[request.output.request_id] = request
 
 

@@ -6,7 +6,7 @@ Mistral is the core's Llama with sliding windows, which are fields of every conf
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.device import Array, xp
 from ..core.model.config import ModelConfig
-from ..core.model.llama import Layer, Llama, rms_norm
+from ..core.model.llama import Layer, Llama, linear, rms_norm
 from .hf_config import HFConfig
 
 
@@ -69,10 +69,11 @@ def build_model(
     config: ModelConfig,
     weights: Mapping[str, np.ndarray],
     dtype: str = "float32",
+    linear: Callable[[Array, Array], Array] = linear,
 ) -> Llama:
     """The decoder of this config: the core's Llama where that is enough."""
     needs_more = isinstance(config, HFConfig) and (config.attention_bias or config.qk_norm or config.rope_scaling)
-    return (Decoder if needs_more else Llama)(config, weights, dtype)
+    return (Decoder if needs_more else Llama)(config, weights, dtype, linear)
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..core.model.loading import TINY, Checkpoint
+from ..extras.formats import from_bfloat16
 from ..extras.memory_limit import require_memory
 from ..extras.reading import open_file, read_json_object
 from .architectures import num_weights, weight_shapes
@@ -89,9 +90,8 @@ class Weights(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
         array = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
-        if entry.dtype != "BF16":
-            return array
-        return (array.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
+        numbers: np.ndarray = array if entry.dtype != "BF16" else from_bfloat16(array)
+        return numbers
 
 
 def read_config(directory: Path) -> HFConfig:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core.device import Array, on_gpu, xp
 from ..core.model.llama import rotate
+from ..tuned.linear import product
 
 QUERY_CHUNK = 64  # queries whose scores exist at the same time; keys after the last of them are not read
 SCORES = 2**27 if on_gpu else 2**18  # scores that exist at the same time; on a CPU they fit a core's cache
@@ -235,7 +236,7 @@ def cross_entropy(h: Array, head: Array, targets: Array, token_weight: float) ->
     """
     dh, dhead, loss = xp.empty_like(h), xp.zeros_like(head), xp.zeros((), dtype=np.float64)
     for rows in logit_rows(h.shape[0], head.shape[0]):
-        p = h[rows] @ head.T  # [rows, vocab_size]; logits so far
+        p = product(h[rows], head.T)  # [rows, vocab_size]; logits so far
         target = xp.arange(p.shape[0]), targets[rows]
         p -= p.max(axis=1, keepdims=True)
         chosen = p[target]  # [rows]
@@ -244,6 +245,6 @@ def cross_entropy(h: Array, head: Array, targets: Array, token_weight: float) ->
         loss += (xp.log(total[:, 0]) - chosen).sum(dtype=np.float64)
         p *= token_weight / total
         p[target] -= token_weight  # dlogits
-        xp.matmul(p, head, out=dh[rows])
-        dhead += p.T @ h[rows]
+        dh[rows] = product(p, head)
+        dhead += product(p.T, h[rows])
     return token_weight * float(loss), dh, dhead

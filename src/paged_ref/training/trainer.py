@@ -16,6 +16,7 @@ from ..core.checks import require
 from ..core.device import Array, to_host, xp
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
+from ..tuned.threads import blas_threads
 from .checkpoint import State
 from .corpus import batches, encode
 from .network import Activations, Dropout, PackedBatch, loss_and_gradient, total_loss
@@ -93,6 +94,10 @@ class Trainer:
         An exception before the block `whole()`, in which the weights move, leaves the state of the last step.
         Raises ValueError, and moves no weight, where the loss or the gradient is no number.
         """
+        with blas_threads(self.weights.embedding.size):
+            return self._step(whole)
+
+    def _step(self, whole: Callable[[], AbstractContextManager[object]]) -> TrainingStep:
         began = perf_counter()
         settings, number = self.settings, len(self.losses)
         batch = next(self._batches)

@@ -11,9 +11,9 @@ from support.model_backends import of_models
 from support.plain_decoder import plain_logits
 from support.stepping import Stepper, logits_of
 
-from paged_ref.core.device import to_host, xp
+from paged_ref.core.device import Array, to_host, xp
 from paged_ref.core.model.config import ModelConfig
-from paged_ref.core.model.llama import Llama, rope_frequencies
+from paged_ref.core.model.llama import Llama, linear, rope_frequencies
 from paged_ref.core.model.loading import load
 from paged_ref.core.model.tokenizer import TextStream
 from paged_ref.interop.architectures import random_weights
@@ -85,6 +85,20 @@ def test_the_model_writes_its_tokens_and_nothing_else() -> None:
     assert not np.isnan(after[:, :, block, 0]).any()
     after[:, :, block, 0] = np.nan
     np.testing.assert_array_equal(after, before)
+
+
+def test_products_from_another_room_take_the_place_of_array_code() -> None:
+    called = []
+
+    def watched(x: Array, weight: Array) -> Array:
+        called.append(weight.shape)
+        return linear(x, weight)
+
+    weights = random_weights(LLAMA)
+    want = logits_of(Llama(LLAMA, weights), SEQUENCES)
+    for a, b in zip(logits_of(Llama(LLAMA, weights, linear=watched), SEQUENCES), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len(called) == 4 * LLAMA.num_layers + 1
 
 
 def test_frequencies_are_powers_of_theta() -> None:

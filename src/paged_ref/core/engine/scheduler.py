@@ -70,12 +70,16 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step, and make room for it in the manager."""
         plan = StepPlan()
-        budget = self.max_batch_tokens
-        # Running groups come first, the earliest arrival first. By index: a preemption shortens the list.
-        i = 0
-        while i < len(self.running) and budget > 0:
-            budget -= self._run(self.running[i], budget, plan)
-            i += 1
+        try:
+            budget = self._run(self.running, self.max_batch_tokens, plan)  # mostly there is room for all
+        except OutOfBlocks:
+            budget, i = self.max_batch_tokens, 0
+            while i < len(self.running):  # the earliest arrival first; by index: a preemption shortens the list
+                try:
+                    budget = self._run([self.running[i]], budget, plan)
+                    i += 1
+                except OutOfBlocks:
+                    self._preempt(self.running[-1], plan)
         # A group preempted in this step is now first in `waiting`; nothing can be admitted before it.
         width = sum(group.width for group in self.running)
         while self.waiting and budget > 0 and not plan.preempted:
@@ -91,7 +95,10 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(group)
             group.status = Status.RUNNING
-            budget -= self._run(group, budget, plan)
+            try:
+                budget = self._run([group], budget, plan)
+            except OutOfBlocks:
+                self._preempt(group, plan)
         return plan
 
     def _admit(self, group: Group, plan: StepPlan) -> None:
@@ -123,41 +130,33 @@ class Scheduler:
                 num_blocks += 2 * (group.width - len(group.seqs))  # the others begin when the prompt is computed
         return num_blocks * size
 
-    def _run(self, group: Group, budget: int, plan: StepPlan) -> int:
-        """Plan this step's tokens of a group, preempting the latest arrivals as needed. Returns their number."""
-        chunks = self._chunks(group, budget)
-        if not chunks:
-            return 0
-        appends = [(seq.seq_id, num_tokens) for seq, num_tokens in chunks]
-        while True:
-            try:
-                plan.transfers += self.manager.append(appends)
-                break
-            except OutOfBlocks:
-                victim = self.running[-1]
-                self._preempt(victim, plan)
-                if victim is group:
-                    return 0
+    def _run(self, groups: list[Group], budget: int, plan: StepPlan) -> int:
+        """Plan this step's tokens of the groups, in their order; return what is left of the budget. Raises OutOfBlocks,
+        and plans nothing, where there is no room for all of them."""
+        chunks: list[tuple[Sequence, int]] = []
+        for group in groups:
+            if budget > 0:
+                budget = self._add_chunks(group, budget, chunks)
+        plan.transfers += self.manager.append([(seq.seq_id, num_tokens) for seq, num_tokens in chunks])
         plan.chunks += chunks
-        return sum([num_tokens for _, num_tokens in appends])
+        return budget
 
-    def _chunks(self, group: Group, budget: int) -> list[tuple[Sequence, int]]:
-        """The one rule, for each sequence of the group, within the budget."""
+    def _add_chunks(self, group: Group, budget: int, chunks: list[tuple[Sequence, int]]) -> int:
+        """The one rule, for each sequence of the group, within the budget. Returns what is left of it."""
         if len(group.seqs) > 1:
-            leader = group.leader
             to_fork = [seq for seq in group.seqs if not seq.admitted]
-            missing = group.common_len() - leader.num_computed if to_fork else 0
+            missing = group.common_len() - group.leader.num_computed if to_fork else 0
             if missing > 0:
-                return [(leader, min(missing, budget))]
+                chunks.append((group.leader, min(missing, budget)))
+                return budget - min(missing, budget)
             for seq in to_fork:
-                self._fork(leader, seq)
-        chunks = []
+                self._fork(group.leader, seq)
         for seq in group.seqs:
-            num_tokens = min(seq.num_uncomputed, budget)
+            num_tokens = min(len(seq.tokens) - seq.num_computed, budget)  # num_uncomputed, without a call
             if num_tokens:
                 chunks.append((seq, num_tokens))
                 budget -= num_tokens
-        return chunks
+        return budget
 
     def _preempt(self, group: Group, plan: StepPlan) -> None:
         """Take all blocks of the group: to the host, or for good, and then its tokens are one long prompt later."""

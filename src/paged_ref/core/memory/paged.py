@@ -79,7 +79,7 @@ class PagedManager(KVCacheManager):
             if needed and self.writes_shared_block(table, count):
                 transfers.append(self._copy_on_write(table))
             table.length += count
-            while len(table.blocks) * self.block_size < table.length:
+            while needed and len(table.blocks) * self.block_size < table.length:
                 table.blocks.append(self.pool.allocate())
         return transfers
 

@@ -7,7 +7,7 @@ are the same code. The other names are fields of ModelConfig.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +69,11 @@ def gated(gate_up: Array) -> Array:
         return gate / (1 + xp.exp(-gate)) * up
 
 
+def linear(x: Array, weight: Array) -> Array:
+    """`x [rows, in]` times `weight [out, in]`: [rows, out]. A model may be given a faster one."""
+    return x @ weight.T
+
+
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians that each pair of a head turns by from one position to the next: [head_size // 2] float64.
 
@@ -103,8 +108,9 @@ class Llama:
         config: ModelConfig,
         weights: Mapping[str, np.ndarray],
         dtype: str = "float32",
+        linear: Callable[[Array, Array], Array] = linear,
     ) -> None:
-        self.config = config
+        self.config, self.linear = config, linear
         require_one_of(("float16", "float32"), dtype=dtype)
         self.dtype = np.dtype(dtype)
         self.embedding = self.take(weights, "model.embed_tokens.weight")  # [vocab_size, hidden_size]
@@ -117,7 +123,7 @@ class Llama:
 
     def take(self, weights: Mapping[str, np.ndarray], *names: str) -> Array:
         """The named weights, joined along their first axis, on the device and in the model's dtype."""
-        return xp.concatenate([xp.asarray(weights[name], dtype=self.dtype) for name in names])
+        return xp.concatenate([xp.asarray(weights[name]) for name in names], dtype=self.dtype)
 
     def read_layer(self, weights: Mapping[str, np.ndarray], at: str) -> Any:
         """The layer whose names begin with `at`."""
@@ -153,18 +159,18 @@ class Llama:
             key = qk[:, config.num_heads :]  # [num_tokens, num_kv_heads, head_size]
             window = config.sliding_windows[index]
             mixed = kv.attend(index, query, key, value, inputs.addresses, window)  # the query's shape
-            x = x + mixed.reshape(num_tokens, -1) @ layer.output.T  # [num_tokens, hidden_size]
+            x = x + self.linear(mixed.reshape(num_tokens, -1), layer.output)  # [num_tokens, hidden_size]
 
             h = rms_norm(x, layer.mlp_norm, eps)  # [num_tokens, hidden_size]
-            gate_up = h @ layer.gate_up.T  # [num_tokens, 2 * intermediate_size]
-            x = x + gated(gate_up) @ layer.down.T  # [num_tokens, hidden_size]
+            gate_up = self.linear(h, layer.gate_up)  # [num_tokens, 2 * intermediate_size]
+            x = x + self.linear(gated(gate_up), layer.down)  # [num_tokens, hidden_size]
 
         x = rms_norm(x[inputs.logits_rows], self.final_norm, eps)  # [num_rows, hidden_size]
-        return (x @ self.head.T).astype(np.float32, copy=False)  # [num_rows, vocab_size]
+        return self.linear(x, self.head).astype(np.float32, copy=False)  # [num_rows, vocab_size]
 
     def project(self, layer: Any, h: Array) -> tuple[Array, Array]:
         """From `h [num_tokens, hidden_size]`: queries and keys before RoPE, side by side, and values."""
-        qkv = h @ layer.qkv.T  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
+        qkv = self.linear(h, layer.qkv)  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
         qkv = qkv.reshape(len(h), -1, self.config.head_size)  # [num_tokens, num_heads + 2 * num_kv_heads, head_size]
         num_qk = self.config.num_heads + self.config.num_kv_heads  # the heads that RoPE turns
         return qkv[:, :num_qk], qkv[:, num_qk:]
