@@ -45,7 +45,7 @@ def product(a: Array, b: Array) -> Array:
     """`a [rows, size] @ b [size, columns]`, for large arrays of many rows: the threads share the rows."""
     if not isinstance(a, np.ndarray) or len(a) * b.size < PARALLEL or num_threads() == 1:
         return a @ b
-    y = np.empty((len(a), b.shape[1]), a.dtype)
+    y = np.empty_like(a, order="C", shape=(len(a), b.shape[1]))  # of the kind of `a`: bench training counts in one
     in_parts(lambda first, end: np.matmul(a[first:end], b, out=y[first:end]), len(a))
     return y
 
