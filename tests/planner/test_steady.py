@@ -63,7 +63,9 @@ def test_alike_requests_reach_the_roofline_worked_out_by_hand(setup: Setup, prom
     if setup.manager == "standard":
         fit = setup.num_slots // setup.longest
     else:
-        fit = setup.make_manager().num_slots / (sum(ceil(each / block) * block for each in range(prompt, prompt + output)) / output)
+        fit = setup.make_manager().num_slots / (
+            sum(ceil(each / block) * block for each in range(prompt, prompt + output)) / output
+        )
     running = min(fit, setup.max_batch_seqs, setup.max_batch_tokens / ((prompt + output - 1) / output))
     length = prompt + (output - 1) / 2
     step = Roofline(setup.gpu, setup.model).step(

@@ -56,7 +56,8 @@ def limit_words(steady: Steady) -> str:
     outcome, step = steady.outcome, steady.step
     shares = sorted(outcome.waits_for.items(), key=lambda each: -each[1])
     waits = ", ".join(f"{LIMITS[limit]} ({share:.0%} of the time)" for limit, share in shares if share >= LEAST_SHARE)
-    kept = f"The next request waits for {waits}; {outcome.shares.free + outcome.shares.cached:.0%} of the memory is free."
+    free = outcome.shares.free + outcome.shares.cached
+    kept = f"The next request waits for {waits}; {free:.0%} of the memory is free."
     weights, kv, compute, overhead = (f"{1000 * seconds:.1f}" for seconds in step)
     times = f"A step takes {1000 * steady.step_seconds:.1f} ms: reading {weights} ms for weights and {kv} for K and V, "
     times += f"arithmetic {compute}, of which the longer counts, {WAITS[step.bound]}; and {overhead} of overhead."

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,11 +31,12 @@ class Workers:
         each. What interrupts or fails ends the calls that run: processes are killed, and the cluster forgets them."""
         results: list[Any] = [None] * len(calls)
         with self._configured():
-            with _interrupts_held():  # processes that start here are not interrupted by Ctrl-C: this one ends them
-                found = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")(
-                    delayed(_numbered)(*call) for call in enumerate(calls)
-                )
-            with contextlib.closing(found):
+            with _interrupts_ignored():
+                started = _parallel([(int,)] * (self.num_jobs or num_cores()))
+            with _closed(started):
+                for _ in started:
+                    pass
+            with _closed(_parallel(calls)) as found:
                 for number, result in found:
                     results[number] = result
                     on_done()
@@ -54,22 +57,40 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _parallel(calls: Sequence[tuple[Callable[..., T], *tuple[Any, ...]]]) -> Generator[tuple[int, T], None, None]:
+    """(number, result) of each call as it ends. The processes are started, if there are none, before this returns."""
+    jobs = (delayed(_numbered)(*call) for call in enumerate(calls))
+    found: Generator[tuple[int, T], None, None] = Parallel(return_as="generator_unordered", batch_size=1)(jobs)
+    return found
+
+
 def _numbered(number: int, call: tuple[Callable[..., T], *tuple[Any, ...]]) -> tuple[int, T]:
     function, *args = call
     return number, function(*args)
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """A Ctrl-C meanwhile comes afterwards; a process that starts meanwhile never gets one."""
-    if not hasattr(signal, "pthread_sigmask"):
+def _closed(results: Generator[T, None, None]) -> Iterator[Generator[T, None, None]]:
+    """Closes the results: calls that still run are ended, with their processes."""
+    try:
+        yield results
+    finally:
+        with warnings.catch_warnings(action="ignore"):  # that not all results were taken
+            results.close()
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process that starts meanwhile ignores Ctrl-C from its first moment on, and says nothing: this one ends it. So
+    does this process, for the milliseconds that the start takes."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager
