@@ -70,7 +70,9 @@ def test_ctrl_c_ends_command_and_workers_with_one_line(command: list[str], tmp_p
     assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "paged-ref: interrupted"
     assert "Traceback" not in said
-    assert alive(process.pid) == []
+    while alive(process.pid):  # the process that watches over shared memory ends a moment later
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_dask_cluster_gives_the_same_numbers() -> None:
