@@ -83,11 +83,12 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
     )
     trace.write_text("prompt,output\n" + "30,20\n40,5000\n9000,3\n" * 4, encoding="utf-8")
     argv = ["compare", "--trace", str(trace), "--block-sizes", "32", "--kv-tokens", "4096", "--jobs", "1"]
+    argv += ["--max-model-len", "256"]
     assert main([*argv, "--scale", "0.9", "--latency", "0.5", "--ttft", "5", "--share", "90"]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "lengths x 0.9" in words
     assert "4 requests were refused; the first: the prompt has 8100 tokens" in words
-    assert "4 outputs were cut at the context of 2,048" in words
+    assert "4 outputs were cut at the context of 256" in words
     assert "first token within 5 s, mean of a token 0.5 s, for 0.9 of the requests" in words
 
 

@@ -35,13 +35,13 @@ AZURE = assessed(GPUS["A100-80GB"], MODELS["Llama-3-8B"], request(1155, 211))
 
 
 @pytest.mark.parametrize(("plan", "reserve"), [(0, "max"), (1, "pow2"), (2, "exact")])
-def test_as_many_regions_run_as_fit_in_the_standard_manager(plan: int, reserve: str) -> None:
+def test_as_many_regions_run_as_fit_in_the_standard_manager(plan: int, reserve: Any) -> None:
     manager = make_manager(
         "standard",
         OPT.num_tokens,
         max_model_len=OPT.max_model_len,
         reserve=reserve,
-        allocator="buddy",  # type: ignore[arg-type]
+        allocator="buddy",
     )
     count = 0
     while True:

@@ -61,7 +61,7 @@ def test_alike_requests_reach_the_roofline_worked_out_by_hand(setup: Setup, prom
     found = steady_state(setup, alike(prompt, output))
     block = setup.block_size
     if setup.manager == "standard":
-        fit = setup.num_slots // setup.longest
+        fit = float(setup.num_slots // setup.longest)
     else:
         fit = setup.make_manager().num_slots / (
             sum(ceil(each / block) * block for each in range(prompt, prompt + output)) / output
