@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from ..core import device
@@ -13,15 +12,17 @@ from ..planner.assess import Assessment, assess
 from ..planner.hardware import DEFAULT_GPU, gpu_named, several
 from ..planner.models import DEFAULT_MODEL, ModelSpec, model_named
 from ..planner.settings import servers
-from ..planner.trace_files import trace_named
-from ..planner.traces import TraceRequest
+from ..planner.setup import Setup
+from ..planner.trace_files import FORMS
+from ..planner.traces import DRAWN, RequestTrace, TraceRequest
 from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.files import write_json
 from .assess_report import print_known, print_report
+from .planner_options import bad_row_option, limit_options, limits_of, trace_of_options
+from .report_text import write_csv
 
-DEFAULT_CONTEXT = 2048
-DRAWN = 10_000  # requests of sharegpt or alpaca
+DEFAULT_CONTEXT = 1500  # with a power of two, `pow2` would reserve as much as `exact`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.integer(lengths, "--context", None, context, least=None)
     options.integer(lengths, "--prompt", None, "tokens of the prompt among these (default: half)", least=None)
     options.integer(lengths, "--max-model-len", None, "longest that is accepted (default: the model's)", least=None)
-    trace = "lengths of real requests in place of --context: a trace file, sharegpt or alpaca"
+    trace = f"lengths of real requests in place of --context: {FORMS}; or sharegpt, alpaca"
     lengths.add_argument("--trace", metavar="FILE", help=trace)
+    number = f"of the trace so many, spread over a longer one (default {DRAWN}; 0: all)"
+    options.integer(lengths, "--requests", DRAWN, number, least=0)
+    bad_row_option(lengths)
+    options.integer(parser, "--max-batch-tokens", 2048, "in a step", least=None)
+    options.integer(parser, "--max-batch-seqs", 256, "running at the same time", least=None)
+    limit_options(parser)
     options.json_output(parser, "also write all numbers here; -: print only them", stdout=True)
+    options.output(parser, "--csv", "also write a line for each way to manage the memory here")
     parser.add_argument("--list", action="store_true", help="the known models and GPUs, and nothing else")
 
 
@@ -53,25 +61,32 @@ def main(args: argparse.Namespace) -> int:
     if args.num_gpus < 1 or model.num_heads % args.num_gpus:
         raise ValueError(f"--num-gpus is {args.num_gpus}; a divisor of the {model.num_heads} heads is needed")
     gpu = several(gpu_named(args.gpu or ("auto" if device.on_gpu else DEFAULT_GPU)), args.num_gpus)
-    requests, source = _requests(args, model)
-    found = assess(gpu, model, requests, max_model_len=args.max_model_len)
+    trace, source = _requests(args, model)
+    limits = limits_of(args)
+    base = Setup(
+        "paged", gpu, model, max_model_len=args.max_model_len,
+        max_batch_tokens=args.max_batch_tokens, max_batch_seqs=args.max_batch_seqs,
+    )  # fmt: skip
+    found = assess(base, trace, limits)
+    if args.csv:
+        write_csv(args.csv, [plan.to_json() for plan in found.plans])
     if str(args.json) == "-":
         print(json.dumps(as_json(found, source), indent=1))
         return 0
     if args.json:
         write_json(args.json, as_json(found, source))
-    print_report(console, found, source)
+    print_report(console, found, source, limits)
     return 0
 
 
-def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[Sequence[TraceRequest], str]:
+def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[RequestTrace, str]:
     """The requests, and a phrase that says where they come from. Raises ValueError with the option."""
     if args.trace is not None:
         for name in ("context", "prompt"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is {getattr(args, name)}; --trace {args.trace} says the lengths")
-        trace = trace_named(args.trace, 0, DRAWN)
-        return trace.requests, "; ".join([trace.describe(), *trace.notes])
+        trace = trace_of_options(args)
+        return trace, "; ".join([trace.describe(), *trace.notes])
     most = model.max_context if args.max_model_len is None else min(args.max_model_len, model.max_context)
     context = min(DEFAULT_CONTEXT, most) if args.context is None else args.context
     if not 2 <= context <= most:
@@ -81,20 +96,30 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[Sequence[Trac
     if not 1 <= prompt < context:
         raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} is allowed")
     source = f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"
-    return [TraceRequest(0.0, prompt, context - prompt)], source
+    return RequestTrace(source, (TraceRequest(0.0, prompt, context - prompt),), timed=False), source
 
 
 def as_json(found: Assessment, source: str) -> dict[str, Any]:
     """Every number of the assessment, and what follows from the numbers. Infinite gains are null."""
-    numbers = asdict(found)
-    for plan, given in zip(found.plans, numbers["plans"], strict=True):
-        given["step"] = plan.step._asdict() | {"seconds": plan.step.seconds, "bound": plan.step.bound}
-        given["tokens_per_second"] = plan.tokens_per_second
-    numbers["requests"] = source
-    numbers["model"] |= {"weight_bytes": found.model.weight_bytes, "kv_bytes_per_token": found.model.kv_bytes_per_token}
-    numbers["gain"] = {name: gain if gain < float("inf") else None for name, gain in found.gain.items()}
-    numbers["settings"] = {
-        server.name: {"version": server.version, "command": server.command, "options": dict(server.options)}
-        for server in servers(found)
+    model, setup = found.model, found.setup
+    numbers = {
+        field.name: getattr(found, field.name) for field in fields(found) if field.name not in ("setup", "plans")
     }
-    return numbers
+    return {
+        "gpu": asdict(found.gpu),
+        "model": asdict(model) | {"weight_bytes": model.weight_bytes, "kv_bytes_per_token": model.kv_bytes_per_token},
+        "constants": asdict(found.constants),
+        "requests": source,
+        "max_batch_seqs": setup.max_batch_seqs,
+        "max_batch_tokens": setup.max_batch_tokens,
+        "block_size": setup.block_size,
+        **numbers,
+        "batches": [asdict(each) for each in found.batches],
+        "block_sizes": [asdict(each) for each in found.block_sizes],
+        "plans": [plan.to_json() for plan in found.plans],
+        "gain": {name: gain if gain < float("inf") else None for name, gain in found.gain.items()},
+        "settings": {
+            server.name: {"version": server.version, "command": server.command, "options": dict(server.options)}
+            for server in servers(found)
+        },
+    }

@@ -9,35 +9,30 @@ from rich.table import Table
 from rich.text import Text
 
 from ..extras.plain_text import plain
-from ..planner.assess import WASTE_LIMIT, Assessment
+from ..planner.assess import BEND, WASTE_LIMIT, Assessment
 from ..planner.hardware import GIB, GPUS
+from ..planner.metrics import Limits
 from ..planner.models import MODELS
 from ..planner.settings import servers
 from ..views.common.canvas import count, size_of
 from ..views.common.console import Console
-from .report_text import number_table, print_constants, print_heading, print_paragraph, print_rows
-
-_WHY = {
-    "capacity": "The weights are read, and a step begins, once for all sequences of a batch: more sequences make each "
-    "one cheaper. What is missing is memory. Paging gives it; K and V in 8 bits or a larger GPU give more.",
-    "bandwidth": "Each sequence adds the reading of its K and V to every step. Room for more sequences, which is what "
-    "paging gives, adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
-    "compute": "Prompts keep the arithmetic busy. Room for more sequences, which is what paging gives, adds little; "
-    "a prefix cache for a common beginning of the prompts, or a GPU with more arithmetic, helps more.",
-}
+from .report_text import limit_words, number_table, print_constants, print_heading, print_paragraph, print_rows
 
 MODEL_COLUMNS = ("params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes")
 GPU_COLUMNS = ("memory", "bandwidth", "fp16,\ndense", "link,\none way")
 
 
-def print_report(console: Console, found: Assessment, source: str) -> None:
+def print_report(console: Console, found: Assessment, source: str, limits: Limits) -> None:
     gpu, model = found.gpu, found.model
     console.print(Text.assemble((plain(model.name), "bold"), " on ", (gpu.name, "bold"), f": {plain(source)}."))
     print_paragraph(
         console, f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
     )
-    if found.num_refused:
-        print_paragraph(console, f"Left out: {count(found.num_refused, 'longer request')}.")
+    if found.paged.num_refused:
+        refused = f"Left out: {count(found.paged.num_refused, 'request')} that could never fit"
+        print_paragraph(console, f"{refused}; the first: {found.paged.refusal}.")
+    if found.paged.num_cut:
+        print_paragraph(console, f"Cut there: {count(found.paged.num_cut, 'output')}.")
     print_heading(console, "Memory")
     share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
     rows = [
@@ -53,11 +48,22 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
         )
     if gpu.count > 1:
         print_paragraph(console, "The traffic between the GPUs is not counted: the times are too short by it.")
-    print_heading(console, "How many sequences fit, and how fast")
+    print_heading(console, "How many requests are served")
     console.print(_plans(found, console.width))
+    print_paragraph(
+        console,
+        "Sustained: requests per second with one always waiting, by the real scheduler and manager, as in paged-ref "
+        f"compare; 95 of 100 times within ±. At most {found.setup.max_batch_seqs} sequences run, and a step computes "
+        f"at most {found.setup.max_batch_tokens:,} tokens. Roofline: at most so many, in any order.",
+    )
+    if limits:
+        print_paragraph(console, f"Goodput: as many as meet the limits: {limits.describe()}.")
     print_paragraph(console, _gain(found))
-    print_heading(console, f"The bottleneck: {found.bottleneck}")
-    print_paragraph(console, f"{_roofline(found)} {_WHY[found.bottleneck]}")
+    print_heading(console, "What limits it")
+    print_paragraph(console, f"Paged: {limit_words(found.paged)}")
+    print_heading(console, f"How many sequences: {found.advised:,}")
+    console.print(_batches(found))
+    print_paragraph(console, _sequence_advice(found, limits))
     print_heading(console, f"Block size: {found.block_size}, and swap or compute again")
     console.print(_block_sizes(found))
     print_paragraph(console, _block_advice(found))
@@ -77,16 +83,35 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
 
 def _plans(found: Assessment, width: int) -> Table:
     """Numbers are never cut: in a narrow window the columns stand closer, and only a name may wrap."""
-    columns = ("", "slots", "in\nuse", "fit", "step,\nms", "tokens\n/s", "req\n/s")
+    limited = found.plans[-1].goodput is not None
+    columns = (
+        "",
+        "slots",
+        "in\nuse",
+        "run",
+        "step,\nms",
+        "sus-\ntained",
+        "±",
+        *(["good-\nput"] if limited else []),
+        "roof-\nline",
+    )
     table = number_table(*columns, wrap_names=True, padding=(0, 1) if width >= 80 else 0)
     for plan in found.plans:
-        speeds = [
-            f"{1000 * plan.step.seconds:.1f}",
-            f"{plan.tokens_per_second:,.0f}",
-            f"{plan.requests_per_second:.2f}",
-        ]
-        cells = speeds if plan.sequences else ["-"] * 3
-        table.add_row(plan.name, f"{plan.slots:,.0f}", f"{plan.used:.1%}", f"{plan.sequences:,}", *cells)
+        steady = plan.steady
+        if steady is None:
+            table.add_row(plan.name, *["-"] * (len(columns) - 1))
+            continue
+        table.add_row(
+            plan.name,
+            f"{steady.slots:,.0f}",
+            f"{steady.outcome.shares.occupancy:.1%}",
+            f"{steady.outcome.running_mean:,.1f}",
+            f"{1000 * steady.step_seconds:.1f}",
+            f"{steady.sustained_rate:.3g}",
+            f"{steady.half_width:.2g}",
+            *([f"{plan.rate:.3g}"] if limited else []),
+            f"{steady.roofline:.3g}",
+        )
     return table
 
 
@@ -95,20 +120,34 @@ def _gain(found: Assessment) -> str:
         f"{gain:.3g}x {name}" if gain < float("inf") else f"{name} holds none" for name, gain in found.gain.items()
     )
     return (
-        f"Requests per second, paged: {gains}. Memory is full all the time; as many begin as end. If every sequence "
-        f"were as long as the longest at the same moment, {found.sequences_at_worst:,} would fit in blocks."
+        f"Requests per second, paged: {gains}. If every sequence were as long as the longest at the same moment, "
+        f"{found.sequences_at_worst:,} would fit in blocks; on average {found.fit:,} do."
     )
 
 
-def _roofline(found: Assessment) -> str:
-    """The two sides of a step with paged memory, and which side counts."""
-    plan, step = found.paged, found.paged.step
-    weights, kv, compute, overhead = (f"{1000 * seconds:.1f} ms" for seconds in step)
-    reads = step.weights + step.kv >= step.compute
+def _batches(found: Assessment) -> Table:
+    """Where the curve of the rate bends."""
+    table = number_table("sequences", "a step, ms", "requests/s at most", "of the most")
+    most = found.batches[-1].rate
+    for each in found.batches[-8:]:
+        cells = (f"{1000 * each.step_seconds:.1f}", f"{each.rate:.3g}", f"{each.rate / most:.0%}")
+        table.add_row(f"{each.sequences:,}", *cells)
+    return table
+
+
+def _sequence_advice(found: Assessment, limits: Limits) -> str:
+    tpot = f"{1000 * found.advised_tpot:.0f} ms"
+    if limits.tpot is None:
+        return (
+            f"By the roofline; memory has room for {found.fit:,}. {found.advised:,} sequences give {BEND:.0%} of the "
+            f"most: there the curve bends, and more sequences lengthen the step more than they help. So, 99 of "
+            f"100 requests get a token in {tpot} (simulated); a limit (--tpot) chooses the number by that."
+        )
+    if found.advised_tpot > limits.tpot:
+        return f"Not even {found.advised:,} keeps --tpot {limits.tpot:g} for 99 of 100 requests: {tpot} (simulated)."
     return (
-        f"Paged, a step decodes {plan.sequences:,} sequences and computes {plan.prompt_tokens:,.0f} tokens of prompts. "
-        f"Reading takes {weights} for the weights and {kv} for K and V, arithmetic {compute}; the slower of the two "
-        f"counts, which is {'reading' if reads else 'arithmetic'}, and {overhead} of overhead."
+        f"By the roofline; memory has room for {found.fit:,}. {found.advised:,} keep --tpot {limits.tpot:g}: 99 of "
+        f"100 requests get a token in {tpot} (simulated)."
     )
 
 

@@ -86,15 +86,19 @@ class Roofline:
         arithmetic = gpu.flops * constants.compute_share
         self.weights = multiplied * model.weight_bits / 8 / self.bandwidth
         # A simulation asks for the seconds of millions of steps, so what is fixed is multiplied out here.
-        self._kv = model.kv_bytes_per_token * self.kv_copies / self.bandwidth  # for each token whose K and V are read
-        self._token = 2 * (multiplied - head) / arithmetic  # a product and a sum for each weight
-        self._logits = 2 * head / arithmetic
-        self._pair = 4 * model.num_layers * model.num_heads * model.head_size / arithmetic  # q.k, the sum over values
+        self.kv_seconds = (
+            model.kv_bytes_per_token * self.kv_copies / self.bandwidth
+        )  # for each token whose K and V are read
+        self.token_seconds = 2 * (multiplied - head) / arithmetic  # a product and a sum for each weight
+        self.logits_seconds = 2 * head / arithmetic
+        self.pair_seconds = (
+            4 * model.num_layers * model.num_heads * model.head_size / arithmetic
+        )  # q.k, the sum over values
 
     # --- a step ------------------------------------------------------------------------------------
 
     def step(
-        self, num_tokens: int, kv_tokens: int, pairs: int | None = None, num_logits: int | None = None
+        self, num_tokens: float, kv_tokens: float, pairs: float | None = None, num_logits: float | None = None
     ) -> StepTime:
         """The time of a step that computes `num_tokens` tokens and reads the K and V of `kv_tokens`.
 
@@ -105,13 +109,13 @@ class Roofline:
         """
         pairs = kv_tokens if pairs is None else pairs
         num_logits = num_tokens if num_logits is None else num_logits
-        compute = self._token * num_tokens + self._pair * pairs + self._logits * num_logits
-        return StepTime(self.weights, self._kv * kv_tokens, compute, self.constants.step_overhead)
+        compute = self.token_seconds * num_tokens + self.pair_seconds * pairs + self.logits_seconds * num_logits
+        return StepTime(self.weights, self.kv_seconds * kv_tokens, compute, self.constants.step_overhead)
 
     def seconds(self, num_tokens: int, kv_tokens: int, pairs: int, num_logits: int) -> float:
         """`step(...).seconds`, in a third of the time."""
-        read = self.weights + self._kv * kv_tokens
-        compute = self._token * num_tokens + self._pair * pairs + self._logits * num_logits
+        read = self.weights + self.kv_seconds * kv_tokens
+        compute = self.token_seconds * num_tokens + self.pair_seconds * pairs + self.logits_seconds * num_logits
         return (read if read > compute else compute) + self.constants.step_overhead
 
     # --- transfers ---------------------------------------------------------------------------------

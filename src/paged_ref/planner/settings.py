@@ -38,7 +38,7 @@ def servers(found: Assessment) -> tuple[Server, ...]:
         "num_gpus": found.gpu.count,
         "block_size": found.block_size,
         "max_model_len": found.max_model_len,
-        "sequences": max(1, found.paged.sequences),
+        "sequences": found.advised,
         "memory_share": found.constants.memory_share,
         "share_of_free_memory": found.kv_bytes / (found.gpu.memory_bytes - found.model.weight_bytes),
         "kv_bytes": found.kv_bytes,
