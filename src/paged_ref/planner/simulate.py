@@ -21,7 +21,6 @@ from ..core.memory.block_pool import OutOfBlocks
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.paged import PagedManager
 from ..core.memory.standard import StandardManager
-from ..core.memory.swapping import SwappingManager
 from ..core.memory.usage import MemoryUsage
 from .metrics import Admission, Outcome, Tally
 from .roofline import chunk_pairs
