@@ -94,7 +94,8 @@ verdict("true, if", "long sequences gain most", "paper 12",
 
 swap = serve("paged", MIXED, "swap").outcome.bytes_swapped
 verdict("false", "pages are moved in and out as needed", "long",
-    f"no byte, or {swap:,} with swap", mixed[2].outcome.bytes_swapped == 0 and swap > 0,
+    f"no byte, or {swap:,} with swap",
+    mixed[2].outcome.bytes_swapped == 0 and swap > 0,
     "running sequences stay; swap moves waiting ones; `long` moves pages")
 query, cache = np.ones((1, 4, 8), "f"), np.ones((8, 4, 2, 8), "f")
 blocks, length = np.array([[5, 2, 7, 0]]), np.array([14])

@@ -22,6 +22,7 @@ from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.paged import PagedManager
 from ..core.memory.standard import StandardManager
 from ..core.memory.usage import MemoryUsage
+from ..extras.swapping import SwappingManager
 from .metrics import Admission, Outcome, Tally
 from .roofline import chunk_pairs
 from .setup import Setup

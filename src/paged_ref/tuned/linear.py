@@ -17,9 +17,11 @@ PARALLEL = 1 << 26  # multiplications, a millisecond: for fewer, waking threads 
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """`x [rows, in]` times `weight [out, in]`: [rows, out]. What is not float32 is left to NumPy."""
+    """`x [rows, in]` times `weight [out, in]`: [rows, out]. What is no float32 is left to the arrays."""
     rows, out = len(x), len(weight)
-    if not (isinstance(x, np.ndarray) and x.dtype == weight.dtype == np.float32) or rows == 0:
+    if type(x) is not np.ndarray or type(weight) is not np.ndarray or rows == 0:  # a subclass has its own product
+        return x @ weight.T
+    if not x.dtype == weight.dtype == np.float32:
         return x @ weight.T
     if 1 < rows <= FEW and weight.size <= SMALL:
         return np.ascontiguousarray((weight @ x.T).T)

@@ -70,16 +70,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step, and make room for it in the manager."""
         plan = StepPlan()
-        try:
-            budget = self._run(self.running, self.max_batch_tokens, plan)  # mostly there is room for all
-        except OutOfBlocks:
-            budget, i = self.max_batch_tokens, 0
-            while i < len(self.running):  # the earliest arrival first; by index: a preemption shortens the list
-                try:
-                    budget = self._run([self.running[i]], budget, plan)
-                    i += 1
-                except OutOfBlocks:
-                    self._preempt(self.running[-1], plan)
+        budget = self._run_running(plan)
         # A group preempted in this step is now first in `waiting`; nothing can be admitted before it.
         width = sum(group.width for group in self.running)
         while self.waiting and budget > 0 and not plan.preempted:
@@ -100,6 +91,21 @@ class Scheduler:
             except OutOfBlocks:
                 self._preempt(group, plan)
         return plan
+
+    def _run_running(self, plan: StepPlan) -> int:
+        """Plan this step's tokens of the running groups, the earliest arrival first, preempting the latest as needed.
+        Returns what is left of the budget."""
+        try:
+            return self._run(self.running, self.max_batch_tokens, plan)  # mostly there is room for all
+        except OutOfBlocks:
+            budget, i = self.max_batch_tokens, 0
+        while i < len(self.running):  # by index: a preemption shortens the list
+            try:
+                budget = self._run([self.running[i]], budget, plan)
+                i += 1
+            except OutOfBlocks:
+                self._preempt(self.running[-1], plan)
+        return budget
 
     def _admit(self, group: Group, plan: StepPlan) -> None:
         """Bring a group back from the host, or begin with its leader. Raises OutOfBlocks."""
