@@ -106,7 +106,7 @@ def test_training_ends_in_the_middle_of_a_step(tmp_path: Path) -> None:
 
 BLOCKED = (
     "import hashlib, multiprocessing, time, paged_ref.commands.info as info;"
-    "worker = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(600,));"
+    "worker = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(600,), daemon=True);"
     "info.main = lambda args: (worker.start(), print('blocked', flush=True), "
     "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9))"
 )
