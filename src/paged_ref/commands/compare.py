@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.positive(parser, "--latency", BOUND, latency, metavar="S")
     parser.add_argument("--run", action="store_true", help="also run the embedded model on the shortened requests")
     options.record_output(parser, "with --run: write those runs as JSON lines")
-    options.integer(parser, "--jobs", None, "processes (default: one for each core)")
+    options.jobs(parser)
     options.json_output(parser, "write all numbers here")
     options.svg_output(parser)
 

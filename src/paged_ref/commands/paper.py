@@ -21,7 +21,7 @@ from .report_text import number_table, print_heading, print_paragraph, wide_cons
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = " ".join(FIGURES)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"which: {known} (default: all)")
-    options.integer(parser, "--jobs", None, "processes (default: one for each core)")
+    options.jobs(parser)
     options.json_output(parser, "write all numbers here")
 
 

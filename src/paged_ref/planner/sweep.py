@@ -7,13 +7,13 @@ end, divided by its output tokens, and what counts is the rate up to which the m
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..tuned.threads import cores
 from .metrics import Outcome
 from .setup import Setup
 from .simulate import Simulation
@@ -89,7 +89,7 @@ def on_cores(num_jobs: int | None = None) -> Iterator[Executor]:
     On leaving, calls that have not begun are given up. A script that uses this needs `if __name__ == "__main__"`, since
     each process reads the script again.
     """
-    jobs = num_jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    jobs = num_jobs or cores()
     spawn = multiprocessing.get_context("spawn")  # it is not safe to fork a process that has threads
     executor: Executor = (
         ProcessPoolExecutor(jobs, spawn, initializer=_leave_interrupts) if jobs > 1 else ThreadPoolExecutor(1)
