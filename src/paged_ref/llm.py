@@ -6,6 +6,7 @@ its part is imported.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -181,7 +182,7 @@ class LLM(StreamingLLM):
     def make_request(self, output: RequestOutput, params: CoreSamplingParams) -> Request:
         if params.stop and isinstance(self.tokenizer, MissingTokenizer):
             raise ValueError(f"stop is {params.stop}, a text; {self.tokenizer.directory} has no tokenizer.json")
-        width, most = getattr(params, "beam_width", None) or params.n, self.engine.scheduler.max_batch_seqs
+        width, most = _width(params), self.engine.scheduler.max_batch_seqs
         if self.engine.manager.can_fork and width > most:  # before so many are made
             raise ValueError(f"a request of {width} sequences; at most max_batch_seqs = {most} can run")
         require_memory(f"a request of {width} sequences", SAMPLE_BYTES * width)
@@ -190,10 +191,25 @@ class LLM(StreamingLLM):
         if not self.engine.manager.can_fork:
             raise ValueError("beam_width is set; beams share blocks, and only the paged manager can share")
         ids = output.prompt_token_ids
-        max_len = min(len(ids) + params.max_tokens, self.max_model_len)
+        max_len = self.longest(len(ids), params)
         group = Group([TokenSequence(self.engine.next_seq_id, ids.copy(), len(ids), max_len)], params.beam_width)
         on_reordered = self._log_steps.beams_reordered if self._log_steps else None
         return BeamRequest(output, params, group, self.tokenizer, on_reordered)
+
+    def longest(self, prompt_len: int, params: CoreSamplingParams) -> int:
+        if params.max_tokens is not None:
+            return super().longest(prompt_len, params)
+
+        def slots(length: int) -> int:  # the last token's K and V are never needed
+            return self.engine.manager.max_slots_needed(prompt_len, length - 1, _width(params))
+
+        lengths = range(prompt_len + 1, self.max_model_len + 1)
+        return prompt_len + max(1, bisect_right(lengths, self.engine.manager.num_slots, key=slots))
+
+
+def _width(params: CoreSamplingParams) -> int:
+    """Sequences that a request has at the same time."""
+    return getattr(params, "beam_width", None) or params.n
 
 
 def _num_slots(config: ModelConfig, dtype: str, tokens: int | None, size: int | None) -> int:

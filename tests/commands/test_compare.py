@@ -105,6 +105,7 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
         (["compare", "--csv", "no/such/place.csv"], "--csv no/such/place.csv cannot be written"),
         (["compare", "--scale", "0"], "scale is 0.0"),
         (["compare", "--jobs", "0"], "jobs is 0"),
+        (["compare", "--jobs", "99999999999"], "--jobs is 99999999999; 1 to "),
         (["compare", "--block-sizes", "0"], "--block-sizes holds 0"),
         (["compare", "--kv-tokens", "100"], "at least one block of 128"),
         (["compare", "--kv-tokens", "1"], "--kv-tokens is 1"),

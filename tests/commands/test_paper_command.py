@@ -38,6 +38,7 @@ def test_paper_prints_ours_beside_the_papers(tmp_path: Path, capsys: pytest.Capt
     [
         (["paper", "99"], "figure is '99'; known are 2, 12, 13, 15, 18b, 19, prefix"),
         (["paper", "2", "--jobs", "0"], "jobs is 0"),
+        (["paper", "2", "--jobs", "99999999999"], "--jobs is 99999999999; 1 to "),
         (["paper", "2", "--json", "no/such/place.json"], "cannot be written"),
     ],
 )

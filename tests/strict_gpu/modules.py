@@ -142,6 +142,7 @@ RUNTIME = StandInModule(
         "getDevice": lambda: 0,
         "getDeviceProperties": properties,
         "deviceSynchronize": order.synchronize_device,
+        "memGetInfo": lambda: (150754820096, 150754820096),  # free, total
         "memcpyAsync": memcpy_async,
         "memcpy2DAsync": memcpy_2d_async,
     },

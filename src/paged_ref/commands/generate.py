@@ -43,12 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     options.check_text("--prompt", args.prompt)
+    options.check_text("--stop", args.stop)
     prompts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
     params = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
         n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos, beam_width=args.beam_width,
         length_penalty=args.length_penalty,
     )  # fmt: skip
+    if params.n > 1 and params.temperature == 0:
+        print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
     with recording(args.record) as log:
         llm = LLM(
             args.model, manager=args.manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens,

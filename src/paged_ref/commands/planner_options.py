@@ -36,7 +36,7 @@ def limits_of(args: argparse.Namespace) -> Limits:
 
 
 def worker_options(parser: argparse.ArgumentParser) -> None:
-    options.integer(parser, "--jobs", None, "processes (default: one for each core)")
+    options.jobs(parser)
     text = "run on the workers of this Dask scheduler instead, as in tcp://host:8786"
     parser.add_argument("--cluster", metavar="ADDRESS", help=text)
 

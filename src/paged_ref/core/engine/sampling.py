@@ -20,7 +20,7 @@ class SamplingParams:
     the batch. The values are taken as right; those of `paged_ref.SamplingParams` are checked.
     """
 
-    max_tokens: int = 16
+    max_tokens: int | None = 16  # None: as many as there is room for
     temperature: float = 0.0  # 0: always the likeliest token
     top_k: int | None = None  # draw among the k likeliest
     top_p: float | None = None  # draw among the likeliest that together reach probability p

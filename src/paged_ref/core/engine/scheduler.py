@@ -56,8 +56,8 @@ class Scheduler:
         if needed > self.manager.num_slots:
             samples = f", {group.width} times," if group.width > 1 else ""
             raise ValueError(
-                f"a request of {seq.prompt_len} prompt tokens and up to {seq.max_len - seq.prompt_len} "
-                f"new ones{samples} can need {needed} slots of KV cache; there are {self.manager.num_slots}"
+                f"a prompt of length {seq.prompt_len} and an output of length {seq.max_len - seq.prompt_len}{samples} "
+                f"can need {needed} slots of KV cache; there are {self.manager.num_slots}"
             )
         if group.width > self.max_batch_seqs:
             raise ValueError(
