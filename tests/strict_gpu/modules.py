@@ -34,10 +34,12 @@ class StandInModule(ModuleType):
 
 # --- cupy.cuda -----------------------------------------------------------------------------------------------------
 
+MEMORY = (140 << 30, 141 << 30)  # bytes of the GPU: free, all
+
 
 class Device:
     compute_capability = "90"
-    mem_info = (140 << 30, 141 << 30)
+    mem_info = MEMORY
     attributes = {"MultiProcessorCount": 132}  # noqa: RUF012
     pci_bus_id = "0000:00:00.0"
 
@@ -63,7 +65,7 @@ def properties(device: int) -> dict[str, Any]:
     if device != 0:
         raise CUDARuntimeError("cudaErrorInvalidDevice")
     return {
-        "name": b"Stand-in for an H200", "totalGlobalMem": 150754820096, "multiProcessorCount": 132, "major": 9,
+        "name": b"Stand-in for an H200", "totalGlobalMem": MEMORY[1], "multiProcessorCount": 132, "major": 9,
         "minor": 0, "l2CacheSize": 62914560, "memoryBusWidth": 6144, "warpSize": 32,
         "sharedMemPerMultiprocessor": 233472, "sharedMemPerBlockOptin": 232448, "maxThreadsPerBlock": 1024,
         "regsPerMultiprocessor": 65536,
@@ -142,7 +144,7 @@ RUNTIME = StandInModule(
         "getDevice": lambda: 0,
         "getDeviceProperties": properties,
         "deviceSynchronize": order.synchronize_device,
-        "memGetInfo": lambda: (150754820096, 150754820096),  # free, total
+        "memGetInfo": lambda: MEMORY,
         "memcpyAsync": memcpy_async,
         "memcpy2DAsync": memcpy_2d_async,
     },
