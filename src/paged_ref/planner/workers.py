@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import warnings
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from joblib import Parallel, delayed, parallel_config
+
+from ..tuned.threads import cores
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Workers:
         results: list[Any] = [None] * len(calls)
         with self._configured():
             with _interrupts_ignored():
-                started = _parallel([(int,)] * (self.num_jobs or num_cores()))
+                started = _parallel([(int,)] * (self.num_jobs or cores()))
             with _closed(started):
                 for _ in started:
                     pass
@@ -45,16 +46,11 @@ class Workers:
     @contextlib.contextmanager
     def _configured(self) -> Iterator[None]:
         if self.cluster is None:
-            with parallel_config("loky", n_jobs=self.num_jobs or num_cores()):
+            with parallel_config("loky", n_jobs=self.num_jobs or cores()):
                 yield
             return
         with _client(self.cluster), parallel_config("dask", n_jobs=-1):
             yield
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parallel(calls: Sequence[tuple[Callable[..., T], *tuple[Any, ...]]]) -> Generator[tuple[int, T], None, None]:
