@@ -63,9 +63,9 @@ def test_it_runs_to_its_end_with_every_exercise_open(path: Path) -> None:
 @each_lesson
 def test_with_solutions_every_check_passes(path: Path) -> None:
     session, _ = run(path, solutions=True)
-    assert {e.name: e.verdict.state for e in session.exercises.values()} == dict.fromkeys(
-        run(path)[0].exercises, "right"
-    )
+    statements = ast.parse(path.read_text(encoding="utf-8")).body
+    names = [node.name for node in statements if isinstance(node, ast.FunctionDef) and node.name.startswith("my_")]
+    assert {e.name: e.verdict.state for e in session.exercises.values()} == dict.fromkeys(names, "right")
 
 
 @each_lesson

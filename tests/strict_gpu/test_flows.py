@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ LESSONS = [path.stem for path in lesson_script.find(ROOT / "lessons")]
 GPU_TESTS = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "tests").rglob("test_*.py")
-    if "mark.gpu" in path.read_text(encoding="utf-8") and path.parent.name != "strict_gpu"
+    if re.search(r"mark\.gpu|of_models", path.read_text(encoding="utf-8")) and path.parent.name != "strict_gpu"
 )
 
 
