@@ -17,7 +17,9 @@ from strict_gpu import flows, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOWS = flows.QUICK | flows.SLOW
-LESSONS = [path.stem for path in lesson_script.find(ROOT / "lessons")]
+# Left out are lessons 6, 8 and 9, which compute with numbers of blocks and on NumPy arrays in the tracer, and lesson 17,
+# which simulates: what its engine does is in the flow `every_manager`.
+LESSONS = [path.stem for path in lesson_script.find(ROOT / "lessons") if path.stem[:2] not in ("06", "08", "09", "17")]
 GPU_TESTS = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "tests").rglob("test_*.py")
@@ -66,7 +68,7 @@ def test_the_demo() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_a_lesson(lesson: str) -> None:
-    """Its run, and its checks with the solutions."""
+    """Its run with the solutions: every check passes, and every planted bug is caught."""
     test = "tests/lessons/test_lessons.py::test_with_solutions_every_check_passes"
     out = run("-m", "pytest", "-p", "no:cacheprovider", "-p", "strict_gpu.plugin", f"{test}[{lesson}]")
     assert "1 passed" in out
