@@ -17,8 +17,8 @@ from strict_gpu import flows, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOWS = flows.QUICK | flows.SLOW
-# Left out are lessons 6, 8 and 9, which compute with numbers of blocks and on NumPy arrays in the tracer, and lesson 17,
-# which simulates: what its engine does is in the flow `every_manager`.
+# Left out are lessons 6, 8 and 9, which compute with numbers of blocks and on NumPy arrays in the tracer, and lesson
+# 17, which simulates: what its engine does is in the flow `every_manager`.
 LESSONS = [path.stem for path in lesson_script.find(ROOT / "lessons") if path.stem[:2] not in ("06", "08", "09", "17")]
 GPU_TESTS = sorted(
     str(path.relative_to(ROOT))
