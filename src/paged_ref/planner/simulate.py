@@ -226,12 +226,14 @@ class Simulation:
         del scheduler.running[:num_decoding]
         scheduler.max_batch_tokens -= num_decoding
         scheduler.max_batch_seqs -= num_decoding
+        scheduler.num_others = num_decoding
         try:
             return scheduler.schedule()
         finally:
             scheduler.running[:0] = decoding
             scheduler.max_batch_tokens += num_decoding
             scheduler.max_batch_seqs += num_decoding
+            scheduler.num_others = 0
 
     def _limit(self, num_tokens: int, plan: StepPlan) -> Admission:
         """What keeps the first waiting request out of this step's batch."""

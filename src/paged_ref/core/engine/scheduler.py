@@ -109,8 +109,7 @@ class Scheduler:
 
     def _admit(self, group: Group, plan: StepPlan) -> None:
         """Bring a group back from the host, or begin with its leader. Raises OutOfBlocks."""
-        # A group that comes back too early is preempted again before it has computed what coming back costs.
-        spare = sum(map(self._growth, [*self.running, group])) if group.num_preemptions else 0
+        spare = self.room_to_return(group) if group.num_preemptions else 0
         if group.status is Status.SWAPPED:
             plan.transfers += self.manager.swap_in([seq.seq_id for seq in group.seqs if seq.admitted], spare)
             return
@@ -120,21 +119,12 @@ class Scheduler:
         seq.num_computed = self.manager.admit(seq.seq_id, tokens, seq.max_slots, spare)  # num_cached_tokens
         seq.admitted = True
 
-    def _growth(self, group: Group) -> int:
-        """Slots that the group takes until each of its sequences is a block's worth of tokens longer, or at its end."""
-        size, leader = self.manager.block_size, group.leader
-        waits = len(group.seqs) > 1 and not all(seq.admitted for seq in group.seqs)
-        num_common = group.common_len() if waits else len(leader.tokens)  # which admission asks for
-        num_blocks = 0
-        for seq in group.seqs:
-            length = self.manager.length(seq.seq_id) if seq.admitted else num_common
-            longest = min(len(seq.tokens) + size - 1, seq.max_slots)
-            num_blocks += -(-longest // size) - -(-length // size)
-        if group.width > 1:
-            num_blocks += len(group.seqs)  # each may copy its last block first
-            if len(leader.tokens) == leader.prompt_len:
-                num_blocks += 2 * (group.width - len(group.seqs))  # the others begin when the prompt is computed
-        return num_blocks * size
+    def room_to_return(self, group: Group) -> int:
+        """Slots that stay free when a preempted group comes back: a block for each sequence that then runs, and two for
+        each that shares blocks, since it may copy one first. With less, the group could be preempted again before it
+        has computed a block's worth of tokens."""
+        widths = [each.width for each in (*self.running, group)]
+        return sum([width if width == 1 else 2 * width for width in widths]) * self.manager.block_size
 
     def _run(self, groups: list[Group], budget: int, plan: StepPlan) -> int:
         """Plan this step's tokens of the groups, in their order; return what is left of the budget. Raises OutOfBlocks,
