@@ -120,11 +120,17 @@ class Scheduler:
         seq.admitted = True
 
     def room_to_return(self, group: Group) -> int:
-        """Slots that stay free when a preempted group comes back: a block for each sequence that then runs, and two for
-        each that shares blocks, since it may copy one first. With less, the group could be preempted again before it
+        """Slots that must stay free when a preempted group comes back. With less, it could be preempted again before it
         has computed a block's worth of tokens."""
-        widths = [each.width for each in (*self.running, group)]
-        return sum([width if width == 1 else 2 * width for width in widths]) * self.manager.block_size
+        num_blocks, size = 0, self.manager.block_size
+        for each in (*self.running, group):
+            # A block for each sequence to grow into, and where samples share blocks, one to copy first.
+            num_blocks += each.width if each.width == 1 else 2 * each.width
+            common = each.common_len() if len(each.seqs) > 1 else len(each.leader.tokens)  # which admission asks for
+            for seq in each.seqs:
+                length = self.manager.length(seq.seq_id) if seq.admitted else common
+                num_blocks += -(-len(seq.tokens) // size) - -(-length // size)
+        return num_blocks * size
 
     def _run(self, groups: list[Group], budget: int, plan: StepPlan) -> int:
         """Plan this step's tokens of the groups, in their order; return what is left of the budget. Raises OutOfBlocks,
