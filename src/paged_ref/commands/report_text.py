@@ -18,7 +18,7 @@ from ..planner.steady import LIMITS, Steady
 from ..views.common.files import write_text
 from ..views.common.program import SCRIPT, program
 
-WAITS: dict[Bound, str] = {"bandwidth": "reading", "compute": "arithmetic", "overhead": "overhead"}  # of a step
+WAITS: dict[Bound, str] = {"bandwidth": "reading", "compute": "arithmetic", "link": "links", "overhead": "overhead"}  # of a step
 LEAST_SHARE = 0.05  # of the time: a limit that is named
 NARROWEST = 78  # columns: a narrower terminal wraps the lines, so that no number is cut
 
@@ -58,9 +58,10 @@ def limit_words(steady: Steady) -> str:
     waits = ", ".join(f"{LIMITS[limit]} ({share:.0%} of the time)" for limit, share in shares if share >= LEAST_SHARE)
     free = outcome.shares.free + outcome.shares.cached
     kept = f"The next request waits for {waits}; {free:.0%} of the memory is free."
-    weights, kv, compute, overhead = (f"{1000 * seconds:.1f}" for seconds in step)
+    weights, kv, compute, link, overhead = (f"{1000 * seconds:.1f}" for seconds in step)
+    between = f"; {link} between the GPUs" if step.link else ""
     times = f"A step takes {1000 * steady.step_seconds:.1f} ms: reading {weights} ms for weights and {kv} for K and V, "
-    times += f"arithmetic {compute}, of which the longer counts, {WAITS[step.bound]}; and {overhead} of overhead."
+    times += f"arithmetic {compute}, of which the longer counts, {WAITS[step.bound]}{between}; and {overhead} of overhead."
     twice = ", ".join(f"{limit} {factor:.2f}x" for limit, factor in steady.doubled.items())
     return f"{kept} {times} Twice of one of these would raise the roofline to: {twice}."
 

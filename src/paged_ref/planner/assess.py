@@ -220,6 +220,6 @@ def _block_size(roofline: Roofline, requests: Sequence[TraceRequest], block_size
         block_size=block_size,
         waste=1 - length / held_slots(requests, block_size),
         table_bytes=-(-round(length) // block_size) * TABLE_ENTRY,
-        run_bytes=block_size * model.num_kv_heads * model.head_size * model.kv_bits // 8,
+        run_bytes=block_size * model.full_kv_bytes // model.num_arrays,
         swap_seconds=roofline.swap_seconds(round(length), block_size),
     )

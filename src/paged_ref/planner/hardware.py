@@ -23,15 +23,25 @@ class GPU:
     bandwidth: float  # bytes/s of its memory
     flops: float  # operations/s, dense, 16-bit floats
     link: float  # bytes/s to the host, one direction
+    peer: float  # bytes/s of one GPU to the others, one direction
     driver_names: tuple[str, ...] = ()  # that the driver uses, without "NVIDIA", "Tesla" and "GeForce"
     count: int = 1
+    source: str = ""  # of the numbers, with its date
 
 
+_TABLE = read_table("gpus")
 GPUS = {
     name: GPU(
-        name, row["gib"] * GIB, row["gb_per_s"] * 1e9, row["tflops"] * 1e12, row["link"] * 1e9, tuple(row["driver"])
+        name,
+        memory_bytes=row["gib"] * GIB,
+        bandwidth=row["gb_per_s"] * 1e9,
+        flops=row["tflops"] * 1e12,
+        link=row["link"] * 1e9,
+        peer=row.get("peer", row["link"]) * 1e9,
+        driver_names=tuple(row["driver"]),
+        source=f"{row['source']}, {row.get('looked_up', _TABLE['looked_up'])}",
     )
-    for name, row in read_table("gpus")["gpus"].items()
+    for name, row in _TABLE["gpus"].items()
 }
 DEFAULT_GPU = "A100-80GB"
 
@@ -65,8 +75,7 @@ def gpu_of_driver(driver_name: str) -> GPU:
 
 
 def several(gpu: GPU, count: int) -> GPU:
-    """`count` GPUs as one, each with its share of every layer (tensor parallel). The traffic between the GPUs is not
-    counted, so times are too short by it. Raises ValueError."""
+    """`count` GPUs as one, each with its share of every layer (tensor parallel). Raises ValueError."""
     if count < 1:
         raise ValueError(f"num_gpus is {count}; at least 1 is needed")
     if count == 1:
