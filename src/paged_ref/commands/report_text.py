@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from ..planner.roofline import Bound, Constants, explain
+from ..planner.setup import Setup
 from ..planner.steady import LIMITS, Steady
 from ..views.common.files import write_text
 from ..views.common.program import SCRIPT, program
@@ -64,6 +65,34 @@ def limit_words(steady: Steady) -> str:
     times += f"arithmetic {compute}, of which the longer counts, {WAITS[step.bound]}{between}; and {overhead} of overhead."
     twice = ", ".join(f"{limit} {factor:.2f}x" for limit, factor in steady.doubled.items())
     return f"{kept} {times} Twice of one of these would raise the roofline to: {twice}."
+
+
+PRICE = "Price: of 10^6 output tokens at this rate, with the GPUs always in use."
+
+
+def price_words(price: float | None) -> str:
+    return "-" if price is None else f"{price:.3g}"
+
+
+def model_words(setup: Setup) -> list[str]:
+    """What is special about the model and the GPUs, a sentence each."""
+    model, gpu, sentences = setup.model, setup.gpu, []
+    if model.window is not None:
+        sentences.append(
+            f"{model.num_windowed_layers} of {model.num_kv_layers} layers see only {model.window:,} tokens. Counted is a "
+            f"server that drops the K and V behind the window: of these requests {model.kv_share:.0%} is kept and read."
+        )
+    if model.num_routed:
+        sentences.append(
+            f"A token meets {model.num_active:,} of the weights. The experts that a step reads follow from its tokens, "
+            "with all experts equally likely."
+        )
+    if gpu.count > 1:
+        copies = f", K and V {setup.roofline.kv_copies:g} times" if setup.roofline.kv_copies > 1 else ""
+        sentences.append(
+            f"{gpu.count} GPUs share each layer{copies}; their sums travel at {gpu.peer / 1e9:,.0f} GB/s between them."
+        )
+    return sentences
 
 
 def number_table(*columns: str, wrap_names: bool = False, **settings: Any) -> Table:

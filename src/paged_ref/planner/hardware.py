@@ -26,6 +26,7 @@ class GPU:
     peer: float  # bytes/s of one GPU to the others, one direction
     driver_names: tuple[str, ...] = ()  # that the driver uses, without "NVIDIA", "Tesla" and "GeForce"
     count: int = 1
+    price_per_hour: float | None = None  # in any currency
     source: str = ""  # of the numbers, with its date
 
 
@@ -81,7 +82,15 @@ def several(gpu: GPU, count: int) -> GPU:
     if count == 1:
         return gpu
     sums = {name: count * getattr(gpu, name) for name in ("memory_bytes", "bandwidth", "flops", "link")}
-    return replace(gpu, name=f"{count} x {gpu.name}", count=count, **sums)
+    price = None if gpu.price_per_hour is None else count * gpu.price_per_hour
+    return replace(gpu, name=f"{count} x {gpu.name}", count=count, price_per_hour=price, **sums)
+
+
+def price_of_million(gpu: GPU, tokens_per_second: float) -> float | None:
+    """The price of 10**6 tokens at this rate; None without a price, or where no token comes."""
+    if gpu.price_per_hour is None or not tokens_per_second:
+        return None
+    return gpu.price_per_hour / 3600 / tokens_per_second * 1e6
 
 
 def _plain(name: str) -> str:
