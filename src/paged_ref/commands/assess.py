@@ -33,6 +33,7 @@ from .planner_options import (
 )
 from .report_text import write_csv
 
+SHARING = 50  # requests of a group with the same beginning
 DEFAULT_CONTEXT = 1500  # with a power of two, `pow2` would reserve as much as `exact`
 
 
@@ -112,8 +113,8 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[RequestTrace,
     trace = RequestTrace(source, (TraceRequest(0.0, prompt, context - prompt),), timed=False)
     if args.prefix_tokens is None:
         return _with_prefixes(args, trace), source
-    groups = args.prefix_groups or 1
-    trace = _with_prefixes(args, replace(trace, requests=trace.requests * groups))
+    number = SHARING * (args.prefix_groups or 1)  # what two passes of a trace begin with is never the same
+    trace = _with_prefixes(args, replace(trace, requests=trace.requests * number))
     return trace, "; ".join([source, *trace.notes])
 
 

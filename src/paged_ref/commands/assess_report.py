@@ -221,9 +221,7 @@ def picture(found: Assessment) -> str:
 def html(found: Assessment, trace: RequestTrace, source: str, limits: Limits) -> str:
     """The report on one page, with the memory over time."""
     rate = SHOWN * found.paged.sustained_rate
-    lines = [
-        Line(plan.name, memory_over_time(plan.steady.setup, trace, rate)) for plan in found.plans if plan.steady
-    ]
+    lines = [Line(plan.name, memory_over_time(plan.steady.setup, trace, rate)) for plan in found.plans if plan.steady]
     parts = [
         html_report.paragraph(f"{source}."),
         *map(html_report.paragraph, model_words(found.setup)),

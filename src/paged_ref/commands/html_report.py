@@ -1,4 +1,4 @@
-"""A report on one page of HTML that needs no other file: words, tables, pictures, and the command that makes it again."""
+"""A report on one page of HTML that needs no other file: words, tables, pictures, and the command that makes it."""
 
 from __future__ import annotations
 
@@ -91,4 +91,3 @@ def sources(base: Setup) -> str:
     for each in rows:
         found.add_row(*each)
     return table(found)
-

@@ -19,7 +19,12 @@ from ..planner.steady import LIMITS, Steady
 from ..views.common.files import write_text
 from ..views.common.program import SCRIPT, program
 
-WAITS: dict[Bound, str] = {"bandwidth": "reading", "compute": "arithmetic", "link": "links", "overhead": "overhead"}  # of a step
+WAITS: dict[Bound, str] = {
+    "bandwidth": "reading",
+    "compute": "arithmetic",
+    "link": "links",
+    "overhead": "overhead",
+}  # of a step
 LEAST_SHARE = 0.05  # of the time: a limit that is named
 NARROWEST = 78  # columns: a narrower terminal wraps the lines, so that no number is cut
 
@@ -62,7 +67,9 @@ def limit_words(steady: Steady) -> str:
     weights, kv, compute, link, overhead = (f"{1000 * seconds:.1f}" for seconds in step)
     between = f"; {link} between the GPUs" if step.link else ""
     times = f"A step takes {1000 * steady.step_seconds:.1f} ms: reading {weights} ms for weights and {kv} for K and V, "
-    times += f"arithmetic {compute}, of which the longer counts, {WAITS[step.bound]}{between}; and {overhead} of overhead."
+    times += (
+        f"arithmetic {compute}, of which the longer counts, {WAITS[step.bound]}{between}; and {overhead} of overhead."
+    )
     twice = ", ".join(f"{limit} {factor:.2f}x" for limit, factor in steady.doubled.items())
     return f"{kept} {times} Twice of one of these would raise the roofline to: {twice}."
 
@@ -79,8 +86,8 @@ def model_words(setup: Setup) -> list[str]:
     model, gpu, sentences = setup.model, setup.gpu, []
     if model.window is not None:
         sentences.append(
-            f"{model.num_windowed_layers} of {model.num_kv_layers} layers see only {model.window:,} tokens. Counted is a "
-            f"server that drops the K and V behind the window: of these requests {model.kv_share:.0%} is kept and read."
+            f"{model.num_windowed_layers} of {model.num_kv_layers} layers see only {model.window:,} tokens. Counted is "
+            f"a server that drops the K and V behind the window: {model.kv_share:.0%} of these requests' is kept."
         )
     if model.num_routed:
         sentences.append(

@@ -78,7 +78,9 @@ class ByHand:
         if None in missing.values():
             names = " and ".join(name for name, value in missing.items() if value is None)
             raise ValueError(f"a model by hand needs {names} too; --model names one that has all numbers")
-        assert self.kv_bytes and self.weights and self.layers
+        assert self.kv_bytes
+        assert self.weights
+        assert self.layers
         hidden = max(1, round(sqrt((self.active_weights or self.weights) / 12 / self.layers)))
         spec = ModelSpec(
             name="a model by hand",
