@@ -221,7 +221,7 @@ def test_a_request_that_is_refused_disturbs_no_other(
 
 def test_a_request_that_the_cache_can_never_hold() -> None:
     llm = LLM("tiny", kv_cache_tokens=64, max_model_len=512)
-    with pytest.raises(ValueError, match=r"70 prompt tokens .* 64"):
+    with pytest.raises(ValueError, match=r"a prompt of length 70 .* 64"):
         llm.generate([5] * 70)
     llm = LLM("tiny", kv_cache_tokens=64)
     with pytest.raises(ValueError, match=r"70 tokens; the context of 64 .* own is 512; .* holds 64"):

@@ -9,30 +9,36 @@ from typing import Any
 
 from ..core import device
 from ..planner.assess import Assessment, assess
-from ..planner.hardware import DEFAULT_GPU, gpu_named, several
-from ..planner.models import DEFAULT_MODEL, ModelSpec, model_named
+from ..planner.hardware import DEFAULT_GPU
+from ..planner.models import DEFAULT_MODEL, ModelSpec, with_windows
 from ..planner.settings import servers
 from ..planner.setup import Setup
 from ..planner.trace_files import FORMS
-from ..planner.traces import DRAWN, RequestTrace, TraceRequest
+from ..planner.traces import DRAWN, RequestTrace, TraceRequest, with_prefixes
 from ..views.common import options
 from ..views.common.console import Console
-from ..views.common.files import write_json
-from .assess_report import print_known, print_report
-from .planner_options import bad_row_option, limit_options, limits_of, trace_of_options
+from ..views.common.files import write_json, write_text
+from .assess_report import html, picture, print_known, print_report
+from .planner_options import (
+    bad_row_option,
+    gpu_of,
+    gpu_options,
+    html_output,
+    limit_options,
+    limits_of,
+    model_of,
+    model_options,
+    trace_of_options,
+)
 from .report_text import write_csv
 
+SHARING = 50  # requests of a group with the same beginning
 DEFAULT_CONTEXT = 1500  # with a power of two, `pow2` would reserve as much as `exact`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    name = f"Hugging Face directory or a name (see --list; default {DEFAULT_MODEL})"
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help=name)
-    gpu = f"a name (see --list), or auto: that of this machine (default: auto, without a GPU {DEFAULT_GPU})"
-    parser.add_argument("--gpu", metavar="NAME", help=gpu)
-    options.integer(parser, "--num-gpus", 1, "GPUs that share each layer", least=None)
-    parser.add_argument("--weight-bits", type=int, choices=(4, 8, 16, 32), help="of the weights (default 16)")
-    parser.add_argument("--kv-bits", type=int, choices=(8, 16, 32), help="of K and V (default 16)")
+    model_options(parser, DEFAULT_MODEL)
+    gpu_options(parser, f"auto, without a GPU {DEFAULT_GPU}")
     lengths = parser.add_argument_group("lengths, in tokens")
     context = f"of a sequence at its end (default {DEFAULT_CONTEXT}, or the model's)"
     options.integer(lengths, "--context", None, context, least=None)
@@ -43,11 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number = f"of the trace so many, spread over a longer one (default {DRAWN}; 0: all)"
     options.integer(lengths, "--requests", DRAWN, number, least=0)
     bad_row_option(lengths)
+    shared = "tokens with which the prompts of a group begin alike"
+    options.integer(lengths, "--prefix-tokens", None, shared)
+    options.integer(lengths, "--prefix-groups", None, "such groups, to which the requests belong in turn (default 1)")
     options.integer(parser, "--max-batch-tokens", 2048, "in a step", least=None)
     options.integer(parser, "--max-batch-seqs", 256, "running at the same time", least=None)
     limit_options(parser)
     options.json_output(parser, "also write all numbers here; -: print only them", stdout=True)
     options.output(parser, "--csv", "also write a line for each way to manage the memory here")
+    options.svg_output(parser)
+    html_output(parser)
     parser.add_argument("--list", action="store_true", help="the known models and GPUs, and nothing else")
 
 
@@ -56,12 +67,10 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         print_known(console)
         return 0
-    model = model_named(args.model)
-    model = replace(model, weight_bits=args.weight_bits or model.weight_bits, kv_bits=args.kv_bits or model.kv_bits)
-    if args.num_gpus < 1 or model.num_heads % args.num_gpus:
-        raise ValueError(f"--num-gpus is {args.num_gpus}; a divisor of the {model.num_heads} heads is needed")
-    gpu = several(gpu_named(args.gpu or ("auto" if device.on_gpu else DEFAULT_GPU)), args.num_gpus)
+    model = model_of(args, DEFAULT_MODEL)
+    gpu = gpu_of(args, model, "auto" if device.on_gpu else DEFAULT_GPU)
     trace, source = _requests(args, model)
+    model = with_windows(model, trace.requests)
     limits = limits_of(args)
     base = Setup(
         "paged", gpu, model, max_model_len=args.max_model_len,
@@ -70,6 +79,10 @@ def main(args: argparse.Namespace) -> int:
     found = assess(base, trace, limits)
     if args.csv:
         write_csv(args.csv, [plan.to_json() for plan in found.plans])
+    if args.svg:
+        write_text(args.svg, picture(found))
+    if args.html:
+        write_text(args.html, html(found, trace, source, limits))
     if str(args.json) == "-":
         print(json.dumps(as_json(found, source), indent=1))
         return 0
@@ -85,7 +98,7 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[RequestTrace,
         for name in ("context", "prompt"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is {getattr(args, name)}; --trace {args.trace} says the lengths")
-        trace = trace_of_options(args)
+        trace = _with_prefixes(args, trace_of_options(args))
         return trace, "; ".join([trace.describe(), *trace.notes])
     most = model.max_context if args.max_model_len is None else min(args.max_model_len, model.max_context)
     context = min(DEFAULT_CONTEXT, most) if args.context is None else args.context
@@ -96,7 +109,23 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[RequestTrace,
     if not 1 <= prompt < context:
         raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} is allowed")
     source = f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"
-    return RequestTrace(source, (TraceRequest(0.0, prompt, context - prompt),), timed=False), source
+    trace = RequestTrace(source, (TraceRequest(0.0, prompt, context - prompt),), timed=False)
+    if args.prefix_tokens is None:
+        return _with_prefixes(args, trace), source
+    number = SHARING * (args.prefix_groups or 1)  # what two passes of a trace begin with is never the same
+    trace = _with_prefixes(args, replace(trace, requests=trace.requests * number))
+    return trace, "; ".join([source, *trace.notes])
+
+
+def _with_prefixes(args: argparse.Namespace, trace: RequestTrace) -> RequestTrace:
+    if args.prefix_tokens is None:
+        if args.prefix_groups is not None:
+            raise ValueError(f"--prefix-groups is {args.prefix_groups}; --prefix-tokens says how much is shared")
+        return trace
+    longest = max(each.prompt_len for each in trace.requests)
+    if args.prefix_tokens > longest:
+        raise ValueError(f"--prefix-tokens is {args.prefix_tokens}; the longest prompt has {longest} tokens")
+    return with_prefixes(trace, args.prefix_tokens, args.prefix_groups or 1)
 
 
 def as_json(found: Assessment, source: str) -> dict[str, Any]:
@@ -119,7 +148,12 @@ def as_json(found: Assessment, source: str) -> dict[str, Any]:
         "plans": [plan.to_json() for plan in found.plans],
         "gain": {name: gain if gain < float("inf") else None for name, gain in found.gain.items()},
         "settings": {
-            server.name: {"version": server.version, "command": server.command, "options": dict(server.options)}
+            server.name: {
+                "version": server.version,
+                "looked_up": server.looked_up,
+                "command": server.command,
+                "options": dict(server.options + server.file_options),
+            }
             for server in servers(found)
         },
     }

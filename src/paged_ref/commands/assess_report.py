@@ -9,15 +9,31 @@ from rich.table import Table
 from rich.text import Text
 
 from ..extras.plain_text import plain
-from ..planner.assess import BEND, WASTE_LIMIT, Assessment
+from ..planner.assess import BEND, PAGED, WASTE_LIMIT, Assessment
 from ..planner.hardware import GIB, GPUS
 from ..planner.metrics import Limits
 from ..planner.models import MODELS
 from ..planner.settings import servers
+from ..planner.sweep import SHOWN, memory_over_time
+from ..planner.traces import RequestTrace
 from ..views.common.canvas import count, size_of
 from ..views.common.console import Console
-from .report_text import limit_words, number_table, print_constants, print_heading, print_paragraph, print_rows
+from ..views.common.plots import Line, round_up, svg
+from . import html_report
+from .compare_plots import bars_of
+from .report_text import (
+    PRICE,
+    limit_words,
+    model_words,
+    number_table,
+    price_words,
+    print_constants,
+    print_heading,
+    print_paragraph,
+    print_rows,
+)
 
+WIDE = 200  # columns of a table that is no terminal's
 MODEL_COLUMNS = ("params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes")
 GPU_COLUMNS = ("memory", "bandwidth", "fp16,\ndense", "link,\none way")
 
@@ -37,17 +53,13 @@ def print_report(console: Console, found: Assessment, source: str, limits: Limit
     share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
     rows = [
         ("K, V a token", model.kv_arithmetic),
-        (f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token)),
+        (f"of {found.longest:,} tokens", _size(model.kept(found.longest))),
         ("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}"),
         ("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens"),
     ]
     print_rows(console, rows)
-    if model.num_windowed_layers:
-        print_paragraph(
-            console, f"{model.num_windowed_layers} layers see only a window; their K and V are counted in full."
-        )
-    if gpu.count > 1:
-        print_paragraph(console, "The traffic between the GPUs is not counted: the times are too short by it.")
+    for sentence in model_words(found.setup):
+        print_paragraph(console, sentence)
     print_heading(console, "How many requests are served")
     console.print(_plans(found, console.width))
     print_paragraph(
@@ -58,6 +70,8 @@ def print_report(console: Console, found: Assessment, source: str, limits: Limit
     )
     if limits:
         print_paragraph(console, f"Goodput: as many as meet the limits: {limits.describe()}.")
+    if gpu.price_per_hour is not None:
+        print_paragraph(console, PRICE)
     print_paragraph(console, _gain(found))
     print_heading(console, "What limits it")
     print_paragraph(console, f"Paged: {limit_words(found.paged)}")
@@ -70,7 +84,7 @@ def print_report(console: Console, found: Assessment, source: str, limits: Limit
     print_paragraph(console, _swap_advice(found))
     print_heading(console, "The same elsewhere")
     for server in servers(found):
-        console.print(Text.assemble((f" {server.name}", "bold"), f" (looked at: {server.version})"))
+        console.print(Text.assemble((f" {server.name}", "bold"), f" ({server.version}, looked up {server.looked_up})"))
         console.print(f"   {server.command}", soft_wrap=True)  # one line, to be copied
         for sentence in server.supports:
             console.print(Padding(f"- {sentence}", (0, 0, 0, 3)))
@@ -94,6 +108,7 @@ def _plans(found: Assessment, width: int) -> Table:
         "±",
         *(["good-\nput"] if limited else []),
         "roof-\nline",
+        *(["price\n10^6"] if found.gpu.price_per_hour is not None else []),
     )
     table = number_table(*columns, wrap_names=True, padding=(0, 1) if width >= 80 else 0)
     for plan in found.plans:
@@ -111,6 +126,7 @@ def _plans(found: Assessment, width: int) -> Table:
             f"{steady.half_width:.2g}",
             *([f"{plan.rate:.3g}"] if limited else []),
             f"{steady.roofline:.3g}",
+            *([price_words(plan.price)] if found.gpu.price_per_hour is not None else []),
         )
     return table
 
@@ -119,6 +135,11 @@ def _gain(found: Assessment) -> str:
     gains = ", ".join(
         f"{gain:.3g}x {name}" if gain < float("inf") else f"{name} holds none" for name, gain in found.gain.items()
     )
+    shared = found.with_prefixes
+    paged = found.plans[PAGED].rate
+    if shared is not None and shared.steady is not None and paged:
+        known = f"{shared.steady.outcome.hit_rate:.0%} of the prompts' tokens are in it"
+        gains += f"; a prefix cache makes it {shared.rate / paged:.3g} times as many ({known})"
     return (
         f"Requests per second, paged: {gains}. If every sequence were as long as the longest at the same moment, "
         f"{found.sequences_at_worst:,} would fit in blocks; on average {found.fit:,} do."
@@ -127,11 +148,13 @@ def _gain(found: Assessment) -> str:
 
 def _batches(found: Assessment) -> Table:
     """Where the curve of the rate bends."""
-    table = number_table("sequences", "a step, ms", "requests/s at most", "of the most")
+    priced = found.gpu.price_per_hour is not None
+    price = ["price of 10^6"] if priced else []
+    table = number_table("sequences", "a step, ms", "requests/s at most", "of the most", *price)
     most = found.batches[-1].rate
     for each in found.batches[-8:]:
         cells = (f"{1000 * each.step_seconds:.1f}", f"{each.rate:.3g}", f"{each.rate / most:.0%}")
-        table.add_row(f"{each.sequences:,}", *cells)
+        table.add_row(f"{each.sequences:,}", *cells, *([price_words(each.price)] if priced else []))
     return table
 
 
@@ -186,6 +209,44 @@ def _swap_advice(found: Assessment) -> str:
         f"To compute a sequence of {length:,} tokens again takes {again}. With this block size, {when}, each block of "
         f"each layer's K and V copied by itself."
     )
+
+
+def picture(found: Assessment) -> str:
+    """Where the memory is, and the step time over the rate, as SVG."""
+    title = f"{found.model.name} on {found.gpu.name}: K/V memory while requests wait, and the time of a step"
+    bars = bars_of(plan.steady for plan in found.plans if plan.steady)
+    line = Line("paged, by the roofline", [(each.rate, each.step_seconds) for each in found.batches])
+    y_most = round_up(max(y for _, y in line.points))
+    return svg(title, bars, [line], y_most, "requests per second, at most", "seconds of a step", None)
+
+
+def html(found: Assessment, trace: RequestTrace, source: str, limits: Limits) -> str:
+    """The report on one page, with the memory over time."""
+    rate = SHOWN * found.paged.sustained_rate
+    lines = [Line(plan.name, memory_over_time(plan.steady.setup, trace, rate)) for plan in found.plans if plan.steady]
+    parts = [
+        html_report.paragraph(f"{source}."),
+        *map(html_report.paragraph, model_words(found.setup)),
+        html_report.heading("Requests per second"),
+        html_report.table(_plans(found, WIDE)),
+        *([html_report.paragraph(f"Goodput under: {limits.describe()}.")] if limits else []),
+        html_report.paragraph(_gain(found)),
+        html_report.paragraph(f"Paged: {limit_words(found.paged)}"),
+        html_report.heading(f"How many sequences: {found.advised:,}"),
+        html_report.table(_batches(found)),
+        html_report.paragraph(_sequence_advice(found, limits)),
+        picture(found),
+        html_report.heading("Memory over time"),
+        html_report.memory_picture(lines, rate),
+        html_report.heading(f"Block size: {found.block_size}"),
+        html_report.table(_block_sizes(found)),
+        html_report.heading("The same elsewhere"),
+    ]
+    for server in servers(found):
+        parts += [html_report.paragraph(f"{server.name} ({server.version}, looked up {server.looked_up})")]
+        parts += [html_report.code(server.command)]
+    parts += [html_report.heading("Every number that this rests on"), html_report.sources(found.setup)]
+    return html_report.page(f"{found.model.name} on {found.gpu.name}: what paging brings", parts)
 
 
 def print_known(console: Console) -> None:

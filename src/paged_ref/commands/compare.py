@@ -17,9 +17,8 @@ from ..bench.shapes import Shape
 from ..extras.managers import ManagerName
 from ..kernels import why_not
 from ..planner.comparison import Checked, ComparisonRow, check, row_of, setups, small
-from ..planner.hardware import gpu_named, several
 from ..planner.metrics import Limits
-from ..planner.models import model_named
+from ..planner.models import with_windows
 from ..planner.roofline import explain
 from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
@@ -30,11 +29,24 @@ from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.files import recording, write_json, write_text
 from .compare_plots import picture
-from .compare_report import MeasuredCost, print_checked, print_report, print_setting
-from .planner_options import bad_row_option, limit_options, limits_of, trace_of_options, worker_options, workers_of
+from .compare_report import MeasuredCost, html, print_checked, print_report, print_setting
+from .planner_options import (
+    bad_row_option,
+    gpu_of,
+    gpu_options,
+    html_output,
+    limit_options,
+    limits_of,
+    model_of,
+    model_options,
+    trace_of_options,
+    worker_options,
+    workers_of,
+)
 from .report_text import wide_console, write_csv
 
 TECHNIQUES: tuple[ManagerName, ...] = ("standard", "swapping", "paged")  # in the order of the article
+DEFAULT_MODEL, DEFAULT_GPU = "OPT-13B", "A100-40GB"  # the paper's
 BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 31
 KERNEL = Shape("Llama-3-8B", 4, 1024, dtype="float32")
 
@@ -51,9 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.positive(trace, "--scale", 1.0, "all lengths times X")
     options.seed(trace, help="of drawn lengths and times")
     server = parser.add_argument_group("server")
-    server.add_argument("--model", default="OPT-13B", metavar="NAME", help="name or directory (default OPT-13B)")
-    server.add_argument("--gpu", default="A100-40GB", metavar="NAME", help="or auto (default A100-40GB)")
-    options.integer(server, "--num-gpus", 1, "GPUs that share each layer")
+    model_options(server, DEFAULT_MODEL)
+    gpu_options(server, DEFAULT_GPU)
     options.integer(server, "--kv-tokens", None, "KV budget (default: what the weights leave)", least=2)
     options.integer(server, "--max-model-len", None, "longest request (default: model's context)", least=2)
     options.integer(server, "--block-sizes", [8, 16, 128], nargs="+")
@@ -66,12 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.json_output(parser, "write all numbers here")
     options.output(parser, "--csv", "write the rows here")
     options.svg_output(parser)
+    html_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     if args.record is not None and not args.run:
         raise ValueError(f"--record {args.record} writes runs of the embedded model; --run makes them")
-    trace, base = trace_of(args), setup_of(args)
+    trace = trace_of(args)
+    base = setup_of(args, trace)
     rows = setups(base, args.block_sizes)
     for row in rows:
         row.make_scheduler(row.make_manager())  # refuses an impossible setup before anything runs
@@ -88,6 +101,8 @@ def main(args: argparse.Namespace) -> int:
         write_csv(args.csv, [row.to_json() for row in found])
     if args.svg:
         write_text(args.svg, picture(found))
+    if args.html:
+        write_text(args.html, html(base, found, cost, trace))
     return 0 if all(each.same for each in checked) else 1
 
 
@@ -115,11 +130,10 @@ def trace_of(args: argparse.Namespace) -> RequestTrace:
     return trace if args.scale == 1.0 else scaled(trace, args.scale)
 
 
-def setup_of(args: argparse.Namespace) -> Setup:
+def setup_of(args: argparse.Namespace, trace: RequestTrace) -> Setup:
     """The part that all rows have in common. Raises ValueError."""
-    model, gpu = model_named(args.model), several(gpu_named(args.gpu), args.num_gpus)
-    if model.num_heads % args.num_gpus:
-        raise ValueError(f"--num-gpus is {args.num_gpus}; a divisor of the {model.num_heads} heads is needed")
+    model = with_windows(model_of(args, DEFAULT_MODEL), trace.requests)
+    gpu = gpu_of(args, model, DEFAULT_GPU)
     if args.max_model_len is not None and args.max_model_len > model.max_context:
         raise ValueError(f"--max-model-len is {args.max_model_len}; {model.name}'s context is {model.max_context}")
     return Setup(
@@ -159,6 +173,7 @@ def as_json(
 ) -> dict[str, Any]:
     return {
         "gpu": base.gpu.name,
+        "price_per_hour": base.gpu.price_per_hour,
         "model": base.model.name,
         "kv_tokens": base.num_slots,
         "kv_bytes_per_token": base.model.kv_bytes_per_token,

@@ -1,13 +1,14 @@
-"""The two plots of `paged-ref compare`, for the terminal and as a picture."""
+"""The plots of `paged-ref compare`, for the terminal and as pictures; the bars are those of `assess`, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from rich.text import Text
 
 from ..planner.comparison import ComparisonRow
+from ..planner.steady import Steady
 from ..views.common.plots import Bar, Line, bars_text, lines_text, round_up, svg
 
 Y_MOST = 4.0  # times the lowest latency: how high the plot goes
@@ -16,7 +17,7 @@ X_LABEL, Y_LABEL = "requests per second", "seconds per output token, mean"
 
 
 def memory_plot(rows: Sequence[ComparisonRow], columns: int) -> Text:
-    return bars_text(_bars(rows), columns)
+    return bars_text(bars_of(row.curve.steady for row in rows), columns)
 
 
 def latency_plot(rows: Sequence[ComparisonRow], columns: int) -> Text:
@@ -27,7 +28,8 @@ def picture(rows: Sequence[ComparisonRow]) -> str:
     """Both as SVG."""
     setup = rows[0].curve.setup
     title = f"{setup.model.name} on {setup.gpu.name}: K/V memory while requests wait, and latency"
-    return svg(title, _bars(rows), _lines(rows), _y_most(rows), X_LABEL, Y_LABEL, _bound(rows))
+    bars = bars_of(row.curve.steady for row in rows)
+    return svg(title, bars, _lines(rows), _y_most(rows), X_LABEL, Y_LABEL, _bound(rows))
 
 
 def _bound(rows: Sequence[ComparisonRow]) -> float | None:
@@ -41,12 +43,13 @@ def _y_most(rows: Sequence[ComparisonRow]) -> float:
     return round_up(max(Y_MOST * lowest, 1.25 * bound if bound else 0.0))
 
 
-def _bars(rows: Sequence[ComparisonRow]) -> list[Bar]:
+def bars_of(steadies: Iterable[Steady]) -> list[Bar]:
+    """Where the memory is, while requests wait."""
     bars = []
-    for row in rows:
-        shares = asdict(row.curve.steady.outcome.shares)
+    for steady in steadies:
+        shares = asdict(steady.outcome.shares)
         shares["free"] += shares.pop("cached")
-        bars.append(Bar(row.curve.setup.label, shares))
+        bars.append(Bar(steady.setup.label, shares))
     return bars
 
 

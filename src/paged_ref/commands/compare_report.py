@@ -14,13 +14,36 @@ from ..extras.plain_text import plain
 from ..planner.comparison import Checked, ComparisonRow
 from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
-from ..planner.sweep import SHOWN
+from ..planner.sweep import SHOWN, memory_over_time
 from ..planner.traces import RequestTrace
 from ..views.common.console import Console
-from .compare_plots import latency_plot, memory_plot
-from .report_text import WAITS, limit_words, number_table, print_constants, print_heading, print_paragraph
+from ..views.common.plots import Line
+from . import html_report
+from .compare_plots import latency_plot, memory_plot, picture
+from .report_text import (
+    PRICE,
+    WAITS,
+    limit_words,
+    model_words,
+    number_table,
+    price_words,
+    print_constants,
+    print_heading,
+    print_paragraph,
+)
 
 GIB = 2**30
+UTILIZATION = (
+    "Shares of the pool, mean over the measured time. Reserved: empty, and the sequence will use it. Internal: "
+    "empty, and the sequence never will. External: holes too small for the next request, and what the buddy "
+    "allocator rounds up. Occupancy: of the memory that a new request cannot get, the share that holds tokens, "
+    "which is the measure of Fig. 2."
+)
+SCALABILITY = (
+    "Sustained: accepted requests per second, with one always waiting, and how far the rate of more such requests "
+    "may be off (95 %). Roofline: at most so many, whatever the order of the work. Running: sequences, mean. "
+    "Limit: what keeps the next request out of the batch. Refused: could never fit."
+)
 ARTICLE = {  # its words for memory utilization, scalability, complexity
     "standard": ("poor", "limited", "low"),
     "swapping": ("moderate", "moderate", "medium"),
@@ -50,6 +73,8 @@ def print_setting(console: Console, base: Setup, trace: RequestTrace) -> None:
         "datasheet and:"
     )
     print_constants(console, base.constants)
+    for sentence in model_words(base):
+        print_paragraph(console, sentence)
 
 
 def print_report(console: Console, rows: Sequence[ComparisonRow], cost: MeasuredCost, trace: RequestTrace) -> None:
@@ -58,21 +83,10 @@ def print_report(console: Console, rows: Sequence[ComparisonRow], cost: Measured
     console.print(memory_plot(rows, console.width), no_wrap=True)
     print_heading(console, "Utilization")
     console.print(_utilization(rows))
-    print_paragraph(
-        console,
-        "Shares of the pool, mean over the measured time. Reserved: empty, and the sequence will use it. Internal: "
-        "empty, and the sequence never will. External: holes too small for the next request, and what the buddy "
-        "allocator rounds up. Occupancy: of the memory that a new request cannot get, the share that holds tokens, "
-        "which is the measure of Fig. 2.",
-    )
+    print_paragraph(console, UTILIZATION)
     print_heading(console, "Scalability")
     console.print(_scalability(rows))
-    print_paragraph(
-        console,
-        "Sustained: accepted requests per second, with one always waiting, and how far the rate of more such requests "
-        "may be off (95 %). Roofline: at most so many, whatever the order of the work. Running: sequences, mean. "
-        "Limit: what keeps the next request out of the batch. Refused: could never fit.",
-    )
+    print_paragraph(console, SCALABILITY)
     if goodput:
         print_paragraph(
             console,
@@ -98,8 +112,44 @@ def print_report(console: Console, rows: Sequence[ComparisonRow], cost: Measured
     )
     print_heading(console, "The article's table, measured")
     console.print(_article(rows, cost))
+    if rows[0].curve.setup.gpu.price_per_hour is not None:
+        print_paragraph(console, PRICE)
     for sentence in conclusions(rows, trace):
         print_paragraph(console, sentence)
+
+
+def html(base: Setup, rows: Sequence[ComparisonRow], cost: MeasuredCost, trace: RequestTrace) -> str:
+    """The same on one page, with the memory over time."""
+    paged = next(row for row in rows if row.curve.setup.manager == "paged" and row.curve.setup.block_size >= 16)
+    rate = SHOWN * paged.curve.steady.sustained_rate
+    lines = [
+        Line(row.curve.setup.label, memory_over_time(row.curve.setup, trace, rate))
+        for row in rows
+        if row is paged or row.curve.setup.label in ("standard max", "standard exact", "swapping")
+    ]
+    goodput = rows[0].curve.goodput
+    parts = [
+        html_report.paragraph(f"{trace.describe()}."),
+        *map(html_report.paragraph, trace.notes),
+        html_report.heading("Requests per second"),
+        html_report.table(_scalability(rows)),
+        html_report.paragraph(SCALABILITY),
+        *([html_report.paragraph(f"Goodput under: {goodput.limits.describe()}.")] if goodput else []),
+        html_report.heading("Latency"),
+        html_report.table(_latency(rows)),
+        picture(rows),
+        html_report.heading("Memory"),
+        html_report.table(_utilization(rows)),
+        html_report.paragraph(UTILIZATION),
+        html_report.memory_picture(lines, rate),
+        html_report.heading("Cost in code and time"),
+        html_report.table(_complexity(rows, cost)),
+        html_report.heading("What follows"),
+        *map(html_report.paragraph, conclusions(rows, trace)),
+        html_report.heading("Every number that this rests on"),
+        html_report.sources(base),
+    ]
+    return html_report.page(f"{base.model.name} on {base.gpu.name}: memory managers compared", parts)
 
 
 def _table(*columns: str) -> Table:
@@ -117,9 +167,11 @@ def _utilization(rows: Sequence[ComparisonRow]) -> Table:
 
 def _scalability(rows: Sequence[ComparisonRow]) -> Table:
     most, limited = rows[0].curve.rate, rows[0].curve.goodput is not None
+    priced = rows[0].curve.setup.gpu.price_per_hour is not None
     table = _table(
-        "", "sustained", *(["goodput"] if limited else []), "x max", "roofline", "running", "limit", "refused"
-    )
+        "", "sustained", *(["goodput"] if limited else []), "x max", "roofline", "running", "limit", "refused",
+        *(["price of\n10^6"] if priced else []),
+    )  # fmt: skip
     for row in rows:
         curve, steady = row.curve, row.curve.steady
         table.add_row(
@@ -131,6 +183,7 @@ def _scalability(rows: Sequence[ComparisonRow]) -> Table:
             f"{steady.outcome.running_mean:.1f}",
             steady.admission,
             f"{steady.num_refused:,}",
+            *([price_words(curve.price)] if priced else []),
         )
     return table
 

@@ -50,8 +50,6 @@ def main(args: argparse.Namespace) -> int:
         n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos, beam_width=args.beam_width,
         length_penalty=args.length_penalty,
     )  # fmt: skip
-    if params.n > 1 and params.temperature == 0:
-        print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
     with recording(args.record) as log:
         llm = LLM(
             args.model, manager=args.manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens,
@@ -59,6 +57,8 @@ def main(args: argparse.Namespace) -> int:
             backend=args.backend, sanitize=args.sanitize, log=log,
         )  # fmt: skip
         _show_in_turn(llm, prompts, params)
+    if params.n > 1 and params.temperature == 0:
+        print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
     return 0
 
 

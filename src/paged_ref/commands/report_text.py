@@ -14,12 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 from ..planner.roofline import Bound, Constants, explain
+from ..planner.setup import Setup
 from ..planner.steady import LIMITS, Steady
 from ..views.common.console import Console
 from ..views.common.files import write_text
 from ..views.common.program import SCRIPT, program
 
-WAITS: dict[Bound, str] = {"bandwidth": "reading", "compute": "arithmetic", "overhead": "overhead"}  # of a step
+WAITS: dict[Bound, str] = {
+    "bandwidth": "reading",
+    "compute": "arithmetic",
+    "link": "links",
+    "overhead": "overhead",
+}  # of a step
 LEAST_SHARE = 0.05  # of the time: a limit that is named
 NARROWEST = 78  # columns: a narrower terminal wraps the lines, so that no number is cut
 
@@ -59,11 +65,42 @@ def limit_words(steady: Steady) -> str:
     waits = ", ".join(f"{LIMITS[limit]} ({share:.0%} of the time)" for limit, share in shares if share >= LEAST_SHARE)
     free = outcome.shares.free + outcome.shares.cached
     kept = f"The next request waits for {waits}; {free:.0%} of the memory is free."
-    weights, kv, compute, overhead = (f"{1000 * seconds:.1f}" for seconds in step)
+    weights, kv, compute, link, overhead = (f"{1000 * seconds:.1f}" for seconds in step)
+    between = f"; {link} between the GPUs" if step.link else ""
     times = f"A step takes {1000 * steady.step_seconds:.1f} ms: reading {weights} ms for weights and {kv} for K and V, "
-    times += f"arithmetic {compute}, of which the longer counts, {WAITS[step.bound]}; and {overhead} of overhead."
+    times += (
+        f"arithmetic {compute}, of which the longer counts, {WAITS[step.bound]}{between}; and {overhead} of overhead."
+    )
     twice = ", ".join(f"{limit} {factor:.2f}x" for limit, factor in steady.doubled.items())
     return f"{kept} {times} Twice of one of these would raise the roofline to: {twice}."
+
+
+PRICE = "Price: of 10^6 output tokens at this rate, with the GPUs always in use."
+
+
+def price_words(price: float | None) -> str:
+    return "-" if price is None else f"{price:.3g}"
+
+
+def model_words(setup: Setup) -> list[str]:
+    """What is special about the model and the GPUs, a sentence each."""
+    model, gpu, sentences = setup.model, setup.gpu, []
+    if model.window is not None:
+        sentences.append(
+            f"{model.num_windowed_layers} of {model.num_kv_layers} layers see only {model.window:,} tokens. Counted is "
+            f"a server that drops the K and V behind the window: {model.kv_share:.0%} of these requests' is kept."
+        )
+    if model.num_routed:
+        sentences.append(
+            f"A token meets {model.num_active:,} of the weights. The experts that a step reads follow from its tokens, "
+            "with all experts equally likely."
+        )
+    if gpu.count > 1:
+        copies = f", K and V {setup.roofline.kv_copies:g} times" if setup.roofline.kv_copies > 1 else ""
+        sentences.append(
+            f"{gpu.count} GPUs share each layer{copies}; their sums travel at {gpu.peer / 1e9:,.0f} GB/s between them."
+        )
+    return sentences
 
 
 def number_table(*columns: str, wrap_names: bool = False, **settings: Any) -> Table:

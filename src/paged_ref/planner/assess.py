@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .comparison import STANDARD
-from .hardware import GPU
+from .hardware import GPU, price_of_million
 from .metrics import Limits
 from .models import ModelSpec
 from .roofline import Constants, Roofline
@@ -25,6 +25,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 WASTE_LIMIT = 0.01  # share of the slots that may be empty in last blocks
 TABLE_ENTRY = 4  # bytes of a block id
 BEND = 0.9  # of the highest rate: where the curve of the rate over the number of sequences counts as bent
+PAGED = len(STANDARD)  # place among the plans
 TRIES = 8  # of numbers of sequences, until one keeps the limit
 
 
@@ -43,9 +44,18 @@ class Plan:
             return 0.0
         return self.goodput.rate if self.goodput else self.steady.sustained_rate
 
+    @property
+    def price(self) -> float | None:
+        """Of 10**6 output tokens at this rate."""
+        if self.steady is None:
+            return None
+        each = self.steady.outcome.output_tokens / self.steady.outcome.finished
+        return price_of_million(self.steady.setup.gpu, self.rate * each)
+
     def to_json(self) -> dict[str, Any]:
         found = self.steady.to_json() if self.steady else {"sustained_rate": 0.0}
-        return {"name": self.name, **found, **(self.goodput.to_json() if self.goodput else {"goodput": None})}
+        goodput = self.goodput.to_json() if self.goodput else {"goodput": None}
+        return {"name": self.name, **found, **goodput, "price_of_million_tokens": self.price}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class Batch:
     sequences: int
     step_seconds: float  # in which each sequence gets a token
     rate: float  # requests per second
+    price: float | None  # of 10**6 output tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +91,8 @@ class Assessment:
     longest: int  # tokens of the longest request
     kv_bytes: int  # left for K and V
     num_tokens: int  # whose K and V fit into kv_bytes
-    plans: tuple[Plan, ...]  # standard max, pow2, exact; paged with the advised block size
+    # standard max, pow2, exact; paged with the advised block size; where prompts share beginnings, with a prefix cache
+    plans: tuple[Plan, ...]
     fit: int  # sequences for which paged memory has room
     batches: tuple[Batch, ...]  # by sequences, up to `fit`
     advised: int  # sequences
@@ -108,14 +120,19 @@ class Assessment:
 
     @property
     def paged(self) -> Steady:
-        assert self.plans[-1].steady
-        return self.plans[-1].steady
+        assert self.plans[PAGED].steady
+        return self.plans[PAGED].steady
+
+    @property
+    def with_prefixes(self) -> Plan | None:
+        """Paged with a prefix cache; None where no prompts share a beginning."""
+        return self.plans[PAGED + 1] if len(self.plans) > PAGED + 1 else None
 
     @property
     def gain(self) -> dict[str, float]:
         """The rate of paged against each standard reservation; infinite where that has none."""
-        paged = self.plans[-1].rate
-        return {each.name: paged / each.rate if each.rate else float("inf") for each in self.plans[:-1]}
+        paged = self.plans[PAGED].rate
+        return {each.name: paged / each.rate if each.rate else float("inf") for each in self.plans[:PAGED]}
 
 
 def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> Assessment:
@@ -145,6 +162,9 @@ def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> As
     fit = max(1, int(paged.num_slots / held_slots(served, block_size)))
     advised, tpot = _advice(paged, trace, served, fit, limits.tpot if limits else None)
     longest = max(each.num_tokens for each in served)
+    settings = [*(replace(base, **each) for each in STANDARD), paged]
+    if any(each.hash_ids for each in served):
+        settings.append(replace(paged, label=f"{paged.label} + prefix", prefix_cache=True))
     return Assessment(
         setup=paged,
         max_model_len=base.longest,
@@ -154,7 +174,7 @@ def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> As
         longest=longest,
         kv_bytes=base.roofline.kv_cache_bytes(),
         num_tokens=base.num_slots,
-        plans=tuple(_plan(setup, trace, limits) for setup in [*(replace(base, **each) for each in STANDARD), paged]),
+        plans=tuple(_plan(setup, trace, limits) for setup in settings),
         fit=fit,
         batches=tuple(_batch(paged, served, count) for count in _doubling(fit)),
         advised=advised,
@@ -181,7 +201,8 @@ def _doubling(most: int) -> list[int]:
 def _batch(paged: Setup, served: list[TraceRequest], sequences: int) -> Batch:
     bound = Bound(replace(paged, max_batch_seqs=sequences), work_of(paged, served, 1))
     outputs = sum(each.output_len for each in served) / len(served)
-    return Batch(sequences, sequences / (bound.rate * outputs), bound.rate)
+    price = price_of_million(paged.gpu, bound.rate * outputs)
+    return Batch(sequences, sequences / (bound.rate * outputs), bound.rate, price)
 
 
 def _advice(
@@ -220,6 +241,6 @@ def _block_size(roofline: Roofline, requests: Sequence[TraceRequest], block_size
         block_size=block_size,
         waste=1 - length / held_slots(requests, block_size),
         table_bytes=-(-round(length) // block_size) * TABLE_ENTRY,
-        run_bytes=block_size * model.num_kv_heads * model.head_size * model.kv_bits // 8,
+        run_bytes=block_size * model.full_kv_bytes // model.num_arrays,
         swap_seconds=roofline.swap_seconds(round(length), block_size),
     )

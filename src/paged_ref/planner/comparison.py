@@ -71,6 +71,7 @@ class ComparisonRow:
             "label": curve.setup.label,
             **curve.steady.to_json(),
             **goodput,
+            "price_of_million_tokens": curve.price,
             "longest_request": self.longest,
             "moved_bytes_per_token": self.moved_per_token,
             "points": [{"rate": point.rate, **point.outcome.to_json()} for point in curve.points],

@@ -24,13 +24,14 @@ from .setup import Setup
 from .simulate import GENERATIONS, MEASURED_GENERATIONS, Saturation, Simulation
 from .traces import RequestTrace, TraceRequest, repeated
 
-Limit = Literal["sequences", "tokens", "memory", "bandwidth", "arithmetic"]
+Limit = Literal["sequences", "tokens", "memory", "bandwidth", "arithmetic", "link"]
 LIMITS: dict[Limit, str] = {
     "sequences": "the number of sequences that may run",
     "tokens": "the tokens that a step may compute",
     "memory": "the memory for K and V",
     "bandwidth": "the reading of weights, K and V",
     "arithmetic": "the arithmetic",
+    "link": "the traffic between the GPUs",
 }
 NUM_BATCHES = 20  # of requests, for the interval
 # Student's t for 95 % by degrees of freedom from 1 on: how far the mean of few batches may be off.
@@ -183,14 +184,17 @@ class Bound:
     def cost(self) -> Array:
         """Seconds of each request, by the side that limits all of them together."""
         work, steps, roofline = self.work, self.steps[self.admission], self.setup.roofline
-        once = roofline.step(0, 0)  # weights and overhead
-        reading = steps * once.weights + work.read * roofline.kv_seconds
+        # The fewest steps are full ones, and these read the fewest experts in all.
+        in_step = float(work.outputs.sum() / steps.sum()) if self.admission != "tokens" else self.setup.max_batch_tokens
+        reading = steps * roofline.weight_seconds(in_step) + work.read * roofline.kv_seconds
         compute = (
             work.tokens * roofline.token_seconds
             + work.pairs * roofline.pair_seconds
             + work.outputs * roofline.logits_seconds
         )
-        return (reading if reading.mean() > compute.mean() else compute) + steps * once.overhead
+        traffic = steps * roofline.reduce_seconds + work.tokens * roofline.reduce_token_seconds
+        side = reading if reading.mean() > compute.mean() else compute
+        return side + traffic + steps * roofline.constants.step_overhead
 
     @property
     def rate(self) -> float:
@@ -219,6 +223,8 @@ class Bound:
             "bandwidth": replace(setup, kv_tokens=num_slots, gpu=replace(gpu, bandwidth=2 * gpu.bandwidth)),
             "arithmetic": replace(setup, kv_tokens=num_slots, gpu=replace(gpu, flops=2 * gpu.flops)),
         }
+        if gpu.count > 1:
+            with_twice["link"] = replace(setup, kv_tokens=num_slots, gpu=replace(gpu, peer=2 * gpu.peer))
         return {limit: replace(self, setup=twice).rate / self.rate for limit, twice in with_twice.items()}
 
 

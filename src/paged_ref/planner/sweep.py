@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .hardware import price_of_million
 from .metrics import Limits, Outcome
 from .setup import Setup
 from .simulate import Simulation
 from .steady import Steady, steady_state
-from .traces import RequestTrace, at_rate, repeated
+from .traces import RequestTrace, at_rate, first, repeated
 from .workers import Workers
 
 LOADS = (0.3, 0.5, 0.7, 0.8, 0.9)  # shares of the sustained rate; at 1 the queue, and latency with it, has no end
 SHOWN = 0.8  # of these: the one whose latency is printed where no limit is given
 LEAST_REQUESTS = 1000  # of a run: a shorter trace is repeated
+SHOWN_REQUESTS, SAMPLE_EVERY, MOST_POINTS = 400, 8, 300  # of a picture of the memory: requests, steps, points
 WARM_UP = 0.1  # of the requests of a run, whose latency is left out
 HALVINGS = 7  # of the rates from 0 to the sustained one: what is left is 0.8 % of it
 
@@ -61,6 +63,12 @@ class Curve:
         return self.goodput.rate if self.goodput else self.steady.sustained_rate
 
     @property
+    def price(self) -> float | None:
+        """Of 10**6 output tokens at this rate."""
+        outcome = self.steady.outcome
+        return price_of_million(self.setup.gpu, self.rate * outcome.output_tokens / outcome.finished)
+
+    @property
     def shown(self) -> Point | None:
         """The run whose latency is shown; None where no rate meets the limits."""
         return self.goodput.at if self.goodput else self.points[LOADS.index(SHOWN)]
@@ -73,6 +81,20 @@ def run_at(setup: Setup, trace: RequestTrace, rate: float, limits: Limits | None
     simulation = Simulation(setup, at_rate(whole, rate), num_warm_up=num_warm_up)
     outcome = simulation.run()
     return Point(rate, outcome, limits.share_met(simulation.tally.latencies) if limits else None)
+
+
+def memory_over_time(setup: Setup, trace: RequestTrace, rate: float) -> list[tuple[float, float]]:
+    """(seconds, share of the pool that holds tokens) while `SHOWN_REQUESTS` of the trace arrive at this rate."""
+    part = first(repeated(trace, -(-SHOWN_REQUESTS // len(trace.requests))), SHOWN_REQUESTS)
+    points: list[tuple[float, float]] = []
+    simulation = Simulation(
+        setup,
+        at_rate(part, rate),
+        sample_every=SAMPLE_EVERY,
+        on_sample=lambda usage: points.append((simulation.now, usage.tokens / usage.total)),
+    )
+    simulation.run()
+    return points[:: -(-len(points) // MOST_POINTS) or 1]
 
 
 def goodput(steady: Steady, trace: RequestTrace, limits: Limits) -> Goodput:

@@ -58,6 +58,16 @@ class RequestTrace:
 # --- changes of a trace --------------------------------------------------------------------------------
 
 
+def with_prefixes(trace: RequestTrace, tokens: int, groups: int = 1) -> RequestTrace:
+    """Each prompt begins with the same `tokens` tokens as those of its group, to which the requests belong in turn; a
+    shorter prompt is a part of this beginning. Raises ValueError where the trace itself says what is shared."""
+    if any(request.hash_ids for request in trace.requests):
+        raise ValueError(f"prefix_tokens is {tokens}; the trace says itself which prompts begin with the same tokens")
+    requests = tuple(replace(each, hash_ids=(place % groups,)) for place, each in enumerate(trace.requests))
+    note = f"each prompt begins with {tokens} tokens of {groups} that are shared"
+    return replace(trace, requests=requests, hash_block=tokens, notes=(*trace.notes, note))
+
+
 def first(trace: RequestTrace, count: int) -> RequestTrace:
     """The first `count` requests."""
     if count < 1:

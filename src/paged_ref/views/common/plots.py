@@ -165,9 +165,9 @@ def svg(
     y_label: str,
     bound: float | None,
 ) -> str:
-    """Both plots in one picture, which fetches nothing."""
-    parts = [_label(16, 26, title, "font-weight: 600; font-size: 15px"), *_bars_svg(bars, 44)]
-    top = 44 + ROW * (len(bars) + 2)
+    """Both plots, or without bars the lines, in one picture, which fetches nothing."""
+    parts = [_label(16, 26, title, "font-weight: 600; font-size: 15px"), *(_bars_svg(bars, 44) if bars else [])]
+    top = 44 + (ROW * (len(bars) + 2) if bars else 0)
     parts += _lines_svg(lines, top, y_most, x_label, y_label, bound)
     height = top + 330 + 20 * -(-len(lines) // 3)
     return (
