@@ -12,8 +12,8 @@ from paged_ref.tracer import trace
 
 pytest.importorskip("numba_cuda", reason="numba-cuda makes the kernels (extra test, cuda12 or cuda13)")
 
-# Shape in k, and how a row of numbers lies in a word.
-PRODUCTS = {"float16": (16, np.float16), "bfloat16": (16, None), "tfloat32": (8, np.float32)}
+# Numbers in k, and the kind of number as NumPy knows it.
+PRODUCTS: dict[str, tuple[int, Any]] = {"float16": (16, np.float16), "bfloat16": (16, None), "tfloat32": (8, np.float32)}
 
 
 def word(name: str, values: list[float]) -> int:
