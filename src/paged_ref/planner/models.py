@@ -10,7 +10,7 @@ from math import sqrt
 from pathlib import Path
 
 from ..core.model.loading import TINY
-from ..interop.checkpoints import _read_json as read_json_object
+from ..extras.reading import read_json_object
 from .model_config import ModelSpec, spec_of_config
 from .tables import read_table
 from .traces import TraceRequest
