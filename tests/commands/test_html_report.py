@@ -1,4 +1,4 @@
-"""The report on one page, prices, shared prefixes and models by hand, as the user of `assess` and `compare` meets them."""
+"""The report on one page, prices, shared prefixes and models by hand, as the user of the commands meets them."""
 
 from __future__ import annotations
 
