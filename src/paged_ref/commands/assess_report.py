@@ -149,8 +149,8 @@ def _gain(found: Assessment) -> str:
 def _batches(found: Assessment) -> Table:
     """Where the curve of the rate bends."""
     priced = found.gpu.price_per_hour is not None
-    price = ["price of 10^6"] if priced else []
-    table = number_table("sequences", "a step, ms", "requests/s at most", "of the most", *price)
+    price = ["price\n10^6"] if priced else []
+    table = number_table("sequences", "a step, ms", "requests/s\nat most", "of the\nmost", *price)
     most = found.batches[-1].rate
     for each in found.batches[-8:]:
         cells = (f"{1000 * each.step_seconds:.1f}", f"{each.rate:.3g}", f"{each.rate / most:.0%}")
