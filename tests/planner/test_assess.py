@@ -13,7 +13,8 @@ from paged_ref.extras.managers import make_manager
 from paged_ref.planner.assess import BEND, WASTE_LIMIT, Assessment, assess
 from paged_ref.planner.hardware import GPU, GPUS, several
 from paged_ref.planner.metrics import Limits
-from paged_ref.planner.models import MODELS, ModelSpec
+from paged_ref.planner.model_config import ModelSpec
+from paged_ref.planner.models import MODELS
 from paged_ref.planner.roofline import Constants, Roofline
 from paged_ref.planner.settings import servers
 from paged_ref.planner.setup import Setup

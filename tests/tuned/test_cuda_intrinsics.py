@@ -13,7 +13,11 @@ from paged_ref.tracer import trace
 pytest.importorskip("numba_cuda", reason="numba-cuda makes the kernels (extra test, cuda12 or cuda13)")
 
 # Numbers in k, and the kind of number as NumPy knows it.
-PRODUCTS: dict[str, tuple[int, Any]] = {"float16": (16, np.float16), "bfloat16": (16, None), "tfloat32": (8, np.float32)}
+PRODUCTS: dict[str, tuple[int, Any]] = {
+    "float16": (16, np.float16),
+    "bfloat16": (16, None),
+    "tfloat32": (8, np.float32),
+}
 
 
 def word(name: str, values: list[float]) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 from ..core import device
 from ..planner.assess import Assessment, assess
 from ..planner.hardware import DEFAULT_GPU
-from ..planner.models import DEFAULT_MODEL, ModelSpec, with_windows
+from ..planner.model_config import ModelSpec
+from ..planner.models import DEFAULT_MODEL, with_windows
 from ..planner.settings import servers
 from ..planner.setup import Setup
 from ..planner.trace_files import FORMS

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from ..planner.hardware import GPU, gpu_named, several
 from ..planner.metrics import Limits
-from ..planner.models import ByHand, ModelSpec, model_named
+from ..planner.model_config import ModelSpec
+from ..planner.models import ByHand, model_named
 from ..planner.trace_files import trace_named
 from ..planner.traces import RequestTrace
 from ..planner.workers import Workers

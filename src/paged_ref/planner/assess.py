@@ -13,7 +13,7 @@ from typing import Any
 from .comparison import STANDARD
 from .hardware import GPU, price_of_million
 from .metrics import Limits
-from .models import ModelSpec
+from .model_config import ModelSpec
 from .roofline import Constants, Roofline
 from .setup import Setup
 from .steady import Bound, Steady, admissible, held_slots, mean_length, steady_state, work_of
@@ -120,8 +120,9 @@ class Assessment:
 
     @property
     def paged(self) -> Steady:
-        assert self.plans[PAGED].steady
-        return self.plans[PAGED].steady
+        steady = self.plans[PAGED].steady
+        assert steady
+        return steady
 
     @property
     def with_prefixes(self) -> Plan | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..core.memory.manager import Transfer
 from .hardware import GIB, GPU
-from .models import ModelSpec
+from .model_config import ModelSpec
 
 Bound = Literal["bandwidth", "compute", "link", "overhead"]
 

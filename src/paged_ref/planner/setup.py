@@ -10,7 +10,7 @@ from ..core.memory.manager import KVCacheManager
 from ..core.memory.standard import Reserve
 from ..extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .hardware import GPU
-from .models import ModelSpec
+from .model_config import ModelSpec
 from .roofline import CONSTANTS, Constants, Roofline
 
 
