@@ -383,6 +383,16 @@ def test_a_hook_that_returns_the_wrong_shape_is_told_so(options: dict[str, Any],
     assert_nothing_held(llm)
 
 
+@pytest.mark.parametrize(
+    "wrong", [lambda logits: logits * 1j, lambda logits: [None] * len(logits), lambda logits: logits > 0]
+)
+def test_a_hook_that_returns_no_real_numbers_is_told_so(wrong: Any) -> None:
+    llm = LLM("tiny", backend="reference")
+    with pytest.raises(ValueError, match=r"logits_hook returned (complex64|object|bool); real numbers are needed"):
+        llm.generate(PAPER, greedy(logits_hook=lambda _, logits: wrong(logits)))
+    assert_nothing_held(llm)
+
+
 @pytest.mark.parametrize("manager", MANAGERS)
 def test_an_observer_that_raises_ends_the_call_but_no_other_request(manager: str) -> None:
     armed = False

@@ -42,14 +42,16 @@ def apply_logits_hook(logits: np.ndarray, seq: Sequence, params: SamplingParams)
     if params.logits_hook is None:
         return logits
     try:
-        changed = np.asarray(params.logits_hook(tuple(seq.tokens), logits.copy()), dtype=np.float64)
+        changed = np.asarray(params.logits_hook(tuple(seq.tokens), logits.copy()))
         if changed.shape != logits.shape:
             raise ValueError(f"logits_hook returned shape {list(changed.shape)}; {list(logits.shape)} is needed")
+        if changed.dtype.kind not in "fiu":
+            raise ValueError(f"logits_hook returned {changed.dtype}; real numbers are needed")
     except Exception as error:
         raise RequestError from error
     if not math.isfinite(changed.max()):
         raise no_likeliest_token(seq, changed.max(), "logits_hook")
-    return changed
+    return changed.astype(np.float64)
 
 
 def no_likeliest_token(seq: Sequence, largest: float, after: str) -> RequestError:

@@ -71,18 +71,23 @@ class Scheduler:
         """Plan the next step, and make room for it in the manager."""
         plan = StepPlan()
         budget = self._run_running(plan)
-        # A group preempted in this step is now first in `waiting`; nothing can be admitted before it.
+        if not plan.preempted:  # a group preempted in this step is now first in `waiting`
+            self._admit_waiting(budget, plan)
+        return plan
+
+    def _admit_waiting(self, budget: int, plan: StepPlan) -> None:
+        """Begin waiting groups, in order, while there is room."""
         width = sum(group.width for group in self.running)
         while self.waiting and budget > 0 and not plan.preempted:
             group = self.waiting[0]
             width += group.width
             comes_back = any(not seq.admitted for last in self.running[-1:] for seq in last.seqs)
             if width > self.max_batch_seqs or comes_back:  # a group that forks again in the next step comes first
-                break
+                return
             try:
                 self._admit(group, plan)
             except OutOfBlocks:
-                break
+                return
             self.waiting.popleft()
             self.running.append(group)
             group.status = Status.RUNNING
@@ -90,7 +95,6 @@ class Scheduler:
                 budget = self._run([group], budget, plan)
             except OutOfBlocks:
                 self._preempt(group, plan)
-        return plan
 
     def _run_running(self, plan: StepPlan) -> int:
         """Plan this step's tokens of the running groups, the earliest arrival first, preempting the latest as needed.
