@@ -185,15 +185,18 @@ def test_bad_lengths_are_refused(requests: list[TraceRequest], max_model_len: in
 def test_the_settings_say_what_was_found() -> None:
     vllm, sglang, tensorrt_llm, transformers = servers(OPT)
     assert vllm.command == (
-        "vllm serve OPT-13B --gpu-memory-utilization 0.9 --block-size 16 --max-model-len 2048 "
-        f"--max-num-seqs {OPT.advised} --kv-offloading-size 12"
+        "vllm serve facebook/opt-13b --gpu-memory-utilization 0.9 --block-size 16 --max-model-len 2048 "
+        f"--max-num-seqs {OPT.advised} --max-num-batched-tokens 2048 --kv-offloading-size 12"
     )
     assert dict(sglang.options)["--mem-fraction-static"] == "0.9"
     # These two count from what the weights leave: 12.06 of 40 - 23.94 GiB.
-    assert dict(tensorrt_llm.options)["free_gpu_memory_fraction"] == "0.75"
+    assert dict(tensorrt_llm.file_options)["free_gpu_memory_fraction"] == "0.75"
     assert dict(transformers.options)["max_memory_percent"] == "0.75"
-    for server in (tensorrt_llm, transformers):
-        compile(server.command, server.name, "eval")  # what is to be pasted into Python is Python
+    compile(transformers.command, transformers.name, "eval")  # what is to be pasted into Python is Python
+    made, line = tensorrt_llm.command.split(" && ")
+    assert made.startswith("echo 'kv_cache_config: {free_gpu_memory_fraction: 0.75, tokens_per_block: 16, ")
+    assert line.startswith("trtllm-serve facebook/opt-13b --max_batch_size ")
+    assert line.endswith(" --config kv_cache_config.yaml")
 
 
 def test_the_settings_follow_gpus_bits_and_swapping() -> None:
@@ -201,7 +204,7 @@ def test_the_settings_follow_gpus_bits_and_swapping() -> None:
     gpu = several(GPUS["H100-SXM"], 4)
     swapping = assessed(gpu, model, SHAREGPT, constants=Constants(copy_overhead=0))
     words = " ".join(server.command for server in servers(swapping))
-    for option in ("--tensor-parallel-size 4", "--tp-size 4", "--kv-cache-dtype fp8", "dtype='fp8'", "host_cache_size"):
+    for option in ("--tensor-parallel-size 4", "--tp-size 4", "--kv-cache-dtype fp8", "dtype: fp8", "host_cache_size"):
         assert option in words
     assert "the 8 bits assumed here are not available" in " ".join(servers(swapping)[3].supports)
     slow = assessed(replace(gpu, link=1e8), model, SHAREGPT)

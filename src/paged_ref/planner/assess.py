@@ -188,7 +188,7 @@ def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> As
 
 
 def _plan(setup: Setup, trace: RequestTrace, limits: Limits | None) -> Plan:
-    if setup.manager == "standard" and setup.reserve == "max" and setup.num_slots < setup.longest:
+    if not admissible(setup, trace):  # one sequence's reservation, rounded up by the allocator, is more than the pool
         return Plan(setup.label, None)
     steady = steady_state(setup, trace)
     return Plan(setup.label, steady, goodput(steady, trace, limits) if limits else None)
