@@ -38,10 +38,7 @@ MEMORY = (140 << 30, 141 << 30)  # bytes of the GPU: free, all
 
 
 class Device:
-    compute_capability = "90"
     mem_info = MEMORY
-    attributes = {"MultiProcessorCount": 132}  # noqa: RUF012
-    pci_bus_id = "0000:00:00.0"
 
     def __init__(self, device: Any = None) -> None:
         self.id = 0 if device is None else int(device)
