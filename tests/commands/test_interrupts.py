@@ -70,7 +70,7 @@ def _default_interrupts() -> None:
         ["generate", *MANY, *LONG, "--ignore-eos", "--kv-tokens", "32768"],
         ["demo"],
         ["viz", *MANY, *LONG, "--print"],
-        ["lesson", "3"],
+        ["lesson", "17"],
         ["long", "--tokens", "8192"],
         ["bench", "memory"],
         ["monitor", "--once", "--run", "demo"],

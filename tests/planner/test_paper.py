@@ -39,8 +39,10 @@ def test_shares_and_counts_of_memory_land_in_their_bands(cache: RunCache) -> Non
 def test_the_rates_are_the_papers_multiples(cache: RunCache) -> None:
     rates = paper.figure_12(cache)
     judged = {finding.what: finding.met for finding in rates.findings if finding.met is not None}
-    assert judged.pop("alpaca: against Orca exact") is False  # 1.83 times, where the counts of Fig. 13 say 1.82
-    assert list(judged) == ["sharegpt: against Orca exact", "sharegpt: against Orca max", "alpaca: against Orca max"]
+    assert list(judged) == [
+        "sharegpt: against Orca exact", "sharegpt: against Orca max",
+        "alpaca: against Orca exact", "alpaca: against Orca max",
+    ]  # fmt: skip
     assert all(judged.values())
 
 

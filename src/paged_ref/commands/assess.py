@@ -31,7 +31,7 @@ from .planner_options import (
     model_options,
     trace_of_options,
 )
-from .report_text import write_csv
+from .report_text import wide_console, write_csv
 
 SHARING = 50  # requests of a group with the same beginning
 DEFAULT_CONTEXT = 1500  # with a power of two, `pow2` would reserve as much as `exact`
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if args.list:
-        print_known(console)
+        print_known(wide_console())
         return 0
     model = model_of(args, DEFAULT_MODEL)
     gpu = gpu_of(args, model, "auto" if device.on_gpu else DEFAULT_GPU)

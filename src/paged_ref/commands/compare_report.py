@@ -189,9 +189,7 @@ def _scalability(rows: Sequence[ComparisonRow]) -> Table:
 
 
 def _latency(rows: Sequence[ComparisonRow]) -> Table:
-    table = _table(
-        "", "at\nreq/s", "TTFT, s\np50", "\np90", "\np99", "TPOT, ms\np50", "\np90", "\np99", "a step\nwaits for"
-    )
+    table = _table("", "at\nreq/s", "TTFT, s\np50", "\np90", "\np99", "TPOT, ms\np50", "\np90", "\np99", "waits\nfor")
     for row in rows:
         point = row.curve.shown
         if point is None:

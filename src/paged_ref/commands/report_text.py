@@ -105,7 +105,7 @@ def model_words(setup: Setup) -> list[str]:
 
 def number_table(*columns: str, wrap_names: bool = False, **settings: Any) -> Table:
     """Names in the first column, and numbers in the others, which are never cut."""
-    table = Table(box=box.SIMPLE_HEAD, **settings)
+    table = Table(box=box.SIMPLE_HEAD, **{"pad_edge": False, **settings})
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=bool(number) or not wrap_names)
     return table

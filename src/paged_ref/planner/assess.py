@@ -188,7 +188,8 @@ def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> As
 
 
 def _plan(setup: Setup, trace: RequestTrace, limits: Limits | None) -> Plan:
-    if not admissible(setup, trace):  # one sequence's reservation, rounded up by the allocator, is more than the pool
+    reserved = setup.longest if (setup.manager, setup.reserve) == ("standard", "max") else 0
+    if reserved > setup.num_slots or not admissible(setup, trace):  # one sequence takes more than the pool
         return Plan(setup.label, None)
     steady = steady_state(setup, trace)
     return Plan(setup.label, steady, goodput(steady, trace, limits) if limits else None)

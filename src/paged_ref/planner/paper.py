@@ -133,9 +133,7 @@ def figure_12(runs: RunCache) -> Figure:
         ["Band: the paper's range over its models, at a similar latency (ShareGPT); Alpaca: from 1 to the ratio of the "
          "requests that run at the same time (Fig. 13), since the paper draws these curves and prints no ratio.",
          "The latency of a setup rises steeply just below the rate that it sustains, so the ratio of these rates is "
-         "nearly that of the rates at a similar latency.",
-         "Alpaca against Orca exact: here paged memory runs more requests than the paper counts at its rate (Fig. 13), "
-         "and the steps, on a datasheet's clock, wait for reading, which more requests share."],
+         "nearly that of the rates at a similar latency."],
     )  # fmt: skip
 
 
