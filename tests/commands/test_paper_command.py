@@ -25,7 +25,7 @@ def test_paper_prints_ours_beside_the_papers(tmp_path: Path, capsys: pytest.Capt
     findings = json.loads(file.read_text(encoding="utf-8"))
     assert {finding["figure"] for finding in findings} == {"2", "12"}
     for finding in findings:
-        line = next(line for line in shown.splitlines() if line.startswith(f"  {finding['what']} "))
+        line = next(line for line in shown.splitlines() if line.startswith(f" {finding['what']} "))
         assert f"{finding['ours']:.1f}" in line or f"{finding['ours']:.2f}" in line
         assert (" NO " in line) == (finding["met"] is False)
     assert table.read_text(encoding="utf-8").splitlines()[0] == "figure,what,ours,paper,unit,low,high,met"
