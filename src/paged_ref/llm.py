@@ -32,7 +32,7 @@ from .extras.beam import BeamRequest
 from .extras.formatted_kv import FORMATS, FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.memory_limit import require_memory
-from .extras.sampling_params import SamplingParams
+from .extras.sampling_params import SamplingParams, whole_number
 from .extras.sanitizer import SanitizedKV
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import StreamingLLM
@@ -120,6 +120,12 @@ class LLM(StreamingLLM):
         `backend` names the attention backend. `sanitize` checks every read of the cache; `log` is called with every
         event (timeline/events.py), `on_step` with a StepRecord after each step. None of these three changes a token.
         """
+        _require_types(
+            log, on_step, block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
+            host_kv_tokens=host_kv_tokens, max_model_len=max_model_len, max_batch_tokens=max_batch_tokens,
+            max_batch_seqs=max_batch_seqs, device_blocks=device_blocks, host_blocks=host_blocks,
+            staging_pages=staging_pages, full_layers=full_layers,
+        )  # fmt: skip
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         require_one_of(("float16", "float32"), dtype=dtype)
@@ -240,6 +246,16 @@ def _make_kv(
     else:
         kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, num_host_blocks, backend)
     return SanitizedKV(manager, kv) if sanitize else kv
+
+
+def _require_types(log: object, on_step: object, **sizes: object) -> None:
+    """Raise ValueError for the first size that is no whole number, and for a log or on_step that cannot be called."""
+    for name, value in sizes.items():
+        if value is not None:
+            whole_number(name, value)
+    for name, value in (("log", log), ("on_step", on_step)):
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} is {value!r}; a function is needed")
 
 
 def _refuse_together(why: str, **given: object) -> None:
