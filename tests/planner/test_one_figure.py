@@ -46,4 +46,5 @@ def test_readme_lessons_assess_compare_and_paper_give_the_same_figure(
     )
     assert said
     figures["lessons/README.md"] = float(said[1])
-    assert figures == {name: pytest.approx(figures["compare"], rel=0.005) for name in figures}
+    # A quotient of two printed rates: the smaller one, 0.82, is rounded by up to 0.6 %, the larger one by 0.2 %.
+    assert figures == {name: pytest.approx(figures["compare"], rel=0.009) for name in figures}
