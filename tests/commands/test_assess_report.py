@@ -117,6 +117,7 @@ def test_what_holds_none_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> 
     assert "standard max holds none" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_embedded_model_and_quantization(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["assess", "--model", "tiny", *GPU, "--prompt", "10"]) == 0
     assert "x 32 bits =" in capsys.readouterr().out

@@ -79,6 +79,7 @@ def test_the_gain_is_that_of_the_sustained_rates() -> None:
         assert OPT.gain[plan.name] == pytest.approx(OPT.paged.sustained_rate / plan.steady.sustained_rate)
 
 
+@pytest.mark.slow
 def test_what_limits_is_where_the_time_goes() -> None:
     assert (OPT.paged.admission, OPT.paged.step.bound) == ("memory", "bandwidth")
     assert AZURE.paged.step.bound == "compute"  # prompts five times as long as outputs
@@ -114,6 +115,7 @@ def test_with_a_limit_the_advice_keeps_it(tpot: float) -> None:
         assert 0 < plan.rate <= plan.steady.sustained_rate
 
 
+@pytest.mark.slow
 def test_a_limit_that_no_number_keeps_is_said() -> None:
     found = assessed(GPUS["A100-40GB"], MODELS["OPT-13B"], SHAREGPT, limits=Limits(tpot=0.001))
     assert (found.advised, found.plans[-1].rate) == (1, 0.0)

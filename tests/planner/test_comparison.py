@@ -104,6 +104,7 @@ def test_goodput_is_found_where_the_limits_are_crossed(monkeypatch: pytest.Monke
     assert (none.rate, none.at) == (0.0, None)
 
 
+@pytest.mark.slow
 def test_tighter_limits_give_less_goodput_and_never_more_than_is_sustained() -> None:
     trace = generated("sharegpt", 200)
     limits = [Limits(), Limits(ttft=20.0), Limits(ttft=1.0), Limits(ttft=1.0, tpot=0.04)]
