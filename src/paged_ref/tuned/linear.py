@@ -6,6 +6,9 @@ first, which costs more than the products of a few rows. Here the weights are re
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 
 from ..core.device import Array
@@ -26,9 +29,8 @@ def linear(x: Array, weight: Array) -> Array:
     if 1 < rows <= FEW and weight.size <= SMALL:
         return np.ascontiguousarray((weight @ x.T).T)
     parallel = rows * weight.size >= PARALLEL and num_threads() > 1
-    if 1 < rows <= FEW and out > 1:
-        from .linear_loop import multiply_few as multiply  # here, so that importing this file compiles nothing
-
+    if 1 < rows <= FEW and out > 1 and _loop() is not None:
+        multiply = _loop()
         spare = -rows % 4  # the loop takes four rows at a time
         x = np.concatenate([x, np.zeros((spare, x.shape[1]), np.float32)]) if spare else np.ascontiguousarray(x)
     elif parallel:
@@ -50,6 +52,21 @@ def product(a: Array, b: Array) -> Array:
     y = np.empty_like(a, order="C", shape=(len(a), b.shape[1]))  # of the kind of `a`: bench training counts in one
     in_parts(lambda first, end: np.matmul(a[first:end], b, out=y[first:end]), len(a))
     return y
+
+
+@cache
+def _loop() -> Any:
+    """The loop of few rows, which is compiled when it is first needed; None where NUMBA_DISABLE_JIT is set."""
+    from numba import config
+
+    from .numba_cache import anywhere
+
+    if config.DISABLE_JIT:
+        return None
+    with anywhere():
+        from .linear_loop import multiply_few
+
+    return multiply_few
 
 
 def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
