@@ -141,7 +141,6 @@ RUNTIME = StandInModule(
         "getDevice": lambda: 0,
         "getDeviceProperties": properties,
         "deviceSynchronize": order.synchronize_device,
-        "memGetInfo": lambda: MEMORY,
         "memcpyAsync": memcpy_async,
         "memcpy2DAsync": memcpy_2d_async,
     },
