@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from support.manager_state import replay
 
-from paged_ref.cli import main
+from paged_ref import __version__
+from paged_ref.bench import BENCHMARKS
+from paged_ref.cli import COMMANDS, _parser, main
 from paged_ref.core.model.loading import TINY
 from paged_ref.timeline.events import read_events
 from paged_ref.tuned import threads
@@ -216,3 +219,50 @@ def test_a_file_that_cannot_be_written_is_one_sentence(
     monkeypatch.setattr("paged_ref.commands.info.main", write)
     assert main(["info"]) == 2
     assert capsys.readouterr().err == "paged-ref: error: /nowhere/results.json: No such file or directory\n"
+
+
+def test_the_whole_help_is_one_screen_with_every_command(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) <= 34
+    assert max(map(len, lines)) <= 86
+    assert set(COMMANDS) <= {line.split()[0] for line in lines if line.startswith("  ")}
+
+
+def test_the_version_is_that_of_the_package(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capfd.readouterr().out == f"paged_ref {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "example",
+    [example for commands in (COMMANDS, BENCHMARKS) for command in commands.values() for example in command[2]],
+)
+def test_each_example_of_the_help_is_accepted(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if example.endswith("--help"):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            _parser().parse_args(shlex.split(example))
+    else:
+        assert _parser().parse_args(shlex.split(example)).command == example.split()[0]
+
+
+def test_each_command_and_benchmark_has_an_example() -> None:
+    assert [name for name, command in {**COMMANDS, **BENCHMARKS}.items() if not command[2]] == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("ge", "generate"), ("generate --ma", "--manager"), ("generate --manager p", "paged"), ("bench ker", "kernels")],
+)
+def test_a_shell_completes(typed: str, completed: str, tmp_path: Path) -> None:
+    pytest.importorskip("argcomplete", reason="needs the extra completion")
+    line = f"paged-ref {typed}"
+    environment = {
+        **os.environ, "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "completions"),
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-c", "from paged_ref.cli import main; main()"], env=environment, timeout=60)
+    assert completed in (tmp_path / "completions").read_text().split()

@@ -7,23 +7,93 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-# command -> (module with add_arguments(parser) and main(args) -> exit status, help)
-COMMANDS = {
-    "demo": ("paged_ref.commands.demo", "the same prompts with standard and with paged memory, compared"),
-    "generate": ("paged_ref.commands.generate", "continue prompts, streaming the text"),
-    "viz": ("paged_ref.commands.viz", "the page table of a real run, step by step, forwards and backwards"),
-    "walk": ("paged_ref.views.walk.walk", "inside the kernel: which thread reads which slot, access by access"),
-    "assess": ("paged_ref.commands.assess", "what paging would buy: a model on a GPU in numbers, and the settings"),
-    "train": ("paged_ref.commands.train", "a tokenizer and a small Llama from a text file"),
-    "monitor": ("paged_ref.views.monitor.monitor", "a run while it runs: memory, sequences, speed; JSON, Prometheus"),
-    "long": ("paged_ref.commands.long", "a context longer than the device: exactly, or the pages that matter"),
-    "info": ("paged_ref.commands.info", "device, attention backends, versions"),
-    "lesson": ("paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check"),
-    "compare": ("paged_ref.commands.compare", "what paging would buy: standard, swapping and paged on real traffic"),
-    "paper": ("paged_ref.commands.paper", "the figures of the PagedAttention paper, measured here, beside its numbers"),
-    "bench": ("paged_ref.bench", "benchmarks: kernels, sass, engine, model, memory, simulate, training, long"),
+from . import __version__
+
+if TYPE_CHECKING:
+    from .views.common.options import Parser
+
+# What people want -> command -> (module with add_arguments(parser) and main(args) -> exit status, help, examples).
+GROUPS: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
+    "See it": {
+        "demo": (
+            "paged_ref.commands.demo",
+            "the same prompts with standard and with paged memory, compared",
+            ("demo", "demo --block-size 8 --record runs.jsonl"),
+        ),
+        "lesson": (
+            "paged_ref.lesson.command",
+            "the guided course: lessons that run, ask, measure and check",
+            ("lesson", "lesson 5", "lesson 5 --watch"),
+        ),
+        "viz": (
+            "paged_ref.commands.viz",
+            "the page table of a real run, step by step, forwards and backwards",
+            ("viz", "viz run.jsonl", "viz --frame 2 --print"),
+        ),
+        "walk": (
+            "paged_ref.views.walk.walk",
+            "inside the kernel: which thread reads which slot, access by access",
+            ("walk", "walk --heads 4 --kv-heads 2", "walk --print"),
+        ),
+    },
+    "Run it": {
+        "generate": (
+            "paged_ref.commands.generate",
+            "continue prompts, streaming the text",
+            (
+                'generate --prompt "Once upon a time" --max-tokens 40',
+                'generate --prompt "The cat" --temperature 0.8 --n 3 --seed 1 --record run.jsonl',
+                'generate --model DIR --prompt "The cat" --beam-width 4',
+            ),
+        ),
+        "monitor": (
+            "paged_ref.views.monitor.monitor",
+            "a run while it runs: memory, sequences, speed; JSON, Prometheus",
+            ("monitor run.jsonl", "monitor run.jsonl --once"),
+        ),
+        "long": (
+            "paged_ref.commands.long",
+            "a context longer than the device: exactly, or the pages that matter",
+            ("long --tokens 4096", "long --tokens 4096 --evict sliding"),
+        ),
+        "train": (
+            "paged_ref.commands.train",
+            "a tokenizer and a small Llama from a text file",
+            ("train --text FILE --out DIR --steps 500", "train --text FILE --out DIR --memory page --budget 24MiB"),
+        ),
+    },
+    "Decide": {
+        "assess": (
+            "paged_ref.commands.assess",
+            "what paging would buy: a model on a GPU in numbers, and the settings",
+            (
+                "assess --model Llama-3-8B --gpu A100-80GB",
+                "assess --model Llama-3-8B --gpu A100-80GB --tpot 0.05 --html report.html",
+            ),
+        ),
+        "compare": (
+            "paged_ref.commands.compare",
+            "what paging would buy: standard, swapping and paged on real traffic",
+            ("compare", "compare --model Llama-3-8B --gpu A100-80GB --trace sharegpt --ttft 1"),
+        ),
+        "paper": (
+            "paged_ref.commands.paper",
+            "the figures of the PagedAttention paper, measured here, beside its numbers",
+            ("paper", "paper 2 12"),
+        ),
+    },
+    "Measure": {
+        "bench": (
+            "paged_ref.bench",
+            "benchmarks: kernels, engine, memory, training and more",
+            ("bench kernels", "bench memory --help"),
+        ),
+        "info": ("paged_ref.commands.info", "device, attention backends, versions", ("info",)),
+    },
 }
+COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,15 +165,32 @@ def _say(sentence: str, before: str = "") -> None:
 
 
 def _run(argv: list[str]) -> int:
-    from .views.common.options import Parser, integer, subcommands
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions: see `completion` in pyproject.toml
+        import argcomplete
 
-    parser = Parser(prog="paged-ref", description="PagedAttention to read, run, single-step and import.")
-    integer(parser, "--threads", help="that compute on a CPU (default: one for each core that this process may use)")
-    subcommands(parser, "command", COMMANDS, "COMMAND")
+        argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
     if args.threads is not None:
         os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # read by tuned/threads.py and by Numba, which load later
     return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
+
+
+def _parser() -> Parser:
+    """The command line. Its help has the commands by what people want."""
+    from .views.common.options import Parser, integer, subcommands
+
+    described = ["PagedAttention to read, run, single-step and import."]
+    for title, commands in GROUPS.items():
+        described += ["", f"{title}:", *(f"  {name:<9} {command[1]}" for name, command in commands.items())]
+    parser = Parser(
+        prog="paged-ref", usage="%(prog)s [--threads N] COMMAND ...", description="\n".join(described),
+        epilog="paged-ref COMMAND --help has the options of a command, and examples.",
+    )  # fmt: skip
+    integer(parser, "--threads", help="threads for the CPU (default: one for each core)")
+    parser.add_argument("--version", action="version", version=f"paged_ref {__version__}", help="print the version")
+    subcommands(parser, "command", COMMANDS, "COMMAND", listed=False)
+    return parser
 
 
 if __name__ == "__main__":

@@ -81,6 +81,32 @@ def test_without_lessons_it_says_where_they_are(
     assert main(["lesson", "--lessons", str(tmp_path)]) == 2
     assert "no file NN_name.py is in it" in capsys.readouterr().err
     monkeypatch.setattr(command, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(command, "_INSTALLED", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["lesson"]) == 2
     assert "in the folder lessons/ of the project's repository" in capsys.readouterr().err
+
+
+def test_the_lessons_of_an_installed_package_are_copied_to_be_edited(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from paged_ref.lesson import command
+
+    here = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(command, "_CHECKOUT", here)
+    monkeypatch.setattr(command, "_INSTALLED", folder)
+    assert main(["lesson"]) == 0
+    assert f"To edit them: {program()} lesson --copy lessons\n" in capsys.readouterr().out
+    assert main(["lesson", "--copy", "lessons"]) == 0
+    assert f"Go on with: {program()} lesson 1\n" in capsys.readouterr().out
+    (here / "lessons" / "01_one.py").write_text((folder / "01_one.py").read_text().replace("40", "50"))
+    assert main(["lesson", "1"]) == 0
+    assert "ran 52" in capsys.readouterr().out
+    assert main(["lesson", "--copy", "lessons"]) == 2
+    assert "--copy is lessons; a folder that does not exist yet is needed" in capsys.readouterr().err
+    assert main(["lesson", "--copy", "mine"]) == 0
+    assert "lesson 1 --lessons mine\n" in capsys.readouterr().out.replace("./", "")
+    assert main(["lesson", "--copy", "lessons/mine"]) == 2
+    assert "a folder outside the lessons" in capsys.readouterr().err

@@ -16,15 +16,51 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["KMP_BLOCKTIME"] = "0"
 
 BENCHMARKS = {
-    "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
-    "sass": ("paged_ref.bench.sass", "what the tuned GPU kernels cost, counted from machine code; needs no GPU"),
-    "host": ("paged_ref.bench.host", "what the host does for a layer on a GPU: launches, their time; needs no GPU"),
-    "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
-    "model": ("paged_ref.bench.model", "on a GPU: decoding a whole model against the speed of memory; a CPU's tokens"),
-    "simulate": ("paged_ref.bench.simulate", "how fast a trace goes through the schedulers and managers"),
-    "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
-    "training": ("paged_ref.bench.training", "activations kept, swapped, paged, recomputed; a step's time; torch"),
-    "long": ("paged_ref.bench.long", "contexts longer than the device: memory, streaming, budgets"),
+    "kernels": (
+        "paged_ref.bench.kernels",
+        "paged against contiguous attention, a streaming read, and torch",
+        ("bench kernels", "bench kernels --minutes 1 --json kernels.json"),
+    ),
+    "sass": (
+        "paged_ref.bench.sass",
+        "what the tuned GPU kernels cost, counted from machine code; needs no GPU",
+        ("bench sass",),
+    ),
+    "host": (
+        "paged_ref.bench.host",
+        "what the host does for a layer on a GPU: launches, their time; needs no GPU",
+        ("bench host",),
+    ),
+    "engine": (
+        "paged_ref.bench.engine",
+        "tokens per second of the engine, and of transformers",
+        ("bench engine",),
+    ),
+    "model": (
+        "paged_ref.bench.model",
+        "on a GPU: decoding a whole model against the speed of memory; a CPU's tokens",
+        ("bench model",),
+    ),
+    "simulate": (
+        "paged_ref.bench.simulate",
+        "how fast a trace goes through the schedulers and managers",
+        ("bench simulate",),
+    ),
+    "memory": (
+        "paged_ref.bench.memory",
+        "the bookkeeping of scheduler and managers: steps, pools, prefixes",
+        ("bench memory",),
+    ),
+    "training": (
+        "paged_ref.bench.training",
+        "activations kept, swapped, paged, recomputed; a step's time; torch",
+        ("bench training",),
+    ),
+    "long": (
+        "paged_ref.bench.long",
+        "contexts longer than the device: memory, streaming, budgets",
+        ("bench long --contexts 4096 16384",),
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from rich import box
 from rich.table import Table
 
 from ..views.common.console import Console
-from ..views.common.program import program
+from ..views.common.files import check_folder
+from ..views.common.program import program, short_path
 from . import lesson_script
 from .lesson_player import Leave, LessonPlayer, error_text, watch
 from .lesson_session import LessonSession, relative_path
 from .progress import LessonRecord, Progress
 
 _CHECKOUT = Path(__file__).resolve().parents[3] / "lessons"
+_INSTALLED = Path(__file__).resolve().parents[1] / "lessons"  # in an installed package: see pyproject.toml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solutions", action="store_true", help="with the exercises solved, from lessons/solutions")
     parser.add_argument("--watch", action="store_true", help="run the lesson again each time its file is saved")
     parser.add_argument(
-        "--lessons", type=Path, metavar="DIR", help="the folder of the lessons (default: the checkout's)"
+        "--lessons",
+        type=Path,
+        metavar="DIR",
+        help="the folder of the lessons (default: lessons/, or the installed one)",
     )
+    parser.add_argument("--copy", type=Path, metavar="DIR", help="copy the lessons to this new folder, to edit them")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.copy is not None:
+        return _copy(_directory(args.lessons), args.copy)
     paths = {int(path.name[:2]): path for path in lesson_script.find(_directory(args.lessons))}
     progress = Progress()
     try:
@@ -97,13 +106,26 @@ def _directory(given: Path | None) -> Path:
         if not lesson_script.find(given):
             raise ValueError(f"--lessons is {given}; no file NN_name.py is in it")
         return given
-    for directory in (_CHECKOUT, Path("lessons").resolve()):
+    for directory in (_CHECKOUT, Path("lessons").resolve(), _INSTALLED):
         if lesson_script.find(directory):
             return directory
     raise ValueError(
-        "the lessons are files to read and to edit, in the folder lessons/ of the project's repository; they are "
-        "not installed with the package. Run this in a checkout, or name the folder with --lessons DIR"
+        "the lessons are files to read and to edit, in the folder lessons/ of the project's repository; this "
+        "installation is without them. Run this in a checkout, or name the folder with --lessons DIR"
     )
+
+
+def _copy(source: Path, target: Path) -> int:
+    """The lessons in a folder of the reader's own, where this command finds them if its name is `lessons`."""
+    if target.exists():
+        raise ValueError(f"--copy is {target}; a folder that does not exist yet is needed, so that no work is lost")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--copy is {target}; a folder outside the lessons, {short_path(source)}, is needed")
+    check_folder(target, "--copy")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "pictures"))
+    where = "" if target.resolve() == Path("lessons").resolve() else f" --lessons {short_path(target)}"
+    print(f"The lessons are in {short_path(target)}. Go on with: {program()} lesson 1{where}")
+    return 0
 
 
 def _choose(paths: dict[int, Path], progress: Progress, interactive: bool) -> int | None:
@@ -118,6 +140,8 @@ def _choose(paths: dict[int, Path], progress: Progress, interactive: bool) -> in
         if following is None and (record.part > 0 or not record.exercises):
             following = number
     console.print(drawn)
+    if any(path.parent == _INSTALLED for path in paths.values()):
+        console.print(f"These are the package's own. To edit them: {program()} lesson --copy lessons", soft_wrap=True)
     if following is None:
         console.print(f"All are done. {program()} lesson N runs one again.", soft_wrap=True)
         return None

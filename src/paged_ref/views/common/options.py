@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -183,7 +184,10 @@ def first_given(args: argparse.Namespace, *names: str) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, whatever was typed."""
+    """An ArgumentParser whose errors are one line, whatever was typed, and whose texts keep their lines."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         super().error(plain(message))
@@ -197,15 +201,30 @@ class _Imported(Parser):
 
     module = ""
 
+    def add_all(self) -> None:
+        """The arguments of the module, once."""
+        if self.module:
+            importlib.import_module(self.module).add_arguments(self)
+            self.module = ""
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        importlib.import_module(self.module).add_arguments(self)
+        self.add_all()
         return super().parse_known_args(args, namespace)
 
 
 def subcommands(
-    parser: argparse.ArgumentParser, dest: str, commands: Mapping[str, tuple[str, str]], metavar: str
-) -> None:
-    """`commands`: name -> (module with add_arguments(parser) and main(args) -> exit status, help)."""
-    subparsers = parser.add_subparsers(dest=dest, required=True, metavar=metavar, parser_class=_Imported)
-    for name, (module, summary) in commands.items():
-        subparsers.add_parser(name, help=summary, description=summary).module = module
+    parser: argparse.ArgumentParser, dest: str, commands: Mapping[str, tuple[str, str, Sequence[str]]], metavar: str,
+    *, listed: bool = True,
+) -> None:  # fmt: skip
+    """`commands`: name -> (module with add_arguments(parser) and main(args) -> exit status, help, examples).
+
+    An example is a command line without the name of the program. `listed=False`: the caller's help names the commands.
+    """
+    hidden = {} if listed else {"help": argparse.SUPPRESS}
+    subparsers = parser.add_subparsers(dest=dest, required=True, metavar=metavar, parser_class=_Imported, **hidden)
+    for name, (module, summary, examples) in commands.items():
+        shown = "\n".join(["examples:", *(f"  paged-ref {example}" for example in examples)])
+        command = subparsers.add_parser(name, help=summary, description=summary, epilog=shown)
+        command.module = module
+        if name in os.environ.get("COMP_LINE", "").split():  # a shell completes it, and wants all arguments to be there
+            command.add_all()

@@ -35,13 +35,16 @@ from .state import Monitor
 
 RECORDING = ("demo", "generate", "compare")  # commands that --run starts: they take --record
 MAX_BYTES = 1 << 18  # of the log that are read between two pictures: some thousand events
-HELP = """For Prometheus: node_exporter's textfile collector reads NAME.prom in its directory, which must never be half
-written: paged-ref monitor run.jsonl --prometheus > DIR/run.tmp && mv DIR/run.tmp DIR/run.prom, from a timer."""
+HELP = """
+
+For Prometheus: node_exporter's textfile collector reads NAME.prom in its
+directory, which must never be half written. From a timer:
+  paged-ref monitor run.jsonl --prometheus > DIR/run.tmp && mv DIR/run.tmp DIR/run.prom"""
 KEYS = "space pause   + - faster, slower   q quit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = HELP
+    parser.epilog = (parser.epilog or "") + HELP
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a log that --record writes, or will write")
     parser.add_argument(
         "--run", nargs=argparse.REMAINDER, metavar="COMMAND",
