@@ -18,10 +18,10 @@ from pathlib import Path
 from string import Template
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.text import Text
 
 from ..common.canvas import Lines, exactly, filled
+from ..common.console import Console
 from ..common.files import write_text
 from ..common.program import SCRIPT
 
