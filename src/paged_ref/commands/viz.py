@@ -22,6 +22,7 @@ from ..views.common.loop import play
 from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..views.viz.frames.screen import FRAMES, FRAMES_OF_PAGES, SMALLEST, Frame, frames_of, screen
 from ..views.viz.player import Player
+from ..views.viz.viz_page import write_page
 from ..views.viz.viz_run import PAPER, Workload, record, workload
 
 MAX_TOKENS = 12
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.integer(show, "--every", None, "without a terminal: a frame for every N events, not steps")
     options.printed(show)
     options.svg_output(show, "write the frame at --at (default: the last) as a picture")
+    options.output(show, "--html", "write every event of every run as one page for a browser, which opens at --at")
     run = parser.add_argument_group("what to run, in place of the paper's example")
     run.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: embedded)")
     run.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
@@ -60,10 +62,15 @@ def main(args: argparse.Namespace) -> int:
     runs = _runs(args)
     frame = _frame(args.frame, frames_of(runs[0]))
     at = None if args.at is None else _position(args.at, runs[0])
+    if args.html:
+        with Console(stderr=True).status("drawing each event ..."):
+            write_page(args.html, runs, frame, at, size)
     if args.svg:
         size = size or (100, 30)
         still = _still(runs, frame, len(runs[0]) - 1 if at is None else at, size)
         write_svg(args.svg, still, size, f"paged-ref viz: {frames_of(runs[0])[frame].name}")
+    elif args.html:
+        pass
     elif is_terminal() and not (args.print or args.every or size):
         gc.freeze()  # the events stay to the end: the collector need not walk them between two keys
         play(Player(runs, frame, at or 0))

@@ -60,21 +60,37 @@ def frame(walk: Walk, position: int, width: int, height: int, look: Look | None 
     look = look or Look()
     if (small := too_small(width, height, SMALLEST)) is not None:
         return small
-    run = walk.runs["naive" if look.kernel == "naive" else "paged"]
+    run = shown_run(walk, look)
     if look.help:
         lines = _help(width)
-    elif look.view == "threads":
-        lines = [*filled(counters(run, position, width, height - 6), height - 6), *_why([run], position, width)]
-    elif look.view == "layouts":
-        lines = [*filled(layouts(run, position, width, height - 6), height - 6), *_why([run], position, width)]
-    elif width >= WIDE and look.kernel == "both":
-        lines = _side_by_side(walk, position, width, height - 2)
-    elif width >= 100 and height >= 30:
-        lines = _everything(run, position, width, height - 2)
     else:
-        lines = _essentials(run, position, width, height - 2)
+        runs = list(walk.runs.values()) if _both(width, look) else [run]
+        why = _why(runs, position, width)
+        lines = [*picture(walk, position, width, height - 2 - len(why), look), *why]
     head, foot = _title(walk, run, position, width, look), _footer(width, look)
     return page([head, *filled(lines, height - 2), foot], width, height)
+
+
+def picture(walk: Walk, position: int, width: int, height: int, look: Look) -> Lines:
+    """A frame without its title, its sentence and its keys."""
+    run = shown_run(walk, look)
+    if look.view == "threads":
+        return filled(counters(run, position, width, height), height)
+    if look.view == "layouts":
+        return filled(layouts(run, position, width, height), height)
+    if _both(width, look):
+        return _side_by_side(walk, position, width, height)
+    draw = _everything if width >= 100 and height >= 24 else _essentials
+    return draw(run, position, width, height)
+
+
+def shown_run(walk: Walk, look: Look) -> KernelRun:
+    return walk.runs["naive" if look.kernel == "naive" else "paged"]
+
+
+def _both(width: int, look: Look) -> bool:
+    """Both kernels, side by side."""
+    return look.view == "walk" and look.kernel == "both" and width >= WIDE
 
 
 # ---- the arrangements
@@ -82,18 +98,15 @@ def frame(walk: Walk, position: int, width: int, height: int, look: Look | None 
 
 def _essentials(run: KernelRun, position: int, width: int, height: int) -> Lines:
     below = [rule("now", width), *now(run, position, width), *thread_line(run, position, width)]
-    why = _why([run], position, width)
-    room = height - len(below) - len(why)
     right = max(36, min(5 + run.sizes.block_size * cell_width(run), width // 2))
-    return [*_code_and_cache(run, position, width, right, room, brief=True), *below, *why]
+    return [*_code_and_cache(run, position, width, right, height - len(below), brief=True), *below]
 
 
 def _everything(run: KernelRun, position: int, width: int, height: int) -> Lines:
     right = 40 if width < 120 else min(60, width * 2 // 5)
-    panel = 15 if height >= 38 else 9  # 15: each array has a line of its own
-    why = _why([run], position, width)
-    top = _code_and_cache(run, position, width, right, height - panel - 4 - len(why), brief=width < 200)
-    return [*top, rule("now", width), *now(run, position, width), *_panels(run, position, width, right, panel), *why]
+    panel = 15 if height >= 34 else 9  # 15: each array has a line of its own
+    top = _code_and_cache(run, position, width, right, height - panel - 4, brief=width < 200)
+    return [*top, rule("now", width), *now(run, position, width), *_panels(run, position, width, right, panel)]
 
 
 def _code_and_cache(run: KernelRun, position: int, width: int, right: int, height: int, brief: bool) -> Lines:
@@ -110,9 +123,8 @@ def _panels(run: KernelRun, position: int, width: int, right: int, height: int, 
 
 def _side_by_side(walk: Walk, position: int, width: int, height: int) -> Lines:
     left = (width - 3) // 2
-    why = _why(list(walk.runs.values()), position, width)
-    panel = max(0, min(15, (height - 24) * 2 // 3))
-    room = height - panel - 4 - len(why)
+    panel = max(0, min(15, (height - 20) * 2 // 3))
+    room = height - panel - 4
     grid = min(room // 2, 3 + grid_height(walk.runs["paged"], left))
     columns: list[Lines] = []
     for run in walk.runs.values():
@@ -121,28 +133,30 @@ def _side_by_side(walk: Walk, position: int, width: int, height: int) -> Lines:
         top = [rule(run.code.file, left), *filled(code, room - grid - 1), *cache]
         columns.append([*top, rule("now", left), *now(run, position, left)])
     panels = _panels(walk.runs["paged"], position, width, width - left - 3, panel, gap=3)
-    return [*beside(columns[0], columns[1], left, 3), *panels, *why]
+    return [*beside(columns[0], columns[1], left, 3), *panels]
 
 
 # ---- title, words, keys
 
 
 def _title(walk: Walk, run: KernelRun, position: int, width: int, look: Look) -> Text:
-    access = run.access(position)
-    both = look.kernel == "both" and width >= WIDE and look.view == "walk"
-    token, head, _ = access.block
-    name = "naive.py and paged.py" if both else run.code.file
-    block = int(run.trace.block[position])
+    name = "naive.py and paged.py" if _both(width, look) else run.code.file
     count = f"{position + 1}/{len(walk)}"
-    number, thread, rounds = f"{block + 1}/{run.trace.num_blocks}", access.thread, run.rounds(position)
-    rest = (
-        f"CUDA block {number}: sequence {LETTERS[token]}, head {head} │ round {access.round + 1}/{rounds} │ "
-        f"thread {thread}"
-    )
+    rest = where(run, position)
     if len(name) + len(rest) + len(count) + 5 > width:
-        rest = f"block {number}: {LETTERS[token]}, head {head} │ round {access.round + 1}/{rounds} │ thread {thread}"
+        rest = rest.replace("CUDA block", "block").replace("sequence ", "")
     gap = max(1, width - len(name) - len(rest) - len(count) - 5)
     return line((f" {name} ", NOW), f" {rest}", " " * gap, (count, TITLE), " ")
+
+
+def where(run: KernelRun, position: int) -> str:
+    """The CUDA block, the round and the thread of an access."""
+    access, block = run.access(position), int(run.trace.block[position])
+    token, head, _ = access.block
+    return (
+        f"CUDA block {block + 1}/{run.trace.num_blocks}: sequence {LETTERS[token]}, head {head} │ "
+        f"round {access.round + 1}/{run.rounds(position)} │ thread {access.thread}"
+    )
 
 
 def _footer(width: int, look: Look) -> Text:

@@ -45,31 +45,39 @@ def source(run: KernelRun, position: int, width: int, height: int, brief: bool =
     `brief` leaves comments at line ends out and halves indents; `other` shows what the other kernel has in
     place of a line.
     """
-    current = int(run.line[position])
-    painted = _highlighted(run.code)
+    current, focus = int(run.line[position]), 0
     rows: Lines = []
-    focus = 0
-    for number, text in run.code.lines:
-        here, different = number == current, number in run.code.different
-        row = painted[number].copy()
+    for number, plain_row in _rows(run.code, _OTHER[run.name] if other else "", width, brief):
+        row = plain_row
+        if number == current:
+            row = line(("▶", TITLE)).append_text(plain_row[1:])
+            row.stylize(NOW)
+            focus = len(rows)
+        rows.append(row)
+    first, end = window(len(rows), height, focus)
+    return rows[first:end]
+
+
+@cache
+def _rows(code: SourceLines, other: str, width: int, brief: bool) -> list[tuple[int, Text]]:
+    """Each line, with its number, and what kernel `other` has in place of it (number -1)."""
+    rows = []
+    for number, text in code.lines:
+        different = number in code.different
+        row = _highlighted(code)[number].copy()
         indent = len(text) - len(text.lstrip())
         pad = " " * (max(0, indent // 2 - 2) if brief else indent)
         if brief:
             cut = text.find("  # ", indent + 1)
             row = line(pad).append_text((row[:cut] if cut >= 0 else row)[indent:])
-        head = line(("▶" if here else " ", TITLE), ("≠" if different else " ", TITLE), (f"{number:>3} ", DIM))
-        row = exactly(head.append_text(row), width)
-        if here:
-            row.stylize(NOW)
-            focus = len(rows)
-        elif different:
+        row = exactly(line(" ", ("≠" if different else " ", TITLE), (f"{number:>3} ", DIM)).append_text(row), width)
+        if different:
             row.stylize("bold underline", 6)
-        rows.append(row)
+        rows.append((number, row))
         if different and other:
-            instead = run.code.different[number].strip()
-            rows.append(exactly(line((f" ≠     {pad}{_OTHER[run.name]}: {instead}", "italic")), width))
-    first, end = window(len(rows), height, focus)
-    return rows[first:end]
+            instead = code.different[number].strip()
+            rows.append((-1, exactly(line((f" ≠     {pad}{other}: {instead}", "italic")), width)))
+    return rows
 
 
 _OTHER = {"naive": "paged", "paged": "naive"}

@@ -11,11 +11,13 @@ from dataclasses import replace
 from rich.text import Text
 
 from ..common import options
+from ..common.console import Console
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..common.viewer import Viewer
 from .frames import SMALLEST, VIEWS, WIDE, Look, frame
 from .run import KERNELS, Sizes, Walk, walk
+from .walk_page import write_page
 
 STEPS = ("access", "line", "thread", "round", "block")
 _TOY = Sizes()
@@ -91,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.printed(show)
     options.svg_output(show, "write the frame at --at (default: keys) as a picture")
+    options.output(show, "--html", "write every access of both kernels as one page for a browser, which opens at --at")
     call = parser.add_argument_group("the attention call, one query token for each sequence")
     options.integer(call, "--tokens", list(_TOY.tokens), "keys of each sequence", least=None, nargs="+")
     options.integer(call, "--block-size", _TOY.block_size, "tokens in a block", least=None)
@@ -112,9 +115,14 @@ def main(args: argparse.Namespace) -> int:
     made = walk(sizes)
     at = _position(args.at, made) if args.at else None
     look = Look(args.kernel, args.view)
+    if args.html:
+        with Console(stderr=True).status(f"drawing {2 * len(made):,} accesses ..."):
+            write_page(args.html, made, _position("keys", made) if at is None else at, look, size)
     if args.svg:
         position, size = _position("keys", made) if at is None else at, size or (100, 30)
         write_svg(args.svg, frame(made, position, *size, replace(look, keys=False)), size, "paged-ref walk")
+    elif args.html:
+        pass
     elif is_terminal() and not (args.print or every or size):
         play(Walker(made, look, at or 0))
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from ....timeline.history import History
+from ....timeline.history import History, Moment
 from ...common.canvas import (
     DIM,
     Lines,
@@ -100,6 +100,10 @@ def _stacked(scene: Scene, frame: int, width: int, height: int) -> Lines:
 # --- above the frame --------------------------------------------------------------------------------------
 
 
+def step_of(moment: Moment) -> str:
+    return f"step {moment.state.plan.step}" if moment.state.plan else "no step yet"
+
+
 def _title(scene: Scene, width: int) -> Text:
     moment, history = scene.moment, scene.history
     parts = [f"{moment.state.memory.manager} manager"]
@@ -108,8 +112,7 @@ def _title(scene: Scene, width: int) -> Text:
     if len(scene.runs) > 1:
         place = next(i for i, run in enumerate(scene.runs, start=1) if run is history)
         parts.append(f"run {place}/{len(scene.runs)}")
-    step = f"step {moment.state.plan.step}" if moment.state.plan else "no step yet"
-    right = f"  {step}, event {moment.position + 1:,} of {len(history):,} "
+    right = f"  {step_of(moment)}, event {moment.position + 1:,} of {len(history):,} "
     return title_line(parts, right, width)
 
 

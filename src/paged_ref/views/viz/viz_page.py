@@ -1,0 +1,47 @@
+"""The runs of `paged-ref viz` as one page: each event in each frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...timeline.history import MARKS, History
+from ..common.canvas import Scene
+from ..common.printing import Size
+from ..page.page import Page, Story, Words
+from .frames.screen import frames_of, step_of
+from .narration import narrate
+from .source_links import function_for_event, place_of
+
+MOST = 10_000  # events: two minutes of drawing, and 2 MB
+FEWER = 6  # lines that a frame has fewer than the window of a terminal: title, sentence and keys stand around it
+
+
+def write_page(path: Path, runs: Sequence[History], frame: int, at: int | None, size: Size | None) -> None:
+    """The page opens at event `at` (from 0) of the first run. Raises ValueError where it cannot be written."""
+    if (total := sum(map(len, runs))) > MOST:
+        raise ValueError(f"--html: {total:,} events are in the log; at most {MOST:,} fit on a page")
+    width, height = size or (100, 30)
+    model = f" of {runs[0].model}" if runs[0].model else ""
+    used = {mark for run in runs for _, mark in run.marks}
+    words = Words(
+        f"The memory{model}, event by event", "manager", "event", "step", "highlight",
+        {mark: what for mark, what in MARKS.items() if mark in used},
+    )  # fmt: skip
+    page = Page(words, width, height - FEWER)
+    page.start = {"run": 0, "frame": frame, "position": at or 0}
+    for run in runs:
+        frames = frames_of(run)
+        names, about = [each.name for each in frames], [each.about for each in frames]
+        marks = [(position, mark) for position, mark in run.marks if mark not in "BN"]
+        manager = run.moment(0).state.memory.manager
+        same = sum(story.name.split()[0] == manager for story in page.runs)  # earlier runs under this manager
+        page.begin(Story(f"{manager} {same + 1}" if same else manager, names, about, run.step_positions, marks))
+        for position in range(len(run)):
+            moment = run.moment(position)
+            scene = Scene(moment, runs, hints=False)
+            drawn = [each.draw(scene, width, height - FEWER) for each in frames]
+            place = place_of(function_for_event(moment))
+            source = f"{place.file}:{place.line} {place.name}", "\n".join(place.source)
+            page.add(drawn, step_of(moment), narrate(moment), source)
+    page.write(path)
