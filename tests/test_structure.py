@@ -35,7 +35,10 @@ FLOORS = [
 ]
 UPPER = {"views", "planner", "training", "bench", "commands", "lesson"}
 # The doors put rooms together, and stand outside the floors. Rooms that may go through them:
-DOORS = {"llm": UPPER, "kernels": UPPER | {"beyond_device"}, "__init__": UPPER, "__main__": set(), "cli": {"commands"}}
+DOORS = {
+    "llm": UPPER, "kernels": UPPER | {"beyond_device"}, "notebook": set(), "__init__": UPPER, "__main__": set(),
+    "cli": {"commands"},
+}  # fmt: skip
 
 # In the order in which the README gives them to the reader.
 READING_PATH = (

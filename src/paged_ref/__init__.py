@@ -8,6 +8,8 @@ The names load on first use, so that `import paged_ref` starts no compiler and t
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +31,18 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'paged_ref' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext paged_ref`; in a notebook, `import paged_ref` is enough."""
+    importlib.import_module("paged_ref.notebook").register(shell)
+
+
+def _in_a_notebook() -> None:
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and (shell := ipython.get_ipython()) is not None:
+        load_ipython_extension(shell)
+
+
+_in_a_notebook()
