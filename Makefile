@@ -23,7 +23,7 @@ XDIST = $(shell $(GPU_PYTHON) -c "import xdist" 2>/dev/null && printf %s "-n 4")
 CUDA_VERSION ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lesson test test-all test-other test-bare lint compare pictures clean
+.PHONY: help book demo lesson test test-all test-other test-bare lint compare pictures clean
 .PHONY: gpu gpu-smoke gpu-tests gpu-check gpu-bench gpu-here cubins
 
 help:  ## this list
@@ -75,6 +75,13 @@ pictures: .venv/run.stamp  ## lessons/pictures/*.svg, from real runs
 	    --svg lessons/pictures/$${picture%:*}.svg || exit 1; \
 	done
 	$(BIN)/paged-ref walk --svg lessons/pictures/walk.svg
+
+# Sphinx reads a copy of book/, in which the extension writes the pages that are made from runs. A broken link fails it.
+book: .venv/book.stamp  ## the book in build/book/index.html: the course with its output, side by side, reference
+	@rm -rf build/book build/book-source && mkdir -p build && cp -R book build/book-source && mkdir build/book-source/extra
+	@cp -R lessons/start_here build/book-source/start_here
+	PAGED_REF_ROOT=$(CURDIR) $(BIN)/python -m sphinx -q -W --keep-going -j auto build/book-source build/book
+	@echo "build/book/index.html"
 
 gpu:  ## on a GPU, with results in OUT: smoke, then tests, memory and race checks, benchmarks; 4 minutes each at most
 	@status=0; \
@@ -155,6 +162,10 @@ build/bare/pip.stamp: pyproject.toml
 
 .venv/notebook.stamp: .venv/pip.stamp pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[notebook,completion]'
+	@touch $@
+
+.venv/book.stamp: .venv/pip.stamp pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[book]'
 	@touch $@
 
 .venv/compare.stamp: .venv/pip.stamp pyproject.toml

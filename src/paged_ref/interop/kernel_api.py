@@ -67,6 +67,12 @@ def paged_attention(
     Arrays are NumPy, CuPy or DLPack; the answer is of the query's kind, dtype and device. Raises ValueError with the
     argument, the value and the bound. Values on a GPU are only checked with `validate=True`. The kernel of Kwon et al.
     2023, §4.1, with the conventions of FlashAttention and of today's vLLM.
+
+    >>> import numpy as np
+    >>> query = np.zeros((1, 2, 4), np.float32)  # every key is seen alike
+    >>> values = np.arange(3 * 2, dtype=np.float32).reshape(3, 2, 1, 1) * np.ones(4, np.float32)
+    >>> paged_attention(query, values, values, np.array([[2, 0]]), np.array([3]))[0, 0]  # blocks 2 and 0: 4, 5, then 0
+    array([3., 3., 3., 3.], dtype=float32)
     """
     variant = Variant(softcap, alibi_slopes, sinks, key_scales, value_scales)
     where = Addresses(seq_lens, query_start_loc, block_tables)
@@ -100,6 +106,11 @@ def naive_attention(
 
     `keys, values [num_slots, num_kv_heads, head_size]`, `starts [num_seqs]` the first slot of each region; all the rest
     as in `paged_attention`.
+
+    >>> import numpy as np
+    >>> query, values = np.zeros((1, 2, 4), np.float32), np.ones((6, 1, 4), np.float32)
+    >>> naive_attention(query, values, values, starts=np.array([1]), seq_lens=np.array([3])).shape
+    (1, 2, 4)
     """
     variant = Variant(softcap, alibi_slopes, sinks, key_scales, value_scales)
     where = Addresses(seq_lens, query_start_loc, starts=starts)
@@ -262,6 +273,13 @@ def write_kv(
     the cache's format, int8 and float8 with `key_scales` and `value_scales [num_kv_heads]` (extras/formats.py). Raises
     ValueError for a slot outside the cache (checked in host memory, and on a GPU with `validate=True`). vLLM calls this
     reshape_and_cache.
+
+    >>> import numpy as np
+    >>> caches = np.zeros((2, 2, 4, 1, 1), np.float32)  # K and V: 2 blocks of 4 slots
+    >>> write_kv(np.ones((2, 1, 1), np.float32), np.ones((2, 1, 1), np.float32), *caches, np.array([5, -1]))
+    >>> caches[0, :, :, 0, 0]
+    array([[0., 0., 0., 0.],
+           [0., 1., 0., 0.]], dtype=float32)
     """
     key, value = adopt(key, "key"), adopt(value, "value")
     key_cache, value_cache = adopt(key_cache, "key_cache"), adopt(value_cache, "value_cache")
@@ -317,6 +335,12 @@ def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
 
     All sources are read before a destination is written, so a block may be both. Raises ValueError for a block id
     outside the cache and for a destination named twice. What copy on write does.
+
+    >>> import numpy as np
+    >>> caches = np.arange(3.0).reshape(1, 3, 1, 1, 1) * np.ones((2, 1, 1, 1, 1))  # K and V: 3 blocks of 1 slot
+    >>> copy_blocks(*caches, [(0, 1), (1, 2)])
+    >>> caches[0].ravel()
+    array([0., 0., 1.])
     """
     key_cache, value_cache = adopt(key_cache, "key_cache"), adopt(value_cache, "value_cache")
     pairs = np.asarray(to_host(block_mapping) if hasattr(block_mapping, "shape") else block_mapping, dtype=np.int64)
@@ -343,6 +367,11 @@ def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
     come from attention over disjoint sets of keys; returns `(output, lse)` without the first axis. A part that saw no
     key (lse −inf, or +inf as in flash-attn 2) adds nothing, whatever its output; where all parts saw none, output is 0
     and lse −inf. The split-KV combine of flash-decoding; FlashInfer's merge_states.
+
+    >>> import numpy as np
+    >>> output, lse = merge_states(np.array([[[[1.0]]], [[[4.0]]]]), np.log([[[2.0]], [[1.0]]]))  # 2 keys, and 1 key
+    >>> output.item(), round(np.exp(lse).item(), 6)
+    (2.0, 3.0)
     """
     caller = outputs
     outputs, lses = adopt(outputs, "outputs"), adopt(lses, "lses")
