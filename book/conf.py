@@ -20,6 +20,7 @@ html_theme = "furo"
 html_title = "paged_ref"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_js_files = ["book.js"]
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "default"

@@ -44,7 +44,7 @@ def page(path: Path) -> str:
     session = BookSession(path.stem, path.parent, Progress(), interactive=False, console=console)
     session.answers = []
     namespace: dict[str, object] = {"__name__": "__main__", "__file__": str(path)}
-    parts = [f"(lesson-{script.number:02})=", f"# {script.number}. {script.title}", *_head(script)]
+    parts = [f"(lesson-{script.number:02})=", f"# {script.number}. {capital(script.title)}", *_head(script)]
     with running(session):
         for part in script.parts:
             session.checked.clear()
@@ -64,8 +64,12 @@ def page(path: Path) -> str:
 
 def _head(script: lesson_script.LessonScript) -> list[str]:
     text = script.head.partition("\n\n")[2].partition("\n\n")[2]
-    facts = f"*{script.question}* About {script.minutes} minutes. In a terminal: `paged-ref lesson {script.number}`."
-    return [facts, text]
+    command = f"In a terminal: `paged-ref lesson {script.number}`."
+    return [f"*{capital(script.question)}* About {script.minutes} minutes. {command}", text]
+
+
+def capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _run(passage: lesson_script.Passage, path: Path, namespace: dict[str, object]) -> str:
@@ -104,12 +108,16 @@ def _output(printed: str) -> str:
 
 def _question(question: str, answer: str) -> str:
     shown = "<br>".join(escape(line.strip()) for line in answer.splitlines())
-    return f'```{{raw}} html\n<details class="question"><summary>{escape(question)}</summary><p>{shown}</p></details>\n```'
+    return (
+        f'```{{raw}} html\n<details class="question"><summary>{escape(question)}</summary><p>{shown}</p></details>\n```'
+    )
 
 
 def _folded(session: LessonSession, name: str) -> str:
     exercise = session.exercises[name]
-    parts = [f"<details><summary>Hint for <code>{escape(name)}</code></summary><p>{escape(exercise.hint)}</p></details>"]
+    parts = [
+        f"<details><summary>Hint for <code>{escape(name)}</code></summary><p>{escape(exercise.hint)}</p></details>"
+    ]
     if solution := session.solution(name):
         parts.append(f"<details><summary>One solution</summary><pre>{escape(solution[1])}</pre></details>")
     return "```{raw} html\n" + "\n".join(parts) + "\n```"

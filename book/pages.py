@@ -32,6 +32,7 @@ FRAME_HEIGHT = 620  # pixels
 def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", make_pages)
     app.connect("doctree-resolved", link_names)
+    app.connect("html-page-context", level_of_captions, priority=900)  # after the theme has made its navigation
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -41,12 +42,12 @@ def make_pages(app: Any) -> None:
         (source / folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as together, tempfile.TemporaryDirectory() as state:
         steppers = [
-            together.submit(run, "-m", "paged_ref", name, "--html", f"{name}.html", folder=source / "extra" / "steppers")
+            together.submit(
+                run, "-m", "paged_ref", name, "--html", f"{name}.html", folder=source / "extra" / "steppers"
+            )
             for name in ("viz", "walk")
         ]
-        made = {
-            path: together.submit(run, str(source / "lesson_page.py"), str(path), state=state) for path in LESSONS
-        }
+        made = {path: together.submit(run, str(source / "lesson_page.py"), str(path), state=state) for path in LESSONS}
         for path, page in made.items():
             (source / "lessons" / f"{path.stem}.md").write_text(with_steppers(page.result(), path), encoding="utf-8")
         for stepper in steppers:
@@ -94,7 +95,10 @@ def with_steppers(page: str, path: Path) -> str:
 def lesson_list() -> str:
     """The lessons in order, with their time and question."""
     read = [lesson_script.read(path) for path in LESSONS]
-    rows = [f"| [{each.number}. {each.title}](#lesson-{each.number:02}) | {each.minutes} | {each.question} |" for each in read]
+    rows = [
+        f"| [{each.number}. {each.title}](#lesson-{each.number:02}) | {each.minutes} | {each.question} |"
+        for each in read
+    ]
     table = "\n".join(["| lesson | minutes | its question |", "|---|---:|---|", *rows])
     order = "\n".join(path.stem for path in LESSONS)
     return f"\n{table}\n\n```{{toctree}}\n:hidden:\n\n{order}\n```\n"
@@ -177,15 +181,17 @@ def side_by_side() -> str:
         kernel, rows = made.runs[name], []
         first = {int(line): position for position, line in reversed(list(enumerate(kernel.line)))}
         for number, text in kernel.code.lines:
-            shown = escape(text) or " "
+            indent, shown = text[: len(text) - len(text.lstrip())], escape(text.lstrip())
             if number in first:
                 link = f"steppers/walk.html#run={name}&access={first[number] + 1}"
                 shown = f'<a href="{link}">{shown}</a>'
             kind = ' class="differs"' if number in kernel.code.different else ""
             mark = '<span class="mark">≠ </span>' if kind else "  "
-            rows.append(f"<span{kind}><i>{number:>4}</i> {mark}{shown}</span>")
+            rows.append(f"<span{kind}><i>{number:>4}</i> {mark}{indent}{shown}</span>")
         lines = "\n".join(rows)
-        columns.append(f'<figure><figcaption>{name}.py</figcaption><pre class="kernel" tabindex="0">{lines}</pre></figure>')
+        columns.append(
+            f'<figure><figcaption>{name}.py</figcaption><pre class="kernel" tabindex="0">{lines}</pre></figure>'
+        )
     same = len(made.runs["naive"].code.different)
     return f"""# Side by side
 
@@ -213,6 +219,13 @@ def numbers_page() -> str:
         command = command.rpartition("; ")[2]
         parts += [f"## `{command}`", f"{date}. {machine}.", "```text\n" + "\n".join(printed).strip("\n") + "\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def level_of_captions(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Sphinx gives the captions of the navigation the role of a heading, without the level that a reader needs."""
+    for name in ("furo_navigation_tree", "toc"):
+        if name in context:
+            context[name] = context[name].replace('role="heading"', 'role="heading" aria-level="2"')
 
 
 # --- names in prose -------------------------------------------------------------------------------------------

@@ -39,9 +39,21 @@ class Browser:
             return json.load(answer)["value"]
 
     def open(self, path: Path, fragment: str = "") -> None:
-        self._ask("/url", {"url": "about:blank"})  # else a new fragment alone would load nothing
-        self._ask("/url", {"url": f"{path.as_uri()}{fragment}"})
+        self.go(f"{path.as_uri()}{fragment}")
         self.wait("document.getElementById('picture').textContent || document.getElementById('problem').textContent")
+
+    def go(self, address: str) -> None:
+        self._ask("/url", {"url": "about:blank"})  # else a new fragment alone would load nothing
+        self._ask("/url", {"url": address})
+
+    def enter(self, selector: str) -> None:
+        """Into a frame of the page: `run`, `wait` and `text` are about its document then."""
+        element = self.run(f"document.querySelector({json.dumps(selector)})")
+        self._ask("/frame", {"id": element})
+
+    def run_async(self, script: str) -> Any:
+        """What the script hands to `arguments[0]`."""
+        return self._ask("/execute/async", {"script": script, "args": []})
 
     def run(self, expression: str) -> Any:
         return self._ask("/execute/sync", {"script": f"return {expression}", "args": []})
