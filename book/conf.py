@@ -26,6 +26,7 @@ html_show_sphinx = False
 pygments_style = "default"
 
 default_role = "code"  # docstrings write names between single backticks
+autoclass_content = "both"  # what the arguments mean is in the docstring of __init__
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -178,29 +178,35 @@ def side_by_side() -> str:
     made = walk()
     columns = []
     for name in KERNELS:
-        kernel, rows = made.runs[name], []
+        kernel = made.runs[name]
         first = {int(line): position for position, line in reversed(list(enumerate(kernel.line)))}
+        cells = []
         for number, text in kernel.code.lines:
             indent, shown = text[: len(text) - len(text.lstrip())], escape(text.lstrip())
             if number in first:
                 link = f"steppers/walk.html#run={name}&access={first[number] + 1}"
                 shown = f'<a href="{link}">{shown}</a>'
-            kind = ' class="differs"' if number in kernel.code.different else ""
-            mark = '<span class="mark">≠ </span>' if kind else "  "
-            rows.append(f"<span{kind}><i>{number:>4}</i> {mark}{indent}{shown}</span>")
-        lines = "\n".join(rows)
-        columns.append(
-            f'<figure><figcaption>{name}.py</figcaption><pre class="kernel" tabindex="0">{lines}</pre></figure>'
-        )
-    same = len(made.runs["naive"].code.different)
+            cells.append((number, f"{indent}{shown}", number in kernel.code.different))
+        columns.append(cells)
+    rows = []
+    for (left, naive, differs), (right, paged, _) in zip(*columns, strict=True):
+        mark = "≠" if differs else ""
+        kind = ' class="differs"' if differs else ""
+        cell = "<td><code>{}</code></td>".format
+        rows.append(f"<tr{kind}><td>{left}</td>{cell(naive)}<td>{mark}</td><td>{right}</td>{cell(paged)}</tr>")
+    different = sum(differs for _, _, differs in columns[0])
+    head = '<th></th><th scope="col">naive.py</th><th></th><th></th><th scope="col">paged.py</th>'
     return f"""# Side by side
 
-The naive kernel reads K and V that lie in one piece; the paged kernel reads them through a block table. {same} lines
-differ, marked with ≠: everything else is the same. A line that reads or writes memory is a link to the first moment in
-which it does, in a call that the tracer ran: which thread, which slot, what it costs. In a terminal: `paged-ref walk`.
+The naive kernel reads K and V that lie in one piece; the paged kernel reads them through a block table. {different}
+lines differ, marked with ≠: everything else is the same. A line that reads or writes memory is a link to the first
+moment in which it does, in a call that the tracer ran: which thread, which slot, what it costs. In a terminal:
+`paged-ref walk`.
 
 ```{{raw}} html
-<div class="beside">{"".join(columns)}</div>
+<div class="wide" tabindex="0"><table class="beside"><thead><tr>{head}</tr></thead><tbody>
+{"".join(rows)}
+</tbody></table></div>
 ```
 
 {stepper("walk", "", ".")}
