@@ -21,7 +21,7 @@ from ..views.common.files import recording
 from ..views.common.loop import play
 from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..views.viz.frames.screen import FRAMES, FRAMES_OF_PAGES, SMALLEST, Frame, frames_of, screen
-from ..views.viz.player import Player
+from ..views.viz.player import Player, opening
 from ..views.viz.viz_page import write_page
 from ..views.viz.viz_run import PAPER, Workload, record, workload
 
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     at = None if args.at is None else _position(args.at, runs[0])
     if args.html:
         with Console(stderr=True).status("drawing each event ..."):
-            write_page(args.html, runs, frame, at, size)
+            write_page(args.html, runs, frame, opening(runs[0]) if at is None else at, size)
     if args.svg:
         size = size or (100, 30)
         still = _still(runs, frame, len(runs[0]) - 1 if at is None else at, size)
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         pass
     elif is_terminal() and not (args.print or args.every or size):
         gc.freeze()  # the events stay to the end: the collector need not walk them between two keys
-        play(Player(runs, frame, at or 0))
+        play(Player(runs, frame, opening(runs[0]) if at is None else at))
     else:
         _print(runs, frame, at, args.every, size)
     return 0

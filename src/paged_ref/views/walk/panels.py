@@ -17,7 +17,7 @@ from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.text import Text
 
 from ...interop.layouts import pack_size
-from ..common.canvas import COLOURS, DIM, TITLE, Lines, exactly, fit, line, rule, window, wrap
+from ..common.canvas import COLOURS, DIM, TITLE, Lines, exactly, filled, fit, line, rule, window, wrap
 from .run import LETTERS, IntArray, KernelRun, LayoutCost
 from .source import SourceLines
 
@@ -28,7 +28,7 @@ NOW = "bold reverse"
 
 
 # Readable on a dark and on a light ground.
-_STYLES = {Comment: "dim italic", Keyword: "bold", String: "dim", Number: "cyan"}
+_STYLES = {Comment: "dim italic", Keyword: "bold", String: "dim", Number: COLOURS[0]}
 _THEME = ANSISyntaxTheme({kind: Style.parse(style) for kind, style in _STYLES.items()})
 
 
@@ -278,7 +278,7 @@ def counters(run: KernelRun, position: int, width: int, height: int) -> Lines:
             text = _both(counts[t])
             row.append(f"{text:>{cell}}", NOW if t == thread and here else DIM if text == "." else "")
         lines.append(row.append(f"{totals[name]:>{last}}", TITLE))
-    return lines[:height]
+    return filled(lines, height)
 
 
 _LENGTHS = ("seq_lens", "query_start_loc")
@@ -336,7 +336,7 @@ def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
     if height >= len(lines) + 3 + len(costs) and width < 100:
         lines += [line(""), line((f" the axes of {letter}", DIM))]
         lines += [line(f" {cost.layout:<17}", _shape(cost.layout, letter, x)) for cost in costs]
-    return lines[:height]
+    return filled(lines, height)
 
 
 def _cost_table(costs: list[LayoutCost], itemsize: int, whole_block: bool) -> Lines:
