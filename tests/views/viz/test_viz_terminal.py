@@ -122,7 +122,9 @@ def test_an_exception_restores_the_terminal(start: Callable[..., Terminal], tmp_
         "player.Player.actions['n'] = broken\n",
         encoding="utf-8",
     )
-    terminal = start("--at", "1", PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    terminal = start(
+        "--at", "1", PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
     terminal.see("event 1 of")
     terminal.press("n")
     assert terminal.end() == 1

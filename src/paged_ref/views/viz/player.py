@@ -52,6 +52,7 @@ class Player(Viewer):
     """Where the viewer is, and what each key does."""
 
     thing = "events"
+    help_pages = 2
 
     def __init__(self, runs: Sequence[History], frame: int = 0, position: int = 0) -> None:
         super().__init__(speed=2)
@@ -81,7 +82,7 @@ class Player(Viewer):
 
     def draw(self, width: int, height: int) -> Text:
         if self.helping:
-            return _help(width, height)
+            return _help(width, height, self.helping)
         message = self.message
         if self.typed is not None:
             message = f"find a sequence: {self.typed}▏  (Enter: go, Esc: back)"
@@ -181,8 +182,11 @@ class Player(Viewer):
     }
 
 
-def _help(width: int, height: int) -> Text:
-    rows = [rule("Keys", width), *help_lines(HELP), rule("Signs", width)]
+def _help(width: int, height: int, number: int) -> Text:
+    if number == 1:
+        rows = [rule("Keys", width), *help_lines(HELP)]
+        return page([*filled(rows, height - 1), line(("  ?: the signs; any other key: back", DIM))], width, height)
+    rows = [rule("Signs", width)]
     for where, signs in SIGNS:
         for i, text in enumerate(pack(signs, width - 18)):
             rows.append(line((f" {where if i == 0 else '':<17}", "bold"), text))

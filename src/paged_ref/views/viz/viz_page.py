@@ -11,6 +11,7 @@ from ..common.printing import Size
 from ..page.page import Page, Story, Words
 from .frames.screen import frames_of, step_of
 from .narration import address, narrate
+from .player import SIGNS
 from .source_links import function_for_event, place_of
 
 MOST = 10_000  # events: two minutes of drawing, and 2 MB
@@ -27,6 +28,7 @@ def write_page(path: Path, runs: Sequence[History], frame: int, at: int, size: S
     words = Words(
         f"The memory{model}, event by event", "manager", "event", "step", "highlight",
         {mark: what for mark, what in MARKS.items() if mark in used},
+        notes=[(sign.split(" ")[0], sign.split(" ", 1)[1]) for _, signs in SIGNS[:-1] for sign in signs],
     )  # fmt: skip
     page = Page(words, width, height - FEWER)
     page.start = {"run": 0, "frame": frame, "position": at}
