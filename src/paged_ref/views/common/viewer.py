@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .canvas import Lines, line
 
-SPEEDS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # positions in a second
+SPEEDS = (0.2, 0.5, 1, 2, 4, 8, 16, 32, 64)  # positions in a second
 
 
 class Viewer(ABC):
