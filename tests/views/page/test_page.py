@@ -50,7 +50,7 @@ def test_the_page_holds_each_frame_of_each_event(page: Path, short_log: Path) ->
     assert [run["name"] for run in data["runs"]] == ["paged", "standard"]
     for run, kept in zip(runs, data["runs"], strict=True):
         assert kept["steps"] == run.step_positions
-        assert [sentence.split(" Token ")[0] for sentence in kept["sentences"]] == [
+        assert [sentence.split("\n")[0] for sentence in kept["sentences"]] == [
             narrate(run.moment(position)) for position in range(len(run))
         ]
         for position in range(0, len(run), 5):

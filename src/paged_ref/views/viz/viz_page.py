@@ -45,6 +45,6 @@ def write_page(path: Path, runs: Sequence[History], frame: int, at: int, size: S
             drawn = [each.draw(scene, width, height - FEWER) for each in frames]
             place = place_of(function_for_event(moment))
             source = f"{place.file}:{place.line} {place.name}", "\n".join(place.source)
-            sentence = f"{narrate(moment)} {address(moment)}".rstrip()
+            sentence = f"{narrate(moment)}\n{address(moment)}".rstrip()
             page.add(drawn, step_of(moment), sentence, source)
     page.write(path)

@@ -13,7 +13,8 @@ from rich.text import Text
 from ..common.canvas import DIM, TITLE, Lines, beside, filled, fit, line, page, rule, too_small, wrap
 from ..common.viewer import help_lines
 from .captions import sentence
-from .panels import NOW, caches, cell_width, counters, grid_height, layouts, now, source, thread_line
+from .counts import counters, layouts, thread_line
+from .panels import NOW, caches, cell_width, grid_height, now, source
 from .run import LETTERS, KernelRun, Walk
 
 SMALLEST = (60, 20)

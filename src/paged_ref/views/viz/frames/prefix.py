@@ -7,7 +7,7 @@ from itertools import islice
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ....timeline.state import KnownBlock
+from ....timeline.memory_state import KnownBlock
 from ...common.canvas import (
     DIM,
     NEW,
