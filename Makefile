@@ -67,7 +67,7 @@ lint: .venv/test.stamp .venv/lint.stamp  ## ruff format and check, mypy strict
 compare: .venv/test.stamp .venv/compare.stamp  ## the tests against PyTorch and transformers (installs both)
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m compare
 
-pictures: .venv/run.stamp  ## lessons/pictures/*.svg, from real runs
+pictures: .venv/run.stamp  ## lessons/pictures: frames as *.svg, whole runs as *.html, from real runs
 	@mkdir -p lessons/pictures build
 	@$(BIN)/paged-ref viz --record build/pictures.jsonl --size 100x30 --at 1 >/dev/null
 	for picture in tables:S sharing:C swap:S prefix:H memory:S timeline:R; do \
@@ -75,6 +75,8 @@ pictures: .venv/run.stamp  ## lessons/pictures/*.svg, from real runs
 	    --svg lessons/pictures/$${picture%:*}.svg || exit 1; \
 	done
 	$(BIN)/paged-ref walk --svg lessons/pictures/walk.svg
+	$(BIN)/paged-ref viz --html lessons/pictures/viz.html
+	$(BIN)/paged-ref walk --html lessons/pictures/walk.html
 
 # Sphinx reads a copy of book/, in which the extension writes the pages that are made from runs. A broken link fails it.
 book: .venv/book.stamp  ## the book in build/book/index.html: the course with its output, side by side, reference

@@ -119,7 +119,7 @@ def test_the_demo_compares_two_identical_runs(columns: int) -> None:
         "running sequences, peak",
         "memory holding tokens",
         "preemptions",
-        f"Next: {short_path(Path(sys.executable))} -m paged_ref generate",
+        f"Next: {short_path(Path(sys.executable))} -m paged_ref viz --tour",
     ):
         assert expected in words
     assert max(map(len, done.stdout.splitlines())) <= columns

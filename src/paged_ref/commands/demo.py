@@ -157,7 +157,9 @@ def _report(console: Console, llm: LLM, standard: DemoRun, paged: DemoRun) -> in
     console.print(f"Token ids of the two runs: {verdict} ({sum(map(len, found))} new tokens).\n")
     console.print(_block_table(paged, llm))
     console.print(_comparison([standard, paged]))
-    console.print(f"Next: {program()} generate --prompt Once", highlight=False)
+    console.print(f"Next: {program()} viz --tour", highlight=False)
+    console.print("shows in a minute how the three ways to keep K and V differ, step by step.")
+    console.print(f"{program()} generate --prompt Once", highlight=False)
     console.print("lets the model write. src/paged_ref/core/memory/paged.py is what made the difference.")
     return 0 if found == wanted else 1
 

@@ -21,7 +21,8 @@ from ..views.common.files import recording
 from ..views.common.loop import play
 from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..views.viz.frames.screen import FRAMES, FRAMES_OF_PAGES, SMALLEST, Frame, frames_of, screen
-from ..views.viz.player import Player
+from ..views.viz.player import Player, opening
+from ..views.viz.tour import SMALLEST_TOUR, Tour
 from ..views.viz.viz_page import write_page
 from ..views.viz.viz_run import PAPER, Workload, record, workload
 
@@ -31,6 +32,7 @@ MAX_TOKENS = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("logs", nargs="*", type=Path, metavar="FILE", help="replay logs that --record wrote")
     show = parser.add_argument_group("what to show")
+    show.add_argument("--tour", action="store_true", help="a minute's tour: the same requests under each manager")
     names = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES, start=1))
     pages = ", ".join(f"{i} {frame.name}" for i, frame in enumerate(FRAMES_OF_PAGES, start=1))
     show.add_argument("--frame", default="1", metavar="K", help=f"{names}; of a log of `long`: {pages} (default 1)")
@@ -58,13 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if not args.logs:
         _frame(args.frame, FRAMES)  # nonsense is refused before the model runs
-    size = parse_size(args.size, SMALLEST) if args.size else None
+    if args.tour and (other := options.first_given(args, "at", "every", "svg", "html")):
+        raise ValueError(f"{other} shows one moment, and --tour goes through several; leave one of them out")
+    size = parse_size(args.size, SMALLEST_TOUR if args.tour else SMALLEST) if args.size else None
     runs = _runs(args)
+    if args.tour:
+        return _tour(runs, args.print, size)
     frame = _frame(args.frame, frames_of(runs[0]))
     at = None if args.at is None else _position(args.at, runs[0])
     if args.html:
         with Console(stderr=True).status("drawing each event ..."):
-            write_page(args.html, runs, frame, at, size)
+            write_page(args.html, runs, frame, opening(runs[0]) if at is None else at, size)
     if args.svg:
         size = size or (100, 30)
         still = _still(runs, frame, len(runs[0]) - 1 if at is None else at, size)
@@ -73,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         pass
     elif is_terminal() and not (args.print or args.every or size):
         gc.freeze()  # the events stay to the end: the collector need not walk them between two keys
-        play(Player(runs, frame, at or 0))
+        play(Player(runs, frame, opening(runs[0]) if at is None else at))
     else:
         _print(runs, frame, at, args.every, size)
     return 0
@@ -113,6 +119,20 @@ def _print(runs: list[History], frame: int, at: int | None, every: int | None, s
     else:
         positions = list(first.step_positions) or [len(first) - 1]
     print_frames(lambda at, width, height: _still(runs, frame, at, (width, height)), positions, size, SMALLEST)
+
+
+def _tour(runs: list[History], printed: bool, size: Size | None) -> int:
+    tour = Tour(runs)
+    if is_terminal() and not (printed or size):
+        play(tour)
+        return 0
+
+    def draw(stop: int, width: int, height: int) -> Text:
+        tour.go(stop)
+        return tour.draw(width, height)
+
+    print_frames(draw, range(tour.num_positions), size, SMALLEST_TOUR)
+    return 0
 
 
 def _still(runs: list[History], frame: int, at: int, size: Size) -> Text:

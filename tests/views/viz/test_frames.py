@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
+from rich.color import Color
 from rich.console import Console
 from rich.text import Text
 from support.logged_managers import logged_paged
@@ -95,9 +96,9 @@ def test_a_state_at_80x24_shows_the_essentials(runs: list[History]) -> None:
     """The copy on write of the paper's Figure 8, as the pool shows it."""
     text = draw(runs, 0, first(runs[0], "C"), (80, 24))
     row = next(line for line in text if " C  2 " in line)
-    assert "0→1 B1" in row  # its count rises from 0
+    assert "×0→×1 B1" in row  # its count rises from 0
     assert "▸" in row  # the slot that was given out
-    assert any("↓  0 2→1 B2" in line for line in text)  # the other's count falls
+    assert any("↓  0 ×2→×1 B2" in line for line in text)  # the other's count falls
     assert any("Copy on write: B1 is to write into block 0, which B2 needs as it is." in line for line in text)
     assert any("paged_ref/core/memory/paged.py:" in line and "PagedManager.append" in line for line in text)
     assert any("Free, next first: 4 5 6 8" in line for line in text)
@@ -112,8 +113,50 @@ def test_nothing_is_said_by_colour_alone(runs: list[History]) -> None:
         console.print(picture, no_wrap=True, overflow="crop")
         drawn = file.getvalue()
         assert Text.from_ansi(drawn).plain.rstrip() == picture.plain.rstrip()
-        assert ("\x1b[32m" in drawn or "\x1b[1;32m" in drawn) is not no_color
+        assert ("\x1b[38;5;28m" in drawn) is not no_color  # green4
     assert len({PARTS[part].mark for part in USAGE}) == len(USAGE)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 150])
+def test_frames_lose_nothing_silently(runs: list[History], width: int) -> None:
+    """Each row fits as it is drawn (but shares in percent, which end in …); each sequence and each block is there, or
+    a line says how many more there are."""
+    for run in runs:
+        for position in [position for position, _ in run.marks][::3]:
+            moment = run.moment(position)
+            for frame in FRAMES:
+                rows = frame.draw(Scene(moment, runs), width, 14 if width < 80 else 20)
+                assert len(rows) <= (14 if width < 80 else 20), frame.name
+                widest = max(row.cell_len for row in rows)
+                assert widest <= width or (frame.name == "memory" and width <= 80), (frame.name, position)
+                text = "\n".join(row.plain for row in rows)
+                if frame.name in ("tables", "timeline"):
+                    live = [run.name(v.seq_id) for v in moment.state.sequences.values() if v.status != "finished"]
+                    lost = [name for name in live if not re.search(rf"\b{name}\b", text)]
+                    more = sum(map(int, re.findall(r"… (\d+) more", text)))
+                    assert len(lost) <= more or re.search(r"sequences \d+-\d+ of", text), (frame.name, lost)
+                if frame.name == "tables" and moment.state.paged and width >= 80:
+                    for block in range(moment.state.memory.num_blocks):
+                        assert re.search(rf"^.* {block} (×|free|cached)", text, re.MULTILINE), block
+
+
+def test_lines_that_do_not_fit_are_counted() -> None:
+    rows = [canvas.line(f"row {i}") for i in range(9)]
+    assert [row.plain for row in canvas.filled(rows, 3)] == ["row 0", "row 1", " … 7 more lines"]
+    assert [row.plain for row in canvas.filled([*rows[:2], canvas.line("")], 2)] == ["row 0", "row 1"]
+
+
+def test_colours_are_readable_on_white_and_on_black() -> None:
+    """At least 3.9 : 1 on both; 4.6 is the most that one colour can have on both."""
+    for name in {*canvas.COLOURS, canvas.WARM, *(part.style for part in PARTS.values())} - {"dim"}:
+        red, green, blue = (_linear(part / 255) for part in Color.parse(name).get_truecolor())
+        light = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        assert min(1.05 / (light + 0.05), (light + 0.05) / 0.05) >= 3.9, name
+        assert f".{name} {{" in PACKAGE.joinpath("views", "page", "page.css").read_text(encoding="utf-8")
+
+
+def _linear(part: float) -> float:
+    return part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
 
 
 # --- words and code ---------------------------------------------------------------------------------------
@@ -208,7 +251,7 @@ def test_a_pool_of_ten_thousand_blocks_stays_readable() -> None:
     assert any("used, 50 cached, 2,184 free" in line for line in lines)
     assert any("each mark is" in line for line in lines)
     changed = min(block for block in run.moment(len(run)).change.before)
-    assert any(re.search(rf"\+ +{changed} 0→1 #200 +▸", line) for line in lines)  # it scrolled there
+    assert any(re.search(rf"\+ +{changed} ×0→×1 #200 *▸", line) for line in lines)  # it scrolled there
 
 
 # --- the small parts ---------------------------------------------------------------------------------------
@@ -219,8 +262,6 @@ def test_text_in_cells() -> None:
     assert canvas.fit("abcdef", 4) == "abc…"
     assert canvas.fit("日本語", 4) == "日 …"
     assert cell_len(canvas.fit("日本語", 5)) == 5
-    assert canvas.token("·fathers", 7) == "fathers"
-    assert canvas.token("·fathers", 8) == "·fathers"
     assert canvas.wrap("one two three", 7) == ["one two", "three"]
     assert canvas.wrap("abcdefghij", 4) == ["abcd", "efgh", "ij"]
     assert canvas.pack(["a", "bb", "c"], 7) == ["a   bb", "c"]

@@ -114,6 +114,10 @@ def test_help_and_quit(player: Player) -> None:
     press(player, "?")
     assert "one event back, forward" in shown(player)
     assert len(shown(player).split("\n")) == 24
+    press(player, "?")
+    assert "C copy on write" in shown(player)
+    assert "more lines" not in shown(player)
+    press(player, "?", "?")
     assert player.press("q")  # any key leaves the help
     assert not player.press("q")
 

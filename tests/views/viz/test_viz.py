@@ -106,7 +106,9 @@ def test_a_picture(log_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         )
     text = one.read_text(encoding="utf-8")
     assert text == two.read_text(encoding="utf-8")
-    assert ElementTree.fromstring(text).tag.endswith("svg")
+    root = ElementTree.fromstring(text)
+    assert root.attrib["{http://www.w3.org/XML/1998/namespace}space"] == "preserve"  # librsvg drops blanks otherwise
+    assert root.tag.endswith("svg")
     assert "url(http" not in text  # it fetches nothing
     assert "font-face" not in text
     assert "Copy" in text

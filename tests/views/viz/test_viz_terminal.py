@@ -32,6 +32,8 @@ HOME, END = "\x1b[H", "\x1b[F"
 
 def test_a_session(start: Callable[..., Terminal]) -> None:
     terminal = start()
+    assert "Copy on write: B1 is to write into block 0" in terminal.see("event 22 of")  # a moment worth seeing
+    terminal.press(HOME)
     first = terminal.see("event 1 of")
     assert "12 blocks of 4 slots" in first
     terminal.press(RIGHT * 3)
@@ -62,7 +64,7 @@ def test_a_session(start: Callable[..., Terminal]) -> None:
 
 @pytest.mark.parametrize("size", [(100, 30), (60, 16), (160, 50)])
 def test_resizing(start: Callable[..., Terminal], size: tuple[int, int]) -> None:
-    terminal = start()
+    terminal = start("--at", "1")
     terminal.see("event 1 of")
     terminal.resize(*size)
     terminal.wait(lambda: terminal.screen.display[-1].rstrip().endswith(("quit", "…")), "waited for the last line")
@@ -79,7 +81,7 @@ def test_resizing(start: Callable[..., Terminal], size: tuple[int, int]) -> None
 
 
 def test_ctrl_c(start: Callable[..., Terminal]) -> None:
-    terminal = start()
+    terminal = start("--at", "1")
     terminal.see("event 1 of")
     terminal.press("\x03")
     assert terminal.end() == 130
@@ -89,7 +91,7 @@ def test_ctrl_c(start: Callable[..., Terminal]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals(start: Callable[..., Terminal], number: signal.Signals) -> None:
-    terminal = start()
+    terminal = start("--at", "1")
     terminal.see("event 1 of")
     terminal.process.send_signal(number)
     assert terminal.end() == 128 + number
@@ -97,7 +99,7 @@ def test_signals(start: Callable[..., Terminal], number: signal.Signals) -> None
 
 
 def test_ctrl_z_and_back(start: Callable[..., Terminal]) -> None:
-    terminal = start()
+    terminal = start("--at", "1")
     terminal.see("event 1 of")
     terminal.press(RIGHT)
     terminal.see("event 2 of")
@@ -120,7 +122,9 @@ def test_an_exception_restores_the_terminal(start: Callable[..., Terminal], tmp_
         "player.Player.actions['n'] = broken\n",
         encoding="utf-8",
     )
-    terminal = start(PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    terminal = start(
+        "--at", "1", PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
     terminal.see("event 1 of")
     terminal.press("n")
     assert terminal.end() == 1

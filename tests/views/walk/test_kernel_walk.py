@@ -429,6 +429,8 @@ def session() -> Any:
 def test_on_a_terminal(session: Session) -> None:
     import termios
 
+    assert "thread 0 reads keys[8, 0, 0]" in session.read_until(" 68/1488")  # the first read of K
+    session.press(b"\x1b[H")
     start = session.read_until(" 1/1488")
     session.press(b"\x1b[C\x1b[C\x1b[C")  # right, three times
     session.read_until(" 4/1488")
@@ -442,6 +444,8 @@ def test_on_a_terminal(session: Session) -> None:
     assert session.read_until(" 1/1488") == start
     session.press(b"?")
     session.read_until("this help")
+    session.press(b"?")
+    assert "32 threads of a CUDA block" in session.read_until("the least that a load moves")
     session.press(b"xq")
     assert session.end() == 0
     assert b"\x1b[?1049l" in session.raw  # the screen of before is back
@@ -455,7 +459,7 @@ def test_on_a_terminal(session: Session) -> None:
 def test_ctrl_c_gives_the_terminal_back(session: Session) -> None:
     import termios
 
-    session.read_until(" 1/1488")
+    session.read_until(" 68/1488")
     session.process.send_signal(signal.SIGINT)
     assert session.end() == 130
     assert b"\x1b[?1049l" in session.raw

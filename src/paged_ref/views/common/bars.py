@@ -29,14 +29,14 @@ class MemoryPart(NamedTuple):
 
 
 PARTS = {
-    "tokens": MemoryPart("█", "█", "green", "#1a7f37", "hold tokens"),
-    "reserved": MemoryPart("▒", "▓", "cyan", "#d4a72c", "reserved, used later"),
-    "internal": MemoryPart("!", "▒", "red", "#cf222e", "internal, never used"),
-    "external": MemoryPart("x", "░", "bright_red", "#8250df", "external, holes too small"),
-    "cached": MemoryPart("c", "c", "yellow", "#0969da", "cached, in no table"),
+    "tokens": MemoryPart("█", "█", "green4", "#1a7f37", "hold tokens"),
+    "reserved": MemoryPart("▒", "▓", "turquoise4", "#d4a72c", "reserved, used later"),
+    "internal": MemoryPart("!", "▒", "red1", "#cf222e", "internal, never used"),
+    "external": MemoryPart("x", "░", "magenta3", "#8250df", "external, holes too small"),
+    "cached": MemoryPart("c", "c", "deep_pink3", "#0969da", "cached, in no table"),
     "free": MemoryPart("·", "·", "dim", "#d0d7de", "free"),
     # Reserved or internal, while a run goes on: only its end shows which of both.
-    "empty": MemoryPart("▒", "▓", "cyan", "#d4a72c", "allocated, empty"),
+    "empty": MemoryPart("▒", "▓", "turquoise4", "#d4a72c", "allocated, empty"),
 }
 USAGE = tuple(field.name for field in fields(MemoryUsage) if field.name != "shared")  # these sum to the pool
 

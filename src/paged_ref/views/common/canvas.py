@@ -17,12 +17,15 @@ from ...timeline.history import History, Moment
 
 Lines = list[Text]
 
-# One colour for each request, in turn: all are readable on a dark and on a light ground.
-COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
+# One colour for each request, in turn. Of the 256 colours of a terminal these are as far from white as from black.
+COLOURS = (
+    "turquoise4", "green4", "medium_orchid3", "chartreuse4", "dodger_blue2", "red1", "medium_purple3",
+    "pale_turquoise4",
+)  # fmt: skip
 DIM = "dim"
 NEW = "bold reverse"
 TITLE = "bold"
-WARM = "yellow"
+WARM = "deep_pink3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,6 @@ def fit(text: str, width: int) -> str:
     return set_cell_size(text, width - 1) + "…"
 
 
-def token(text: str, width: int) -> str:
-    """A token in a slot of `width` cells. The mark of the leading space is cut off before any letter."""
-    if cell_len(text) > width and text.startswith("·"):
-        text = text[1:]
-    return fit(text, width)
-
-
 def line(*parts: str | tuple[str, str]) -> Text:
     """A line of plain and of styled (text, style) parts."""
     return Text.assemble(*parts, no_wrap=True)
@@ -66,7 +62,9 @@ def line(*parts: str | tuple[str, str]) -> Text:
 def rule(title: str, width: int, note: str = "") -> Text:
     """A heading: `── title ──── note ──`."""
     if note and cell_len(title) + cell_len(note) + 8 > width:
-        title = title.split(":")[0]  # what comes after a colon is dropped before the note is
+        title = title.split(":")[0]
+        if (room := width - cell_len(note) - 8) >= 12:  # the note may count what is not shown: the title is cut first
+            title = fit(title, min(cell_len(title), room))
     head = f"── {title} "
     if note and cell_len(head) + cell_len(note) + 4 <= width:
         fill = "─" * (width - cell_len(head) - cell_len(note) - 4)
@@ -87,7 +85,10 @@ def exactly(text: Text, width: int) -> Text:
 
 
 def filled(rows: Lines, height: int) -> Lines:
-    """Exactly `height` lines: the first of `rows`, then empty ones."""
+    """Exactly `height` lines: the first of `rows`, then empty ones. Where rows do not fit, the last says how many."""
+    left = len(rows) - height + 1
+    if height > 0 and any(row.plain.strip() for row in rows[height:]):
+        rows = [*rows[: height - 1], line((f" … {count(left, 'more line')}", "bold"))]
     return (rows + [line("")] * (height - len(rows)))[: max(0, height)]
 
 
@@ -197,6 +198,15 @@ def colour(moment: Moment, seq_id: int) -> str:
     view = moment.state.sequences.get(seq_id)
     number = seq_id if view is None or view.request_id < 0 else view.request_id
     return COLOURS[number % len(COLOURS)]
+
+
+_ORDER = ("running", "swapped", "waiting", "finished")
+
+
+def in_order(moment: Moment, finished: bool = False) -> list[int]:
+    """The sequences, those that run first; on request the finished ones, too, last."""
+    views = [v for v in moment.state.sequences.values() if finished or v.status != "finished"]
+    return [view.seq_id for view in sorted(views, key=lambda v: (_ORDER.index(v.status), v.seq_id))]
 
 
 def owners(moment: Moment, on_host: bool = False) -> dict[int, list[int]]:

@@ -69,4 +69,5 @@ def write_svg(path: Path, frame: Text, size: Size, title: str) -> None:
     )
     console.print(frame, no_wrap=True, overflow="crop", crop=True)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=title, theme=_GROUND), flags=re.DOTALL)
-    write_text(path, svg)
+    # Without this, renderers such as librsvg drop the blanks at the beginning of each text.
+    write_text(path, svg.replace("<svg ", '<svg xml:space="preserve" ', 1))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .canvas import Lines, line
 
-SPEEDS = (0.5, 1, 2, 4, 8, 16, 32, 64)  # positions in a second
+SPEEDS = (0.2, 0.5, 1, 2, 4, 8, 16, 32, 64)  # positions in a second
 
 
 class Viewer(ABC):
@@ -23,13 +23,14 @@ class Viewer(ABC):
     """
 
     thing: ClassVar[str] = "positions"  # what the positions number
+    help_pages: ClassVar[int] = 1  # `?` turns them over; any other key leaves the help
 
     def __init__(self, speed: float) -> None:
         """`speed` is one of SPEEDS."""
         self.position = 0
         self.playing = False
         self.speed = SPEEDS.index(speed)
-        self.helping = False
+        self.helping = 0  # the page of the help that is shown, from 1; 0: none
         self.message = ""  # what the last key has to say
 
     @property
@@ -54,7 +55,7 @@ class Viewer(ABC):
         """Do what the key means; False: quit. Any key leaves the help."""
         self.message = ""
         if self.helping:
-            self.helping = False
+            self.helping = (self.helping + 1) % (self.help_pages + 1) if key in ("?", "h") else 0
         elif key == "q":
             return False
         elif key in self.actions:
@@ -76,7 +77,7 @@ class Viewer(ABC):
         self.message = f"{SPEEDS[self.speed]} {self.thing} in a second"
 
     def _help(self) -> None:
-        self.helping = True
+        self.helping = 1
 
     actions: ClassVar[dict[str, Callable[[Any], None]]] = {
         "right": lambda self: self.go(self.position + 1),

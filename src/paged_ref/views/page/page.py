@@ -55,6 +55,7 @@ class Words:
     mark: str  # a moment worth a look
     marks: dict[str, str]  # each mark, in words
     first_step: int = 0  # the number of the first
+    notes: Sequence[tuple[str, str]] = ()  # a mark or a word, and what it means
 
 
 class Page:
@@ -111,6 +112,7 @@ class Page:
             title=escape(self.words.title), command=escape(shlex.join([SCRIPT, *sys.argv[1:]])),
             run_word=escape(self.words.run), moment=escape(self.words.moment), step=escape(self.words.step),
             mark=escape(self.words.mark), style=parts["css"], script=parts["js"],
+            notes="\n".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in self.words.notes),
             data=base64.b64encode(packed).decode(),
         )  # fmt: skip
 

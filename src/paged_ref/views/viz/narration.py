@@ -29,6 +29,25 @@ def narrate(moment: Moment) -> str:
     return sentence(moment, moment.event) if sentence else type(moment.event).__name__
 
 
+def address(moment: Moment, selected: int | None = None) -> str:
+    """Where the newest token of the sequence lies that is selected, or that the event gave a slot: the arithmetic."""
+    memory, change = moment.state.memory, moment.change
+    seq_id = selected if selected is not None else change.seq_ids[0] if change.written else None
+    place = None if seq_id is None else memory.sequences.get(seq_id)
+    if seq_id is None or place is None or not place.length or place.on_host:
+        return ""
+    position = change.written[-1] if change.written and change.seq_ids[0] == seq_id else place.length - 1
+    name, size = moment.history.name(seq_id), memory.block_size
+    if not place.blocks:
+        return f"Token {position} of {name}: start {place.start} + {position} = slot {place.start + position}."
+    logical, offset = divmod(position, size)
+    block = place.blocks[logical]
+    return (
+        f"Token {position} of {name}: {position} // {size} = {logical}, table[{logical}] = {block}, "
+        f"{block} × {size} + {offset} = slot {block * size + offset}."
+    )
+
+
 def _names(moment: Moment, seq_ids: tuple[int, ...]) -> str:
     return in_words([moment.history.name(seq_id) for seq_id in seq_ids])
 

@@ -15,6 +15,7 @@ from .frames.blocks import EMPTY, UNKNOWN, WRITTEN
 from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
 from .frames.screen import Frame, frames_of, screen
 
+OPENINGS = "CSXHFA"  # marks of moments worth seeing first, the best first
 HELP = (
     ("← →", "one event back, forward"),
     ("↑ ↓", "one step of the engine back, forward"),
@@ -32,14 +33,26 @@ SIGNS = (
     ("of a block", [f"{sign} {what}" for sign, what in SIGNS_OF_BLOCKS.items()]),
     ("in a block", [f"{WRITTEN} slot given out now", f"{EMPTY} empty slot", f"{UNKNOWN} token unknown to the log"]),
     ("of a name", ["* this event is about it", "▶ found with /"]),
+    ("in tables", ["0→7 entry 0 is block 7", f"{WRITTEN}2→3 entry of the newest token", "2→3+ new entry"]),
+    ("in the pool", ["A[2] entry 2 of the table of A", "×2→×1 tables that have the block: before, now"]),
     ("in the last line", [f"{mark} {what}" for mark, what in MARKS.items() if mark not in "BN"]),
 )
+
+
+def opening(run: History) -> int:
+    """The moment that a viewer sees first: a copy on write, else a swap ..., else the first step."""
+    for wanted in OPENINGS:
+        for position, mark in run.marks:
+            if mark == wanted:
+                return position
+    return run.step_positions[0] if run.step_positions else 0
 
 
 class Player(Viewer):
     """Where the viewer is, and what each key does."""
 
     thing = "events"
+    help_pages = 2
 
     def __init__(self, runs: Sequence[History], frame: int = 0, position: int = 0) -> None:
         super().__init__(speed=2)
@@ -69,7 +82,7 @@ class Player(Viewer):
 
     def draw(self, width: int, height: int) -> Text:
         if self.helping:
-            return _help(width, height)
+            return _help(width, height, self.helping)
         message = self.message
         if self.typed is not None:
             message = f"find a sequence: {self.typed}▏  (Enter: go, Esc: back)"
@@ -169,8 +182,11 @@ class Player(Viewer):
     }
 
 
-def _help(width: int, height: int) -> Text:
-    rows = [rule("Keys", width), *help_lines(HELP), rule("Signs", width)]
+def _help(width: int, height: int, number: int) -> Text:
+    if number == 1:
+        rows = [rule("Keys", width), *help_lines(HELP)]
+        return page([*filled(rows, height - 1), line(("  ?: the signs; any other key: back", DIM))], width, height)
+    rows = [rule("Signs", width)]
     for where, signs in SIGNS:
         for i, text in enumerate(pack(signs, width - 18)):
             rows.append(line((f" {where if i == 0 else '':<17}", "bold"), text))

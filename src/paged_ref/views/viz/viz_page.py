@@ -10,14 +10,15 @@ from ..common.canvas import Scene
 from ..common.printing import Size
 from ..page.page import Page, Story, Words
 from .frames.screen import frames_of, step_of
-from .narration import narrate
+from .narration import address, narrate
+from .player import SIGNS
 from .source_links import function_for_event, place_of
 
 MOST = 10_000  # events: two minutes of drawing, and 2 MB
 FEWER = 6  # lines that a frame has fewer than the window of a terminal: title, sentence and keys stand around it
 
 
-def write_page(path: Path, runs: Sequence[History], frame: int, at: int | None, size: Size | None) -> None:
+def write_page(path: Path, runs: Sequence[History], frame: int, at: int, size: Size | None) -> None:
     """The page opens at event `at` (from 0) of the first run. Raises ValueError where it cannot be written."""
     if (total := sum(map(len, runs))) > MOST:
         raise ValueError(f"--html: {total:,} events are in the log; at most {MOST:,} fit on a page")
@@ -27,9 +28,10 @@ def write_page(path: Path, runs: Sequence[History], frame: int, at: int | None, 
     words = Words(
         f"The memory{model}, event by event", "manager", "event", "step", "highlight",
         {mark: what for mark, what in MARKS.items() if mark in used},
+        notes=[(sign.split(" ")[0], sign.split(" ", 1)[1]) for _, signs in SIGNS[:-1] for sign in signs],
     )  # fmt: skip
     page = Page(words, width, height - FEWER)
-    page.start = {"run": 0, "frame": frame, "position": at or 0}
+    page.start = {"run": 0, "frame": frame, "position": at}
     for run in runs:
         frames = frames_of(run)
         names, about = [each.name for each in frames], [each.about for each in frames]
@@ -43,5 +45,6 @@ def write_page(path: Path, runs: Sequence[History], frame: int, at: int | None, 
             drawn = [each.draw(scene, width, height - FEWER) for each in frames]
             place = place_of(function_for_event(moment))
             source = f"{place.file}:{place.line} {place.name}", "\n".join(place.source)
-            page.add(drawn, step_of(moment), narrate(moment), source)
+            sentence = f"{narrate(moment)}\n{address(moment)}".rstrip()
+            page.add(drawn, step_of(moment), sentence, source)
     page.write(path)

@@ -33,7 +33,7 @@ class Workload:
 PAPER = Workload(
     arrivals=(
         (0, "Four score and seven years ago our", SamplingParams(max_tokens=12)),
-        (2, "Four score and seven years ago the", SamplingParams(max_tokens=10, n=2, temperature=0.8, seed=2)),
+        (2, "Four score and seven years ago the", SamplingParams(max_tokens=10, n=2, temperature=0.8, seed=1)),
         (4, "It was the best of times", SamplingParams(max_tokens=12)),
         (6, "Once upon a time", SamplingParams(max_tokens=14)),
         (13, "Four score and seven years ago our fathers brought forth", SamplingParams(max_tokens=8)),

@@ -13,7 +13,8 @@ from rich.text import Text
 from ..common.canvas import DIM, TITLE, Lines, beside, filled, fit, line, page, rule, too_small, wrap
 from ..common.viewer import help_lines
 from .captions import sentence
-from .panels import NOW, caches, cell_width, counters, grid_height, layouts, now, source, thread_line
+from .counts import counters, layouts, thread_line
+from .panels import NOW, caches, cell_width, grid_height, now, source
 from .run import LETTERS, KernelRun, Walk
 
 SMALLEST = (60, 20)
@@ -44,13 +45,28 @@ MARKS = (
 )
 
 
+GLOSSARY = (
+    ("warp", "32 threads of a CUDA block that run the same instruction together"),
+    ("lane", "one thread of a warp; the lanes of a warp load together"),
+    ("sector", "32 bytes of global memory in a row: the least that a load moves"),
+    ("used", "the share of the bytes in the sectors that the lanes asked for"),
+    ("round", "what the threads do between two barriers"),
+    ("4 B a lane", "each lane loads one element: the bytes for a lane are its size"),
+    ("16 B a lane", "each lane loads 16 bytes in one instruction, the most there is"),
+    ("NHD, HND", "the axes of a block in memory: N slots, H heads, D elements of a head"),
+    ("packed", "neighbouring slots lie side by side, 16 bytes of each"),
+    ("shared", "memory on the chip that all threads of a CUDA block see"),
+    ("tile", "the keys that the threads look at together, one for each thread"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
     """How the viewer looks at the walk."""
 
     kernel: str = "both"  # or naive, paged
     view: str = "walk"
-    help: bool = False
+    help: int = 0  # the page of the help; 0: none
     playing: bool = False
     keys: bool = True  # show the keys; a printed frame has none
 
@@ -62,7 +78,7 @@ def frame(walk: Walk, position: int, width: int, height: int, look: Look | None 
         return small
     run = shown_run(walk, look)
     if look.help:
-        lines = _help(width)
+        lines = _help(width, look.help)
     else:
         runs = list(walk.runs.values()) if _both(width, look) else [run]
         why = _why(runs, position, width)
@@ -160,8 +176,10 @@ def where(run: KernelRun, position: int) -> str:
 
 
 def _footer(width: int, look: Look) -> Text:
-    if look.help or look.playing or not look.keys:
-        return line(("any key goes back" if look.help else "playing; any key stops" if look.keys else "", DIM))
+    if look.help:
+        return line(("?: the words; any other key goes back" if look.help == 1 else "any key goes back", DIM))
+    if look.playing or not look.keys:
+        return line(("playing; any key stops" if look.keys else "", DIM))
     text = "←→ access ↑↓ line t thread n round b block │ k kernel 1 2 3 view ? help q quit"
     if width >= 110:
         text = "←→ access  ↑↓ line  t/T thread  n/p round  b/B CUDA block  space play "
@@ -179,5 +197,7 @@ def _why(runs: list[KernelRun], position: int, width: int) -> Lines:
     return [rule("why", width), *filled(rows, 3)]
 
 
-def _help(width: int) -> Lines:
+def _help(width: int, number: int) -> Lines:
+    if number == 2:
+        return [rule("words", width), *help_lines(GLOSSARY)]
     return [rule("keys", width), *help_lines(KEYS), rule("marks", width), *help_lines(MARKS)]

@@ -15,7 +15,7 @@ from ..common.console import Console
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..common.viewer import Viewer
-from .frames import SMALLEST, VIEWS, WIDE, Look, frame
+from .frames import GLOSSARY, SMALLEST, VIEWS, WIDE, Look, frame
 from .run import KERNELS, Sizes, Walk, walk
 from .walk_page import write_page
 
@@ -27,6 +27,7 @@ class Walker(Viewer):
     """Where the viewer is in the walk, and what each key does."""
 
     thing = "accesses"
+    help_pages = 2
 
     def __init__(self, walk: Walk, look: Look | None = None, position: int = 0) -> None:
         super().__init__(speed=4)
@@ -82,11 +83,14 @@ class Walker(Viewer):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Words: " + "; ".join(f"{word}: {meaning}" for word, meaning in GLOSSARY)
     show = parser.add_argument_group("what to show")
     show.add_argument("--kernel", default="both", choices=(*KERNELS, "both"), help=f"both: from {WIDE} columns on")
     show.add_argument("--view", default="walk", choices=VIEWS, help="all, the threads' counters, or the cache layouts")
     show.add_argument(
-        "--at", metavar="N", help="begin at access N, or at the first access to an array (keys, block_tables ...)"
+        "--at",
+        metavar="N",
+        help="begin at access N, or at the first access to an array (block_tables ...; default keys)",
     )
     show.add_argument(
         "--every", metavar="STEP", help=f"without a terminal: {', '.join(STEPS)}, or a number of accesses"
@@ -124,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
     elif args.html:
         pass
     elif is_terminal() and not (args.print or every or size):
-        play(Walker(made, look, at or 0))
+        play(Walker(made, look, _position("keys", made) if at is None else at))
     else:
         _print(made, at, every, size, look)
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.printing import Size
 from ..page.page import Page, Story, Words
 from .captions import sentence
-from .frames import VIEWS, Look, picture, where
+from .frames import GLOSSARY, MARKS, VIEWS, Look, picture, where
 from .run import KERNELS, Walk
 
 MOST = 5_000  # accesses: two minutes of drawing, and 1 MB
@@ -20,7 +20,10 @@ def write_page(path: Path, walk: Walk, at: int, look: Look, size: Size | None) -
         raise ValueError(f"--html: the call makes {len(walk):,} accesses; at most {MOST:,} fit on a page")
     width, height = size or (100, 40)
     marks = {info.name: f"first access to {info.name}" for run in walk.runs.values() for info in run.trace.arrays}
-    words = Words("The attention kernels, access by access", "kernel", "access", "line", "array", marks, first_step=1)
+    words = Words(
+        "The attention kernels, access by access", "kernel", "access", "line", "array", marks, first_step=1,
+        notes=[*MARKS, *GLOSSARY],
+    )  # fmt: skip
     page = Page(words, width, height - 6)
     first = "naive" if look.kernel == "naive" else "paged"
     page.start = {"run": KERNELS.index(first), "frame": VIEWS.index(look.view), "position": at}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, WARM, Lines, Scene, brief, colour, fit, line, owners, rule, token, window
+from ...common.canvas import DIM, NEW, WARM, Lines, Scene, brief, colour, fit, line, owners, rule, window
 
 EMPTY = "_"  # a slot that was given out and holds nothing yet
 UNKNOWN = "#"  # a slot that holds a token that the log does not name
@@ -68,7 +68,7 @@ def slots(texts: Sequence[str], size: int, width: int, new: set[int], style: str
         is_new = offset in new
         row.append(WRITTEN if is_new else "│", "bold" if is_new else DIM)
         if offset < len(texts):
-            row.append(token(texts[offset], each), f"{style} bold" if is_new else style)
+            row.append(fit(texts[offset], each), f"{style} bold" if is_new else style)
         elif is_new:
             row.append(EMPTY * each, "bold")
         else:
@@ -97,29 +97,41 @@ def mark_of(moment: Moment, block_id: int) -> str:
     return "↑" if now > before else "↓"
 
 
+def counted(now: int, before: int | None) -> str:
+    """A reference count: `×2`, or `×1→×2` where the event changed it."""
+    return f"×{now}" if before is None else f"×{before}→×{now}"
+
+
+def names_of(moment: Moment, block_id: int, in_tables: Sequence[int], selected: int | None, width: int) -> str:
+    """The sequences whose tables have the block. Where there is room, `A[2]`: entry 2 of the table of A, looked at."""
+    names = [moment.history.name(seq_id) for seq_id in in_tables]
+    linked = list(names)
+    for i, seq_id in enumerate(in_tables):
+        if seq_id == selected or (selected is None and seq_id in moment.change.seq_ids):
+            linked[i] += f"[{moment.state.memory.sequences[seq_id].blocks.index(block_id)}]"
+    return brief(linked if len(" ".join(linked)) <= width else names, width)
+
+
 def block_row(moment: Moment, block_id: int, in_tables: Sequence[int], width: int, selected: int | None = None) -> Text:
-    """`+ 3 ×1 A    │·brought│_______│...`: a device block in `width` cells."""
+    """`+ 3 ×0→×1 A[2] │·brought│_______│...`: a device block in `width` cells."""
     memory = moment.state.memory
     number = len(str(memory.num_blocks - 1))
-    names = [moment.history.name(seq_id) for seq_id in in_tables]
-    owners_width = 5 if width < 60 else 8
     mark = mark_of(moment, block_id)
     row = line((mark, NEW if mark != " " else ""), (f"{block_id:>{number + 1}} ", "bold" if mark != " " else ""))
     cached = block_id in memory.cached
+    room = 10 if width < 60 else 14
+    before = moment.change.before.get(block_id)
+    count = counted(memory.ref_count[block_id], before)
     if not in_tables and not cached:
-        row.append(fit("free", 4 + owners_width + 1), DIM)
+        row.append(fit(f"{count} free" if before else "free", room), DIM)
+    elif cached:
+        row.append(fit(f"{count} cached" if len(count) + 7 < room else "cached", room), WARM)
     else:
-        before = moment.change.before.get(block_id)
-        count = f"×{memory.ref_count[block_id]}" if before is None else f"{before}→{memory.ref_count[block_id]}"
-        row.append(fit(count, 4), "bold" if before is not None else DIM)
-        if cached:
-            row.append(fit("cached", owners_width + 1), WARM)
-        else:
-            style = colour(moment, in_tables[0])
-            row.append(
-                fit(brief(names, owners_width), owners_width + 1),
-                f"{style} reverse" if selected in in_tables else style,
-            )
+        row.append(f"{count} ", "bold" if before is not None else DIM)
+        style = colour(moment, in_tables[0])
+        names = names_of(moment, block_id, in_tables, selected, room - len(count) - 1)
+        row.append(names, f"{style} reverse" if selected in in_tables else style)
+        row.append(" " * (room - len(count) - 1 - len(names)))
     texts = block_texts(moment, block_id, in_tables)
     style = colour(moment, in_tables[0]) if in_tables else WARM if cached else DIM
     new, free = written_in(moment, block_id, in_tables), not in_tables and not cached

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from rich.text import Text
+
 from ....core.memory.usage import MemoryUsage
 from ....timeline.events import PoolOpened
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
-from ...common.canvas import DIM, Lines, Scene, filled, line, pack, rule
+from ...common.canvas import DIM, Lines, Scene, count, filled, line, pack, rule
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
     runs = list(scene.runs) or [scene.history]
     marks = _marks(width)
     room = height - len(marks)
-    shown = runs[: max(1, room // 3)]
+    shown = runs if 3 * len(runs) <= room else runs[: max(1, (room - 1) // 3)]
     # Three lines for each; a chart for all where there is room, else for this one.
-    spare = room - 3 * len(shown)
+    spare = room - 3 * len(shown) - (len(shown) < len(runs))
     rows: Lines = []
     for run in shown:
         share = spare // len(shown) if spare >= 4 * len(shown) else spare if run is scene.history else 0
         rows += _run(scene, run, width, min(share, 10))
+    if len(shown) < len(runs):
+        rows.append(line((f" … {count(len(runs) - len(shown), 'more run')}", "bold")))
     return [*filled(rows, room), *marks]
 
 
@@ -41,9 +45,18 @@ def _run(scene: Scene, run: History, width: int, chart_height: int) -> Lines:
     return [
         rule(title, width, f"{len(run.steps)} steps in all"),
         bar(amounts_of(usage), usage.total, width - 2),
-        numbers(amounts_of(usage), usage.total, labels=width >= 120).append(saved, "bold"),
+        _numbers(usage, saved, width),
         *_chart(run, step, width, chart_height),
     ]
+
+
+def _numbers(usage: MemoryUsage, saved: str, width: int) -> Text:
+    """The parts in numbers: with their labels where there is room, else with their names."""
+    for labels, shared in ((True, saved), (False, saved), (False, f"+{usage.shared} shared" if saved else "")):
+        row = numbers(amounts_of(usage), usage.total, labels=labels).append(shared, "bold")
+        if row.cell_len <= width:
+            break
+    return row
 
 
 def _chart(run: History, now: int, width: int, height: int) -> Lines:

@@ -7,7 +7,7 @@ from itertools import islice
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ....timeline.state import KnownBlock
+from ....timeline.memory_state import KnownBlock
 from ...common.canvas import (
     DIM,
     NEW,
@@ -25,6 +25,7 @@ from ...common.canvas import (
     owners,
     rule,
     window,
+    wrap,
 )
 from ...common.trees import forest
 from .blocks import UNKNOWN, mark_of, slots
@@ -37,12 +38,11 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     memory, totals = moment.state.memory, moment.state.totals
     chains = chain(list(memory.known.values()))
     share = f" ({100 * totals.hits / totals.asked:.0f} %)" if totals.asked else ""
+    so_far = f"{totals.hits} of {count(totals.asked, 'token')} were found{share}; "
+    so_far += f"{count(totals.evicted, 'block')} given up for new tokens."
     tail = [
         rule("Hits and evictions so far", width),
-        line(
-            f" {totals.hits} of {count(totals.asked, 'token')} were found{share}; "
-            f"{count(totals.evicted, 'block')} given up for new tokens."
-        ),
+        *(line(f" {row}") for row in wrap(so_far, width - 2)),
         listing(" Cached, oldest first:", islice(memory.cached, width), width, len(memory.cached)),
     ]
     if height > 20:
@@ -110,4 +110,4 @@ def _without(scene: Scene, width: int) -> Lines:
         why = (
             f" The {manager} manager has none: a region cannot be shared, so no other sequence could use what is in it."
         )
-    return [rule("Prefix cache", width), line(why)]
+    return [rule("Prefix cache", width), *(line(" " + row) for row in wrap(why, width - 2))]

@@ -16,16 +16,16 @@ from ...common.canvas import (
     colour,
     filled,
     fit,
+    in_order,
     line,
     page,
     rule,
     title_line,
     too_small,
-    window,
     wrap,
 )
 from ...common.printing import Size
-from ..narration import narrate
+from ..narration import address, narrate
 from ..source_links import function_for_event, place_of
 from . import attention, memory, prefix, residency, sharing, swap, tables, timeline
 
@@ -82,7 +82,7 @@ def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
         while body and not body[-1].plain.strip():
             body.pop()
         if room - len(body) >= 5:
-            body += [line(""), *_texts(scene, width)]
+            body += [line(""), *_texts(scene, width, room - len(body) - 1)]
     return page([*head, *filled(body, room), *foot], width, height)
 
 
@@ -117,10 +117,11 @@ def _title(scene: Scene, width: int) -> Text:
 
 
 def _tabs(frames: tuple[Frame, ...], frame: int, width: int) -> Text:
-    row = line(" ")
+    row, wide = line(" " if width >= 72 else ""), width >= 72
     for i, each in enumerate(frames):
-        row.append(f"[{i + 1} {each.name}]" if i == frame else f" {i + 1} {each.name} ", "bold" if i == frame else DIM)
-        row.append(" " if width < 72 else "  ")
+        name = f"{i + 1} {each.name}"
+        row.append(f"[{name}]" if i == frame else f" {name} " if wide else name, "bold" if i == frame else DIM)
+        row.append("  " if wide else " ")
     return row
 
 
@@ -130,7 +131,10 @@ def _tabs(frames: tuple[Frame, ...], frame: int, width: int) -> Text:
 def _foot(scene: Scene, width: int, room: int) -> Lines:
     moment = scene.moment
     place = place_of(function_for_event(moment))
+    where = address(moment, scene.selected)
     said = wrap(narrate(moment), width - 2)
+    if where and len(wrap(where, width - 2)) + len(said) <= room:
+        said += wrap(where, width - 2)
     if len(said) > room:
         said = [*said[: room - 1], fit(" ".join(said[room - 1 :]), width - 2)]
     name = type(moment.event).__name__
@@ -178,7 +182,7 @@ def _keys(scene: Scene, width: int) -> Text:
 
 def _side(scene: Scene, width: int, height: int) -> Lines:
     """The function that did it, and what has been written so far."""
-    texts = _texts(scene, width)
+    texts = _texts(scene, width, height - 8)
     room = max(8, height - len(texts))
     return [*filled(_code(scene, width, room), room), *texts][:height]
 
@@ -194,20 +198,29 @@ def _code(scene: Scene, width: int, height: int) -> Lines:
     return rows
 
 
-def _texts(scene: Scene, width: int) -> Lines:
-    """Each sequence's tokens as text, the generated ones after a bar."""
+def _texts(scene: Scene, width: int, height: int) -> Lines:
+    """Each sequence's tokens as text, the generated ones after a bar: those that run first, as many as fit."""
     moment = scene.moment
     rows = [rule("The texts so far", width)]
-    shown = sorted(moment.state.sequences)
-    about = next((shown.index(s) for s in (scene.selected, *moment.change.seq_ids) if s in shown), 0)
-    first, last = window(len(shown), 8, about)  # those that the event is about, and their neighbours
-    for seq_id in shown[first:last]:
-        view = moment.state.sequences[seq_id]
-        name = moment.history.name(seq_id)
-        prompt, output = view.tokens[: view.prompt_len], view.tokens[view.prompt_len :]
-        text = "".join(moment.history.text(t) for t in prompt) + "‖" + "".join(moment.history.text(t) for t in output)
-        text = text.replace("·", " ").strip()
-        style = colour(moment, seq_id)
-        for i, row in enumerate(wrap(text, width - 6)[:3]):
-            rows.append(line((f"{name if i == 0 else '':<5} ", f"{style} bold"), (row, style)))
+    order = in_order(moment, finished=True)
+    about = [s for s in (scene.selected, *moment.change.seq_ids) if s in order]
+    for number, seq_id in enumerate(dict.fromkeys([*about[:1], *order])):
+        text = _text(moment, seq_id, width)
+        left = len(order) - number
+        if len(rows) + len(text) + (left > 1) > height:
+            return [*rows, line((f" … {left} more", "bold"))]
+        rows += text
     return rows
+
+
+def _text(moment: Moment, seq_id: int, width: int) -> Lines:
+    """One sequence in at most three lines: its beginning, and its end where all is too long."""
+    view, name, style = moment.state.sequences[seq_id], moment.history.name(seq_id), colour(moment, seq_id)
+    parts = (view.tokens[: view.prompt_len], view.tokens[view.prompt_len :])
+    text = "‖".join("".join(map(moment.history.text, part)) for part in parts)
+    said = wrap(text.replace("·", " ").strip(), width - 8)
+    if len(said) > 3:
+        said = [said[0] + " …", *said[-2:]]
+    return [
+        line((f"{name if i == 0 else '':<5} ", f"{style} bold"), (row, style)) for i, row in enumerate(said or [""])
+    ]

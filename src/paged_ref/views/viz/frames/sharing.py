@@ -21,12 +21,14 @@ from ...common.canvas import (
     fit,
     kv_size,
     line,
+    listing,
     owners,
     rule,
     window,
+    wrap,
 )
 from ...common.trees import forest
-from .blocks import block_texts, mark_of, slots, written_in
+from .blocks import block_texts, counted, mark_of, slots, written_in
 
 
 @dataclass(slots=True)
@@ -89,10 +91,9 @@ def _row(scene: Scene, strokes: str, node: Node, indent: int, width: int) -> Tex
     style = colour(moment, node.seq_ids[0])
     owners_width = max(8, min(20, width // 7))
     drawn = line((mark, NEW if mark != " " else ""), (f" {strokes}", DIM), (f"{node.block_id} ", "bold"))
-    counted = f"×{now}" if before is None else f"{before}→{now}"
     # Deeper trees than there is room for keep their slots in line, and lose their strokes.
     drawn = exactly(drawn, 2 + indent + number + 1)
-    drawn.append(fit(counted, 4), "bold" if now > 1 or before is not None else DIM)
+    drawn.append(fit(counted(now, before), 6), "bold" if now > 1 or before is not None else DIM)
     texts = block_texts(moment, node.block_id, node.seq_ids)
     room = width - drawn.cell_len - owners_width - 1
     new = written_in(moment, node.block_id, node.seq_ids)
@@ -114,11 +115,11 @@ def _event(scene: Scene, width: int) -> Lines:
     if isinstance(moment.event, SequenceForked):
         place = moment.state.memory.sequences[moment.event.child_id]
         parent, child = (moment.history.name(s) for s in (moment.event.parent_id, moment.event.child_id))
-        table = " ".join(f"{i}→{block}" for i, block in enumerate(place.blocks[:12]))
+        table = [f"{i}→{block}" for i, block in enumerate(place.blocks)]
         return [
             rule("A fork in this event", width, so_far),
-            line(f"  {parent:<4} {table}"),
-            line((f"  {child:<4} ", "bold"), (table, "bold"), ("   the same blocks, nothing copied", "")),
+            listing(f"  {parent:<4}", table, width),
+            listing(f"  {child:<4}", table, width - 34).append("   the same blocks, nothing copied"),
         ]
     return [rule("Fork and copy on write", width), line(f" None in this event. {so_far}")]
 
@@ -136,7 +137,7 @@ def _copy(scene: Scene, width: int) -> Lines:
     for block, holders, what in ((source, owned.get(source, []), "stays as it is"), (copy, [writer], "is written")):
         names = brief([moment.history.name(s) for s in holders], 10)
         before, now = moment.change.before.get(block, 0), moment.state.memory.ref_count[block]
-        head = line(f"  block {block:<5}{before}→{now}  ", (fit(names, 11), "bold"))
+        head = line(f"  block {block:<5}{counted(now, before)}  ", (fit(names, 11), "bold"))
         style = colour(moment, holders[0]) if holders else ""
         room = width - head.cell_len - 16
         head.append_text(
@@ -152,12 +153,13 @@ def _cannot_share(scene: Scene, width: int) -> Lines:
     """What it costs not to share: the prompt of several samples, held once for each."""
     moment = scene.moment
     manager = moment.state.memory.manager
-    rows = [
-        rule("Which sequences share which blocks", width),
-        line(f" None do. The {manager} manager gives each sequence a region of its own, and a region cannot be"),
-        line(" in two places. Each sample of a request holds the whole prompt once more."),
-        line(""),
-    ]
+    why = (
+        f"None do. The {manager} manager gives each sequence a region of its own, and a region cannot be in two "
+        "places. Each sample of a request holds the whole prompt once more."
+    )
+    rows = [rule("Which sequences share which blocks", width), *(line(f" {row}") for row in wrap(why, width - 2))]
+    rows.append(line(""))
+    head = len(rows)
     requests: dict[int, list[int]] = {}
     for seq_id in moment.state.memory.sequences:
         requests.setdefault(moment.state.sequences[seq_id].request_id, []).append(seq_id)
@@ -167,6 +169,6 @@ def _cannot_share(scene: Scene, width: int) -> Lines:
             held = sum(min(prompt, moment.state.memory.sequences[s].length) for s in members)
             names = brief([moment.history.name(s) for s in members], 24)
             rows.append(line(f" {names}: {held} slots for one prompt of {count(prompt, 'token')}."))
-    if len(rows) == 4:
+    if len(rows) == head:
         rows.append(line((" No request has two samples in memory at this point.", DIM)))
     return rows

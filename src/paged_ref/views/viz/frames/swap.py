@@ -22,6 +22,7 @@ from ...common.canvas import (
     owners,
     prose,
     rule,
+    wrap,
 )
 from .blocks import block_row, contents, pool_rows, slots
 
@@ -110,10 +111,10 @@ def _moved(scene: Scene, width: int) -> Lines:
     elif isinstance(event, RegionPlaced) and (before := moment.change.place_before) and before.start != event.start:
         title = "Moved on the device in this event"
         rows = [line(f" {cost(before.length)}: {moment.history.name(event.seq_id)}, now at slot {event.start}")]
-    so_far = f" So far: {cost(totals.rows_out)} out; {cost(totals.rows_in)} back"
+    so_far = f"So far: {cost(totals.rows_out)} out; {cost(totals.rows_in)} back"
     if totals.rows_moved:
         so_far += f"; {cost(totals.rows_moved)} moved on the device"
-    return [rule(title, width), *rows, line(so_far + ".")]
+    return [rule(title, width), *rows, *(line(f" {row}") for row in wrap(f"{so_far}.", width - 2))]
 
 
 def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
@@ -122,7 +123,7 @@ def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
     total = memory.num_host_blocks if on_host else memory.num_blocks
     name = "Host" if on_host else "Device"
     if not total:
-        return [rule(name, width), line((" no host memory: this manager does not swap", DIM))]
+        return [rule(name, width), line((" no host memory: this", DIM)), line((" manager does not swap", DIM))]
     here = [(p.start, p.size, seq_id) for seq_id, p in memory.sequences.items() if p.on_host == on_host]
     free = [(start, size, -1) for start, size in memory.holes(on_host)]
     note = f"{total:,} slots, {sum(size for _, size, _ in free):,} free"
@@ -137,5 +138,6 @@ def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
         mark = "*" if seq_id in moment.change.seq_ids else " "
         text = prose(moment.history, view.tokens[: place.length])
         head = f"{moment.history.name(seq_id):<4}{place.length}/{size} "
-        rows.append(line((f"{mark} {where:>9}  ", "bold"), (head, f"{style} bold"), (text, style)))
-    return rows[:height]
+        room = width - 13 - len(head)
+        rows.append(line((f"{mark} {where:>9}  ", "bold"), (head, f"{style} bold"), (fit(text, room), style)))
+    return filled(rows, height)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from itertools import islice
 
 from rich.cells import cell_len, set_cell_size
@@ -21,13 +20,14 @@ from ...common.canvas import (
     exactly,
     filled,
     fit,
+    in_order,
     line,
     listing,
     owners,
     rule,
     window,
 )
-from .blocks import block_row, pool_rows, pool_title
+from .blocks import WRITTEN, block_row, pool_rows, pool_title
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
@@ -44,18 +44,21 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
 
 def _tables(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
-    live = sorted(view.seq_id for view in moment.state.sequences.values() if view.status != "finished")
-    looked_at = next((s for s in (scene.selected, *moment.change.seq_ids) if s in live), 0)
-    place = bisect_left(live, looked_at)
+    live = in_order(moment)
+    looked_at = next((live.index(s) for s in (scene.selected, *moment.change.seq_ids) if s in live), 0)
     body = height - 1
     # A sequence takes a line at least, so these are enough to fill the window around the one looked at.
-    near = live[max(0, place - body) : place + body]
+    begin = max(0, looked_at - body)
+    near = live[begin : looked_at + body]
     groups = [_table(scene, seq_id, width) for seq_id in near]
     rows = [row for group in groups for row in group]
-    wanted = sum(len(group) for seq_id, group in zip(near, groups, strict=True) if seq_id < looked_at)
-    first, last = window(len(rows), body, wanted)
-    note = f"{len(live)} sequences" if len(rows) > body or len(near) < len(live) else ""
-    return [rule("Block tables", width, note), *(rows[first:last] or [line((" no sequence", DIM))])]
+    heads = [sum(map(len, groups[:i])) for i in range(len(groups))]  # the row of each name
+    if len(rows) <= body and len(near) == len(live):
+        return [rule("Block tables", width), *(rows or [line((" no sequence", DIM))])]
+    first, last = window(len(rows), body - 1, heads[looked_at - begin])
+    left = len(live) - sum(first <= head < last for head in heads)
+    more = f" … {left} more" if left else " … more entries"
+    return [rule("Block tables", width, f"{len(live)} sequences"), *rows[first:last], line((more, "bold"))]
 
 
 def _table(scene: Scene, seq_id: int, width: int) -> Lines:
@@ -65,35 +68,46 @@ def _table(scene: Scene, seq_id: int, width: int) -> Lines:
     concerned = seq_id in moment.change.seq_ids
     style = colour(moment, seq_id)
     pointer = "▶" if seq_id == scene.selected else "*" if concerned else " "
-    status = view.status if view.status != "swapped" else "on the host"
-    tokens = f", {count(place.length, 'token')}" if place else ""
+    doing: str = view.status if view.status != "swapped" else "on the host"
     name = moment.history.name(seq_id)
-    rows = [line((pointer, "bold"), (name, f"{style} bold"), " ", fit(f"{status}{tokens}", width - 2 - len(name)))]
+    room = width - 2 - len(name)
+    if place:
+        tokens = f", {count(place.length, 'token')}"
+        doing += tokens if len(doing + tokens) <= room else f": {place.length}"
+    rows = [line((pointer, "bold"), (name, f"{style} bold"), " ", fit(doing, room))]
     if place is None or not place.blocks:
         return rows
     new_entries = moment.change.new_entries if concerned else range(0)
     row = line("  ")
-    for entry, is_new in _entries(place.blocks, new_entries, "h" if place.on_host else ""):
+    written = moment.change.written if concerned and moment.change.seq_ids[0] == seq_id else range(0)
+    last = (written[-1] // moment.state.memory.block_size,) if written else ()  # the entry of the newest token
+    for entry, is_new in _entries(place.blocks, new_entries, last, "h" if place.on_host else ""):
         if row.cell_len + len(entry) + 1 > width and row.cell_len > 2:
             rows.append(row)
             row = line("  ")
-        row.append(entry + ("+" if is_new else " "), "bold" if is_new else style)
+        row.append(f"{entry}{'+' if is_new else ''} ", "bold" if is_new or entry[0] == WRITTEN else style)
     return [*rows, row]
 
 
-def _entries(blocks: list[int], new_entries: range, host: str) -> list[tuple[str, bool]]:
-    """`logical→physical` of a table, and whether it is new. In a long table, neighbours that run in step are one."""
+def _entries(
+    blocks: list[int], new_entries: range, written: tuple[int, ...], host: str
+) -> list[tuple[str, bool]]:  # fmt: skip
+    """`logical→physical` of a table, and whether it is new. In a long table, neighbours that run in step are one.
+
+    The entry that the newest token is written through has the mark of the token's slot in the pool.
+    """
     entries: list[tuple[str, bool]] = []
     run = 0  # entries in step before this one
     for logical, physical in enumerate(blocks):
         is_new = logical in new_entries
         follows = len(blocks) > 12 and logical > 0 and physical == blocks[logical - 1] + 1
-        if follows and entries[-1][1] == is_new:
+        if follows and entries[-1][1] == is_new and logical not in written:
             run += 1
             entries[-1] = f"{logical - run}-{logical}→{host}{physical - run}-{physical}", is_new
         else:
             run = 0
-            entries.append((f"{logical}→{host}{physical}", is_new))
+            mark = WRITTEN if logical in written else ""
+            entries.append((f"{mark}{logical}→{host}{physical}", is_new))
     return entries
 
 
@@ -140,7 +154,7 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
             (f"{moment.history.name(v.seq_id)} ({'host' if v.status == 'swapped' else 'waits'})" for v in waiting),
             width,
         ),
-        line(("Slots: a letter holds a token, ░ is given out and empty, . is free", DIM)),
+        line(("Slots: a letter has a token, ░ given out and empty, . free", DIM)),
     ]
     map_height = max(1, min(-(-memory.num_blocks // width), height // 3))
     room = height - 1 - len(below) - map_height

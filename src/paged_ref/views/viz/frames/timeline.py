@@ -40,9 +40,17 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
         rule("What each sequence did in each step", width, note),
         _scale(label, wide, first_step, last_step),
         *(_row(scene, seq_id, label, wide, first_step, last_step) for seq_id in seq_ids[first:last]),
-        line(" " * (label + 1 + (max(0, now) - first_step) * wide), (f"▲ step {now}" if now >= 0 else "▲", "bold")),
+        _here(now, label + 1 + (max(0, now) - first_step) * wide, width),
     ]
     return [*filled(rows, height - len(batch) - len(legend)), *batch, *legend]
+
+
+def _here(now: int, column: int, width: int) -> Text:
+    """The mark below the step of the moment, its number on the side that has room."""
+    number = f"step {now}" if now >= 0 else ""
+    if column + 2 + len(number) > width:
+        return line(" " * (column - len(number) - 1), (f"{number} ▲", "bold"))
+    return line(" " * column, (f"▲ {number}", "bold"))
 
 
 def _scale(label: int, wide: int, first: int, last: int) -> Text:
