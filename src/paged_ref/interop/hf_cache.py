@@ -2,9 +2,9 @@
 
 What it shares with vLLM: K and V as `[num_blocks, block_size, num_kv_heads, head_size]`, reference counts, copy on
 write, forks that copy nothing, one table for all layers, caches that share a pool. Where its limit is: `generate`
-decides what runs. So there is no continuous batching and no preemption: a pool that is full raises OutOfBlocks; a row
-that has ended goes on taking blocks until the whole batch has; each beam and each sample computes the prompt for itself
-(beams share blocks from the first reorder on); blocks behind a sliding window stay.
+decides what runs. So there is no continuous batching and no preemption: a full pool raises OutOfBlocks; a row that has
+ended goes on taking blocks until the whole batch has; each beam and each sample computes the prompt for itself (beams
+share blocks from the first reorder on); blocks behind a sliding window stay.
 
 A batch has columns, which transformers counts, and padding among them. A padded place is in a column but has no slot,
 so a row's positions in the cache are those of its tokens alone, and a window counts tokens.
@@ -35,33 +35,27 @@ class KVPool:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.manager = PagedManager(BlockPool(num_blocks), block_size)
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # K and V, made when the first of them comes
         self._ids = itertools.count()
 
     @property
-    def num_blocks(self) -> int:
-        return self.manager.pool.num_blocks
-
-    @property
     def blocks_in_use(self) -> int:
-        """Blocks that the tables of all caches of this pool hold. A shared block counts once."""
+        """Blocks in the tables of all caches of this pool. A shared block counts once."""
         return self.num_blocks - self.manager.pool.num_free
 
     def layer(self, index: int, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of a layer, `[num_blocks, block_size, num_kv_heads, head_size]`, made when its first `key` comes,
-        whose dtype and device they have. ValueError for the `key` of another model."""
-        shape, options = (key.shape[1], key.shape[3]), {"dtype": key.dtype, "device": key.device}
-        if index not in self._layers:
-            whole = (self.num_blocks, self.manager.block_size, *shape)
-            # NaN: a read of a slot that was never written shows.
-            self._layers[index] = torch.full(whole, torch.nan, **options), torch.full(whole, torch.nan, **options)
-        keys, values = self._layers[index]
-        if tuple(keys.shape[2:]) != shape or {"dtype": keys.dtype, "device": keys.device} != options:
-            raise ValueError(
-                f"K of layer {index} is {_described(key, shape)}; the pool holds {_described(keys, keys.shape[2:])}. "
-                "Another model needs another pool"
-            )
-        return keys, values
+        """K and V of a layer, `[num_blocks, block_size, num_kv_heads, head_size]`, with the dtype and device of its
+        first `key`. Raises ValueError for the `key` of another model."""
+        row = key[0, :, 0]
+        if index not in self.layers:  # NaN: a read of a slot that was never written shows
+            keys = row.new_full((self.num_blocks, self.block_size, *row.shape), torch.nan)
+            self.layers[index] = keys, keys.clone()
+        held = self.layers[index][0][0, 0]
+        if (row.shape, row.dtype, row.device) != (held.shape, held.dtype, held.device):
+            ours, theirs = (f"{x.dtype} {list(x.shape)} on {x.device}" for x in (held, row))
+            raise ValueError(f"K of layer {index} is {theirs}; the pool has {ours}. Another model needs another pool")
+        return self.layers[index]
 
     def new_row(self, parent: int | None = None) -> int:
         """An empty sequence, or a fork of `parent`, which shares its blocks."""
@@ -73,28 +67,23 @@ class KVPool:
         return row
 
     def append(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        """Make room for more tokens of each row, and copy the blocks that must not be written in place. All rows or
-        none: raises OutOfBlocks, and changes nothing, without room."""
+        """Make room for more tokens of each row, and copy the blocks that must not be written in place. All or none:
+        raises OutOfBlocks, and changes nothing, without room."""
         try:
             transfers = self.manager.append(list(zip(rows, counts, strict=True)))
         except OutOfBlocks as error:
-            free = self.manager.pool.num_free
             raise OutOfBlocks(
-                f"{len(rows)} rows with {sum(counts)} new tokens do not fit: {free} of the pool's {self.num_blocks} "
-                f"blocks of {self.manager.block_size} tokens are free ({error})"
+                f"{len(rows)} rows with {sum(counts)} new tokens do not fit: {self.blocks_in_use} of the pool's "
+                f"{self.num_blocks} blocks of {self.block_size} tokens are in use ({error})"
             ) from None
         pairs = [(transfer.source, transfer.destination) for transfer in transfers]
-        for keys, values in self._layers.values() if pairs else ():
+        for keys, values in self.layers.values() if pairs else ():
             copy_blocks(keys, values, pairs)
 
-
-def _described(tensor: torch.Tensor, shape: Sequence[int]) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} [num_kv_heads {shape[0]}, head_size {shape[1]}]"
-
-
-def _give_back(pool: KVPool, rows: list[int]) -> None:
-    while rows:
-        pool.manager.free(rows.pop())
+    def free(self, rows: list[int]) -> None:
+        """Give back what the rows hold, and empty the list."""
+        while rows:
+            self.manager.free(rows.pop())
 
 
 class Packing:
@@ -105,8 +94,8 @@ class Packing:
         real = real.cpu()
         self.shape = real.shape
         self.counts: list[int] = real.sum(1).tolist()
-        self.real = None if bool(real.all()) else real.reshape(-1).to(device)
-        self.query_start_loc = _ints([0, *itertools.accumulate(self.counts)], device)
+        self.real = None if bool(real.all()) else real.flatten().to(device)
+        self.query_start_loc = ints([0, *itertools.accumulate(self.counts)], device)
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """`[num_rows, num_heads, count, head_size]` to `[num_tokens, num_heads, head_size]`."""
@@ -122,7 +111,7 @@ class Packing:
         return packed.unflatten(0, self.shape)
 
 
-def _ints(values: Sequence[Any], device: torch.device) -> torch.Tensor:
+def ints(values: Sequence[Any], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
@@ -139,25 +128,29 @@ class Step:
     seq_lens: torch.Tensor  # [num_rows]
 
 
-class NewKV:
-    """K and V of this step, which the cache hands to the model in place of tensors.
+class Sealed:
+    """What a model carries to its attention and must not open. An attention that does gets an error, not wrong keys."""
 
-    Only the attention of this package can read them. Any other gets an error here, instead of the wrong keys.
-    """
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError(
+            "the model opens K, V or the mask before its attention does, or runs another attention: call "
+            f'model.set_attn_implementation("{NAME}") first; where that was done, {NAME} cannot serve this model'
+        )
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        self.__getattr__("")
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        Sealed().__getattr__("")
+
+
+class NewKV(Sealed):
+    """K and V of this step, which the cache hands to the model in place of tensors."""
 
     def __init__(self, layer: PagedLayer, key: torch.Tensor, value: torch.Tensor) -> None:
         self.layer, self.key, self.value = layer, key, value  # [num_rows, num_kv_heads, count, head_size]
         self.step: Step | None = None  # since when K and V lie in the pool
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise ValueError(
-            f'the model runs an attention that cannot read a PagedCache: call model.set_attn_implementation("{NAME}") '
-            f"first; where that was done, {NAME} cannot serve this model"
-        )
-
-    @classmethod
-    def __torch_function__(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        cls.__getattr__(cls.__new__(cls), "")
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
@@ -177,8 +170,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Changes nothing. The attention writes, as it alone is told what is padding."""
-        new = NewKV(self, key_states, value_states)
-        return new, new
+        return (NewKV(self, key_states, value_states),) * 2
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.columns + query_length, 0
@@ -197,21 +189,23 @@ class PagedCache(Cache):  # type: ignore[misc]
     `num_blocks` blocks of `block_size` tokens are for all rows together; each layer keeps them as two arrays of the
     model's dtype. `pool=other.pool` shares them with another cache. `copy.deepcopy(cache)` is a fork: it shares all
     blocks, and copies one only when it is written. The blocks go back to the pool with `reset()`, with `crop(-n)`, or
-    when the cache is dropped. Raises OutOfBlocks where the pool is full; the cache then is as before the call.
+    when the cache is dropped. Raises OutOfBlocks where the pool is full; the cache then is as before that step.
     """
 
     def __init__(self, num_blocks: int | None = None, block_size: int = 16, *, pool: KVPool | None = None) -> None:
-        if (num_blocks is None) == (pool is None):
+        if pool is None and num_blocks is not None:
+            pool = KVPool(num_blocks, block_size)
+        elif pool is None or num_blocks is not None:
             raise ValueError("PagedCache needs either num_blocks or the pool of another cache")
         super().__init__(layer_class_to_replicate=functools.partial(PagedLayer, weakref.proxy(self)))
-        self.pool = KVPool(num_blocks, block_size) if pool is None else pool
+        self.pool = pool
         self.rows: list[int] = []  # the sequence of each row of the batch
         self.real = torch.zeros(0, 0, dtype=torch.bool)  # [num_rows, columns]: False is padding
         self._step: Step | None = None
-        weakref.finalize(self, _give_back, self.pool, self.rows)
+        weakref.finalize(self, pool.free, self.rows)
 
     def __repr__(self) -> str:
-        size = f"{self.pool.num_blocks} blocks of {self.pool.manager.block_size}"
+        size = f"{self.pool.num_blocks} blocks of {self.pool.block_size}"
         return f"PagedCache({len(self.rows)} rows, {self.columns} columns, {self.blocks_in_use} of {size})"
 
     def __bool__(self) -> bool:
@@ -223,13 +217,15 @@ class PagedCache(Cache):  # type: ignore[misc]
         return len({block for row in self.rows for block in self.pool.manager.placement(row)})
 
     @property
-    def batch_size(self) -> int:
-        return len(self.rows) or -1
-
-    @property
     def columns(self) -> int:
         """Columns that all layers have. A run that was interrupted counts for nothing."""
         return min((layer.columns for layer in self.layers if layer.columns), default=0)
+
+    def has_previous_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("layers that keep another state than K and V (convolutions, linear attention) cannot be paged")
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state
+    update_indexer = has_previous_state
 
     # --- a run of the model ------------------------------------------------------------------------------
 
@@ -252,7 +248,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         try:
             self.pool.append(rows, packing.counts)
         except OutOfBlocks:
-            _give_back(self.pool, new)
+            self.pool.free(new)
             raise
         self.rows.extend(new)
         self.real = real
@@ -260,17 +256,14 @@ class PagedCache(Cache):  # type: ignore[misc]
         tables = [manager.placement(row) for row in rows]
         widest = max(1, *map(len, tables))
         tables = [table + [-1] * (widest - len(table)) for table in tables]
-        lengths = [manager.length(row) for row in rows]
-        return Step(
-            layer, start, start + count, packing, _ints(slots, device), _ints(tables, device), _ints(lengths, device)
-        )
+        arrays = (ints(values, device) for values in (slots, tables, [manager.length(row) for row in rows]))
+        return Step(layer, start, start + count, packing, *arrays)
 
     def _check(self, layer: PagedLayer, real: torch.Tensor, start: int, count: int) -> None:
-        num_rows = real.shape[0]
-        if self.rows and num_rows != len(self.rows):
+        if self.rows and real.shape[0] != len(self.rows):
             raise ValueError(
-                f"the batch has {num_rows} rows; the cache has {len(self.rows)}. Call cache.reset() before another "
-                "batch, or cache.batch_repeat_interleave(n) to go on n times from each row"
+                f"the batch has {real.shape[0]} rows; the cache has {len(self.rows)}. Call cache.reset() before "
+                "another batch, or cache.batch_repeat_interleave(n) to go on n times from each row"
             )
         if layer.columns != start:
             raise ValueError(
@@ -293,7 +286,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.columns = min(layer.columns, columns)
 
-    # --- rows and columns move: beams, candidates, rejected tokens, forks -------------------------------------
+    # --- rows and columns move: rejected tokens, beams, candidates, forks ---------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns, given as a negative number, as transformers does."""
@@ -303,13 +296,10 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Row i goes on from old row `indices[i]`. Rows that go on from one old row share its blocks."""
-        chosen = torch.arange(len(self.rows))[torch.as_tensor(indices).cpu()]
-        old = self.rows.copy()
-        if chosen.tolist() == list(range(len(old))):
-            return
+        chosen, old = torch.arange(len(self.rows))[torch.as_tensor(indices).cpu()], self.rows.copy()
         self.rows[:] = [self.pool.new_row(old[i]) for i in chosen.tolist()]
         self.real, self._step = self.real[chosen], None
-        _give_back(self.pool, old)
+        self.pool.free(old)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if self.rows:
@@ -318,7 +308,7 @@ class PagedCache(Cache):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
 
-    def __deepcopy__(self, memo: Any) -> PagedCache:
+    def __deepcopy__(self, memo: Any = None) -> PagedCache:
         fork = PagedCache(pool=self.pool)
         self._keep(self.columns)
         fork.rows.extend(self.pool.new_row(row) for row in self.rows)
@@ -328,11 +318,10 @@ class PagedCache(Cache):  # type: ignore[misc]
             fork.layers[-1].columns = layer.columns
         return fork
 
-    def __copy__(self) -> PagedCache:
-        return self.__deepcopy__({})
+    __copy__ = __deepcopy__
 
     def reset(self) -> None:
         """Give back all blocks. The cache is as new."""
-        _give_back(self.pool, self.rows)
+        self.pool.free(self.rows)
         self.layers.clear()
         self.real, self._step = self.real[:0, :0], None

@@ -18,10 +18,9 @@ sparse attention, dropout, gradients. Tested with transformers 5.24.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CellType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from .hf_cache import NAME, KVPool, NewKV, PagedCache
+from .hf_cache import NAME, KVPool, NewKV, Packing, PagedCache, Sealed
 from .kernel_api import naive_attention, paged_attention, write_kv
 
 __all__ = ["KVPool", "PagedCache", "register"]
@@ -50,8 +49,8 @@ def register(name: str = NAME) -> None:
 # --- masks -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PagedMask:
+@dataclass(frozen=True, eq=False)
+class PagedMask(Sealed):
     """What a causal mask consists of."""
 
     real: torch.Tensor  # bool [num_rows, columns]: False is padding
@@ -64,39 +63,27 @@ def paged_mask(
 ) -> PagedMask:  # fmt: skip
     """What transformers asks for in place of a 4D mask. Raises ValueError for a pattern that no kernel here has."""
     known = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
-    if not _same(mask_function, known):
-        names = ", ".join(sorted({part.__qualname__.partition(".")[0] for part in _parts(mask_function)}))
-        raise ValueError(
-            f"a mask of {names} has no paged kernel; {NAME} is causal attention, with or without a sliding window"
-        )
+    pattern = _pattern(mask_function)
+    if pattern != _pattern(known):
+        names = ", ".join(sorted(_names(pattern)))
+        raise ValueError(f"a mask of {names} has no paged kernel; {NAME} is causal attention, with a window or without")
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     return PagedMask(attention_mask.bool(), local_size)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """The functions do the same: equal code that closes over the same."""
-    if not callable(one) or not callable(other):
-        return type(one) is type(other) is int and bool(one == other)
-    ours, theirs = _closed_over(one), _closed_over(other)
-    return one is other or (
-        getattr(one, "__code__", None) is getattr(other, "__code__", 0)
-        and len(ours) == len(theirs)
-        and all(map(_same, ours, theirs))
-    )
+def _pattern(part: Any) -> Any:
+    """A function as its code with what it closes over: two that do the same are equal."""
+    if isinstance(part, tuple):
+        return tuple(map(_pattern, part))
+    code = getattr(part, "__code__", None)
+    return part if code is None else (code, *(_pattern(cell.cell_contents) for cell in part.__closure__ or ()))
 
 
-def _closed_over(function: Any) -> list[Any]:
-    """What a function closes over, tuples flattened."""
-    cells: tuple[CellType, ...] = getattr(function, "__closure__", None) or ()
-    contents = [cell.cell_contents for cell in cells]
-    return list(itertools.chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in contents))
-
-
-def _parts(function: Any) -> list[Any]:
-    """The mask functions that one is put together from."""
-    inner = [part for part in _closed_over(function) if callable(part) and hasattr(part, "__qualname__")]
-    return [leaf for part in inner for leaf in _parts(part)] if inner else [function]
+def _names(pattern: Any) -> set[str]:
+    if isinstance(pattern, tuple):
+        return set().union(*map(_names, pattern))
+    return {pattern.co_qualname.partition(".")[0]} if isinstance(pattern, CodeType) else set()
 
 
 # --- attention -------------------------------------------------------------------------------------------
@@ -111,7 +98,7 @@ def attention(
     `[num_rows, count, num_heads, head_size]` out.
 
     `key` and `value` are a NewKV, or tensors like `query` with `num_kv_heads`. The window comes from the mask, as some
-    models tell only the mask of it. Raises ValueError for what the kernels cannot do, OutOfBlocks where the pool is full.
+    models tell only the mask of it. Raises ValueError for what the kernels cannot do, OutOfBlocks for a full pool.
     """
     tensors = (query, key.key, key.value, s_aux) if isinstance(key, NewKV) else (query, key, value, s_aux)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
