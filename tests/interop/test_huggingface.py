@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `compare` is not installed")
 
+from paged_ref.core.attention.attention import AttentionCall, attend  # noqa: E402
 from paged_ref.core.memory.block_pool import OutOfBlocks  # noqa: E402
 from paged_ref.interop import kernel_api  # noqa: E402
 from paged_ref.interop.huggingface import PagedCache, attention, register  # noqa: E402
@@ -243,9 +244,8 @@ def test_two_caches_share_a_pool() -> None:
 
 def test_the_kernel_reads_the_cache_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache, seen = paged(build("llama", num_hidden_layers=1)), cache_of(), set()
-    attend = kernel_api.attend
 
-    def spy(call: Any, backend: str) -> None:
+    def spy(call: AttentionCall, backend: str) -> None:
         seen.add(call.keys.ctypes.data)
         attend(call, backend)
 
@@ -490,7 +490,7 @@ def test_a_pool_serves_one_model() -> None:
         ({"num_blocks": 4, "block_size": 0}, "block_size is 0; at least 1"),
     ],
 )
-def test_a_cache_that_cannot_be(arguments: dict[str, int], message: str) -> None:
+def test_a_cache_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PagedCache(**arguments)
     with pytest.raises(ValueError, match="either num_blocks or the pool"):

@@ -161,7 +161,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
 
     def __init__(self, cache: PagedCache) -> None:
         super().__init__()
-        self.cache = cache  # a weak proxy: the blocks go back as soon as the cache is dropped
+        self.cache = cache  # weakly, so that the blocks go back as soon as the cache is dropped
         self.index = len(cache.layers)
         self.columns = 0  # written
 
@@ -183,7 +183,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
 
 
 class PagedCache(Cache):  # type: ignore[misc]
-    """`model.generate(..., past_key_values=PagedCache(num_blocks=256))`, after `register()` and
+    """`model.generate(..., cache=PagedCache(num_blocks=256))`, after `register()` and
     `model.set_attn_implementation("paged_ref")`.
 
     `num_blocks` blocks of `block_size` tokens are for all rows together; each layer keeps them as two arrays of the
@@ -197,7 +197,8 @@ class PagedCache(Cache):  # type: ignore[misc]
             pool = KVPool(num_blocks, block_size)
         elif pool is None or num_blocks is not None:
             raise ValueError("PagedCache needs either num_blocks or the pool of another cache")
-        super().__init__(layer_class_to_replicate=functools.partial(PagedLayer, weakref.proxy(self)))
+        cache: Any = weakref.proxy(self)
+        super().__init__(layer_class_to_replicate=functools.partial(PagedLayer, cache))
         self.pool = pool
         self.rows: list[int] = []  # the sequence of each row of the batch
         self.real = torch.zeros(0, 0, dtype=torch.bool)  # [num_rows, columns]: False is padding

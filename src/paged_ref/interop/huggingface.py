@@ -4,7 +4,7 @@
 
     register()
     model.set_attn_implementation("paged_ref")
-    model.generate(**inputs, past_key_values=PagedCache(num_blocks=256))
+    model.generate(**inputs, cache=PagedCache(num_blocks=256))  # or past_key_values=, its older name
 
 The cache (hf_cache.py) hands K and V of a step through to the attention, and the mask function hands through what is
 padding and how wide the window is. There the three meet: K and V are written into their slots, and the kernel reads
@@ -134,7 +134,7 @@ def _contiguous(
     if query.shape[2] != key.shape[2] or real.shape != (query.shape[0], key.shape[2]):
         raise ValueError(
             f"{query.shape[2]} new tokens meet K of {key.shape[2]}, which lies in no PagedCache; pass "
-            "past_key_values=PagedCache(num_blocks=...), or use_cache=False"
+            "cache=PagedCache(num_blocks=...), or use_cache=False"
         )
     packing = Packing(real, query.device)
     starts = packing.query_start_loc
