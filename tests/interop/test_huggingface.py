@@ -130,6 +130,14 @@ def test_sinks_change_a_token() -> None:
     assert not torch.equal(generate(model), before)
 
 
+def test_rows_that_end_early() -> None:
+    model = build("llama")
+    end = int(generate(model)[0, PROMPTS.shape[1] + 4])
+    expected = generate(model, eos_token_id=end)
+    assert (expected[0, PROMPTS.shape[1] + 5 :] == 0).all()
+    assert torch.equal(generate(paged(model), past_key_values=cache_of(), eos_token_id=end), expected)
+
+
 @pytest.mark.parametrize("block_size", [1, 16, 64])
 def test_any_block_size_gives_the_same_tokens(block_size: int) -> None:
     model = build("gemma2")
@@ -438,6 +446,7 @@ def test_gradients_and_dropout_are_refused() -> None:
     ("how", "message"),
     [
         ({"position_bias": 0}, "attention with position_bias has no paged kernel"),
+        ({"output_attentions": True}, "attention with output_attentions has no paged kernel"),
         ({"is_causal": False}, "bidirectional attention has no paged kernel"),
         ({"attention_mask": None}, "there is no mask; paged_ref needs"),
     ],
@@ -493,5 +502,6 @@ def test_a_pool_serves_one_model() -> None:
 def test_a_cache_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PagedCache(**arguments)
-    with pytest.raises(ValueError, match="either num_blocks or the pool"):
-        PagedCache(4, pool=cache_of().pool)
+    for wrong in ({"num_blocks": 4, "pool": cache_of().pool}, {"pool": cache_of()}):
+        with pytest.raises(ValueError, match="either num_blocks or the pool of another cache"):
+            PagedCache(**wrong)

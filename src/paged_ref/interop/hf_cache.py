@@ -195,8 +195,8 @@ class PagedCache(Cache):  # type: ignore[misc]
     def __init__(self, num_blocks: int | None = None, block_size: int = 16, *, pool: KVPool | None = None) -> None:
         if pool is None and num_blocks is not None:
             pool = KVPool(num_blocks, block_size)
-        elif pool is None or num_blocks is not None:
-            raise ValueError("PagedCache needs either num_blocks or the pool of another cache")
+        elif num_blocks is not None or not isinstance(pool, KVPool):
+            raise ValueError("PagedCache needs either num_blocks or the pool of another cache: pool=other.pool")
         cache: Any = weakref.proxy(self)
         super().__init__(layer_class_to_replicate=functools.partial(PagedLayer, cache))
         self.pool = pool

@@ -37,7 +37,9 @@ from .kernel_api import naive_attention, paged_attention, write_kv
 __all__ = ["KVPool", "PagedCache", "register"]
 
 # What some models hand to their attention, and no kernel here takes.
-REFUSED = ("position_bias", "indices", "block_indices", "sinks", "cu_seq_lens_q", "cu_seq_lens_k")
+REFUSED = (
+    "position_bias", "indices", "block_indices", "sinks", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions",
+)  # fmt: skip
 
 
 def register(name: str = NAME) -> None:
@@ -147,7 +149,7 @@ def _refuse(causal: bool, mask: Any, dropout: float, tensors: tuple[Any, ...], k
     if not causal:
         raise ValueError(f"bidirectional attention has no paged kernel; {NAME} is causal attention")
     for name in REFUSED:
-        if kwargs.get(name) is not None:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"attention with {name} has no paged kernel")
     if not isinstance(mask, PagedMask):
         what = f"the mask is a tensor of {list(mask.shape)}" if isinstance(mask, torch.Tensor) else "there is no mask"
