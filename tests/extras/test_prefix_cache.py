@@ -340,6 +340,20 @@ def test_no_stale_hit_after_a_block_got_other_content() -> None:
     assert manager.admit(3, C + B, 8) == 4
 
 
+def test_a_block_that_a_truncated_sequence_writes_again_is_not_found_any_more() -> None:
+    manager = cached()
+    events = events_of(manager)
+    compute(manager, 0, A + B)
+    manager.fork(0, 1)
+    manager.truncate(0, 6)
+    manager.commit(1, A + B, 8)  # block 1 is still full in this table
+    manager.free(1)
+    assert manager.append([(0, 2)]) == []  # other tokens than the last two of B, in place
+    assert events == [("cached", 0), ("cached", 1), ("evicted", 1)]
+    assert manager.admit(2, A + B + C, 16) == 4
+    manager.check_integrity()
+
+
 def test_only_written_blocks_are_found() -> None:
     """A block that has room for tokens, but whose K and V are not computed yet, must not be hit."""
     manager = cached()

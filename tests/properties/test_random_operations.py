@@ -137,6 +137,12 @@ class PagedLife(Life):
 
     @precondition(lambda self: self.watched.device())
     @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        seq_id = data.draw(st.sampled_from(self.watched.device()))
+        self.watched.truncate(seq_id, data.draw(st.integers(0, self.watched.lengths[seq_id])))
+
+    @precondition(lambda self: self.watched.device())
+    @rule(data=st.data())
     def reorder(self, data: st.DataObject) -> None:
         beams = data.draw(some_of(self.watched.device(), 4))
         chosen = data.draw(st.lists(st.sampled_from(beams), min_size=1, max_size=4))
@@ -218,6 +224,9 @@ def live(watched: Watched, rng: random.Random, num_operations: int) -> None:
             seq_id = rng.choice(device)
             length = watched.lengths[seq_id]
             watched.commit_some(seq_id, length if rng.random() < 0.7 else rng.randrange(length + 1))
+        elif choice < 0.72 and paged:
+            seq_id = rng.choice(device)
+            watched.truncate(seq_id, rng.randrange(watched.lengths[seq_id] + 1))
         elif choice < 0.76 and paged:
             watched.fork(rng.choice(device))
         elif choice < 0.79 and paged:
@@ -310,6 +319,11 @@ class Pair:
             self.next_id += 1
             self.both(lambda: manager.fork(parent, child), lambda: plain.fork(parent, child))
             self.tokens[child] = self.tokens[parent][: manager.length(parent)]
+        elif choice < 0.78 and here:
+            seq_id = rng.choice(here)
+            length = rng.randrange(manager.length(seq_id) + 1)
+            self.both(lambda: manager.truncate(seq_id, length), lambda: plain.truncate(seq_id, length))
+            del self.tokens[seq_id][length:]
         elif choice < 0.82 and here:
             ids = rng.sample(here, min(len(here), 3))
             self.both(lambda: manager.swap_out(ids), lambda: plain.swap_out(ids))

@@ -45,6 +45,16 @@ def test_a_flow_gives_the_same_on_the_stand_in(name: str) -> None:
     assert json.loads(line)["result"] == json.loads(json.dumps(FLOWS[name]()))
 
 
+@pytest.mark.compare
+def test_models_of_transformers_run_on_the_stand_in() -> None:
+    pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
+    *_, line = run("-m", "strict_gpu", "tests/strict_gpu/hugging_face.py").splitlines()
+    said = json.loads(line)
+    assert said["arrays"] == ["strict_gpu"]
+    assert len(said["same"]) == 5
+    assert all(said["same"].values()), said
+
+
 def test_an_ordering_that_is_missing_is_seen() -> None:
     """Each mutant takes one away, and the stand-in says so."""
     said: dict[str, Any] = json.loads(run("-m", "strict_gpu", "tests/strict_gpu/mutants.py"))

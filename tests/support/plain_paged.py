@@ -96,6 +96,10 @@ class PlainPaged:
                     old, new = table[-1], self._take_or_refuse()
                     table[-1] = new
                     copies.append((old, new))
+                elif count and length % self.size:  # its content changes: no prompt can find it any more
+                    content = self.content.pop(table[-1], None)
+                    if content is not None and self.found[content] == table[-1]:
+                        del self.found[content]
                 self.lengths[seq_id] = length + count
                 while len(table) * self.size < length + count:
                     table.append(self._take_or_refuse())
@@ -120,6 +124,11 @@ class PlainPaged:
     def fork(self, parent: int, child: int) -> None:
         self.tables[child] = self.tables[parent].copy()
         self.lengths[child] = self.lengths[parent]
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        self.lengths[seq_id] = length
+        while len(self.tables[seq_id]) > -(-length // self.size):
+            self.drop([self.tables[seq_id].pop()])
 
     def free(self, seq_id: int) -> None:
         del self.lengths[seq_id]

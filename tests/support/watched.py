@@ -157,6 +157,14 @@ class Watched(Oracle):
             if length < self.limits[seq_id]:
                 self.append([(seq_id, 1)], token)
 
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Take the last tokens back. What comes after them may be different now."""
+        self.num_operations += 1
+        self.manager.truncate(seq_id, length)
+        self.lengths[seq_id] = length
+        del self.tokens[seq_id][length:], self.values[seq_id][length:]
+        self._done([seq_id])
+
     def free(self, seq_id: int) -> None:
         self.num_operations += 1
         self.manager.free(seq_id)

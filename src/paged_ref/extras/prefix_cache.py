@@ -54,10 +54,8 @@ class CachingBlockPool(BlockPool):
     def allocate(self) -> int:
         if not self._free and self.cached:
             block_id, _ = self.cached.popitem(last=False)
-            del self.block_of[self.digest_of.pop(block_id)]
+            self.reopened(block_id)
             self._free.append(block_id)
-            if self.on_evicted:
-                self.on_evicted(block_id)
         return super().allocate()
 
     def share(self, block_id: int) -> None:
@@ -92,6 +90,13 @@ class CachingBlockPool(BlockPool):
             # The first block with this content wins; a second one, computed in the same step, stays private.
             if self.block_of.setdefault(digest, block_id) == block_id and self.on_cached:
                 self.on_cached(block_id, digest)
+
+    def reopened(self, block_id: int) -> None:
+        digest = self.digest_of.pop(block_id, None)
+        if digest is not None and self.block_of.get(digest) == block_id:
+            del self.block_of[digest]
+            if self.on_evicted:
+                self.on_evicted(block_id)
 
     def _unheld(self) -> list[int]:
         for digest, block_id in self.block_of.items():

@@ -33,6 +33,8 @@ def test_what_a_manager_cannot_do_is_refused_by_its_name() -> None:
     paged.admit(0, [0], 4)
     with pytest.raises(NotImplementedError, match="StandardManager cannot share slots"):
         standard.fork(0, 1)
+    with pytest.raises(NotImplementedError, match="StandardManager cannot truncate a sequence"):
+        standard.truncate(0, 0)
     for manager in (standard, paged):
         for operation in (manager.swap_out, manager.swap_in):
             with pytest.raises(NotImplementedError, match=f"{type(manager).__name__} cannot swap"):

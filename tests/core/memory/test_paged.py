@@ -72,6 +72,31 @@ def test_the_last_of_several_tables_writes_its_block_in_place() -> None:
     manager.check_integrity()
 
 
+def test_truncate_gives_back_the_blocks_that_held_only_what_is_forgotten() -> None:
+    manager = paged(4)
+    manager.admit(0, [0] * 10, 12)
+    manager.append([(0, 10)])
+    manager.fork(0, 1)
+    manager.truncate(1, 6)  # in the middle of a block that is full in the other table
+    assert (manager.placement(1), manager.length(1), manager.pool.num_free) == ([0, 1], 6, 1)
+    assert manager.append([(1, 1)]) == [Transfer("copy", 1, 3)]
+    manager.truncate(0, 8)
+    assert manager.placement(0) == [0, 1]
+    manager.truncate(0, 0)
+    assert (manager.placement(0), manager.pool.num_free) == ([], 2)
+    manager.check_integrity()
+
+
+@pytest.mark.parametrize("length", [-1, 6])
+def test_truncate_refuses_a_length_that_the_sequence_does_not_have(length: int) -> None:
+    manager = paged(4)
+    manager.admit(0, [0] * 5, 8)
+    manager.append([(0, 5)])
+    with pytest.raises(ValueError, match=f"length is {length}; sequence 0 has 5 tokens"):
+        manager.truncate(0, length)
+    assert manager.length(0) == 5
+
+
 def test_a_refused_append_changes_nothing() -> None:
     manager = paged(2)
     manager.admit(0, [0] * 6, 100)

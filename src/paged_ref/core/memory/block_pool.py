@@ -14,7 +14,7 @@ class OutOfBlocks(Exception):  # noqa: N818  (a state of the pool that the sched
 class BlockPool:
     """`num_blocks` interchangeable blocks with reference counts.
 
-    Invariant: a block is free, or `ref_count` tables point to it. The last three methods are what a pool may do that
+    Invariant: a block is free, or `ref_count` tables point to it. The last four methods are what a pool may do that
     remembers what its blocks held; this pool remembers nothing.
     """
 
@@ -97,3 +97,6 @@ class BlockPool:
 
     def filled(self, blocks: Sequence[int], num_full: int, tokens: Sequence[int], block_size: int) -> None:
         """The first `num_full` of `blocks` now hold K and V of the leading `tokens`."""
+
+    def reopened(self, block_id: int) -> None:
+        """More tokens go into the block, which a truncated table may have filled before with others."""

@@ -101,6 +101,13 @@ class KVCacheManager(ABC):
     def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:  # noqa: B027 (does nothing here)
         """The K and V of the first `num_written` of the sequence's `tokens` are written now."""
 
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Forget all but the first `length` tokens, and take back the blocks that held only the others.
+
+        Raises ValueError unless the sequence has as many. What speculative decoding does with tokens that it rejects.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot truncate a sequence")
+
     def fork(self, parent_id: int, child_id: int) -> None:
         """Begin `child_id` with all of the parent's tokens, sharing its slots."""
         raise NotImplementedError(f"{type(self).__name__} cannot share slots")

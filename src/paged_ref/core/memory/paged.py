@@ -78,6 +78,8 @@ class PagedManager(KVCacheManager):
             table = self.tables[seq_id]
             if needed and self.writes_shared_block(table, count):
                 transfers.append(self._copy_on_write(table))
+            elif count and table.length % self.block_size:
+                self.pool.reopened(table.blocks[-1])
             table.length += count
             while needed and len(table.blocks) * self.block_size < table.length:
                 table.blocks.append(self.pool.allocate())
@@ -101,7 +103,7 @@ class PagedManager(KVCacheManager):
         return needed
 
     def writes_shared_block(self, table: Table, count: int) -> bool:
-        """The next token goes into a partly filled block that another table points to as well."""
+        """The next token goes into a partly filled block that is that another table points to as well."""
         return bool(table.length % self.block_size and count) and self.pool.ref_count[table.blocks[-1]] > 1
 
     def _copy_on_write(self, table: Table) -> Transfer:
@@ -119,6 +121,14 @@ class PagedManager(KVCacheManager):
         for block_id in parent.blocks:
             self.pool.share(block_id)
         self.tables[child_id] = Table(parent.blocks.copy(), parent.length)
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        table = self.tables[seq_id]
+        if not 0 <= length <= table.length:
+            raise ValueError(f"length is {length}; sequence {seq_id} has {table.length} tokens")
+        table.length = length
+        while len(table.blocks) > self.blocks_for(length):
+            self.pool.release(table.blocks.pop())
 
     def free(self, seq_id: int) -> None:
         # The last block first, so that the first block is the next one to be handed out.
