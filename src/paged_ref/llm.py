@@ -21,22 +21,24 @@ from .core.engine.engine import Observer
 from .core.engine.outputs import RequestOutput
 from .core.engine.request import Request
 from .core.engine.sampling import SamplingParams as CoreSamplingParams
-from .core.engine.scheduler import Preemption, Scheduler
+from .core.engine.scheduler import Preemption
 from .core.engine.sequence import Group
 from .core.engine.sequence import Sequence as TokenSequence
 from .core.memory.kv import KV, KVCache
 from .core.memory.manager import KVCacheManager
+from .core.memory.paged import PagedManager
 from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
 from .extras.beam import BeamRequest
 from .extras.formatted_kv import FORMATS, FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.memory_limit import require_memory
+from .extras.prefix_cache import CachingBlockPool
 from .extras.sampling_params import SamplingParams, whole_number
 from .extras.sanitizer import SanitizedKV
+from .extras.shaping import ScoringScheduler, ShapedRequest, ShapingEngine, Vocabulary, WholeText
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import StreamingLLM
-from .extras.transaction import TransactionalEngine
 from .interop.architectures import build_model
 from .interop.checkpoints import load
 from .interop.hf_tokenizer import MissingTokenizer
@@ -132,6 +134,7 @@ class LLM(StreamingLLM):
         require_one_of((dtype, *FORMATS), kv_dtype=kv_dtype or dtype)
         checkpoint = load(model)
         config = checkpoint.config
+        pool: CachingBlockPool | None = None
         context = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
             raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} is allowed")
@@ -167,10 +170,12 @@ class LLM(StreamingLLM):
                     free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
             kv = _make_kv(config, manager, dtype, kv_dtype, host_kv_tokens, backend, sanitize)
+            if isinstance(manager, PagedManager) and isinstance(manager.pool, CachingBlockPool):
+                pool = manager.pool
             if log:
                 manager = timeline.logged.LoggedManager(manager, log)
             parts = Parts(manager, kv, preemption)
-        scheduler = Scheduler(parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
+        scheduler = ScoringScheduler(pool, parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
         observers: list[Observer] = [StepRecords(scheduler, on_step)] if on_step else []
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
@@ -178,7 +183,8 @@ class LLM(StreamingLLM):
         decoder = build_model(config, checkpoint.weights, dtype, linear)
         if launching.unavailable() is None:
             decoder = FusedDecoder(decoder)
-        engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
+        self.vocabulary = Vocabulary(checkpoint.tokenizer, config.vocab_size)
+        engine = ShapingEngine(self.vocabulary, decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
         self.around_step = blas_threads
@@ -186,21 +192,29 @@ class LLM(StreamingLLM):
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
 
     def make_request(self, output: RequestOutput, params: CoreSamplingParams) -> Request:
-        if params.stop and isinstance(self.tokenizer, MissingTokenizer):
-            raise ValueError(f"stop is {params.stop}, a text; {self.tokenizer.directory} has no tokenizer.json")
+        for name in ("stop", "bad_words"):
+            if isinstance(self.tokenizer, MissingTokenizer) and (texts := getattr(params, name, ())):
+                raise ValueError(f"{name} is {texts}, a text; {self.tokenizer.directory} has no tokenizer.json")
         width, most = _width(params), self.engine.scheduler.max_batch_seqs
         if self.engine.manager.can_fork and width > most:  # before so many are made
             raise ValueError(f"a request of {width} sequences; at most max_batch_seqs = {most} can run")
         require_memory(f"a request of {width} sequences", SAMPLE_BYTES * width)
-        if not isinstance(params, SamplingParams) or params.beam_width is None:
+        if not isinstance(params, SamplingParams):
             return super().make_request(output, params)
+        self.vocabulary.check(params)
+        if params.beam_width is None:
+            plain = super().make_request(output, params)
+            if not params.shapes and params.skip_special_tokens and not self.vocabulary.special_stops(params):
+                return plain
+            return ShapedRequest(plain, params, self.vocabulary, self.engine.eos_token_ids)
         if not self.engine.manager.can_fork:
             raise ValueError("beam_width is set; beams share blocks, and only the paged manager can share")
         ids = output.prompt_token_ids
         max_len = self.longest(len(ids), params)
         group = Group([TokenSequence(self.engine.next_seq_id, ids.copy(), len(ids), max_len)], params.beam_width)
         on_reordered = self._log_steps.beams_reordered if self._log_steps else None
-        return BeamRequest(output, params, group, self.tokenizer, on_reordered)
+        tokenizer = self.tokenizer if params.skip_special_tokens else WholeText(self.tokenizer.inner)
+        return BeamRequest(output, params, group, tokenizer, on_reordered)
 
     def longest(self, prompt_len: int, params: CoreSamplingParams) -> int:
         if params.max_tokens is not None:

@@ -22,7 +22,7 @@ from paged_ref.extras.sampling_params import SamplingParams
         ({"top_p": 0.0}, "top_p is 0.0; above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"n": 0}, "n is 0; at least 1"),
-        ({"seed": -1}, "seed is -1; at least 0"),
+        ({"seed": -2}, "seed is -2; at least -1"),
         ({"stop": ["a", ""]}, "stop holds an empty string"),
         ({"stop": ""}, "stop holds an empty string"),
         ({"beam_width": 0}, "beam_width is 0; at least 1"),
