@@ -29,6 +29,7 @@ from .core.memory.manager import KVCacheManager
 from .core.memory.paged import PagedManager
 from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
+from .core.model.tokenizer import Tokenizer
 from .extras.beam import BeamRequest
 from .extras.formatted_kv import FORMATS, FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
@@ -215,6 +216,17 @@ class LLM(StreamingLLM):
         on_reordered = self._log_steps.beams_reordered if self._log_steps else None
         tokenizer = self.tokenizer if params.skip_special_tokens else WholeText(self.tokenizer.inner)
         return BeamRequest(output, params, group, tokenizer, on_reordered)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer: `encode(text)` to token ids, `decode(ids)` to text."""
+        return self.tokenizer
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what the prefix cache keeps. False, and nothing is forgotten, while a request is unfinished."""
+        with self._turns.taken("reset_prefix_cache"):
+            if not self.has_unfinished:
+                self.engine.manager.clear()
+            return not self.has_unfinished
 
     def longest(self, prompt_len: int, params: CoreSamplingParams) -> int:
         if params.max_tokens is not None:

@@ -104,7 +104,7 @@ def test_log_probabilities(count: int) -> None:
         wanted = wide - wide.max() - math.log(np.exp(wide - wide.max()).sum())
         order = sorted(range(VOCAB), key=lambda i: (-wanted[i], i))
         size = VOCAB if count < 0 else count
-        assert list(entries)[0] == token
+        assert next(iter(entries)) == token
         assert set(entries) == {token, *order[: 2 if place == 2 else size]}
         for i, entry in entries.items():
             rank = 1 + int((wanted > wanted[i]).sum()) if place == 5 and i == 3 else order.index(i) + 1

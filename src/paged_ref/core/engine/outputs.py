@@ -16,10 +16,10 @@ class SequenceOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None  # None: still running
+    score: float | None = None  # of a search over sequences; None: the tokens were drawn one by one
     stop_reason: int | str | None = None  # the stop token or the stop text that ended it; None: EOS, or no stop
     logprobs: list[Any] | None = None  # for each token, if asked for (extras/logprobs.py)
     cumulative_logprob: float | None = None  # of all tokens, if asked for
-    score: float | None = None  # of a search over sequences; None: the tokens were drawn one by one
 
 
 @dataclass(slots=True)
