@@ -7,9 +7,9 @@ its part is imported.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import timeline
 from .beyond_device.options import LongOptions
@@ -18,7 +18,7 @@ from .beyond_device.streaming import Eviction
 from .core.checks import require_one_of
 from .core.device import on_gpu
 from .core.engine.engine import Observer
-from .core.engine.outputs import RequestOutput
+from .core.engine.outputs import RequestOutput, TokenOutput
 from .core.engine.request import Request
 from .core.engine.sampling import SamplingParams as CoreSamplingParams
 from .core.engine.scheduler import Preemption
@@ -39,10 +39,11 @@ from .extras.sampling_params import SamplingParams, whole_number
 from .extras.sanitizer import SanitizedKV
 from .extras.shaping import ScoringScheduler, ShapedRequest, ShapingEngine, Vocabulary, WholeText
 from .extras.step_records import StepRecord, StepRecords
-from .extras.streams import StreamingLLM
+from .extras.streams import Params, StreamingLLM
 from .interop.architectures import build_model
+from .interop.chat_template import Message, read_conversations
 from .interop.checkpoints import load
-from .interop.hf_tokenizer import MissingTokenizer
+from .interop.hf_tokenizer import HFTokenizer, MissingTokenizer
 from .interop.model_memory import SAME_SIZE, SAMPLE_BYTES, require_kv_memory
 from .kernels import why_not
 from .tuned import launching
@@ -216,6 +217,38 @@ class LLM(StreamingLLM):
         on_reordered = self._log_steps.beams_reordered if self._log_steps else None
         tokenizer = self.tokenizer if params.skip_special_tokens else WholeText(self.tokenizer.inner)
         return BeamRequest(output, params, group, tokenizer, on_reordered)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: Params = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_token: Callable[[TokenOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, written in the form that the model was trained on.
+
+        `messages` are dicts with role and content. The form is the checkpoint's chat template, or `chat_template`.
+        `continue_final_message` goes on inside the last message. The rest is as in generate().
+        """
+        if not isinstance(self.tokenizer, HFTokenizer):
+            raise ValueError("chat needs the text of tokens, and the checkpoint has no tokenizer.json")
+        texts = [
+            self.tokenizer.apply_chat_template(
+                conversation, chat_template, add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
+            )
+            for conversation in read_conversations(messages)
+        ]  # fmt: skip
+        # The template writes the special tokens that are needed.
+        outputs = self.generate([self.tokenizer.encode(text, False) for text in texts], params, on_token=on_token)
+        for output, text in zip(outputs, texts, strict=True):
+            output.prompt = text
+        return outputs
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer: `encode(text)` to token ids, `decode(ids)` to text."""

@@ -15,6 +15,7 @@ from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.engine import sampling
 from paged_ref.core.engine.outputs import SequenceOutput
 from paged_ref.extras import shaping
+from paged_ref.extras.logits import shape_logits
 from paged_ref.extras.logprobs import Logprob
 from paged_ref.extras.sampling_params import SHAPING
 
@@ -120,11 +121,11 @@ def test_the_prefix_cache_is_used_again_once_a_prompt_is_scored() -> None:
     llm.generate([prompt], SamplingParams(max_tokens=1))
     chunks: list[int] = []
     llm.engine.model.forward = counting(llm.engine.model.forward, chunks)  # type: ignore[method-assign]
-    for params, computed in (({}, 1), ({"prompt_logprobs": 0}, 21), ({}, 1)):
+    for count, computed in ((None, 1), (0, 21), (None, 1)):
         chunks.clear()
-        (output,) = llm.generate([prompt], SamplingParams(max_tokens=1, **params))
+        (output,) = llm.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=count))
         assert chunks == [computed]
-        assert len(output.prompt_logprobs or ()) == (21 if params else 0)
+        assert len(output.prompt_logprobs or ()) == (0 if count is None else 21)
 
 
 def test_the_prefix_cache_is_reset_between_requests() -> None:
@@ -338,10 +339,12 @@ def test_tokens_that_the_vocabulary_does_not_have(options: dict[str, Any], messa
 
 def test_a_request_that_asks_for_nothing_is_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    shape_logits = shaping.shape_logits
-    monkeypatch.setattr(
-        shaping, "shape_logits", lambda logits, rows: calls.append(len(rows)) or shape_logits(logits, rows)
-    )
+
+    def counted(logits: Any, rows: Sequence[Any]) -> None:
+        calls.append(len(rows))
+        shape_logits(logits, rows)
+
+    monkeypatch.setattr(shaping, "shape_logits", counted)
     llm = LLM("tiny")
     llm.generate(PROMPTS, SamplingParams(max_tokens=4, stop="zzz"))
     assert calls == []

@@ -113,7 +113,8 @@ class ShapedRequest(Request):
         params = replace(params, stop=texts, stop_token_ids=(*params.stop_token_ids, *self._special_stops))
         super().__init__(plain.output, params, plain.groups, plain.samples, plain.to_fork)
         self.shows_stop_token = params.include_stop_str_in_output
-        self.stop_ids = np.array(sorted({*params.stop_token_ids, *eos}), dtype=np.int64)
+        ends = {i for i in (*params.stop_token_ids, *eos) if i < vocabulary.size}
+        self.stop_ids = np.array(sorted(ends), dtype=np.int64)
         self.prompt_ids = np.unique(plain.output.prompt_token_ids).astype(np.int64)
         self._counts: dict[int, dict[int, int]] = {}  # by seq_id: tokens of the output
         # The sequence whose prompt is scored, until all of it is.
