@@ -31,11 +31,11 @@ from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
 from .core.model.tokenizer import Tokenizer
 from .extras.beam import BeamRequest
-from .extras.formatted_kv import FORMATS, FormattedKV
+from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, read_scales
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.memory_limit import require_memory
 from .extras.prefix_cache import CachingBlockPool
-from .extras.sampling_params import SamplingParams, whole_number
+from .extras.sampling_params import SamplingParams, require_flag, whole_number
 from .extras.sanitizer import SanitizedKV
 from .extras.shaping import ScoringScheduler, ShapedRequest, ShapingEngine, Vocabulary, WholeText
 from .extras.step_records import StepRecord, StepRecords
@@ -44,7 +44,7 @@ from .interop.architectures import build_model
 from .interop.chat_template import Message, read_conversations
 from .interop.checkpoints import load
 from .interop.hf_tokenizer import HFTokenizer, MissingTokenizer
-from .interop.model_memory import SAME_SIZE, SAMPLE_BYTES, require_kv_memory
+from .interop.model_memory import SAMPLE_BYTES, format_bytes_per_token, require_kv_memory
 from .kernels import why_not
 from .tuned import launching
 from .tuned.decoder import FusedDecoder
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .timeline.events import Log
 
 DEFAULT_KV_TOKENS = 4096
+KVScales = Sequence[Any] | Mapping[int, Any]  # a pair for each layer (extras/formatted_kv.py)
 
 
 class Parts(NamedTuple):
@@ -81,6 +82,7 @@ class LLM(StreamingLLM):
         kv_cache_tokens: int | None = None,
         kv_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        kv_scales: KVScales | None = None,
         host_kv_tokens: int | None = None,
         max_model_len: int | None = None,
         max_batch_tokens: int = 512,
@@ -108,10 +110,12 @@ class LLM(StreamingLLM):
 
         Memory. `manager` is "paged", "standard", "swapping", or a KVCacheManager that is made already. The KV cache has
         `kv_cache_tokens` slots (default 4096), or as many as fit in `kv_cache_bytes`, rounded down to whole blocks, in
-        the model's dtype or in `kv_dtype` ("bfloat16", "int8", "float8"). `block_size`, `free_order` (the order in
-        which blocks are handed out), `prefix_cache` and `watermark` (the share of the blocks that admission leaves) are
-        for the paged manager, `reserve` and `allocator` for the standard one. `preemption` is "recompute" or "swap"
-        (the default of the swapping manager), to a host pool of `host_kv_tokens` (default: as large as the cache).
+        the model's dtype or in `kv_dtype`: "bfloat16", "int8", "float8" or, the same, vLLM's "fp8". int8 and float8
+        have scales for each layer and KV head: `kv_scales`, or those that the first step's tokens ask for.
+        `block_size`, `free_order` (the order in which blocks are handed out), `prefix_cache` and `watermark` (the share
+        of the blocks that admission leaves) are for the paged manager, `reserve` and `allocator` for the standard one.
+        `preemption` is "recompute" or "swap" (the default of the swapping manager), to a host pool of `host_kv_tokens`
+        (default: as large as the cache).
 
         Batches. `max_model_len` (default: the model's context, if the cache holds it) bounds prompt and output
         together; with `beyond_context` it may exceed the context that the model was trained for, where output is
@@ -125,15 +129,22 @@ class LLM(StreamingLLM):
         event (timeline/events.py), `on_step` with a StepRecord after each step. None of these three changes a token.
         """
         _require_types(
-            log, on_step, block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
+            {"log": log, "on_step": on_step},
+            {"prefix_cache": prefix_cache, "beyond_context": beyond_context, "sanitize": sanitize},
+            block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
             host_kv_tokens=host_kv_tokens, max_model_len=max_model_len, max_batch_tokens=max_batch_tokens,
             max_batch_seqs=max_batch_seqs, device_blocks=device_blocks, host_blocks=host_blocks,
             staging_pages=staging_pages, full_layers=full_layers,
         )  # fmt: skip
+        if not isinstance(backend, str):
+            raise ValueError(f"backend is {backend!r}; a name is needed")
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         require_one_of(("float16", "float32"), dtype=dtype)
-        require_one_of((dtype, *FORMATS), kv_dtype=kv_dtype or dtype)
+        kv_dtype = ALIASES.get(kv_dtype, kv_dtype) if isinstance(kv_dtype, str) else kv_dtype
+        require_one_of((dtype, *FORMATS, *ALIASES), kv_dtype=dtype if kv_dtype is None else kv_dtype)
+        if kv_scales is not None and kv_dtype not in ("int8", "float8"):
+            raise ValueError(f"kv_scales are given, and kv_dtype is {kv_dtype!r}; only int8 and float8 have scales")
         checkpoint = load(model)
         config = checkpoint.config
         pool: CachingBlockPool | None = None
@@ -171,7 +182,7 @@ class LLM(StreamingLLM):
                     block_size=block_size, num_host_slots=host_kv_tokens, reserve=reserve, allocator=allocator,
                     free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
-            kv = _make_kv(config, manager, dtype, kv_dtype, host_kv_tokens, backend, sanitize)
+            kv = _make_kv(config, manager, dtype, kv_dtype, kv_scales, host_kv_tokens, backend, sanitize)
             if isinstance(manager, PagedManager) and isinstance(manager.pool, CachingBlockPool):
                 pool = manager.pool
             if log:
@@ -283,7 +294,7 @@ def _num_slots(config: ModelConfig, dtype: str, tokens: int | None, size: int | 
         return DEFAULT_KV_TOKENS if tokens is None else tokens
     if tokens is not None:
         raise ValueError("kv_cache_tokens and kv_cache_bytes are both given; give one of them")
-    return size // kv_bytes_per_token(config, SAME_SIZE.get(dtype, dtype))
+    return size // format_bytes_per_token(config, dtype)
 
 
 def _make_kv(
@@ -291,6 +302,7 @@ def _make_kv(
     manager: KVCacheManager,
     dtype: str,
     kv_dtype: str | None,
+    kv_scales: KVScales | None,
     host_kv_tokens: int,
     backend: str,
     sanitize: bool,
@@ -301,20 +313,26 @@ def _make_kv(
     num_host_blocks = host_kv_tokens // unit
     kv: KVCache
     if kv_dtype is not None and kv_dtype != dtype:
-        kv = (TunedFormattedKV if on_gpu else FormattedKV)(*sizes, kv_dtype, num_host_blocks, backend)
+        scales = () if kv_scales is None else read_scales(kv_scales, config.num_layers, config.num_kv_heads)
+        kv = (TunedFormattedKV if on_gpu else FormattedKV)(*sizes, kv_dtype, num_host_blocks, backend, scales)
+        if backend != "auto":
+            kv.try_backend(config.num_heads, dtype)
     else:
         kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, num_host_blocks, backend)
     return SanitizedKV(manager, kv) if sanitize else kv
 
 
-def _require_types(log: object, on_step: object, **sizes: object) -> None:
-    """Raise ValueError for the first size that is no whole number, and for a log or on_step that cannot be called."""
+def _require_types(functions: Mapping[str, object], flags: Mapping[str, object], **sizes: object) -> None:
+    """Raise ValueError for the first size that is no whole number, a function that cannot be called, a flag that is
+    neither True nor False."""
     for name, value in sizes.items():
-        if value is not None:
+        if value is not None or name in ("block_size", "max_batch_tokens", "max_batch_seqs"):
             whole_number(name, value)
-    for name, value in (("log", log), ("on_step", on_step)):
+    for name, value in functions.items():
         if value is not None and not callable(value):
             raise ValueError(f"{name} is {value!r}; a function is needed")
+    for name, value in flags.items():
+        require_flag(name, value)
 
 
 def _refuse_together(why: str, **given: object) -> None:

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "host": ("paged_ref.bench.host", "what the host does for a layer on a GPU: launches, their time; needs no GPU"),
     "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
     "model": ("paged_ref.bench.model", "on a GPU: decoding a whole model against the speed of memory; a CPU's tokens"),
+    "formats": ("paged_ref.bench.formats", "K and V in fewer bits: the cost in perplexity, and the blocks saved"),
     "simulate": ("paged_ref.bench.simulate", "how fast a trace goes through the schedulers and managers"),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
     "training": ("paged_ref.bench.training", "activations kept, swapped, paged, recomputed; a step's time; torch"),

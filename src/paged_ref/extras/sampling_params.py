@@ -121,8 +121,8 @@ def _checked(name: str, value: Any) -> Any:
         return tuple(whole_number(f"a token id in {name}", i) for i in items(name, value, "token ids"))
     if name == "logit_bias":
         return _bias(value)
-    if name in FLAGS and not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} is {value!r}; True or False is needed")
+    if name in FLAGS:
+        require_flag(name, value)
     if name == "logits_hook" and not callable(value):
         raise ValueError(f"logits_hook is {value!r}; a function is needed")
     return value
@@ -144,6 +144,12 @@ def finite_number(name: str, value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}; a finite number is needed")
     return float(value)
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raise ValueError for what is neither True nor False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}; True or False is needed")
 
 
 def whole_number(name: str, value: Any) -> int:

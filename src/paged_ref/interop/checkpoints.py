@@ -6,6 +6,7 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,8 @@ def load(directory: str | Path) -> Checkpoint:
     bfloat16. Without a tokenizer.json, prompts are token ids. Raises CheckpointError, a ValueError, in one sentence:
     what is missing, broken, too large for this machine, or does not fit.
     """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise CheckpointError(f"model is {directory!r}; 'tiny' or a directory is needed")
     directory = TINY if directory == "tiny" else Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint in Hugging Face form is needed")
