@@ -294,11 +294,14 @@ def test_arguments_of_a_wrong_type_are_named(options: dict[str, Any], sentence: 
         LLM(**{"model": "tiny", **options})
 
 
+MEMORY: list[dict[str, Any]] = [{"kv_cache_tokens": 64}, {"device_blocks": 8}]
+
+
 @pytest.mark.parametrize("name", [name for name in inspect.signature(LLM).parameters if name != "device_blocks"])
 def test_no_argument_of_a_wrong_type_ends_in_another_error(name: str) -> None:
     """Whatever is passed: it is taken, or refused by ValueError."""
     for value in (-1, 2.5, "x", b"x", [[1]], {"a": 1}, object(), None, float("nan"), 10**30):
-        for more in ({"kv_cache_tokens": 64}, {"device_blocks": 8}):
+        for more in MEMORY:
             with suppress(ValueError):
                 LLM(**{"model": TINY / "nothing", **more, name: value})
             if name in ("watermark", "free_order", "manager", "reserve", "allocator", "attend", "evict", "kv_scales"):

@@ -220,6 +220,7 @@ def test_against_transformers(template: str, tmp_path: Path) -> None:
     ours = read_tokenizer(directory / "tokenizer.json")
     assert isinstance(ours, HFTokenizer)
     options: dict[str, Any]
+    without: dict[str, Any] = {"add_generation_prompt": False}
     for talk in (TALK, TALK[:2], TALK[1:2], [{"role": "user", "content": " spaces around  "}]):
         for options in (
             {}, {"add_generation_prompt": True}, {"tools": TOOLS}, {"answer_in": "French"},
@@ -228,7 +229,7 @@ def test_against_transformers(template: str, tmp_path: Path) -> None:
             if "continue_final_message" in options and template not in (CHATML, SYSTEM):
                 continue  # transformers refuses it
             wanted = theirs.apply_chat_template(talk, tokenize=False, **options)
-            mine = ours.apply_chat_template(talk, **{"add_generation_prompt": False, **options})
+            mine = ours.apply_chat_template(talk, **(without | options))
             assert mine == wanted
             ids = theirs.apply_chat_template(talk, tokenize=True, return_dict=False, **options)
             assert ours.encode(mine, add_special_tokens=False) == ids
