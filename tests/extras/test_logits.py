@@ -42,7 +42,8 @@ PARAMS: list[dict[str, Any]] = [
 def row(place: int, output: list[int], options: dict[str, Any]) -> Row:
     params = SamplingParams(max_tokens=None, **options)
     words = BAD_WORDS if params.bad_words else []
-    return Row(place, params, np.array(STOPS), words, np.unique(PROMPT), dict(Counter(output)), output)
+    allowed = None if params.allowed_token_ids is None else np.array(params.allowed_token_ids)
+    return Row(place, params, allowed, np.array(STOPS), words, np.unique(PROMPT), dict(Counter(output)), output)
 
 
 def by_hand(logits: np.ndarray, output: list[int], o: dict[str, Any]) -> np.ndarray:

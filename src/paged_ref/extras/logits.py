@@ -22,6 +22,7 @@ class Row:
 
     row: int
     params: SamplingParams
+    allowed: np.ndarray | None  # no other tokens; None: all
     stop_ids: np.ndarray  # that end the sequence
     bad_words: Sequence[Sequence[int]]
     prompt_ids: np.ndarray  # each token of the prompt once
@@ -34,7 +35,7 @@ Places = list[tuple[int, np.ndarray]]  # a row, and the columns that are meant i
 
 def shape_logits(logits: Array, rows: Sequence[Row]) -> None:
     """Change `logits [num_rows, vocab_size]`, float32, in place: `rows` name those that are changed."""
-    _keep_only(logits, [(row.row, _ids(row.params.allowed_token_ids)) for row in rows if row.params.allowed_token_ids])
+    _keep_only(logits, [(row.row, row.allowed) for row in rows if row.allowed is not None])
     forbidden = [(row.row, _bad_word_ends(row)) for row in rows if row.bad_words]
     forbidden += [(row.row, row.stop_ids) for row in rows if len(row.output) < row.params.min_tokens]
     _set(logits, forbidden, -math.inf)
@@ -45,8 +46,8 @@ def shape_logits(logits: Array, rows: Sequence[Row]) -> None:
     _drop_unlikely(logits, [row for row in rows if row.params.min_p and row.params.temperature])
 
 
-def _ids(ids: Iterable[int] | None) -> np.ndarray:
-    return np.fromiter(ids or (), dtype=np.int64)
+def _ids(ids: Iterable[int]) -> np.ndarray:
+    return np.fromiter(ids, dtype=np.int64)
 
 
 def _indices(places: Places) -> tuple[Array, Array]:
@@ -90,7 +91,8 @@ def _bad_word_ends(row: Row) -> np.ndarray:
 
 def _penalize_repetition(logits: Array, rows: Sequence[Row]) -> None:
     """Keskar et al. 2019: a logit above 0 is divided by the penalty, one below is multiplied."""
-    places = [(row.row, np.union1d(row.prompt_ids, _ids(row.counts))) for row in rows]
+    # A token of both is named twice, and gets the same value twice.
+    places = [(row.row, np.concatenate([row.prompt_ids, _ids(row.counts)])) for row in rows]
     if places:
         where = _indices(places)
         factors = np.repeat([row.params.repetition_penalty for row in rows], [len(ids) for _, ids in places])

@@ -116,7 +116,9 @@ class ShapedRequest(Request):
         ends = {i for i in (*params.stop_token_ids, *eos) if i < vocabulary.size}
         self.stop_ids = np.array(sorted(ends), dtype=np.int64)
         self.prompt_ids = np.unique(plain.output.prompt_token_ids).astype(np.int64)
-        self._counts: dict[int, dict[int, int]] = {}  # by seq_id: tokens of the output
+        allowed = params.allowed_token_ids
+        self.allowed = None if allowed is None else np.array(sorted(set(allowed)), dtype=np.int64)
+        self._counts: dict[int, tuple[int, dict[int, int]]] = {}  # by seq_id: the length and the tokens of the output
         # The sequence whose prompt is scored, until all of it is.
         self.to_score: TokenSequence | None = None
         if params.prompt_logprobs is not None:
@@ -131,14 +133,12 @@ class ShapedRequest(Request):
     def row(self, place: int, seq: TokenSequence) -> Row:
         """What is asked of the row of logits at `place`, from which `seq` gets its next token."""
         output = seq.tokens[seq.prompt_len :]
-        counts = self._counts.setdefault(seq.seq_id, {})
-        fresh = len(output) - sum(counts.values())
-        if fresh < 0:  # a step was undone
-            counts.clear()
-            fresh = len(output)
-        for token_id in output[len(output) - fresh :]:
+        # A step that is undone takes back only tokens that are not counted yet.
+        length, counts = self._counts.get(seq.seq_id, (0, {}))
+        for token_id in output[length:]:
             counts[token_id] = counts.get(token_id, 0) + 1
-        return Row(place, self.shaping, self.stop_ids, self.bad_words, self.prompt_ids, counts, output)
+        self._counts[seq.seq_id] = len(output), counts
+        return Row(place, self.shaping, self.allowed, self.stop_ids, self.bad_words, self.prompt_ids, counts, output)
 
     def _accept(self, host: RequestHost, sample: Sample, token_id: int) -> TokenOutput:
         token = super()._accept(host, sample, token_id)
