@@ -214,7 +214,8 @@ class LLM(StreamingLLM):
         require_memory(f"a request of {width} sequences", SAMPLE_BYTES * width)
         if not isinstance(params, SamplingParams):
             return super().make_request(output, params)
-        self.vocabulary.check(params)
+        prompt_len = len(output.prompt_token_ids)
+        self.vocabulary.check(params, prompt_len, self.longest(prompt_len, params))
         if params.beam_width is None:
             plain = super().make_request(output, params)
             if not params.shapes and params.skip_special_tokens and not self.vocabulary.special_stops(params):

@@ -337,6 +337,17 @@ def test_tokens_that_the_vocabulary_does_not_have(options: dict[str, Any], messa
     assert not llm.has_unfinished
 
 
+def test_more_log_probabilities_than_fit_in_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paged_ref.extras.memory_limit.machine_memory", lambda: 10**7)
+    llm = tiny()
+    for name, tokens in (("prompt_logprobs", 30), ("logprobs", 40)):
+        message = f"{name} is -1, for {tokens} tokens: a request of this size needs 0.0 GB"
+        options: dict[str, Any] = {name: -1}
+        with pytest.raises(ValueError, match=message):
+            llm.add_request([5] * 30, SamplingParams(max_tokens=40, **options))
+    assert not llm.has_unfinished
+
+
 def test_a_request_that_asks_for_nothing_is_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 

@@ -61,11 +61,11 @@ class FormattedKV(KVCache):
         _, _, _, size, num_kv_heads, head_size = self.device.shape
         name = next(name for name, each in FORMATS.items() if each == self.device.dtype)
         one = FormattedKV(1, 1, size, num_kv_heads, head_size, name, backend=self.backend)
-        zeros = [xp.zeros((1, heads, head_size), dtype) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+        query, key = (xp.zeros((1, heads, head_size), dtype) for heads in (num_heads, num_kv_heads))
         numbers = [xp.asarray(np.array(value, dtype=np.int32)) for value in ([1], [0, 1], [[0]], [0])]
         seq_lens, query_start_loc, tables, slots = numbers
         try:
-            one.attend(0, *zeros, Addresses(seq_lens, query_start_loc, tables, None, slots), None)
+            one.attend(0, query, key, key, Addresses(seq_lens, query_start_loc, tables, None, slots), None)
         except ValueError as error:
             raise ValueError(f"kv_dtype is {name!r}, and {error}") from None
 

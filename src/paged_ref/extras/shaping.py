@@ -24,9 +24,12 @@ from ..core.model.llama import StepInputs
 from ..core.model.tokenizer import TextStream, Tokenizer
 from .logits import Row, shape_logits
 from .logprobs import token_logprobs
+from .memory_limit import require_memory
 from .prefix_cache import CachingBlockPool
 from .sampling_params import SamplingParams
 from .transaction import TransactionalEngine
+
+ENTRY_BYTES = 200  # that one log-probability takes: an entry of a dict, its numbers, its text
 
 
 class WholeText(Tokenizer):
@@ -54,15 +57,22 @@ class Vocabulary:
             self._texts[token_id] = inner.decode([token_id], skip_special_tokens=False) if known else None
         return self._texts[token_id]
 
-    def check(self, params: SamplingParams) -> None:
-        """Raise ValueError for a token id, or a number of tokens, that this vocabulary does not have."""
+    def check(self, params: SamplingParams, prompt_len: int, max_len: int) -> None:
+        """Raise ValueError for a token id, or a number of tokens, that this vocabulary does not have, and for more
+        log-probabilities than fit in memory: `max_len` is the length at which a sequence ends."""
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             unknown = [i for i in getattr(params, name) or () if not 0 <= i < self.size]
             if unknown:
                 raise ValueError(f"{name} holds token id {unknown[0]}; known are 0 to {self.size - 1}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self.size:
-                raise ValueError(f"{name} is {getattr(params, name)}; the vocabulary has {self.size} tokens")
+        places = {"logprobs": params.n * (max_len - prompt_len), "prompt_logprobs": prompt_len}
+        for name, num_tokens in places.items():
+            count = getattr(params, name)
+            if count is None:
+                continue
+            if count > self.size:
+                raise ValueError(f"{name} is {count}; the vocabulary has {self.size} tokens")
+            entries = num_tokens * (self.size if count < 0 else count + 1)
+            require_memory(f"{name} is {count}, for {num_tokens} tokens: a request of this size", ENTRY_BYTES * entries)
 
     def special_stops(self, params: SamplingParams) -> dict[int, str]:
         """Token id -> stop text, of the stop texts that are special tokens.

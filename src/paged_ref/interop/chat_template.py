@@ -67,11 +67,11 @@ def render(
     `special_tokens` are the variables bos_token, eos_token and so on; `variables` more of them. With
     `continue_final_message` the text ends inside the last message. Raises ValueError with what the template says.
     """
-    messages = [dict(message) for message in messages]
     if continue_final_message:
         if add_generation_prompt:
             raise ValueError("add_generation_prompt and continue_final_message are both True; give one of them")
-        messages[-1]["content"] = messages[-1].get("content", "") + _END_OF_MESSAGE
+        last = {**messages[-1], "content": messages[-1].get("content", "") + _END_OF_MESSAGE}
+        messages = [*messages[:-1], last]
     known = {**special_tokens, **(variables or {})}
     try:
         text = _compiled(template)(

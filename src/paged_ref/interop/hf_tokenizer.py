@@ -33,7 +33,7 @@ class HFTokenizer(Tokenizer):
         self.special_tokens, self.chat_templates = _read_more(path.parent)
         self._bos = ""  # the token that the tokenizer itself puts before every text
         with suppress(Exception):
-            self._bos = inner.id_to_token(inner.encode("").ids[0])
+            self._bos = inner.id_to_token(inner.encode("").ids[0]) or ""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of `text`. Where the tokenizer adds BOS and the text begins with BOS, there is one."""
@@ -126,12 +126,11 @@ def _read_more(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
     entries = found if isinstance(found, list) else [{"name": "default", "template": found}] if found else []
     templates = {}
     for entry in entries:
-        name, template = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "template"))
-        if not isinstance(name, str) or not isinstance(template, str):
-            raise ValueError(
-                f"{config_path}: chat_template is {reprlib.repr(found)}; a text, or named texts, are needed"
-            )
-        templates[name] = template
+        named, template = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "template"))
+        if not isinstance(named, str) or not isinstance(template, str):
+            what = reprlib.repr(found)
+            raise ValueError(f"{config_path}: chat_template is {what}; a text, or named texts, are needed")
+        templates[named] = template
     if template_path.exists():
         templates["default"] = read_text(template_path, JSON_LIMIT)
     return tokens, templates
