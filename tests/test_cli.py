@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -108,6 +109,25 @@ def test_equal_samples_are_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert printed.out.count(f"{PAPER} fathers brought forth\n") == 3
 
 
+def test_generate_prints_log_probabilities_and_takes_penalties(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", "--prompt", PAPER, "--max-tokens", "2", "--logprobs", "1", "--kv-dtype", "fp8"]
+    assert main([*argv, "--bad-word", "brought", "--repetition-penalty", "1.1", "--min-tokens", "1"]) == 0
+    text, first, second = capfd.readouterr().out.splitlines()
+    assert text.startswith(f"{PAPER} fathers")
+    assert "brought" not in text
+    assert re.fullmatch(r"·fathers -0\.01\d +rank 1", first)
+    assert re.fullmatch(r"\S+ -\d+\.\d{3} +rank \d+   1\. ·brought -0\.\d{3}", second)
+
+
+def test_generate_chats(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(TINY / name)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}our")
+    argv = ["generate", "--model", str(tmp_path), "--chat", "--system", "Four score and", "--max-tokens", "3"]
+    assert main([*argv, "--prompt", "seven years ago"]) == 0
+    assert capfd.readouterr().out == "seven years ago\n fathers brought forth\n"
+
+
 @pytest.mark.parametrize("columns", [50, 80, 160])
 def test_the_demo_compares_two_identical_runs(columns: int) -> None:
     done = run("demo", columns=columns)
@@ -151,6 +171,18 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
         (["generate", "--prompt", "a", "--model", "nowhere"], "nowhere is not a directory"),
         (["generate", "--prompt", "a", "--backend", "magic"], "backend is 'magic'; known are"),
         (["generate", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["generate", "--prompt", "a", "--min-p", "2"], "min_p is 2.0; 0 to 1 is needed"),
+        (["generate", "--prompt", "a", "--presence-penalty", "3"], "presence_penalty is 3.0; -2 to 2 is needed"),
+        (["generate", "--prompt", "a", "--logprobs", "9999"], "logprobs is 9999; the vocabulary has 2048 tokens"),
+        (["generate", "--prompt", "a", "--min-tokens", "101"], "min_tokens is 101; at most max_tokens = 100"),
+        (["generate", "--prompt", "a", "--kv-dtype", "int4"], "kv_dtype is 'int4'; known are float32, bfloat16, int8"),
+        (
+            ["generate", "--prompt", "a", "--kv-dtype", "int8", "--backend", "cpu"],
+            "kv_dtype is 'int8', and backend 'cpu'",
+        ),
+        (["generate", "--prompt", "a", "--system", "x"], "--system is 'x' without --chat"),
+        (["generate", "--prompt", "a", "--chat"], "tiny has no chat template"),
+        (["generate", "--prompt", "a", "--stop", "x<|endoftext|>"], "which contains the special token"),
         (["generate", "--prompt", "a", "--beam-width", "2", "--manager", "standard"], "only the paged manager"),
         (["generate", "--prompt", "a", "--beam-width", "2", "--temperature", "1"], "beam search takes no temperature"),
         (["generate", "--prompt", "a", "--preemption", "swap", "--manager", "standard"], "cannot swap"),

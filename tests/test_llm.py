@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from support.model_backends import of_models
 
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.model.config import kv_bytes_per_token
+from paged_ref.core.model.loading import TINY
 from paged_ref.interop.checkpoints import load
 
 BACKENDS = of_models("reference", "cpu", "cpu-simd", "cuda", "cuda-flash")
@@ -270,10 +273,37 @@ def test_params_for_each_prompt_must_match(tiny: LLM) -> None:
         ({"block_size": 1.5}, "block_size is 1.5; a whole number is needed"),
         ({"block_size": True}, "block_size is True; a whole number is needed"),
         ({"max_model_len": 1.5}, "max_model_len is 1.5; a whole number is needed"),
+        ({"block_size": None}, "block_size is None; a whole number is needed"),
+        ({"max_batch_seqs": None}, "max_batch_seqs is None; a whole number is needed"),
+        ({"free_order": 5}, "free_order is 5; block ids are needed"),
+        ({"free_order": ["a"]}, "a block in free_order is 'a'; a whole number is needed"),
+        ({"watermark": "x"}, "watermark is 'x'; a finite number is needed"),
+        ({"watermark": None}, "watermark is None; a finite number is needed"),
+        ({"prefix_cache": "yes"}, "prefix_cache is 'yes'; True or False is needed"),
+        ({"sanitize": 1}, "sanitize is 1; True or False is needed"),
+        ({"beyond_context": None}, "beyond_context is None; True or False is needed"),
+        ({"backend": ["cpu"]}, "backend is ['cpu']; a name is needed"),
+        ({"attend": [1], "device_blocks": 8}, "attend is [1]; 'all', a budget of at least 1 block"),
+        ({"model": 5}, "model is 5; 'tiny' or a directory is needed"),
         ({"log": 5}, "log is 5; a function is needed"),
         ({"on_step": 5}, "on_step is 5; a function is needed"),
     ],
 )
 def test_arguments_of_a_wrong_type_are_named(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        LLM("tiny", **options)
+        LLM(**{"model": "tiny", **options})
+
+
+MEMORY: list[dict[str, Any]] = [{"kv_cache_tokens": 64}, {"device_blocks": 8}]
+
+
+@pytest.mark.parametrize("name", [name for name in inspect.signature(LLM).parameters if name != "device_blocks"])
+def test_no_argument_of_a_wrong_type_ends_in_another_error(name: str) -> None:
+    """Whatever is passed: it is taken, or refused by ValueError."""
+    for value in (-1, 2.5, "x", b"x", [[1]], {"a": 1}, object(), None, float("nan"), 10**30):
+        for more in MEMORY:
+            with suppress(ValueError):
+                LLM(**{"model": TINY / "nothing", **more, name: value})
+            if name in ("watermark", "free_order", "manager", "reserve", "allocator", "attend", "evict", "kv_scales"):
+                with suppress(ValueError):  # refused after the model is read
+                    LLM(**{**more, "kv_dtype": "int8" if name == "kv_scales" else None, name: value})

@@ -7,9 +7,9 @@ its part is imported.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import timeline
 from .beyond_device.options import LongOptions
@@ -18,29 +18,33 @@ from .beyond_device.streaming import Eviction
 from .core.checks import require_one_of
 from .core.device import on_gpu
 from .core.engine.engine import Observer
-from .core.engine.outputs import RequestOutput
+from .core.engine.outputs import RequestOutput, TokenOutput
 from .core.engine.request import Request
 from .core.engine.sampling import SamplingParams as CoreSamplingParams
-from .core.engine.scheduler import Preemption, Scheduler
+from .core.engine.scheduler import Preemption
 from .core.engine.sequence import Group
 from .core.engine.sequence import Sequence as TokenSequence
 from .core.memory.kv import KV, KVCache
 from .core.memory.manager import KVCacheManager
+from .core.memory.paged import PagedManager
 from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
+from .core.model.tokenizer import Tokenizer
 from .extras.beam import BeamRequest
-from .extras.formatted_kv import FORMATS, FormattedKV
+from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, read_scales
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.memory_limit import require_memory
-from .extras.sampling_params import SamplingParams, whole_number
+from .extras.prefix_cache import CachingBlockPool
+from .extras.sampling_params import SamplingParams, require_flag, whole_number
 from .extras.sanitizer import SanitizedKV
+from .extras.shaping import ScoringScheduler, ShapedRequest, ShapingEngine, Vocabulary, WholeText
 from .extras.step_records import StepRecord, StepRecords
-from .extras.streams import StreamingLLM
-from .extras.transaction import TransactionalEngine
+from .extras.streams import Params, StreamingLLM
 from .interop.architectures import build_model
+from .interop.chat_template import Message, read_conversations
 from .interop.checkpoints import load
-from .interop.hf_tokenizer import MissingTokenizer
-from .interop.model_memory import SAME_SIZE, SAMPLE_BYTES, require_kv_memory
+from .interop.hf_tokenizer import HFTokenizer, MissingTokenizer
+from .interop.model_memory import SAMPLE_BYTES, format_bytes_per_token, require_kv_memory
 from .kernels import why_not
 from .tuned import launching
 from .tuned.decoder import FusedDecoder
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
     from .timeline.events import Log
 
 DEFAULT_KV_TOKENS = 4096
+KVScales = Sequence[Any] | Mapping[int, Any]  # a pair for each layer (extras/formatted_kv.py)
 
 
 class Parts(NamedTuple):
@@ -77,6 +82,7 @@ class LLM(StreamingLLM):
         kv_cache_tokens: int | None = None,
         kv_cache_bytes: int | None = None,
         kv_dtype: str | None = None,
+        kv_scales: KVScales | None = None,
         host_kv_tokens: int | None = None,
         max_model_len: int | None = None,
         max_batch_tokens: int = 512,
@@ -104,10 +110,12 @@ class LLM(StreamingLLM):
 
         Memory. `manager` is "paged", "standard", "swapping", or a KVCacheManager that is made already. The KV cache has
         `kv_cache_tokens` slots (default 4096), or as many as fit in `kv_cache_bytes`, rounded down to whole blocks, in
-        the model's dtype or in `kv_dtype` ("bfloat16", "int8", "float8"). `block_size`, `free_order` (the order in
-        which blocks are handed out), `prefix_cache` and `watermark` (the share of the blocks that admission leaves) are
-        for the paged manager, `reserve` and `allocator` for the standard one. `preemption` is "recompute" or "swap"
-        (the default of the swapping manager), to a host pool of `host_kv_tokens` (default: as large as the cache).
+        the model's dtype or in `kv_dtype`: "bfloat16", "int8", "float8" or, the same, vLLM's "fp8". int8 and float8
+        have scales for each layer and KV head: `kv_scales`, or those that the first step's tokens ask for.
+        `block_size`, `free_order` (the order in which blocks are handed out), `prefix_cache` and `watermark` (the share
+        of the blocks that admission leaves) are for the paged manager, `reserve` and `allocator` for the standard one.
+        `preemption` is "recompute" or "swap" (the default of the swapping manager), to a host pool of `host_kv_tokens`
+        (default: as large as the cache).
 
         Batches. `max_model_len` (default: the model's context, if the cache holds it) bounds prompt and output
         together; with `beyond_context` it may exceed the context that the model was trained for, where output is
@@ -121,17 +129,25 @@ class LLM(StreamingLLM):
         event (timeline/events.py), `on_step` with a StepRecord after each step. None of these three changes a token.
         """
         _require_types(
-            log, on_step, block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
+            {"log": log, "on_step": on_step},
+            {"prefix_cache": prefix_cache, "beyond_context": beyond_context, "sanitize": sanitize},
+            block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
             host_kv_tokens=host_kv_tokens, max_model_len=max_model_len, max_batch_tokens=max_batch_tokens,
             max_batch_seqs=max_batch_seqs, device_blocks=device_blocks, host_blocks=host_blocks,
             staging_pages=staging_pages, full_layers=full_layers,
         )  # fmt: skip
+        if not isinstance(backend, str):
+            raise ValueError(f"backend is {backend!r}; a name is needed")
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         require_one_of(("float16", "float32"), dtype=dtype)
-        require_one_of((dtype, *FORMATS), kv_dtype=kv_dtype or dtype)
+        kv_dtype = ALIASES.get(kv_dtype, kv_dtype) if isinstance(kv_dtype, str) else kv_dtype
+        require_one_of((dtype, *FORMATS, *ALIASES), kv_dtype=dtype if kv_dtype is None else kv_dtype)
+        if kv_scales is not None and kv_dtype not in ("int8", "float8"):
+            raise ValueError(f"kv_scales are given, and kv_dtype is {kv_dtype!r}; only int8 and float8 have scales")
         checkpoint = load(model)
         config = checkpoint.config
+        pool: CachingBlockPool | None = None
         context = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
             raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} is allowed")
@@ -166,11 +182,13 @@ class LLM(StreamingLLM):
                     block_size=block_size, num_host_slots=host_kv_tokens, reserve=reserve, allocator=allocator,
                     free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
-            kv = _make_kv(config, manager, dtype, kv_dtype, host_kv_tokens, backend, sanitize)
+            kv = _make_kv(config, manager, dtype, kv_dtype, kv_scales, host_kv_tokens, backend, sanitize)
+            if isinstance(manager, PagedManager) and isinstance(manager.pool, CachingBlockPool):
+                pool = manager.pool
             if log:
                 manager = timeline.logged.LoggedManager(manager, log)
             parts = Parts(manager, kv, preemption)
-        scheduler = Scheduler(parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
+        scheduler = ScoringScheduler(pool, parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
         observers: list[Observer] = [StepRecords(scheduler, on_step)] if on_step else []
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
@@ -178,7 +196,8 @@ class LLM(StreamingLLM):
         decoder = build_model(config, checkpoint.weights, dtype, linear)
         if launching.unavailable() is None:
             decoder = FusedDecoder(decoder)
-        engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
+        self.vocabulary = Vocabulary(checkpoint.tokenizer, config.vocab_size)
+        engine = ShapingEngine(self.vocabulary, decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
         self.around_step = blas_threads
@@ -186,21 +205,73 @@ class LLM(StreamingLLM):
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
 
     def make_request(self, output: RequestOutput, params: CoreSamplingParams) -> Request:
-        if params.stop and isinstance(self.tokenizer, MissingTokenizer):
-            raise ValueError(f"stop is {params.stop}, a text; {self.tokenizer.directory} has no tokenizer.json")
+        for name in ("stop", "bad_words"):
+            if isinstance(self.tokenizer, MissingTokenizer) and (texts := getattr(params, name, ())):
+                raise ValueError(f"{name} is {texts}, a text; {self.tokenizer.directory} has no tokenizer.json")
         width, most = _width(params), self.engine.scheduler.max_batch_seqs
         if self.engine.manager.can_fork and width > most:  # before so many are made
             raise ValueError(f"a request of {width} sequences; at most max_batch_seqs = {most} can run")
         require_memory(f"a request of {width} sequences", SAMPLE_BYTES * width)
-        if not isinstance(params, SamplingParams) or params.beam_width is None:
+        if not isinstance(params, SamplingParams):
             return super().make_request(output, params)
+        prompt_len = len(output.prompt_token_ids)
+        self.vocabulary.check(params, prompt_len, self.longest(prompt_len, params))
+        if params.beam_width is None:
+            plain = super().make_request(output, params)
+            if not params.shapes and params.skip_special_tokens and not self.vocabulary.special_stops(params):
+                return plain
+            return ShapedRequest(plain, params, self.vocabulary, self.engine.eos_token_ids)
         if not self.engine.manager.can_fork:
             raise ValueError("beam_width is set; beams share blocks, and only the paged manager can share")
         ids = output.prompt_token_ids
         max_len = self.longest(len(ids), params)
         group = Group([TokenSequence(self.engine.next_seq_id, ids.copy(), len(ids), max_len)], params.beam_width)
         on_reordered = self._log_steps.beams_reordered if self._log_steps else None
-        return BeamRequest(output, params, group, self.tokenizer, on_reordered)
+        tokenizer = self.tokenizer if params.skip_special_tokens else WholeText(self.tokenizer.inner)
+        return BeamRequest(output, params, group, tokenizer, on_reordered)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: Params = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_token: Callable[[TokenOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, written in the form that the model was trained on.
+
+        `messages` are dicts with role and content. The form is the checkpoint's chat template, or `chat_template`.
+        `continue_final_message` goes on inside the last message. The rest is as in generate().
+        """
+        if not isinstance(self.tokenizer, HFTokenizer):
+            raise ValueError("chat needs the text of tokens, and the checkpoint has no tokenizer.json")
+        texts = [
+            self.tokenizer.apply_chat_template(
+                conversation, chat_template, add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
+            )
+            for conversation in read_conversations(messages)
+        ]  # fmt: skip
+        # The template writes the special tokens that are needed.
+        outputs = self.generate([self.tokenizer.encode(text, False) for text in texts], params, on_token=on_token)
+        for output, text in zip(outputs, texts, strict=True):
+            output.prompt = text
+        return outputs
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer: `encode(text)` to token ids, `decode(ids)` to text."""
+        return self.tokenizer
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what the prefix cache keeps. False, and nothing is forgotten, while a request is unfinished."""
+        with self._turns.taken("reset_prefix_cache"):
+            if not self.has_unfinished:
+                self.engine.manager.clear()
+            return not self.has_unfinished
 
     def longest(self, prompt_len: int, params: CoreSamplingParams) -> int:
         if params.max_tokens is not None:
@@ -224,7 +295,7 @@ def _num_slots(config: ModelConfig, dtype: str, tokens: int | None, size: int | 
         return DEFAULT_KV_TOKENS if tokens is None else tokens
     if tokens is not None:
         raise ValueError("kv_cache_tokens and kv_cache_bytes are both given; give one of them")
-    return size // kv_bytes_per_token(config, SAME_SIZE.get(dtype, dtype))
+    return size // format_bytes_per_token(config, dtype)
 
 
 def _make_kv(
@@ -232,6 +303,7 @@ def _make_kv(
     manager: KVCacheManager,
     dtype: str,
     kv_dtype: str | None,
+    kv_scales: KVScales | None,
     host_kv_tokens: int,
     backend: str,
     sanitize: bool,
@@ -242,20 +314,26 @@ def _make_kv(
     num_host_blocks = host_kv_tokens // unit
     kv: KVCache
     if kv_dtype is not None and kv_dtype != dtype:
-        kv = (TunedFormattedKV if on_gpu else FormattedKV)(*sizes, kv_dtype, num_host_blocks, backend)
+        scales = () if kv_scales is None else read_scales(kv_scales, config.num_layers, config.num_kv_heads)
+        kv = (TunedFormattedKV if on_gpu else FormattedKV)(*sizes, kv_dtype, num_host_blocks, backend, scales)
+        if backend != "auto":
+            kv.try_backend(config.num_heads, dtype)
     else:
         kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, num_host_blocks, backend)
     return SanitizedKV(manager, kv) if sanitize else kv
 
 
-def _require_types(log: object, on_step: object, **sizes: object) -> None:
-    """Raise ValueError for the first size that is no whole number, and for a log or on_step that cannot be called."""
+def _require_types(functions: Mapping[str, object], flags: Mapping[str, object], **sizes: object) -> None:
+    """Raise ValueError for the first size that is no whole number, a function that cannot be called, a flag that is
+    neither True nor False."""
     for name, value in sizes.items():
-        if value is not None:
+        if value is not None or name in ("block_size", "max_batch_tokens", "max_batch_seqs"):
             whole_number(name, value)
-    for name, value in (("log", log), ("on_step", on_step)):
+    for name, value in functions.items():
         if value is not None and not callable(value):
             raise ValueError(f"{name} is {value!r}; a function is needed")
+    for name, value in flags.items():
+        require_flag(name, value)
 
 
 def _refuse_together(why: str, **given: object) -> None:

@@ -141,6 +141,60 @@ def test_slots_that_were_never_written_read_as_nan_where_the_format_has_one(kv_d
     assert (fresh == 0).all() if kv_dtype == "int8" else np.isnan(fresh).all()
 
 
+@pytest.mark.parametrize("kv_dtype", FORMATS)
+def test_a_backend_that_cannot_read_the_format_is_refused_when_the_llm_is_made(kv_dtype: str) -> None:
+    message = f"kv_dtype is '{kv_dtype}', and backend 'cpu' cannot run this call: .*; .*reference can"
+    with pytest.raises(ValueError, match=message):
+        LLM("tiny", kv_dtype=kv_dtype, backend="cpu")
+    LLM("tiny", kv_dtype=kv_dtype, backend="reference", manager="standard")
+
+
+def test_scales_by_the_name_of_vllm_measured_once_and_given_again() -> None:
+    first = LLM("tiny", kv_dtype="fp8")
+    wanted = first.generate(PROMPTS, GREEDY)
+    kv = first.engine.kv
+    assert isinstance(kv, FormattedKV)
+    assert kv.device.dtype == FORMATS["float8"]
+    again = LLM("tiny", kv_dtype="fp8_e4m3", kv_scales=kv.scales)
+    again.generate("Another text comes first.", GREEDY)
+    assert [o.outputs[0].token_ids for o in again.generate(PROMPTS, GREEDY)] == [o.outputs[0].token_ids for o in wanted]
+    assert isinstance(again.engine.kv, FormattedKV)
+    for layer, pair in kv.scales.items():
+        for mine, its in zip(again.engine.kv.scales[layer], pair, strict=True):
+            np.testing.assert_array_equal(to_host(mine), to_host(its))
+    one = LLM("tiny", kv_dtype="int8", kv_scales=[(0.1, [0.2, 0.3])] * 5)
+    assert isinstance(one.engine.kv, FormattedKV)
+    assert [to_host(part).tolist() for part in one.engine.kv.scales[4]] == [
+        pytest.approx([0.1, 0.1]), pytest.approx([0.2, 0.3])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_scales": []}, "kv_scales are given, and kv_dtype is None; only int8 and float8 have scales"),
+        ({"kv_dtype": "bfloat16", "kv_scales": [(1, 1)] * 5}, "kv_scales are given, and kv_dtype is 'bfloat16'"),
+        ({"kv_dtype": "int8", "kv_scales": [(1, 1)] * 4}, "kv_scales is .*; a pair for each of the 5 layers is needed"),
+        ({"kv_dtype": "int8", "kv_scales": 1.0}, r"kv_scales is 1\.0; a pair for each of the 5 layers is needed"),
+        ({"kv_dtype": "int8", "kv_scales": {0: (1, 1)}}, "kv_scales is .*; a pair for each of the 5 layers"),
+        ({"kv_dtype": "int8", "kv_scales": [1] * 5}, "kv_scales of layer 0 is 1; a pair for K and V is needed"),
+        ({"kv_dtype": "int8", "kv_scales": [(1, 0)] * 5}, "kv_scales of layer 0 holds 0; a number above 0, or one for"),
+        ({"kv_dtype": "int8", "kv_scales": [(1, "x")] * 5}, "kv_scales of layer 0 holds 'x'; a number above 0"),
+        (
+            {"kv_dtype": "int8", "kv_scales": [([1, 2, 3], 1)] * 5},
+            r"holds \[1, 2, 3\]; .* of the 2 KV heads, is needed",
+        ),
+        ({"kv_dtype": "int8", "device_blocks": 8}, "kv_dtype is 'int8', and device_blocks is 8; the two do not go"),
+        ({"kv_dtype": 8}, "kv_dtype is 8; known are float32, bfloat16, int8, float8, fp8, fp8_e4m3"),
+        ({"kv_dtype": ["int8"]}, "known are float32, bfloat16"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM("tiny", **options)
+
+
 # --- in the engine ---------------------------------------------------------------------------------------
 
 
@@ -215,6 +269,30 @@ def test_copies_on_write(kv_dtype: str) -> None:
     assert (copied.transfers["copy"] > 0, plain.transfers["copy"]) == (True, 0)
     assert copied.tokens == plain.tokens
     assert len(set(map(tuple, copied.tokens[0]))) == 3
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
+@pytest.mark.parametrize("kv_dtype", FORMATS)
+def test_random_requests_that_share_beginnings(kv_dtype: str, seed: int) -> None:
+    """Prefix cache, swaps, recomputation and copies on write at random, watched by the sanitizer, against contiguous
+    memory with room for all. With the same scales, the stored bits are the same."""
+    rng = np.random.default_rng(seed)
+    scales = None if kv_dtype == "bfloat16" else [(0.05, 0.05)] * 5
+    beginning = rng.integers(5, 2000, 14).tolist()
+    prompts = [beginning[: rng.integers(1, 15)] + rng.integers(5, 2000, rng.integers(1, 6)).tolist() for _ in range(5)]
+    params = [
+        SamplingParams(max_tokens=int(rng.integers(2, 9)), n=n, temperature=0.9, seed=seed, ignore_eos=True)
+        for n in rng.integers(1, 4, len(prompts)).tolist()
+    ]
+    wanted = Engine(kv_dtype=kv_dtype, kv_scales=scales, manager="standard").run(prompts, params)
+    preemption = ("swap", "recompute")[seed % 2]
+    engine = Engine(
+        kv_dtype=kv_dtype, kv_scales=scales, block_size=4, kv_cache_tokens=80, watermark=0, prefix_cache=True,
+        preemption=preemption, max_batch_tokens=24,
+    )  # fmt: skip
+    for _ in range(2):
+        run = engine.run(prompts, params)
+        assert run.tokens == wanted.tokens
 
 
 @pytest.mark.parametrize("kv_dtype", FORMATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from paged_ref.extras.sampling_params import SamplingParams
         ({"top_p": 0.0}, "top_p is 0.0; above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"n": 0}, "n is 0; at least 1"),
-        ({"seed": -1}, "seed is -1; at least 0"),
+        ({"seed": -2}, "seed is -2; at least -1"),
         ({"stop": ["a", ""]}, "stop holds an empty string"),
         ({"stop": ""}, "stop holds an empty string"),
         ({"beam_width": 0}, "beam_width is 0; at least 1"),
@@ -32,7 +33,31 @@ from paged_ref.extras.sampling_params import SamplingParams
         ({"beam_width": 2, "top_p": 0.5}, "top_p is 0.5; beam search takes no top_p"),
         ({"beam_width": 2, "stop": "x"}, "beam search takes no stop"),
         ({"length_penalty": float("nan")}, "length_penalty is nan; a finite number"),
+        ({"min_p": 1.5}, r"min_p is 1\.5; 0 to 1 is needed"),
+        ({"min_p": -0.1}, r"min_p is -0\.1; 0 to 1 is needed"),
+        ({"presence_penalty": 2.5}, r"presence_penalty is 2\.5; -2 to 2 is needed"),
+        ({"frequency_penalty": -3}, r"frequency_penalty is -3\.0; -2 to 2 is needed"),
+        ({"repetition_penalty": 0}, r"repetition_penalty is 0\.0; a number above 0 is needed"),
+        ({"min_tokens": -1}, "min_tokens is -1; at least 0"),
+        ({"min_tokens": 17}, "min_tokens is 17; at most max_tokens = 16 is allowed"),
+        ({"logprobs": -2}, "logprobs is -2; at least -1"),
+        ({"prompt_logprobs": -2}, "prompt_logprobs is -2; at least -1"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty; at least one token id is needed"),
+        ({"bad_words": ["a", ""]}, "bad_words holds an empty string; it forbids nothing"),
+        ({"beam_width": 2, "logprobs": 0}, "logprobs is 0; beam search takes no logprobs"),
+        ({"beam_width": 2, "min_p": 0.1}, r"min_p is 0\.1; beam search takes no min_p"),
+        ({"beam_width": 2, "bad_words": "x"}, "beam search takes no bad_words"),
         # of the wrong type
+        ({"logit_bias": [1]}, r"logit_bias is \[1\]; a dict from token id to bias is needed"),
+        ({"logit_bias": {"x": 1}}, "a token id in logit_bias is 'x'; a whole number is needed"),
+        ({"logit_bias": {3: "x"}}, "logit_bias of 3 is 'x'; a finite number is needed"),
+        ({"logit_bias": {3: float("inf")}}, "logit_bias of 3 is inf; a finite number is needed"),
+        ({"bad_words": [3]}, "bad_words holds 3; texts are needed"),
+        ({"allowed_token_ids": 3}, "allowed_token_ids is 3; token ids are needed"),
+        ({"logprobs": 1.0}, r"logprobs is 1\.0; a whole number"),
+        ({"min_tokens": True}, "min_tokens is True; a whole number"),
+        ({"skip_special_tokens": 1}, "skip_special_tokens is 1; True or False is needed"),
+        ({"include_stop_str_in_output": None, "min_p": "x"}, "min_p is 'x'; a finite number"),
         ({"max_tokens": 2.0}, r"max_tokens is 2\.0; a whole number"),
         ({"max_tokens": "12"}, "max_tokens is '12'; a whole number"),
         ({"max_tokens": True}, "max_tokens is True; a whole number"),
@@ -69,6 +94,25 @@ def test_none_is_the_default() -> None:
 @pytest.mark.parametrize("top_k", [0, -1, None])
 def test_top_k_without_a_bound(top_k: int | None) -> None:
     assert SamplingParams(top_k=top_k).top_k is None
+
+
+def test_the_off_values_of_vllm() -> None:
+    off: dict[str, Any] = {
+        "seed": -1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "logit_bias": {}, "bad_words": [], "stop": [],
+        "logprobs": False, "top_p": None, "min_tokens": 0, "presence_penalty": 0, "allowed_token_ids": None,
+    }  # fmt: skip
+    assert SamplingParams(**off) == SamplingParams()
+    assert SamplingParams(logprobs=True).logprobs == 1
+    assert SamplingParams(logit_bias={"12": 3}).logit_bias == {12: 3.0}  # type: ignore[dict-item]  # as JSON has it
+
+
+def test_equal_samples_are_announced() -> None:
+    with pytest.warns(UserWarning, match="n is 3, and at temperature 0 all samples are the same"):
+        SamplingParams(n=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SamplingParams(n=3, temperature=0.1)
+        SamplingParams(n=3, logits_hook=lambda tokens, logits: logits)
 
 
 def test_what_is_read_once_is_kept() -> None:

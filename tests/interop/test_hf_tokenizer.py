@@ -92,7 +92,7 @@ def test_what_the_library_cannot_do_later_is_an_error_that_says_so(tmp_path: Pat
         json.dumps({**PLAIN, "decoder": {"type": "Strip", "content": "w", "start": 5, "stop": 5}})
     )
     with pytest.raises(ValueError, match=r"the tokenizer cannot decode \[30\]: index out of bounds"):
-        HFTokenizer(inner).decode([30])
+        HFTokenizer(inner, path).decode([30])
 
 
 def test_a_tokenizer_that_is_missing_or_broken_is_one_sentence(
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_is_missing_or_broken_is_one_sentence(
 
 def test_ctrl_c_is_no_failure_of_the_library(tmp_path: Path) -> None:
     class Interrupted:
-        def encode(self, text: str) -> None:
+        def encode(self, text: str, **options: Any) -> None:
             raise KeyboardInterrupt
 
     tokenizer = read_tokenizer(write(tmp_path))

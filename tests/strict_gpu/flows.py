@@ -101,6 +101,21 @@ def sampling() -> Any:
 
 
 @flow(QUICK)
+def shaped() -> Any:
+    """Changed logits and log-probabilities, among requests that ask for neither, with swaps."""
+    params = SamplingParams(
+        max_tokens=24, temperature=0.8, seed=1, n=2, repetition_penalty=1.2, presence_penalty=0.5, min_p=0.02,
+        frequency_penalty=0.5, logit_bias={5: 2.0}, bad_words=["dog"], min_tokens=4, logprobs=2, prompt_logprobs=1,
+        ignore_eos=True,
+    )  # fmt: skip
+    allowed = SamplingParams(max_tokens=6, allowed_token_ids=[30, 31, 300], logprobs=0)
+    outputs = generate(params=[params, allowed, *lengths(20)], **SWAPS | {"kv_cache_tokens": 72})
+    assert sum(output.num_preemptions for output in outputs) > 0
+    logprobs = [list(entries) for output in outputs for s in output.outputs for entries in s.logprobs or ()]
+    return [ids(outputs), logprobs, [list(entries) for entries in (outputs[0].prompt_logprobs or ())[1:]]]
+
+
+@flow(QUICK)
 def long_contexts() -> Any:
     """Pages stream from the host: all of them, and those that matter."""
     options: dict[str, Any] = {"block_size": 4, "device_blocks": 8, "host_blocks": 80, "max_batch_tokens": 32}

@@ -300,6 +300,10 @@ def where(condition: Any, x: Any = None, y: Any = None) -> Any:
     return new(inputs, lambda: np.where(*map(plain, inputs)), "where")
 
 
+def argpartition(a: ndarray, kth: int, axis: int = -1) -> ndarray:
+    return new((a,), lambda: np.argsort(a._a, axis, kind="stable"), "argpartition")  # CuPy sorts all
+
+
 def repeat(a: ndarray, repeats: Any, axis: Any = None) -> ndarray:
     if isinstance(repeats, (np.ndarray, ndarray)):
         raise TypeError("'repeats' must be an integer or a list here; of an array, CuPy makes the host wait")
@@ -376,9 +380,9 @@ FUNCTIONS: dict[str, Any] = {
     **{
         function.__name__: function
         for function in (
-            arange, asnumpy, broadcast_to, clip, concatenate, cumsum, einsum, empty, empty_like, expand_dims,
-            from_dlpack, full, full_like, matmul, nan_to_num, nonzero, ones, ones_like, repeat, stack, take, triu,
-            where, zeros, zeros_like,
+            arange, argpartition, asnumpy, broadcast_to, clip, concatenate, cumsum, einsum, empty, empty_like,
+            expand_dims, from_dlpack, full, full_like, matmul, nan_to_num, nonzero, ones, ones_like, repeat, stack,
+            take, triu, where, zeros, zeros_like,
         )
     },
 }  # fmt: skip

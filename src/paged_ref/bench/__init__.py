@@ -41,6 +41,11 @@ BENCHMARKS = {
         "on a GPU: decoding a whole model against the speed of memory; a CPU's tokens",
         ("bench model",),
     ),
+    "formats": (
+        "paged_ref.bench.formats",
+        "K and V in fewer bits: the cost in perplexity, and the blocks saved",
+        ("bench formats",),
+    ),
     "simulate": (
         "paged_ref.bench.simulate",
         "how fast a trace goes through the schedulers and managers",

@@ -9,6 +9,7 @@ take the room of one token's K and V for each block: 1/16 of the cache at a bloc
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def choose(scores: np.ndarray, budget: int) -> np.ndarray:
 def check_attend(attend: Attend) -> None:
     """Raise ValueError unless it is "all", a number of blocks from 1, or a share above 0 and up to 1."""
     right = attend == "all"
-    if not isinstance(attend, str) and not isinstance(attend, bool):
+    if isinstance(attend, Real) and not isinstance(attend, bool):
         right = attend >= 1 if isinstance(attend, int) else 0 < attend <= 1
     if not right:
         raise ValueError(

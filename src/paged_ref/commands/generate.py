@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Sequence
 
+from ..core.engine.outputs import SequenceOutput
 from ..extras.sampling_params import SamplingParams
+from ..extras.token_text import token_text
+from ..interop.hf_tokenizer import HFTokenizer
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import recording
@@ -21,12 +26,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.number(parser, "--temperature", 0.0, "0 is greedy (default)", metavar="T")
     options.integer(parser, "--top-k", help="draw among the K likeliest tokens", least=None, metavar="K")
     options.number(parser, "--top-p", help="draw among the likeliest that reach P together", metavar="P")
+    options.number(
+        parser, "--min-p", 0.0, "draw among tokens with at least P of the likeliest one's probability", metavar="P"
+    )
     options.seed(parser, None, "the same seed draws the same tokens")
     options.integer(parser, "--n", 1, "samples of each prompt", least=None)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends the output")
+    options.integer(parser, "--min-tokens", 0, "no end before so many tokens", least=None)
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
     options.integer(parser, "--beam-width", help="beam search, and the K best results", least=None, metavar="K")
     options.number(parser, "--length-penalty", 1.0, "of beam search", metavar="P")
+    penalties = parser.add_argument_group("penalties, as in vLLM and OpenAI's API")
+    options.number(penalties, "--repetition-penalty", 1.0, "above 1: fewer tokens of prompt and output", metavar="X")
+    options.number(penalties, "--presence-penalty", 0.0, "taken from the logit of a token in the output", metavar="X")
+    options.number(penalties, "--frequency-penalty", 0.0, "the same, each time that it is there", metavar="X")
+    penalties.add_argument("--bad-word", action="append", default=[], metavar="TEXT", help="text that is not generated")
+    options.integer(parser, "--logprobs", help="print each token's log-probability, and of the K likeliest", least=None,
+                    metavar="K")  # fmt: skip
+    parser.add_argument("--chat", action="store_true", help="the prompts are messages to a chat model")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     memory = parser.add_argument_group("memory")
     options.manager(memory)
     options.block_size(memory)
@@ -36,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preemption", choices=("recompute", "swap"), help="default: recompute; swapping manager: swap"
     )
     memory.add_argument("--prefix-cache", action="store_true", help="keep the blocks of prompts for equal beginnings")
+    memory.add_argument("--kv-dtype", metavar="NAME", help="K and V in bfloat16, int8 or float8 (fp8)")
     memory.add_argument("--sanitize", action="store_true", help="check every read of the KV cache")
     options.record_output(memory)
     options.backend(parser)
@@ -44,19 +63,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     options.check_text("--prompt", args.prompt)
     options.check_text("--stop", args.stop)
+    options.check_text("--bad-word", args.bad_word)
+    if args.system is not None:
+        options.check_text("--system", [args.system])
+        if not args.chat:
+            raise ValueError(f"--system is {args.system!r} without --chat; only a conversation has a system message")
     prompts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
-    params = SamplingParams(
-        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-        n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos, beam_width=args.beam_width,
-        length_penalty=args.length_penalty,
-    )  # fmt: skip
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # which the last line below says
+        params = SamplingParams(
+            max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+            min_p=args.min_p, seed=args.seed, n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos,
+            min_tokens=args.min_tokens, beam_width=args.beam_width, length_penalty=args.length_penalty,
+            repetition_penalty=args.repetition_penalty, presence_penalty=args.presence_penalty,
+            frequency_penalty=args.frequency_penalty, bad_words=tuple(args.bad_word), logprobs=args.logprobs,
+        )  # fmt: skip
     with recording(args.record) as log:
         llm = LLM(
             args.model, manager=args.manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens,
             host_kv_tokens=args.host_kv_tokens, preemption=args.preemption, prefix_cache=args.prefix_cache,
-            backend=args.backend, sanitize=args.sanitize, log=log,
+            kv_dtype=args.kv_dtype, backend=args.backend, sanitize=args.sanitize, log=log,
         )  # fmt: skip
-        _show_in_turn(llm, prompts, params)
+        _show_in_turn(llm, prompts, _conversations(llm, prompts, args.system) if args.chat else prompts, params)
     if params.n > 1 and params.temperature == 0:
         print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
     return 0
@@ -74,20 +101,46 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
-    """All samples run in one batch. The text of the first that is not finished streams; the others' text is kept."""
+def _conversations(llm: LLM, prompts: list[str], system: str | None) -> list[list[int]]:
+    """The token ids of a conversation for each prompt, up to where the model answers."""
+    tokenizer = llm.get_tokenizer()
+    if not isinstance(tokenizer, HFTokenizer):
+        raise ValueError("--chat needs the text of tokens, and the checkpoint has no tokenizer.json")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    texts = [tokenizer.apply_chat_template([*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+def _show_logprobs(llm: LLM, output: SequenceOutput) -> None:
+    """A line for each token: its log-probability, its rank, and the likeliest other tokens."""
+    for token_id, entries in zip(output.token_ids, output.logprobs or (), strict=True):
+        shown = {i: f"{token_text(llm.tokenizer, i)} {entry.logprob:.3f}" for i, entry in entries.items()}
+        likeliest = sorted((entry.rank, shown[i]) for i, entry in entries.items() if i != token_id)
+        others = "".join(f"   {rank}. {text}" for rank, text in likeliest)
+        print(f"{shown[token_id]:<24} rank {entries[token_id].rank}{others}")
+
+
+def _show_in_turn(llm: LLM, shown: list[str], prompts: Sequence[str | list[int]], params: SamplingParams) -> None:
+    """All samples run in one batch. The text of the first that is not finished streams; the others' text is kept.
+
+    `shown` is printed before the text of each prompt."""
     samples = params.beam_width or params.n
     tokens = llm.stream(prompts, params)
+    outputs = [llm.output_of(request) for request in range(len(prompts))]  # a new engine counts requests from 0
     turns = [(request, sample) for request in range(len(prompts)) for sample in range(samples)]
     pending = {turn: "" for turn in turns}
     finished: set[tuple[int, int]] = set()
     for request, sample in turns:
         if len(turns) > 1:
             print(f"--- prompt {request + 1}, sample {sample + 1}" if samples > 1 else f"--- prompt {request + 1}")
-        print(prompts[request] + pending[request, sample], end="", flush=True)
+        print(
+            shown[request] + ("" if isinstance(prompts[request], str) else "\n") + pending[request, sample],
+            end="",
+            flush=True,
+        )
         while (request, sample) not in finished:
             token = next(tokens)
-            turn = (token.request_id, token.index)  # a new engine counts requests from 0
+            turn = (token.request_id, token.index)
             if turn == (request, sample):
                 print(token.text, end="", flush=True)
             else:
@@ -95,3 +148,5 @@ def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
             if token.finish_reason is not None:
                 finished.add(turn)
         print()
+        if params.logprobs is not None:
+            _show_logprobs(llm, outputs[request].outputs[sample])

@@ -6,18 +6,21 @@ KV head, for K and for V.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..core.attention.attention import Addresses
 from ..core.checks import require_one_of
-from ..core.device import Array, xp
+from ..core.device import Array, to_host, xp
 from ..core.memory.kv import KVCache
 from .formats import BFLOAT16, FLOAT8, FLOAT8_NAN, INT8, choose_scales, encode
 from .variants import PLAIN, Variant
 
 FORMATS: dict[str, np.dtype[Any]] = {"bfloat16": BFLOAT16, "int8": INT8, "float8": FLOAT8}
+ALIASES = {"fp8": "float8", "fp8_e4m3": "float8"}  # vLLM's names
 NANS = {"bfloat16": 0x7FC0, "int8": 0, "float8": FLOAT8_NAN}  # int8 has none
 HEADROOM = 1.5  # of a measured scale: how far later numbers may exceed the first ones before they saturate
 
@@ -52,6 +55,20 @@ class FormattedKV(KVCache):
         """By layer, as far as they are known: those of K and of V, [num_kv_heads] float32."""
         return {i: (each.key_scales, each.value_scales) for i, each in enumerate(self.variants) if each is not None}
 
+    def try_backend(self, num_heads: int, dtype: str) -> None:
+        """Attend once, on one slot of its own, with `num_heads` queries in `dtype`. Raises ValueError where the backend
+        cannot read this format."""
+        _, _, _, size, num_kv_heads, head_size = self.device.shape
+        name = next(name for name, each in FORMATS.items() if each == self.device.dtype)
+        one = FormattedKV(1, 1, size, num_kv_heads, head_size, name, backend=self.backend)
+        query, key = (xp.zeros((1, heads, head_size), dtype) for heads in (num_heads, num_kv_heads))
+        numbers = [xp.asarray(np.array(value, dtype=np.int32)) for value in ([1], [0, 1], [[0]], [0])]
+        seq_lens, query_start_loc, tables, slots = numbers
+        try:
+            one.attend(0, query, key, key, Addresses(seq_lens, query_start_loc, tables, None, slots), None)
+        except ValueError as error:
+            raise ValueError(f"kv_dtype is {name!r}, and {error}") from None
+
     def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
         keys, values = self.slots[layer]
         if self._measures and self.variants[layer] is None:
@@ -60,3 +77,35 @@ class FormattedKV(KVCache):
         variant = self.variants[layer] or PLAIN
         keys[slot_mapping] = encode(key, keys.dtype, variant.key_scales)
         values[slot_mapping] = encode(value, values.dtype, variant.value_scales)
+
+
+def read_scales(given: Any, num_layers: int, num_kv_heads: int) -> list[tuple[Array, Array]]:
+    """For each layer the scales of K and of V, [num_kv_heads] float32, on the device.
+
+    `given` has a pair for each layer: a list, or a mapping from layer to pair, as FormattedKV.scales is. Each of a pair
+    is one number for all heads, or one for each. Raises ValueError with the layer, the value and what is needed.
+    """
+    layers = range(num_layers)
+    if isinstance(given, Mapping) and given.keys() == set(layers):
+        given = [given[layer] for layer in layers]
+    if isinstance(given, Mapping) or not isinstance(given, Sequence) or len(given) != num_layers:
+        raise ValueError(f"kv_scales is {reprlib.repr(given)}; a pair for each of the {num_layers} layers is needed")
+    found = []
+    for layer, pair in enumerate(given):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"kv_scales of layer {layer} is {reprlib.repr(pair)}; a pair for K and V is needed")
+        found.append((_scales(layer, pair[0], num_kv_heads), _scales(layer, pair[1], num_kv_heads)))
+    return found
+
+
+def _scales(layer: int, given: Any, num_kv_heads: int) -> Array:
+    try:
+        numbers = np.broadcast_to(np.asarray(to_host(given), dtype=np.float32), (num_kv_heads,))
+    except (TypeError, ValueError):
+        numbers = np.zeros(1, np.float32)
+    if not (np.isfinite(numbers) & (numbers > 0)).all():
+        raise ValueError(
+            f"kv_scales of layer {layer} holds {reprlib.repr(given)}; a number above 0, or one for each of the "
+            f"{num_kv_heads} KV heads, is needed"
+        )
+    return xp.asarray(numbers.copy())

@@ -13,6 +13,7 @@ from .buddy import BuddyPool
 from .host_swap import SwappablePagedManager
 from .memory_limit import require_memory
 from .prefix_cache import CachingBlockPool
+from .sampling_params import finite_number, items, whole_number
 from .swapping import SwappingManager
 
 ManagerName = Literal["paged", "standard", "swapping"]
@@ -45,7 +46,7 @@ def make_manager(
     require_one_of(("first fit", "buddy"), allocator=allocator)
     if prefix_cache and name != "paged":
         raise ValueError(f"prefix_cache is on; the {name} manager cannot share, only paged can")
-    if not 0 <= watermark < 1:
+    if not 0 <= finite_number("watermark", watermark) < 1:
         raise ValueError(f"watermark is {watermark}; 0 up to 1 is needed, a share of the blocks")
     require(block_size=(block_size, 1))
     unit = block_size if name == "paged" else 1
@@ -61,6 +62,8 @@ def make_manager(
     num_blocks, num_host_blocks = num_slots // block_size, num_host_slots // block_size
     what = f"a KV cache of {num_slots} tokens and {num_host_slots} on the host, in blocks of {block_size}: its list"
     require_memory(what, BLOCK_BYTES * (num_blocks + num_host_blocks))
+    if free_order is not None:
+        free_order = [whole_number("a block in free_order", i) for i in items("free_order", free_order, "block ids")]
     pool = (CachingBlockPool if prefix_cache else BlockPool)(num_blocks, free_order)
     kept = max(1, int(watermark * num_blocks)) if watermark > 0 else 0  # of few blocks, a share is less than one
     return SwappablePagedManager(pool, block_size, num_host_blocks, kept)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import numpy as np
@@ -36,6 +37,7 @@ class CachingBlockPool(BlockPool):
         super().__init__(num_blocks, free_order)
         self.on_cached: Callable[[int, bytes], None] | None = None  # called with a block that can be looked up now
         self.on_evicted: Callable[[int], None] | None = None
+        self._read = True
 
     def clear(self) -> None:
         super().clear()
@@ -53,10 +55,28 @@ class CachingBlockPool(BlockPool):
 
     def allocate(self) -> int:
         if not self._free and self.cached:
-            block_id, _ = self.cached.popitem(last=False)
-            self.reopened(block_id)
-            self._free.append(block_id)
+            self._evict()
         return super().allocate()
+
+    def _evict(self) -> None:
+        """Free the cached block that was released longest ago."""
+        block_id, _ = self.cached.popitem(last=False)
+        self.reopened(block_id)
+        self._free.append(block_id)
+
+    def evict_all(self) -> None:
+        """No block is cached any more; blocks in use keep their digests."""
+        while self.cached:
+            self._evict()
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Inside, no lookup finds a block; blocks that fill up can be looked up later."""
+        self._read = False
+        try:
+            yield
+        finally:
+            self._read = True
 
     def share(self, block_id: int) -> None:
         self.cached.pop(block_id, None)
@@ -71,8 +91,8 @@ class CachingBlockPool(BlockPool):
             super()._unused(block_id)
 
     def lookup(self, tokens: Sequence[int], block_size: int) -> list[int]:
-        blocks = []
-        for digest in block_digests(tokens, block_size):
+        blocks: list[int] = []
+        for digest in block_digests(tokens, block_size) if self._read else ():
             block_id = self.block_of.get(digest)
             if block_id is None:
                 break

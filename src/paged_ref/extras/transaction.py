@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.device import Array
 from ..core.engine.engine import Engine
-from ..core.engine.outputs import FinishReason, TokenOutput
+from ..core.engine.outputs import TokenOutput
 from ..core.engine.request import Request, Sample
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Group, Sequence, Status
@@ -171,10 +171,11 @@ class SavedRequest:
             for seq in group.seqs:
                 self.tokens.append((seq, len(seq.tokens)))
         draws = request.params.temperature != 0
-        self.samples: list[tuple[Sample, str, dict[str, Any], Any, tuple[str, FinishReason | None, int]]] = []
+        self.samples: list[tuple[Sample, str, dict[str, Any], Any, tuple[Any, ...]]] = []
         for sample in request.samples.values():
             rng_state = sample.rng.bit_generator.state if draws else None
-            made = sample.output.text, sample.output.finish_reason, len(sample.output.token_ids)
+            of = sample.output
+            made = len(of.token_ids), of.text, of.finish_reason, of.stop_reason, of.cumulative_logprob
             stream = vars(sample.text).copy()  # the stream changes no list in place
             self.samples.append((sample, sample.held_back, stream, rng_state, made))
         for sample in request.to_fork:
@@ -191,13 +192,15 @@ class SavedRequest:
         for seq, length in self.tokens:
             del seq.tokens[length:]
             engine.request_of[seq.seq_id] = request
-        for sample, held_back, stream, rng_state, (text, finish_reason, num_ids) in self.samples:
+        for sample, held_back, stream, rng_state, (num_ids, *made) in self.samples:
             sample.held_back = held_back
             vars(sample.text).update(stream)
             if rng_state is not None:
                 sample.rng.bit_generator.state = rng_state
-            del sample.output.token_ids[num_ids:]
-            sample.output.text, sample.output.finish_reason = text, finish_reason
+            of = sample.output
+            of.text, of.finish_reason, of.stop_reason, of.cumulative_logprob = made
+            for for_each_token in (of.token_ids, of.logprobs or []):
+                del for_each_token[num_ids:]
         engine.requests[request.output.request_id] = request
 
 

@@ -6,6 +6,7 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,12 +18,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..core.model.loading import TINY, Checkpoint
+from ..core.model.tokenizer import Tokenizer
 from ..extras.formats import from_bfloat16
 from ..extras.memory_limit import require_memory
 from ..extras.reading import open_file, read_json_object
 from .architectures import num_weights, weight_shapes
 from .hf_config import HFConfig, config_from_hf, token_ids
-from .hf_tokenizer import MissingTokenizer, read_tokenizer
+from .hf_tokenizer import HFTokenizer, MissingTokenizer, read_tokenizer
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # NumPy has no bfloat16: its bits
 
@@ -38,6 +40,8 @@ def load(directory: str | Path) -> Checkpoint:
     bfloat16. Without a tokenizer.json, prompts are token ids. Raises CheckpointError, a ValueError, in one sentence:
     what is missing, broken, too large for this machine, or does not fit.
     """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise CheckpointError(f"model is {directory!r}; 'tiny' or a directory is needed")
     directory = TINY if directory == "tiny" else Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint in Hugging Face form is needed")
@@ -48,7 +52,8 @@ def load(directory: str | Path) -> Checkpoint:
         weights = _read_weights(directory)
         _check_weights(config, weights, directory)
         path = directory / "tokenizer.json"
-        return Checkpoint(config, weights, read_tokenizer(path) if path.exists() else MissingTokenizer(directory))
+        tokenizer = read_tokenizer(path) if path.exists() else MissingTokenizer(directory)
+        return Checkpoint(_with_eos(config, tokenizer), weights, tokenizer)
 
 
 @contextmanager
@@ -109,6 +114,14 @@ def read_config(directory: Path) -> HFConfig:
         config = config_from_hf(hf)
     with _refusals(f"{generation}: "):
         return replace(config, eos_token_ids=token_ids(more, "eos_token_id") or config.eos_token_ids)
+
+
+def _with_eos(config: HFConfig, tokenizer: Tokenizer) -> HFConfig:
+    """The config, with the EOS of tokenizer_config.json among its own: a chat model may name its EOS only there."""
+    token_id = tokenizer.token_id("eos_token") if isinstance(tokenizer, HFTokenizer) else None
+    if token_id is None or token_id >= config.vocab_size or token_id in config.eos_token_ids:
+        return config
+    return replace(config, eos_token_ids=(*config.eos_token_ids, token_id))
 
 
 def _read_weights(directory: Path) -> Weights:

@@ -7,30 +7,67 @@ that is no Exception, after a report on stderr; and memory that is not there end
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import models
 
 from ..core.model.tokenizer import Tokenizer
-from ..extras.reading import JSON_LIMIT, read_text
+from ..extras.reading import JSON_LIMIT, read_json_object, read_text
+from .chat_template import Message, choose, read_conversations, render
 
 MOST_PADDING = 1 << 24  # tokens; no context is as long
 _TRIED = "Hello, 12 \N{LATIN SMALL LETTER E WITH ACUTE}\n\N{GRINNING FACE} a"
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer.json of others: each failure of the library is a ValueError."""
+    """A tokenizer.json of others, with what tokenizer_config.json adds: each failure of the library is a ValueError."""
 
-    def encode(self, text: str) -> list[int]:
+    def __init__(self, inner: tokenizers.Tokenizer, path: Path) -> None:
+        super().__init__(inner)
+        self.path = path
+        self.special_tokens, self.chat_templates = _read_more(path.parent)
+        self._bos = ""  # the token that the tokenizer itself puts before every text
+        with suppress(Exception):
+            self._bos = inner.id_to_token(inner.encode("").ids[0]) or ""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of `text`. Where the tokenizer adds BOS and the text begins with BOS, there is one."""
         try:
-            return self.inner.encode(text).ids
+            ids: list[int] = self.inner.encode(text, add_special_tokens=add_special_tokens).ids
         except BaseException as error:
             if not _is_failure(error):
                 raise
             raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from None
+        twice = add_special_tokens and self._bos and text.startswith(self._bos) and ids[:1] == ids[1:2]
+        return ids[1:] if twice else ids
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a token of tokenizer_config.json, as "eos_token"; None where there is none."""
+        text = self.special_tokens.get(name)
+        return None if text is None else self.inner.token_to_id(text)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of one conversation, by the checkpoint's template or by `chat_template`. Raises ValueError."""
+        (conversation,) = read_conversations([messages])
+        template = choose(self.chat_templates, chat_template, tools, self.path.parent)
+        return render(
+            template, conversation, self.special_tokens, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, tools=tools, variables=variables,
+        )  # fmt: skip
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = list(ids)
@@ -73,7 +110,30 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if not _is_failure(error):
             raise
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
-    return HFTokenizer(inner)
+    return HFTokenizer(inner, path)
+
+
+def _read_more(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Of tokenizer_config.json and chat_template.jinja: special tokens by their role, and chat templates by name."""
+    config_path, template_path = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    config = read_json_object(config_path) if config_path.exists() else {}
+    tokens = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            tokens[name] = text
+    found = config.get("chat_template")
+    entries = found if isinstance(found, list) else [{"name": "default", "template": found}] if found else []
+    templates = {}
+    for entry in entries:
+        named, template = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "template"))
+        if not isinstance(named, str) or not isinstance(template, str):
+            what = reprlib.repr(found)
+            raise ValueError(f"{config_path}: chat_template is {what}; a text, or named texts, are needed")
+        templates[named] = template
+    if template_path.exists():
+        templates["default"] = read_text(template_path, JSON_LIMIT)
+    return tokens, templates
 
 
 def _ignore_padding_and_truncation(inner: tokenizers.Tokenizer) -> None:
@@ -90,6 +150,8 @@ def _try_out(inner: tokenizers.Tokenizer) -> None:
     the library does not know what this file asks for."""
     with suppress(Exception):  # the library raises Exception itself
         inner.encode(_TRIED)
+    with suppress(Exception):
+        inner.encode("")
     for token_id in range(256):
         with suppress(Exception):
             inner.decode([token_id])

@@ -12,13 +12,18 @@ SAMPLE_BYTES = 1 << 14  # that a sample takes before its first token: its sequen
 SAME_SIZE = {"bfloat16": "float16", "float8": "int8"}
 
 
+def format_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
+    """Bytes of K and V that one token keeps over all layers, in a dtype or in a format of extras/formats.py."""
+    return kv_bytes_per_token(config, SAME_SIZE.get(kv_dtype, kv_dtype))
+
+
 def require_kv_memory(
     config: ModelConfig, dtype: str, kv_dtype: str, device: tuple[str, int], host: tuple[str, int] = ("", 0),
     unit: int = 1,
 ) -> None:  # fmt: skip
     """Raise ValueError unless the weights in `dtype` and K and V in `kv_dtype` fit: those of the device and those of
     the host, each an argument's name and its value, which counts blocks of `unit` tokens."""
-    bytes_per_unit = unit * kv_bytes_per_token(config, SAME_SIZE.get(kv_dtype, kv_dtype))
+    bytes_per_unit = unit * format_bytes_per_token(config, kv_dtype)
     blocks = f", in blocks of {unit} tokens" if unit > 1 else ""
     on_device = num_weights(config) * (2 if dtype == "float16" else 4) + device[1] * bytes_per_unit
     what = f"{device[0]} is {device[1]}{blocks}: a KV cache of this size, with the weights,"

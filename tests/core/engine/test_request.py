@@ -123,13 +123,14 @@ def test_text_before_a_stop_string_is_shown_and_nothing_of_the_string(stop: str)
 
 
 def test_text_that_may_begin_a_stop_string_waits() -> None:
-    sample = request(SamplingParams()).samples[0]
-    assert sample.release_text("the en", ["end", "e"], last=False) == ("th", True)
-    sample.held_back = ""
-    assert sample.release_text("the en", ["end"], last=False) == ("the ", False)
-    assert sample.release_text("ough", ["end"], last=False) == ("enough", False)
-    assert sample.release_text(" en", ["end"], last=False) == (" ", False)
-    assert sample.release_text("", ["end"], last=True) == ("en", False)
+    for stops, piece, shown, hit in ((["end", "e"], "the en", "th", "e"), (["then", "the"], "then", "", "then")):
+        made = request(SamplingParams(stop=stops))
+        assert made.release_text(made.samples[0], piece, last=False) == (shown, hit)
+    made = request(SamplingParams(stop=["end"]))
+    assert made.release_text(made.samples[0], "the en", last=False) == ("the ", None)
+    assert made.release_text(made.samples[0], "ough", last=False) == ("enough", None)
+    assert made.release_text(made.samples[0], " en", last=False) == (" ", None)
+    assert made.release_text(made.samples[0], "", last=True) == ("en", None)
 
 
 def test_samples_begin_with_the_leaders_first_logits() -> None:

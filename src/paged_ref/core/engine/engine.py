@@ -124,7 +124,7 @@ class Engine:
                 continue  # the request ended in this step, by an error in the hook of another of its sequences
             try:
                 if not math.isfinite(highest):
-                    raise no_likeliest_token(seq, highest, "the model; weights hold NaN, or numbers grew too large")
+                    raise no_likeliest_token(seq, highest, request.logits_from)
                 tokens += request.take_logits(self, seq, row)
             except RequestError as error:  # generate() raises it; the other requests go on
                 request.output.error = error.__cause__ or ValueError(f"step {self.num_steps}: {error}")

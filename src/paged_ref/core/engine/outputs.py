@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -17,6 +17,9 @@ class SequenceOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None  # None: still running
     score: float | None = None  # of a search over sequences; None: the tokens were drawn one by one
+    stop_reason: int | str | None = None  # the stop token or the stop text that ended it; None: EOS, or no stop
+    logprobs: list[Any] | None = None  # for each token, if asked for (extras/logprobs.py)
+    cumulative_logprob: float | None = None  # of all tokens, if asked for
 
 
 @dataclass(slots=True)
@@ -31,6 +34,7 @@ class RequestOutput:
     first_token: float | None = None
     finished: float | None = None
     num_preemptions: int = 0
+    prompt_logprobs: list[Any] | None = None  # for each token of the prompt, if asked for
     error: BaseException | None = None  # what a hook raised; the request ended there
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,18 +39,8 @@ class Sample:
     text: TextStream
     held_back: str = ""  # the end of the text, while it might be the beginning of a stop string
 
-    def release_text(self, fresh: str, stops: Collection[str], last: bool) -> tuple[str, bool]:
-        """Add `fresh` text. Returns what can be shown now, and whether a stop string ended it."""
-        text = self.held_back + fresh
-        found = [text.find(stop) for stop in stops if stop in text]
-        if found:
-            return text[: min(found)], True
-        keep = 0 if last else max((_overlap(text, stop) for stop in stops), default=0)
-        self.held_back = text[len(text) - keep :]
-        return text[: len(text) - keep], False
 
-
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
@@ -68,6 +57,10 @@ class Request:
     groups: list[Group]
     samples: dict[int, Sample] = field(default_factory=dict)  # by seq_id, unfinished
     to_fork: list[Sample] = field(default_factory=list)  # begin when the leader's prompt is computed
+
+    # What a kind of request with more parameters changes.
+    logits_from = "the model; weights hold NaN, or numbers grew too large"  # said of logits that allow no token
+    shows_stop_token = False
 
     @property
     def needs_logits(self) -> bool:
@@ -95,21 +88,33 @@ class Request:
         host.add_token(seq, token_id)
         output.token_ids.append(token_id)
         reason: FinishReason | None = None
-        if (token_id in host.eos_token_ids and not params.ignore_eos) or token_id in params.stop_token_ids:
+        if token_id in host.eos_token_ids and not params.ignore_eos:
             reason = "stop"
+        elif token_id in params.stop_token_ids:
+            reason, output.stop_reason = "stop", token_id
         elif len(seq.tokens) >= seq.max_len:
             reason = "length"
-        fresh = "" if reason == "stop" else sample.text.push(token_id)
+        fresh = "" if reason == "stop" and not self.shows_stop_token else sample.text.push(token_id)
         if reason is not None:
             fresh += sample.text.flush()
-        text, hit = sample.release_text(fresh, params.stop, last=reason is not None)
+        text, stop = self.release_text(sample, fresh, last=reason is not None)
         output.text += text
-        if hit:
-            reason = "stop"
+        if stop is not None:
+            reason, output.stop_reason = "stop", stop
         if reason is not None:
             output.finish_reason = reason
             host.end_sequence(self, seq, reason)
         return TokenOutput(self.output.request_id, output.index, token_id, text, reason)
+
+    def release_text(self, sample: Sample, fresh: str, last: bool) -> tuple[str, str | None]:
+        """Add `fresh` text to a sample. Returns what can be shown now, and the stop string that ended it, if any."""
+        stops, text = self.params.stop, sample.held_back + fresh
+        first = min((stop for stop in stops if stop in text), key=text.find, default=None)
+        if first is not None:
+            return text[: text.find(first)], first
+        keep = 0 if last else max((overlap(text, stop) for stop in stops), default=0)
+        sample.held_back = text[len(text) - keep :]
+        return text[: len(text) - keep], None
 
     def unfinished(self) -> list[Sequence]:
         """The sequences that have not ended, those that have not begun first."""

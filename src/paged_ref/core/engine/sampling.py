@@ -79,5 +79,6 @@ def draw(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator) -
         # Keep the tokens up to and including the one that reaches top_p: at least one.
         kept = int(np.searchsorted(cumulative, params.top_p)) + 1
         order, cumulative = order[:kept], cumulative[:kept]
-    place = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
-    return int(order[min(int(place), len(order) - 1)])
+    place = cumulative.searchsorted(rng.random() * cumulative[-1], side="right")
+    last = cumulative.searchsorted(cumulative[-1])  # whose probability is above 0
+    return int(order[min(int(place), int(last))])
