@@ -37,13 +37,13 @@ from .extras.sanitizer import SanitizedKV
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import StreamingLLM
 from .extras.transaction import TransactionalEngine
-from .interop.architectures import build_model
+from .interop.architectures import attention_variants, build_model
 from .interop.checkpoints import load
 from .interop.hf_tokenizer import MissingTokenizer
 from .interop.model_memory import SAME_SIZE, SAMPLE_BYTES, require_kv_memory
 from .kernels import why_not
 from .tuned import launching
-from .tuned.decoder import FusedDecoder
+from .tuned.decoder import FusedDecoder, can_fuse
 from .tuned.kv import TunedFormattedKV, TunedKV
 from .tuned.linear import linear
 from .tuned.threads import blas_threads
@@ -142,6 +142,10 @@ class LLM(StreamingLLM):
                 manager=None if manager == "paged" else manager, preemption=preemption, free_order=free_order,
                 prefix_cache=prefix_cache or None, kv_dtype=kv_dtype,
             )  # fmt: skip
+            if any(attention_variants(config)):
+                raise ValueError(
+                    f"device_blocks is {device_blocks}; streamed attention has no softcap, and a model needs it"
+                )
             if host_blocks is None:
                 host_blocks = -(-(max_model_len or context) // max(1, block_size))
             options = LongOptions(device_blocks, host_blocks, staging_pages, attend, evict, full_layers)
@@ -170,16 +174,16 @@ class LLM(StreamingLLM):
             if log:
                 manager = timeline.logged.LoggedManager(manager, log)
             parts = Parts(manager, kv, preemption)
+        longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         scheduler = Scheduler(parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
         observers: list[Observer] = [StepRecords(scheduler, on_step)] if on_step else []
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        decoder = build_model(config, checkpoint.weights, dtype, linear)
-        if launching.unavailable() is None:
+        decoder = build_model(config, checkpoint.weights, dtype, linear, longest)
+        if launching.unavailable() is None and can_fuse(decoder):
             decoder = FusedDecoder(decoder)
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
-        longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
         self.around_step = blas_threads
         if self._log_steps:
@@ -245,6 +249,7 @@ def _make_kv(
         kv = (TunedFormattedKV if on_gpu else FormattedKV)(*sizes, kv_dtype, num_host_blocks, backend)
     else:
         kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, num_host_blocks, backend)
+    kv.variants = attention_variants(config)
     return SanitizedKV(manager, kv) if sanitize else kv
 
 

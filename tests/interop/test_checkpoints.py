@@ -229,12 +229,12 @@ def test_a_broken_tokenizer(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "gpt2"}, "config.json: model_type is 'gpt2'; known are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "bert"}, "config.json: model_type is 'bert'; known are llama, mistral, qwen2, qwen3"),
         ({"hidden_size": None}, "config.json: hidden_size is missing"),
         ({"num_attention_heads": 3}, "config.json: hidden_size is 8; without head_dim a multiple of the 3"),
         (
             {"num_hidden_layers": 3},
-            "has no tensor model.layers.2.input_layernorm.weight; the config wants one",
+            "has no tensor model.layers.2.self_attn.q_proj.weight; the config wants one of shape [8, 8]",
         ),
         ({"num_hidden_layers": 1}, "has a tensor model.layers.1."),
         ({"model_type": "qwen2"}, "has no tensor model.layers.0.self_attn.q_proj.bias; the config wants one"),
