@@ -11,6 +11,7 @@ from support.model_backends import of_models
 from support.plain_decoder import llama3_frequency, plain_logits
 from support.stepping import logits_of
 
+from paged_ref.core.device import to_host, xp
 from paged_ref.core.model.llama import Llama
 from paged_ref.interop.architectures import Decoder, attention_variants, build_model, random_weights, weight_shapes
 from paged_ref.interop.hf_config import HFConfig
@@ -110,3 +111,32 @@ def test_learned_positions_end_with_the_context() -> None:
     build_model(config, random_weights(config), longest=64)
     with pytest.raises(ValueError, match="max_model_len is 65; a gpt2 model has vectors for the 64 positions"):
         build_model(config, random_weights(config), longest=65)
+
+
+ROPES = {
+    "linear": RopeScaling("linear", 4.0, 8),
+    "dynamic": RopeScaling("dynamic", 4.0, 8),
+    "yarn": RopeScaling("yarn", 4.0, 8, magnitude=1.2),
+    "longrope": RopeScaling("longrope", 4.0, 8, 1.1, short_factors=(1.0, 1.1, 1.2), long_factors=(1.0, 2.0, 5.0)),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_chunks_change_no_logits_beyond_the_first_context(kind: str) -> None:
+    config = replace(LLAMA, rope_scaling=ROPES[kind])
+    model = build_model(config, random_weights(config, seed=3))
+    for whole, parts in zip(logits_of(model, SEQUENCES), logits_of(model, SEQUENCES, chunk=3), strict=True):
+        np.testing.assert_allclose(whole, parts, rtol=0, atol=2e-5)
+
+
+def test_scaled_frequencies() -> None:
+    plain = Rope(100.0, 6, None, 64).frequencies
+    np.testing.assert_allclose(Rope(100.0, 6, ROPES["linear"], 64).frequencies, plain / 4)
+    np.testing.assert_allclose(Rope(100.0, 6, ROPES["longrope"], 8).frequencies, plain / (1, 1.1, 1.2))
+    np.testing.assert_allclose(Rope(100.0, 6, ROPES["longrope"], 9).frequencies, plain / (1, 2, 5))
+    # Of the three pairs, 32 turns in 8 tokens are beyond the first, and one turn lies between the first and the second.
+    np.testing.assert_allclose(Rope(100.0, 6, ROPES["yarn"], 64).frequencies, plain / (1, 4, 4))
+    cos, _ = Rope(100.0, 6, ROPES["dynamic"], 64).turns(xp.array([3, 15]), np.dtype(np.float32))
+    theta = 100.0 * (4 * 16 / 8 - 3) ** (6 / 4)  # at position 15 the sequence has 16 tokens, twice the first context
+    want = [np.cos(3 * plain), np.cos(15 * theta ** -(np.arange(3) / 3))]
+    np.testing.assert_allclose(to_host(cos)[:, 0, :3], want, rtol=1e-5)

@@ -153,6 +153,76 @@ def test_a_tied_checkpoint_may_store_its_table_under_either_name(directory: Path
     assert model.head is model.embedding
 
 
+def test_a_base_models_names_have_no_prefix(directory: Path) -> None:
+    base = {name.removeprefix("model."): array for name, array in WEIGHTS.items() if name != "lm_head.weight"}
+    save_file(base, directory / "model.safetensors")
+    assert_refused(directory, "has no tensor lm_head.weight; the config wants one of shape [20, 8]")
+    write_json(directory / "config.json", {**HF, "tie_word_embeddings": True})
+    weights = load(directory).weights
+    assert set(weights) == set(WEIGHTS) - {"lm_head.weight"}
+    np.testing.assert_array_equal(weights[Q_PROJ], WEIGHTS[Q_PROJ])
+    save_file({k: v for k, v in base.items() if k != Q_PROJ.removeprefix("model.")}, directory / "model.safetensors")
+    assert_refused(directory, "has no tensor layers.1.self_attn.q_proj.weight; the config wants one of shape [8, 8]")
+
+
+def joined(weights: dict[str, np.ndarray], *names: str) -> np.ndarray:
+    return np.concatenate([weights.pop(name) for name in names])
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_joined_tensors_are_taken_apart(directory: Path, stored: str) -> None:
+    weights = dict(WEIGHTS)
+    for at in ("model.layers.0", "model.layers.1"):
+        qkv = joined(weights, *(f"{at}.self_attn.{name}_proj.weight" for name in "qkv"))
+        gate_up = joined(weights, *(f"{at}.mlp.{name}_proj.weight" for name in ("gate", "up")))
+        weights |= {f"{at}.self_attn.qkv_proj.weight": qkv, f"{at}.mlp.gate_up_proj.weight": gate_up}
+    write = save_file if stored == "float32" else lambda tensors, path: write_bfloat16(path, tensors)
+    write(weights, directory / "model.safetensors")
+    write_json(directory / "config.json", {**HF, "model_type": "phi3"})
+    loaded = load(directory).weights
+    assert set(loaded) == set(WEIGHTS)
+    for name, array in WEIGHTS.items():
+        np.testing.assert_allclose(loaded[name], array, rtol=2**-7 if stored == "bfloat16" else 0)
+    write_json(directory / "config.json", {**HF, "model_type": "phi3", "num_key_value_heads": 2})
+    assert_refused(directory, "model.layers.0.self_attn.qkv_proj.weight has shape [16, 8]; the config wants [24, 8]")
+
+
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "vocab_size": 20, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_gpt2s_matrices_lie_transposed(directory: Path, prefix: str) -> None:
+    want = random_weights(config_from_hf(GPT2), seed=2)
+    rest, stored = dict(want), {}
+    for name, whole in (("embed_tokens.weight", "wte.weight"), ("position_embeddings.weight", "wpe.weight")):
+        stored[whole] = rest.pop(f"model.{name}")
+    for kind in ("weight", "bias"):
+        stored[f"ln_f.{kind}"] = rest.pop(f"model.norm.{kind}")
+        for n in range(2):
+            at = f"model.layers.{n}"
+            parts = {
+                "attn.c_attn": joined(rest, *(f"{at}.self_attn.{name}_proj.{kind}" for name in "qkv")).T,
+                "attn.c_proj": rest.pop(f"{at}.self_attn.o_proj.{kind}").T,
+                "mlp.c_fc": rest.pop(f"{at}.mlp.up_proj.{kind}").T,
+                "mlp.c_proj": rest.pop(f"{at}.mlp.down_proj.{kind}").T,
+                "ln_1": rest.pop(f"{at}.input_layernorm.{kind}"),
+                "ln_2": rest.pop(f"{at}.post_attention_layernorm.{kind}"),
+            }
+            stored |= {f"h.{n}.{name}.{kind}": np.ascontiguousarray(part) for name, part in parts.items()}
+    assert not rest
+    stored["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.float32)  # the causal mask, in old files
+    save_file({prefix + name: array for name, array in stored.items()}, directory / "model.safetensors")
+    write_json(directory / "config.json", GPT2)
+    weights = load(directory).weights
+    assert set(weights) == set(want)
+    for name, array in want.items():
+        np.testing.assert_array_equal(weights[name], array)
+    with pytest.raises(ValueError, match="max_model_len is 40; a gpt2 model has vectors for the 32 positions"):
+        LLM(directory, max_model_len=40, beyond_context=True)
+
+
 def test_frequencies_in_old_files_are_passed_over(directory: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     save_file(WEIGHTS | old, directory / "model.safetensors")

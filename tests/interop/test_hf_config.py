@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -32,6 +33,7 @@ LLAMA3 = {
 }
 SCALING = RopeScaling("llama3", 8.0, 8192, slow=1.0, fast=4.0)
 LONGROPE = {"rope_type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [1, 2, 3, 4]}
+GEMMA3 = {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}
 LLAMA3_EQUAL = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -79,6 +81,60 @@ def test_left_out_keys_take_hugging_faces_defaults() -> None:
 def test_rope_in_old_and_new_words(keys: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
     config = config_from_hf({**LLAMA, **keys})
     assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize(
+    ("keys", "context"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 1024),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1.5}}, 768),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}}, 2048),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 128}}, 512),
+        ({"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 64}}, 512),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 512),
+        ({**GEMMA3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 512),
+        ({"rope_scaling": {"type": "linear", "factor": 1e300}}, 2**31 - 1),
+    ],
+)
+def test_the_context_is_the_one_after_stretching(keys: dict[str, Any], context: int) -> None:
+    assert config_from_hf({**LLAMA, **keys}).max_position_embeddings == context
+
+
+def test_yarn_and_longrope_make_queries_and_keys_larger() -> None:
+    def magnitude(**rope: Any) -> float:
+        scaling = config_from_hf(
+            {**LLAMA, "rope_scaling": {"original_max_position_embeddings": 64, **rope}}
+        ).rope_scaling
+        assert scaling is not None
+        return scaling.magnitude
+
+    assert magnitude(rope_type="yarn") == pytest.approx(1 + 0.1 * math.log(8))
+    assert magnitude(rope_type="yarn", mscale=0.5, mscale_all_dim=1.0) == pytest.approx(1.10397 / 1.20794, rel=1e-5)
+    assert magnitude(rope_type="yarn", attention_factor=1.5) == 1.5
+    assert magnitude(**LONGROPE) == pytest.approx(math.sqrt(1.5))  # sqrt(1 + log 8 / log 64)
+    assert magnitude(**LONGROPE, factor=1.0) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_early_phi3_files_call_longrope_otherwise(kind: str) -> None:
+    rope = {**LONGROPE, "rope_type": None, "type": kind}
+    del rope["rope_type"]
+    config = config_from_hf(
+        {**LLAMA, "model_type": "phi3", "original_max_position_embeddings": 64, "rope_scaling": rope}
+    )
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.kind, config.rope_scaling.original) == ("longrope", 64)
+
+
+def test_gemma_has_a_scaled_embedding_and_two_bases() -> None:
+    config = config_from_hf({**LLAMA, **GEMMA3, "head_dim": None, "query_pre_attn_scalar": 32})
+    assert (config.embedding_scale, config.query_scale, config.tie_word_embeddings) == (8.0, 0.5, True)
+    assert (config.rope_theta, config.local_rope_theta) == (1e6, 1e4)
+    assert config.sliding_windows == (4096, 4096, 4096, 4096)  # the sixth layer would see everything
+    ropes = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5.0}, "sliding_attention": None}
+    nested = config_from_hf({**LLAMA, **GEMMA3, "rope_parameters": ropes})
+    assert (nested.rope_theta, nested.local_rope_theta) == (5.0, 1e4)
+    assert config_from_hf({**LLAMA, **GEMMA3, "model_type": "gemma2"}).sliding_windows == (4096, None) * 2
 
 
 @pytest.mark.parametrize(
@@ -145,6 +201,26 @@ def test_eos_is_null_or_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True; a qwen3 has no such bias (known for llama)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; not supported"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention is True; not supported"),
+        ({**GEMMA3, "attn_logit_softcapping": 5.0}, "attn_logit_softcapping is 5.0; a gemma3_text has no such cap"),
+        ({**GEMMA3, "hidden_activation": "gelu"}, "hidden_activation is 'gelu'; for a gemma3_text, known are gelu_py"),
+        ({**GEMMA3, "sliding_window": None}, "sliding_window is missing"),
+        ({**GEMMA3, "rope_parameters": {"full_attention": 3}}, "full_attention in rope_parameters is 3; an object"),
+        (
+            {**GEMMA3, "rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
+            "rope_type of sliding_attention is 'yarn'; known is default",
+        ),
+        ({"model_type": "gpt2"}, "n_layer is missing"),
+        (
+            {"model_type": "gpt2", "n_layer": 2, "n_embd": 9, "n_head": 2},
+            "n_embd is 9; without head_dim a multiple of the 2",
+        ),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "scale_attn_weights is False; not supported"),
+        (
+            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx is True; not",
+        ),
+        ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function is 'relu'; for a gpt2, known are"),
         (
             {"rope_parameters": {"rope_type": "mrope"}},
             "rope_type in rope_parameters is 'mrope'; known are default, linear",
