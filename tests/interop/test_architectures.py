@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_logits_agree_with_a_decoder_that_keeps_no_cache(
     if backend in ("cpu", "cuda") and any(variants):
         pytest.skip("the teaching kernels have no softcap")
     weights = random_weights(config, seed=3)
-    how = {"chunk": chunk, "layout": layout, "backend": backend, "variants": variants}
+    how: dict[str, Any] = {"chunk": chunk, "layout": layout, "backend": backend, "variants": variants}
     answers = logits_of(build_model(config, weights), SEQUENCES, **how)
     for tokens, logits in zip(SEQUENCES, answers, strict=True):
         assert logits.dtype == np.float32

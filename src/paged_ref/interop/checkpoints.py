@@ -33,13 +33,19 @@ class CheckpointError(ValueError):
 
 
 def load(directory: str | Path) -> Checkpoint:
-    """Read config.json, tokenizer.json and the headers of the safetensors; "tiny" is the embedded checkpoint.
+    """Read config.json, tokenizer.json and the headers of the safetensors; "tiny" is the embedded checkpoint, and
+    NAME.gguf a GGUF file.
 
     Weights are one model.safetensors or the shards of model.safetensors.index.json, in float32, float16 or
     bfloat16. Without a tokenizer.json, prompts are token ids. Raises CheckpointError, a ValueError, in one sentence:
     what is missing, broken, too large for this machine, or does not fit.
     """
     directory = TINY if directory == "tiny" else Path(directory)
+    if directory.suffix == ".gguf":
+        from .gguf_files import load_gguf  # here: few need it
+
+        with _refusals():
+            return load_gguf(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint in Hugging Face form is needed")
     config = read_config(directory)
