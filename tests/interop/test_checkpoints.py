@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +23,7 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.core.device import to_host
 from paged_ref.core.model import loading
 from paged_ref.extras import memory_limit
-from paged_ref.interop.architectures import build_model, random_weights
+from paged_ref.interop.architectures import build_model, random_weights, weight_shapes
 from paged_ref.interop.checkpoints import CheckpointError, load
 from paged_ref.interop.hf_config import config_from_hf
 from paged_ref.timeline.events import Event, TokenNamed
@@ -460,3 +463,45 @@ def test_loading_takes_little_more_memory_than_the_weights(directory: Path, stor
     sizes = [size * array.size for array in weights.values()]
     assert peak <= 1.1 * sum(sizes) + max(sizes)
     assert model.embedding.nbytes == max(sizes)
+
+
+# Sizes of a model of 135 million parameters with tied embeddings (SmolLM2's), and of one of 500 million without.
+SMALL = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+LARGE = {
+    "vocab_size": 65536, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+LOAD = """
+import resource, sys
+from paged_ref.interop.architectures import build_model
+from paged_ref.interop.checkpoints import load
+load("tiny")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+checkpoint = load(sys.argv[1])
+model = build_model(checkpoint.config, checkpoint.weights)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count resident memory in other units")
+@pytest.mark.parametrize("stored", ["F32", "BF16"])
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["135M", "500M"])
+def test_a_real_model_is_read_without_a_second_copy(directory: Path, sizes: dict[str, Any], stored: str) -> None:
+    """The peak of resident memory, mapped files included, in a process that loads a file of zeros (a hole)."""
+    write_json(directory / "config.json", HF | sizes)
+    width, end, header = 4 if stored == "F32" else 2, 0, {}
+    shapes = weight_shapes(config_from_hf(HF | sizes))
+    for name, shape in shapes.items():
+        header[name] = {"dtype": stored, "shape": shape, "data_offsets": [end, end + width * math.prod(shape)]}
+        end += width * math.prod(shape)
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    run = subprocess.run([sys.executable, "-c", LOAD, str(directory)], capture_output=True, text=True, check=True)
+    loaded = [4 * math.prod(shape) for shape in shapes.values()]
+    assert 0.9 * sum(loaded) <= int(run.stdout) <= 1.1 * sum(loaded) + max(loaded)
