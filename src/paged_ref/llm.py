@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,14 +41,14 @@ from .extras.sanitizer import SanitizedKV
 from .extras.shaping import ScoringScheduler, ShapedRequest, ShapingEngine, Vocabulary, WholeText
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import Params, StreamingLLM
-from .interop.architectures import build_model
+from .interop.architectures import attention_variants, build_model
 from .interop.chat_template import Message, read_conversations
 from .interop.checkpoints import load
 from .interop.hf_tokenizer import HFTokenizer, MissingTokenizer
 from .interop.model_memory import SAMPLE_BYTES, format_bytes_per_token, require_kv_memory
 from .kernels import why_not
 from .tuned import launching
-from .tuned.decoder import FusedDecoder
+from .tuned.decoder import FusedDecoder, can_fuse
 from .tuned.kv import TunedFormattedKV, TunedKV
 from .tuned.linear import linear
 from .tuned.threads import blas_threads
@@ -158,6 +159,10 @@ class LLM(StreamingLLM):
                 manager=None if manager == "paged" else manager, preemption=preemption, free_order=free_order,
                 prefix_cache=prefix_cache or None, kv_dtype=kv_dtype,
             )  # fmt: skip
+            if any(attention_variants(config)):
+                raise ValueError(
+                    f"device_blocks is {device_blocks}; streamed attention has no softcap, and a model needs it"
+                )
             if host_blocks is None:
                 host_blocks = -(-(max_model_len or context) // max(1, block_size))
             options = LongOptions(device_blocks, host_blocks, staging_pages, attend, evict, full_layers)
@@ -188,17 +193,17 @@ class LLM(StreamingLLM):
             if log:
                 manager = timeline.logged.LoggedManager(manager, log)
             parts = Parts(manager, kv, preemption)
+        longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         scheduler = ScoringScheduler(pool, parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
         observers: list[Observer] = [StepRecords(scheduler, on_step)] if on_step else []
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        decoder = build_model(config, checkpoint.weights, dtype, linear)
-        if launching.unavailable() is None:
+        decoder = build_model(config, checkpoint.weights, dtype, linear, longest)
+        if launching.unavailable() is None and can_fuse(decoder):
             decoder = FusedDecoder(decoder)
         self.vocabulary = Vocabulary(checkpoint.tokenizer, config.vocab_size)
         engine = ShapingEngine(self.vocabulary, decoder, parts.kv, scheduler, config.eos_token_ids, observers)
-        longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
         self.around_step = blas_threads
         if self._log_steps:
@@ -320,6 +325,10 @@ def _make_kv(
             kv.try_backend(config.num_heads, dtype)
     else:
         kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, num_host_blocks, backend)
+    for layer, variant in enumerate(attention_variants(config)):
+        if variant is not None:
+            given = kv.variants[layer] or variant
+            kv.variants[layer] = replace(variant, key_scales=given.key_scales, value_scales=given.value_scales)
     return SanitizedKV(manager, kv) if sanitize else kv
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +23,7 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.core.device import to_host
 from paged_ref.core.model import loading
 from paged_ref.extras import memory_limit
-from paged_ref.interop.architectures import build_model, random_weights
+from paged_ref.interop.architectures import build_model, random_weights, weight_shapes
 from paged_ref.interop.checkpoints import CheckpointError, load
 from paged_ref.interop.hf_config import config_from_hf
 from paged_ref.timeline.events import Event, TokenNamed
@@ -153,6 +156,76 @@ def test_a_tied_checkpoint_may_store_its_table_under_either_name(directory: Path
     assert model.head is model.embedding
 
 
+def test_a_base_models_names_have_no_prefix(directory: Path) -> None:
+    base = {name.removeprefix("model."): array for name, array in WEIGHTS.items() if name != "lm_head.weight"}
+    save_file(base, directory / "model.safetensors")
+    assert_refused(directory, "has no tensor lm_head.weight; the config wants one of shape [20, 8]")
+    write_json(directory / "config.json", {**HF, "tie_word_embeddings": True})
+    weights = load(directory).weights
+    assert set(weights) == set(WEIGHTS) - {"lm_head.weight"}
+    np.testing.assert_array_equal(weights[Q_PROJ], WEIGHTS[Q_PROJ])
+    save_file({k: v for k, v in base.items() if k != Q_PROJ.removeprefix("model.")}, directory / "model.safetensors")
+    assert_refused(directory, "has no tensor layers.1.self_attn.q_proj.weight; the config wants one of shape [8, 8]")
+
+
+def joined(weights: dict[str, np.ndarray], *names: str) -> np.ndarray:
+    return np.concatenate([weights.pop(name) for name in names])
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_joined_tensors_are_taken_apart(directory: Path, stored: str) -> None:
+    weights = dict(WEIGHTS)
+    for at in ("model.layers.0", "model.layers.1"):
+        qkv = joined(weights, *(f"{at}.self_attn.{name}_proj.weight" for name in "qkv"))
+        gate_up = joined(weights, *(f"{at}.mlp.{name}_proj.weight" for name in ("gate", "up")))
+        weights |= {f"{at}.self_attn.qkv_proj.weight": qkv, f"{at}.mlp.gate_up_proj.weight": gate_up}
+    write = save_file if stored == "float32" else lambda tensors, path: write_bfloat16(path, tensors)
+    write(weights, directory / "model.safetensors")
+    write_json(directory / "config.json", {**HF, "model_type": "phi3"})
+    loaded = load(directory).weights
+    assert set(loaded) == set(WEIGHTS)
+    for name, array in WEIGHTS.items():
+        np.testing.assert_allclose(loaded[name], array, rtol=2**-7 if stored == "bfloat16" else 0)
+    write_json(directory / "config.json", {**HF, "model_type": "phi3", "num_key_value_heads": 2})
+    assert_refused(directory, "model.layers.0.self_attn.qkv_proj.weight has shape [16, 8]; the config wants [24, 8]")
+
+
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2", "vocab_size": 20, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_gpt2s_matrices_lie_transposed(directory: Path, prefix: str) -> None:
+    want = random_weights(config_from_hf(GPT2), seed=2)
+    rest, stored = dict(want), {}
+    for name, whole in (("embed_tokens.weight", "wte.weight"), ("position_embeddings.weight", "wpe.weight")):
+        stored[whole] = rest.pop(f"model.{name}")
+    for kind in ("weight", "bias"):
+        stored[f"ln_f.{kind}"] = rest.pop(f"model.norm.{kind}")
+        for n in range(2):
+            at = f"model.layers.{n}"
+            parts = {
+                "attn.c_attn": joined(rest, *(f"{at}.self_attn.{name}_proj.{kind}" for name in "qkv")).T,
+                "attn.c_proj": rest.pop(f"{at}.self_attn.o_proj.{kind}").T,
+                "mlp.c_fc": rest.pop(f"{at}.mlp.up_proj.{kind}").T,
+                "mlp.c_proj": rest.pop(f"{at}.mlp.down_proj.{kind}").T,
+                "ln_1": rest.pop(f"{at}.input_layernorm.{kind}"),
+                "ln_2": rest.pop(f"{at}.post_attention_layernorm.{kind}"),
+            }
+            stored |= {f"h.{n}.{name}.{kind}": np.ascontiguousarray(part) for name, part in parts.items()}
+    assert not rest
+    stored["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.float32)  # the causal mask, in old files
+    save_file({prefix + name: array for name, array in stored.items()}, directory / "model.safetensors")
+    write_json(directory / "config.json", GPT2)
+    weights = load(directory).weights
+    assert set(weights) == set(want)
+    for name, array in want.items():
+        np.testing.assert_array_equal(weights[name], array)
+    with pytest.raises(ValueError, match="max_model_len is 40; a gpt2 model has vectors for the 32 positions"):
+        LLM(directory, max_model_len=40, beyond_context=True)
+
+
 def test_frequencies_in_old_files_are_passed_over(directory: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     save_file(WEIGHTS | old, directory / "model.safetensors")
@@ -229,12 +302,12 @@ def test_a_broken_tokenizer(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "gpt2"}, "config.json: model_type is 'gpt2'; known are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "bert"}, "config.json: model_type is 'bert'; known are llama, mistral, qwen2, qwen3"),
         ({"hidden_size": None}, "config.json: hidden_size is missing"),
         ({"num_attention_heads": 3}, "config.json: hidden_size is 8; without head_dim a multiple of the 3"),
         (
             {"num_hidden_layers": 3},
-            "has no tensor model.layers.2.input_layernorm.weight; the config wants one",
+            "has no tensor model.layers.2.self_attn.q_proj.weight; the config wants one of shape [8, 8]",
         ),
         ({"num_hidden_layers": 1}, "has a tensor model.layers.1."),
         ({"model_type": "qwen2"}, "has no tensor model.layers.0.self_attn.q_proj.bias; the config wants one"),
@@ -390,3 +463,45 @@ def test_loading_takes_little_more_memory_than_the_weights(directory: Path, stor
     sizes = [size * array.size for array in weights.values()]
     assert peak <= 1.1 * sum(sizes) + max(sizes)
     assert model.embedding.nbytes == max(sizes)
+
+
+# Sizes of a model of 135 million parameters with tied embeddings (SmolLM2's), and of one of 500 million without.
+SMALL = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+LARGE = {
+    "vocab_size": 65536, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+LOAD = """
+import resource, sys
+from paged_ref.interop.architectures import build_model
+from paged_ref.interop.checkpoints import load
+load("tiny")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+checkpoint = load(sys.argv[1])
+model = build_model(checkpoint.config, checkpoint.weights)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count resident memory in other units")
+@pytest.mark.parametrize("stored", ["F32", "BF16"])
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["135M", "500M"])
+def test_a_real_model_is_read_without_a_second_copy(directory: Path, sizes: dict[str, Any], stored: str) -> None:
+    """The peak of resident memory, mapped files included, in a process that loads a file of zeros (a hole)."""
+    write_json(directory / "config.json", HF | sizes)
+    width, end, header = 4 if stored == "F32" else 2, 0, {}
+    shapes = weight_shapes(config_from_hf(HF | sizes))
+    for name, shape in shapes.items():
+        header[name] = {"dtype": stored, "shape": shape, "data_offsets": [end, end + width * math.prod(shape)]}
+        end += width * math.prod(shape)
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    run = subprocess.run([sys.executable, "-c", LOAD, str(directory)], capture_output=True, text=True, check=True)
+    loaded = [4 * math.prod(shape) for shape in shapes.values()]
+    assert 0.9 * sum(loaded) <= int(run.stdout) <= 1.1 * sum(loaded) + max(loaded)

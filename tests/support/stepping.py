@@ -27,6 +27,7 @@ class Stepper:
         layout: str = "paged",
         block_size: int = 4,
         backend: str = "reference",
+        variants: list[Any] | None = None,
     ) -> None:
         config = model.config
         self.model = model
@@ -40,6 +41,7 @@ class Stepper:
         self.tables = order.reshape(num_seqs, blocks_each).astype(np.int32)
         sizes = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_size)
         self.kv = KVCache(*sizes, model.dtype.name, backend=backend)
+        self.kv.variants = variants or self.kv.variants
 
     def inputs(self, new_tokens: list[list[int]]) -> StepInputs:
         """The step that appends these tokens to each sequence, with logits for each of them."""

@@ -27,7 +27,7 @@ LLAMA = ModelConfig(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1, head_size=16,
     max_position_embeddings=64,
 )  # fmt: skip
-QWEN = HFConfig(**{name: getattr(LLAMA, name) for name in LLAMA.__slots__}, attention_bias=True, qk_norm=True)
+QWEN = HFConfig(**{name: getattr(LLAMA, name) for name in LLAMA.__slots__}, qkv_bias=True, qk_norm="head")
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [7], [1, 2, 3]]
 NEXT = [[8], [], [9]]
 LAYER = ["turn_and_write_kernel", "flash_attention", "add_norm_kernel", "gated_kernel", "add_norm_kernel"]

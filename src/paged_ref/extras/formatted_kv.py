@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ class FormattedKV(KVCache):
     @property
     def scales(self) -> dict[int, tuple[Array, Array]]:
         """By layer, as far as they are known: those of K and of V, [num_kv_heads] float32."""
-        return {i: (each.key_scales, each.value_scales) for i, each in enumerate(self.variants) if each is not None}
+        variants = ((layer, variant or PLAIN) for layer, variant in enumerate(self.variants))
+        return {layer: (v.key_scales, v.value_scales) for layer, v in variants if v.key_scales is not None}
 
     def try_backend(self, num_heads: int, dtype: str) -> None:
         """Attend once, on one slot of its own, with `num_heads` queries in `dtype`. Raises ValueError where the backend
@@ -71,10 +73,11 @@ class FormattedKV(KVCache):
 
     def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
         keys, values = self.slots[layer]
-        if self._measures and self.variants[layer] is None:
-            measured = [choose_scales(new, keys.dtype) * xp.float32(HEADROOM) for new in (key, value)]
-            self.variants[layer] = Variant(key_scales=measured[0], value_scales=measured[1])
         variant = self.variants[layer] or PLAIN
+        if self._measures and variant.key_scales is None:
+            measured = [choose_scales(new, keys.dtype) * xp.float32(HEADROOM) for new in (key, value)]
+            variant = replace(variant, key_scales=measured[0], value_scales=measured[1])
+            self.variants[layer] = variant
         keys[slot_mapping] = encode(key, keys.dtype, variant.key_scales)
         values[slot_mapping] = encode(value, values.dtype, variant.value_scales)
 

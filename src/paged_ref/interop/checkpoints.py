@@ -22,9 +22,10 @@ from ..core.model.tokenizer import Tokenizer
 from ..extras.formats import from_bfloat16
 from ..extras.memory_limit import require_memory
 from ..extras.reading import open_file, read_json_object
-from .architectures import num_weights, weight_shapes
+from .architectures import num_weights
 from .hf_config import HFConfig, config_from_hf, token_ids
 from .hf_tokenizer import HFTokenizer, MissingTokenizer, read_tokenizer
+from .tensor_names import COMPUTED, name_prefix, stored_tensors, table_name
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # NumPy has no bfloat16: its bits
 
@@ -34,7 +35,8 @@ class CheckpointError(ValueError):
 
 
 def load(directory: str | Path) -> Checkpoint:
-    """Read config.json, tokenizer.json and the headers of the safetensors; "tiny" is the embedded checkpoint.
+    """Read config.json, tokenizer.json and the headers of the safetensors; "tiny" is the embedded checkpoint, and
+    NAME.gguf a GGUF file.
 
     Weights are one model.safetensors or the shards of model.safetensors.index.json, in float32, float16 or
     bfloat16. Without a tokenizer.json, prompts are token ids. Raises CheckpointError, a ValueError, in one sentence:
@@ -43,14 +45,18 @@ def load(directory: str | Path) -> Checkpoint:
     if not isinstance(directory, (str, os.PathLike)):
         raise CheckpointError(f"model is {directory!r}; 'tiny' or a directory is needed")
     directory = TINY if directory == "tiny" else Path(directory)
+    if directory.suffix == ".gguf":
+        from .gguf_files import load_gguf  # here: few need it
+
+        with _refusals():
+            return load_gguf(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint in Hugging Face form is needed")
     config = read_config(directory)
     with _refusals():
         # float16 is the smallest form of the weights that the model is computed with
         require_memory(f"{directory / 'config.json'}: a model of this size", 2 * num_weights(config), device=True)
-        weights = _read_weights(directory)
-        _check_weights(config, weights, directory)
+        weights = _find_weights(config, _read_weights(directory), directory)
         path = directory / "tokenizer.json"
         tokenizer = read_tokenizer(path) if path.exists() else MissingTokenizer(directory)
         return Checkpoint(_with_eos(config, tokenizer), weights, tokenizer)
@@ -69,12 +75,15 @@ def _refusals(where: str = "") -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies."""
+    """Where one tensor lies, or some rows of one."""
 
     path: Path
     dtype: str  # in the words of safetensors: F32, F16, BF16
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in the file
     offset: int  # bytes from the beginning of the file
+    transposed: bool = False  # in the file
+    first: int = 0  # row
+    count: int | None = None  # of rows; None: all
 
 
 class Weights(Mapping[str, np.ndarray]):
@@ -95,8 +104,9 @@ class Weights(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
         array = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
-        numbers: np.ndarray = array if entry.dtype != "BF16" else from_bfloat16(array)
-        return numbers
+        end = None if entry.count is None else entry.first + entry.count
+        part: np.ndarray = (array.T if entry.transposed else array)[entry.first : end]
+        return part if entry.dtype != "BF16" else from_bfloat16(part)
 
 
 def read_config(directory: Path) -> HFConfig:
@@ -176,21 +186,33 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     }
 
 
-def _check_weights(config: HFConfig, weights: Weights, directory: Path) -> None:
-    """Every tensor of the config is there, in its shape, in a known dtype; and none is left over."""
-    shapes = weight_shapes(config)
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+def _find_weights(config: HFConfig, weights: Weights, directory: Path) -> Weights:
+    """The same tensors under Llama's names. Every tensor of the config is there, in its shape, in a known dtype; and
+    none is left over."""
+    prefix = name_prefix(config, weights)
+    head, embedding = "lm_head.weight", prefix + table_name(config)
     if config.tie_word_embeddings and head in weights and embedding not in weights:
         weights.entries[embedding] = weights.entries[head]  # one table, which may be stored under either name
-    for name, shape in shapes.items():
+    stored = {name if name == head else prefix + name: tensor for name, tensor in stored_tensors(config).items()}
+    found: dict[str, TensorEntry] = {}
+    for name, tensor in stored.items():
         entry = weights.entries.get(name)
         if entry is None:
-            raise CheckpointError(f"{directory} has no tensor {name}; the config wants one of shape {list(shape)}")
-        if entry.shape != shape:
-            raise CheckpointError(f"{entry.path}: {name} has shape {list(entry.shape)}; the config wants {list(shape)}")
+            raise CheckpointError(
+                f"{directory} has no tensor {name}; the config wants one of shape {list(tensor.shape)}"
+            )
+        if entry.shape != tensor.shape:
+            raise CheckpointError(
+                f"{entry.path}: {name} has shape {list(entry.shape)}; the config wants {list(tensor.shape)}"
+            )
         if entry.dtype not in _DTYPES:
             raise CheckpointError(f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
-    # Old files also keep RoPE's frequencies, and some keep a head that is tied anyway.
-    extra = [n for n in weights if n not in shapes and n != head and not n.endswith("rotary_emb.inv_freq")]
+        first = 0
+        for part, rows in tensor.parts.items():
+            found[part] = replace(entry, transposed=tensor.transposed, first=first, count=rows)
+            first += rows
+    # Old files also keep RoPE's frequencies or masks, and some keep a head that is tied anyway.
+    extra = [n for n in weights if n not in stored and n != head and not n.endswith(COMPUTED)]
     if extra:
         raise CheckpointError(f"{directory} has a tensor {extra[0]}; a {config.model_type} model has no place for it")
+    return Weights(found)

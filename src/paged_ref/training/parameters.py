@@ -34,8 +34,10 @@ class Parameters:
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike = np.float32) -> None:
         """All zero. Raises ValueError for a model that is not such a Llama."""
-        if isinstance(config, HFConfig) and (config.model_type != "llama" or config.rope_scaling is not None):
-            raise ValueError(f"model_type is {config.model_type}; training knows llama, without rope_scaling")
+        if isinstance(config, HFConfig) and (config.model_type != "llama" or config.variations):
+            raise ValueError(
+                f"model_type is {config.model_type}; training knows llama, without rope_scaling and without biases"
+            )
         if not config.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is false; training knows tied embeddings")
         self.config = config

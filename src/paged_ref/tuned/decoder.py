@@ -18,19 +18,23 @@ from . import fused
 from .kv import TunedKV
 
 
+def can_fuse(decoder: Llama) -> bool:
+    """Whether the decoder differs from Llama only in what FusedDecoder asks it for: turns, projections."""
+    return type(decoder).forward is Llama.forward
+
+
 class FusedDecoder(Llama):
-    """Another decoder's weights, and the same tokens."""
+    """Another decoder's weights, and the same tokens. The other one's step must be Llama's (`can_fuse`)."""
 
     def __init__(self, decoder: Llama) -> None:
         vars(self).update(vars(decoder))  # all that Llama.__init__ made
-        self.decoder = decoder  # of a kind that projects in its own way
+        self.decoder = decoder  # of a kind that turns and projects in its own way
 
     def forward(self, inputs: StepInputs, kv: AttendingKV) -> Array:
         """As Llama.forward: logits [num_rows, vocab_size], float32. The shapes are there."""
         config, eps = self.config, self.config.rms_norm_eps
         num_tokens, where = len(inputs.token_ids), inputs.addresses
-        angles = inputs.positions.astype(np.float32)[:, None, None] * self._turns  # [num_tokens, 1, head_size]
-        cos, sin = (turn(angles).astype(self.dtype, copy=False) for turn in (xp.cos, xp.sin))
+        cos, sin = self.decoder.turns(inputs.positions)  # [num_tokens, 1, head_size] each
         norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]  # after each layer
         x = self.embedding[inputs.token_ids]  # an array of its own, which `add_norm` changes
         h = fused.rms_norm(x, self.layers[0].attention_norm, eps)

@@ -118,7 +118,7 @@ class Llama:
         self.final_norm = self.take(weights, "model.norm.weight")  # [hidden_size]
         tied = config.tie_word_embeddings
         self.head = self.embedding if tied else self.take(weights, "lm_head.weight")  # [vocab_size, hidden_size]
-        frequencies = xp.asarray(self.frequencies(), dtype=np.float32)  # [head_size // 2]
+        frequencies = xp.asarray(rope_frequencies(config), dtype=np.float32)  # [head_size // 2]
         self._turns = xp.concatenate([-frequencies, frequencies])  # [head_size], as `rotate` wants them
 
     def take(self, weights: Mapping[str, np.ndarray], *names: str) -> Array:
@@ -136,9 +136,10 @@ class Llama:
             down=self.take(weights, f"{at}.mlp.down_proj.weight"),
         )
 
-    def frequencies(self) -> np.ndarray:
-        """RoPE's frequencies: [head_size // 2]."""
-        return rope_frequencies(self.config)
+    def turns(self, positions: Array) -> tuple[Array, Array]:
+        """For `positions [num_tokens]`: cos and sin as `rotate` wants them, [num_tokens, 1, head_size] each."""
+        angles = positions.astype(np.float32)[:, None, None] * self._turns  # [num_tokens, 1, head_size]
+        return xp.cos(angles).astype(self.dtype, copy=False), xp.sin(angles).astype(self.dtype, copy=False)
 
     def forward(self, inputs: StepInputs, kv: AttendingKV) -> Array:
         """One step: write the new tokens' K and V, and give logits [num_rows, vocab_size], float32.
@@ -146,9 +147,7 @@ class Llama:
         Nothing is checked: the inputs' maker stands for them.
         """
         config, eps, num_tokens = self.config, self.config.rms_norm_eps, len(inputs.token_ids)
-        angles = inputs.positions.astype(np.float32)[:, None, None] * self._turns  # [num_tokens, 1, head_size]
-        cos = xp.cos(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size]
-        sin = xp.sin(angles).astype(self.dtype, copy=False)  # [num_tokens, 1, head_size]
+        cos, sin = self.turns(inputs.positions)  # [num_tokens, 1, head_size] each
 
         x = self.embedding[inputs.token_ids]  # [num_tokens, hidden_size]
         for index, layer in enumerate(self.layers):

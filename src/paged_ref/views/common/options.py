@@ -95,7 +95,8 @@ def _bytes(text: str) -> int:
 
 
 def model(parser: Options) -> None:
-    parser.add_argument("--model", default="tiny", metavar="DIR", help="Hugging Face directory (default: embedded)")
+    text = "Hugging Face directory, or NAME.gguf (default: embedded)"
+    parser.add_argument("--model", default="tiny", metavar="DIR", help=text)
 
 
 def backend(parser: Options) -> None:

@@ -1,0 +1,191 @@
+"""A model in one GGUF file, as llama.cpp has them: config, weights and tokenizer. Needs the package `gguf`.
+
+Weights that are quantized there become float32, each time they are asked for. Known are the architectures that GGUF
+calls llama (Llama, Mistral, SmolLM and their kind), qwen2 and qwen3.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from ..core.model.loading import Checkpoint
+from ..core.model.tokenizer import Tokenizer
+from ..extras.memory_limit import require_memory
+from ..extras.reading import open_file
+from .architectures import num_weights, weight_shapes
+from .hf_config import HFConfig, config_from_hf
+from .hf_tokenizer import HFTokenizer, MissingTokenizer, read_tokenizer
+from .rope import RopeScaling
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+SIZES = {  # config.json's keys, and GGUF's behind the name of the architecture
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
+}  # fmt: skip
+OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+LAYER = {  # Llama's names behind `model.layers.N.`, and GGUF's behind `blk.N.`
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling, as a divisor for each pair
+CONTROL, USER_DEFINED = 3, 4  # types of tokens that are never split
+DIGITS, WORDS = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+# How a text is cut before byte pairs are joined, by GGUF's name.
+CUTS: dict[str, list[Any]] = {"default": [WORDS], "gpt-2": [WORDS], "smollm": [DIGITS, WORDS]}
+_PATTERN = (  # of Llama 3 and Qwen 2, which differ in how many digits stand together
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+for _name, _digits in (("llama-bpe", "{1,3}"), ("qwen2", "")):
+    _cut = pre_tokenizers.Split(tokenizers.Regex(_PATTERN.format(digits=_digits)), "isolated")
+    CUTS[_name] = [_cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+class GGUFWeights(Mapping[str, np.ndarray]):
+    """Tensors under Llama's names, float32, read and dequantized each time they are asked for."""
+
+    def __init__(self, tensors: dict[str, Any], heads: dict[str, int]) -> None:
+        """`heads`: of the tensors whose rows are permuted by name, the number of heads."""
+        self.tensors, self.heads = tensors, heads
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[name]
+        numbers: np.ndarray = dequantize(tensor.data, tensor.tensor_type).reshape(shape_of(tensor))
+        if name not in self.heads:
+            return numbers
+        # llama.cpp turns neighbours, as Meta's files do: row 2i + j of a head is row i + j * head_size // 2 here.
+        pairs = numbers.reshape(self.heads[name], -1, 2, *numbers.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(numbers.shape)
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """GGUF names the last axis first."""
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def load_gguf(path: Path) -> Checkpoint:
+    """Read a GGUF file. A tokenizer.json beside it is taken before the tokenizer inside; without either, prompts are
+    token ids. Raises ValueError, in one sentence."""
+    reader = _open(path)
+    config = _config(reader, path)
+    require_memory(f"{path}: a model of this size", 2 * num_weights(config), device=True)
+    weights = _find_weights(config, {tensor.name: tensor for tensor in reader.tensors}, path)
+    beside = path.parent / "tokenizer.json"
+    return Checkpoint(config, weights, read_tokenizer(beside) if beside.exists() else _tokenizer(reader, path))
+
+
+def _open(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ValueError(f"{path} is a GGUF file; the package gguf reads it: pip install gguf") from None
+    open_file(path, sys.maxsize).close()
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # whatever the package trips over
+        raise ValueError(f"{path} is not a whole GGUF file: {str(error) or type(error).__name__}") from None
+
+
+def _value(reader: Any, key: str, default: Any = None) -> Any:
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def _config(reader: Any, path: Path) -> HFConfig:
+    family = _value(reader, "general.architecture")
+    if family not in ARCHITECTURES:
+        raise ValueError(f"{path}: general.architecture is {family!r}; known are {', '.join(ARCHITECTURES)}")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    hf = {key: _value(reader, f"{family}.{name}") for key, name in SIZES.items()}
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{path} has no tensor token_embd.weight")
+    hf |= {"model_type": family, "vocab_size": shape_of(tensors["token_embd.weight"])[0]}
+    hf |= {f"{name}_token_id": _value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    hf["tie_word_embeddings"] = "output.weight" not in tensors
+    for key, absent in ((f"{family}.expert_count", 0), (f"{family}.attention.sliding_window", 0)):
+        if _value(reader, key, absent) != absent:
+            raise ValueError(f"{path}: {key} is {_value(reader, key)}; not supported")
+    kind = _value(reader, f"{family}.rope.scaling.type", "none")
+    if kind == "linear":
+        hf["rope_scaling"] = {"rope_type": kind, "factor": _value(reader, f"{family}.rope.scaling.factor")}
+    elif kind != "none":
+        raise ValueError(f"{path}: {family}.rope.scaling.type is {kind!r}; known are none, linear")
+    try:
+        config = config_from_hf(hf)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if ROPE_FACTORS in tensors:
+        factors = tuple(map(float, tensors[ROPE_FACTORS].data))
+        if len(factors) != config.head_size // 2:
+            raise ValueError(f"{path}: {ROPE_FACTORS} has {len(factors)} numbers, not one for each pair of a head")
+        config = replace(
+            config, rope_scaling=RopeScaling("longrope", 1.0, 1, short_factors=factors, long_factors=factors)
+        )
+    return config
+
+
+def _find_weights(config: HFConfig, tensors: dict[str, Any], path: Path) -> GGUFWeights:
+    """All tensors of the config, and none left over."""
+    found, heads = {}, {}
+    for name, shape in weight_shapes(config).items():
+        base, _, kind = name.rpartition(".")
+        if base in OUTER:
+            stored = f"{OUTER[base]}.{kind}"
+        else:
+            index, _, part = base.removeprefix("model.layers.").partition(".")
+            stored = f"blk.{index}.{LAYER[part]}.{kind}"
+            if config.model_type == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+                heads[name] = config.num_heads if "q_proj" in part else config.num_kv_heads
+        tensor = tensors.pop(stored, None)
+        if tensor is None:
+            raise ValueError(f"{path} has no tensor {stored}; its sizes want one of shape {list(shape)}")
+        if shape_of(tensor) != shape:
+            raise ValueError(f"{path}: {stored} has shape {list(shape_of(tensor))}; its sizes want {list(shape)}")
+        found[name] = tensor
+    tensors.pop(ROPE_FACTORS, None)
+    if tensors:
+        raise ValueError(f"{path} has a tensor {next(iter(tensors))}; a {config.model_type} model has no place for it")
+    return GGUFWeights(found, heads)
+
+
+def _tokenizer(reader: Any, path: Path) -> Tokenizer:
+    """Byte pairs whose cut is known (CUTS); of other kinds, none."""
+    cut = _value(reader, "tokenizer.ggml.pre", "default")
+    if _value(reader, "tokenizer.ggml.model") != "gpt2" or cut not in CUTS:
+        return MissingTokenizer(path.parent)
+    texts = _value(reader, "tokenizer.ggml.tokens")
+    try:
+        merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
+        inner = tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(texts)}, merges))
+        kinds = _value(reader, "tokenizer.ggml.token_type", [])
+        for text, kind in zip(texts, kinds, strict=False):
+            if kind in (CONTROL, USER_DEFINED):
+                inner.add_tokens([tokenizers.AddedToken(text, normalized=False, special=kind == CONTROL)])
+        bos = _value(reader, "tokenizer.ggml.bos_token_id")
+        if bos is not None and _value(reader, "tokenizer.ggml.add_bos_token", cut == "llama-bpe"):
+            inner.post_processor = processors.TemplateProcessing([texts[bos], "$A"], special_tokens=[(texts[bos], bos)])
+    except Exception as error:  # whatever of it is missing, and what the library raises: Exception itself
+        raise ValueError(f"{path} has a tokenizer that is not whole: {error}") from None
+    inner.pre_tokenizer = pre_tokenizers.Sequence(CUTS[cut])
+    inner.decoder = decoders.ByteLevel()
+    return HFTokenizer(inner)
