@@ -1,7 +1,7 @@
 """Lesson 9: the paged kernel
 
 Question: what changes in the kernel when K and V lie in pages?
-Time: 15 minutes. Needs lessons 5 and 8.
+Time: 40 minutes. Needs lessons 5 and 8.
 
 This lesson joins the block table of lesson 5 and the kernel of lesson 8.
 PagedAttention sounds like a large change. How much of the kernel changes we
@@ -17,7 +17,7 @@ from paged_ref.core.attention import naive, paged
 from paged_ref.kernels import naive_attention
 from paged_ref.kernels import paged_attention, slot_of
 from paged_ref.tracer import trace
-from paged_ref.lesson import break_it, check, claim, plant
+from paged_ref.lesson import break_it, build, check, claim, plant
 from paged_ref.lesson import predict, show, table, todo
 
 # ## Predict
@@ -132,6 +132,12 @@ mine = check(my_runs, spec=spec, cases=cases, hint=hint)
 runs = mine([3, 1], 6, BLOCK_SIZE)  # the first sequence, read by runs
 read = np.concatenate([pages[0, at : at + n] for at, n in runs])
 claim("the keys in order", bool((read == dense[0, 1:7]).all()))
+
+# And the table lookup in a kernel of your own: the third step of
+# `my_kernel.py`, where your kernel of lesson 8 learns to read pages. When
+# it is right, `paged-ref walk --mine my_kernel.py` steps through it.
+
+build("my_paged_attention")
 
 # ## In production systems
 #

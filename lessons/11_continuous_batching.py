@@ -1,7 +1,7 @@
 """Lesson 11: continuous batching
 
 Question: what does a batch do when one of its sequences ends?
-Time: 20 minutes. Needs lesson 10.
+Time: 50 minutes. Needs lesson 10.
 
 A step reads all weights, for one token or for many, so sequences run in
 batches. But requests ask for different lengths. In a batch that starts and
@@ -14,7 +14,7 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.core.engine import scheduler
 from paged_ref.core.engine.engine import Engine
 from paged_ref.core.engine.sequence import Group, Sequence
-from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import break_it, build, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager
@@ -140,6 +140,13 @@ def spec(behind, budget):
 cases = [([1, 1, 9], 8), ([9, 1, 1], 8), ([3, 3, 3], 100), ([1] * 5, 3)]
 hint = "Each takes the smaller of `behind` and the budget that is left."
 check(my_plan, spec=spec, cases=cases, hint=hint)
+
+# Now the whole scheduler, in a file of your own: `my_scheduler.py`. It also
+# decides which sequences begin, and which gives way when no block is free
+# (lesson 14 returns to this). It runs a trace of requests, and each of its
+# steps is compared with the package's plan.
+
+build("my_schedule")
 
 # ## In production systems
 #

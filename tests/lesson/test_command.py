@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,10 @@ def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture
         (["--watch"], "--watch needs the number of a lesson"),
         (["1", "--part", "1", "--watch"], "--watch runs the whole lesson"),
         (["--part", "1"], "--part needs the number of a lesson"),
+        (["--json"], "--json is given; it goes with --grade FILE"),
+        (["1", "--grade", "x.py"], "--grade is x.py, and number is given"),
+        (["--grade", "absent.py"], "--grade is absent.py: No such file or directory"),
+        (["--grade", __file__], "it is no lesson, and defines none of my_scores"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -71,6 +77,47 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     assert main(["lesson", *argv, "--lessons", str(folder)]) == 2
     assert sentence in capsys.readouterr().err
+
+
+LESSONS = Path(__file__).resolve().parents[2] / "lessons"
+
+
+def grade(capsys: pytest.CaptureFixture[str], path: Path, status: int) -> list[dict[str, Any]]:
+    assert main(["lesson", "--grade", str(path), "--json"]) == status
+    grades: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return grades
+
+
+def test_a_teacher_grades_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 0 for right and open exercises, 1 for a wrong one; the file may lie anywhere."""
+    path = tmp_path / "of_anna.py"
+    source = (LESSONS / "05_block_table.py").read_text()
+    hole = 'return todo("2 lines")'
+    path.write_text(source)
+    assert grade(capsys, path, 0) == [{"name": "my_slot_of", "state": "open", "said": ["2 lines"]}]
+    path.write_text(source.replace(hole, "return block_table[position // block_size] * block_size"))
+    (wrong,) = grade(capsys, path, 1)
+    assert wrong["state"] == "wrong"
+    assert wrong["said"] == ["call   my_slot_of([7, 1, 3, 0, 2, 4, 5, 6, 8], 1, 4)", "yours  28", "spec   29"]
+    solved = "return block_table[position // block_size] * block_size + position % block_size"
+    path.write_text(source.replace(hole, solved.replace("//", "/")))
+    assert "TypeError at line" in grade(capsys, path, 1)[0]["said"][0]
+    path.write_text(source.replace(hole, f"print('hello')\n    {solved}"))
+    assert grade(capsys, path, 0) == [{"name": "my_slot_of", "state": "right", "said": []}]
+    path.write_text("def my_slot_of(:")
+    assert grade(capsys, path, 1)[0]["name"] == path.name
+
+
+def test_a_file_of_the_readers_own_is_graded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "my_scheduler.py"
+    path.write_text((LESSONS / "solutions" / path.name).read_text())
+    assert [each["state"] for each in grade(capsys, path, 0)] == ["right"]
+    assert main(["lesson", "--grade", str(path)]) == 0
+    assert capsys.readouterr().out == "✓ my_schedule: right\n"
+    path.write_text("def my_schedule(*args):\n    return []\n")
+    (wrong,) = grade(capsys, path, 1)
+    assert wrong["said"][0].endswith("step 1 runs (sequence: tokens)")
+    assert wrong["said"][1:] == ["yours  nothing", "spec   0: 3"]
 
 
 def test_without_lessons_it_says_where_they_are(

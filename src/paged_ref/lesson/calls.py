@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,13 +79,16 @@ def predict(question: str, unit: str = "") -> Guess:
 
 def claim(text: str, found: Any, expected: Any = True) -> None:
     """Print what the run shows, and require it: `found` is `expected`. Raises ClaimError otherwise."""
-    if (difference := first_difference(found, expected)) is not None:
+    if (difference := first_difference(found, expected, kinds=False)) is not None:
         problem = f"This claim does not hold: {text}\n  found {found!r}, expected {expected!r} {difference}"
         raise ClaimError(problem.rstrip())
     counted = "" if isinstance(expected, (bool, str)) else f": {number_text(expected)}"
     if isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
         counted = f" (all {len(expected)})"
-    current().say(f"✓ {text}{counted}", "green")
+    if current().package_stands_in:  # no praise for what the reader has not written
+        current().say(f"• with the package's own: {text}{counted}")
+    else:
+        current().say(f"✓ {text}{counted}", "green")
 
 
 def show(*pictures: RenderableType) -> None:
@@ -134,9 +137,11 @@ def check(
         at = f"{relative_path(yours.__code__.co_filename)}, line {yours.__code__.co_firstlineno}"
         open_hole = f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used."
         session.say(open_hole, "cyan")
+        session.package_stands_in = True
         return spec
     if verdict.state == "wrong":
-        _say_wrong(session, yours, verdict, hint)
+        say_wrong(session, name, verdict, hint, yours.__code__.co_filename)
+        session.package_stands_in = True
         return spec
     whose = "the solution" if session.solutions else "yours"
     session.say(f"✓ {name} is right in all {len(cases)} cases. The lesson goes on with {whose}.", "bold green")
@@ -150,23 +155,31 @@ def check(
     return yours
 
 
-def _say_wrong(session: LessonSession, yours: Callable[..., Any], verdict: Verdict, hint: str) -> None:
-    say = session.say
-    say(f"✗ {yours.__name__} is not right yet.", "bold red")
+def say_wrong(session: LessonSession, name: str, verdict: Verdict, hint: str, file: str) -> None:
+    """Show what is wrong with what the reader wrote in `file`."""
+    session.say(f"✗ {name} is not right yet.", "bold red")
+    for text in wrong_lines(verdict, file):
+        session.say(text, indent=4)
+    session.say(f"hint: {hint}", indent=4)
+
+
+def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
+    """What is wrong: the error and its place in the file, the call, yours, the spec, the first difference."""
     if verdict.error is not None:
-        say(_place_of(verdict.error, yours), "red", 4)
+        yield _place_of(verdict.error, file)
     for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
-        say(f"{label:<6} {value}".replace("\n", "\n       "), indent=4)
+        if value:
+            yield f"{label:<6} {value}".replace("\n", "\n       ")
     if verdict.yours == "None":
-        say("It returned None: is there a `return`?", indent=4)
+        yield "It returned None: is there a `return`?"
     if verdict.difference:
-        say(f"first difference: {verdict.difference}", indent=4)
-    say(f"hint: {hint}", indent=4)
+        yield f"first difference: {verdict.difference}"
 
 
-def _place_of(error: BaseException, function: Callable[..., Any]) -> str:
-    """The error, and the line of the reader's file that raised it."""
-    file = function.__code__.co_filename
+def _place_of(error: BaseException, file: str) -> str:
+    """The error, and the line of the reader's file that raised it. A KernelError names its line itself."""
+    if isinstance(error, SyntaxError) or type(error).__name__ == "KernelError":
+        return "".join(traceback.format_exception_only(error)).rstrip()
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{type(error).__name__} at line {lines[-1] if lines else '?'}: {error}"
 
