@@ -69,16 +69,14 @@ def build(name: str) -> Any:
         _make_file(session, template, path)
     session.files.append(path)
     verdict, stage = grade_build(task, path if path.exists() else template)
-    session.exercises[name] = Exercise(name, task.spec, stage.cases, stage.hint, verdict)
+    session.exercises[name] = Exercise(name, task.spec, stage.cases, stage.hint, verdict, path)
     session.checked.append(name)
     done = task.stages.index(stage)
     if done and verdict.state != "right":
         session.say(f"✓ {name}: {', '.join(each.title for each in task.stages[:done])}", "green")
     if verdict.state == "pending":
         where = f"{verdict.hole}, in {relative_path(path)}"
-        session.say(
-            f"○ {name} is yours to write ({stage.title}): {where}. Until then the package's own is used.", "cyan"
-        )
+        session.say(f"○ {name} is yours to write ({stage.title}): {where}.", "cyan")
     elif verdict.state == "wrong":
         say_wrong(session, name, verdict, stage.hint, str(path))
     else:
@@ -101,6 +99,9 @@ def _say_right(session: LessonSession, task: Build, path: Path) -> None:
     whose = "the solution" if session.solutions else "yours"
     stages = ", ".join(stage.title for stage in task.stages)
     session.say(f"✓ {task.name} is right: {stages}. The lesson goes on with {whose}.", "bold green")
+    solution = session.directory / "solutions" / path.name
+    if solution.is_file() and solution != path:
+        session.say(f"One way to write it: {relative_path(solution)}", indent=4)
     task.draw(load(path)[task.name])
     if not session.solutions:
         record = session.progress.of(session.lesson)

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -129,7 +130,7 @@ def check(
     if session.solutions and solution:
         yours = solution[0]
     verdict = grade(yours, spec, cases)
-    session.exercises[name] = Exercise(name, spec, cases, hint, verdict)
+    session.exercises[name] = Exercise(name, spec, cases, hint, verdict, Path(yours.__code__.co_filename))
     session.checked.append(name)
     if verdict.printed:
         session.say(f"{name} printed:\n{verdict.printed[:800].rstrip()}", "dim")

@@ -113,9 +113,11 @@ def _play(path: Path, session: LessonSession, part: int | None) -> int:
     except Leave:
         session.say(f"Left. {again} goes on from here.", "dim")
         return 0
-    if still_open := [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]:
-        session.say(f"The lesson is at its end; {', '.join(still_open)} is still open. Write it in", "cyan")
-        session.say(f"{relative_path(path)}, with {again} --watch beside the editor.", "cyan")
+    if still_open := [exercise for exercise in session.exercises.values() if exercise.verdict.state != "right"]:
+        names = ", ".join(exercise.name for exercise in still_open)
+        files = ", ".join(dict.fromkeys(relative_path(exercise.file) for exercise in still_open))
+        session.say(f"The lesson is at its end. Still to write: {names}, in", "cyan")
+        session.say(f"{files}, with {again} --watch beside the editor.", "cyan")
     return 1 if any(exercise.verdict.state == "wrong" for exercise in session.exercises.values()) else 0
 
 

@@ -34,6 +34,7 @@ class Exercise:
     cases: Sequence[tuple[Any, ...]]
     hint: str
     verdict: Verdict
+    file: Path  # that the reader writes in
 
 
 @dataclass(slots=True)
