@@ -81,7 +81,7 @@ class Reader:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "paged_ref", "lesson", *argv, "--lessons", str(directory)],
             stdin=side, stdout=side, stderr=side, env=env, start_new_session=True,
-            preexec_fn=own_terminal,
+            preexec_fn=own_terminal, cwd=directory,
         )  # fmt: skip
         os.close(side)
         self.seen = ""
@@ -220,6 +220,33 @@ def test_leaving_and_interrupting_lose_nothing(directory: Path) -> None:
     reader.see("Left.")
     assert reader.end() == 0
     assert progress(directory)["part"] == 3
+
+
+def test_what_is_built_gets_a_file_of_its_own(directory: Path) -> None:
+    course = Path(__file__).resolve().parents[2] / "lessons"
+    (directory / "templates").mkdir()
+    template = (course / "templates" / "my_scheduler.py").read_text()
+    (directory / "templates" / "my_scheduler.py").write_text(template)
+    lesson = LESSON[: LESSON.index("def my_twice")] + 'from paged_ref.lesson import build\nbuild("my_schedule")\n'
+    (directory / "01_small.py").write_text(lesson)
+    mine = directory / "my_scheduler.py"
+    reader = Reader(directory, "1", "--part", "5")
+    reader.see("my_scheduler.py is made: write there.")
+    assert mine.read_text() == template
+    reader.see("my_schedule is yours to write (admit and run): 20 lines, in my_scheduler.py")
+    mine.write_text(template.replace('todo("20 lines")', "return [(seq, 1) for seq in waiting]"))
+    reader.see("q: leave]")
+    reader.type("r")
+    reader.see("sequence 0 is planned, and is not in `running`")
+    mine.write_text((course / "solutions" / "my_scheduler.py").read_text())
+    reader.see("q: leave]")
+    reader.type("r")
+    reader.see("my_schedule is right")
+    reader.see("42 steps; the package's scheduler takes 42")
+    reader.see("q: leave]")
+    reader.type("q")
+    assert reader.end() == 0
+    assert progress(directory)["exercises"] == {"my_schedule": True}
 
 
 def test_watch_runs_again_at_each_save(directory: Path) -> None:
