@@ -11,7 +11,7 @@ block numbers, and for each block a count of the tables that point to it.
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
 from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
-from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.paged import PagedManager, Table
 
 # ## Predict
 #
@@ -115,43 +115,51 @@ break_it(
 
 # ## Exercise
 #
-# Hand out a block: the last entry of `free` is the next one. One table now
-# points to it.
+# A sequence ends: its table is `blocks`. Take its blocks back, the last one
+# first. `ref_count[block]` is the number of tables that name a block, and
+# the end of `free` is handed out next.
 
 
-def my_allocate(free, ref_count):
-    """Take a block off `free`. OutOfBlocks if no block is free."""
-    return todo("5 lines")
+def my_release(blocks, ref_count, free):
+    """Correct `ref_count` and `free`. Returns nothing."""
+    todo("4 lines")
 
 
-real_allocate = BlockPool.allocate
+real_free = PagedManager.free
 
 
-def spec(free, ref_count):
+def spec(blocks, ref_count, free):
     held = [block for block, count in enumerate(ref_count) if count]
     pool = BlockPool(len(ref_count), [*held, *reversed(free)])
     for _ in held:
-        real_allocate(pool)
+        pool.allocate()
     pool.ref_count = ref_count
-    block = real_allocate(pool)
+    manager = PagedManager(pool, block_size=1)
+    manager.tables[0] = Table(blocks, len(blocks))
+    real_free(manager, 0)
     free[:] = reversed(pool.free_blocks)
-    return block
 
 
-cases = [([2, 0], [0, 1, 0]), ([3], [1, 2, 1, 0]), ([], [1, 1]), ([0], [0])]
-hint = "list.pop() takes the last one. Look first whether there is one."
-mine = check(my_allocate, spec=spec, cases=cases, hint=hint)
+cases = [([3, 1], [0, 1, 1, 1], [0]), ([0, 2], [2, 0, 1], [1])]
+cases += [([1, 0], [2, 3], []), ([], [0, 1], [0])]
+hint = (
+    "One table less for each block; at zero it goes to the end of `free`."
+)
+mine = check(my_release, spec=spec, cases=cases, hint=hint)
 
-# The pool runs with yours beside it: both must hand out the same block.
-
-
-def both(pool):
-    block = mine([*reversed(pool.free_blocks)], [*pool.ref_count])
-    claim("the next block is", real_allocate(pool), block)
-    return block
+# The engine's pool runs with yours beside it: both must leave the same.
 
 
-with plug_in((BlockPool, "allocate"), both):
+def both(manager, seq_id):
+    pool, blocks = manager.pool, manager.tables[seq_id].blocks
+    counts, free = [*pool.ref_count], pool.free_blocks[::-1]
+    mine(blocks, counts, free)
+    real_free(manager, seq_id)
+    found = counts, free[::-1]
+    claim("as the pool", found == (pool.ref_count, pool.free_blocks))
+
+
+with plug_in((PagedManager, "free"), both):
     one_of_two_ends()  # which checks the integrity of the pool
 
 # ## In production systems
