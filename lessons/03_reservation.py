@@ -26,7 +26,7 @@ SLOTS, LONGEST = 128, 40
 PROMPT = "Four score and seven years ago our"  # a token for each word
 OUTPUTS = [9, 17, 3, 12, 20, 5, 13, 9, 14, 6, 24, 11]
 
-together = predict("With `max`, how many sequences run together?")
+together = predict("With max, how many sequences run together?")
 share = predict("What share of the cache then holds tokens?", "percent")
 
 # ## Run
@@ -69,8 +69,11 @@ for name, run in runs.items():
     rows.append((name, *run[1:3], *cells))
 columns = ("", "together", "steps", *parts)
 table("Most together, steps, and percent of the cache", columns, rows)
-together.grade(runs["max"][1])
-share.grade(percent(runs["max"], "tokens"), within=0.2)
+together.grade(runs["max"][1], why=f"{SLOTS} // {LONGEST}")
+share.grade(
+    percent(runs["max"], "tokens"), within=0.2,
+    why="three prompts of 7 tokens, each with half an output: 3 x 13 slots",
+)  # fmt: skip
 
 # **Reserved** slots are empty, and their sequence will use them later.
 # **Internal** waste is inside a region and never used. **External** waste
@@ -87,7 +90,7 @@ texts = [run[0] for run in runs.values()]
 claim("parts add up to", {usage.total for usage in usages}, {SLOTS})
 claim("the text is the same", all(text == texts[0] for text in texts))
 exact = runs["exact"]
-claim("`exact` wastes nothing inside", percent(exact, "internal"), 0)
+claim("exact wastes nothing inside", percent(exact, "internal"), 0)
 claim("and still reserves", percent(exact, "reserved") > 0)
 
 # A region that is given back must be joined to the holes beside it. Without
@@ -148,5 +151,7 @@ claim("steps with it, as before", steps, runs["pow2"][2])
 # FasterTransformer and Orca reserved like this. A padded tensor still does.
 
 # ## Next
+#
+# See it move: `paged-ref viz --manager standard --frame 5`.
 #
 # Lesson 4: if the regions lie badly, can we move them?

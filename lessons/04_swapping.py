@@ -52,7 +52,10 @@ for seq_id in cycle(range(3)):
     for move in manager.append([(seq_id, 1)]):
         print(f"  {move.count} slots: {move.source} to {move.destination}")
         show(picture(manager))
-moved.grade(manager.slots_moved)
+moved.grade(
+    manager.slots_moved,
+    why="each outgrows its 8 slots once, when all 8 hold tokens: 3 x 8",
+)
 
 # With a neighbour in the way no region grows in place. Each move copies all
 # tokens of a sequence, and leaves a hole. Now a real engine, with ample
@@ -150,5 +153,7 @@ check(my_move, spec=spec, cases=cases, hint=hint)
 # out, and today's systems use host memory as a second, larger cache.
 
 # ## Next
+#
+# See it move: `paged-ref viz --manager swapping --at S`.
 #
 # Lesson 5: a sequence that no longer lies in one piece.

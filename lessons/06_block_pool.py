@@ -15,10 +15,10 @@ from paged_ref.core.memory.paged import PagedManager, Table
 
 # ## Predict
 #
-# Six blocks of four slots. Sequence A has nine tokens and B has five. Then
-# A ends, and C begins with six tokens. The free list is a stack: the block
-# that was freed last is handed out first. When a sequence ends, its last
-# block is freed first.
+# Six blocks of four slots, handed out in the order 0, 1, 2 and so on.
+# Sequence A has nine tokens and B has five. Then A ends, and C begins with
+# six tokens. The free list is a stack: the block that was freed last is
+# handed out first. When a sequence ends, its last block is freed first.
 
 free = predict("How many blocks are free while A and B run?", "blocks")
 first = predict("Which block does C get first?")
@@ -43,14 +43,18 @@ def begin(seq_id, length):
 
 begin(0, 9)
 begin(1, 5)
-free.grade(manager.pool.num_free)
+free.grade(manager.pool.num_free, why="A takes 3 and B takes 2 of the 6")
 manager.free(0)
 note("A ends")
 begin(2, 6)
-first.grade(manager.placement(2)[0])
+first.grade(
+    manager.placement(2)[0],
+    why="A gives back 2, 1 and then 0, so 0 lies on top of the stack",
+)
 manager.append([(1, 4)])
 note("B grows by 4 tokens")
-table("Next to be handed out first", ("", "free", "tables"), rows)
+columns = ("", "free, the next one first", "tables")
+table("The pool", columns, rows)
 
 # ## Counts
 #
@@ -170,5 +174,7 @@ with plug_in((PagedManager, "free"), both):
 # token.
 
 # ## Next
+#
+# See it move: `paged-ref viz --at N`, the end of a sequence.
 #
 # Lesson 7: K and V in these blocks, and the simplest way to read them.

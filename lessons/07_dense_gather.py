@@ -23,9 +23,9 @@ from paged_ref.core.memory import kv
 # ## Predict
 #
 # One sequence of 11 tokens in blocks of 4 slots. A kernel that reads K in
-# place reads each element once for each head. The gather reads the element
-# in its page and writes it to the dense tensor, where attention reads it.
-# The gather copies whole blocks, also the empty slots of the last.
+# place reads each element once. The gather reads the element in its page
+# and writes it to the dense tensor, where attention then reads it once. It
+# copies whole blocks before it cuts, so also the empty slots of the last.
 
 SEQ_LEN, BLOCK_SIZE, KV_HEADS, HEAD_SIZE = 11, 4, 2, 8
 BLOCK_TABLE = [5, 0, 3]
@@ -67,8 +67,13 @@ pages = key_cache[BLOCK_TABLE]
 dense = pages.reshape(-1, KV_HEADS, HEAD_SIZE)[:SEQ_LEN]
 claim("keys out of place after the gather", int((dense != key).sum()), 0)
 traffic = 2 * pages.size
-moved.grade(traffic)
-times.grade((traffic + dense.size) / dense.size, within=0.1)
+moved.grade(
+    traffic, why="3 blocks x 4 slots x 16 elements = 192, read and written"
+)
+times.grade(
+    (traffic + dense.size) / dense.size, within=0.1,
+    why=f"({traffic} + {dense.size}) / {dense.size}: attention reads, too",
+)  # fmt: skip
 
 # Decoding waits for memory, so three times the traffic takes close to three
 # times as long. And the copies need the room that paging was to save.
@@ -165,5 +170,7 @@ with plug_in((kv, "attend"), gathered):
 # A framework without a paged kernel gathers. All others read in place.
 
 # ## Next
+#
+# See what a kernel reads instead: `paged-ref walk --view layouts`.
 #
 # Lesson 8: inside a kernel, thread by thread, on memory in one piece.

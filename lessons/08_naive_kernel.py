@@ -57,7 +57,10 @@ for thread in range(THREADS):
     rows.append((thread, str(slots), len(own)))
 columns = ("thread", "slots, in its order", "elements of K read")
 table("Scores: which thread reads which key, for head 0", columns, rows)
-busy.grade(len(set(keys_read.select(thread=0).slots("keys").tolist())))
+busy.grade(
+    len(set(keys_read.select(thread=0).slots("keys").tolist())),
+    why="keys 0 and 4: the next key of a thread is four further",
+)
 
 # Then the threads find the largest score together, make weights of the
 # scores, and add the weights up. In each round of these sums half of the
@@ -67,8 +70,16 @@ busy.grade(len(set(keys_read.select(thread=0).slots("keys").tolist())))
 
 rows = [(name, *counts) for name, counts in record.totals().items()]
 table("Both heads together", ("array", "reads", "writes"), rows)
-reads.grade(int(record.counts("keys")[START].max()))
-waits.grade(int(record.round.max()))
+reads.grade(
+    int(record.counts("keys")[START].max()),
+    why="two query heads share it, and each has a CUDA block of its own",
+)
+waits.grade(
+    int(record.round.max()),
+    why="1 for the query, and in each of 2 tiles 1 for the scores, 2 for\n"
+    "rounds of the largest, 1, 1 for the weights, 2 for rounds of the\n"
+    "sum, and 1 at the end: 1 + 2 x 8 = 17",
+)
 
 # ## What must hold
 #
@@ -115,5 +126,7 @@ build("my_dense_attention")
 # the next tile while they compute with this one.
 
 # ## Next
+#
+# See it move: `paged-ref walk --kernel naive --at keys`.
 #
 # Lesson 9: the same kernel through block tables, and the lines that change.

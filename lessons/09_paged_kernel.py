@@ -42,7 +42,10 @@ def code_of(kernel):
 pair = code_of(naive.attention_kernel), code_of(paged.attention_kernel)
 diff = [d for d in difflib.ndiff(*pair) if d[0] in "+-"]
 show("\n".join(diff))
-changed.grade(sum(d[0] == "+" for d in diff))
+changed.grade(
+    sum(d[0] == "+" for d in diff),
+    why="one names other arguments, and one finds the slot of a key",
+)
 
 # One line names the arguments, the other finds the slot of a key. Now both
 # kernels get the same keys: in a region for each sequence, and in blocks of
@@ -78,7 +81,10 @@ for name in ("keys", "values", "starts", "block_tables"):
     counts = [t.totals().get(name, (0, 0))[0] for t in (one, two)]
     rows.append((name, *counts))
 table("Elements read", ("array", "naive", "paged"), rows)
-extra.grade(two.totals()["block_tables"][0])
+extra.grade(
+    two.totals()["block_tables"][0],
+    why="one for each key and head: (6 + 3) x 2",
+)
 
 # ## What must hold
 #
@@ -147,5 +153,7 @@ build("my_paged_attention")
 # (Prabhu et al. 2025).
 
 # ## Next
+#
+# See it move: `paged-ref walk --at block_tables`.
 #
 # Lesson 10: softmax in one pass, and one long sequence over many blocks.

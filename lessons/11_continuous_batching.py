@@ -71,8 +71,11 @@ continuous, same = run(len(NEW))
 
 picture("in groups", in_groups)
 picture("continuous", continuous)
-groups.grade(len(in_groups))
-joining.grade(len(continuous))
+groups.grade(len(in_groups), why="the longest of each four: 24 + 18")
+joining.grade(
+    len(continuous),
+    why="the longest begins in step 1; all others fit in beside it",
+)
 
 claim("no token changes", same, tokens)
 idle = [WIDTH * len(steps) - sum(NEW) for steps in (in_groups, continuous)]
@@ -113,7 +116,8 @@ def in_another_order(real):
 break_it(
     "the rows of logits are in another order than their sequences",
     where=(Engine, "prepare_inputs"), bug=in_another_order,
-    run=lambda: run(len(NEW))[1], caught_by="contract",
+    run=lambda: run(len(NEW))[1][:12], caught_by="contract",
+    text=LLM("tiny").tokenizer.decode,
 )  # fmt: skip
 
 # No wrong slot was read, so only the tokens show the bug: each request
@@ -155,5 +159,7 @@ build("my_schedule")
 # plans with the one rule above.
 
 # ## Next
+#
+# See it move: `paged-ref viz --frame 6`, the sequences of each step.
 #
 # Lesson 12: several continuations of one prompt, which share its blocks.

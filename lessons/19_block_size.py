@@ -88,8 +88,10 @@ columns = ("block size", "empty slots", "slots copied", "% found again")
 rows = [(n, *(round(x, 1) for x in measured[n])) for n in SIZES]
 table("A sequence, on average", columns, rows)
 thousand = found_tokens(128, WORDS[:1000], [*WORDS[:1000], 0])
-empty.grade(measured[16][0], within=0.2)
-found.grade(thousand)
+empty.grade(
+    measured[16][0], within=0.2, why="none to 15, all as likely: 7.5"
+)
+found.grade(thousand, why="1,000 // 128 = 7 full blocks, 7 x 128")
 claim("blocks of 128 that 1,000 tokens fill", thousand // 128, 7)
 
 # All three grow with the block. A last block has from none to size - 1
@@ -189,4 +191,8 @@ check(my_found, spec=spec, cases=cases, hint=hint)
 
 # ## Next
 #
-# `paged-ref compare --block-sizes 1 4 16 128`: what it does to a server.
+# See it move: `paged-ref viz --block-size 2`, and 8.
+#
+# What it does to a server: `paged-ref compare --block-sizes 1 4 16 128`.
+#
+# Lesson 21: a cache that you write.

@@ -1,7 +1,7 @@
 """Your scheduler: lesson 11 grades this file.
 
 One rule plans every step: a sequence runs until its computed tokens catch
-up with its tokens. Who begins, who waits, and who gives way follows from
+up with its tokens. Which sequence begins, waits or gives way follows from
 the order of arrival. You write `my_schedule`; it runs a trace of requests
 step by step, and each step is compared with the package's own plan.
 

@@ -136,10 +136,18 @@ def test_it_has_the_form_of_a_lesson(path: Path) -> None:
     for call in ("predict(", ".grade(", "claim(", "break_it("):
         assert call in source, call
     assert "build(" in source or ("check(" in source and "todo(" in source)
+    graded = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and is_grade(node)]
+    assert all("why" in {keyword.arg for keyword in call.keywords} for call in graded), "an answer is not derived"
+    assert re.search(r"`paged-ref (viz|walk|demo|long|train|monitor|compare)\b", source.partition("# ## Next")[2])
     assert "table(" in source or "show(" in source
     assert all(
         passage.text.count("\n") < 24 for part in lesson.parts for passage in part.passages if passage.kind == "code"
     )
+
+
+def is_grade(call: ast.Call) -> bool:
+    """guess.grade(...)"""
+    return isinstance(call.func, ast.Attribute) and call.func.attr == "grade"
 
 
 @each_lesson

@@ -23,6 +23,7 @@ from .lesson_session import ClaimError, Exercise, LessonSession, current, python
 from .number_text import number_text, parse_number
 
 Catcher = Literal["sanitizer", "integrity", "tracer", "contract", "engine"]
+NEAR = 0.1  # of the truth: the right idea, counted a little otherwise (130 KiB for 128)
 _CATCHER_OF_ERROR = {"SanitizerError": "sanitizer", "AssertionError": "integrity", "KernelError": "tracer"}
 _CATCHER_IN_WORDS = {
     "sanitizer": "the sanitizer", "integrity": "the integrity check", "tracer": "the tracer",
@@ -38,8 +39,11 @@ class Guess:
     unit: str
     value: float | None  # None: no answer
 
-    def grade(self, truth: float, within: float = 0.0) -> None:
-        """Compare the guess with what the run gave. `within` is the share of the truth that still counts as right."""
+    def grade(self, truth: float, within: float = 0.0, why: str = "") -> None:
+        """Compare the guess with what the run gave, and say `why` the answer is what it is, whatever was typed.
+
+        `within` is the share of the truth that still counts as right. Up to a tenth beside it is near.
+        """
         unit = self.unit.removesuffix("s") if truth == 1 else self.unit
         say, it_is = current().say, f"{number_text(truth)} {unit}".rstrip()
         if self.value is None:
@@ -49,7 +53,11 @@ class Guess:
         elif abs(self.value - truth) <= abs(truth) * within:
             say(f"✓ Close enough: you said {number_text(self.value)}, it is {it_is}.", "green")
         else:
-            say(f"✗ Not so: you said {number_text(self.value)}, it is {it_is}. Why?", "yellow")
+            near = abs(self.value - truth) <= abs(truth) * NEAR
+            word = "≈ Near" if near else "✗ Not so"
+            say(f"{word}: you said {number_text(self.value)}, it is {it_is}.", "yellow")
+        if why:
+            say(f"{why}.", indent=4)
 
 
 def predict(question: str, unit: str = "") -> Guess:
@@ -191,25 +199,29 @@ def plug_in(where: tuple[Any, str], function: Any) -> AbstractContextManager[Any
 
 
 def break_it(
-    what: str, *, where: tuple[Any, str], bug: Callable[[Any], Any], run: Callable[[], Any], caught_by: Catcher
-) -> None:
-    """Plant a bug for one run, if the reader wishes, and show which check catches it.
+    what: str, *, where: tuple[Any, str], bug: Callable[[Any], Any], run: Callable[[], Any], caught_by: Catcher,
+    text: Callable[[Any], str] | None = None,
+) -> None:  # fmt: skip
+    """Plant a bug for one run, unless the reader declines, and show which check catches it.
 
     `where` is (class or module, name), and `bug` makes the broken function from the real one. `run` is called without
-    the bug and then with it; it returns what must not change, tokens for instance. Raises ClaimError unless
-    `caught_by` catches the bug.
+    the bug and then with it; it returns what must not change, tokens for instance; `text` puts it into words. Raises
+    ClaimError unless `caught_by` catches the bug.
     """
     session = current()
     session.say(f"Break it: {what}.", "bold")
-    if session.interactive and session.ask("  b and Enter plants this bug (Enter leaves it): ") != "b":
+    if session.interactive and session.ask("  Enter plants this bug (n: leave it out): ") in ("n", "no", None):
         return
     right = run()
     by, words = "nothing", ""
     try:
         with plug_in(where, bug(where[0].__dict__[where[1]])):
-            difference = first_difference(run(), right)
+            broken = run()
+        difference = first_difference(broken, right)
         if difference is not None:
             by, words = "contract", f"the first difference: {difference or 'all of it'}"
+            if text is not None:
+                words = f"right:        {text(right)}\nwith the bug: {text(broken)}"
     except Exception as error:
         by, words = _CATCHER_OF_ERROR.get(type(error).__name__, "engine"), f"{type(error).__name__}: {error}"
     if by != caught_by:
