@@ -11,7 +11,8 @@ does a guess cost?
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim, plug_in
-from paged_ref.lesson import predict, table, todo
+from paged_ref.lesson import predict, show, table, todo
+from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.regions import RegionPool
 from paged_ref.core.memory.standard import StandardManager
 
@@ -74,6 +75,26 @@ share.grade(
     percent(runs["max"], "tokens"), within=0.2,
     why="three prompts of 7 tokens, each with half an output: 3 x 13 slots",
 )  # fmt: skip
+
+# The first moment of each: a letter is two slots with a prompt, a point two
+# slots that are reserved, a blank two slots of no region.
+
+
+def strip(guess):
+    manager = StandardManager(SLOTS, LONGEST, guess)
+    cells = [" "] * SLOTS
+    for i, new in enumerate(OUTPUTS):
+        try:
+            manager.admit(i, range(7), max_len=7 + new)
+        except OutOfBlocks:
+            break
+        (start,) = manager.placement(i)
+        size = manager.region_size(7, 7 + new)
+        cells[start : start + size] = ("ABCDEFGH"[i] * 7).ljust(size, ".")
+    return f"{guess:>5} |{''.join(cells[::2])}|"
+
+
+show("\n".join(strip(guess) for guess in ("max", "pow2", "exact")))
 
 # **Reserved** slots are empty, and their sequence will use them later.
 # **Internal** waste is inside a region and never used. **External** waste

@@ -149,7 +149,8 @@ break_it(
     "blocks as large as the longest sequence: how many run together",
     where=(setup.Setup, "make_manager"), caught_by="contract",
     bug=lambda real: lambda self: real(replace(self, block_size=2048)),
-    run=lambda: [serve("paged", MIXED).outcome.running_peak],
+    run=lambda: serve("paged", MIXED).outcome.running_peak,
+    text=lambda most: f"{most} sequences run together",
 )
 
 # ## Exercise

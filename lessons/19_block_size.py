@@ -158,6 +158,7 @@ break_it(
     where=(PagedManager, "writes_shared_block"), bug=copies_full_blocks,
     run=lambda: [copied_slots(size, 64) for size in SIZES],
     caught_by="contract",
+    text=lambda found: f"slots copied for {SIZES}: {found}",
 )  # fmt: skip
 
 # ## Exercise

@@ -16,7 +16,7 @@ Look:  paged-ref walk --mine my_kernel.py
 import math
 
 from numba import cuda
-from numba.types import float32
+from numba.types import float32, int64
 
 from paged_ref.lesson import todo
 

@@ -42,6 +42,16 @@ def test_an_error_of_the_lesson_is_shown_without_the_runners_frames(
     assert "SyntaxError" in capsys.readouterr().out
 
 
+def test_a_wrong_exercise_is_status_1_in_a_pipe_and_an_open_one_0(folder: Path) -> None:
+    source = (folder / "01_one.py").read_text() + (
+        "from paged_ref.lesson import check, todo\n\n\ndef my_f(x):\n    return todo('1 line')\n\n\n"
+        "check(my_f, spec=lambda x: 2 * x, cases=[(3,)], hint='twice')\n"
+    )
+    for answer, status in (("todo('1 line')", 0), ("3 * x", 1), ("float(2 * x)", 1), ("2 * x", 0)):
+        (folder / "01_one.py").write_text(source.replace("todo('1 line')", answer))
+        assert main(["lesson", "1", "--lessons", str(folder)]) == status, answer
+
+
 def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lesson", "--lessons", str(folder)]) == 0
     assert f"Go on with: {program()} lesson 1\n" in capsys.readouterr().out
@@ -91,14 +101,19 @@ def grade(capsys: pytest.CaptureFixture[str], path: Path, status: int) -> list[d
 def test_a_teacher_grades_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Status 0 for right and open exercises, 1 for a wrong one; the file may lie anywhere."""
     path = tmp_path / "of_anna.py"
-    source = (LESSONS / "05_block_table.py").read_text()
     hole = 'return todo("2 lines")'
+    source = (
+        '"""Lesson 5: slots\n\nQuestion: which?\nTime: 15 minutes. Short.\n"""\n\n'
+        "from paged_ref.core.attention.addressing import slot_of\nfrom paged_ref.lesson import check, todo\n\n\n"
+        f"def my_slot_of(block_table, position, block_size):\n    {hole}\n\n\n"
+        "check(my_slot_of, spec=slot_of, cases=[([7, 1], 5, 4), ([7, 1], 2, 4)], hint='two lines')\n"
+    )
     path.write_text(source)
     assert grade(capsys, path, 0) == [{"name": "my_slot_of", "state": "open", "said": ["2 lines"]}]
     path.write_text(source.replace(hole, "return block_table[position // block_size] * block_size"))
     (wrong,) = grade(capsys, path, 1)
     assert wrong["state"] == "wrong"
-    assert wrong["said"] == ["call   my_slot_of([7, 1, 3, 0, 2, 4, 5, 6, 8], 1, 4)", "yours  28", "spec   29"]
+    assert wrong["said"] == ["call   my_slot_of([7, 1], 5, 4)", "yours  4", "spec   5"]
     solved = "return block_table[position // block_size] * block_size + position % block_size"
     path.write_text(source.replace(hole, solved.replace("//", "/")))
     assert "TypeError at line" in grade(capsys, path, 1)[0]["said"][0]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from paged_ref.lesson.building import FILES, build_named, grade_build
+from paged_ref import LLM, SamplingParams
+from paged_ref.extras.step_records import StepRecord
+from paged_ref.lesson.building import FILES, build_named, grade_build, load
 from paged_ref.lesson.grading import Verdict
 
 LESSONS = Path(__file__).resolve().parents[2] / "lessons"
@@ -29,6 +31,23 @@ def said(verdict: Verdict) -> str:
 def test_it_starts_open_and_the_solution_is_right(file: str, name: str) -> None:
     assert verdict_of(LESSONS / "templates" / file, name).state == "pending"
     assert verdict_of(LESSONS / "solutions" / file, name).state == "right"
+
+
+def test_the_cache_serves_the_engine_as_a_user_writes_it() -> None:
+    """Also with samples that fork, too few blocks for all, and every read watched."""
+    cache = load(LESSONS / "solutions" / "my_cache.py")["MyCache"]
+    params = SamplingParams(max_tokens=12, n=3, temperature=1.0, seed=3, ignore_eos=True)
+    prompts = ["Four score and seven years ago our", "The cat", "Once upon a time"]
+    usual = LLM(backend="reference").generate(prompts, params)
+    records: list[StepRecord] = []
+    llm = LLM(manager=cache(14, 4), backend="reference", sanitize=True, on_step=records.append)
+    found = llm.generate(prompts, params)
+    assert [[one.token_ids for one in o.outputs] for o in found] == [
+        [one.token_ids for one in o.outputs] for o in usual
+    ]
+    assert any(transfer.kind == "copy" for record in records for transfer in record.transfers)
+    assert sum(output.num_preemptions for output in found) > 0
+    llm.engine.manager.check_integrity()
 
 
 @each_build
