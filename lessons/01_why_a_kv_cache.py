@@ -67,8 +67,13 @@ rows = [
 ]
 rows += [("without", *without[:2], without[-1], sum(without))]
 table("Token passes", columns, rows)
-kept.grade(sum(with_cache))
-again.grade(sum(without))
+kept.grade(
+    sum(with_cache),
+    why=f"{len(prompt)} + {NEW_TOKENS} - 1: all but the last",
+)
+again.grade(
+    sum(without), why=f"{without[0]} + {without[1]} + ... + {without[-1]}"
+)
 
 # The first step with the cache is the **prefill**: the whole prompt. The
 # others are **decode** steps: one token each, however long the text. With
@@ -107,7 +112,8 @@ def positions_from_zero(real):
 break_it(
     "each step counts its positions from zero",
     where=(Engine, "prepare_inputs"), bug=positions_from_zero,
-    run=lambda: generate("Once upon a time", 48), caught_by="contract",
+    run=lambda: generate("Once upon a time", 48)[1], caught_by="contract",
+    text=llm.tokenizer.decode,
 )  # fmt: skip
 
 # ## Exercise
@@ -145,5 +151,7 @@ check(my_attention, spec=one_head, cases=cases, hint=hint)
 # how many.
 
 # ## Next
+#
+# See it move: `paged-ref viz --frame 6`, the steps of a run.
 #
 # Lesson 2: how much memory one token's keys and values take.

@@ -57,8 +57,14 @@ for name, shape in SHAPES.items():
     )
 columns = ("float16", "KiB per token", "tokens in 1 GiB", "GiB for 2,048")
 table("What a token keeps", columns, rows)
-opt.grade(sizes["OPT-13B"])
-llama3.grade(sizes["Llama-3.1-8B"])
+opt.grade(
+    sizes["OPT-13B"],
+    why="2 (K and V) x 40 layers x 40 heads x 128 x 2 bytes, over 1,024",
+)
+llama3.grade(
+    sizes["Llama-3.1-8B"],
+    why="2 x 32 layers x 8 heads of K and V x 128 x 2 bytes, over 1,024",
+)
 
 # The paper's example is OPT-13B on a GPU of 40 GB. The weights take about
 # 65% of that, and close to 30% is left for K and V (Kwon et al. 2023, §1).
@@ -136,5 +142,7 @@ with plug_in(where, lambda config, dtype: mine(config, 4)):
 # cache of one-byte floats is half as large as one in float16.
 
 # ## Next
+#
+# See it move: `paged-ref viz --frame 5`, the memory of a run.
 #
 # Lesson 3: how much of that memory held tokens, before paging.

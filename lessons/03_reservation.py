@@ -11,7 +11,8 @@ does a guess cost?
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim, plug_in
-from paged_ref.lesson import predict, table, todo
+from paged_ref.lesson import predict, show, table, todo
+from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.regions import RegionPool
 from paged_ref.core.memory.standard import StandardManager
 
@@ -26,7 +27,7 @@ SLOTS, LONGEST = 128, 40
 PROMPT = "Four score and seven years ago our"  # a token for each word
 OUTPUTS = [9, 17, 3, 12, 20, 5, 13, 9, 14, 6, 24, 11]
 
-together = predict("With `max`, how many sequences run together?")
+together = predict("With max, how many sequences run together?")
 share = predict("What share of the cache then holds tokens?", "percent")
 
 # ## Run
@@ -69,8 +70,31 @@ for name, run in runs.items():
     rows.append((name, *run[1:3], *cells))
 columns = ("", "together", "steps", *parts)
 table("Most together, steps, and percent of the cache", columns, rows)
-together.grade(runs["max"][1])
-share.grade(percent(runs["max"], "tokens"), within=0.2)
+together.grade(runs["max"][1], why=f"{SLOTS} // {LONGEST}")
+share.grade(
+    percent(runs["max"], "tokens"), within=0.2,
+    why="three prompts of 7 tokens, each with half an output: 3 x 13 slots",
+)  # fmt: skip
+
+# The first moment of each: a letter is two slots with a prompt, a point two
+# slots that are reserved, a blank two slots of no region.
+
+
+def strip(guess):
+    manager = StandardManager(SLOTS, LONGEST, guess)
+    cells = [" "] * SLOTS
+    for i, new in enumerate(OUTPUTS):
+        try:
+            manager.admit(i, range(7), max_len=7 + new)
+        except OutOfBlocks:
+            break
+        (start,) = manager.placement(i)
+        size = manager.region_size(7, 7 + new)
+        cells[start : start + size] = ("ABCDEFGH"[i] * 7).ljust(size, ".")
+    return f"{guess:>5} |{''.join(cells[::2])}|"
+
+
+show("\n".join(strip(guess) for guess in ("max", "pow2", "exact")))
 
 # **Reserved** slots are empty, and their sequence will use them later.
 # **Internal** waste is inside a region and never used. **External** waste
@@ -87,7 +111,7 @@ texts = [run[0] for run in runs.values()]
 claim("parts add up to", {usage.total for usage in usages}, {SLOTS})
 claim("the text is the same", all(text == texts[0] for text in texts))
 exact = runs["exact"]
-claim("`exact` wastes nothing inside", percent(exact, "internal"), 0)
+claim("exact wastes nothing inside", percent(exact, "internal"), 0)
 claim("and still reserves", percent(exact, "reserved") > 0)
 
 # A region that is given back must be joined to the holes beside it. Without
@@ -148,5 +172,7 @@ claim("steps with it, as before", steps, runs["pow2"][2])
 # FasterTransformer and Orca reserved like this. A padded tensor still does.
 
 # ## Next
+#
+# See it move: `paged-ref viz --manager standard --frame 5`.
 #
 # Lesson 4: if the regions lie badly, can we move them?

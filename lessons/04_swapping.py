@@ -14,7 +14,6 @@ from itertools import cycle
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
-from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.regions import RegionPool
 from paged_ref.core.memory.kv import KVCache
 from paged_ref.extras.swapping import SwappingManager
@@ -53,7 +52,10 @@ for seq_id in cycle(range(3)):
     for move in manager.append([(seq_id, 1)]):
         print(f"  {move.count} slots: {move.source} to {move.destination}")
         show(picture(manager))
-moved.grade(manager.slots_moved)
+moved.grade(
+    manager.slots_moved,
+    why="each outgrows its 8 slots once, when all 8 hold tokens: 3 x 8",
+)
 
 # With a neighbour in the way no region grows in place. Each move copies all
 # tokens of a sequence, and leaves a hole. Now a real engine, with ample
@@ -117,28 +119,32 @@ break_it(
 
 # ## Exercise
 #
-# Where does a region go? The allocator here is **first fit**, the oldest of
-# all: the first hole that is large enough. Holes are (start, size).
+# A sequence with `length` tokens has the region (start, size), which is too
+# small: it must become `wanted` slots. It grows in place if the hole behind
+# it is large enough. Else it moves to the first hole that is. Which copy
+# does that cost: (source, destination, count), or None?
 
 
-def my_first_fit(holes, size):
-    """The start of the first hole with `size` slots, or None."""
-    return todo("3 lines")
+def my_move(holes, region, length, wanted):
+    """holes and region are (start, size); holes are in order."""
+    return todo("7 lines")
 
 
-def spec(holes, size):
+def spec(holes, region, length, wanted):
     pool = RegionPool(0)
     pool.holes = holes.copy()
-    try:
-        return pool.allocate(size)
-    except OutOfBlocks:
+    start, size = region
+    if pool.grow(start, size, wanted - size):
         return None
+    return start, pool.move(start, size, wanted), length
 
 
-holes = [(3, 4), (10, 8), (20, 5), (30, 9)]
-cases = [(holes, size) for size in (1, 4, 5, 8, 9, 10)] + [([], 1)]
-hint = "Go through the holes in order, and return the first that fits."
-check(my_first_fit, spec=spec, cases=cases, hint=hint)
+holes = [(3, 4), (16, 8), (40, 5), (50, 9), (70, 20)]
+cases = [(holes, (8, 8), 8, 16), (holes, (8, 8), 7, 17)]
+cases += [(holes, (30, 4), 3, 8), (holes, (36, 4), 4, 9)]
+cases += [(holes, (36, 4), 4, 10), (holes, (60, 4), 2, 5)]
+hint = "Look for a hole at start + size that has wanted - size slots."
+check(my_move, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
@@ -147,5 +153,7 @@ check(my_first_fit, spec=spec, cases=cases, hint=hint)
 # out, and today's systems use host memory as a second, larger cache.
 
 # ## Next
+#
+# See it move: `paged-ref viz --manager swapping --at S`.
 #
 # Lesson 5: a sequence that no longer lies in one piece.

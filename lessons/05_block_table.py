@@ -62,8 +62,11 @@ for logical, physical in enumerate(block_table):
     here = " ".join(words[start : start + BLOCK_SIZE])
     rows.append((logical, physical, slots, here))
 table("Sequence 0", ("logical", "physical", "slots", "tokens"), rows)
-blocks.grade(len(block_table))
-slot.grade(slot_of(block_table, POSITION, BLOCK_SIZE))
+blocks.grade(len(block_table), why="9 = 4 + 4 + 1: two full, one begun")
+slot.grade(
+    slot_of(block_table, POSITION, BLOCK_SIZE),
+    why="8 // 4 = 2, table[2] = 3, 3 x 4 + 8 % 4 = 12 + 0 = 12",
+)
 
 # ## What must hold
 #
@@ -144,5 +147,7 @@ with plug_in((paged, "slot_of"), mine):
 # little, large enough to be read in long runs.
 
 # ## Next
+#
+# See it move: `paged-ref viz`: the tables of this example, step by step.
 #
 # Lesson 6: the pool that hands out the blocks and knows which are free.

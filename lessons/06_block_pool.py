@@ -11,14 +11,14 @@ block numbers, and for each block a count of the tables that point to it.
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
 from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
-from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.paged import PagedManager, Table
 
 # ## Predict
 #
-# Six blocks of four slots. Sequence A has nine tokens and B has five. Then
-# A ends, and C begins with six tokens. The free list is a stack: the block
-# that was freed last is handed out first. When a sequence ends, its last
-# block is freed first.
+# Six blocks of four slots, handed out in the order 0, 1, 2 and so on.
+# Sequence A has nine tokens and B has five. Then A ends, and C begins with
+# six tokens. The free list is a stack: the block that was freed last is
+# handed out first. When a sequence ends, its last block is freed first.
 
 free = predict("How many blocks are free while A and B run?", "blocks")
 first = predict("Which block does C get first?")
@@ -43,14 +43,18 @@ def begin(seq_id, length):
 
 begin(0, 9)
 begin(1, 5)
-free.grade(manager.pool.num_free)
+free.grade(manager.pool.num_free, why="A takes 3 and B takes 2 of the 6")
 manager.free(0)
 note("A ends")
 begin(2, 6)
-first.grade(manager.placement(2)[0])
+first.grade(
+    manager.placement(2)[0],
+    why="A gives back 2, 1 and then 0, so 0 lies on top of the stack",
+)
 manager.append([(1, 4)])
 note("B grows by 4 tokens")
-table("Next to be handed out first", ("", "free", "tables"), rows)
+columns = ("", "free, the next one first", "tables")
+table("The pool", columns, rows)
 
 # ## Counts
 #
@@ -115,43 +119,51 @@ break_it(
 
 # ## Exercise
 #
-# Hand out a block: the last entry of `free` is the next one. One table now
-# points to it.
+# A sequence ends: its table is `blocks`. Take its blocks back, the last one
+# first. `ref_count[block]` is the number of tables that name a block, and
+# the end of `free` is handed out next.
 
 
-def my_allocate(free, ref_count):
-    """Take a block off `free`. OutOfBlocks if no block is free."""
-    return todo("5 lines")
+def my_release(blocks, ref_count, free):
+    """Correct `ref_count` and `free`. Returns nothing."""
+    todo("4 lines")
 
 
-real_allocate = BlockPool.allocate
+real_free = PagedManager.free
 
 
-def spec(free, ref_count):
+def spec(blocks, ref_count, free):
     held = [block for block, count in enumerate(ref_count) if count]
     pool = BlockPool(len(ref_count), [*held, *reversed(free)])
     for _ in held:
-        real_allocate(pool)
+        pool.allocate()
     pool.ref_count = ref_count
-    block = real_allocate(pool)
+    manager = PagedManager(pool, block_size=1)
+    manager.tables[0] = Table(blocks, len(blocks))
+    real_free(manager, 0)
     free[:] = reversed(pool.free_blocks)
-    return block
 
 
-cases = [([2, 0], [0, 1, 0]), ([3], [1, 2, 1, 0]), ([], [1, 1]), ([0], [0])]
-hint = "list.pop() takes the last one. Look first whether there is one."
-mine = check(my_allocate, spec=spec, cases=cases, hint=hint)
+cases = [([3, 1], [0, 1, 1, 1], [0]), ([0, 2], [2, 0, 1], [1])]
+cases += [([1, 0], [2, 3], []), ([], [0, 1], [0])]
+hint = (
+    "One table less for each block; at zero it goes to the end of `free`."
+)
+mine = check(my_release, spec=spec, cases=cases, hint=hint)
 
-# The pool runs with yours beside it: both must hand out the same block.
-
-
-def both(pool):
-    block = mine([*reversed(pool.free_blocks)], [*pool.ref_count])
-    claim("the next block is", real_allocate(pool), block)
-    return block
+# The engine's pool runs with yours beside it: both must leave the same.
 
 
-with plug_in((BlockPool, "allocate"), both):
+def both(manager, seq_id):
+    pool, blocks = manager.pool, manager.tables[seq_id].blocks
+    counts, free = [*pool.ref_count], pool.free_blocks[::-1]
+    mine(blocks, counts, free)
+    real_free(manager, seq_id)
+    found = counts, free[::-1]
+    claim("as the pool", found == (pool.ref_count, pool.free_blocks))
+
+
+with plug_in((PagedManager, "free"), both):
     one_of_two_ends()  # which checks the integrity of the pool
 
 # ## In production systems
@@ -162,5 +174,7 @@ with plug_in((BlockPool, "allocate"), both):
 # token.
 
 # ## Next
+#
+# See it move: `paged-ref viz --at N`, the end of a sequence.
 #
 # Lesson 7: K and V in these blocks, and the simplest way to read them.

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.core.device import module_of
+from paged_ref.core.device import xp
 from paged_ref.kernels import naive_attention, slot_of, write_kv
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
@@ -23,9 +23,9 @@ from paged_ref.core.memory import kv
 # ## Predict
 #
 # One sequence of 11 tokens in blocks of 4 slots. A kernel that reads K in
-# place reads each element once for each head. The gather reads the element
-# in its page and writes it to the dense tensor, where attention reads it.
-# The gather copies whole blocks, also the empty slots of the last.
+# place reads each element once. The gather reads the element in its page
+# and writes it to the dense tensor, where attention then reads it once. It
+# copies whole blocks before it cuts, so also the empty slots of the last.
 
 SEQ_LEN, BLOCK_SIZE, KV_HEADS, HEAD_SIZE = 11, 4, 2, 8
 BLOCK_TABLE = [5, 0, 3]
@@ -67,8 +67,13 @@ pages = key_cache[BLOCK_TABLE]
 dense = pages.reshape(-1, KV_HEADS, HEAD_SIZE)[:SEQ_LEN]
 claim("keys out of place after the gather", int((dense != key).sum()), 0)
 traffic = 2 * pages.size
-moved.grade(traffic)
-times.grade((traffic + dense.size) / dense.size, within=0.1)
+moved.grade(
+    traffic, why="3 blocks x 4 slots x 16 elements = 192, read and written"
+)
+times.grade(
+    (traffic + dense.size) / dense.size, within=0.1,
+    why=f"({traffic} + {dense.size}) / {dense.size}: attention reads, too",
+)  # fmt: skip
 
 # Decoding waits for memory, so three times the traffic takes close to three
 # times as long. And the copies need the room that paging was to save.
@@ -90,8 +95,8 @@ def generate():
     options = {"backend": "reference", "sanitize": True}
     llm = LLM(block_size=4, kv_cache_tokens=64, **options)
     params = SamplingParams(max_tokens=8, ignore_eos=True)
-    (request,) = llm.generate("Four score and seven years ago our", params)
-    return request.outputs[0].token_ids
+    prompts = ["Four score and seven years ago our", "The cat"]
+    return [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
 
 
 def whole_blocks(real):
@@ -111,47 +116,61 @@ break_it(
 
 # ## Exercise
 #
-# Write the gather, for K or V. It is the same in any array library.
+# A batch needs one tensor of keys for all its sequences. Write its gather,
+# for K or V: as long as the longest sequence, and zeros behind the last
+# token of the others. (Behind its last block, a row of `block_tables` is
+# filled up with -1.) `xp` has the names of NumPy.
 
 
-def my_gather(cache, block_table, seq_len):
-    """cache [num_blocks, block_size, ...] -> [seq_len, ...]"""
-    return todo("2 lines")
+def my_gather(cache, block_tables, seq_lens):
+    """cache [num_blocks, block_size, ...], block_tables [num_seqs, blocks]
+    -> [num_seqs, longest, ...], in the dtype of the cache"""
+    return todo("6 lines")
 
 
-def spec(cache, block_table, seq_len):
-    positions = module_of(cache).arange(seq_len)
-    slots = slot_of(block_table, positions, cache.shape[1])
-    return cache.reshape(-1, *cache.shape[2:])[slots]
+def spec(cache, block_tables, seq_lens):
+    rows, size = cache.reshape(-1, *cache.shape[2:]), cache.shape[1]
+    shape = len(seq_lens), int(max(seq_lens)), *cache.shape[2:]
+    dense = xp.zeros(shape, cache.dtype)
+    for seq, seq_len in enumerate(seq_lens):
+        for i in range(int(seq_len)):
+            dense[seq, i] = rows[slot_of(block_tables[seq], i, size)]
+    return dense
 
 
-cache, order = draw((6, 4, 2, 8)), np.array([5, 0, 3])
-cases = [(cache, order, n) for n in (12, 11, 9, 1)]
-hint = "Index by the table, reshape so that slots come first, cut."
+cache = xp.asarray(draw((6, 4, 2, 2), dtype=np.float32))
+tables = xp.asarray([[5, 0, 3], [2, 4, -1]])
+cases = [(cache, tables[:1], [12]), (cache, tables, [9, 8])]
+cases += [(cache, tables, [11, 5])]
+hint = (
+    "For each sequence: its blocks, as one row of slots, cut to its length."
+)
 mine = check(my_gather, spec=spec, cases=cases, hint=hint)
 
-# With your gather the old attention serves the paged cache (here, of one
-# sequence).
+# With your gather the old attention serves the paged cache.
 
 
 def gathered(call, backend):
     at, caches = call.addresses, (call.keys, call.values)
-    table, seq_len = at.block_tables[0], int(at.seq_lens[0])
-    dense = [mine(cache, table, seq_len) for cache in caches]
-    sizes = 0 * at.seq_lens, at.seq_lens, at.query_start_loc
+    dense = [mine(cache, at.block_tables, at.seq_lens) for cache in caches]
+    num_seqs, longest = dense[0].shape[:2]
+    rows = [each.reshape(-1, *each.shape[2:]) for each in dense]
+    sizes = longest * xp.arange(num_seqs), at.seq_lens, at.query_start_loc
     call.out[:] = naive_attention(
-        call.query, *dense, *sizes, scale=call.scale, backend="reference"
+        call.query, *rows, *sizes, scale=call.scale, backend="reference"
     )
 
 
 usual = generate()
 with plug_in((kv, "attend"), gathered):
-    claim("the model gives the same tokens", generate(), usual)
+    claim("the model gives the same tokens", generate() == usual)
 
 # ## In production systems
 #
 # A framework without a paged kernel gathers. All others read in place.
 
 # ## Next
+#
+# See what a kernel reads instead: `paged-ref walk --view layouts`.
 #
 # Lesson 8: inside a kernel, thread by thread, on memory in one piece.

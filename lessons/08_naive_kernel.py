@@ -1,7 +1,7 @@
 """Lesson 8: the naive kernel, thread by thread
 
 Question: which thread of an attention kernel reads what, and when?
-Time: 20 minutes. Needs lesson 7.
+Time: 60 minutes. Needs lesson 7.
 
 A GPU runs thousands of threads of one program. Before its threads follow
 block tables, here is the kernel for memory in one piece: two pages of code,
@@ -9,15 +9,13 @@ src/paged_ref/core/attention/naive.py. Open the file beside this lesson. The
 kernel runs here without a GPU, in a tracer that records every access.
 """
 
-import functools
-
 import numpy as np
 
 from paged_ref.core.attention import naive
 from paged_ref.kernels import naive_attention
 from paged_ref.tracer import trace
-from paged_ref.lesson import break_it, check, claim, plant
-from paged_ref.lesson import predict, table, todo
+from paged_ref.lesson import break_it, build, claim, plant
+from paged_ref.lesson import predict, table
 
 # ## Predict
 #
@@ -59,7 +57,10 @@ for thread in range(THREADS):
     rows.append((thread, str(slots), len(own)))
 columns = ("thread", "slots, in its order", "elements of K read")
 table("Scores: which thread reads which key, for head 0", columns, rows)
-busy.grade(len(set(keys_read.select(thread=0).slots("keys").tolist())))
+busy.grade(
+    len(set(keys_read.select(thread=0).slots("keys").tolist())),
+    why="keys 0 and 4: the next key of a thread is four further",
+)
 
 # Then the threads find the largest score together, make weights of the
 # scores, and add the weights up. In each round of these sums half of the
@@ -69,8 +70,16 @@ busy.grade(len(set(keys_read.select(thread=0).slots("keys").tolist())))
 
 rows = [(name, *counts) for name, counts in record.totals().items()]
 table("Both heads together", ("array", "reads", "writes"), rows)
-reads.grade(int(record.counts("keys")[START].max()))
-waits.grade(int(record.round.max()))
+reads.grade(
+    int(record.counts("keys")[START].max()),
+    why="two query heads share it, and each has a CUDA block of its own",
+)
+waits.grade(
+    int(record.round.max()),
+    why="1 for the query, and in each of 2 tiles 1 for the scores, 2 for\n"
+    "rounds of the largest, 1, 1 for the weights, 2 for rounds of the\n"
+    "sum, and 1 at the end: 1 + 2 x 8 = 17",
+)
 
 # ## What must hold
 #
@@ -96,27 +105,19 @@ break_it(
 
 # ## Exercise
 #
-# The line `position = tile + thread` of the kernel has the answer: which
-# positions of the sequence does a thread score?
+# Now you write the kernel, in a file of your own: `my_kernel.py`, with the
+# score loop as its first step. The line `position = tile + thread` of the
+# real kernel says which keys a thread takes. Your kernel runs in the
+# tracer, and its reads are compared with those of the real one.
 
+build("my_scores")
 
-def my_positions(thread, num_threads, num_keys):
-    """The positions that this thread takes, in its order: a list."""
-    return todo("1 line")
+# The second step is the online softmax: your threads need what other
+# threads have computed, so barriers are yours to place. One short way needs
+# two for each tile. (The real kernel has more: its threads share the work
+# of the largest score and of the sum, where yours do all of it.)
 
-
-record_of = functools.cache(run)
-
-
-def spec(thread, num_threads, num_keys):
-    record, _ = record_of(num_threads, num_keys)
-    own = record.select("keys", block=0, thread=thread)
-    return list(dict.fromkeys((own.slots("keys") - START).tolist()))
-
-
-cases = [(t, n, keys) for n in (2, 4) for keys in (6, 9) for t in range(n)]
-hint = "range() has three arguments: first, end, step."
-check(my_positions, spec=spec, cases=cases, hint=hint)
+build("my_dense_attention")
 
 # ## In production systems
 #
@@ -125,5 +126,7 @@ check(my_positions, spec=spec, cases=cases, hint=hint)
 # the next tile while they compute with this one.
 
 # ## Next
+#
+# See it move: `paged-ref walk --kernel naive --at keys`.
 #
 # Lesson 9: the same kernel through block tables, and the lines that change.

@@ -1,7 +1,7 @@
 """Lesson 9: the paged kernel
 
 Question: what changes in the kernel when K and V lie in pages?
-Time: 15 minutes. Needs lessons 5 and 8.
+Time: 40 minutes. Needs lessons 5 and 8.
 
 This lesson joins the block table of lesson 5 and the kernel of lesson 8.
 PagedAttention sounds like a large change. How much of the kernel changes we
@@ -17,7 +17,7 @@ from paged_ref.core.attention import naive, paged
 from paged_ref.kernels import naive_attention
 from paged_ref.kernels import paged_attention, slot_of
 from paged_ref.tracer import trace
-from paged_ref.lesson import break_it, check, claim, plant
+from paged_ref.lesson import break_it, build, check, claim, plant
 from paged_ref.lesson import predict, show, table, todo
 
 # ## Predict
@@ -42,7 +42,10 @@ def code_of(kernel):
 pair = code_of(naive.attention_kernel), code_of(paged.attention_kernel)
 diff = [d for d in difflib.ndiff(*pair) if d[0] in "+-"]
 show("\n".join(diff))
-changed.grade(sum(d[0] == "+" for d in diff))
+changed.grade(
+    sum(d[0] == "+" for d in diff),
+    why="one names other arguments, and one finds the slot of a key",
+)
 
 # One line names the arguments, the other finds the slot of a key. Now both
 # kernels get the same keys: in a region for each sequence, and in blocks of
@@ -78,7 +81,10 @@ for name in ("keys", "values", "starts", "block_tables"):
     counts = [t.totals().get(name, (0, 0))[0] for t in (one, two)]
     rows.append((name, *counts))
 table("Elements read", ("array", "naive", "paged"), rows)
-extra.grade(two.totals()["block_tables"][0])
+extra.grade(
+    two.totals()["block_tables"][0],
+    why="one for each key and head: (6 + 3) x 2",
+)
 
 # ## What must hold
 #
@@ -133,6 +139,12 @@ runs = mine([3, 1], 6, BLOCK_SIZE)  # the first sequence, read by runs
 read = np.concatenate([pages[0, at : at + n] for at, n in runs])
 claim("the keys in order", bool((read == dense[0, 1:7]).all()))
 
+# And the table lookup in a kernel of your own: the third step of
+# `my_kernel.py`, where your kernel of lesson 8 learns to read pages. When
+# it is right, `paged-ref walk --mine my_kernel.py` steps through it.
+
+build("my_paged_attention")
+
 # ## In production systems
 #
 # vLLM's first paged kernel took 20% to 26% more time than a contiguous one
@@ -141,5 +153,7 @@ claim("the keys in order", bool((read == dense[0, 1:7]).all()))
 # (Prabhu et al. 2025).
 
 # ## Next
+#
+# See it move: `paged-ref walk --at block_tables`.
 #
 # Lesson 10: softmax in one pass, and one long sequence over many blocks.

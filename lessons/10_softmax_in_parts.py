@@ -69,8 +69,14 @@ for part, of_heads in enumerate(shares):
     rows.append((blocks, *of_heads.round(3).tolist()))
 names = [f"head {head}" for head in range(HEADS)]
 table("The share of each part in the result", ("blocks", *names), rows)
-share.grade(100 * exp(log(3)) / (1 + exp(log(3))), within=0.01)
-handed_on.grade((outputs[0].size + lses[0].size) // HEADS)
+share.grade(
+    100 * exp(log(3)) / (1 + exp(log(3))), within=0.01,
+    why="exp(2 + ln 3) = 3 exp(2), so B has 3 of 4 parts",
+)  # fmt: skip
+handed_on.grade(
+    (outputs[0].size + lses[0].size) // HEADS,
+    why=f"an output of {HEAD_SIZE}, and its lse",
+)
 
 merged, _ = merge_states(outputs, lses)
 claim("each head's shares sum to one", all(shares.sum(0).round(4) == 1))
@@ -148,5 +154,7 @@ claim("block by block: the same", state[0], whole[:HEAD_SIZE])
 # long sequences over threads.
 
 # ## Next
+#
+# See it move: `paged-ref walk --tokens 20 --at work`, tile by tile.
 #
 # Lesson 11: many sequences in one step, of which none waits for another.

@@ -1,7 +1,7 @@
 """Lesson 11: continuous batching
 
 Question: what does a batch do when one of its sequences ends?
-Time: 20 minutes. Needs lesson 10.
+Time: 50 minutes. Needs lesson 10.
 
 A step reads all weights, for one token or for many, so sequences run in
 batches. But requests ask for different lengths. In a batch that starts and
@@ -14,7 +14,7 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.core.engine import scheduler
 from paged_ref.core.engine.engine import Engine
 from paged_ref.core.engine.sequence import Group, Sequence
-from paged_ref.lesson import break_it, check, claim
+from paged_ref.lesson import break_it, build, check, claim
 from paged_ref.lesson import predict, show, table, todo
 from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager
@@ -71,8 +71,11 @@ continuous, same = run(len(NEW))
 
 picture("in groups", in_groups)
 picture("continuous", continuous)
-groups.grade(len(in_groups))
-joining.grade(len(continuous))
+groups.grade(len(in_groups), why="the longest of each four: 24 + 18")
+joining.grade(
+    len(continuous),
+    why="the longest begins in step 1; all others fit in beside it",
+)
 
 claim("no token changes", same, tokens)
 idle = [WIDTH * len(steps) - sum(NEW) for steps in (in_groups, continuous)]
@@ -113,7 +116,8 @@ def in_another_order(real):
 break_it(
     "the rows of logits are in another order than their sequences",
     where=(Engine, "prepare_inputs"), bug=in_another_order,
-    run=lambda: run(len(NEW))[1], caught_by="contract",
+    run=lambda: run(len(NEW))[1][:12], caught_by="contract",
+    text=LLM("tiny").tokenizer.decode,
 )  # fmt: skip
 
 # No wrong slot was read, so only the tokens show the bug: each request
@@ -141,6 +145,13 @@ cases = [([1, 1, 9], 8), ([9, 1, 1], 8), ([3, 3, 3], 100), ([1] * 5, 3)]
 hint = "Each takes the smaller of `behind` and the budget that is left."
 check(my_plan, spec=spec, cases=cases, hint=hint)
 
+# Now the whole scheduler, in a file of your own: `my_scheduler.py`. It also
+# decides which sequences begin, and which gives way when no block is free
+# (lesson 14 returns to this). It runs a trace of requests, and each of its
+# steps is compared with the package's plan.
+
+build("my_schedule")
+
 # ## In production systems
 #
 # Orca (Yu et al. 2022) introduced scheduling by step, and Sarathi-Serve
@@ -148,5 +159,7 @@ check(my_plan, spec=spec, cases=cases, hint=hint)
 # plans with the one rule above.
 
 # ## Next
+#
+# See it move: `paged-ref viz --frame 6`, the sequences of each step.
 #
 # Lesson 12: several continuations of one prompt, which share its blocks.

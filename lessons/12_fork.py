@@ -63,8 +63,13 @@ table("The tables: block (tables)", ("sample", "tokens", "blocks"), rows)
 
 copies = [e.copied for e in events if isinstance(e, TokensAppended)]
 copies = [pair for pair in copies if pair]
-held.grade(manager.pool.num_blocks - manager.pool.num_free)
-copied.grade(len(copies))
+held.grade(
+    manager.pool.num_blocks - manager.pool.num_free,
+    why="2 full blocks for all, and for each sample one to write in: 2 + 3",
+)
+copied.grade(
+    len(copies), why="two copy; by then only the third names the old block"
+)
 claim("full blocks of the prompt, in all tables", count.count(N), 2)
 claim("copies: the last sample writes in place", len(copies), N - 1)
 claim("slots that sharing saves", manager.snapshot().shared, 4 * 4)
@@ -166,5 +171,7 @@ check(my_append, spec=spec, cases=cases, hint=hint)
 # An engine that forks at any token still needs the copy.
 
 # ## Next
+#
+# See it move: `paged-ref viz --at C --frame 2`.
 #
 # Lesson 13: sharing between requests that come one after another.

@@ -60,8 +60,11 @@ rows = []
 for (name, prompt), hit in zip(REQUESTS.items(), found, strict=True):
     rows.append((name, len(prompt), hit, len(prompt) - hit))
 table("Prompts", ("request", "tokens", "found", "computed"), rows)
-chat.grade(found[1])
-twice.grade(found[2])
+chat.grade(found[1], why="10 // 4 = 2 full blocks, 2 x 4 tokens")
+twice.grade(
+    found[2],
+    why="all 3 blocks are known, but the last token must be computed",
+)
 without, nothing, _, _ = run(REQUESTS.values(), prefix_cache=False)
 claim("no token changes", tokens, without)
 claim("tokens found without the cache", sum(nothing), 0)
@@ -149,5 +152,7 @@ with plug_in((prefix_cache, "block_digests"), mine):
 # 2025) keeps blocks of 512 tokens beyond the GPU, for many engines.
 
 # ## Next
+#
+# See it move: `paged-ref viz --at H --frame 4`.
 #
 # Lesson 14: a full pool, in which all sequences must grow.

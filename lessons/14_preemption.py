@@ -81,8 +81,14 @@ for way, memory in WAYS.items():
 
 columns = ("way", "steps", "gave way", "tokens computed", "blocks moved")
 table("What it costs", columns, rows)
-need.grade(3 * -(-(8 + NEW - 1) // BLOCK_SIZE))  # last token: not written
-victims.grade(rows[1][2])
+need.grade(
+    3 * -(-(8 + NEW - 1) // BLOCK_SIZE),
+    why="8 + 16 - 1 tokens are written, in 6 blocks; three times 6",
+)
+victims.grade(
+    rows[1][2],
+    why="first 2, which came last; later 1, as 0 grows to 6 blocks",
+)
 ample, swap, recompute = rows
 claim("swap computes each token once", swap[3], ample[3])
 claim("recompute moves nothing", recompute[4], 0)
@@ -152,4 +158,7 @@ check(my_victims, spec=spec, cases=cases, hint=hint)
 
 # ## Next
 #
-# Lesson 15: a context that is larger than the device.
+# See it move: `paged-ref viz --at S --frame 3`.
+#
+# Lesson 15: a context that is larger than the device. Or, now that you have
+# all its parts, lesson 21: a paged cache that you write.

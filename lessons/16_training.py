@@ -71,8 +71,13 @@ for memory, (gradient, counts) in runs.items():
 columns = ("memory", "peak KiB", "KiB out", "KiB back", "same gradient")
 table(f"A budget of {BUDGET // 1024} KiB", columns, rows)
 swap, page, recompute = (runs[name][1] for name in MEMORY[1:])
-swapped.grade(swap.moved_out // layer)
-times.grade(keep.peak / recompute.peak, within=0.15)
+swapped.grade(
+    swap.moved_out // layer, why="two whole layers fit in the budget: 6 - 2"
+)
+times.grade(
+    keep.peak / recompute.peak, within=0.15,
+    why="recompute keeps a small input for each layer, and one layer whole",
+)  # fmt: skip
 
 # All four give the layers the same gradient to the bit: a move changes no
 # byte, and a second computation gives the same numbers as the first.
@@ -143,5 +148,7 @@ check(my_leaving, spec=spec, cases=cases, hint=hint)
 # `paged-ref train --memory page` trains a model as above.
 
 # ## Next
+#
+# See it at work: `paged-ref train --memory page`.
 #
 # Lesson 17: what would you gain by paging, and how would you see it?

@@ -22,18 +22,31 @@ from paged_ref.planner import hardware, models, setup, steady, traces
 
 # ## Predict
 #
-# A verdict is "true", "true, if" (on a condition) or "false". Each verdict
-# has the command that tests the claim at length, our measurement, and why.
+# A verdict is "true" (1), "true, if" (2: on a condition) or "false" (3).
+# What is yours? Below, each verdict has the command that tests the claim at
+# length, our measurement, and the reason.
 
-true = predict("How many of eight are true as they stand?", "claims")
-false = predict("And how many are false?", "claims")
-words = []
+CLAIMS = {
+    "memory": "memory use is poor, moderate, high",
+    "scale": "paging scales best of the three",
+    "compute": "computing becomes more efficient",
+    "long": "long sequences gain most",
+    "moves": "pages are moved in and out as needed",
+    "relevant": "only the most relevant is read",
+    "training": "it manages memory in training",
+    "adopt": "models can be moved to it, with some work",
+}
+VERDICTS = {"true": 1, "true, if": 2, "false": 3}
+guesses = {
+    name: predict(f"{said[0].upper()}{said[1:]}. 1 true, 2 if, 3 false?")
+    for name, said in CLAIMS.items()
+}
 
 
-def verdict(word, said, command, found, holds, why):
+def verdict(word, name, command, found, holds, why):
     test = f"Test: paged-ref {command}. Here: {found}."
-    claim(f"{word.upper()}: {said}.\n  {test}\n  Why: {why}.", holds)
-    words.append(word)
+    claim(f"{word.upper()}: {CLAIMS[name]}.\n  {test}", holds)
+    guesses[name].grade(VERDICTS[word], why=f"{word}: {why}")
 
 
 # ## Run
@@ -70,21 +83,21 @@ rate = [round(run.sustained_rate, 2) for run in mixed]
 long = [round(run.sustained_rate, 2) for run in long]
 tokens = [round(run.outcome.running_mean) for run in mixed]
 # fmt: off
-verdict("true", "memory use is poor, moderate, high", "compare",
+verdict("true", "memory", "compare",
     f"{used} of held slots have a token", used == sorted(used),
     "only the last block of a sequence has empty slots")
-verdict("true, if", "paging scales best of the three", "compare",
+verdict("true, if", "scale", "compare",
     f"{rate} requests/s", rate[2] == max(rate),
     "more sequences fit, which helps where memory is the bottleneck")
-verdict("true, if", "computing becomes more efficient", "compare",
+verdict("true, if", "compute", "compare",
     f"{tokens} new tokens in a step", tokens[2] == max(tokens),
     "a step reads the weights for more sequences; a token costs the same")
 short, mean = gain(traces.generated("alpaca")), gain(MIXED)
-verdict("true, if", "long sequences gain most", "paper 12",
+verdict("true, if", "long", "paper 12",
     f"{short} times for short ones, {mean} for longer, against exact",
     short < mean and long[2] / long[0] < rate[2] / rate[0],
-    "as the paper says, memory is shorter for long ones; but if all have\n"
-    f"  the length that is reserved, little is wasted: {long} requests/s")
+    "as the paper says, memory is shorter for long ones; but if all have "
+    f"the length that is reserved, little is wasted: {long} requests/s")
 
 # ## What moves, what is read, what trains
 #
@@ -93,7 +106,7 @@ verdict("true, if", "long sequences gain most", "paper 12",
 # call PagedAttention.
 
 swap = serve("paged", MIXED, "swap").outcome.bytes_swapped
-verdict("false", "pages are moved in and out as needed", "long",
+verdict("false", "moves", "long",
     f"no byte, or {swap:,} with swap",
     mixed[2].outcome.bytes_swapped == 0 and swap > 0,
     "running sequences stay; swap moves waiting ones; `long` moves pages")
@@ -102,7 +115,7 @@ blocks, length = np.array([[5, 2, 7, 0]]), np.array([14])
 with trace.recording(8) as kernels:
     paged_attention(query, cache, cache, blocks, length, backend="trace")
 read = int((kernels[0].counts("keys").sum((1, 2)) > 0).sum())
-verdict("false", "only the most relevant is read", "long --attend 0.1",
+verdict("false", "relevant", "long --attend 0.1",
     f"{read} of 14 keys are read", read == 14,
     "attention is exact; `long` can choose, and changes answers")
 
@@ -113,7 +126,7 @@ batch = network.PackedBatch.of([np.arange(33)])
 network.loss_and_gradient(weights, gradient, batch, saved)
 shapes = network.saved_shapes(config, 32).values()
 planned = 4 * config.num_layers * sum(int(np.prod(s)) for s in shapes)
-verdict("false", "it manages memory in training", "train --memory page",
+verdict("false", "training", "train --memory page",
     f"{planned:,} bytes, as planned", saved.counts.peak == planned,
     "sizes are known, no cache grows; lesson 16 pages other data")
 
@@ -124,11 +137,9 @@ before, after = (
 )
 diffs = [start_here.diff(n) for n in range(1, 6)]
 lines = [start_here.count_changes(diff)[1] for diff in diffs]
-verdict("true", "models can be moved to it, with some work", "lesson 17",
+verdict("true", "adopt", "lesson 17",
     f"the same tokens; {lines} new lines in five steps", before == after,
     "only the cache and attention change (lessons/start_here/run.py)")
-true.grade(words.count("true"))
-false.grade(words.count("false"))
 
 # ## What must hold
 #
@@ -138,7 +149,8 @@ break_it(
     "blocks as large as the longest sequence: how many run together",
     where=(setup.Setup, "make_manager"), caught_by="contract",
     bug=lambda real: lambda self: real(replace(self, block_size=2048)),
-    run=lambda: [serve("paged", MIXED).outcome.running_peak],
+    run=lambda: serve("paged", MIXED).outcome.running_peak,
+    text=lambda most: f"{most} sequences run together",
 )
 
 # ## Exercise
@@ -166,4 +178,6 @@ check(my_share, spec=spec, cases=cases, hint="Round up to full blocks.")
 
 # ## Next
 #
-# Your own case: `paged-ref assess` for your model, GPU and traffic.
+# See it move: `paged-ref compare`, the first four claims at length.
+#
+# Lesson 19: how large a block should be.

@@ -1,9 +1,5 @@
-from paged_ref.core.memory.block_pool import OutOfBlocks
-
-
-def my_allocate(free, ref_count):
-    if not free:
-        raise OutOfBlocks
-    block_id = free.pop()
-    ref_count[block_id] = 1
-    return block_id
+def my_release(blocks, ref_count, free):
+    for block in reversed(blocks):
+        ref_count[block] -= 1
+        if ref_count[block] == 0:
+            free.append(block)

@@ -1,3 +1,10 @@
-def my_gather(cache, block_table, seq_len):
-    pages = cache[block_table]
-    return pages.reshape(-1, *cache.shape[2:])[:seq_len]
+from paged_ref.core.device import xp
+
+
+def my_gather(cache, block_tables, seq_lens):
+    shape = len(seq_lens), int(max(seq_lens)), *cache.shape[2:]
+    dense = xp.zeros(shape, cache.dtype)
+    for seq, seq_len in enumerate(seq_lens):
+        rows = cache[block_tables[seq]].reshape(-1, *cache.shape[2:])
+        dense[seq, :seq_len] = rows[:seq_len]
+    return dense

@@ -25,17 +25,17 @@ GROUPS: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
         "lesson": (
             "paged_ref.lesson.command",
             "the guided course: lessons that run, ask, measure and check",
-            ("lesson", "lesson 5", "lesson 5 --watch"),
+            ("lesson", "lesson 5", "lesson 5 --watch", "lesson --grade my_cache.py --json"),
         ),
         "viz": (
             "paged_ref.commands.viz",
             "the page table of a real run, step by step, forwards and backwards",
-            ("viz", "viz run.jsonl", "viz --frame 2 --print"),
+            ("viz", "viz --tour", "viz run.jsonl", "viz --at C --html run.html"),
         ),
         "walk": (
             "paged_ref.views.walk.walk",
             "inside the kernel: which thread reads which slot, access by access",
-            ("walk", "walk --heads 4 --kv-heads 2", "walk --print"),
+            ("walk", "walk --heads 4 --kv-heads 2", "walk --mine my_kernel.py", "walk --html walk.html"),
         ),
     },
     "Run it": {

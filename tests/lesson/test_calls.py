@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from paged_ref import lesson
+from paged_ref.lesson.calls import Guess
 from paged_ref.lesson.lesson_session import ClaimError, LessonSession, running
 from paged_ref.lesson.progress import Progress
 
@@ -48,3 +49,32 @@ def test_a_planted_bug_must_be_caught_by_what_the_lesson_says(session: LessonSes
         with pytest.raises(ClaimError, match="caught by the integrity check, not by the sanitizer"):
             plant(lambda real: fails, "sanitizer")
     assert Books().total() == 3, "the bug is taken out again"
+
+
+def test_what_breaks_is_shown_in_words(session: LessonSession, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(session):
+        lesson.break_it(
+            "one is lost", where=(Books, "total"), bug=lambda real: lambda self: 2, run=lambda: Books().total(),
+            caught_by="contract", text=lambda found: f"{found} apples",
+        )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "right:        3 apples" in out
+    assert "with the bug: 2 apples" in out
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (128.0, "✓ Right: it is 128"),
+        (130.0, "≈ Near: you said 130, it is 128"),
+        (64.0, "✗ Not so: you said 64, it is 128"),
+    ],
+)
+def test_a_near_miss_is_told_from_a_wrong_idea_and_the_answer_is_derived(
+    value: float, words: str, session: LessonSession, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running(session):
+        Guess("How large?", "KiB", value).grade(128, why="2 x 64 = 128")
+    out = capsys.readouterr().out
+    assert words in out
+    assert "2 x 64 = 128." in out

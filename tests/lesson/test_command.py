@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,16 @@ def test_an_error_of_the_lesson_is_shown_without_the_runners_frames(
     assert "SyntaxError" in capsys.readouterr().out
 
 
+def test_a_wrong_exercise_is_status_1_in_a_pipe_and_an_open_one_0(folder: Path) -> None:
+    source = (folder / "01_one.py").read_text() + (
+        "from paged_ref.lesson import check, todo\n\n\ndef my_f(x):\n    return todo('1 line')\n\n\n"
+        "check(my_f, spec=lambda x: 2 * x, cases=[(3,)], hint='twice')\n"
+    )
+    for answer, status in (("todo('1 line')", 0), ("3 * x", 1), ("float(2 * x)", 1), ("2 * x", 0)):
+        (folder / "01_one.py").write_text(source.replace("todo('1 line')", answer))
+        assert main(["lesson", "1", "--lessons", str(folder)]) == status, answer
+
+
 def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lesson", "--lessons", str(folder)]) == 0
     assert f"Go on with: {program()} lesson 1\n" in capsys.readouterr().out
@@ -64,6 +76,10 @@ def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture
         (["--watch"], "--watch needs the number of a lesson"),
         (["1", "--part", "1", "--watch"], "--watch runs the whole lesson"),
         (["--part", "1"], "--part needs the number of a lesson"),
+        (["--json"], "--json is given; it goes with --grade FILE"),
+        (["1", "--grade", "x.py"], "--grade is x.py, and number is given"),
+        (["--grade", "absent.py"], "--grade is absent.py: No such file or directory"),
+        (["--grade", __file__], "it is no lesson, and defines none of my_scores"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -71,6 +87,52 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     assert main(["lesson", *argv, "--lessons", str(folder)]) == 2
     assert sentence in capsys.readouterr().err
+
+
+LESSONS = Path(__file__).resolve().parents[2] / "lessons"
+
+
+def grade(capsys: pytest.CaptureFixture[str], path: Path, status: int) -> list[dict[str, Any]]:
+    assert main(["lesson", "--grade", str(path), "--json"]) == status
+    grades: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return grades
+
+
+def test_a_teacher_grades_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 0 for right and open exercises, 1 for a wrong one; the file may lie anywhere."""
+    path = tmp_path / "of_anna.py"
+    hole = 'return todo("2 lines")'
+    source = (
+        '"""Lesson 5: slots\n\nQuestion: which?\nTime: 15 minutes. Short.\n"""\n\n'
+        "from paged_ref.core.attention.addressing import slot_of\nfrom paged_ref.lesson import check, todo\n\n\n"
+        f"def my_slot_of(block_table, position, block_size):\n    {hole}\n\n\n"
+        "check(my_slot_of, spec=slot_of, cases=[([7, 1], 5, 4), ([7, 1], 2, 4)], hint='two lines')\n"
+    )
+    path.write_text(source)
+    assert grade(capsys, path, 0) == [{"name": "my_slot_of", "state": "open", "said": ["2 lines"]}]
+    path.write_text(source.replace(hole, "return block_table[position // block_size] * block_size"))
+    (wrong,) = grade(capsys, path, 1)
+    assert wrong["state"] == "wrong"
+    assert wrong["said"] == ["call   my_slot_of([7, 1], 5, 4)", "yours  4", "spec   5"]
+    solved = "return block_table[position // block_size] * block_size + position % block_size"
+    path.write_text(source.replace(hole, solved.replace("//", "/")))
+    assert "TypeError at line" in grade(capsys, path, 1)[0]["said"][0]
+    path.write_text(source.replace(hole, f"print('hello')\n    {solved}"))
+    assert grade(capsys, path, 0) == [{"name": "my_slot_of", "state": "right", "said": []}]
+    path.write_text("def my_slot_of(:")
+    assert grade(capsys, path, 1)[0]["name"] == path.name
+
+
+def test_a_file_of_the_readers_own_is_graded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "my_scheduler.py"
+    path.write_text((LESSONS / "solutions" / path.name).read_text())
+    assert [each["state"] for each in grade(capsys, path, 0)] == ["right"]
+    assert main(["lesson", "--grade", str(path)]) == 0
+    assert capsys.readouterr().out == "✓ my_schedule: right\n"
+    path.write_text("def my_schedule(*args):\n    return []\n")
+    (wrong,) = grade(capsys, path, 1)
+    assert wrong["said"][0].endswith("step 1 runs (sequence: tokens)")
+    assert wrong["said"][1:] == ["yours  nothing", "spec   0: 3"]
 
 
 def test_without_lessons_it_says_where_they_are(

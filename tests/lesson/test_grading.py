@@ -89,3 +89,34 @@ def test_floats_arrays_and_shapes() -> None:
     assert verdict.difference.startswith("at [1, 1]: 2.33")
     assert "shape (6,)" in grade(lambda x: x.ravel() / 3, spec, [(array,)]).difference
     assert state(lambda x: np.where(x > 4, np.nan, x / 3), spec, [(array,)]) == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "expected"),
+    [
+        (8.0, 8, "an int is expected, not a float"),
+        ("8", 8, "an int is expected, not a str"),
+        (None, 8, "an int is expected, not None"),
+        (True, 1, "an int is expected, not a bool"),
+        ([1.5], np.array([1.5]), "an array is expected, not a list"),
+        (np.array([8.0]), np.array([8]), "an array of int64 is expected, not of float64"),
+        ([[3, 8.0]], [(3, 8)], "at [0][1]: an int is expected, not a float"),
+        (np.int64(8), 8, None),
+        (8, 8.0, None),
+        ([3], (3,), None),
+    ],
+)
+def test_a_wrong_type_never_passes(answer: Any, right: Any, expected: str | None) -> None:
+    verdict = grade(lambda: answer, lambda: right, [()])
+    assert (verdict.difference or None) == expected
+    assert verdict.state == ("right" if expected is None else "wrong")
+
+
+def test_of_an_answer_in_steps_the_first_that_differs_is_named() -> None:
+    wanted = grading.Trail({"first": "a", "second": [1, 2], "third": 5})
+    found = grading.Trail({"first": "a", "second": [1, 3], "third": 6})
+    verdict = grade(lambda: found, lambda: wanted, [()])
+    assert verdict.case.endswith("(): second")
+    assert (verdict.yours, verdict.spec, verdict.difference) == ("[1, 3]", "[1, 2]", "at [1]: 3 instead of 2")
+    del found["second"]
+    assert grade(lambda: found, lambda: wanted, [()]).yours == "does not come to this"

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import re
-import select
-import subprocess
 import sys
-import termios
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.terminal import own_terminal
+from support.lesson_reader import Reader
 
 from paged_ref.views.common.program import short_path
 
@@ -66,60 +60,7 @@ check(my_twice, spec=lambda number: 2 * number, cases=[(3,), (5,)], hint="Multip
 #
 # That was all.
 '''
-CTRL_C = b"\x03"
 PROGRAM = f"{short_path(Path(sys.executable))} -m paged_ref"  # as started below
-
-
-class Reader:
-    """`paged-ref lesson` on a pseudo terminal of 80 by 24."""
-
-    def __init__(self, directory: Path, *argv: str) -> None:
-        self.main, side = pty.openpty()
-        termios.tcsetwinsize(self.main, (24, 80))
-        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
-        env |= {"TERM": "xterm", "XDG_STATE_HOME": str(directory / "state"), "PAGED_REF_DEVICE": "cpu"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "paged_ref", "lesson", *argv, "--lessons", str(directory)],
-            stdin=side, stdout=side, stderr=side, env=env, start_new_session=True,
-            preexec_fn=own_terminal,
-        )  # fmt: skip
-        os.close(side)
-        self.seen = ""
-
-    def see(self, text: str) -> str:
-        """Wait until `text` is printed; return and forget what came up to it."""
-        deadline = time.monotonic() + 60
-        while text not in self.plain:
-            assert time.monotonic() < deadline, f"waited for {text!r}, saw\n{self.plain}"
-            if select.select([self.main], [], [], 0.1)[0]:
-                try:
-                    self.seen += os.read(self.main, 65536).decode(errors="replace")
-                except OSError:
-                    assert text in self.plain, f"waited for {text!r} to the end, saw\n{self.plain}"
-        before, _, self.seen = self.plain.partition(text)
-        return before + text
-
-    @property
-    def plain(self) -> str:
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", self.seen)
-
-    def type(self, line: str) -> None:
-        os.write(self.main, f"{line}\n".encode())
-
-    def interrupt(self) -> None:
-        """Ctrl-C, once it waits for the keyboard: Python loses one that comes just before it does."""
-        deadline = time.monotonic() + 120
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, f"Ctrl-C did not end it; saw\n{self.plain}"
-            time.sleep(0.5)
-            os.write(self.main, CTRL_C)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=10)
-
-    def end(self) -> int:
-        code = self.process.wait(timeout=60)
-        os.close(self.main)
-        return code
 
 
 @pytest.fixture
@@ -158,8 +99,8 @@ def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
     reader.see("✓ it is: 14")
     reader.see("q: leave]")
     reader.type("")
-    reader.see("b and Enter plants this bug")
-    reader.type("b")
+    reader.see("Enter plants this bug (n: leave it out)")
+    reader.type("")
     reader.see("Caught by the contract")
     reader.see("q: leave]")
     reader.type("")
@@ -220,6 +161,33 @@ def test_leaving_and_interrupting_lose_nothing(directory: Path) -> None:
     reader.see("Left.")
     assert reader.end() == 0
     assert progress(directory)["part"] == 3
+
+
+def test_what_is_built_gets_a_file_of_its_own(directory: Path) -> None:
+    course = Path(__file__).resolve().parents[2] / "lessons"
+    (directory / "templates").mkdir()
+    template = (course / "templates" / "my_scheduler.py").read_text()
+    (directory / "templates" / "my_scheduler.py").write_text(template)
+    lesson = LESSON[: LESSON.index("def my_twice")] + 'from paged_ref.lesson import build\nbuild("my_schedule")\n'
+    (directory / "01_small.py").write_text(lesson)
+    mine = directory / "my_scheduler.py"
+    reader = Reader(directory, "1", "--part", "5")
+    reader.see("my_scheduler.py is made: write there.")
+    assert mine.read_text() == template
+    reader.see("my_schedule is yours to write (admit and run): 20 lines, in my_scheduler.py")
+    mine.write_text(template.replace('todo("20 lines")', "return [(seq, 1) for seq in waiting]"))
+    reader.see("q: leave]")
+    reader.type("r")
+    reader.see("sequence 0 is planned, and is not in `running`")
+    mine.write_text((course / "solutions" / "my_scheduler.py").read_text())
+    reader.see("q: leave]")
+    reader.type("r")
+    reader.see("my_schedule is right")
+    reader.see("42 steps; the package's scheduler takes 42")
+    reader.see("q: leave]")
+    reader.type("q")
+    assert reader.end() == 0
+    assert progress(directory)["exercises"] == {"my_schedule": True}
 
 
 def test_watch_runs_again_at_each_save(directory: Path) -> None:

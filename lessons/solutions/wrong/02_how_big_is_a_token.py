@@ -23,3 +23,7 @@ def my_kv_bytes_per_token__is_of_one_layer(config, itemsize):
 
 def my_kv_bytes_per_token__counts_elements(config, itemsize):
     return 2 * config.num_layers * config.num_kv_heads * config.head_size
+
+
+def my_kv_bytes_per_token__the_hidden_size(config, itemsize):
+    return 2 * config.num_layers * config.hidden_size * itemsize

@@ -15,3 +15,7 @@ def my_pow2_region__rounds_down(prompt_len, max_output):
 
 def my_pow2_region__forgets_the_prompt(prompt_len, max_output):
     return 1 << (max_output - 1).bit_length()
+
+
+def my_pow2_region__reserves_the_limit(prompt_len, max_output):
+    return prompt_len + max_output

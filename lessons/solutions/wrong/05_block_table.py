@@ -16,3 +16,8 @@ def my_slot_of__counts_from_the_first_block(
     block_table, position, block_size
 ):
     return block_table[0] * block_size + position
+
+
+def my_slot_of__divides_twice(block_table, position, block_size):
+    block = block_table[position // block_size]
+    return block * block_size + position // block_size

@@ -1,30 +1,40 @@
-from paged_ref.core.memory.block_pool import OutOfBlocks
+def my_release__the_first_block_first(blocks, ref_count, free):
+    for block in blocks:
+        ref_count[block] -= 1
+        if ref_count[block] == 0:
+            free.append(block)
 
 
-def my_allocate__takes_from_the_wrong_end(free, ref_count):
-    if not free:
-        raise OutOfBlocks
-    block_id = free.pop(0)
-    ref_count[block_id] = 1
-    return block_id
+def my_release__frees_what_others_hold(blocks, ref_count, free):
+    for block in reversed(blocks):
+        ref_count[block] -= 1
+        free.append(block)
 
 
-def my_allocate__forgets_the_count(free, ref_count):
-    if not free:
-        raise OutOfBlocks
-    return free.pop()
+def my_release__sets_the_count_to_zero(blocks, ref_count, free):
+    for block in reversed(blocks):
+        ref_count[block] = 0
+        free.append(block)
 
 
-def my_allocate__leaves_it_on_the_list(free, ref_count):
-    if not free:
-        raise OutOfBlocks
-    ref_count[free[-1]] = 1
-    return free[-1]
+def my_release__forgets_the_count(blocks, ref_count, free):
+    free.extend(reversed(blocks))
 
 
-def my_allocate__says_none_when_there_is_none(free, ref_count):
-    if not free:
-        return None
-    block_id = free.pop()
-    ref_count[block_id] = 1
-    return block_id
+def my_release__frees_one_too_early(blocks, ref_count, free):
+    for block in reversed(blocks):
+        if ref_count[block] <= 2:
+            free.append(block)
+        ref_count[block] -= 1
+
+
+def my_release__at_the_wrong_end(blocks, ref_count, free):
+    for block in reversed(blocks):
+        ref_count[block] -= 1
+        if ref_count[block] == 0:
+            free.insert(0, block)
+
+
+def my_release__never_frees(blocks, ref_count, free):
+    for block in reversed(blocks):
+        ref_count[block] -= 1

@@ -31,3 +31,14 @@ def my_runs__has_an_empty_run_after_a_full_block(
         )
         for i in range(min(seq_len // block_size + 1, len(block_table)))
     ]
+
+
+def my_runs__in_the_order_of_the_slots(block_table, seq_len, block_size):
+    begins = range(0, seq_len, block_size)
+    return sorted(
+        (
+            block_table[begin // block_size] * block_size,
+            min(block_size, seq_len - begin),
+        )
+        for begin in begins
+    )

@@ -27,3 +27,12 @@ def my_append__frees_what_others_hold(blocks, ref_count, free):
     free.append(old)
     blocks[-1] = new
     return [(old, new)]
+
+
+def my_append__forgets_the_table(blocks, ref_count, free):
+    if ref_count[blocks[-1]] == 1:
+        return []
+    old, new = blocks[-1], free.pop()
+    ref_count[old] -= 1
+    ref_count[new] = 1
+    return [(old, new)]

@@ -25,3 +25,12 @@ def my_victims__one_too_many(blocks, free, needed):
         victims.append(len(blocks) - 1 - len(victims))
         free += blocks[victims[-1]]
     return victims
+
+
+def my_victims__the_first_too(blocks, free, needed):
+    victims = []
+    for seq in range(len(blocks)):
+        if free < needed:
+            victims.append(seq)
+            free += blocks[seq]
+    return victims

@@ -280,4 +280,6 @@ def _used_slots(manager: KVCacheManager, num_slots: int) -> np.ndarray:
     elif isinstance(manager, RegionManager):
         for region in manager.regions.values():
             used[region.start : region.start + region.length] = True
+    else:  # a manager of another kind, which does not say what it has freed
+        used[:] = True
     return used

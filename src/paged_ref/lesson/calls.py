@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from .lesson_session import ClaimError, Exercise, LessonSession, current, python
 from .number_text import number_text, parse_number
 
 Catcher = Literal["sanitizer", "integrity", "tracer", "contract", "engine"]
+NEAR = 0.1  # of the truth: the right idea, counted a little otherwise (130 KiB for 128)
 _CATCHER_OF_ERROR = {"SanitizerError": "sanitizer", "AssertionError": "integrity", "KernelError": "tracer"}
 _CATCHER_IN_WORDS = {
     "sanitizer": "the sanitizer", "integrity": "the integrity check", "tracer": "the tracer",
@@ -37,8 +39,11 @@ class Guess:
     unit: str
     value: float | None  # None: no answer
 
-    def grade(self, truth: float, within: float = 0.0) -> None:
-        """Compare the guess with what the run gave. `within` is the share of the truth that still counts as right."""
+    def grade(self, truth: float, within: float = 0.0, why: str = "") -> None:
+        """Compare the guess with what the run gave, and say `why` the answer is what it is, whatever was typed.
+
+        `within` is the share of the truth that still counts as right. Up to a tenth beside it is near.
+        """
         unit = self.unit.removesuffix("s") if truth == 1 else self.unit
         say, it_is = current().say, f"{number_text(truth)} {unit}".rstrip()
         if self.value is None:
@@ -48,7 +53,11 @@ class Guess:
         elif abs(self.value - truth) <= abs(truth) * within:
             say(f"✓ Close enough: you said {number_text(self.value)}, it is {it_is}.", "green")
         else:
-            say(f"✗ Not so: you said {number_text(self.value)}, it is {it_is}. Why?", "yellow")
+            near = abs(self.value - truth) <= abs(truth) * NEAR
+            word = "≈ Near" if near else "✗ Not so"
+            say(f"{word}: you said {number_text(self.value)}, it is {it_is}.", "yellow")
+        if why:
+            say(f"{why}.", indent=4)
 
 
 def predict(question: str, unit: str = "") -> Guess:
@@ -79,13 +88,16 @@ def predict(question: str, unit: str = "") -> Guess:
 
 def claim(text: str, found: Any, expected: Any = True) -> None:
     """Print what the run shows, and require it: `found` is `expected`. Raises ClaimError otherwise."""
-    if (difference := first_difference(found, expected)) is not None:
+    if (difference := first_difference(found, expected, kinds=False)) is not None:
         problem = f"This claim does not hold: {text}\n  found {found!r}, expected {expected!r} {difference}"
         raise ClaimError(problem.rstrip())
     counted = "" if isinstance(expected, (bool, str)) else f": {number_text(expected)}"
     if isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
         counted = f" (all {len(expected)})"
-    current().say(f"✓ {text}{counted}", "green")
+    if current().package_stands_in:  # no praise for what the reader has not written
+        current().say(f"• with the package's own: {text}{counted}")
+    else:
+        current().say(f"✓ {text}{counted}", "green")
 
 
 def show(*pictures: RenderableType) -> None:
@@ -126,7 +138,7 @@ def check(
     if session.solutions and solution:
         yours = solution[0]
     verdict = grade(yours, spec, cases)
-    session.exercises[name] = Exercise(name, spec, cases, hint, verdict)
+    session.exercises[name] = Exercise(name, spec, cases, hint, verdict, Path(yours.__code__.co_filename))
     session.checked.append(name)
     if verdict.printed:
         session.say(f"{name} printed:\n{verdict.printed[:800].rstrip()}", "dim")
@@ -134,9 +146,11 @@ def check(
         at = f"{relative_path(yours.__code__.co_filename)}, line {yours.__code__.co_firstlineno}"
         open_hole = f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used."
         session.say(open_hole, "cyan")
+        session.package_stands_in = True
         return spec
     if verdict.state == "wrong":
-        _say_wrong(session, yours, verdict, hint)
+        say_wrong(session, name, verdict, hint, yours.__code__.co_filename)
+        session.package_stands_in = True
         return spec
     whose = "the solution" if session.solutions else "yours"
     session.say(f"✓ {name} is right in all {len(cases)} cases. The lesson goes on with {whose}.", "bold green")
@@ -150,23 +164,31 @@ def check(
     return yours
 
 
-def _say_wrong(session: LessonSession, yours: Callable[..., Any], verdict: Verdict, hint: str) -> None:
-    say = session.say
-    say(f"✗ {yours.__name__} is not right yet.", "bold red")
+def say_wrong(session: LessonSession, name: str, verdict: Verdict, hint: str, file: str) -> None:
+    """Show what is wrong with what the reader wrote in `file`."""
+    session.say(f"✗ {name} is not right yet.", "bold red")
+    for text in wrong_lines(verdict, file):
+        session.say(text, indent=4)
+    session.say(f"hint: {hint}", indent=4)
+
+
+def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
+    """What is wrong: the error and its place in the file, the call, yours, the spec, the first difference."""
     if verdict.error is not None:
-        say(_place_of(verdict.error, yours), "red", 4)
+        yield _place_of(verdict.error, file)
     for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
-        say(f"{label:<6} {value}".replace("\n", "\n       "), indent=4)
+        if value:
+            yield f"{label:<6} {value}".replace("\n", "\n       ")
     if verdict.yours == "None":
-        say("It returned None: is there a `return`?", indent=4)
+        yield "It returned None: is there a `return`?"
     if verdict.difference:
-        say(f"first difference: {verdict.difference}", indent=4)
-    say(f"hint: {hint}", indent=4)
+        yield f"first difference: {verdict.difference}"
 
 
-def _place_of(error: BaseException, function: Callable[..., Any]) -> str:
-    """The error, and the line of the reader's file that raised it."""
-    file = function.__code__.co_filename
+def _place_of(error: BaseException, file: str) -> str:
+    """The error, and the line of the reader's file that raised it. A KernelError names its line itself."""
+    if isinstance(error, SyntaxError) or type(error).__name__ == "KernelError":
+        return "".join(traceback.format_exception_only(error)).rstrip()
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{type(error).__name__} at line {lines[-1] if lines else '?'}: {error}"
 
@@ -177,25 +199,29 @@ def plug_in(where: tuple[Any, str], function: Any) -> AbstractContextManager[Any
 
 
 def break_it(
-    what: str, *, where: tuple[Any, str], bug: Callable[[Any], Any], run: Callable[[], Any], caught_by: Catcher
-) -> None:
-    """Plant a bug for one run, if the reader wishes, and show which check catches it.
+    what: str, *, where: tuple[Any, str], bug: Callable[[Any], Any], run: Callable[[], Any], caught_by: Catcher,
+    text: Callable[[Any], str] | None = None,
+) -> None:  # fmt: skip
+    """Plant a bug for one run, unless the reader declines, and show which check catches it.
 
     `where` is (class or module, name), and `bug` makes the broken function from the real one. `run` is called without
-    the bug and then with it; it returns what must not change, tokens for instance. Raises ClaimError unless
-    `caught_by` catches the bug.
+    the bug and then with it; it returns what must not change, tokens for instance; `text` puts it into words. Raises
+    ClaimError unless `caught_by` catches the bug.
     """
     session = current()
     session.say(f"Break it: {what}.", "bold")
-    if session.interactive and session.ask("  b and Enter plants this bug (Enter leaves it): ") != "b":
+    if session.interactive and session.ask("  Enter plants this bug (n: leave it out): ") in ("n", "no", None):
         return
     right = run()
     by, words = "nothing", ""
     try:
         with plug_in(where, bug(where[0].__dict__[where[1]])):
-            difference = first_difference(run(), right)
+            broken = run()
+        difference = first_difference(broken, right)
         if difference is not None:
             by, words = "contract", f"the first difference: {difference or 'all of it'}"
+            if text is not None:
+                words = f"right:        {text(right)}\nwith the bug: {text(broken)}"
     except Exception as error:
         by, words = _CATCHER_OF_ERROR.get(type(error).__name__, "engine"), f"{type(error).__name__}: {error}"
     if by != caught_by:

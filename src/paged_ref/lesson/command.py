@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from ..views.common.console import Console
 from ..views.common.files import check_folder
 from ..views.common.program import program, short_path
 from . import lesson_script
+from .grade_file import MARKS, grade_file
 from .lesson_player import Leave, LessonPlayer, error_text, watch
 from .lesson_session import LessonSession, relative_path
 from .progress import LessonRecord, Progress
@@ -26,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("number", nargs="?", type=int, metavar="N", help="the lesson to run (default: the list)")
     parser.add_argument("--part", type=int, metavar="P", help="begin with this part (default: where you stopped)")
     parser.add_argument("--solutions", action="store_true", help="with the exercises solved, from lessons/solutions")
+    parser.add_argument(
+        "--grade",
+        type=Path,
+        metavar="FILE",
+        help="grade a lesson's file, or my_cache.py and the like: status 1 if wrong",
+    )
+    parser.add_argument("--json", action="store_true", help="with --grade: the grades as JSON")
     parser.add_argument("--watch", action="store_true", help="run the lesson again each time its file is saved")
     parser.add_argument(
         "--lessons",
@@ -39,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.copy is not None:
         return _copy(_directory(args.lessons), args.copy)
+    if args.grade is not None:
+        return _grade(args)
+    if args.json:
+        raise ValueError("--json is given; it goes with --grade FILE")
     paths = {int(path.name[:2]): path for path in lesson_script.find(_directory(args.lessons))}
     progress = Progress()
     try:
@@ -46,6 +60,19 @@ def main(args: argparse.Namespace) -> int:
     finally:
         for warning in progress.warnings:
             print(f"paged-ref lesson: {warning}", file=sys.stderr)
+
+
+def _grade(args: argparse.Namespace) -> int:
+    """Status 1 if an exercise of the file is wrong, 0 if all are right or open."""
+    for name in ("number", "part", "solutions", "watch"):
+        if getattr(args, name):
+            raise ValueError(f"--grade is {args.grade}, and {name} is given; the two do not go together")
+    grades = grade_file(args.grade, _directory(args.lessons))
+    if args.json:
+        print(json.dumps([dataclasses.asdict(grade) for grade in grades], indent=2))
+    for each in grades if not args.json else ():
+        print("\n    ".join([f"{MARKS[each.state]} {each.name}: {each.state}", *each.said]))
+    return 1 if any(each.state == "wrong" for each in grades) else 0
 
 
 def _run(args: argparse.Namespace, paths: dict[int, Path], progress: Progress) -> int:
@@ -65,7 +92,8 @@ def _run(args: argparse.Namespace, paths: dict[int, Path], progress: Progress) -
     path = paths[number]
 
     def make_session(asks: bool = False) -> LessonSession:
-        return LessonSession(path.stem, path.parent, progress, asks, args.solutions)
+        reader = asks or args.watch
+        return LessonSession(path.stem, path.parent, progress, asks, args.solutions, makes_files=reader)
 
     try:
         if args.watch:
@@ -94,10 +122,12 @@ def _play(path: Path, session: LessonSession, part: int | None) -> int:
     except Leave:
         session.say(f"Left. {again} goes on from here.", "dim")
         return 0
-    if still_open := [name for name, exercise in session.exercises.items() if exercise.verdict.state != "right"]:
-        session.say(f"The lesson is at its end; {', '.join(still_open)} is still open. Write it in", "cyan")
-        session.say(f"{relative_path(path)}, with {again} --watch beside the editor.", "cyan")
-    return 0
+    if still_open := [exercise for exercise in session.exercises.values() if exercise.verdict.state != "right"]:
+        names = ", ".join(exercise.name for exercise in still_open)
+        files = ", ".join(dict.fromkeys(relative_path(exercise.file) for exercise in still_open))
+        session.say(f"The lesson is at its end. Still to write: {names}, in", "cyan")
+        session.say(f"{files}, with {again} --watch beside the editor.", "cyan")
+    return 1 if any(exercise.verdict.state == "wrong" for exercise in session.exercises.values()) else 0
 
 
 def _directory(given: Path | None) -> Path:

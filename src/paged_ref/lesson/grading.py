@@ -28,6 +28,10 @@ class Pending(Exception):  # noqa: N818  (no error: the hole is not filled yet)
     """Raised by todo(): the reader has not written this yet. The message is the size of the hole."""
 
 
+class Trail(dict[str, Any]):
+    """An answer that comes in steps: what was done -> what came of it. Two trails differ at their first such step."""
+
+
 class _Stopped(BaseException):
     """Not an Exception, so that an answer's own `except Exception` does not catch it."""
 
@@ -78,6 +82,12 @@ def _grade(yours: Callable[..., Any], spec: Callable[..., Any], cases: Sequence[
             return Verdict("pending", hole=str(hole))
         except _Stopped as stopped:
             return Verdict("wrong", case=call, yours=str(stopped), spec=_outcome_text(wanted))
+        if isinstance(wanted.value, Trail):
+            if found.error is not None:
+                return Verdict("wrong", case=call, error=found.error)
+            if (step := _first_step(found.value, wanted.value)) is not None:
+                return Verdict("wrong", "", f"{call}: {step[0]}", *step[1:])
+            continue
         if (difference := _outcomes_differ(found, wanted)) is not None:
             error = found.error if wanted.error is None else None
             return Verdict("wrong", "", call, _outcome_text(found), _outcome_text(wanted), difference, error)
@@ -91,7 +101,23 @@ def _call(function: Callable[..., Any], case: tuple[Any, ...]) -> _Outcome:
     except Pending:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error.__cause__, Pending):  # a hole in a kernel, which the tracer has reached
+            raise error.__cause__ from None
         return _Outcome(None, error, arguments)
+
+
+def _first_step(found: Trail, wanted: Trail) -> tuple[str, str, str, str] | None:
+    """The first step in which the two differ: the step, what was found, what was wanted, the difference."""
+    for step, right in wanted.items():
+        if step not in found:
+            return step, "does not come to this", _step_text(right), ""
+        if (difference := first_difference(found[step], right)) is not None:
+            return step, _step_text(found[step]), _step_text(right), difference
+    return None
+
+
+def _step_text(value: Any) -> str:
+    return value if isinstance(value, str) else _text(value)
 
 
 def _outcomes_differ(found: _Outcome, wanted: _Outcome) -> str | None:
@@ -106,23 +132,44 @@ def _outcomes_differ(found: _Outcome, wanted: _Outcome) -> str | None:
     return None
 
 
-def first_difference(found: Any, wanted: Any, at: str = "") -> str | None:
-    """Where two values differ first, in words; "" for plain values that differ, None for equal values."""
+def first_difference(found: Any, wanted: Any, at: str = "", kinds: bool = True) -> str | None:
+    """Where two values differ first, in words; "" for plain values that differ, None for equal values.
+
+    With `kinds`, a value of another kind differs, whatever it is worth: 8.0 is no slot, and a list no array.
+    """
+    kind = _kind(wanted)
+    if kinds and _kind(found) != kind and (kind, _kind(found)) not in _SERVES:
+        return f"{f'at {at}: ' if at else ''}{kind} is expected, not {_kind(found)}"
     if isinstance(wanted, np.ndarray) or isinstance(found, np.ndarray):
-        return _array_difference(np.asarray(found), np.asarray(wanted))
+        return _array_difference(np.asarray(found), np.asarray(wanted), kinds)
     if isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)):
-        return _list_difference(found, wanted, at)
-    if isinstance(wanted, float) and isinstance(found, (int, float, np.number)):
+        return _list_difference(found, wanted, at, kinds)
+    if isinstance(wanted, (float, np.floating)) and isinstance(found, (int, float, np.number)):
         same = math.isclose(found, wanted, rel_tol=1e-5, abs_tol=1e-9) or found == wanted
     else:
         same = found == wanted
     return None if same else ""
 
 
-def _array_difference(found: np.ndarray, wanted: np.ndarray) -> str | None:
+_KINDS: list[tuple[Any, str]] = [  # the first that fits
+    ((bool, np.bool_), "a bool"), ((int, np.integer), "an int"), ((float, np.floating), "a float"), (str, "a str"),
+    (np.ndarray, "an array"), ((list, tuple), "a list"), (dict, "a dict"), (type(None), "None"),
+]  # fmt: skip
+_SERVES = {("a float", "an int")}  # (expected, also right)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words."""
+    names = (name for kinds, name in _KINDS if isinstance(value, kinds))
+    return next(names, f"a {type(value).__name__}")
+
+
+def _array_difference(found: np.ndarray, wanted: np.ndarray, kinds: bool) -> str | None:
     if found.shape != wanted.shape:
         return f"shape {found.shape}; the spec has {wanted.shape}"
     is_float = wanted.dtype.kind == "f"
+    if kinds and wanted.dtype.kind in "iu" and found.dtype.kind not in "iu":
+        return f"an array of {wanted.dtype} is expected, not of {found.dtype}"
     same = np.isclose(found, wanted, 1e-5, 1e-6, equal_nan=True) if is_float else np.asarray(found == wanted)
     wrong = np.argwhere(~same)
     if not len(wrong):
@@ -132,15 +179,17 @@ def _array_difference(found: np.ndarray, wanted: np.ndarray) -> str | None:
     return f"at {[*place]}: {one} instead of {other}; {len(wrong)} of {wanted.size} differ"
 
 
-def _list_difference(found: Sequence[Any], wanted: Sequence[Any], at: str) -> str | None:
+def _list_difference(found: Sequence[Any], wanted: Sequence[Any], at: str, kinds: bool) -> str | None:
     """`at` is the place of these two lists in the lists around them, as in [3][0]."""
     for i, (one, other) in enumerate(zip(found, wanted, strict=False)):
-        if (difference := first_difference(one, other, f"{at}[{i}]")) is not None:
+        if (difference := first_difference(one, other, f"{at}[{i}]", kinds)) is not None:
             return difference or f"at {at}[{i}]: {_text(one)} instead of {_text(other)}"
     return None if len(found) == len(wanted) else f"{len(found)} entries; the spec has {len(wanted)}"
 
 
 def _outcome_text(outcome: _Outcome) -> str:
+    if isinstance(outcome.value, Trail):
+        return ""
     if outcome.error is not None:
         return f"raises {type(outcome.error).__name__}: {outcome.error}".removesuffix(": ")
     return _text(outcome.value)

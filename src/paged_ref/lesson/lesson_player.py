@@ -210,19 +210,20 @@ class LessonPlayer:
 
 def watch(path: Path, make_session: Callable[[], LessonSession]) -> None:
     """Run the lesson again each time its file is saved, without asking; until Ctrl-C."""
-    seen: float | None = None
+    files, seen = [path], list[float]()
     while True:
         changed = seen
         with suppress(OSError):  # some editors remove the file for a moment while they save it
-            changed = path.stat().st_mtime
+            changed = [file.stat().st_mtime for file in files]
         if changed == seen:
             time.sleep(0.2)
             continue
-        seen = changed
         linecache.checkcache()
         session = make_session()
         session.console.clear()
         run_quietly(path, session)
+        files = [path, *(file for file in session.files if file.exists())]
+        seen = [file.stat().st_mtime for file in files]
         session.say(f"{time.strftime('%H:%M:%S')}: {path.name} is run again when it is saved. Ctrl-C ends.", "dim")
 
 

@@ -34,6 +34,7 @@ class Exercise:
     cases: Sequence[tuple[Any, ...]]
     hint: str
     verdict: Verdict
+    file: Path  # that the reader writes in
 
 
 @dataclass(slots=True)
@@ -49,6 +50,10 @@ class LessonSession:
     exercises: dict[str, Exercise] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)  # exercises of the part that is running
     caught: dict[str, str] = field(default_factory=dict)  # planted bug -> what caught it
+    package_stands_in: bool = False  # for an exercise that is open or wrong: what follows is not the reader's
+    workplace: Path = field(default_factory=Path.cwd)  # where the reader's own files are
+    makes_files: bool = False  # a reader is there, for whom templates become files
+    files: list[Path] = field(default_factory=list)  # of the reader, that the lesson has read
     before_ask: Callable[[], None] = lambda: None  # prints what was held back, so that the reader sees it first
 
     def say(self, text: str, style: str = "", indent: int = 2) -> None:
@@ -106,7 +111,7 @@ def current() -> LessonSession:
     if _current is None:
         path = Path(getattr(sys.modules["__main__"], "__file__", None) or "lesson.py").resolve()
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        _current = LessonSession(path.stem, path.parent, Progress(), interactive)
+        _current = LessonSession(path.stem, path.parent, Progress(), interactive, makes_files=interactive)
         sys.excepthook = _without_traceback(sys.excepthook)
     return _current
 

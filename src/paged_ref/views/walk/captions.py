@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from .own import OwnRun
 from .run import LETTERS, KernelRun
 
 
 def sentence(run: KernelRun, position: int) -> str:
     """What the thread does at this access, and why. Raises LookupError where no sentence is written for the line."""
+    if isinstance(run, OwnRun):
+        return run.sentence(position)
     source, array = run.code.text(int(run.line[position])), run.info(position).name
     for (piece, wanted), words in _SENTENCES.items():
         if piece in source and wanted in ("", array):

@@ -43,7 +43,7 @@ def lines_of_kernel(trace: Trace) -> IntArray:
 
 def compared(name: str, source: Source, other: Source) -> SourceLines:
     """The source of kernel `name`, compared with the other kernel's."""
-    lines, other_lines = _fold(source), _fold(other)
+    lines, other_lines = fold(source), fold(other)
     matcher = difflib.SequenceMatcher(None, [t for _, t in lines], [t for _, t in other_lines], autojunk=False)
     different = {}
     for what, start, end, other_start, other_end in matcher.get_opcodes():
@@ -53,7 +53,7 @@ def compared(name: str, source: Source, other: Source) -> SourceLines:
     return SourceLines(f"{name}.py", tuple(lines), different)
 
 
-def _fold(source: Source) -> list[tuple[int, str]]:
+def fold(source: Source) -> list[tuple[int, str]]:
     """The lines of a function, each with its number. The docstring is cut to `\"\"\"...\"\"\"`."""
     lines, first = source
     function = ast.parse(textwrap.dedent("".join(lines))).body[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..common.viewer import Viewer
 from .frames import GLOSSARY, SMALLEST, VIEWS, WIDE, Look, frame
+from .own import own_walk
 from .run import KERNELS, Sizes, Walk, walk
 from .walk_page import write_page
 
@@ -55,6 +57,8 @@ class Walker(Viewer):
         self.go(self.walk.runs["paged"].move(self.position, kind, step))
 
     def _kernel(self) -> None:
+        if len(self.walk.runs) < len(KERNELS):
+            return
         names = ("both", *KERNELS) if self._wide else KERNELS
         now = self.look.kernel if self.look.kernel in names else "paged"  # too narrow for both: paged is shown
         self.look = replace(self.look, kernel=names[(names.index(now) + 1) % len(names)])
@@ -83,9 +87,10 @@ class Walker(Viewer):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Words: " + "; ".join(f"{word}: {meaning}" for word, meaning in GLOSSARY)
+    parser.epilog = "\n".join([parser.epilog or "", "", "words:", *(f"  {word}: {said}" for word, said in GLOSSARY)])
     show = parser.add_argument_group("what to show")
     show.add_argument("--kernel", default="both", choices=(*KERNELS, "both"), help=f"both: from {WIDE} columns on")
+    show.add_argument("--mine", type=Path, metavar="FILE", help="your own kernel, of lessons 8 and 9: my_kernel.py")
     show.add_argument("--view", default="walk", choices=VIEWS, help="all, the threads' counters, or the cache layouts")
     show.add_argument(
         "--at",
@@ -116,9 +121,9 @@ def main(args: argparse.Namespace) -> int:
     )  # fmt: skip
     size = parse_size(args.size, SMALLEST) if args.size else None
     every = _every(args.every) if args.every else None
-    made = walk(sizes)
+    made = own_walk(args.mine, sizes) if args.mine else walk(sizes)
     at = _position(args.at, made) if args.at else None
-    look = Look(args.kernel, args.view)
+    look = Look("paged" if args.mine else args.kernel, args.view)
     if args.html:
         with Console(stderr=True).status(f"drawing {2 * len(made):,} accesses ..."):
             write_page(args.html, made, _position("keys", made) if at is None else at, look, size)
@@ -142,7 +147,7 @@ def _every(text: str) -> str:
 
 def _position(text: str, walk: Walk) -> int:
     """The access that `--at` names: by its number, from 1, or by the array that it is the first to touch."""
-    for run in (walk.runs["paged"], walk.runs["naive"]):
+    for run in reversed(walk.runs.values()):  # paged first
         for position in run.tour():
             if run.info(position).name == text:
                 return position

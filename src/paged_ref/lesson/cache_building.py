@@ -1,0 +1,282 @@
+"""The paged cache that a reader builds: operations on it and on the real manager, and what then lies in the slots.
+
+Any free block is as good as any other, so block ids are not compared. Compared is what they are for: each operation
+writes a mark for each token into the slot that the cache names, and every sequence must read its own marks back.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..core.memory.block_pool import BlockPool, OutOfBlocks
+from ..core.memory.paged import PagedManager
+from .building import Build, Stage
+from .grading import Pending, Trail
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call. `appends` are pairs of sequence and count, for `append`; `count` is the tokens of an `admit`."""
+
+    kind: Literal["admit", "append", "fork", "free", "clear"]
+    seq_id: int = 0
+    count: int = 0
+    other: int = 0  # the child of a fork; the spare slots of an admit
+    appends: tuple[tuple[int, int], ...] = ()
+
+    def __repr__(self) -> str:
+        match self.kind:
+            case "admit":
+                return f"admit({self.seq_id}, {self.count} tokens, spare={self.other})"
+            case "append":
+                return f"append({[*self.appends]})"
+            case "fork":
+                return f"fork({self.seq_id}, {self.other})"
+            case _:
+                return f"{self.kind}({self.seq_id if self.kind == 'free' else ''})"
+
+
+@dataclass(frozen=True)
+class Operations:
+    """A small cache, and what is done to it."""
+
+    num_blocks: int
+    block_size: int
+    calls: tuple[Operation, ...] = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"{self.num_blocks}, {self.block_size}"
+
+
+class _NoSlotsError(Exception):
+    """What a cache answers is no list of slots."""
+
+
+class _Memory:
+    """The slots of one cache: each holds the mark of the token that was written there last."""
+
+    def __init__(self, manager: Any) -> None:
+        self.manager = manager
+        self.slots: list[tuple[int, int] | None] = [None] * manager.num_slots
+        self.marks: dict[int, list[tuple[int, int]]] = {}  # of each sequence: (number of the mark, position)
+        self.num_marks = 0
+
+    def do(self, call: Operation) -> str:
+        """Make the call, write what an engine would write, and say what came of it."""
+        manager, copied = self.manager, 0
+        try:
+            match call.kind:
+                case "admit":
+                    found = manager.admit(call.seq_id, range(call.count), 99, call.other)
+                    if type(found) is not int:
+                        return f"admit returns {found!r}; an int is expected, the tokens that need not be computed"
+                    self.marks[call.seq_id] = []
+                case "append":
+                    copied = self._append(call.appends)
+                case "fork":
+                    manager.fork(call.seq_id, call.other)
+                    self.marks[call.other] = self.marks[call.seq_id].copy()
+                case "free":
+                    manager.free(call.seq_id)
+                    del self.marks[call.seq_id]
+                case "clear":
+                    manager.clear()
+                    self.marks.clear()
+        except OutOfBlocks:
+            return f"refused (OutOfBlocks); {self._state()}"
+        return f"copied: {copied}; {self._state()}" if call.kind == "append" else self._state()
+
+    def _append(self, appends: tuple[tuple[int, int], ...]) -> int:
+        transfers, size = self.manager.append(list(appends)), self.manager.block_size
+        if not isinstance(transfers, list):
+            raise TypeError(f"append returns {transfers!r}; a list of Transfer is expected")
+        for transfer in transfers:
+            source, destination = transfer.source * size, transfer.destination * size
+            self.slots[destination : destination + size] = self.slots[source : source + size]
+        for seq_id, count in appends:
+            marks = self.marks[seq_id]
+            for slot in self._slots(seq_id, len(marks), count):
+                marks.append((self.num_marks, len(marks)))
+                self.slots[slot] = marks[-1]
+                self.num_marks += 1
+        return len(transfers)
+
+    def _state(self) -> str:
+        """Lengths, blocks and what is read; the first token that is lost, if one is."""
+        manager, words, size = self.manager, [], self.manager.block_size
+        for seq_id, marks in self.marks.items():
+            slots = self._slots(seq_id, 0, len(marks))
+            for position, (slot, mark) in enumerate(zip(slots, marks, strict=True)):
+                if self.slots[slot] != mark:
+                    return f"position {position} of sequence {seq_id} (slot {slot}) is lost: {self._holder(slot)}"
+                block = manager.placement(seq_id)[position // size]
+                if slot != block * size + position % size:
+                    return f"position {position} of sequence {seq_id} is in slot {slot}, and its table says {block}"
+            blocks = len(manager.placement(seq_id))
+            words.append(f"{seq_id}: {manager.length(seq_id)} tokens in {blocks} blocks")
+        free = manager.snapshot().free // size
+        return f"{free} blocks free; sequences {'; '.join(words) or 'none'}"
+
+    def _slots(self, seq_id: int, first: int, count: int) -> list[int]:
+        """What the cache says, if it is a list of slots. Raises _NoSlotsError."""
+        call = f"slots({seq_id}, {first}, {count})"
+        slots: list[int] = self.manager.slots(seq_id, first, count) if count else []
+        if not isinstance(slots, list) or len(slots) != count or any(type(slot) is not int for slot in slots):
+            raise _NoSlotsError(f"{call} is {slots}; {count} ints are expected, in a list")
+        if outside := [slot for slot in slots if not 0 <= slot < len(self.slots)]:
+            raise _NoSlotsError(f"{call} has {outside[0]}; 0 to {len(self.slots) - 1} are there")
+        return slots
+
+    def _holder(self, slot: int) -> str:
+        mark = self.slots[slot]
+        for seq_id, marks in self.marks.items():
+            if mark in marks:
+                return f"the slot has position {marks.index(mark)} of sequence {seq_id}"
+        return "nothing was written there" if mark is None else "the slot has a token of a sequence that ended"
+
+
+def _trial(cache: Callable[[int, int], Any]) -> Callable[[Operations], Trail]:
+    """How a cache, made by `cache(num_blocks, block_size)`, is tried: what each call does, to the first error."""
+
+    def run(case: Operations) -> Trail:
+        memory, trail = _Memory(cache(case.num_blocks, case.block_size)), Trail()
+        for number, call in enumerate(case.calls, start=1):
+            step = f"operation {number}, {call!r}"
+            try:
+                trail[step] = memory.do(call)
+            except Pending:
+                raise
+            except _NoSlotsError as answer:
+                trail[step] = str(answer)
+                break
+            except Exception as error:
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                trail[step] = f"raises {type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+                break
+        return trail
+
+    return run
+
+
+def real_cache(num_blocks: int, block_size: int) -> PagedManager:
+    """The package's own."""
+    return PagedManager(BlockPool(num_blocks), block_size)
+
+
+# ---- the cases
+
+
+def _case(num_blocks: int, *calls: Operation) -> tuple[Operations]:
+    return (Operations(num_blocks, 4, calls),)
+
+
+def _admit(seq_id: int, count: int, spare: int = 0) -> Operation:
+    return Operation("admit", seq_id, count, spare)
+
+
+def _append(*appends: tuple[int, int]) -> Operation:
+    return Operation("append", appends=appends)
+
+
+def _fork(parent: int, child: int) -> Operation:
+    return Operation("fork", parent, other=child)
+
+
+def _begin(seq_id: int, count: int) -> tuple[Operation, Operation]:
+    return _admit(seq_id, count), _append((seq_id, count))
+
+
+def _free(seq_id: int) -> Operation:
+    return Operation("free", seq_id)
+
+
+def random_case(seed: int, num_blocks: int, block_size: int, num_calls: int) -> tuple[Operations]:
+    """Calls as an engine makes them, among them some that the real manager refuses."""
+    rng, manager = random.Random(seed), real_cache(num_blocks, block_size)
+    calls: list[Operation] = []
+    next_id = 0
+    while len(calls) < num_calls:
+        held = list(manager.tables)
+        kind = rng.choices(("begin", "append", "fork", "free", "clear"), (4, 12, 2, 3, 0.1))[0]
+        batch: tuple[Operation, ...]
+        if kind == "begin" or not held:
+            batch = (_admit(next_id, rng.randint(1, 3 * block_size), rng.choice((0, 0, block_size))),)
+        elif kind == "append":
+            ids = rng.sample(held, min(len(held), rng.randint(1, 4)))
+            batch = (_append(*((i, rng.choice((1, 1, 1, block_size + 1))) for i in ids)),)
+        elif kind == "fork":
+            batch = (_fork(rng.choice(held), next_id),)
+        else:
+            batch = (Operation("clear") if kind == "clear" else _free(rng.choice(held)),)
+        next_id += 1
+        for call in batch:
+            calls.append(call)
+            try:
+                _make(manager, call)
+            except OutOfBlocks:
+                continue
+            if call.kind == "admit":  # an engine computes it in the same step
+                calls.append(_append((call.seq_id, call.count)))
+                _make(manager, calls[-1])
+    return (Operations(num_blocks, block_size, tuple(calls)),)
+
+
+def _make(manager: PagedManager, call: Operation) -> None:
+    match call.kind:
+        case "admit":
+            manager.admit(call.seq_id, range(call.count), 99, call.other)
+        case "append":
+            manager.append(call.appends)
+        case "fork":
+            manager.fork(call.seq_id, call.other)
+        case "free":
+            manager.free(call.seq_id)
+        case "clear":
+            manager.clear()
+
+
+BUILDS = {
+    "MyCache": Build(
+        "MyCache",
+        [
+            Stage(
+                "a table that grows (lesson 5)",
+                [_case(6, *_begin(0, 9)), _case(6, *_begin(0, 3), _append((0, 1)), _append((0, 1)), _append((0, 7)))],
+                "append: first the length; then blocks while len(table) * block_size is less than the length",
+            ),
+            Stage(
+                "blocks that come back (lesson 6)",
+                [_case(5, *_begin(0, 9), *_begin(1, 5), _free(0), *_begin(2, 12), _free(1), _free(2), *_begin(3, 20)),
+                 _case(5, *_begin(0, 9), Operation("clear"), *_begin(1, 17))],
+                "free: each block of the table has one table less; at zero it is free again",
+            ),
+            Stage(
+                "refusals that change nothing (lesson 14)",
+                [_case(3, *_begin(0, 8), _admit(1, 5), _admit(1, 4), _append((1, 4)), _append((0, 1)), _append((0, 0))),
+                 _case(4, *_begin(0, 4), *_begin(1, 8), _append((0, 4), (1, 1)), _append((0, 4)), _append((1, 1))),
+                 _case(4, *_begin(0, 4), _admit(1, 9, 4), _admit(1, 8, 4), _append((1, 8))),
+                 _case(4, _admit(0, 16, 8), _append((0, 16)), _free(0), _admit(1, 17))],
+                "keep copies of tables, lengths, counts and free blocks; put them back where OutOfBlocks is raised",
+            ),
+            Stage(
+                "forks, and copy on write (lesson 12)",
+                [_case(9, *_begin(0, 6), _fork(0, 1), _append((0, 1)), _append((1, 1)), _free(0), _append((1, 2))),
+                 _case(9, *_begin(0, 8), _fork(0, 1), _append((0, 1), (1, 1)), _free(0), _free(1), *_begin(2, 36)),
+                 _case(9, *_begin(0, 10), _fork(0, 1), _fork(0, 2), _append((0, 1), (1, 1), (2, 1)), _free(1)),
+                 _case(4, *_begin(0, 6), _fork(0, 1), *_begin(2, 4), _append((0, 1), (1, 1)), _append((2, 1)))],
+                "append: the last block is partly filled and in another table, too: copy it first",
+            ),
+            Stage(
+                "random operations",
+                [random_case(seed, 8 + 4 * seed, 1 + seed, 150) for seed in range(4)],
+                "the operation that is named is the first that differs: what did the calls before it leave?",
+            ),
+        ],
+        _trial(real_cache), _trial, real_cache,
+    )
+}  # fmt: skip
