@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.logs:
         _frame(args.frame, FRAMES)  # nonsense is refused before the model runs
     if args.tour and (other := options.first_given(args, "at", "every", "svg", "html")):
-        raise ValueError(f"{other} shows one moment, and --tour goes through several; leave one of them out")
+        raise ValueError(f"{other} cannot be given with --tour, which shows moments of its own")
     size = parse_size(args.size, SMALLEST_TOUR if args.tour else SMALLEST) if args.size else None
     runs = _runs(args)
     if args.tour:

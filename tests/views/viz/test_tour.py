@@ -55,4 +55,4 @@ def test_without_a_terminal_the_stops_follow_one_another(log_file: Path, capsys:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 25 * 12 - 1
     assert main(["viz", str(log_file), "--tour", "--at", "C"]) == 2
-    assert "--at shows one moment, and --tour goes through several" in capsys.readouterr().err
+    assert "--at cannot be given with --tour" in capsys.readouterr().err

@@ -95,4 +95,6 @@ class Viewer(ABC):
 
 def help_lines(keys: Iterable[tuple[str, str]]) -> Lines:
     """A line for each key, or mark, and what it means."""
-    return [line((f" {key:<10}", "bold"), meaning) for key, meaning in keys]
+    rows = list(keys)
+    room = max(10, 1 + max(len(key) for key, _ in rows))
+    return [line((f" {key:<{room}}", "bold"), meaning) for key, meaning in rows]

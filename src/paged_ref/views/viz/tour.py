@@ -52,7 +52,7 @@ _PLACES = {
         ("C", "sharing", "One of them writes: only now is one block copied, the others stay shared."),
         ("S", "swap", "The pool is full, so the last to arrive makes room, block by block."),
         ("H", "prefix", "The same beginning once more: its blocks are still known, and are not computed again."),
-        ("end", "memory", "At most one block of each sequence is partly empty, so more of them run together."),
+        ("end", "timeline", "More sequences run together, so the same requests need the fewest steps."),
     ),
 }
 

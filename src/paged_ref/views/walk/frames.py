@@ -53,7 +53,7 @@ GLOSSARY = (
     ("round", "what the threads do between two barriers"),
     ("4 B a lane", "each lane loads one element: the bytes for a lane are its size"),
     ("16 B a lane", "each lane loads 16 bytes in one instruction, the most there is"),
-    ("NHD, HND", "the axes of a block in memory: N slots, H heads, D elements of a head"),
+    ("NHD, HND", "the axes of a block in memory: N slots, H heads, D elements"),
     ("packed", "neighbouring slots lie side by side, 16 bytes of each"),
     ("shared", "memory on the chip that all threads of a CUDA block see"),
     ("tile", "the keys that the threads look at together, one for each thread"),
