@@ -343,7 +343,9 @@ def test_a_prompt_that_does_not_fit_leaves_a_new_cache_as_it_was() -> None:
     with pytest.raises(OutOfBlocks) as refused:
         generate(paged(build("llama")), past_key_values=cache)
     assert str(refused.value) == message
-    assert (cache.rows, cache.get_seq_length(), cache.pool.blocks_in_use) == ([], 0, 0)
+    assert (cache.get_seq_length(), cache.pool.blocks_in_use) == (0, 0)
+    one = generate(paged(build("llama")), PROMPTS[1:2], MASK[1:2], past_key_values=cache, new=4)  # another batch
+    assert (one.shape, cache.blocks_in_use) == ((1, 14), 4)
 
 
 def test_an_interrupted_run_counts_for_nothing() -> None:

@@ -243,25 +243,22 @@ class PagedCache(Cache):  # type: ignore[misc]
         self._keep(start)
         self._check(layer, real, start, count)
         packing = Packing(real[:, start:], device)
-        new = [] if self.rows else [self.pool.new_row() for _ in packing.counts]
-        rows = self.rows or new
-        firsts = [manager.length(row) for row in rows]
-        try:
-            self.pool.append(rows, packing.counts)
-        except OutOfBlocks:
-            self.pool.free(new)
-            raise
-        self.rows.extend(new)
+        if not start:
+            self.pool.free(self.rows)
+            self.rows.extend(self.pool.new_row() for _ in packing.counts)
+            self.real = real[:, :0]
+        firsts = [manager.length(row) for row in self.rows]
+        self.pool.append(self.rows, packing.counts)
         self.real = real
-        slots = [slot for at in zip(rows, firsts, packing.counts, strict=True) for slot in manager.slots(*at)]
-        tables = [manager.placement(row) for row in rows]
+        slots = [slot for at in zip(self.rows, firsts, packing.counts, strict=True) for slot in manager.slots(*at)]
+        tables = [manager.placement(row) for row in self.rows]
         widest = max(1, *map(len, tables))
         tables = [table + [-1] * (widest - len(table)) for table in tables]
-        arrays = (ints(values, device) for values in (slots, tables, [manager.length(row) for row in rows]))
+        arrays = (ints(values, device) for values in (slots, tables, [manager.length(row) for row in self.rows]))
         return Step(layer, start, start + count, packing, *arrays)
 
     def _check(self, layer: PagedLayer, real: torch.Tensor, start: int, count: int) -> None:
-        if self.rows and real.shape[0] != len(self.rows):
+        if start and real.shape[0] != len(self.rows):
             raise ValueError(
                 f"the batch has {real.shape[0]} rows; the cache has {len(self.rows)}. Call cache.reset() before "
                 "another batch, or cache.batch_repeat_interleave(n) to go on n times from each row"
@@ -276,13 +273,13 @@ class PagedCache(Cache):  # type: ignore[misc]
                 f"the attention mask has {real.shape[1]} columns; the cache has {start}, and {count} are new. "
                 "Give the mask of the whole sequence (and not use_cache=False), or call cache.reset() before another"
             )
-        if self.rows and not torch.equal(real[:, :start], self.real):
+        if start and not torch.equal(real[:, :start], self.real):
             raise ValueError("the attention mask hides other columns of the past than when they were written")
 
     def _keep(self, columns: int) -> None:
         """Forget all columns from `columns` on."""
-        for row, gone in zip(self.rows, self.real[:, columns:].sum(1).tolist(), strict=True):
-            self.pool.manager.truncate(row, self.pool.manager.length(row) - gone)
+        for row, length in zip(self.rows, self.real[:, :columns].sum(1).tolist(), strict=True):
+            self.pool.manager.truncate(row, length)
         self.real, self._step = self.real[:, :columns], None
         for layer in self.layers:
             layer.columns = min(layer.columns, columns)

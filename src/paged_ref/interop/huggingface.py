@@ -121,12 +121,13 @@ def _paged(query: torch.Tensor, new: NewKV, real: torch.Tensor, how: dict[str, A
     keys, values = cache.pool.layer(layer.index, new.key)
     if new.step is None:
         step = cache.step(layer, real, query.shape[2], query.device)
-        write_kv(step.packing.pack(new.key), step.packing.pack(new.value), keys, values, step.slots.to(query.device))
+        packed, slots = (step.packing.pack(new.key), step.packing.pack(new.value)), step.slots.to(query.device)
+        write_kv(*packed, keys, values, slots, validate=False)  # the manager made the slots
         layer.columns, new.step = step.end, step
     packing = new.step.packing
     where = (new.step.block_tables, new.step.seq_lens, packing.query_start_loc)
-    out = paged_attention(packing.pack(query), keys, values, *(index.to(query.device) for index in where), **how)
-    return packing.unpack(out)
+    addresses = (index.to(query.device) for index in where)
+    return packing.unpack(paged_attention(packing.pack(query), keys, values, *addresses, **how, validate=False))
 
 
 def _contiguous(
