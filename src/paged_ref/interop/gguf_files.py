@@ -188,4 +188,4 @@ def _tokenizer(reader: Any, path: Path) -> Tokenizer:
         raise ValueError(f"{path} has a tokenizer that is not whole: {error}") from None
     inner.pre_tokenizer = pre_tokenizers.Sequence(CUTS[cut])
     inner.decoder = decoders.ByteLevel()
-    return HFTokenizer(inner)
+    return HFTokenizer(inner, path)

@@ -22,6 +22,7 @@ class Table:
 
     blocks: list[int] = field(default_factory=list)  # logical block -> physical block
     length: int = 0  # tokens that have a slot
+    truncated: bool = False  # the last block may have been full before, with other tokens
 
 
 class PagedManager(KVCacheManager):
@@ -78,9 +79,9 @@ class PagedManager(KVCacheManager):
             table = self.tables[seq_id]
             if needed and self.writes_shared_block(table, count):
                 transfers.append(self._copy_on_write(table))
-            elif count and table.length % self.block_size:
+            elif count and table.truncated:
                 self.pool.reopened(table.blocks[-1])
-            table.length += count
+            table.length, table.truncated = table.length + count, table.truncated and not count
             while needed and len(table.blocks) * self.block_size < table.length:
                 table.blocks.append(self.pool.allocate())
         return transfers
@@ -120,13 +121,13 @@ class PagedManager(KVCacheManager):
         parent = self.tables[parent_id]
         for block_id in parent.blocks:
             self.pool.share(block_id)
-        self.tables[child_id] = Table(parent.blocks.copy(), parent.length)
+        self.tables[child_id] = Table(parent.blocks.copy(), parent.length, parent.truncated)
 
     def truncate(self, seq_id: int, length: int) -> None:
         table = self.tables[seq_id]
         if not 0 <= length <= table.length:
             raise ValueError(f"length is {length}; sequence {seq_id} has {table.length} tokens")
-        table.length = length
+        table.length, table.truncated = length, length % self.block_size > 0
         while len(table.blocks) > self.blocks_for(length):
             self.pool.release(table.blocks.pop())
 
