@@ -145,7 +145,7 @@ def test_the_lists_name_all(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         (["--gpu", "A100"], "gpu is 'A100'; known are auto, A100-40GB"),
         (["--context", "9000"], "--context is 9000; 2 to Llama-3-8B's context of 8192"),
         (["--context", "200", "--max-model-len", "100"], "--context is 200; 2 to --max-model-len of 100"),
-        (["--max-model-len", "9000"], "max_model_len is 9000; 2 to the 8192"),
+        (["--max-model-len", "9000"], "--max-model-len is 9000; 2 to the 8192"),
         (["--prompt", "2048"], "--prompt is 2048; 1 to 1499 tokens of a context of 1500"),
         (["--prompt", "0"], "--prompt is 0; 1 to 1499"),
         (["--num-gpus", "3"], "--num-gpus is 3; a divisor of the 32 heads"),

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..core.memory.standard import StandardManager
 from .metrics import Admission, Outcome
 from .roofline import StepTime
 from .setup import Setup
@@ -115,8 +114,8 @@ def work_of(setup: Setup, requests: list[TraceRequest], hash_block: int) -> Work
     known = np.array(_known_tokens(requests, hash_block) if setup.prefix_cache else [0.0] * len(requests))
     later = output - 1  # steps after the first, and tokens of the output that are computed
     grown = later * prompt + later * (later + 1) / 2  # lengths in the later steps, summed
-    manager = setup.make_manager()
-    if isinstance(manager, StandardManager):
+    if setup.manager == "standard":
+        manager = setup.make_manager()
         least = np.array([manager.max_slots_needed(each.prompt_len, each.num_tokens - 1) for each in requests], float)
         slots = least * output
     else:
@@ -167,7 +166,7 @@ class Bound:
     def steps(self) -> dict[Admission, Array]:
         """The share of a step that each request takes from what a step may hold, summed over its steps."""
         setup, work = self.setup, self.work
-        num_slots = setup.make_manager().num_slots
+        num_slots = setup.usable_slots
         fit = max(1.0, num_slots // float(work.least_slots.min()))
         return {
             "sequences": work.outputs / setup.max_batch_seqs,
