@@ -21,15 +21,18 @@ from .assess_report import html, picture, print_known, print_report
 from .report_text import wide_console
 
 SHARING = 50  # requests of a group with the same beginning
-DEFAULT_CONTEXT = 1500  # with a power of two, `pow2` would reserve as much as `exact`
+# Of a sequence. The reservations differ for it: the buddy allocator gives `exact` 1,024 slots, and `pow2`, which rounds
+# an output of a third up to 512, gets 2,048. With an output of half, or a length above a power of two, both are equal.
+DEFAULT_CONTEXT, DEFAULT_OF = 1000, 2048  # tokens, and the model's context from which on
+PROMPT_SHARE = 2 / 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.server_options(parser, DEFAULT_MODEL, f"auto, without a GPU {DEFAULT_GPU}")
     lengths = parser.add_argument_group("lengths, in tokens")
-    context = f"of a sequence at its end (default {DEFAULT_CONTEXT}, or three quarters of a shorter context)"
+    context = f"of a sequence at its end (default {DEFAULT_CONTEXT}, or half of a context below {DEFAULT_OF})"
     options.integer(lengths, "--context", None, context, least=None)
-    options.integer(lengths, "--prompt", None, "tokens of the prompt among these (default: half)", least=None)
+    options.integer(lengths, "--prompt", None, "tokens of the prompt among these (default: two thirds)", least=None)
     shared.trace_options(lengths, None, "lengths of real requests in place of --context: {}; or sharegpt, alpaca")
     text = "tokens with which the prompts of a group begin alike"
     options.integer(lengths, "--prefix-tokens", None, text)
@@ -72,11 +75,12 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[RequestTrace,
         trace = _with_prefixes(args, shared.trace_of_options(args))
         return trace, "; ".join([trace.describe(), *trace.notes])
     most = model.max_context if args.max_model_len is None else min(args.max_model_len, model.max_context)
-    context = min(DEFAULT_CONTEXT, most - most // 4) if args.context is None else args.context
+    usual = max(2, DEFAULT_CONTEXT * min(most, DEFAULT_OF) // DEFAULT_OF)
+    context = usual if args.context is None else args.context
     if not 2 <= context <= most:
         limit = f"{model.name}'s context" if most == model.max_context else "--max-model-len"
         raise ValueError(f"--context is {context}; 2 to {limit} of {most} is allowed")
-    prompt = context // 2 if args.prompt is None else args.prompt
+    prompt = max(1, int(context * PROMPT_SHARE)) if args.prompt is None else args.prompt
     if not 1 <= prompt < context:
         raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} is allowed")
     source = f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"

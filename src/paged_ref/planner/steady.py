@@ -9,7 +9,7 @@ which no way to manage memory can pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .metrics import Admission, Outcome
 from .roofline import StepTime
 from .setup import Setup
-from .simulate import GENERATIONS, MEASURED_GENERATIONS, Saturation, Simulation
+from .simulate import GENERATIONS, MEASURED_GENERATIONS, Saturation, Simulation, simulated
 from .traces import RequestTrace, TraceRequest, repeated
 
 Limit = Literal["sequences", "tokens", "memory", "bandwidth", "arithmetic", "link"]
@@ -62,15 +62,16 @@ Array = npt.NDArray[np.float64]
 
 def admissible(setup: Setup, trace: RequestTrace) -> list[TraceRequest]:
     """The requests that are not refused, with their outputs cut at the context."""
+    return [each for each in _served(setup, trace) if each is not None]
+
+
+def _served(setup: Setup, trace: RequestTrace) -> Iterator[TraceRequest | None]:
+    """Each request, its output cut at the context; None where it is refused."""
     manager, context = setup.make_manager(), setup.longest
-    served = [
-        replace(each, output_len=min(each.output_len, context - each.prompt_len))
-        for each in trace.requests
-        if each.prompt_len < context
-    ]
-    return [
-        each for each in served if manager.max_slots_needed(each.prompt_len, each.num_tokens - 1) <= manager.num_slots
-    ]
+    for each in trace.requests:
+        cut = each if each.num_tokens <= context else replace(each, output_len=max(0, context - each.prompt_len))
+        fits = cut.output_len and manager.max_slots_needed(cut.prompt_len, cut.num_tokens - 1) <= manager.num_slots
+        yield cut if fits else None
 
 
 def mean_length(requests: Sequence[TraceRequest]) -> float:
@@ -299,8 +300,12 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
     bound = Bound(setup, work_of(setup, served, trace.hash_block))
     most = int(min(setup.max_batch_seqs, setup.num_slots // bound.work.least_slots.min()))  # that can run together
     begun = (GENERATIONS + MEASURED_GENERATIONS + 3) * most + len(served)
-    saturation = Saturation(len(served))
-    outcome = Simulation(setup, repeated(accepted, -(-begun // len(served)) + 1), saturation=saturation).run()
+    passes = repeated(accepted, -(-begun // len(served)) + 1)
+    simulation, outcome = simulated(
+        setup, accepted, lambda each: Simulation(each, passes, saturation=Saturation(len(served)))
+    )
+    saturation = simulation.saturation
+    assert saturation
     # Whole passes begin in the measured time, and nearly whole ones end: what is over at its beginning and at its end
     # differs a little, and no rate can be above the roofline.
     rate = min(saturation.measured / saturation.seconds, bound.rate)
@@ -321,8 +326,6 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
 
 def _refusal(setup: Setup, trace: RequestTrace) -> str:
     """Why the first refused request is refused."""
-    for each in trace.requests:
-        alone = replace(trace, requests=(each,))
-        if not admissible(setup, alone):
-            return Simulation(setup, alone).run().refusal
-    return ""
+    pairs = zip(trace.requests, _served(setup, trace), strict=True)
+    first = next(request for request, served in pairs if served is None)
+    return Simulation(setup, replace(trace, requests=(first,))).run().refusal

@@ -8,9 +8,11 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.backend import resource_tracker as tracker_of_joblib
 
 from ..tuned.threads import cores
 
@@ -82,6 +84,8 @@ def _interrupts_held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    for tracker in (resource_tracker, tracker_of_joblib):
+        tracker.ensure_running()  # now: in a Python 3.11, the start of such a process unblocks the signal
     came: list[int] = []  # another thread may take the signal
     handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
