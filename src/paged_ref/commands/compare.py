@@ -87,11 +87,11 @@ def _measure(
     checked: list[Checked] = []
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
     with recording(args.record) as log, bars as progress:
-        task = progress.add_task("timing bookkeeping and kernels", total=2)
-        cost = _cost(lambda: progress.advance(task))
         task = progress.add_task("simulating", total=num_runs(len(rows), limits))
         curves = curves_of(rows, trace, limits, workers=shared.workers_of(args), on_run=lambda: progress.advance(task))
         found = [row_of(curve) for curve in curves]
+        task = progress.add_task("timing bookkeeping and kernels", total=2)
+        cost = _cost(lambda: progress.advance(task))
         if args.run:
             task = progress.add_task("running the embedded model", total=len(rows))
             checked = check(rows, small(trace), on_run=lambda _: progress.advance(task), log=log)
