@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_the_report_fits_the_window(
     columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert main(["assess", "--model", "opt-13b", *GPU, "--context", "500"]) == 0
+    assert main(["assess", "--model", "opt-13b", *GPU, "--context", "500", "--prompt", "250"]) == 0
     printed = capsys.readouterr().out
     commands = ("   vllm serve", "   python -m sglang", "   echo 'kv_cache_config", "   ContinuousBatchingConfig")
     assert all(len(line) <= columns for line in printed.splitlines() if not line.startswith(commands))
@@ -103,10 +104,20 @@ def test_limits_bound_the_advice_and_give_goodput(tmp_path: Path, capsys: pytest
     assert table.read_text(encoding="utf-8").count("\n") == 5
 
 
-def test_the_default_context_tells_pow2_from_exact(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["assess", "--model", "OPT-13B", *GPU, "--json", "-"]) == 0
-    plans = {plan["name"]: plan for plan in json.loads(capsys.readouterr().out)["plans"]}
-    assert plans["standard pow2"]["slots_each"] >= plans["standard exact"]["slots_each"]
+@pytest.mark.parametrize(
+    ("model", "slots"), [("tiny", ("512", "512", "256")), ("OPT-13B", ("2,048", "2,048", "1,024"))]
+)
+def test_the_default_lengths_show_what_each_reservation_rounds_up(
+    model: str, slots: tuple[str, str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = "T4" if model == "tiny" else "A100-40GB"
+    assert main(["assess", "--model", model, "--gpu", gpu, "--max-batch-seqs", "4"]) == 0
+    shown = capsys.readouterr().out
+    rows = {line[:15].strip(): line.split() for line in shown.splitlines() if line.startswith(" standard ")}
+    assert tuple(rows[f"standard {reserve}"][2] for reserve in ("max", "pow2", "exact")) == slots
+    advised = re.search(r"How many sequences: ([\d,]+)", shown)
+    assert advised
+    assert re.search(rf"^ {advised[1]} .*%", shown, re.MULTILINE)  # in the table, too
 
 
 def test_what_holds_none_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,9 +156,9 @@ def test_the_lists_name_all(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         (["--gpu", "A100"], "gpu is 'A100'; known are auto, A100-40GB"),
         (["--context", "9000"], "--context is 9000; 2 to Llama-3-8B's context of 8192"),
         (["--context", "200", "--max-model-len", "100"], "--context is 200; 2 to --max-model-len of 100"),
-        (["--max-model-len", "9000"], "max_model_len is 9000; 2 to the 8192"),
-        (["--prompt", "2048"], "--prompt is 2048; 1 to 1499 tokens of a context of 1500"),
-        (["--prompt", "0"], "--prompt is 0; 1 to 1499"),
+        (["--max-model-len", "9000"], "--max-model-len is 9000; 2 to the 8192"),
+        (["--prompt", "2048"], "--prompt is 2048; 1 to 999 tokens of a context of 1000"),
+        (["--prompt", "0"], "--prompt is 0; 1 to 999"),
         (["--num-gpus", "3"], "--num-gpus is 3; a divisor of the 32 heads"),
         (["--num-gpus", "0"], "--num-gpus is 0; a divisor"),
         (["--model", "Llama-3-70B"], "131.4 GiB of weights; A100-80GB has 72.0 GiB for them"),

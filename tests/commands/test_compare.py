@@ -109,7 +109,7 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
         (["compare", "--block-sizes", "0"], "--block-sizes holds 0"),
         (["compare", "--kv-tokens", "100"], "at least one block of 128"),
         (["compare", "--kv-tokens", "1"], "--kv-tokens is 1"),
-        (["compare", "--max-model-len", "4096"], "OPT-13B's context is 2048"),
+        (["compare", "--max-model-len", "4096"], "2 to the 2048 of OPT-13B's context is allowed"),
         (["compare", "--model", "OPT-175B"], "OPT-175B has"),
         (["compare", "--model", "GPT-9"], "model is 'GPT-9'"),
         (["compare", "--gpu", "Z80"], "gpu is 'Z80'"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from paged_ref.cli import main
+from paged_ref.commands import html_report
 
 ASSESS = ["assess", "--gpu", "A100-40GB", "--model", "OPT-13B"]
 
@@ -27,7 +28,7 @@ def test_the_page_of_assess_needs_no_other_file(
     assert "src=" not in text
     assert text.count("<svg") == 2  # the curve with the bars, and the memory over time
     assert f"paged-ref assess --gpu A100-40GB --model OPT-13B --context 400 --html {page}" in text
-    assert "NVIDIA A100 datasheet, 2021: NVLink 600 GB/s, 2026-11-25" in text
+    assert "NVIDIA A100 datasheet, 2021: NVLink 600 GB/s, 2026-11-29" in text
     assert "40 layers x 40 KV heads x 128 x 2 bytes = 819,200 bytes" in text
     assert "assumed: of the memory&#x27;s bandwidth" in text
     assert "vllm serve facebook/opt-13b" in text
@@ -50,7 +51,7 @@ def test_shared_prefixes_are_found_by_the_cache(capsys: pytest.CaptureFixture[st
     assert cached["sustained_rate"] > 1.3 * paged["sustained_rate"]
     assert cached["measured"]["hit_rate"] == pytest.approx(512 / 600, rel=0.1)
     assert main([*ASSESS, "--prefix-tokens", "2000"]) == 2
-    assert "--prefix-tokens is 2000; the longest prompt has 750 tokens" in capsys.readouterr().err
+    assert "--prefix-tokens is 2000; the longest prompt has 666 tokens" in capsys.readouterr().err
     assert main([*ASSESS, "--prefix-groups", "2"]) == 2
     assert "--prefix-groups is 2; --prefix-tokens says how much is shared" in capsys.readouterr().err
 
@@ -63,6 +64,10 @@ def test_a_model_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert numbers["settings"]["vLLM"]["command"].startswith("vllm serve MODEL ")
     assert main(["assess", "--gpu", "A100-40GB", "--layers", "40"]) == 2
     assert "a model by hand needs --kv-bytes-per-token and --weights too" in capsys.readouterr().err
+    assert main(["assess", *by_hand[:-1], "999999999999"]) == 2
+    assert "--layers is 1e+12; 1 to 10,000 is possible" in capsys.readouterr().err
+    assert main(["assess", *by_hand, "--weights", "1e30"]) == 2
+    assert "--weights is 1e+30; 1 to 1,000,000,000,000,000 is possible" in capsys.readouterr().err
 
 
 def test_the_page_of_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +79,13 @@ def test_the_page_of_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "price of 10^6" in text
     assert "price of an hour" in text
     assert "Price: of 10^6 output tokens" in capsys.readouterr().out
+
+
+def test_words_of_a_page_cannot_turn_or_hide_what_follows() -> None:
+    shown = html_report.page("a\u202eb", [html_report.paragraph("c\x1b[2Jd<b>"), html_report.code("e\u200bf")])
+    assert "a\N{REPLACEMENT CHARACTER}b" in shown
+    assert "c\N{SYMBOL FOR ESCAPE}[2Jd&lt;b&gt;" in shown
+    assert "e\N{REPLACEMENT CHARACTER}f" in shown
 
 
 @pytest.mark.parametrize("command", [["assess"], ["compare"]])

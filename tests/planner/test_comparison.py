@@ -14,11 +14,11 @@ from paged_ref.planner.metrics import Latency, Limits, Spread
 from paged_ref.planner.models import model_named
 from paged_ref.planner.paper import FIG_12, ORCA, PAGED
 from paged_ref.planner.setup import Setup
-from paged_ref.planner.simulate import Simulation
+from paged_ref.planner.simulate import Simulation, simulated
 from paged_ref.planner.steady import steady_state
 from paged_ref.planner.sweep import LOADS, Point, curves_of, goodput, run_at
 from paged_ref.planner.trace_files import trace_named
-from paged_ref.planner.traces import RequestTrace, TraceRequest, generated
+from paged_ref.planner.traces import RequestTrace, TraceRequest, at_rate, generated
 from paged_ref.planner.workers import Workers
 
 HERE = Workers(1)
@@ -180,3 +180,24 @@ def test_the_embedded_model_runs_as_simulated() -> None:
     checked = check(rows, trace, seen.append)
     assert seen == [row.label for row in rows]
     assert all(each.same and each.steps and each.simulated == each.ran for each in checked)
+
+
+@pytest.mark.parametrize("kv_tokens", [100_000, 600])
+def test_a_cache_that_can_find_nothing_is_left_out_and_changes_no_number(kv_tokens: int) -> None:
+    """With little memory requests are preempted, and find their own blocks again."""
+    trace = at_rate(generated("alpaca", 40), float("inf"))
+    setup = replace(PAGED, prefix_cache=True, kv_tokens=kv_tokens)
+    made: list[bool] = []
+
+    def make(setup: Setup) -> Simulation:
+        made.append(setup.prefix_cache)
+        return Simulation(setup, trace)
+
+    simulation, outcome = simulated(setup, trace, make)
+    assert made == ([False] if kv_tokens > 600 else [False, True])
+    assert (simulation.num_preempted > 0) == (kv_tokens == 600)
+    expected = Simulation(setup, trace).run()
+    for name in ("seconds", "steps", "normalised", "first_token", "each_token", "preemptions", "hit_rate"):
+        assert getattr(outcome, name) == getattr(expected, name)
+    assert outcome.shares.tokens == expected.shares.tokens
+    assert outcome.shares.free + outcome.shares.cached == pytest.approx(expected.shares.free + expected.shares.cached)

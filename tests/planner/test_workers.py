@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from paged_ref.planner import workers
 from paged_ref.planner.paper import ORCA, PAGED
 from paged_ref.planner.steady import steady_state
 from paged_ref.planner.traces import generated
@@ -42,6 +43,20 @@ def alive(group: int) -> list[int]:
         if int(process_group) == group and state != "Z":
             found.append(int(folder.name))
     return found
+
+
+def test_an_interrupt_while_workers_start_is_not_lost() -> None:
+    reached: list[int] = []
+
+    def start() -> None:
+        with workers._interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are counted in /proc")

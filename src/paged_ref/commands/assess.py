@@ -11,55 +11,34 @@ from ..core import device
 from ..planner.assess import Assessment, assess
 from ..planner.hardware import DEFAULT_GPU
 from ..planner.model_config import ModelSpec
-from ..planner.models import DEFAULT_MODEL, with_windows
+from ..planner.models import DEFAULT_MODEL
 from ..planner.settings import servers
-from ..planner.setup import Setup
-from ..planner.trace_files import FORMS
-from ..planner.traces import DRAWN, RequestTrace, TraceRequest, with_prefixes
+from ..planner.traces import RequestTrace, TraceRequest, with_prefixes
 from ..views.common import options
 from ..views.common.console import Console
-from ..views.common.files import write_json, write_text
+from . import planner_options as shared
 from .assess_report import html, picture, print_known, print_report
-from .planner_options import (
-    bad_row_option,
-    gpu_of,
-    gpu_options,
-    html_output,
-    limit_options,
-    limits_of,
-    model_of,
-    model_options,
-    trace_of_options,
-)
-from .report_text import wide_console, write_csv
+from .report_text import wide_console
 
 SHARING = 50  # requests of a group with the same beginning
-DEFAULT_CONTEXT = 1500  # with a power of two, `pow2` would reserve as much as `exact`
+# Of a sequence. The reservations differ for it: the buddy allocator gives `exact` 1,024 slots, and `pow2`, which rounds
+# an output of a third up to 512, gets 2,048. With an output of half, or a length above a power of two, both are equal.
+DEFAULT_CONTEXT, DEFAULT_OF = 1000, 2048  # tokens, and the model's context from which on
+PROMPT_SHARE = 2 / 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model_options(parser, DEFAULT_MODEL)
-    gpu_options(parser, f"auto, without a GPU {DEFAULT_GPU}")
+    shared.server_options(parser, DEFAULT_MODEL, f"auto, without a GPU {DEFAULT_GPU}")
     lengths = parser.add_argument_group("lengths, in tokens")
-    context = f"of a sequence at its end (default {DEFAULT_CONTEXT}, or the model's)"
+    context = f"of a sequence at its end (default {DEFAULT_CONTEXT}, or half of a context below {DEFAULT_OF})"
     options.integer(lengths, "--context", None, context, least=None)
-    options.integer(lengths, "--prompt", None, "tokens of the prompt among these (default: half)", least=None)
-    options.integer(lengths, "--max-model-len", None, "longest that is accepted (default: the model's)", least=None)
-    trace = f"lengths of real requests in place of --context: {FORMS}; or sharegpt, alpaca"
-    lengths.add_argument("--trace", metavar="FILE", help=trace)
-    number = f"of the trace so many, spread over a longer one (default {DRAWN}; 0: all)"
-    options.integer(lengths, "--requests", DRAWN, number, least=0)
-    bad_row_option(lengths)
-    shared = "tokens with which the prompts of a group begin alike"
-    options.integer(lengths, "--prefix-tokens", None, shared)
+    options.integer(lengths, "--prompt", None, "tokens of the prompt among these (default: two thirds)", least=None)
+    shared.trace_options(lengths, None, "lengths of real requests in place of --context: {}; or sharegpt, alpaca")
+    text = "tokens with which the prompts of a group begin alike"
+    options.integer(lengths, "--prefix-tokens", None, text)
     options.integer(lengths, "--prefix-groups", None, "such groups, to which the requests belong in turn (default 1)")
-    options.integer(parser, "--max-batch-tokens", 2048, "in a step", least=None)
-    options.integer(parser, "--max-batch-seqs", 256, "running at the same time", least=None)
-    limit_options(parser)
-    options.json_output(parser, "also write all numbers here; -: print only them", stdout=True)
-    options.output(parser, "--csv", "also write a line for each way to manage the memory here")
-    options.svg_output(parser)
-    html_output(parser)
+    shared.limit_options(parser)
+    shared.file_options(parser, stdout=True)
     parser.add_argument("--list", action="store_true", help="the known models and GPUs, and nothing else")
 
 
@@ -68,28 +47,22 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         print_known(wide_console())
         return 0
-    model = model_of(args, DEFAULT_MODEL)
-    gpu = gpu_of(args, model, "auto" if device.on_gpu else DEFAULT_GPU)
+    model = shared.model_of(args, DEFAULT_MODEL)
+    gpu = shared.gpu_of(args, model, "auto" if device.on_gpu else DEFAULT_GPU)
     trace, source = _requests(args, model)
-    model = with_windows(model, trace.requests)
-    limits = limits_of(args)
-    base = Setup(
-        "paged", gpu, model, max_model_len=args.max_model_len,
-        max_batch_tokens=args.max_batch_tokens, max_batch_seqs=args.max_batch_seqs,
-    )  # fmt: skip
-    found = assess(base, trace, limits)
-    if args.csv:
-        write_csv(args.csv, [plan.to_json() for plan in found.plans])
-    if args.svg:
-        write_text(args.svg, picture(found))
-    if args.html:
-        write_text(args.html, html(found, trace, source, limits))
+    limits = shared.limits_of(args)
+    found = assess(shared.setup_of(args, gpu, model, trace), trace, limits)
+    shared.write_files(
+        args,
+        lambda: as_json(found, source),
+        [plan.to_json() for plan in found.plans],
+        lambda: picture(found),
+        lambda: html(found, trace, source, limits),
+    )
     if str(args.json) == "-":
         print(json.dumps(as_json(found, source), indent=1))
-        return 0
-    if args.json:
-        write_json(args.json, as_json(found, source))
-    print_report(console, found, source, limits)
+    else:
+        print_report(console, found, source, limits)
     return 0
 
 
@@ -99,14 +72,15 @@ def _requests(args: argparse.Namespace, model: ModelSpec) -> tuple[RequestTrace,
         for name in ("context", "prompt"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is {getattr(args, name)}; --trace {args.trace} says the lengths")
-        trace = _with_prefixes(args, trace_of_options(args))
+        trace = _with_prefixes(args, shared.trace_of_options(args))
         return trace, "; ".join([trace.describe(), *trace.notes])
     most = model.max_context if args.max_model_len is None else min(args.max_model_len, model.max_context)
-    context = min(DEFAULT_CONTEXT, most) if args.context is None else args.context
+    usual = max(2, DEFAULT_CONTEXT * min(most, DEFAULT_OF) // DEFAULT_OF)
+    context = usual if args.context is None else args.context
     if not 2 <= context <= most:
         limit = f"{model.name}'s context" if most == model.max_context else "--max-model-len"
         raise ValueError(f"--context is {context}; 2 to {limit} of {most} is allowed")
-    prompt = context // 2 if args.prompt is None else args.prompt
+    prompt = max(1, int(context * PROMPT_SHARE)) if args.prompt is None else args.prompt
     if not 1 <= prompt < context:
         raise ValueError(f"--prompt is {prompt}; 1 to {context - 1} tokens of a context of {context} is allowed")
     source = f"sequences of {context:,} tokens at their end, {prompt:,} of them prompt"

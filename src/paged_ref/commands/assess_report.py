@@ -151,10 +151,13 @@ def _batches(found: Assessment) -> Table:
     priced = found.gpu.price_per_hour is not None
     price = ["price\n10^6"] if priced else []
     table = number_table("sequences", "a step, ms", "requests/s\nat most", "of the\nmost", *price)
-    most = found.batches[-1].rate
-    for each in found.batches[-8:]:
-        cells = (f"{1000 * each.step_seconds:.1f}", f"{each.rate:.3g}", f"{each.rate / most:.0%}")
-        table.add_row(f"{each.sequences:,}", *cells, *([price_words(each.price)] if priced else []))
+    most = found.batches[-1]
+    place = next(n for n, each in enumerate(found.batches) if each.sequences == found.advised)
+    around = found.batches[max(0, place - 4) : place + 4]
+    for each in around if most in around else (*around, most):
+        cells = (f"{1000 * each.step_seconds:.1f}", f"{each.rate:.3g}", f"{each.rate / most.rate:.0%}")
+        price = [price_words(each.price)] if priced else []
+        table.add_row(f"{each.sequences:,}", *cells, *price, style="bold" if each.sequences == found.advised else "")
     return table
 
 

@@ -18,32 +18,18 @@ from ..extras.managers import ManagerName
 from ..kernels import why_not
 from ..planner.comparison import Checked, ComparisonRow, check, row_of, setups, small
 from ..planner.metrics import Limits
-from ..planner.models import with_windows
 from ..planner.roofline import explain
 from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
 from ..planner.sweep import curves_of, num_runs
-from ..planner.trace_files import FORMS
-from ..planner.traces import DRAWN, RequestTrace, scaled
+from ..planner.traces import RequestTrace, scaled
 from ..views.common import options
 from ..views.common.console import Console
-from ..views.common.files import recording, write_json, write_text
+from ..views.common.files import recording
+from . import planner_options as shared
 from .compare_plots import picture
 from .compare_report import MeasuredCost, html, print_checked, print_report, print_setting
-from .planner_options import (
-    bad_row_option,
-    gpu_of,
-    gpu_options,
-    html_output,
-    limit_options,
-    limits_of,
-    model_of,
-    model_options,
-    trace_of_options,
-    worker_options,
-    workers_of,
-)
-from .report_text import wide_console, write_csv
+from .report_text import wide_console
 
 TECHNIQUES: tuple[ManagerName, ...] = ("standard", "swapping", "paged")  # in the order of the article
 DEFAULT_MODEL, DEFAULT_GPU = "OPT-13B", "A100-40GB"  # the paper's
@@ -53,56 +39,43 @@ KERNEL = Shape("Llama-3-8B", 4, 1024, dtype="float32")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     trace = parser.add_argument_group("requests")
-    trace.add_argument(
-        "--trace", default="sharegpt", metavar="FILE", help=f"{FORMS}; or sharegpt, alpaca: drawn to the paper's means "
-        "(default sharegpt)",
-    )  # fmt: skip
-    bad_row_option(trace)
-    number = f"so many, spread over a longer trace (default {DRAWN}; 0: all)"
-    options.integer(trace, "--requests", DRAWN, number, least=0)
+    shared.trace_options(trace, "sharegpt", "{}; or sharegpt, alpaca: drawn to the paper's means (default sharegpt)")
     options.positive(trace, "--scale", 1.0, "all lengths times X")
     options.seed(trace, help="of drawn lengths and times")
     server = parser.add_argument_group("server")
-    model_options(server, DEFAULT_MODEL)
-    gpu_options(server, DEFAULT_GPU)
+    shared.server_options(server, DEFAULT_MODEL, DEFAULT_GPU)
     options.integer(server, "--kv-tokens", None, "KV budget (default: what the weights leave)", least=2)
-    options.integer(server, "--max-model-len", None, "longest request (default: model's context)", least=2)
     options.integer(server, "--block-sizes", [8, 16, 128], nargs="+")
-    options.integer(server, "--max-batch-tokens", 2048, "in a step", least=None)
-    options.integer(server, "--max-batch-seqs", 256, "running at the same time", least=None)
-    limit_options(parser)
+    shared.limit_options(parser)
     parser.add_argument("--run", action="store_true", help="also run the embedded model on the shortened requests")
     options.record_output(parser, "with --run: write those runs as JSON lines")
-    worker_options(parser)
-    options.json_output(parser, "write all numbers here")
-    options.output(parser, "--csv", "write the rows here")
-    options.svg_output(parser)
-    html_output(parser)
+    shared.worker_options(parser)
+    shared.file_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     if args.record is not None and not args.run:
         raise ValueError(f"--record {args.record} writes runs of the embedded model; --run makes them")
     trace = trace_of(args)
-    base = setup_of(args, trace)
+    model = shared.model_of(args, DEFAULT_MODEL)
+    base = shared.setup_of(args, shared.gpu_of(args, model, DEFAULT_GPU), model, trace)
     rows = setups(base, args.block_sizes)
     for row in rows:
         row.make_scheduler(row.make_manager())  # refuses an impossible setup before anything runs
     console = wide_console()
-    limits = limits_of(args)
+    limits = shared.limits_of(args)
     print_setting(console, base, trace)
     found, cost, checked = _measure(args, rows, trace, limits)
     print_report(console, found, cost, trace)
     if args.run:
         print_checked(console, small(trace), checked)
-    if args.json:
-        write_json(args.json, as_json(base, trace, limits, found, cost, checked))
-    if args.csv:
-        write_csv(args.csv, [row.to_json() for row in found])
-    if args.svg:
-        write_text(args.svg, picture(found))
-    if args.html:
-        write_text(args.html, html(base, found, cost, trace))
+    shared.write_files(
+        args,
+        lambda: as_json(base, trace, limits, found, cost, checked),
+        [row.to_json() for row in found],
+        lambda: picture(found),
+        lambda: html(base, found, cost, trace),
+    )
     return 0 if all(each.same for each in checked) else 1
 
 
@@ -114,11 +87,11 @@ def _measure(
     checked: list[Checked] = []
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
     with recording(args.record) as log, bars as progress:
+        task = progress.add_task("simulating", total=num_runs(len(rows), limits))
+        curves = curves_of(rows, trace, limits, workers=shared.workers_of(args), on_run=lambda: progress.advance(task))
+        found = [row_of(curve) for curve in curves]
         task = progress.add_task("timing bookkeeping and kernels", total=2)
         cost = _cost(lambda: progress.advance(task))
-        task = progress.add_task("simulating", total=num_runs(len(rows), limits))
-        curves = curves_of(rows, trace, limits, workers=workers_of(args), on_run=lambda: progress.advance(task))
-        found = [row_of(curve) for curve in curves]
         if args.run:
             task = progress.add_task("running the embedded model", total=len(rows))
             checked = check(rows, small(trace), on_run=lambda _: progress.advance(task), log=log)
@@ -126,20 +99,8 @@ def _measure(
 
 
 def trace_of(args: argparse.Namespace) -> RequestTrace:
-    trace = trace_of_options(args)
+    trace = shared.trace_of_options(args)
     return trace if args.scale == 1.0 else scaled(trace, args.scale)
-
-
-def setup_of(args: argparse.Namespace, trace: RequestTrace) -> Setup:
-    """The part that all rows have in common. Raises ValueError."""
-    model = with_windows(model_of(args, DEFAULT_MODEL), trace.requests)
-    gpu = gpu_of(args, model, DEFAULT_GPU)
-    if args.max_model_len is not None and args.max_model_len > model.max_context:
-        raise ValueError(f"--max-model-len is {args.max_model_len}; {model.name}'s context is {model.max_context}")
-    return Setup(
-        "paged", gpu, model, kv_tokens=args.kv_tokens, max_model_len=args.max_model_len,
-        max_batch_tokens=args.max_batch_tokens, max_batch_seqs=args.max_batch_seqs,
-    )  # fmt: skip
 
 
 def _cost(done: Callable[[], object]) -> MeasuredCost:

@@ -11,6 +11,7 @@ from html import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..extras.plain_text import plain
 from ..planner.roofline import explain
 from ..planner.setup import Setup
 from ..views.common.plots import Line, svg
@@ -26,24 +27,29 @@ pre { background: #f6f8fa; padding: 0.7em; white-space: pre-wrap; overflow-wrap:
 """
 
 
+def _text(words: str) -> str:
+    """Words as they may stand in a page: names and paths may hold characters that turn or hide what follows."""
+    return escape(plain(words))
+
+
 def page(title: str, parts: Iterable[str]) -> str:
     """The whole page. `parts` are HTML, as the functions below make it."""
-    head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8">\n<title>{_text(title)}</title>\n<style>{_STYLE}</style>'
     again = [heading("The command that makes this page again"), code(shlex.join([SCRIPT, *sys.argv[1:]]))]
-    body = "\n".join([f"<h1>{escape(title)}</h1>", paragraph(f"Made on {date.today()}."), *parts, *again])
+    body = "\n".join([f"<h1>{_text(title)}</h1>", paragraph(f"Made on {date.today()}."), *parts, *again])
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
 def heading(words: str) -> str:
-    return f"<h2>{escape(words)}</h2>"
+    return f"<h2>{_text(words)}</h2>"
 
 
 def paragraph(words: str) -> str:
-    return f"<p>{escape(words)}</p>"
+    return f"<p>{_text(words)}</p>"
 
 
 def code(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
+    return f"<pre>{_text(text)}</pre>"
 
 
 def table(printed: Table) -> str:
@@ -53,7 +59,7 @@ def table(printed: Table) -> str:
         parts = []
         for cell, column in zip(cells, printed.columns, strict=True):
             words = cell.plain if isinstance(cell, Text) else str(cell)
-            words = escape(words.replace("-\n", "").replace("\n", " "))
+            words = _text(words.replace("-\n", "").replace("\n", " "))
             parts.append(f"<{tag}{' class=left' if column.justify == 'left' else ''}>{words}</{tag}>")
         return f"<tr>{''.join(parts)}</tr>"
 

@@ -11,19 +11,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ..planner.findings import Figure, Finding, RunCache
 from ..planner.paper import FIGURES
 from ..planner.workers import Workers
-from ..views.common import options
 from ..views.common.console import Console
-from ..views.common.files import write_json
-from .planner_options import worker_options, workers_of
-from .report_text import number_table, print_heading, print_paragraph, wide_console, write_csv
+from ..views.common.plots import Range, ranges_svg
+from .planner_options import file_options, worker_options, workers_of, write_files
+from .report_text import number_table, print_heading, print_paragraph, wide_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = " ".join(FIGURES)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"which: {known} (default: all)")
     worker_options(parser)
-    options.json_output(parser, "write all numbers here")
-    options.output(parser, "--csv", "write all numbers here")
+    file_options(parser, page=False)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -48,10 +46,7 @@ def main(args: argparse.Namespace) -> int:
         for figure in figures
         for finding in figure.findings
     ]
-    if args.json:
-        write_json(args.json, findings)
-    if args.csv:
-        write_csv(args.csv, findings)
+    write_files(args, lambda: findings, findings, lambda: picture(figures))
     return 0
 
 
@@ -65,9 +60,30 @@ def _figures(keys: list[str], workers: Workers) -> Iterator[Figure]:
             yield FIGURES[key](runs)
 
 
-def show(console: Console, figure: Figure) -> None:
+def heading(figure: Figure) -> str:
     name = f"Fig. {figure.key}" if figure.key[0].isdigit() else "§6.4"
-    print_heading(console, f"{name}: {figure.title}")
+    return f"{name}: {figure.title}"
+
+
+def picture(figures: list[Figure]) -> str:
+    """The numbers that have a band, in units of the paper's number, or of the middle of the band where the paper prints
+    none. A number that the paper gives as 0 has no such unit, and is only in the table."""
+    groups = []
+    for figure in figures:
+        ranges = []
+        for each in figure.findings:
+            ends = [end for end in (each.low, each.high) if end is not None]
+            unit = each.paper if isinstance(each.paper, float) else sum(ends) / max(1, len(ends))
+            if ends and unit > 0:
+                low, high = (None if end is None else end / unit for end in (each.low, each.high))
+                ranges.append(Range(each.what, each.ours / unit, low, high))
+        if ranges:
+            groups.append((heading(figure), ranges))
+    return ranges_svg("Ours, and the band around the paper's number", groups, "ours, times the paper's")
+
+
+def show(console: Console, figure: Figure) -> None:
+    print_heading(console, heading(figure))
     print_paragraph(console, figure.setting)
     table = number_table("", "ours", "paper", "band", "in it")
     for finding in figure.findings:

@@ -1,23 +1,32 @@
-"""What `compare`, `assess` and `paper` have in common on the command line: a model, GPUs, a trace,
-limits on latency, and workers."""
+"""What `compare`, `assess` and `paper` have in common on the command line: a model, GPUs, a trace, limits on latency,
+workers, and the files that they write."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ..planner.hardware import GPU, gpu_named, several
 from ..planner.metrics import Limits
 from ..planner.model_config import ModelSpec
-from ..planner.models import ByHand, model_named
-from ..planner.trace_files import trace_named
-from ..planner.traces import RequestTrace
+from ..planner.models import ByHand, model_named, with_windows
+from ..planner.setup import Setup
+from ..planner.trace_files import FORMS, trace_named
+from ..planner.traces import DRAWN, RequestTrace
 from ..planner.workers import Workers
 from ..views.common import options
+from ..views.common.files import write_json, write_text
 from ..views.common.program import program
+from .report_text import write_csv
 
 
-def bad_row_option(parser: options.Options) -> None:
+def trace_options(parser: options.Options, default: str | None, help: str) -> None:
+    """`help` has {} where the forms of a file stand."""
+    parser.add_argument("--trace", default=default, metavar="FILE", help=help.format(FORMS))
+    number = f"of the trace so many, spread over a longer one (default {DRAWN}; 0: all)"
+    options.integer(parser, "--requests", DRAWN, number, least=0)
     text = "a row of the trace that cannot be read ends the command, or is left out and counted (default stop)"
     parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help=text)
 
@@ -27,8 +36,9 @@ def trace_of_options(args: argparse.Namespace) -> RequestTrace:
     return trace_named(args.trace, args.requests, getattr(args, "seed", 0), skip_bad_rows=args.on_bad_row == "skip")
 
 
-def model_options(parser: options.Options, default: str) -> None:
-    text = f"a name (see {program()} assess --list) or a Hugging Face directory (default {default})"
+def server_options(parser: options.Options, model: str, gpu: str) -> None:
+    """The model, the GPUs and what their scheduler may do; `model` and `gpu` are the defaults, in words."""
+    text = f"a name (see {program()} assess --list) or a Hugging Face directory (default {model})"
     parser.add_argument("--model", metavar="NAME", help=text)
     text = "by hand, in place of the model's: bytes of K and V of a token, in all layers"
     options.integer(parser, "--kv-bytes-per-token", None, text)
@@ -38,6 +48,14 @@ def model_options(parser: options.Options, default: str) -> None:
     text = "of the weights (default: as published, mostly 16)"
     parser.add_argument("--weight-bits", type=int, choices=(4, 8, 16, 32), help=text)
     parser.add_argument("--kv-bits", type=int, choices=(8, 16, 32), help="of K and V (default 16)")
+    text = f"a name (see {program()} assess --list), or auto: that of this machine (default {gpu})"
+    parser.add_argument("--gpu", metavar="NAME", help=text)
+    options.integer(parser, "--num-gpus", 1, "GPUs that share each layer", least=None)
+    text = "of one GPU, in any currency: adds the price of 10^6 output tokens"
+    options.positive(parser, "--price-per-hour", None, text, metavar="P")
+    options.integer(parser, "--max-model-len", None, "longest request (default: the model's context)", least=None)
+    options.integer(parser, "--max-batch-tokens", 2048, "in a step", least=None)
+    options.integer(parser, "--max-batch-seqs", 256, "running at the same time", least=None)
 
 
 def model_of(args: argparse.Namespace, default: str) -> ModelSpec:
@@ -47,15 +65,10 @@ def model_of(args: argparse.Namespace, default: str) -> ModelSpec:
         model = by_hand.model()
     else:
         model = by_hand.change(model_named(args.model or default))
+    if args.max_model_len is not None and not 2 <= args.max_model_len <= model.max_context:
+        needed = f"2 to the {model.max_context} of {model.name}'s context is allowed"
+        raise ValueError(f"--max-model-len is {args.max_model_len}; {needed}")
     return replace(model, weight_bits=args.weight_bits or model.weight_bits, kv_bits=args.kv_bits or model.kv_bits)
-
-
-def gpu_options(parser: options.Options, default: str) -> None:
-    text = f"a name (see {program()} assess --list), or auto: that of this machine (default {default})"
-    parser.add_argument("--gpu", metavar="NAME", help=text)
-    options.integer(parser, "--num-gpus", 1, "GPUs that share each layer", least=None)
-    text = "of one GPU, in any currency: adds the price of 10^6 output tokens"
-    options.positive(parser, "--price-per-hour", None, text, metavar="P")
 
 
 def gpu_of(args: argparse.Namespace, model: ModelSpec, default: str) -> GPU:
@@ -66,8 +79,40 @@ def gpu_of(args: argparse.Namespace, model: ModelSpec, default: str) -> GPU:
     return several(gpu, args.num_gpus)
 
 
-def html_output(parser: options.Options) -> None:
-    options.output(parser, "--html", "write a report on one page here, which needs no other file")
+def setup_of(args: argparse.Namespace, gpu: GPU, model: ModelSpec, trace: RequestTrace) -> Setup:
+    """Paged memory, for these requests: what all ways to manage the memory have in common."""
+    return Setup(
+        "paged", gpu, with_windows(model, trace.requests), kv_tokens=getattr(args, "kv_tokens", None),
+        max_model_len=args.max_model_len, max_batch_tokens=args.max_batch_tokens, max_batch_seqs=args.max_batch_seqs,
+    )  # fmt: skip
+
+
+def file_options(parser: options.Options, *, page: bool = True, stdout: bool = False) -> None:
+    """`stdout`: `--json -` prints the numbers."""
+    text = "write all numbers here" + "; -: print only them" * stdout
+    options.json_output(parser, text, stdout=stdout)
+    options.output(parser, "--csv", "write the rows of the tables here")
+    options.svg_output(parser)
+    if page:
+        options.output(parser, "--html", "write a report on one page here, which needs no other file")
+
+
+def write_files(
+    args: argparse.Namespace,
+    numbers: Callable[[], Any],
+    rows: Sequence[Mapping[str, Any]],
+    svg: Callable[[], str],
+    html: Callable[[], str] = str,
+) -> None:
+    """Each file that the command line asks for. Raises ValueError where one cannot be written."""
+    if args.json and str(args.json) != "-":
+        write_json(args.json, numbers())
+    if args.csv:
+        write_csv(args.csv, rows)
+    if args.svg:
+        write_text(args.svg, svg())
+    if getattr(args, "html", None):
+        write_text(args.html, html())
 
 
 def limit_options(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from .metrics import Limits
 from .model_config import ModelSpec
 from .roofline import Constants, Roofline
 from .setup import Setup
-from .steady import Bound, Steady, admissible, held_slots, mean_length, steady_state, work_of
+from .steady import Bound, Steady, Work, admissible, held_slots, mean_length, steady_state, work_of
 from .sweep import Goodput, goodput
 from .traces import RequestTrace, TraceRequest
 
@@ -94,7 +94,7 @@ class Assessment:
     # standard max, pow2, exact; paged with the advised block size; where prompts share beginnings, with a prefix cache
     plans: tuple[Plan, ...]
     fit: int  # sequences for which paged memory has room
-    batches: tuple[Batch, ...]  # by sequences, up to `fit`
+    batches: tuple[Batch, ...]  # by sequences, up to `fit`; `advised` is one of them
     advised: int  # sequences
     advised_tpot: float  # seconds for each token that 99 of 100 requests do not exceed, with so many sequences
     sequences_at_worst: int  # paged, every sequence as long as the longest
@@ -161,7 +161,8 @@ def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> As
     block_size = max((b.block_size for b in block_sizes if b.waste <= WASTE_LIMIT), default=BLOCK_SIZES[0])
     paged = replace(base, label=f"paged {block_size}", block_size=block_size)
     fit = max(1, int(paged.num_slots / held_slots(served, block_size)))
-    advised, tpot = _advice(paged, trace, served, fit, limits.tpot if limits else None)
+    work = work_of(paged, served, 1)
+    advised, tpot = _advice(paged, trace, work, fit, limits.tpot if limits else None)
     longest = max(each.num_tokens for each in served)
     settings = [*(replace(base, **each) for each in STANDARD), paged]
     if any(each.hash_ids for each in served):
@@ -177,7 +178,7 @@ def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> As
         num_tokens=base.num_slots,
         plans=tuple(_plan(setup, trace, limits) for setup in settings),
         fit=fit,
-        batches=tuple(_batch(paged, served, count) for count in _doubling(fit)),
+        batches=tuple(_batch(paged, work, count) for count in sorted(_doubling(fit) | {advised})),
         advised=advised,
         advised_tpot=tpot,
         sequences_at_worst=base.num_slots // block_size // -(-longest // block_size),
@@ -195,31 +196,29 @@ def _plan(setup: Setup, trace: RequestTrace, limits: Limits | None) -> Plan:
     return Plan(setup.label, steady, goodput(steady, trace, limits) if limits else None)
 
 
-def _doubling(most: int) -> list[int]:
+def _doubling(most: int) -> set[int]:
     """1, 2, 4 ... and `most`."""
-    return sorted({1 << bit for bit in range(most.bit_length())} | {most})
+    return {1 << bit for bit in range(most.bit_length())} | {most}
 
 
-def _batch(paged: Setup, served: list[TraceRequest], sequences: int) -> Batch:
-    bound = Bound(replace(paged, max_batch_seqs=sequences), work_of(paged, served, 1))
-    outputs = sum(each.output_len for each in served) / len(served)
+def _batch(paged: Setup, work: Work, sequences: int) -> Batch:
+    bound = Bound(replace(paged, max_batch_seqs=sequences), work)
+    outputs = float(work.outputs.mean())
     price = price_of_million(paged.gpu, bound.rate * outputs)
     return Batch(sequences, sequences / (bound.rate * outputs), bound.rate, price)
 
 
-def _advice(
-    paged: Setup, trace: RequestTrace, served: list[TraceRequest], fit: int, tpot: float | None
-) -> tuple[int, float]:
+def _advice(paged: Setup, trace: RequestTrace, work: Work, fit: int, tpot: float | None) -> tuple[int, float]:
     """How many sequences to run, and the time for each token that follows (p99, simulated).
 
     Without a limit: as few as give BEND of the rate that all of them give. With one: as many as keep it; 1 if none do.
     """
     if tpot is None:
-        most = _batch(paged, served, fit).rate
-        count = _first(fit, lambda count: _batch(paged, served, count).rate >= BEND * most)
+        most = _batch(paged, work, fit).rate
+        count = _first(fit, lambda count: _batch(paged, work, count).rate >= BEND * most)
         return count, steady_state(replace(paged, max_batch_seqs=count), trace).outcome.each_token.p99
-    count = max(1, _first(fit, lambda count: _batch(paged, served, count).step_seconds > tpot) - 1)
-    count = fit if _batch(paged, served, fit).step_seconds <= tpot else count
+    count = max(1, _first(fit, lambda count: _batch(paged, work, count).step_seconds > tpot) - 1)
+    count = fit if _batch(paged, work, fit).step_seconds <= tpot else count
     for _ in range(TRIES):
         found = steady_state(replace(paged, max_batch_seqs=count), trace).outcome.each_token.p99
         if found <= tpot or count == 1:

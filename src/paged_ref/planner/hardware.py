@@ -40,7 +40,7 @@ GPUS = {
         link=row["link"] * 1e9,
         peer=row.get("peer", row["link"]) * 1e9,
         driver_names=tuple(row["driver"]),
-        source=f"{row['source']}, {row.get('looked_up', _TABLE['looked_up'])}",
+        source=f"{row['source']}, {_TABLE['looked_up']}",
     )
     for name, row in _TABLE["gpus"].items()
 }

@@ -18,6 +18,8 @@ from .traces import TraceRequest
 DEFAULT_MODEL = "Llama-3-8B"
 CONTEXT_BY_HAND = 131_072  # tokens
 INDEX = "model.safetensors.index.json"
+# By hand at most: bytes of K and V of a token, parameters, layers.
+MOST_BY_HAND = {"--kv-bytes-per-token": 2**30, "--weights": 10**15, "--active-weights": 10**15, "--layers": 10_000}
 
 MODELS: dict[str, ModelSpec] = {
     name: replace(spec_of_config(entry, name), hub=entry["hub"], source=f"{entry['source']}, {entry['looked_up']}")
@@ -100,6 +102,10 @@ class ByHand:
 
     def change(self, spec: ModelSpec) -> ModelSpec:
         """`spec` with these numbers. Raises ValueError."""
+        given = zip(MOST_BY_HAND.items(), (self.kv_bytes, self.weights, self.active_weights, self.layers), strict=True)
+        for (option, most), value in given:
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{option} is {value:g}; 1 to {most:,} is possible")
         weights = spec.num_parameters if self.weights is None else round(self.weights)
         active = round(self.active_weights) if self.active_weights is not None else None
         if active is not None and not 1 <= active <= weights:

@@ -54,6 +54,11 @@ class Setup:
         return self.roofline.num_kv_tokens() if self.kv_tokens is None else self.kv_tokens
 
     @property
+    def usable_slots(self) -> int:
+        """`num_slots` of the manager: those in whole blocks."""
+        return self.num_slots // self.block_size * self.block_size if self.manager == "paged" else self.num_slots
+
+    @property
     def longest(self) -> int:
         """Prompt and output of one request together, at most."""
         return self.max_model_len or max(1, min(self.model.max_context, self.num_slots))

@@ -9,7 +9,7 @@ which no way to manage memory can pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -17,11 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..core.memory.standard import StandardManager
 from .metrics import Admission, Outcome
 from .roofline import StepTime
 from .setup import Setup
-from .simulate import GENERATIONS, MEASURED_GENERATIONS, Saturation, Simulation
+from .simulate import GENERATIONS, MEASURED_GENERATIONS, Saturation, Simulation, simulated
 from .traces import RequestTrace, TraceRequest, repeated
 
 Limit = Literal["sequences", "tokens", "memory", "bandwidth", "arithmetic", "link"]
@@ -63,15 +62,16 @@ Array = npt.NDArray[np.float64]
 
 def admissible(setup: Setup, trace: RequestTrace) -> list[TraceRequest]:
     """The requests that are not refused, with their outputs cut at the context."""
+    return [each for each in _served(setup, trace) if each is not None]
+
+
+def _served(setup: Setup, trace: RequestTrace) -> Iterator[TraceRequest | None]:
+    """Each request, its output cut at the context; None where it is refused."""
     manager, context = setup.make_manager(), setup.longest
-    served = [
-        replace(each, output_len=min(each.output_len, context - each.prompt_len))
-        for each in trace.requests
-        if each.prompt_len < context
-    ]
-    return [
-        each for each in served if manager.max_slots_needed(each.prompt_len, each.num_tokens - 1) <= manager.num_slots
-    ]
+    for each in trace.requests:
+        cut = each if each.num_tokens <= context else replace(each, output_len=max(0, context - each.prompt_len))
+        fits = cut.output_len and manager.max_slots_needed(cut.prompt_len, cut.num_tokens - 1) <= manager.num_slots
+        yield cut if fits else None
 
 
 def mean_length(requests: Sequence[TraceRequest]) -> float:
@@ -115,8 +115,8 @@ def work_of(setup: Setup, requests: list[TraceRequest], hash_block: int) -> Work
     known = np.array(_known_tokens(requests, hash_block) if setup.prefix_cache else [0.0] * len(requests))
     later = output - 1  # steps after the first, and tokens of the output that are computed
     grown = later * prompt + later * (later + 1) / 2  # lengths in the later steps, summed
-    manager = setup.make_manager()
-    if isinstance(manager, StandardManager):
+    if setup.manager == "standard":
+        manager = setup.make_manager()
         least = np.array([manager.max_slots_needed(each.prompt_len, each.num_tokens - 1) for each in requests], float)
         slots = least * output
     else:
@@ -167,7 +167,7 @@ class Bound:
     def steps(self) -> dict[Admission, Array]:
         """The share of a step that each request takes from what a step may hold, summed over its steps."""
         setup, work = self.setup, self.work
-        num_slots = setup.make_manager().num_slots
+        num_slots = setup.usable_slots
         fit = max(1.0, num_slots // float(work.least_slots.min()))
         return {
             "sequences": work.outputs / setup.max_batch_seqs,
@@ -300,8 +300,12 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
     bound = Bound(setup, work_of(setup, served, trace.hash_block))
     most = int(min(setup.max_batch_seqs, setup.num_slots // bound.work.least_slots.min()))  # that can run together
     begun = (GENERATIONS + MEASURED_GENERATIONS + 3) * most + len(served)
-    saturation = Saturation(len(served))
-    outcome = Simulation(setup, repeated(accepted, -(-begun // len(served)) + 1), saturation=saturation).run()
+    passes = repeated(accepted, -(-begun // len(served)) + 1)
+    simulation, outcome = simulated(
+        setup, accepted, lambda each: Simulation(each, passes, saturation=Saturation(len(served)))
+    )
+    saturation = simulation.saturation
+    assert saturation
     # Whole passes begin in the measured time, and nearly whole ones end: what is over at its beginning and at its end
     # differs a little, and no rate can be above the roofline.
     rate = min(saturation.measured / saturation.seconds, bound.rate)
@@ -322,8 +326,6 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
 
 def _refusal(setup: Setup, trace: RequestTrace) -> str:
     """Why the first refused request is refused."""
-    for each in trace.requests:
-        alone = replace(trace, requests=(each,))
-        if not admissible(setup, alone):
-            return Simulation(setup, alone).run().refusal
-    return ""
+    pairs = zip(trace.requests, _served(setup, trace), strict=True)
+    first = next(request for request, served in pairs if served is None)
+    return Simulation(setup, replace(trace, requests=(first,))).run().refusal

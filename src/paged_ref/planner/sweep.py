@@ -9,7 +9,7 @@ from typing import Any
 from .hardware import price_of_million
 from .metrics import Limits, Outcome
 from .setup import Setup
-from .simulate import Simulation
+from .simulate import Simulation, simulated
 from .steady import Steady, steady_state
 from .traces import RequestTrace, at_rate, first, repeated
 from .workers import Workers
@@ -78,8 +78,8 @@ def run_at(setup: Setup, trace: RequestTrace, rate: float, limits: Limits | None
     """The trace at this rate, without its warm-up."""
     whole = repeated(trace, -(-LEAST_REQUESTS // len(trace.requests)))
     num_warm_up = int(WARM_UP * len(whole.requests))
-    simulation = Simulation(setup, at_rate(whole, rate), num_warm_up=num_warm_up)
-    outcome = simulation.run()
+    timed = at_rate(whole, rate)
+    simulation, outcome = simulated(setup, whole, lambda each: Simulation(each, timed, num_warm_up=num_warm_up))
     return Point(rate, outcome, limits.share_met(simulation.tally.latencies) if limits else None)
 
 

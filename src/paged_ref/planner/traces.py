@@ -52,7 +52,12 @@ class RequestTrace:
         outputs = mean(request.output_len for request in self.requests)
         times = "all at the same time" if self.rate == inf else f"{self.rate:.3g} per second"
         times = times if self.timed else "no times"
-        return f"{self.name}: {len(self.requests)} requests, mean {prompts:.1f} tokens in, {outputs:.1f} out, {times}"
+        number = _plural(len(self.requests), "request")
+        return f"{self.name}: {number}, mean {prompts:.1f} tokens in, {outputs:.1f} out, {times}"
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 # --- changes of a trace --------------------------------------------------------------------------------
@@ -98,7 +103,7 @@ def spread(trace: RequestTrace, count: int) -> RequestTrace:
         run = trace.requests[begin : begin + size]
         shift = (requests[-1].arrival + gap if requests else 0.0) - run[0].arrival
         requests += [replace(each, arrival=each.arrival + shift) for each in run]
-    note = f"{count:,} of {total:,} requests: {parts} runs of {count / parts:.4g}, spread evenly"
+    note = f"{count:,} of {total:,} requests: {_plural(parts, 'run')} of {count / parts:.4g}, spread evenly"
     return replace(trace, requests=tuple(requests), notes=(*trace.notes, note))
 
 

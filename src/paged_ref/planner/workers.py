@@ -8,9 +8,11 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.backend import resource_tracker as tracker_of_joblib
 
 from ..tuned.threads import cores
 
@@ -32,9 +34,9 @@ class Workers:
         each. What interrupts or fails ends the calls that run: processes are killed, and the cluster forgets them."""
         results: list[Any] = [None] * len(calls)
         with self._configured():
-            with _interrupts_ignored():
-                started = _parallel([(int,)] * (self.num_jobs or cores()))
-            with _closed(started):
+            with contextlib.ExitStack() as stack:
+                with _interrupts_held():
+                    started = stack.enter_context(_closed(_parallel([(int,)] * (self.num_jobs or cores()))))
                 for _ in started:
                     pass
             with _closed(_parallel(calls)) as found:
@@ -76,17 +78,24 @@ def _closed(results: Generator[T, None, None]) -> Iterator[Generator[T, None, No
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A process that starts meanwhile ignores Ctrl-C from its first moment on, and says nothing: this one ends it. So
-    does this process, for the milliseconds that the start takes."""
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C in this block comes when the block ends. A process that starts in it inherits that the signal is blocked,
+    so Ctrl-C never reaches that process, which would print a traceback: this process ends it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for tracker in (resource_tracker, tracker_of_joblib):
+        tracker.ensure_running()  # now: in a Python 3.11, the start of such a process unblocks the signal
+    came: list[int] = []  # another thread may take the signal
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

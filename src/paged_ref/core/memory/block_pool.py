@@ -22,7 +22,7 @@ class BlockPool:
         """`free_order`: all block ids in the order in which to hand them out (default 0, 1, ...)."""
         require(num_blocks=(num_blocks, 0))
         order = list(range(num_blocks)) if free_order is None else list(free_order)
-        if sorted(order) != list(range(num_blocks)):
+        if free_order is not None and sorted(order) != list(range(num_blocks)):
             raise ValueError(f"free_order must name each of the blocks 0 to {num_blocks - 1} once")
         self.num_blocks = num_blocks
         self._first_order = order

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
-from math import floor, log10
+from math import floor, log2, log10
 
 import numpy as np
 from rich.text import Text
@@ -36,6 +36,16 @@ class Bar:
 
     label: str
     shares: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A value, and the band that it is expected in; None: no bound at that side."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
 
 
 def bars_text(bars: Sequence[Bar], columns: int) -> Text:
@@ -170,12 +180,45 @@ def svg(
     top = 44 + (ROW * (len(bars) + 2) if bars else 0)
     parts += _lines_svg(lines, top, y_most, x_label, y_label, bound)
     height = top + 330 + 20 * -(-len(lines) // 3)
+    return _picture(height, parts)
+
+
+def _picture(height: float, parts: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" style="{_STYLE}">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
+
+
+def ranges_svg(title: str, groups: Sequence[tuple[str, Sequence[Range]]], x_label: str) -> str:
+    """A line for each value, with its band behind it, below the name of its group. The axis is from a quarter to 4,
+    by doublings; what is beyond is drawn at its end."""
+    parts = [_label(16, 26, title, "font-weight: 600; font-size: 15px")]
+    left, width, y = 300, WIDTH - 320, 44
+
+    def place(value: float) -> float:
+        return left + width * (min(2.0, max(-2.0, log2(value) if value > 0 else -2.0)) + 2) / 4
+
+    for name, ranges in groups:
+        parts.append(_label(16, y + 14, name, "font-weight: 600"))
+        y += ROW
+        for each in ranges:
+            low, high = (place(end if end is not None else 4 * side) for side, end in enumerate((each.low, each.high)))
+            inside = low <= place(each.value) <= high
+            parts += [
+                _label(left - 12, y + 13, each.label, anchor="end"),
+                f'<rect x="{low:.1f}" y="{y + 2}" width="{max(2, high - low):.1f}" height="14" fill="#d0d7de"/>',
+                f'<circle cx="{place(each.value):.1f}" cy="{y + 9}" r="5" fill="{PALETTE[not inside]}"/>',
+            ]
+            y += ROW - 4
+    for power in range(-2, 3):
+        x = place(2.0**power)
+        parts.append(f'<path d="M{x:.1f} 44V{y}" stroke="#57606a" stroke-dasharray="{"" if not power else "2 4"}"/>')
+        parts.append(_label(x, y + 18, f"{2.0**power:g}", anchor="middle"))
+    parts.append(_label(left + width / 2, y + 38, x_label, anchor="middle"))
+    return _picture(y + 54, parts)
 
 
 def _label(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
