@@ -41,7 +41,11 @@ class Browser:
     def open(self, path: Path, fragment: str = "") -> None:
         self._ask("/url", {"url": "about:blank"})  # else a new fragment alone would load nothing
         self._ask("/url", {"url": f"{path.as_uri()}{fragment}"})
-        self.wait("document.getElementById('picture').textContent || document.getElementById('problem').textContent")
+        self.wait("document.querySelector('iframe') || document.getElementById('picture').textContent")
+
+    def enter_frame(self, number: int) -> None:
+        """What is asked from now on is asked of this frame of the page, until another page is opened."""
+        self._ask("/frame", {"id": number})
 
     def run(self, expression: str) -> Any:
         return self._ask("/execute/sync", {"script": f"return {expression}", "args": []})
