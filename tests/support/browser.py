@@ -40,7 +40,7 @@ class Browser:
 
     def open(self, path: Path, fragment: str = "") -> None:
         self.go(f"{path.as_uri()}{fragment}")
-        self.wait("document.getElementById('picture').textContent || document.getElementById('problem').textContent")
+        self.wait("document.querySelector('iframe') || document.getElementById('picture').textContent")
 
     def go(self, address: str) -> None:
         self._ask("/url", {"url": "about:blank"})  # else a new fragment alone would load nothing

@@ -187,6 +187,23 @@ def test_the_page_is_readable_for_everyone(window: Browser, page: Path) -> None:
 
 @needs_browser
 @pytest.mark.slow
+def test_another_page_can_embed_a_moment(window: Browser, page: Path) -> None:
+    outer = page.with_name("book.html")
+    window.open(page, "#step=1")
+    outer.write_text(f"<!DOCTYPE html><title>A book</title>{window.text('embed')}", encoding="utf-8")
+    window.open(outer)
+    window.enter("iframe")
+    window.wait("document.getElementById('picture').textContent")
+    assert window.text("where").startswith("step 1 ")
+    assert window.run("getComputedStyle(document.querySelector('header')).display") == "none"
+    before = window.text("where")
+    window.run("document.querySelector('[data-key=ArrowRight]').click()")
+    assert window.text("where") != before
+    assert window.errors() == []
+
+
+@needs_browser
+@pytest.mark.slow
 def test_the_walk_in_a_browser(window: Browser, walk_page: Path) -> None:
     window.open(walk_page, "#run=paged&at=block_tables")
     assert "This read is all that paging adds." in window.text("sentence")

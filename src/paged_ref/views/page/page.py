@@ -66,6 +66,7 @@ class Page:
         self.words, self.columns, self.lines = words, columns, lines
         self.runs: list[Story] = []
         self.start = {"run": 0, "frame": 0, "position": 0}
+        self._seen: dict[Hashable, int] = {}
         self._rows: dict[tuple[str, ...], int] = {}
         self._pictures: dict[tuple[int, ...], int] = {}
         self._sources: dict[tuple[str, str], int] = {}
@@ -79,11 +80,18 @@ class Page:
         story = self.runs[-1]
         for pictures, frame in zip(story.pictures, frames, strict=True):
             whole = filled(frame, self.lines)
-            rows = tuple(_number(self._rows, _parts(exactly(row, self.columns))) for row in whole)
+            rows = tuple(map(self._row, whole))
             pictures.append(_number(self._pictures, rows))
         story.where.append(where)
         story.sentences.append(sentence)
         story.sources.append(-1 if source is None else _number(self._sources, source))
+
+    def _row(self, row: Text) -> int:
+        """The number of the row. Most rows were there before, and need not be taken apart again."""
+        key = (row.plain, row.style, tuple(row.spans))
+        if key not in self._seen:
+            self._seen[key] = _number(self._rows, _parts(exactly(row, self.columns)))
+        return self._seen[key]
 
     def write(self, path: Path) -> None:
         """Raises ValueError where the file cannot be written."""
