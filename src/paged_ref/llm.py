@@ -161,7 +161,7 @@ class LLM(StreamingLLM):
             )  # fmt: skip
             if any(attention_variants(config)):
                 raise ValueError(
-                    f"device_blocks is {device_blocks}; streamed attention has no softcap, and a model needs it"
+                    f"device_blocks is {device_blocks}; streamed attention has no softcap, which this model needs"
                 )
             if host_blocks is None:
                 host_blocks = -(-(max_model_len or context) // max(1, block_size))

@@ -223,9 +223,9 @@ def test_half_precision_files_are_read_exactly(name: str, dtype: str, tmp_path: 
     assert_agrees(cast_weights(model, "float32"), tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_shards_are_joined(dtype: str, tmp_path: Path) -> None:
-    model = cast_weights(build("llama"), dtype)
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "float32")])
+def test_shards_are_joined(name: str, dtype: str, tmp_path: Path) -> None:
+    model = cast_weights(build(name), dtype)
     save(model, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_agrees(cast_weights(model, "float32"), tmp_path)

@@ -23,6 +23,7 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.core.device import to_host
 from paged_ref.core.model import loading
 from paged_ref.extras import memory_limit
+from paged_ref.extras.formatted_kv import FormattedKV
 from paged_ref.interop.architectures import build_model, random_weights, weight_shapes
 from paged_ref.interop.checkpoints import CheckpointError, load
 from paged_ref.interop.hf_config import config_from_hf
@@ -224,6 +225,19 @@ def test_gpt2s_matrices_lie_transposed(directory: Path, prefix: str) -> None:
         np.testing.assert_array_equal(weights[name], array)
     with pytest.raises(ValueError, match="max_model_len is 40; a gpt2 model has vectors for the 32 positions"):
         LLM(directory, max_model_len=40, beyond_context=True)
+
+
+def test_a_model_with_a_softcap_runs_where_attention_has_one(directory: Path) -> None:
+    gemma = {**HF, "model_type": "gemma2", "tie_word_embeddings": True, "head_dim": 4, "attn_logit_softcapping": 0.2}
+    write_json(directory / "config.json", gemma)
+    save_file(random_weights(config_from_hf(gemma), seed=5), directory / "model.safetensors")
+    with pytest.raises(ValueError, match="device_blocks is 8; streamed attention has no softcap, which this model"):
+        LLM(directory, device_blocks=8)
+    llm = LLM(directory, backend="reference", kv_dtype="int8")
+    llm.generate([[3, 4, 5]], SamplingParams(max_tokens=2))
+    kv = llm.engine.kv
+    assert isinstance(kv, FormattedKV)
+    assert [str(variant) for variant in kv.variants] == ["softcap, key_scales, value_scales"] * 2
 
 
 def test_frequencies_in_old_files_are_passed_over(directory: Path) -> None:

@@ -1,8 +1,9 @@
 """Decoders that differ from the core's Llama: the fields of HFConfig that say how.
 
-Mistral is the core's Llama with sliding windows, which are fields of every config. `Decoder` keeps Llama's step and
-changes what happens to queries and keys (Qwen, and RoPE's scalings); `GeneralDecoder` has a step of its own, in which
-every piece is a field of the config (Gemma, OLMo 2, GPT-2, biases).
+Mistral is the core's Llama with sliding windows, which are fields of every config. (A layer with a window reads the
+last tokens only; the K and V before them stay in the cache, since one block table serves all layers.) `Decoder` keeps
+Llama's step and changes what happens to queries and keys (Qwen, and RoPE's scalings); `GeneralDecoder` has a step of
+its own, in which every piece is a field of the config (Gemma, OLMo 2, GPT-2, biases).
 """
 
 from __future__ import annotations
