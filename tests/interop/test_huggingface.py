@@ -406,6 +406,15 @@ def test_a_forgotten_set_attn_implementation_is_refused(other: str, num_layers: 
     assert (cache.get_seq_length(), cache.blocks_in_use) == (0, 0)
 
 
+def test_what_the_model_carries_is_no_tensor() -> None:
+    new, _ = cache_of().update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
+    assert not hasattr(new, "to")
+    refused(lambda: new.shape, "the model opens K, V or the mask")
+    refused(lambda: new[0], "the model opens K, V or the mask")
+    refused(lambda: torch.zeros(3) @ new, "the model opens K, V or the mask")
+    refused(lambda: torch.cat([new, new]), "the model opens K, V or the mask")
+
+
 def test_another_cache_is_refused() -> None:
     model = paged(build("llama"))
     refused(lambda: generate(model), "1 new tokens meet K of 11, which lies in no PagedCache")

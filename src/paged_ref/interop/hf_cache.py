@@ -128,11 +128,15 @@ class Step:
     seq_lens: torch.Tensor  # [num_rows]
 
 
+class SealedError(ValueError, AttributeError):
+    """Also an AttributeError, so that `hasattr` answers False, with which libraries tell tensors from other things."""
+
+
 class Sealed:
     """What a model carries to its attention and must not open. An attention that does gets an error, not wrong keys."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise ValueError(
+        raise SealedError(
             "the model opens K, V or the mask before its attention does, or runs another attention: call "
             f'model.set_attn_implementation("{NAME}") first; where that was done, {NAME} cannot serve this model'
         )
@@ -249,7 +253,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             self.real = real[:, :0]
         firsts = [manager.length(row) for row in self.rows]
         self.pool.append(self.rows, packing.counts)
-        self.real = real
+        self.real = real.clone()  # the caller may write into the mask
         slots = [slot for at in zip(self.rows, firsts, packing.counts, strict=True) for slot in manager.slots(*at)]
         tables = [manager.placement(row) for row in self.rows]
         widest = max(1, *map(len, tables))
