@@ -62,7 +62,7 @@ def test_a_request_of_too_many_samples_is_refused(manager: Any) -> None:
     paged = "a request of 10000000 sequences; at most max_batch_seqs = 256 can run"
     message = paged if manager == "paged" else f"a request of 10000000 sequences needs 163.8 GB; {HERE}"
     with pytest.raises(ValueError, match=f"^{message}$"):
-        llm.generate("Once", SamplingParams(n=10000000))
+        llm.generate("Once", SamplingParams(n=10000000, temperature=1.0))
     if manager == "paged":
         with pytest.raises(ValueError, match=f"^{paged}$"):
             llm.generate("Once", SamplingParams(beam_width=10000000))
