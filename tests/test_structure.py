@@ -27,7 +27,7 @@ FLOORS = [
     {"core"},
     {"extras"},
     {"tuned"},
-    {"interop", "tracer", "timeline"},
+    {"interop", "tracer", "timeline", "distributed"},
     {"beyond_device"},
     {"views", "planner", "training"},
     {"bench"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -100,7 +101,7 @@ def _run(argv: list[str]) -> int:
     parser = Parser(prog="paged-ref", description="PagedAttention to read, run, single-step and import.")
     integer(parser, "--threads", help="that compute on a CPU (default: one for each core that this process may use)")
     subcommands(parser, "command", COMMANDS, "COMMAND")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(command_line=argv))
     if args.threads is not None:
         os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # read by tuned/threads.py and by Numba, which load later
     return int(importlib.import_module(COMMANDS[args.command][0]).main(args))

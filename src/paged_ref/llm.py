@@ -28,6 +28,9 @@ from .core.memory.kv import KV, KVCache
 from .core.memory.manager import KVCacheManager
 from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
+from .distributed.group import Group as RankGroup
+from .distributed.plan import Leader
+from .distributed.split import Part, split_products
 from .extras.beam import BeamRequest
 from .extras.formatted_kv import FORMATS, FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
@@ -99,6 +102,7 @@ class LLM(StreamingLLM):
         sanitize: bool = False,
         log: Log | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         """`model` is "tiny" (embedded) or a Hugging Face directory; `dtype`, "float32" or "float16", its numbers'.
 
@@ -119,6 +123,10 @@ class LLM(StreamingLLM):
 
         `backend` names the attention backend. `sanitize` checks every read of the cache; `log` is called with every
         event (timeline/events.py), `on_step` with a StepRecord after each step. None of these three changes a token.
+
+        `group` (distributed/group.py): this is one of several ranks, each of which has its part of the weights, K and
+        V, and an LLM with the same arguments. Rank 0 takes the requests; `distributed.plan.follow` is the others'.
+        `kv_cache_bytes` are those of each rank, and `sanitize` watches the heads of rank 0.
         """
         _require_types(
             log, on_step, block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
@@ -131,7 +139,10 @@ class LLM(StreamingLLM):
         require_one_of(("float16", "float32"), dtype=dtype)
         require_one_of((dtype, *FORMATS), kv_dtype=kv_dtype or dtype)
         checkpoint = load(model)
-        config = checkpoint.config
+        config, weights = checkpoint.config, checkpoint.weights
+        if group is not None:
+            weights = part = Part(config, weights, group.rank, group.size)
+            config = part.config
         context = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
             raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} is allowed")
@@ -140,7 +151,7 @@ class LLM(StreamingLLM):
                 f"device_blocks is {device_blocks}",
                 kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes, host_kv_tokens=host_kv_tokens,
                 manager=None if manager == "paged" else manager, preemption=preemption, free_order=free_order,
-                prefix_cache=prefix_cache or None, kv_dtype=kv_dtype,
+                prefix_cache=prefix_cache or None, kv_dtype=kv_dtype, group=group,
             )  # fmt: skip
             if host_blocks is None:
                 host_blocks = -(-(max_model_len or context) // max(1, block_size))
@@ -166,7 +177,8 @@ class LLM(StreamingLLM):
                     block_size=block_size, num_host_slots=host_kv_tokens, reserve=reserve, allocator=allocator,
                     free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
-            kv = _make_kv(config, manager, dtype, kv_dtype, host_kv_tokens, backend, sanitize)
+            watched = sanitize and (group is None or group.rank == 0)
+            kv = _make_kv(config, manager, dtype, kv_dtype, host_kv_tokens, backend, watched)
             if log:
                 manager = timeline.logged.LoggedManager(manager, log)
             parts = Parts(manager, kv, preemption)
@@ -175,15 +187,18 @@ class LLM(StreamingLLM):
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        decoder = build_model(config, checkpoint.weights, dtype, linear)
+        decoder = build_model(config, weights, dtype, linear)
+        if group is not None:
+            split_products(decoder, group)
+            observers.insert(0, Leader(group))
         if launching.unavailable() is None:
             decoder = FusedDecoder(decoder)
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
-        self.open(engine, config, checkpoint.tokenizer, longest)
+        self.open(engine, checkpoint.config, checkpoint.tokenizer, longest)
         self.around_step = blas_threads
         if self._log_steps:
-            self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
+            self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(checkpoint.config, dtype))
 
     def make_request(self, output: RequestOutput, params: CoreSamplingParams) -> Request:
         if params.stop and isinstance(self.tokenizer, MissingTokenizer):

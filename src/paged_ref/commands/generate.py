@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+from ..core.engine.outputs import RequestOutput
+from ..distributed.group import Group
+from ..distributed.plan import follow
 from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
 from ..views.common import options
-from ..views.common.files import recording
+from ..views.common.files import recording, write_json
+from .ranks import on_rank, start, started_ranks
 
 MOST_INPUT = 1 << 24  # bytes: more than any context holds
 
@@ -39,27 +48,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--sanitize", action="store_true", help="check every read of the KV cache")
     options.record_output(memory)
     options.backend(parser)
+    options.json_output(parser, "also write prompts and outputs here; -: print only them", stdout=True)
+    workers = parser.add_argument_group("several workers (extra `distributed`)")
+    options.integer(workers, "--tensor-parallel", help="ranks that share the model and one block table (MPI)")
+    options.integer(workers, "--replicas", 1, "engines that share nothing but the queue of prompts")
 
 
 def main(args: argparse.Namespace) -> int:
     options.check_text("--prompt", args.prompt)
     options.check_text("--stop", args.stop)
+    ranks = started_ranks()
+    wanted = args.tensor_parallel or max(1, ranks)
+    if ranks and wanted != ranks:
+        raise ValueError(f"--tensor-parallel is {wanted}; mpiexec has started {ranks} ranks")
+    if wanted > 1 and not ranks:
+        return start(wanted, args.command_line, _standard_input().encode() if "-" in args.prompt else b"")
+    return on_rank(partial(_generate, args)) if wanted > 1 else _generate(args)
+
+
+def _generate(args: argparse.Namespace, group: Group | None = None) -> int:
+    """All of it, or what one rank does."""
+    options_of_llm = dict(
+        model=args.model, manager=args.manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens,
+        host_kv_tokens=args.host_kv_tokens, preemption=args.preemption, prefix_cache=args.prefix_cache,
+        backend=args.backend, sanitize=args.sanitize, group=group,
+    )  # fmt: skip
+    if group is not None and group.rank:
+        follow(LLM(**options_of_llm).engine, group)
+        return 0
     prompts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
     params = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
         n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos, beam_width=args.beam_width,
         length_penalty=args.length_penalty,
     )  # fmt: skip
+    steps: list[float] = []
     with recording(args.record) as log:
-        llm = LLM(
-            args.model, manager=args.manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens,
-            host_kv_tokens=args.host_kv_tokens, preemption=args.preemption, prefix_cache=args.prefix_cache,
-            backend=args.backend, sanitize=args.sanitize, log=log,
-        )  # fmt: skip
-        _show_in_turn(llm, prompts, params)
+        llm = LLM(**options_of_llm, log=log, on_step=lambda record: steps.append(record.seconds))
+        outputs = _show_in_turn(llm, prompts, params, quiet=str(args.json) == "-")
     if params.n > 1 and params.temperature == 0:
         print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
+    _write(args.json, _as_json(args.model, outputs, steps, group))
     return 0
+
+
+def _as_json(model: str, outputs: list[RequestOutput], steps: list[float], group: Group | None) -> dict[str, Any]:
+    """What was asked for, and what came of it: the seconds of each step, and what the ranks have said."""
+    return {
+        "model": model,
+        "outputs": [
+            {
+                "prompt": output.prompt,
+                "prompt_token_ids": output.prompt_token_ids,
+                "num_preemptions": output.num_preemptions,
+                "samples": [asdict(sample) for sample in output.outputs],
+            }
+            for output in outputs
+        ],
+        "steps": steps,
+        "ranks": 1 if group is None else group.size,
+        "bytes_said": {} if group is None else dict(group.bytes),
+        "seconds_in_communication": 0.0 if group is None else group.seconds,
+    }
+
+
+def _write(path: Path | None, found: dict[str, Any]) -> None:
+    if str(path) == "-":
+        print(json.dumps(found, indent=1))
+    elif path is not None:
+        write_json(path, found)
 
 
 def _standard_input() -> str:
@@ -74,10 +131,13 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
+def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams, quiet: bool) -> list[RequestOutput]:
     """All samples run in one batch. The text of the first that is not finished streams; the others' text is kept."""
+    if quiet:
+        return llm.generate(prompts, params)
     samples = params.beam_width or params.n
     tokens = llm.stream(prompts, params)
+    outputs = [llm.output_of(request) for request in range(len(prompts))]  # a new engine counts requests from 0
     turns = [(request, sample) for request in range(len(prompts)) for sample in range(samples)]
     pending = {turn: "" for turn in turns}
     finished: set[tuple[int, int]] = set()
@@ -87,7 +147,7 @@ def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
         print(prompts[request] + pending[request, sample], end="", flush=True)
         while (request, sample) not in finished:
             token = next(tokens)
-            turn = (token.request_id, token.index)  # a new engine counts requests from 0
+            turn = (token.request_id, token.index)
             if turn == (request, sample):
                 print(token.text, end="", flush=True)
             else:
@@ -95,3 +155,4 @@ def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
             if token.finish_reason is not None:
                 finished.add(turn)
         print()
+    return outputs
