@@ -30,7 +30,7 @@ from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
 from .distributed.group import Group as RankGroup
 from .distributed.plan import Leader
-from .distributed.split import Part, split_products
+from .distributed.split import Part, heads_of_ranks, split_products
 from .extras.beam import BeamRequest
 from .extras.formatted_kv import FORMATS, FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
@@ -199,6 +199,8 @@ class LLM(StreamingLLM):
         self.around_step = blas_threads
         if self._log_steps:
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(checkpoint.config, dtype))
+        if log and group is not None:
+            log(timeline.events.RanksOpened(*heads_of_ranks(checkpoint.config, group.size)))
 
     def make_request(self, output: RequestOutput, params: CoreSamplingParams) -> Request:
         if params.stop and isinstance(self.tokenizer, MissingTokenizer):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,11 +19,11 @@ import numpy as np
 
 from ..distributed.group import Group, GroupClosed, GroupError
 from ..tuned.threads import blas_threads
+from . import rank_guard
 
 LAUNCHER = "mpiexec.hydra"  # of MPICH and its kin; the wheel puts it beside Python
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # that an mpiexec sets: of MPICH and its kin, of Open MPI
 STATUSES = (0, 1, 2, 130)  # of commands
-TO_SPEAK = 0.2  # seconds between a rank's last word and its end
 PATIENCE = 0.6  # seconds that ranks have to end after Ctrl-C
 # What the launcher says of ranks that ended without its leave. The ranks have said why.
 _NOISE = re.compile(rb"\[mpiexec@|\[proxy:|YOUR APPLICATION TERMINATED|This typically refers|Please see the FAQ|=|\n")
@@ -42,10 +41,10 @@ def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
     launcher = str(beside) if beside.is_file() else shutil.which(LAUNCHER)
     if launcher is None:
         raise ValueError(f"{LAUNCHER} was not found, which starts ranks; the extra `distributed` brings it")
-    command = [launcher, "-disable-auto-cleanup", "-n", str(size), sys.executable, "-m", "paged_ref", *arguments]
-    # Without that option the launcher kills the other ranks before they can say what has happened. In a session of its
-    # own, the launcher gets no Ctrl-C from the terminal but the one that is sent below.
-    ranks = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    command = [launcher, "-disable-auto-cleanup", "-n", str(size), sys.executable, "-P", rank_guard.__file__]
+    # In a session of its own, the launcher gets no Ctrl-C from the terminal but the one that is sent below.
+    pipe = subprocess.PIPE
+    ranks = subprocess.Popen([*command, *arguments], stdin=pipe, stderr=pipe, start_new_session=True)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that this process ends them
     try:
         _pass_on(ranks, text)
@@ -81,7 +80,6 @@ def on_rank(work: Callable[[Group], int]) -> int:
 
     Where the ranks cannot go on, each says one sentence and ends here: MPI's own end would wait for all of them.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the launcher's word that a rank was killed; see distributed/mpi.py
     try:
         group: Group = importlib.import_module("paged_ref.distributed.mpi").MPIGroup()
     except ImportError as error:
@@ -118,11 +116,9 @@ def _as_rank_0(group: Group, error: str) -> int:
 
 
 def _end(group: Group, status: int, said: str) -> NoReturn:
-    """End this rank; on rank 0, the others with it. A launcher may end all ranks with the first: so each waits until
-    all have spoken."""
+    """End this rank; on rank 0, the others with it."""
     print(f"paged-ref: rank {group.rank}: {said}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     if group.rank == 0:
         group.close(said)
-    time.sleep(TO_SPEAK)
     os._exit(status)

@@ -11,11 +11,8 @@ These are sizes of buffers. A ring all-reduce sends 2 (size - 1) / size of its b
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 
@@ -41,7 +38,7 @@ class Group(ABC):
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()  # of buffers so far, as above
-        self.seconds = 0.0  # in which this rank sent, received or waited
+        self.seconds = 0.0  # in which this rank waited for messages to go or come
         self.in_step = False  # from a plan to its logits
 
     def __repr__(self) -> str:
@@ -53,36 +50,27 @@ class Group(ABC):
         if self.in_step:
             raise GroupError("a step was interrupted, and the ranks are out of step; make a new group")
         self.in_step = True
-        with self._timed():
-            for rank in range(1, self.size):
-                self._send(rank, plan)
+        for rank in range(1, self.size):
+            self._send(rank, plan)
         self.bytes["broadcast"] += plan.nbytes
 
     def sum(self, part: Array) -> Array:
         """The sum of all ranks' parts, on every rank, in the shape and dtype of `part`. Added up in float32."""
-        with self._timed():
-            total = xp.asarray(self._sum(np.ascontiguousarray(to_host(part), dtype=np.float32)))
+        total = xp.asarray(self._sum(np.ascontiguousarray(to_host(part), dtype=np.float32)))
         self.bytes["reduced"] += 4 * part.size
         return total.astype(part.dtype, copy=False)
 
     def gather(self, part: Array) -> Array:
         """The ranks' `part [rows, own columns]` side by side, in float32: [rows, columns] on rank 0."""
         parts = [np.ascontiguousarray(to_host(part), dtype=np.float32)]
-        with self._timed():
-            if self.rank:
-                self._send(0, parts[0])
-            else:
-                parts += [self.take(rank, np.float32).reshape(len(part), -1) for rank in range(1, self.size)]
+        if self.rank:
+            self._send(0, parts[0])
+        else:
+            parts += [self.take(rank, np.float32).reshape(len(part), -1) for rank in range(1, self.size)]
         self.in_step = False
         whole = np.concatenate(parts, axis=1)
         self.bytes["gathered"] += whole.nbytes
         return xp.asarray(whole)
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - began
 
     @abstractmethod
     def _send(self, rank: int, buffer: np.ndarray) -> None: ...

@@ -23,7 +23,7 @@ from ..core.device import on_gpu, xp
 from ..tuned.threads import SETTINGS, cores
 from .group import Group, GroupClosed, GroupError
 
-SPINS = 200  # questions before the first sleep: a rank on a core of its own mostly answers within these
+SPINS = 200  # questions before the first sleep; between them, another process may have the core
 SHORTEST, LONGEST = 2e-5, 1e-3  # seconds of one sleep
 CLOSED = b"\0"
 
@@ -41,7 +41,6 @@ class MPIGroup(Group):
             xp.cuda.Device(here.rank % xp.cuda.runtime.getDeviceCount()).use()
         elif not any(name in os.environ for name in SETTINGS):
             os.environ[SETTINGS[0]] = str(max(1, cores() // here.size))
-        self._spins = SPINS if here.size <= cores() else 1
         self._lines: dict[socket.socket, int] = {}  # to rank 0; on rank 0, to each other rank
         self._connect("127.0.0.1" if here.size == self.size else socket.gethostname())
 
@@ -74,14 +73,15 @@ class MPIGroup(Group):
 
     def _wait(self, done: Callable[[], bool]) -> None:
         """Until `done()`. Raises GroupError where a rank is gone, and GroupClosed."""
-        tries, pause = 0, SHORTEST
+        began, tries, pause = time.perf_counter(), 0, SHORTEST
         while not done():
             tries += 1
-            if tries < self._spins:
-                time.sleep(0)  # lets another process have the core
+            if tries < SPINS:
+                time.sleep(0)
             else:
                 self._listen(pause)
                 pause = min(2 * pause, LONGEST)
+        self.seconds += time.perf_counter() - began
 
     def _listen(self, seconds: float) -> None:
         """Sleep for so long, or until a rank is gone or rank 0 says that it is over."""

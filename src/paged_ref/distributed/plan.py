@@ -8,7 +8,7 @@ V, so rank 0 may undo a step, preempt or end a request without a word. The plan:
     token_ids, positions, slot_mapping [tokens]  query_start_loc [sequences + 1]  seq_lens [sequences]
     logits_rows [rows]  block_tables [sequences, columns], or starts [sequences]  transfers [transfers, 4]
 
-`plan_bytes` is the size. No K, no V and no activation is in the plan, and the plan does not grow with the model.
+No K, no V and no activation is in the plan, and the plan does not grow with the model.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ a layer. The head is split by tokens, and its logits are gathered on rank 0. Nor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -37,41 +38,36 @@ def part_of(total: int, rank: int, size: int) -> range:
     return range(total * rank // size, total * (rank + 1) // size)
 
 
-def possible_sizes(config: ModelConfig) -> list[int]:
-    """The numbers of ranks that divide the heads, and divide the KV heads or are a multiple of them."""
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    return [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+def heads_of_ranks(config: ModelConfig, size: int) -> list[tuple[tuple[int, int], ...]]:
+    """The query heads of each rank, from the first up to the one after the last; and the KV heads."""
+    totals = (config.num_heads, config.num_kv_heads)
+    parts = [[part_of(total, rank, size) for rank in range(size)] for total in totals]
+    return [tuple((part.start, part.stop) for part in each) for each in parts]
 
 
-class Part(Mapping[str, np.ndarray]):
+class Part(UserDict[str, np.ndarray]):
     """The weights of one rank, cut out of `weights` when they are asked for; `config` is that of the rank's part, but
     for the vocabulary. Raises ValueError, with the numbers of ranks that do, where they do not divide the heads."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, np.ndarray], rank: int, size: int) -> None:
-        if size not in (known := possible_sizes(config)):
-            raise ValueError(
-                f"{size} ranks cannot share {config.num_heads} heads and {config.num_kv_heads} KV heads evenly; "
-                f"{', '.join(map(str, known))} can"
-            )
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        known = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        if size not in known:
+            able = ", ".join(map(str, known))
+            raise ValueError(f"{size} ranks cannot share {heads} heads and {kv_heads} KV heads evenly; {able} can")
         parts = {name: part_of(getattr(config, name), rank, size) for name in (QUERY, KV, INNER, TOKENS)}
         unit = {QUERY: config.head_size, KV: config.head_size}  # rows of a head
         self.rows = {name: slice(p.start * unit.get(name, 1), p.stop * unit.get(name, 1)) for name, p in parts.items()}
         heads, kv_heads, inner = (len(parts[name]) for name in (QUERY, KV, INNER))
         self.config = replace(config, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=inner)
-        self.weights = weights
+        self.data = weights  # type: ignore[assignment]  # read only
 
     def __getitem__(self, name: str) -> np.ndarray:
-        whole = self.weights[name]
+        whole = self.data[name]
         for end, (axis, what) in SPLIT.items():
             if name.endswith(end):
                 return whole[self.rows[what]] if axis == 0 else whole[:, self.rows[what]]
         return whole
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
 
 
 def split_products(decoder: Llama, group: Group) -> None:
