@@ -182,6 +182,10 @@ def test_the_core_has_at_most_2900_lines() -> None:
     assert sum(num_lines(path) for path in CORE_FILES) <= 2_900
 
 
+def test_the_room_for_several_workers_has_at_most_350_lines() -> None:
+    assert sum(num_lines(path) for path in (SOURCE / "distributed").glob("*.py")) <= 350
+
+
 def test_the_reading_path_has_at_most_1500_lines() -> None:
     assert sum(num_lines(CORE / f"{name}.py") for name in READING_PATH) <= 1_500
 

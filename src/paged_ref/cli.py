@@ -23,7 +23,10 @@ COMMANDS = {
     "lesson": ("paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check"),
     "compare": ("paged_ref.commands.compare", "what paging would buy: standard, swapping and paged on real traffic"),
     "paper": ("paged_ref.commands.paper", "the figures of the PagedAttention paper, measured here, beside its numbers"),
-    "bench": ("paged_ref.bench", "benchmarks: kernels, sass, engine, model, memory, simulate, training, long"),
+    "bench": (
+        "paged_ref.bench",
+        "benchmarks: kernels, sass, engine, model, memory, simulate, training, distributed, long",
+    ),
 }
 
 

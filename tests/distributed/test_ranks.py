@@ -257,7 +257,7 @@ def test_a_step_that_was_interrupted_leaves_the_ranks_out_of_step() -> None:
             llm.engine.model.forward = real  # type: ignore[method-assign]
             raise KeyboardInterrupt
 
-        llm.engine.model.forward = interrupted  # type: ignore[method-assign]
+        llm.engine.model.forward = interrupted  # type: ignore[assignment,method-assign]
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS, GREEDY)
         with pytest.raises(GroupError, match="a step was interrupted, and the ranks are out of step; make a new group"):
@@ -281,7 +281,7 @@ def test_a_rank_that_fails_ends_the_step() -> None:
         def fails(*parts: Any) -> Any:
             raise ZeroDivisionError("of rank 1")
 
-        llms[1].engine.model.forward = fails  # type: ignore[method-assign]
+        llms[1].engine.model.forward = fails  # type: ignore[assignment,method-assign]
         with pytest.raises(GroupError, match=r"rank 1 has failed: ZeroDivisionError\('of rank 1'\)"):
             llms[0].generate(PROMPTS, GREEDY)
 

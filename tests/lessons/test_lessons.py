@@ -184,6 +184,7 @@ def test_the_names_that_lessons_patch() -> None:
         "16": {"CopyStream.back_planes"},
         "17": {"llm.make_manager"},
         "18": {"setup.Setup.make_manager"},
+        "20": {"plan.unpack"},
     }
 
 

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "simulate": ("paged_ref.bench.simulate", "how fast a trace goes through the schedulers and managers"),
     "memory": ("paged_ref.bench.memory", "the bookkeeping of scheduler and managers: steps, pools, prefixes"),
     "training": ("paged_ref.bench.training", "activations kept, swapped, paged, recomputed; a step's time; torch"),
+    "distributed": ("paged_ref.bench.distributed", "ranks that share a model (MPI) against one process of threads"),
     "long": ("paged_ref.bench.long", "contexts longer than the device: memory, streaming, budgets"),
 }
 

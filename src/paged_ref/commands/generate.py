@@ -7,17 +7,17 @@ import json
 import sys
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..core.engine.outputs import RequestOutput
-from ..distributed.group import Group
+from ..distributed.group import Group, GroupError
 from ..distributed.plan import follow
 from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import recording, write_json
 from .ranks import on_rank, start, started_ranks
+from .replicas import run_replicas
 
 MOST_INPUT = 1 << 24  # bytes: more than any context holds
 
@@ -51,12 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.json_output(parser, "also write prompts and outputs here; -: print only them", stdout=True)
     workers = parser.add_argument_group("several workers (extra `distributed`)")
     options.integer(workers, "--tensor-parallel", help="ranks that share the model and one block table (MPI)")
-    options.integer(workers, "--replicas", 1, "engines that share nothing but the queue of prompts")
+    options.integer(workers, "--replicas", help="engines that share nothing but the queue of prompts")
 
 
 def main(args: argparse.Namespace) -> int:
     options.check_text("--prompt", args.prompt)
     options.check_text("--stop", args.stop)
+    if args.replicas is not None:
+        for option in ("tensor_parallel", "record"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--replicas is {args.replicas}; --{option.replace('_', '-')} does not go with it")
+        return _generate(args)
     ranks = started_ranks()
     wanted = args.tensor_parallel or max(1, ranks)
     if ranks and wanted != ranks:
@@ -82,41 +87,51 @@ def _generate(args: argparse.Namespace, group: Group | None = None) -> int:
         n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos, beam_width=args.beam_width,
         length_penalty=args.length_penalty,
     )  # fmt: skip
-    steps: list[float] = []
-    with recording(args.record) as log:
-        llm = LLM(**options_of_llm, log=log, on_step=lambda record: steps.append(record.seconds))
-        outputs = _show_in_turn(llm, prompts, params, quiet=str(args.json) == "-")
+    quiet = str(args.json) == "-"
+    found: dict[str, Any] = {"model": args.model, "ranks": 1 if group is None else group.size}
+    if args.replicas is not None:
+        try:
+            outputs, found["replicas"] = run_replicas(args.replicas, options_of_llm, prompts, params)
+        except GroupError as error:
+            print(f"paged-ref: {error}", file=sys.stderr)
+            return 1
+        _show(outputs if not quiet else [])
+    else:
+        found["steps"] = []
+        with recording(args.record) as log:
+            llm = LLM(**options_of_llm, log=log, on_step=lambda record: found["steps"].append(record.seconds))
+            outputs = llm.generate(prompts, params) if quiet else _show_in_turn(llm, prompts, params)
+    if group is not None:
+        found |= {"bytes_said": dict(group.bytes), "seconds_in_communication": group.seconds}
     if params.n > 1 and params.temperature == 0:
         print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
-    _write(args.json, _as_json(args.model, outputs, steps, group))
+    found["outputs"] = [
+        {
+            "prompt": output.prompt,
+            "prompt_token_ids": output.prompt_token_ids,
+            "num_preemptions": output.num_preemptions,
+            "samples": [asdict(sample) for sample in output.outputs],
+        }
+        for output in outputs
+    ]
+    if quiet:
+        print(json.dumps(found, indent=1))
+    elif args.json:
+        write_json(args.json, found)
     return 0
 
 
-def _as_json(model: str, outputs: list[RequestOutput], steps: list[float], group: Group | None) -> dict[str, Any]:
-    """What was asked for, and what came of it: the seconds of each step, and what the ranks have said."""
-    return {
-        "model": model,
-        "outputs": [
-            {
-                "prompt": output.prompt,
-                "prompt_token_ids": output.prompt_token_ids,
-                "num_preemptions": output.num_preemptions,
-                "samples": [asdict(sample) for sample in output.outputs],
-            }
-            for output in outputs
-        ],
-        "steps": steps,
-        "ranks": 1 if group is None else group.size,
-        "bytes_said": {} if group is None else dict(group.bytes),
-        "seconds_in_communication": 0.0 if group is None else group.seconds,
-    }
+def _show(outputs: list[RequestOutput]) -> None:
+    """As _show_in_turn does, when all is there."""
+    for request, output in enumerate(outputs, start=1):
+        for sample in output.outputs:
+            _head(request, sample.index + 1, len(outputs), len(output.outputs))
+            print(f"{output.prompt}{sample.text}")
 
 
-def _write(path: Path | None, found: dict[str, Any]) -> None:
-    if str(path) == "-":
-        print(json.dumps(found, indent=1))
-    elif path is not None:
-        write_json(path, found)
+def _head(request: int, sample: int, requests: int, samples: int) -> None:
+    if requests * samples > 1:
+        print(f"--- prompt {request}, sample {sample}" if samples > 1 else f"--- prompt {request}")
 
 
 def _standard_input() -> str:
@@ -131,10 +146,8 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams, quiet: bool) -> list[RequestOutput]:
+def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> list[RequestOutput]:
     """All samples run in one batch. The text of the first that is not finished streams; the others' text is kept."""
-    if quiet:
-        return llm.generate(prompts, params)
     samples = params.beam_width or params.n
     tokens = llm.stream(prompts, params)
     outputs = [llm.output_of(request) for request in range(len(prompts))]  # a new engine counts requests from 0
@@ -142,8 +155,7 @@ def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams, quiet: b
     pending = {turn: "" for turn in turns}
     finished: set[tuple[int, int]] = set()
     for request, sample in turns:
-        if len(turns) > 1:
-            print(f"--- prompt {request + 1}, sample {sample + 1}" if samples > 1 else f"--- prompt {request + 1}")
+        _head(request + 1, sample + 1, len(prompts), samples)
         print(prompts[request] + pending[request, sample], end="", flush=True)
         while (request, sample) not in finished:
             token = next(tokens)

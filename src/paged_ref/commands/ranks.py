@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
+import select
 import shutil
-import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,8 +28,9 @@ from . import rank_guard
 
 LAUNCHER = "mpiexec.hydra"  # of MPICH and its kin; the wheel puts it beside Python
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # that an mpiexec sets: of MPICH and its kin, of Open MPI
-STATUSES = (0, 1, 2, 130)  # of commands
-PATIENCE = 0.6  # seconds that ranks have to end after Ctrl-C
+TO_START = 30  # seconds until all guards must be there
+TO_SPEAK = 2  # seconds that ranks have to end when one has ended badly
+TO_STOP = 0.4  # seconds that ranks have to end after Ctrl-C
 # What the launcher says of ranks that ended without its leave. The ranks have said why.
 _NOISE = re.compile(rb"\[mpiexec@|\[proxy:|YOUR APPLICATION TERMINATED|This typically refers|Please see the FAQ|=|\n")
 
@@ -35,40 +41,74 @@ def started_ranks() -> int:
 
 
 def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
-    """Run `paged-ref` with these arguments on `size` ranks, with `text` as the standard input of rank 0, and return the
-    exit status: 1 where a rank was killed. Raises ValueError where there is no launcher, and KeyboardInterrupt."""
+    """Run `paged-ref` with these arguments on `size` ranks of this machine, and return the exit status: 1 where a rank
+    was killed. `text` is the standard input of rank 0. Raises ValueError where there is no launcher, and
+    KeyboardInterrupt. However this process ends, no rank is left: rank_guard.py sees to that."""
     beside = Path(sys.executable).with_name(LAUNCHER)
     launcher = str(beside) if beside.is_file() else shutil.which(LAUNCHER)
     if launcher is None:
         raise ValueError(f"{LAUNCHER} was not found, which starts ranks; the extra `distributed` brings it")
     command = [launcher, "-disable-auto-cleanup", "-n", str(size), sys.executable, "-P", rank_guard.__file__]
-    # In a session of its own, the launcher gets no Ctrl-C from the terminal but the one that is sent below.
-    pipe = subprocess.PIPE
-    ranks = subprocess.Popen([*command, *arguments], stdin=pipe, stderr=pipe, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that this process ends them
-    try:
-        _pass_on(ranks, text)
-        status = ranks.wait()
-        return status if status in STATUSES else 1
-    except BaseException:
-        ranks.send_signal(signal.SIGINT)
+    with ExitStack() as stack, tempfile.TemporaryFile() as given:
+        given.write(text)
+        given.seek(0)
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server.settimeout(TO_START)
+        variables = {**os.environ, rank_guard.PORT: str(server.getsockname()[1])}
+        # In a session of its own, the launcher gets no Ctrl-C of the terminal: the guards get it from here.
+        ranks = subprocess.Popen(
+            [*command, *arguments], stdin=given, stderr=subprocess.PIPE, env=variables, start_new_session=True
+        )
+        said = threading.Thread(target=_pass_on, args=(ranks,))
+        said.start()
         try:
-            ranks.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            ranks.kill()
-        _pass_on(ranks)
+            lines = [stack.enter_context(server.accept()[0]) for _ in range(size)]
+            statuses = _statuses(lines)
+        except TimeoutError:
+            raise ValueError(f"{LAUNCHER} did not start {size} ranks within {TO_START} seconds") from None
+        finally:
+            stack.close()  # the guards end now, and then the launcher
+            ranks.wait()
+            said.join()
+    return 1 if 1 in statuses else max(statuses)
+
+
+def _statuses(lines: Sequence[socket.socket]) -> list[int]:
+    """Wait for the exit statuses of all ranks. A rank that ends badly is the end of the others soon after."""
+    waiting, statuses = list(lines), list[int]()
+
+    def collect(until: float) -> None:
+        while waiting:
+            ready = select.select(waiting, [], [], max(0, until - time.monotonic()) if until < math.inf else None)[0]
+            for line in ready:
+                statuses.extend(line.recv(1) or b"\1")  # a guard that was killed says nothing
+                waiting.remove(line)
+            if not ready or (until == math.inf and any(statuses)):
+                return
+
+    try:
+        collect(math.inf)
+        collect(time.monotonic() + TO_SPEAK)
+        if waiting:
+            print(f"paged-ref: a rank has ended, and {len(waiting)} that did not notice were ended", file=sys.stderr)
+    except KeyboardInterrupt:
+        _tell(waiting, rank_guard.INTERRUPT)
+        collect(time.monotonic() + TO_STOP)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _tell(waiting, rank_guard.KILL)
+    return statuses + [1] * len(waiting)
 
 
-def _pass_on(ranks: subprocess.Popen[bytes], text: bytes = b"") -> None:
-    """Give `text` to rank 0, and show what the ranks say on standard error."""
-    assert ranks.stdin is not None
+def _tell(lines: Sequence[socket.socket], word: bytes) -> None:
+    for line in lines:
+        with suppress(OSError):  # the guard has ended
+            line.sendall(word)
+
+
+def _pass_on(ranks: subprocess.Popen[bytes]) -> None:
+    """Show what the ranks say on standard error."""
     assert ranks.stderr is not None
-    if not ranks.stdin.closed:
-        ranks.stdin.write(text)
-        ranks.stdin.close()
     for line in ranks.stderr:
         if not _NOISE.match(line):
             sys.stderr.write(line.decode(errors="replace"))

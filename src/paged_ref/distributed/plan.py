@@ -14,6 +14,7 @@ No K, no V and no activation is in the plan, and the plan does not grow with the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -67,10 +68,8 @@ class Leader(Observer):
 
 def follow(engine: Engine, group: Group) -> None:
     """Compute the steps of rank 0 with this rank's model and K and V, until rank 0 closes the group."""
-    try:
+    with suppress(GroupClosed):
         while True:
             transfers, inputs = unpack(group.take(0, np.int32))
             engine.kv.begin_step(StepPlan(transfers=transfers), inputs)
             engine.model.forward(to_device(inputs), engine.kv)
-    except GroupClosed:
-        return
