@@ -28,6 +28,7 @@ from .events import (
     Pairs,
     PoolCleared,
     PoolOpened,
+    RanksOpened,
     RegionPlaced,
     RegionSwappedIn,
     RegionSwappedOut,
@@ -432,6 +433,10 @@ class RunState:
             memory.free = list(reversed(event.free_order))
             memory.host = Blocks([0] * event.num_host_blocks, list(reversed(range(event.num_host_blocks))))
 
+    def _ranks_opened(self, event: RanksOpened) -> None:
+        if not event.heads or len(event.heads) != len(event.kv_heads):
+            raise ValueError(f"{len(event.heads)} ranks have heads, and {len(event.kv_heads)} have KV heads")
+
     def _request_arrived(self, event: RequestArrived) -> None:
         for seq_id in event.seq_ids:
             self.sequences[seq_id] = SequenceView(seq_id, event.request_id, len(event.prompt), list(event.prompt))
@@ -638,6 +643,7 @@ def _require_each_once(free_order: Sequence[int], num_blocks: int) -> None:
 _PLACE_CHANGES = (SequenceFreed, RegionPlaced, RegionSwappedOut, RegionSwappedIn)
 _FOLLOW: dict[type[Event], Callable[[RunState, Any], None]] = {
     PoolOpened: RunState._pool_opened,
+    RanksOpened: RunState._ranks_opened,
     RequestArrived: RunState._request_arrived,
     SequenceAdmitted: RunState._admitted,
     TokensAppended: RunState._appended,
