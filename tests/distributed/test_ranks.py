@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,15 @@ def test_every_rank_holds_its_heads_of_the_same_blocks() -> None:
         assert np.isfinite(expected).any()
         assert np.array_equal(np.isnan(parts), np.isnan(expected))
         assert np.nanmax(abs(parts - expected)) < 1e-4
+
+
+@pytest.mark.slow
+def test_ranks_on_the_stand_in_for_a_gpu() -> None:
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent / 'src'}{os.pathsep}{tests}"}
+    words = [sys.executable, "-m", "strict_gpu", "-m", "support.gpu_ranks"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.stdout == "the same tokens\n", done.stderr
 
 
 # --- what is split ---------------------------------------------------------------------------------------

@@ -19,7 +19,11 @@ PAUSE = 0.02  # seconds between two looks at the rank
 
 def main() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the launcher's word that a rank has ended; the rank inherits this
-    with socket.create_connection(("127.0.0.1", int(os.environ[PORT]))) as line:
+    try:
+        line = socket.create_connection(("127.0.0.1", int(os.environ[PORT])))
+    except OSError:
+        return  # the process that waits has ended already
+    with line:
         rank = subprocess.Popen([sys.executable, "-m", "paged_ref", *sys.argv[1:]], close_fds=False)
         while rank.poll() is None:
             if select.select([line], [], [], PAUSE)[0]:
