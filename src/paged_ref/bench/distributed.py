@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         vocab_size=2048, hidden_size=size, intermediate_size=3 * size, num_layers=8, num_heads=max(1, heads),
         num_kv_heads=max(1, heads), head_size=64, max_position_embeddings=512, eos_token_ids=(0,),
     )  # fmt: skip
-    ranks, threads = f"{args.ranks} ranks of 1 thread", f"1 process of {args.ranks} threads"
+    ranks, threads = f"{args.ranks} ranks, 1 thread", f"1 process, {args.ranks} threads"
     steps: dict[str, list[float]] = {ranks: [], threads: []}
     shares, said = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
         (ranks, f"{1e3 * median(steps[ranks]):.1f}", f"{speed:.2f}", f"{median(shares):.0%}", f"{equal}/{args.batch}"),
         (threads, f"{1e3 * median(steps[threads]):.1f}", "1.00", "-", ""),
     ]
-    columns = ("", "ms for a decode step", "speed", "in communication", "same tokens")
+    columns = ("", "ms a step", "speed", "communication", "same tokens")
     console = Console()
     console.print(table_of(columns, rows, title=f"Batch {args.batch}, hidden size {size}, {describe_device()}"))
     every = {name: number / args.new_tokens for name, number in said.items()}

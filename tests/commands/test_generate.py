@@ -1,4 +1,4 @@
-"""`paged-ref generate --replicas`, and `--json`."""
+"""`paged-ref generate`: `--json`, `--replicas`, and what it says where ranks cannot start."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, SamplingParams, cli
+from paged_ref.commands import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["generate", "--max-tokens", "6", "--backend", "reference"]
@@ -62,6 +63,22 @@ def test_json_has_what_generate_returns(tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*BASE, "--prompt", "a", *arguments]) == 2
     assert capsys.readouterr().err == f"paged-ref: error: {said}\n"
+
+
+def test_without_the_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ranks, "LAUNCHER", "no-launcher")
+    assert cli.main([*BASE, "--prompt", "a", "--tensor-parallel", "2"]) == 2
+    said = "no-launcher was not found, which starts ranks; the extra `distributed` brings it"
+    assert capsys.readouterr().err == f"paged-ref: error: {said}\n"
+
+
+def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.delitem(sys.modules, "paged_ref.distributed.mpi", raising=False)
+    assert cli.main([*BASE, "--prompt", "a"]) == 2
+    said = "paged-ref: error: ranks need the extra `distributed`, which brings mpi4py and mpich: "
+    assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.slow
