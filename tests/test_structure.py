@@ -27,7 +27,7 @@ FLOORS = [
     {"core"},
     {"extras"},
     {"tuned"},
-    {"interop", "tracer", "timeline"},
+    {"interop", "tracer", "timeline", "distributed"},
     {"beyond_device"},
     {"views", "planner", "training"},
     {"bench"},
@@ -183,6 +183,10 @@ def test_the_engine_does_not_touch_numba_cuda_or_cupy_without_a_gpu(door: str) -
 
 def test_the_core_has_at_most_2900_lines() -> None:
     assert sum(num_lines(path) for path in CORE_FILES) <= 2_900
+
+
+def test_the_room_for_several_workers_has_at_most_350_lines() -> None:
+    assert sum(num_lines(path) for path in (SOURCE / "distributed").glob("*.py")) <= 350
 
 
 def test_the_reading_path_has_at_most_1500_lines() -> None:

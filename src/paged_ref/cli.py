@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -46,6 +47,7 @@ GROUPS: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
                 'generate --prompt "Once upon a time" --max-tokens 40',
                 'generate --prompt "The cat" --temperature 0.8 --n 3 --seed 1 --record run.jsonl',
                 'generate --model DIR --prompt "The cat" --beam-width 4',
+                'generate --prompt "The cat" --tensor-parallel 2 --json -',
             ),
         ),
         "monitor": (
@@ -170,7 +172,7 @@ def _run(argv: list[str]) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(command_line=argv))
     if args.threads is not None:
         os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # read by tuned/threads.py and by Numba, which load later
     return int(importlib.import_module(COMMANDS[args.command][0]).main(args))

@@ -31,6 +31,9 @@ from .core.memory.paged import PagedManager
 from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
 from .core.model.tokenizer import Tokenizer
+from .distributed.group import Group as RankGroup
+from .distributed.plan import Leader
+from .distributed.split import Part, heads_of_ranks, split_products
 from .extras.beam import BeamRequest
 from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, read_scales
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
@@ -106,6 +109,7 @@ class LLM(StreamingLLM):
         sanitize: bool = False,
         log: Log | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         """`model` is "tiny" (embedded) or a Hugging Face directory; `dtype`, "float32" or "float16", its numbers'.
 
@@ -128,6 +132,10 @@ class LLM(StreamingLLM):
 
         `backend` names the attention backend. `sanitize` checks every read of the cache; `log` is called with every
         event (timeline/events.py), `on_step` with a StepRecord after each step. None of these three changes a token.
+
+        `group` (distributed/group.py): this is one of several ranks, each of which has its part of the weights, K and
+        V, and an LLM with the same arguments. Rank 0 takes the requests; `distributed.plan.follow` is the others'.
+        `kv_cache_bytes` are those of each rank, and `sanitize` watches the heads of rank 0.
         """
         _require_types(
             {"log": log, "on_step": on_step},
@@ -147,8 +155,11 @@ class LLM(StreamingLLM):
         if kv_scales is not None and kv_dtype not in ("int8", "float8"):
             raise ValueError(f"kv_scales are given, and kv_dtype is {kv_dtype!r}; only int8 and float8 have scales")
         checkpoint = load(model)
-        config = checkpoint.config
+        config, weights = checkpoint.config, checkpoint.weights
         pool: CachingBlockPool | None = None
+        if group is not None:
+            weights = part = Part(config, weights, group.rank, group.size)
+            config = part.config
         context = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
             raise ValueError(f"max_model_len is {max_model_len}; 1 to the model's context of {context} is allowed")
@@ -157,7 +168,7 @@ class LLM(StreamingLLM):
                 f"device_blocks is {device_blocks}",
                 kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes, host_kv_tokens=host_kv_tokens,
                 manager=None if manager == "paged" else manager, preemption=preemption, free_order=free_order,
-                prefix_cache=prefix_cache or None, kv_dtype=kv_dtype,
+                prefix_cache=prefix_cache or None, kv_dtype=kv_dtype, group=group,
             )  # fmt: skip
             if any(attention_variants(config)):
                 raise ValueError(
@@ -187,7 +198,8 @@ class LLM(StreamingLLM):
                     block_size=block_size, num_host_slots=host_kv_tokens, reserve=reserve, allocator=allocator,
                     free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
-            kv = _make_kv(config, manager, dtype, kv_dtype, kv_scales, host_kv_tokens, backend, sanitize)
+            watched = sanitize and (group is None or group.rank == 0)
+            kv = _make_kv(config, manager, dtype, kv_dtype, kv_scales, host_kv_tokens, backend, watched)
             if isinstance(manager, PagedManager) and isinstance(manager.pool, CachingBlockPool):
                 pool = manager.pool
             if log:
@@ -199,15 +211,20 @@ class LLM(StreamingLLM):
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        decoder = build_model(config, checkpoint.weights, dtype, linear, longest)
+        decoder = build_model(config, weights, dtype, linear, longest)
+        if group is not None:
+            split_products(decoder, group)
+            observers.insert(0, Leader(group))
         if launching.unavailable() is None and can_fuse(decoder):
             decoder = FusedDecoder(decoder)
         self.vocabulary = Vocabulary(checkpoint.tokenizer, config.vocab_size)
         engine = ShapingEngine(self.vocabulary, decoder, parts.kv, scheduler, config.eos_token_ids, observers)
-        self.open(engine, config, checkpoint.tokenizer, longest)
+        self.open(engine, checkpoint.config, checkpoint.tokenizer, longest)
         self.around_step = blas_threads
         if self._log_steps:
-            self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
+            self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(checkpoint.config, dtype))
+        if log and group is not None:
+            log(timeline.events.RanksOpened(*heads_of_ranks(checkpoint.config, group.size)))
 
     def make_request(self, output: RequestOutput, params: CoreSamplingParams) -> Request:
         for name in ("stop", "bad_words"):

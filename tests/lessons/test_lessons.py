@@ -220,6 +220,7 @@ def test_the_names_that_lessons_patch() -> None:
         "17": {"llm.make_manager"},
         "18": {"setup.Setup.make_manager"},
         "19": {"PagedManager.writes_shared_block"},
+        "20": {"plan.unpack"},
         "21": {"PagedManager.free"},
     }
 

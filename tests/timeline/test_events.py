@@ -105,6 +105,7 @@ OLD_LINES = [
     r'{"event":"PagesFreed","pages":[1,2]}',
     r'{"event":"PagesNamed","seq_id":7,"layer":7,"head":7,"pages":[1,2]}',
     r'{"event":"ModelOpened","model":"\u00b7x","kv_bytes_per_token":7}',
+    r'{"event":"RanksOpened","heads":[[1,2],[3,4]],"kv_heads":[[1,2],[3,4]]}',
     r'{"event":"TokenNamed","token_id":7,"text":"\u00b7x"}',
     r'{"event":"RequestArrived","request_id":7,"seq_ids":[1,2],"prompt":[1,2]}',
     r'{"event":"StepPlanned","step":7,"chunks":[[1,2],[3,4]],"preempted":[1,2],"waiting":[1,2]}',

@@ -61,6 +61,11 @@ BENCHMARKS = {
         "activations kept, swapped, paged, recomputed; a step's time; torch",
         ("bench training",),
     ),
+    "distributed": (
+        "paged_ref.bench.distributed",
+        "ranks that share a model (MPI) against one process of threads",
+        ("bench distributed",),
+    ),
     "long": (
         "paged_ref.bench.long",
         "contexts longer than the device: memory, streaming, budgets",

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
-from ..core.engine.outputs import SequenceOutput
+from ..core.engine.outputs import RequestOutput, SequenceOutput
+from ..distributed.group import Group, GroupError
+from ..distributed.plan import follow
 from ..extras.sampling_params import SamplingParams
 from ..extras.token_text import token_text
 from ..interop.hf_tokenizer import HFTokenizer
 from ..llm import LLM
 from ..views.common import options
-from ..views.common.files import recording
+from ..views.common.files import recording, write_json
+from .ranks import on_rank, start, started_ranks
+from .replicas import run_replicas
 
 MOST_INPUT = 1 << 24  # bytes: more than any context holds
 
@@ -58,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--sanitize", action="store_true", help="check every read of the KV cache")
     options.record_output(memory)
     options.backend(parser)
+    options.json_output(parser, "also write prompts and outputs here; -: print only them", stdout=True)
+    workers = parser.add_argument_group("several workers (extra `distributed`)")
+    options.integer(workers, "--tensor-parallel", help="ranks that share the model and one block table (MPI)")
+    options.integer(workers, "--replicas", help="engines that share nothing but the queue of prompts")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -68,25 +80,89 @@ def main(args: argparse.Namespace) -> int:
         options.check_text("--system", [args.system])
         if not args.chat:
             raise ValueError(f"--system is {args.system!r} without --chat; only a conversation has a system message")
-    prompts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # which the last line below says
-        params = SamplingParams(
+    if args.replicas is not None:
+        for option in ("tensor_parallel", "record"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--replicas is {args.replicas}; --{option.replace('_', '-')} does not go with it")
+        return _generate(args)
+    ranks = started_ranks()
+    wanted = args.tensor_parallel or max(1, ranks)
+    if ranks and wanted != ranks:
+        raise ValueError(f"--tensor-parallel is {wanted}; mpiexec has started {ranks} ranks")
+    if wanted > 1 and not ranks:
+        return start(wanted, args.command_line, _standard_input().encode() if "-" in args.prompt else b"")
+    return on_rank(partial(_generate, args)) if wanted > 1 else _generate(args)
+
+
+def _generate(args: argparse.Namespace, group: Group | None = None) -> int:
+    """All of it, or what one rank does."""
+    options_of_llm = dict(
+        model=args.model, manager=args.manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens,
+        host_kv_tokens=args.host_kv_tokens, preemption=args.preemption, prefix_cache=args.prefix_cache,
+        kv_dtype=args.kv_dtype, backend=args.backend, sanitize=args.sanitize, group=group,
+    )  # fmt: skip
+    if group is not None and group.rank:
+        follow(LLM(**options_of_llm).engine, group)
+        return 0
+    texts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
+    params = _params(args)
+    quiet = str(args.json) == "-"
+    found: dict[str, Any] = {"model": args.model, "ranks": 1 if group is None else group.size}
+    if args.replicas is not None:
+        try:
+            outputs, found["replicas"] = run_replicas(args.replicas, options_of_llm, texts, params)
+        except GroupError as error:
+            print(f"paged-ref: {error}", file=sys.stderr)
+            return 1
+        _show(outputs if not quiet else [])
+    else:
+        found["steps"] = []
+        with recording(args.record) as log:
+            llm = LLM(**options_of_llm, log=log, on_step=lambda record: found["steps"].append(record.seconds))
+            prompts = _conversations(llm, texts, args.system) if args.chat else texts
+            outputs = llm.generate(prompts, params) if quiet else _show_in_turn(llm, texts, prompts, params)
+    if group is not None:
+        found |= {"bytes_said": dict(group.bytes), "seconds_in_communication": group.seconds}
+    if params.n > 1 and params.temperature == 0:
+        print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
+    found["outputs"] = [
+        {
+            "prompt": output.prompt,
+            "prompt_token_ids": output.prompt_token_ids,
+            "num_preemptions": output.num_preemptions,
+            "samples": [asdict(sample) for sample in output.outputs],
+        }
+        for output in outputs
+    ]
+    if quiet:
+        print(json.dumps(found, indent=1))
+    elif args.json:
+        write_json(args.json, found)
+    return 0
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # which the last line of a run says
+        return SamplingParams(
             max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
             min_p=args.min_p, seed=args.seed, n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos,
             min_tokens=args.min_tokens, beam_width=args.beam_width, length_penalty=args.length_penalty,
             repetition_penalty=args.repetition_penalty, presence_penalty=args.presence_penalty,
             frequency_penalty=args.frequency_penalty, bad_words=tuple(args.bad_word), logprobs=args.logprobs,
         )  # fmt: skip
-    with recording(args.record) as log:
-        llm = LLM(
-            args.model, manager=args.manager, block_size=args.block_size, kv_cache_tokens=args.kv_tokens,
-            host_kv_tokens=args.host_kv_tokens, preemption=args.preemption, prefix_cache=args.prefix_cache,
-            kv_dtype=args.kv_dtype, backend=args.backend, sanitize=args.sanitize, log=log,
-        )  # fmt: skip
-        _show_in_turn(llm, prompts, _conversations(llm, prompts, args.system) if args.chat else prompts, params)
-    if params.n > 1 and params.temperature == 0:
-        print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
-    return 0
+
+
+def _show(outputs: list[RequestOutput]) -> None:
+    """As _show_in_turn does, when all is there."""
+    for request, output in enumerate(outputs, start=1):
+        for sample in output.outputs:
+            _head(request, sample.index + 1, len(outputs), len(output.outputs))
+            print(f"{output.prompt}{sample.text}")
+
+
+def _head(request: int, sample: int, requests: int, samples: int) -> None:
+    if requests * samples > 1:
+        print(f"--- prompt {request}, sample {sample}" if samples > 1 else f"--- prompt {request}")
 
 
 def _standard_input() -> str:
@@ -120,7 +196,9 @@ def _show_logprobs(llm: LLM, output: SequenceOutput) -> None:
         print(f"{shown[token_id]:<24} rank {entries[token_id].rank}{others}")
 
 
-def _show_in_turn(llm: LLM, shown: list[str], prompts: Sequence[str | list[int]], params: SamplingParams) -> None:
+def _show_in_turn(
+    llm: LLM, shown: list[str], prompts: Sequence[str | list[int]], params: SamplingParams
+) -> list[RequestOutput]:
     """All samples run in one batch. The text of the first that is not finished streams; the others' text is kept.
 
     `shown` is printed before the text of each prompt."""
@@ -131,13 +209,9 @@ def _show_in_turn(llm: LLM, shown: list[str], prompts: Sequence[str | list[int]]
     pending = {turn: "" for turn in turns}
     finished: set[tuple[int, int]] = set()
     for request, sample in turns:
-        if len(turns) > 1:
-            print(f"--- prompt {request + 1}, sample {sample + 1}" if samples > 1 else f"--- prompt {request + 1}")
-        print(
-            shown[request] + ("" if isinstance(prompts[request], str) else "\n") + pending[request, sample],
-            end="",
-            flush=True,
-        )
+        _head(request + 1, sample + 1, len(prompts), samples)
+        end = "" if isinstance(prompts[request], str) else "\n"  # of the message, before the model's answer
+        print(f"{shown[request]}{end}{pending[request, sample]}", end="", flush=True)
         while (request, sample) not in finished:
             token = next(tokens)
             turn = (token.request_id, token.index)
@@ -150,3 +224,4 @@ def _show_in_turn(llm: LLM, shown: list[str], prompts: Sequence[str | list[int]]
         print()
         if params.logprobs is not None:
             _show_logprobs(llm, outputs[request].outputs[sample])
+    return outputs

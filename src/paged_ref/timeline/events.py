@@ -165,6 +165,15 @@ class ModelOpened(Event, frozen=True):
     kv_bytes_per_token: int
 
 
+class RanksOpened(Event, frozen=True):
+    """Several ranks share the model, and each has a pool of the blocks that PoolOpened counts. Rank i holds the query
+    heads from `heads[i][0]` up to `heads[i][1]`, which is the next rank's, and K and V of the KV heads `kv_heads[i]`.
+    Fewer KV heads than ranks: some ranks hold the same."""
+
+    heads: Pairs
+    kv_heads: Pairs
+
+
 class TokenNamed(Event, frozen=True):
     """What a token id looks like on screen. Logged once, before the first event that holds the id."""
 

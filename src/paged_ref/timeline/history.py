@@ -22,6 +22,7 @@ from .events import (
     ModelOpened,
     PagesAttended,
     PoolOpened,
+    RanksOpened,
     RegionPlaced,
     RegionSwappedIn,
     RegionSwappedOut,
@@ -120,6 +121,7 @@ class History:
     step_positions: list[int] = field(default_factory=list)  # of their StepPlanned
     spans: dict[int, list[tuple[int, str]]] = field(default_factory=dict)  # of sequences: (first step, what it does)
     marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS): what is worth a look
+    ranks: RanksOpened | None = None  # None: one process holds all heads
     caches: bool = False  # a prefix cache is on
     streams: bool = False  # pages are on the device, on the host, or on both
     interval: int = 256  # events between two checkpoints
@@ -255,6 +257,8 @@ class History:
             case SequenceFinished():
                 self._span(event.seq_id, len(self.steps), "F")
                 self._span(event.seq_id, len(self.steps) + 1, " ")
+            case RanksOpened():
+                self.ranks = event
             case PoolOpened():
                 self.streams = event.manager == "streaming"
                 # Far fewer copies of a state with a million blocks than of one with a dozen.

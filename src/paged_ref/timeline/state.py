@@ -24,6 +24,7 @@ from .events import (
     PagesPlaced,
     PoolCleared,
     PoolOpened,
+    RanksOpened,
     RegionPlaced,
     RegionSwappedIn,
     RegionSwappedOut,
@@ -171,6 +172,10 @@ class RunState:
             memory.ref_count = [0] * event.num_blocks
             memory.free = list(reversed(event.free_order))
             memory.host = Blocks([0] * event.num_host_blocks, list(reversed(range(event.num_host_blocks))))
+
+    def _ranks_opened(self, event: RanksOpened) -> None:
+        if not event.heads or len(event.heads) != len(event.kv_heads):
+            raise ValueError(f"{len(event.heads)} ranks have heads, and {len(event.kv_heads)} have KV heads")
 
     def _request_arrived(self, event: RequestArrived) -> None:
         for seq_id in event.seq_ids:
@@ -373,6 +378,7 @@ class RunState:
 _PLACE_CHANGES = (SequenceFreed, RegionPlaced, RegionSwappedOut, RegionSwappedIn)
 _FOLLOW: dict[type[Event], Callable[[RunState, Any], None]] = {
     PoolOpened: RunState._pool_opened,
+    RanksOpened: RunState._ranks_opened,
     RequestArrived: RunState._request_arrived,
     SequenceAdmitted: RunState._admitted,
     TokensAppended: RunState._appended,

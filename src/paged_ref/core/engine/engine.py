@@ -73,7 +73,7 @@ class Engine:
         for observer in self.observers:
             observer.before_step(plan, inputs)
         self.kv.begin_step(plan, inputs)
-        logits = self.model.forward(_to_device(inputs), self.kv)  # [num_rows, vocab_size]
+        logits = self.model.forward(to_device(inputs), self.kv)  # [num_rows, vocab_size]
         for seq, num_tokens in plan.chunks:
             seq.num_computed += num_tokens
             self.manager.commit(seq.seq_id, seq.tokens, seq.num_computed)
@@ -198,7 +198,7 @@ def _padded(tables: list[list[int]]) -> np.ndarray:
     return rows
 
 
-def _to_device(inputs: StepInputs) -> StepInputs:
+def to_device(inputs: StepInputs) -> StepInputs:
     """The inputs where the model is: to a GPU by one copy of all."""
     if not on_gpu:
         return inputs

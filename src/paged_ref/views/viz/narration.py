@@ -8,6 +8,7 @@ from typing import Any
 from ...timeline import events
 from ...timeline.history import Moment
 from ..common.canvas import count, in_words, kv_size, prose
+from .frames.ranks import listed
 from .page_narration import OF_PAGES
 from .source_links import ended
 
@@ -75,6 +76,17 @@ def _pool_opened(moment: Moment, event: events.PoolOpened) -> str:
         )
     return (
         f"The KV cache opened: one piece of {count(event.num_blocks, 'slot')}, all free. Each sequence gets a region."
+    )
+
+
+def _ranks(moment: Moment, event: events.RanksOpened) -> str:
+    held = [
+        f"rank {rank} holds {listed(heads, 'head')} with {listed(kv_heads, 'KV head')}"
+        for rank, (heads, kv_heads) in enumerate(zip(event.heads, event.kv_heads, strict=True))
+    ]
+    return (
+        f"{count(len(event.heads), 'rank')} share the model: {in_words(held)}. Each has a pool with the same blocks, "
+        "and one block table says for all of them where a token lies."
     )
 
 
@@ -278,6 +290,7 @@ def _finished(moment: Moment, event: events.SequenceFinished) -> str:
 
 _SENTENCES: dict[type[events.Event], Callable[[Moment, Any], str]] = {
     events.PoolOpened: _pool_opened,
+    events.RanksOpened: _ranks,
     events.RequestArrived: _arrived,
     events.SequenceAdmitted: _admitted,
     events.TokensAppended: _appended,

@@ -22,6 +22,7 @@ from ...core.engine.engine import Engine
 from ...core.engine.scheduler import Scheduler
 from ...core.memory.manager import KVCacheManager
 from ...core.memory.standard import StandardManager
+from ...distributed.split import Part
 from ...extras.beam import BeamSearch
 from ...extras.host_swap import SwappablePagedManager
 from ...extras.prefix_cache import CachingBlockPool
@@ -100,6 +101,7 @@ METHODS: dict[type[events.Event], str] = {  # of the manager of the run
 FUNCTIONS: dict[
     type[events.Event], Function
 ] = {  # of the engine, and of the memory for pages; Engine.step for all others
+    events.RanksOpened: Part.__init__,
     events.RequestArrived: LLM.add_request,
     events.BlockCached: CachingBlockPool.filled,
     events.StepPlanned: Scheduler.schedule,

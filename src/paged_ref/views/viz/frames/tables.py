@@ -27,6 +27,7 @@ from ...common.canvas import (
     rule,
     window,
 )
+from . import ranks
 from .blocks import WRITTEN, block_row, pool_rows, pool_title
 
 
@@ -36,7 +37,8 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
         return _regions(scene, width, height)
     left = max(20, min(44, width // 3))
     right = width - left - 2
-    return beside(_tables(scene, left, height), _pool(scene, right, height), left, gap=2)
+    pool = _pool if scene.history.ranks is None else ranks.draw
+    return beside(_tables(scene, left, height), pool(scene, right, height), left, gap=2)
 
 
 # --- left: the tables -------------------------------------------------------------------------------------

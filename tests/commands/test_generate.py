@@ -1,0 +1,137 @@
+"""`paged-ref generate`: `--json`, `--replicas`, and what it says where ranks cannot start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paged_ref import LLM, SamplingParams, cli
+from paged_ref.commands import ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ["generate", "--max-tokens", "6", "--backend", "reference"]
+PROMPTS = ["Once upon a time", "The little dog", "A girl"]
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "paged_ref", *arguments]
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+
+
+def prompt_options() -> list[str]:
+    return [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+
+
+def test_json_has_what_generate_returns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = LLM("tiny", backend="reference").generate(PROMPTS, SamplingParams(max_tokens=6))
+    assert cli.main([*BASE, *prompt_options(), "--json", str(tmp_path / "out.json")]) == 0
+    assert "Once upon a time" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert cli.main([*BASE, *prompt_options(), "--json", "-"]) == 0
+    printed = json.loads(capsys.readouterr().out)  # nothing else is printed
+    for run in (found, printed):
+        assert run["ranks"] == 1
+        assert run["model"] == "tiny"
+        assert len(run["steps"]) == 6
+        for got, output in zip(run["outputs"], expected, strict=True):
+            assert got["prompt"] == output.prompt
+            assert got["prompt_token_ids"] == output.prompt_token_ids
+            assert got["samples"][0]["token_ids"] == output.outputs[0].token_ids
+            assert got["samples"][0]["text"] == output.outputs[0].text
+            assert got["samples"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--replicas", "2", "--tensor-parallel", "2"], "--replicas is 2; --tensor-parallel does not go with it"),
+        (["--replicas", "2", "--record", "/dev/null"], "--replicas is 2; --record does not go with it"),
+        (["--replicas", "0"], "--replicas is 0; at least 1 is needed"),
+        (["--tensor-parallel", "0"], "--tensor-parallel is 0; at least 1 is needed"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*BASE, "--prompt", "a", *arguments]) == 2
+    assert capsys.readouterr().err == f"paged-ref: error: {said}\n"
+
+
+def test_without_the_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ranks, "LAUNCHER", "no-launcher")
+    assert cli.main([*BASE, "--prompt", "a", "--tensor-parallel", "2"]) == 2
+    said = "no-launcher was not found, which starts ranks; the extra `distributed` brings it"
+    assert capsys.readouterr().err == f"paged-ref: error: {said}\n"
+
+
+def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.delitem(sys.modules, "paged_ref.distributed.mpi", raising=False)
+    assert cli.main([*BASE, "--prompt", "a"]) == 2
+    said = "paged-ref: error: ranks need the extra `distributed`, which brings mpi4py and mpich: "
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.slow
+def test_replicas_share_the_queue_and_give_the_same_outputs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*BASE, *prompt_options(), "--json", "-"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    out, error = started(*BASE, *prompt_options(), "--replicas", "2", "--json", "-").communicate(timeout=120)
+    assert not error
+    found: dict[str, Any] = json.loads(out)
+    assert found["outputs"] == alone["outputs"]
+    assert sum(found["replicas"]) == len(PROMPTS)
+    assert min(found["replicas"]) >= 1
+
+
+@pytest.mark.slow
+def test_an_error_of_a_replica_is_one_sentence() -> None:
+    run = started(*BASE, "--prompt", "a", "--model", "/nowhere", "--replicas", "2")
+    _, error = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert error == "paged-ref: error: /nowhere is not a directory; a checkpoint in Hugging Face form is needed\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the replicas in /proc")
+@pytest.mark.parametrize("whom", ["replica", "Ctrl-C"])
+def test_a_replica_that_is_killed_ends_the_run(whom: str) -> None:
+    words = ["--max-tokens", "490", "--ignore-eos", "--n", "8", "--temperature", "1"]
+    run = started("generate", *prompt_options(), *words, "--backend", "reference", "--replicas", "2")
+    while len(found := replicas_of(run.pid)) < 2:
+        time.sleep(0.05)
+    time.sleep(1)
+    if whom == "replica":
+        os.kill(found[0], signal.SIGKILL)
+    else:
+        run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    sentence = "a replica has ended in the middle of the run" if whom == "replica" else "interrupted"
+    assert error == f"paged-ref: {sentence}\n"
+    assert run.returncode == (1 if whom == "replica" else 130)
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+
+
+def replicas_of(pid: int) -> list[int]:
+    """Its children that spawn has made."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"spawn_main" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,229 @@
+"""Ranks that are processes: `paged-ref generate --tensor-parallel`, and what happens when one of them ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.commands.ranks import LAUNCHER
+from paged_ref.distributed.plan import plan_bytes
+
+FOUND = Path(sys.executable).with_name(LAUNCHER).is_file() or shutil.which(LAUNCHER) is not None
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or not FOUND, reason="the extra `distributed` is not installed"
+)
+ROOT = Path(__file__).resolve().parents[2]
+STORIES = Path("/work/shared/models/stories260K")
+BASE = ["generate", "--prompt", "Once upon a time", "--prompt", "The little girl", "--ignore-eos", "--max-tokens", "12"]
+SETTINGS = {
+    "paged": [],
+    "standard": ["--manager", "standard", "--kv-tokens", "96"],
+    "swapping": ["--manager", "swapping", "--kv-tokens", "24"],
+    "swap": ["--block-size", "4", "--kv-tokens", "32", "--preemption", "swap"],
+    "prefix cache": ["--prefix-cache", "--block-size", "4", "--prompt", "Once upon a time there was"],
+    "fork": ["--n", "3", "--temperature", "0.9", "--seed", "3", "--block-size", "4"],
+    "beams": ["--beam-width", "3", "--block-size", "4"],
+    "sanitize": ["--sanitize", "--block-size", "4"],
+}
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OPENBLAS_NUM_THREADS": "1"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "paged_ref", *arguments]
+
+
+def printed(*arguments: str, before: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What `generate --json -` prints."""
+    words = [*before, *command(*arguments, "--json", "-", "--backend", "reference")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """A run of many tokens on ranks, after its first word. It gets no Ctrl-C but its own."""
+    words = ["generate", "--prompt", "Once", "--max-tokens", "480", "--ignore-eos", "--backend", "reference"]
+    pipe = subprocess.PIPE
+    run = subprocess.Popen(
+        command(*words, *arguments), stdout=pipe, stderr=pipe, text=True, env=environment(), start_new_session=True
+    )
+    assert run.stdout is not None
+    assert run.stdout.read(5)
+    return run
+
+
+def ranks_of(run: subprocess.Popen[str]) -> dict[int, int]:
+    """The processes that this run has started, by rank: rank -> process."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, todo = {}, [run.pid]
+    while todo:
+        pid = todo.pop()
+        todo += children.get(pid, [])
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        for variable in variables:
+            if variable.startswith(b"PMI_RANK="):
+                found[int(variable[9:])] = pid
+    return found
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_two_ranks_give_the_tokens_of_one_process_and_say_what_they_sent() -> None:
+    found = printed(*BASE, "--tensor-parallel", "2")
+    llm = LLM("tiny", backend="reference")
+    expected = llm.generate(["Once upon a time", "The little girl"], SamplingParams(max_tokens=12, ignore_eos=True))
+    assert [o["samples"][0]["token_ids"] for o in found["outputs"]] == [o.outputs[0].token_ids for o in expected]
+    assert [o["samples"][0]["text"] for o in found["outputs"]] == [o.outputs[0].text for o in expected]
+    lengths = [len(output.prompt_token_ids) for output in expected]
+    plans = [(sum(lengths) if step == 0 else 2, -(-(max(lengths) + step) // 16)) for step in range(12)]
+    num_tokens = sum(tokens for tokens, _ in plans)
+    assert found["ranks"] == 2
+    assert found["bytes_said"] == {
+        "broadcast": sum(plan_bytes(tokens, 2, 2, columns, 0) for tokens, columns in plans),
+        "reduced": 2 * llm.config.num_layers * num_tokens * llm.config.hidden_size * 4,
+        "gathered": 12 * 2 * llm.config.vocab_size * 4,
+    }
+    assert 0 < found["seconds_in_communication"] < sum(found["steps"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_ends_the_run_with_a_sentence_on_every_other_rank(killed: int) -> None:
+    run = started("--tensor-parallel", "4" if killed == 0 else "2")
+    ranks = ranks_of(run)
+    began = time.monotonic()
+    os.kill(ranks[killed], signal.SIGKILL)
+    _, said = run.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert run.returncode == 1
+    sentence = f"rank {killed} has ended in the middle of the run"
+    assert sorted(said.split("\n")[:-1]) == [f"paged-ref: rank {r}: {sentence}" for r in sorted(ranks) if r != killed]
+    gone(ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_a_rank_that_is_killed_before_the_run_begins() -> None:
+    run = subprocess.Popen(
+        command(*BASE, "--tensor-parallel", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(), start_new_session=True,
+    )  # fmt: skip
+    while len(ranks := ranks_of(run)) < 2:
+        time.sleep(0.01)
+    time.sleep(0.1)  # until the guards have started them
+    ranks = ranks_of(run)
+    os.kill(ranks[1], signal.SIGKILL)
+    out, said = run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert out == ""
+    assert said == "paged-ref: a rank has ended, and 1 that did not notice were ended\n"
+    gone(ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_no_rank_outlives_the_process_that_waits() -> None:
+    run = started("--tensor-parallel", "2")
+    ranks = ranks_of(run)
+    run.kill()
+    run.communicate(timeout=30)
+    gone(ranks)
+
+
+def gone(ranks: dict[int, int]) -> None:
+    """No rank is left, a moment later."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and any(map(is_there, ranks.values())):
+        time.sleep(0.02)
+    assert not any(map(is_there, ranks.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_ctrl_c_ends_all_ranks() -> None:
+    run = started("--tensor-parallel", "4")
+    ranks = ranks_of(run)
+    run.send_signal(signal.SIGINT)
+    out, said = run.communicate(timeout=30)
+    assert "mpiexec" not in out
+    assert run.returncode == 130
+    assert said.count("interrupted") == 5, said
+    gone(ranks)
+
+
+@pytest.mark.slow
+def test_three_ranks_for_four_heads_are_refused() -> None:
+    done = subprocess.run(command(*BASE, "--tensor-parallel", "3"), capture_output=True, text=True, env=environment())
+    assert done.returncode == 2
+    said = "paged-ref: error: 3 ranks cannot share 4 heads and 2 KV heads evenly; 1, 2, 4 can\n"
+    assert done.stderr == said
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+def test_a_rank_of_the_users_own_mpiexec() -> None:
+    launcher = str(Path(sys.executable).with_name(LAUNCHER))
+    alone, found = printed(*BASE), printed(*BASE, before=(launcher, "-n", "2"))
+    assert found["outputs"] == alone["outputs"]
+    words = [launcher, "-n", "2", *command(*BASE, "--tensor-parallel", "4")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2
+    assert "error: --tensor-parallel is 4; mpiexec has started 2 ranks" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_prompt_of_standard_input_reaches_rank_0() -> None:
+    words = command("generate", "--prompt", "-", "--max-tokens", "3", "--tensor-parallel", "2")
+    done = subprocess.run(words, input="Once upon", capture_output=True, text=True, env=environment())
+    assert done.stdout.startswith("Once upon a time"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("model", ["tiny", STORIES])
+def test_ranks_give_the_tokens_of_one_process(name: str, model: str | Path) -> None:
+    if model is STORIES and not STORIES.is_dir():
+        pytest.skip("stories260K is not on this machine")
+    arguments = [*BASE, *SETTINGS[name], "--model", str(model)]
+    alone = printed(*arguments)["outputs"]
+    scores = scores_taken_from(alone)
+    for size in ("2", "4"):
+        found = printed(*arguments, "--tensor-parallel", size)["outputs"]
+        found_scores = scores_taken_from(found)
+        if name == "beams":
+            assert found_scores == pytest.approx(scores, abs=1e-4)  # sums are split
+        assert found == alone, size
+
+
+def scores_taken_from(outputs: list[dict[str, Any]]) -> list[float]:
+    return [sample.pop("score") for output in outputs for sample in output["samples"]]
