@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from paged_ref.distributed.group import Group, GroupError
 from paged_ref.distributed.plan import pack, plan_bytes, unpack
 from paged_ref.distributed.split import Part, heads_of_ranks
 from paged_ref.interop.architectures import Decoder, random_weights, weight_shapes
-from paged_ref.interop.hf_config import HFConfig
+from paged_ref.interop.checkpoints import load
+from paged_ref.interop.hf_config import ARCHITECTURES, HFConfig
 from paged_ref.lesson.rank_threads import threads
 from paged_ref.planner.hardware import GPUS, several
 from paged_ref.planner.models import MODELS
@@ -129,7 +131,7 @@ def test_ranks_on_the_stand_in_for_a_gpu() -> None:
 
 QWEN = HFConfig(
     vocab_size=50, hidden_size=24, intermediate_size=37, num_layers=2, num_heads=6, num_kv_heads=3, head_size=4,
-    max_position_embeddings=64, attention_bias=True, qk_norm=True,
+    max_position_embeddings=64, qkv_bias=True, qk_norm="head",
 )  # fmt: skip
 
 
@@ -145,7 +147,33 @@ def test_the_parts_of_all_ranks_are_the_whole_and_each_once(size: int) -> None:
             axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
             assert np.array_equal(np.concatenate([part[name] for part in parts], axis), weights[name])
     for part in parts:
+        assert isinstance(part.config, HFConfig)
         Decoder(part.config, part)  # the config fits the weights
+
+
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name != "olmo2"])
+def test_every_architecture_gives_its_tokens_on_ranks(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = (
+        {**ARCHITECTURES[model_type], "attention_softcap": 20.0}
+        if model_type == "gemma2"
+        else ARCHITECTURES[model_type]
+    )
+    config = HFConfig(
+        vocab_size=2048, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8,
+        max_position_embeddings=128, sliding_windows=(None, 5), model_type=model_type, **pieces,
+    )  # fmt: skip
+    tiny = load("tiny")
+    model = replace(tiny, config=config, weights=random_weights(config))
+    monkeypatch.setattr("paged_ref.llm.load", lambda path: model)
+    expected = runs(LLM("tiny", backend="reference"), GREEDY)
+    with threads(2, lambda group: LLM("tiny", backend="reference", group=group)) as llms:
+        assert runs(llms[0], GREEDY) == expected
+
+
+def test_norms_over_all_heads_are_refused() -> None:
+    config = HFConfig(50, 24, 40, 2, 4, 2, 8, 64, qk_norm="whole")
+    with pytest.raises(ValueError, match="2 ranks cannot share a model that has a norm over all heads together"):
+        Part(config, {}, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,7 @@ SPLIT = {
     **{f"self_attn.q_proj.{kind}": (0, QUERY) for kind in ("weight", "bias")},
     **{f"self_attn.{name}_proj.{kind}": (0, KV) for name in "kv" for kind in ("weight", "bias")},
     "self_attn.o_proj.weight": (1, QUERY),
-    "mlp.gate_proj.weight": (0, INNER),
-    "mlp.up_proj.weight": (0, INNER),
+    **{f"mlp.{name}_proj.{kind}": (0, INNER) for name in ("gate", "up") for kind in ("weight", "bias")},
     "mlp.down_proj.weight": (1, INNER),
     "lm_head.weight": (0, TOKENS),
 }
@@ -40,8 +39,7 @@ def part_of(total: int, rank: int, size: int) -> range:
 
 def heads_of_ranks(config: ModelConfig, size: int) -> list[tuple[tuple[int, int], ...]]:
     """The query heads of each rank, from the first up to the one after the last; and the KV heads."""
-    totals = (config.num_heads, config.num_kv_heads)
-    parts = [[part_of(total, rank, size) for rank in range(size)] for total in totals]
+    parts = [[part_of(total, i, size) for i in range(size)] for total in (config.num_heads, config.num_kv_heads)]
     return [tuple((part.start, part.stop) for part in each) for each in parts]
 
 
@@ -53,8 +51,10 @@ class Part(UserDict[str, np.ndarray]):
         heads, kv_heads = config.num_heads, config.num_kv_heads
         known = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
         if size not in known:
-            able = ", ".join(map(str, known))
+            able = str(known)[1:-1]
             raise ValueError(f"{size} ranks cannot share {heads} heads and {kv_heads} KV heads evenly; {able} can")
+        if getattr(config, "qk_norm", None) == "whole":
+            raise ValueError(f"{size} ranks cannot share a model that has a norm over all heads together")
         parts = {name: part_of(getattr(config, name), rank, size) for name in (QUERY, KV, INNER, TOKENS)}
         unit = {QUERY: config.head_size, KV: config.head_size}  # rows of a head
         self.rows = {name: slice(p.start * unit.get(name, 1), p.stop * unit.get(name, 1)) for name, p in parts.items()}

@@ -32,7 +32,7 @@ class Placement(Table):
     on_host: bool = False
 
     def copy(self) -> Placement:
-        return Placement(self.blocks.copy(), self.length, self.start, self.size, self.on_host)
+        return replace(self, blocks=self.blocks.copy())
 
 
 @dataclass(frozen=True, slots=True)
