@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from paged_ref.core.device import to_host, xp
+from paged_ref.extras import logits as logits_module
 from paged_ref.extras.logits import Row, shape_logits
 from paged_ref.extras.logprobs import Logprob, token_logprobs
 from paged_ref.extras.sampling_params import SamplingParams
@@ -93,6 +94,23 @@ def test_no_rows_and_nothing_asked_touch_nothing() -> None:
     shape_logits(logits, [])
     shape_logits(logits, [row(1, [3], {})])
     np.testing.assert_array_equal(to_host(logits), before)
+
+
+def test_many_rows_take_as_many_array_operations_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(places: logits_module.Places) -> Any:
+        calls.append(len(places))
+        return indices(places)
+
+    indices = logits_module._indices
+    monkeypatch.setattr(logits_module, "_indices", counted)
+    for num_rows in (1, 256):
+        calls.clear()
+        logits = xp.asarray(random_logits(num_rows).copy())
+        shape_logits(logits, [row(place, [6], PARAMS[-1]) for place in range(num_rows)])
+        # allowed_token_ids; bad_words and min_tokens together, two places for each row; bias; repetition; the others
+        assert calls == [num_rows, 2 * num_rows, num_rows, num_rows, num_rows]
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, VOCAB, -1])

@@ -55,19 +55,10 @@ class CachingBlockPool(BlockPool):
 
     def allocate(self) -> int:
         if not self._free and self.cached:
-            self._evict()
+            block_id, _ = self.cached.popitem(last=False)
+            self.reopened(block_id)
+            self._free.append(block_id)
         return super().allocate()
-
-    def _evict(self) -> None:
-        """Free the cached block that was released longest ago."""
-        block_id, _ = self.cached.popitem(last=False)
-        self.reopened(block_id)
-        self._free.append(block_id)
-
-    def evict_all(self) -> None:
-        """No block is cached any more; blocks in use keep their digests."""
-        while self.cached:
-            self._evict()
 
     @contextmanager
     def unread(self) -> Iterator[None]:
