@@ -111,7 +111,8 @@ class LLM(StreamingLLM):
         on_step: Callable[[StepRecord], None] | None = None,
         group: RankGroup | None = None,
     ) -> None:
-        """`model` is "tiny" (embedded) or a Hugging Face directory; `dtype`, "float32" or "float16", its numbers'.
+        """`model` is "tiny" (embedded), a Hugging Face directory or NAME.gguf; `dtype`, of its numbers, is "float32" or
+        "float16".
 
         Memory. `manager` is "paged", "standard", "swapping", or a KVCacheManager that is made already. The KV cache has
         `kv_cache_tokens` slots (default 4096), or as many as fit in `kv_cache_bytes`, rounded down to whole blocks, in

@@ -18,6 +18,7 @@ from paged_ref.core.device import on_gpu
 from paged_ref.core.model.config import ModelConfig
 from paged_ref.interop.architectures import build_model, random_weights
 from paged_ref.interop.hf_config import HFConfig
+from paged_ref.interop.rope import RopeScaling
 from paged_ref.tracer import trace
 from paged_ref.tuned import launching
 from paged_ref.tuned.decoder import FusedDecoder
@@ -27,7 +28,10 @@ LLAMA = ModelConfig(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1, head_size=16,
     max_position_embeddings=64,
 )  # fmt: skip
-QWEN = HFConfig(**{name: getattr(LLAMA, name) for name in LLAMA.__slots__}, qkv_bias=True, qk_norm="head")
+QWEN = HFConfig(
+    **{name: getattr(LLAMA, name) for name in LLAMA.__slots__}, qkv_bias=True, qk_norm="head",
+    rope_scaling=RopeScaling("dynamic", 4.0, 4),
+)  # fmt: skip
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [7], [1, 2, 3]]
 NEXT = [[8], [], [9]]
 LAYER = ["turn_and_write_kernel", "flash_attention", "add_norm_kernel", "gated_kernel", "add_norm_kernel"]

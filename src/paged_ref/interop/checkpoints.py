@@ -103,7 +103,8 @@ class Weights(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        array = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
+        mapped = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
+        array = np.asarray(mapped)  # each part of a memmap costs more than one of a plain array
         end = None if entry.count is None else entry.first + entry.count
         part: np.ndarray = (array.T if entry.transposed else array)[entry.first : end]
         return part if entry.dtype != "BF16" else from_bfloat16(part)
