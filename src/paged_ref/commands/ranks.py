@@ -29,8 +29,8 @@ from . import rank_guard
 LAUNCHER = "mpiexec.hydra"  # of MPICH and its kin; the wheel puts it beside Python
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # that an mpiexec sets: of MPICH and its kin, of Open MPI
 TO_START = 30  # seconds until all guards must be there
-TO_SPEAK = 2  # seconds that ranks have to end when one has ended badly
-TO_STOP = 0.4  # seconds that ranks have to end after Ctrl-C
+TO_SPEAK = 3  # seconds that ranks have to end when one has ended badly
+TO_STOP = 0.55  # seconds that ranks have to end after Ctrl-C
 # What the launcher says of ranks that ended without its leave. The ranks have said why.
 _NOISE = re.compile(rb"\[mpiexec@|\[proxy:|YOUR APPLICATION TERMINATED|This typically refers|Please see the FAQ|=|\n")
 
