@@ -217,9 +217,10 @@ def test_a_killed_rank_of_the_users_own_mpiexec() -> None:
 
 @pytest.mark.slow
 def test_a_prompt_of_standard_input_reaches_rank_0() -> None:
-    words = command("generate", "--prompt", "-", "--max-tokens", "3", "--tensor-parallel", "2")
+    words = command("generate", "--prompt", "-", "--prompt", ":", "--max-tokens", "3", "--tensor-parallel", "2")
     done = subprocess.run(words, input="Once upon", capture_output=True, text=True, env=environment())
-    assert done.stdout.startswith("Once upon a time"), done.stderr
+    assert done.stdout.startswith("--- prompt 1\nOnce upon a time"), done.stderr
+    assert "\n--- prompt 2\n:" in done.stdout  # a colon alone is for the launcher the end of a command
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """What the launcher starts in the place of a rank: it starts the rank, and outlives it.
 
 The launcher kills all that it has started, or none, when one of these processes ends: before the ranks can say what has
-happened, or never. So the launcher knows the guards only. Those of ranks.py are run as a script, with the arguments of
-`paged-ref`; in the environment is the port of the process that waits, which gets one byte: the rank's exit status.
+happened, or never. So the launcher knows the guards only. Those of ranks.py are run as a script. In the environment is
+the port of the process that waits, which sends the arguments of `paged-ref` (the launcher would end a command at a
+colon), and gets one byte: the rank's exit status.
 """
 
+import json
 import os
 import select
 import signal
@@ -52,7 +54,8 @@ def main() -> None:
     except OSError:
         return  # the process that waits has ended already
     with line:
-        line.sendall(bytes([guard(sys.argv[1:], line)]))
+        arguments = json.loads(line.makefile("rb", buffering=0).readline())
+        line.sendall(bytes([guard(arguments, line)]))
         line.recv(1)  # until all ranks have ended
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import re
@@ -56,13 +57,12 @@ def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
         server.settimeout(TO_START)
         variables = {**os.environ, rank_guard.PORT: str(server.getsockname()[1])}
         # In a session of its own, the launcher gets no Ctrl-C of the terminal: the guards get it from here.
-        ranks = subprocess.Popen(
-            [*command, *arguments], stdin=given, stderr=subprocess.PIPE, env=variables, start_new_session=True
-        )
+        ranks = subprocess.Popen(command, stdin=given, stderr=subprocess.PIPE, env=variables, start_new_session=True)
         said = threading.Thread(target=_pass_on, args=(ranks,))
         said.start()
         try:
             lines = [stack.enter_context(server.accept()[0]) for _ in range(size)]
+            _tell(lines, json.dumps(list(arguments)).encode() + b"\n")
             statuses = _statuses(lines)
         except TimeoutError:
             raise ValueError(f"{LAUNCHER} did not start {size} ranks within {TO_START} seconds") from None
