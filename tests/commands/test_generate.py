@@ -15,6 +15,7 @@ import pytest
 
 from paged_ref import LLM, SamplingParams, cli
 from paged_ref.commands import ranks
+from paged_ref.commands.rank_guard import GUARDED
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["generate", "--max-tokens", "6", "--backend", "reference"]
@@ -74,6 +75,7 @@ def test_without_the_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setenv(GUARDED, "1")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     monkeypatch.delitem(sys.modules, "paged_ref.distributed.mpi", raising=False)
     assert cli.main([*BASE, "--prompt", "a"]) == 2

@@ -55,13 +55,14 @@ def printed(*arguments: str, before: tuple[str, ...] = ()) -> dict[str, Any]:
     return found
 
 
-def started(*arguments: str) -> subprocess.Popen[str]:
+def started(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """A run of many tokens on ranks, after its first word. It gets no Ctrl-C but its own."""
     words = ["generate", "--prompt", "Once", "--max-tokens", "480", "--ignore-eos", "--backend", "reference"]
     pipe = subprocess.PIPE
     run = subprocess.Popen(
-        command(*words, *arguments), stdout=pipe, stderr=pipe, text=True, env=environment(), start_new_session=True
-    )
+        [*before, *command(*words, *arguments)], stdout=pipe, stderr=pipe, text=True, env=environment(),
+        start_new_session=True,
+    )  # fmt: skip
     assert run.stdout is not None
     assert run.stdout.read(5)
     return run
@@ -202,10 +203,24 @@ def test_a_rank_of_the_users_own_mpiexec() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_a_killed_rank_of_the_users_own_mpiexec() -> None:
+    run = started(before=(str(Path(sys.executable).with_name(LAUNCHER)), "-n", "4"))
+    ranks = ranks_of(run)
+    os.kill(ranks[2], signal.SIGKILL)
+    _, said = run.communicate(timeout=30)
+    assert run.returncode != 0  # what the launcher makes of a rank that ended badly
+    for rank in (0, 1, 3):
+        assert f"paged-ref: rank {rank}: rank 2 has ended in the middle of the run\n" in said
+    gone(ranks)
+
+
+@pytest.mark.slow
 def test_a_prompt_of_standard_input_reaches_rank_0() -> None:
-    words = command("generate", "--prompt", "-", "--max-tokens", "3", "--tensor-parallel", "2")
+    words = command("generate", "--prompt", "-", "--prompt", ":", "--max-tokens", "3", "--tensor-parallel", "2")
     done = subprocess.run(words, input="Once upon", capture_output=True, text=True, env=environment())
-    assert done.stdout.startswith("Once upon a time"), done.stderr
+    assert done.stdout.startswith("--- prompt 1\nOnce upon a time"), done.stderr
+    assert "\n--- prompt 2\n:" in done.stdout  # a colon alone is for the launcher the end of a command
 
 
 @pytest.mark.slow

@@ -285,6 +285,15 @@ def test_the_planner_counts_the_bytes_that_ranks_send() -> None:
     assert left_out / sent < 0.07
 
 
+@pytest.mark.parametrize("size", [1, 4, 8, 16, 32])
+def test_the_planner_counts_the_kv_heads_that_ranks_keep_twice(size: int) -> None:
+    model = MODELS["Llama-3-8B"]
+    config = ModelConfig(10, 4096, 30, 1, 32, model.num_kv_heads, 128, 64)
+    _, kv_heads = heads_of_ranks(config, size)
+    held = sum(end - first for first, end in kv_heads)
+    assert Roofline(several(GPUS["A100-80GB"], size), model).kv_copies == held / model.num_kv_heads
+
+
 # --- what goes wrong --------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from ..interop.hf_tokenizer import HFTokenizer
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import recording, write_json
+from .rank_guard import GUARDED, own_guard
 from .ranks import on_rank, start, started_ranks
 from .replicas import run_replicas
 
@@ -91,6 +93,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--tensor-parallel is {wanted}; mpiexec has started {ranks} ranks")
     if wanted > 1 and not ranks:
         return start(wanted, args.command_line, _standard_input().encode() if "-" in args.prompt else b"")
+    if wanted > 1 and GUARDED not in os.environ:
+        return own_guard(args.command_line)
     return on_rank(partial(_generate, args)) if wanted > 1 else _generate(args)
 
 

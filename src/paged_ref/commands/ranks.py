@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import re
@@ -29,8 +30,8 @@ from . import rank_guard
 LAUNCHER = "mpiexec.hydra"  # of MPICH and its kin; the wheel puts it beside Python
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # that an mpiexec sets: of MPICH and its kin, of Open MPI
 TO_START = 30  # seconds until all guards must be there
-TO_SPEAK = 2  # seconds that ranks have to end when one has ended badly
-TO_STOP = 0.4  # seconds that ranks have to end after Ctrl-C
+TO_SPEAK = 3  # seconds that ranks have to end when one has ended badly
+TO_STOP = 0.55  # seconds that ranks have to end after Ctrl-C
 # What the launcher says of ranks that ended without its leave. The ranks have said why.
 _NOISE = re.compile(rb"\[mpiexec@|\[proxy:|YOUR APPLICATION TERMINATED|This typically refers|Please see the FAQ|=|\n")
 
@@ -56,13 +57,12 @@ def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
         server.settimeout(TO_START)
         variables = {**os.environ, rank_guard.PORT: str(server.getsockname()[1])}
         # In a session of its own, the launcher gets no Ctrl-C of the terminal: the guards get it from here.
-        ranks = subprocess.Popen(
-            [*command, *arguments], stdin=given, stderr=subprocess.PIPE, env=variables, start_new_session=True
-        )
+        ranks = subprocess.Popen(command, stdin=given, stderr=subprocess.PIPE, env=variables, start_new_session=True)
         said = threading.Thread(target=_pass_on, args=(ranks,))
         said.start()
         try:
             lines = [stack.enter_context(server.accept()[0]) for _ in range(size)]
+            _tell(lines, json.dumps(list(arguments)).encode() + b"\n")
             statuses = _statuses(lines)
         except TimeoutError:
             raise ValueError(f"{LAUNCHER} did not start {size} ranks within {TO_START} seconds") from None

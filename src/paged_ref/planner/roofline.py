@@ -109,7 +109,8 @@ class Roofline:
     def _all_reduces(self) -> tuple[float, float]:
         """(seconds of a step, more for each of its tokens) of the sums over all GPUs: of the hidden states in 16 bits,
         after attention and after the feed-forward part of each layer. In a ring each GPU sends 2 (n - 1) / n of them
-        (Patarasuk and Yuan 2009)."""
+        (Patarasuk and Yuan 2009). Left out, since they are small: the step's plan, and the logits that are gathered
+        (distributed/group.py counts all three)."""
         gpu, model, constants = self.gpu, self.model, self.constants
         if gpu.count == 1:
             return 0.0, 0.0
