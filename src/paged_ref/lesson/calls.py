@@ -73,11 +73,14 @@ def predict(question: str, unit: str = "") -> Guess:
     session.say(f"Predict: {question}", "bold")
     while True:
         hint = f"Enter keeps {number_text(earlier)}" if earlier is not None else "Enter: no answer"
-        typed = session.ask(f"  a number{f' of {unit}' if unit else ''} ({hint}): ")
+        of = ", in percent" if unit == "percent" else f" of {unit}" if unit else ""
+        typed = session.ask(f"  a number{of} ({hint}): ")
         if not typed:
             return Guess(question, unit, earlier)
         try:
             value = parse_number(typed.rstrip("% ") if unit == "percent" else typed)
+            if unit == "percent" and not 0 <= value <= 100:
+                raise ValueError(f"{number_text(value)} percent; a share is 0 to 100 percent")
         except ValueError as error:
             session.say(f"{error}", "yellow")
         else:
