@@ -190,10 +190,10 @@ def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
 
 def _place_of(error: BaseException, file: str) -> str:
     """The error, and the line of the reader's file that raised it. A KernelError names its line itself."""
-    if isinstance(error, SyntaxError) or type(error).__name__ == "KernelError":
+    if isinstance(error, SyntaxError):
         return "".join(traceback.format_exception_only(error)).rstrip()
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{type(error).__name__} at line {lines[-1] if lines else '?'}: {error}"
+    return f"{type(error).__name__}{f' at line {lines[-1]}' if lines else ''}: {error}"
 
 
 def plug_in(where: tuple[Any, str], function: Any) -> AbstractContextManager[Any]:
