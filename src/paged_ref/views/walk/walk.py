@@ -114,9 +114,11 @@ def main(args: argparse.Namespace) -> int:
     )  # fmt: skip
     size = parse_size(args.size, SMALLEST) if args.size else None
     every = _every(args.every) if args.every else None
+    if args.mine:
+        args.kernel = "paged"
     made = own_walk(args.mine, sizes) if args.mine else walk(sizes)
     at = _position(args.at, made) if args.at else None
-    look = Look("paged" if args.mine else args.kernel, args.view)
+    look = Look(args.kernel, args.view)
     if args.svg:
         position, size = _position("keys", made) if at is None else at, size or (100, 30)
         write_svg(args.svg, frame(made, position, *size, replace(look, keys=False)), size, "paged-ref walk")
