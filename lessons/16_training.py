@@ -14,7 +14,7 @@ import numpy as np
 from paged_ref.core.model.config import ModelConfig
 from paged_ref.core.device import to_host
 from paged_ref.lesson import break_it, check, claim
-from paged_ref.lesson import predict, table, todo
+from paged_ref.lesson import predict, show, table, todo
 from paged_ref.beyond_device.residency import Residency
 from paged_ref.training.activations import MEMORY, activations_for
 from paged_ref.tuned.copies import CopyStream
@@ -38,6 +38,7 @@ LENGTHS, PAGE = (96, 40, 64), 4096
 sizes = saved_shapes(CONFIG, sum(LENGTHS))
 layer = 4 * sum(int(np.prod(shape)) for shape in sizes.values())  # bytes
 BUDGET = 5 * layer // 2
+show(f"  a layer saves {layer:,} bytes of {sum(LENGTHS)} tokens\n")
 swapped = predict("How many of six layers does `swap` move out?", "layers")
 times = predict("Peak of `keep` over peak of `recompute`?", "times")
 
@@ -76,7 +77,7 @@ swapped.grade(
 )
 times.grade(
     keep.peak / recompute.peak, within=0.15,
-    why="recompute keeps a small input for each layer, and one layer whole",
+    why=f"{layer:,} bytes over the input's {sum(LENGTHS)} x 32 x 4",
 )  # fmt: skip
 
 # All four give the layers the same gradient to the bit: a move changes no
@@ -119,26 +120,32 @@ break_it(
 
 # ## Exercise
 #
-# Eviction. `layers[i]` is the layer of page i; the pages were saved in
-# this order. Which `count` pages are moved out, and in which order? Of the
-# same layer, the page that was saved first.
+# Eviction. Pages 0, 1, 2 and so on are saved one after another, and
+# `layers[i]` is the layer of page i. The device holds `budget` pages. If it
+# is full when a page is saved, a page that is there moves out: one of the
+# lowest layer, and of these the one that was saved first. Which pages move
+# out, in this order?
 
 
-def my_leaving(layers, count):
-    return todo("2 lines, with sorted")
+def my_moved_out(layers, budget):
+    return todo("6 lines, in a list")
 
 
-def spec(layers, count):
-    memory = Residency(len(layers), 0, priority=layers.__getitem__)
-    memory.add(len(layers))
-    return list(memory.eviction_order())[:count]
+def spec(layers, budget):
+    memory = Residency(budget, len(layers), priority=layers.__getitem__)
+    moved_out = []
+    for _ in layers:
+        before = list(memory.eviction_order())
+        memory.add()
+        now = set(memory.eviction_order())
+        moved_out += [page for page in before if page not in now]
+    return moved_out
 
 
-cases = [([0, 0, 1, 2], 3), ([3, 1, 2, 1, 0], 4), ([5, 5, 4, 4], 1)]
-hint = (
-    "Sort the page numbers by their layer; sorted() keeps equals in order."
-)
-check(my_leaving, spec=spec, cases=cases, hint=hint)
+cases = [([0, 0, 1, 2], 2), ([3, 1, 2, 1, 0, 4], 3), ([5, 5, 4, 4], 4)]
+cases += [([0, 0, 0, 1, 1, 1, 2, 2, 2], 4), ([2, 1, 0], 1)]
+hint = "min(held, key=...) gives the first of equals: keep `held` in order."
+check(my_moved_out, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #
