@@ -35,7 +35,7 @@ from .distributed.group import Group as RankGroup
 from .distributed.plan import Leader
 from .distributed.split import Part, heads_of_ranks, split_products
 from .extras.beam import BeamRequest
-from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, read_scales
+from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, Scales, read_scales
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.memory_limit import require_memory
 from .extras.prefix_cache import CachingBlockPool
@@ -157,9 +157,11 @@ class LLM(StreamingLLM):
             raise ValueError(f"kv_scales are given, and kv_dtype is {kv_dtype!r}; only int8 and float8 have scales")
         checkpoint = load(model)
         config, weights = checkpoint.config, checkpoint.weights
+        scales = () if kv_scales is None else read_scales(kv_scales, config.num_layers, config.num_kv_heads)
         pool: CachingBlockPool | None = None
         if group is not None:
             weights = part = Part(config, weights, group.rank, group.size)
+            scales = part.scales(scales)
             config = part.config
         context = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):
@@ -200,7 +202,7 @@ class LLM(StreamingLLM):
                     free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
             watched = sanitize and (group is None or group.rank == 0)
-            kv = _make_kv(config, manager, dtype, kv_dtype, kv_scales, host_kv_tokens, backend, watched)
+            kv = _make_kv(config, manager, dtype, kv_dtype, scales, host_kv_tokens, backend, watched)
             if isinstance(manager, PagedManager) and isinstance(manager.pool, CachingBlockPool):
                 pool = manager.pool
             if log:
@@ -326,7 +328,7 @@ def _make_kv(
     manager: KVCacheManager,
     dtype: str,
     kv_dtype: str | None,
-    kv_scales: KVScales | None,
+    scales: Scales,
     host_kv_tokens: int,
     backend: str,
     sanitize: bool,
@@ -337,7 +339,6 @@ def _make_kv(
     num_host_blocks = host_kv_tokens // unit
     kv: KVCache
     if kv_dtype is not None and kv_dtype != dtype:
-        scales = () if kv_scales is None else read_scales(kv_scales, config.num_layers, config.num_kv_heads)
         kv = (TunedFormattedKV if on_gpu else FormattedKV)(*sizes, kv_dtype, num_host_blocks, backend, scales)
         if backend != "auto":
             kv.try_backend(config.num_heads, dtype)

@@ -276,7 +276,12 @@ def test_eos_is_null_or_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
             {"num_hidden_layers": 10**400},
             "num_hidden_layers is 100000000000000000...0000000000000000000; an integer of at most",
         ),
-        ({"rope_theta": float("inf")}, "rope_theta is inf; a number above 0 is needed"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; a number of 1e-12 to 1e+12 is needed"),
+        ({"rope_theta": 1e-320}, "rope_theta is 1e-320; a number of 1e-12 to 1e+12 is needed"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1e-320}},
+            "beta_fast is 1e-320; a number of 1e-12 to 1e+12 is needed",
+        ),
         (
             {"rms_norm_eps": 10**400},
             "rms_norm_eps is 100000000000000000...0000000000000000000; a number",

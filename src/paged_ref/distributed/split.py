@@ -8,7 +8,7 @@ a layer. The head is split by tokens, and its logits are gathered on rank 0. Nor
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -59,8 +59,14 @@ class Part(UserDict[str, np.ndarray]):
         unit = {QUERY: config.head_size, KV: config.head_size}  # rows of a head
         self.rows = {name: slice(p.start * unit.get(name, 1), p.stop * unit.get(name, 1)) for name, p in parts.items()}
         heads, kv_heads, inner = (len(parts[name]) for name in (QUERY, KV, INNER))
+        self.kv_heads = parts[KV]
         self.config = replace(config, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=inner)
         self.data = weights  # type: ignore[assignment]  # read only
+
+    def scales(self, scales: Iterable[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+        """Of the whole model's scales of K and V, [num_kv_heads] each, those of this rank's heads."""
+        own = slice(self.kv_heads.start, self.kv_heads.stop)
+        return [(keys[own], values[own]) for keys, values in scales]
 
     def __getitem__(self, name: str) -> np.ndarray:
         whole = self.data[name]

@@ -23,6 +23,7 @@ from .variants import PLAIN, Variant
 FORMATS: dict[str, np.dtype[Any]] = {"bfloat16": BFLOAT16, "int8": INT8, "float8": FLOAT8}
 ALIASES = {"fp8": "float8", "fp8_e4m3": "float8"}  # vLLM's names
 NANS = {"bfloat16": 0x7FC0, "int8": 0, "float8": FLOAT8_NAN}  # int8 has none
+Scales = Sequence[tuple[Array, Array]]  # for each layer those of K and of V, [num_kv_heads] float32
 HEADROOM = 1.5  # of a measured scale: how far later numbers may exceed the first ones before they saturate
 
 
@@ -39,10 +40,9 @@ class FormattedKV(KVCache):
         kv_dtype: str,
         num_host_blocks: int = 0,
         backend: str = "auto",
-        scales: Sequence[tuple[Array, Array]] = (),
+        scales: Scales = (),
     ) -> None:
-        """`scales`: for each layer those of K and of V, [num_kv_heads] float32; by default they are measured on the
-        tokens of the first step."""
+        """`scales` are by default measured on the tokens of the first step."""
         require_one_of(tuple(FORMATS), kv_dtype=kv_dtype)
         self.nan = NANS[kv_dtype]
         sizes = (num_layers, num_blocks, block_size, num_kv_heads, head_size)
@@ -82,8 +82,8 @@ class FormattedKV(KVCache):
         values[slot_mapping] = encode(value, values.dtype, variant.value_scales)
 
 
-def read_scales(given: Any, num_layers: int, num_kv_heads: int) -> list[tuple[Array, Array]]:
-    """For each layer the scales of K and of V, [num_kv_heads] float32, on the device.
+def read_scales(given: Any, num_layers: int, num_kv_heads: int) -> Scales:
+    """The scales, on the device.
 
     `given` has a pair for each layer: a list, or a mapping from layer to pair, as FormattedKV.scales is. Each of a pair
     is one number for all heads, or one for each. Raises ValueError with the layer, the value and what is needed.

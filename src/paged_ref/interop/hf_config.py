@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from .rope import KINDS, Kind, RopeScaling
 
 LAYER_BYTES = 1 << 16  # that a layer takes here at least: the names, shapes and arrays of its tensors
 MOST = 2**31 - 1  # of any size in a config
+SMALLEST, LARGEST = 1e-12, 1e12  # of any other number: RoPE multiplies three of them with a position, in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +164,9 @@ class Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise ValueError(f"{self.name(key)} is {reprlib.repr(value)}; a number above 0 is needed")
+        if type(value) not in (int, float) or not SMALLEST <= value <= LARGEST:
+            needed = f"of {SMALLEST} to {LARGEST:.0e}" if type(value) in (int, float) and value > 0 else "above 0"
+            raise ValueError(f"{self.name(key)} is {reprlib.repr(value)}; a number {needed} is needed")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
