@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import binding as llvm
 from numpy.typing import DTypeLike
@@ -23,17 +22,19 @@ from numpy.typing import DTypeLike
 from ..core.attention.attention import AttentionCall
 from ..extras.formats import BFLOAT16, FLOAT8, decode, encode
 from ..extras.variants import PLAIN
-from .cpu_loop import FLOAT, attend_share, merge, plan
+from . import cpu_code as code
+from .cpu_machine import LANES, TILE, PART_KEYS, FIELDS, FLOAT
 from .flat_views import flat_view
 
-ROWS = 64  # (query, head) rows of an item for each KV head: enough work for each K row, and still in L2
+FEW_ROWS = 8  # of an item that reads K and V in place, for all heads; one query may have more
+MANY_ROWS = 256  # of an item of one head: they share each copied tile, and lie in L2 beside it
 MIN_PARALLEL_WORK = 1 << 18  # query-key products times head_size; for less, waking threads costs more than it saves
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
 
 # The threads are Python's own: compiled code releases the interpreter (nogil), so they run side by side. The OpenMP
 # threads of Numba's parallel loops would spin after each loop and slow NumPy's BLAS, which the model runs between two
 # calls, 2 to 4 times. Waking a Python thread costs about 10 us.
-THREADS = int(numba.config.NUMBA_NUM_THREADS)  # the cores of this process, or the variable of that name
+THREADS = int(os.environ.get("NUMBA_NUM_THREADS") or len(os.sched_getaffinity(0)))  # the cores of this process, or the variable of that name
 
 
 @cache
@@ -82,7 +83,7 @@ def attend(call: AttentionCall, copy_tiles: bool = False) -> None:
     """
     if call.query.size == 0:
         return
-    num_heads, head_size = call.query.shape[1:]
+    num_tokens, num_heads, head_size = call.query.shape
     num_kv_heads = call.keys.shape[-2]
     group_size = num_heads // num_kv_heads
     addresses, variant = call.addresses, call.variant or PLAIN
@@ -92,36 +93,73 @@ def attend(call: AttentionCall, copy_tiles: bool = False) -> None:
         table, block_size = _whole(addresses.starts)[:, None], NO_LIMIT
     keys, key_strides = _flat(call.keys)
     values, value_strides = _flat(call.values)
-    in_place = call.keys.dtype == np.float32 and key_strides[3] == value_strides[3] == 1 and not copy_tiles
-    query = np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT)  # [num_tokens, num_heads, head_size]
+    padded = -(-head_size // LANES) * LANES
+    in_place = padded == head_size and key_strides[3] == value_strides[3] == 1 and not copy_tiles
+    num_rows = next(r for r in (4, 2, 1) if -group_size % r <= r // 4)
+    num_columns = next(c for c in (8, 4, 2, 1) if c * num_rows <= 8 and padded // LANES % c == 0)
+    subs = -(-group_size // num_rows)
+
+    query = np.zeros((num_tokens * num_heads + num_rows, padded), FLOAT)
+    rows = query[: num_tokens * num_heads].reshape(num_tokens, num_heads, padded)[:, :, :head_size]
+    np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT, out=rows)
     if variant.key_scales is not None:  # a head's scale is a factor of all its scores, so the loop needs no scales
-        query *= np.repeat(variant.key_scales, group_size)[:, None]
-    direct = call.out.dtype == np.float32 and call.out.flags.c_contiguous
-    out = call.out if direct else np.empty(call.out.shape, dtype=FLOAT)
+        rows *= np.repeat(variant.key_scales, group_size)[:, None]
+    direct = call.out.dtype == np.float32 and call.out.flags.c_contiguous and padded == head_size
+    out = call.out if direct else np.empty((*call.out.shape[:2], padded), dtype=FLOAT)
     lse = np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse
     window = min(call.window or NO_LIMIT, NO_LIMIT)
-    ends = (_whole(addresses.seq_lens), _whole(addresses.query_start_loc))
-    items, split_rows, products = plan(*ends, window, max(1, ROWS // group_size))
-    parts_out = np.empty(split_rows * num_heads * head_size, FLOAT)
+    seq_lens, loc = _whole(addresses.seq_lens), _whole(addresses.query_start_loc)
+    num_seqs = len(seq_lens)
+    most_queries, few_queries = max(1, MANY_ROWS // (subs * num_rows)), max(1, FEW_ROWS // (subs * num_rows))
+    capacity = int(seq_lens.sum()) // PART_KEYS + num_seqs + num_kv_heads * (num_tokens // most_queries + num_seqs)
+    items = np.empty((capacity, FIELDS), np.int64)
+    found = np.zeros(4, np.int64)
+    code.function("plan", "IIIIiiiii"[:4] + "iiiii")(
+        _at(found), _at(items), _at(seq_lens), _at(loc), num_seqs, window, num_kv_heads, most_queries, few_queries
+    )
+    num_items, split_rows, products, _ = found.tolist()
+    parts_out = np.empty(split_rows * num_heads * padded, FLOAT)
     parts_lse = np.empty(split_rows * num_heads, FLOAT)
     # No slope is a slope of 0, and no sink is a sink of -inf: the loop has no branch for them.
-    slopes = np.zeros(num_heads, FLOAT) if variant.alibi_slopes is None else variant.alibi_slopes
-    sinks = np.full(num_heads, -np.inf, FLOAT) if variant.sinks is None else variant.sinks
-    nothing = _frozen(np.empty(0, FLOAT))
+    slopes, sinks = np.zeros(num_heads + num_rows, FLOAT), np.full(num_heads + num_rows, -np.inf, FLOAT)
+    if variant.alibi_slopes is not None:
+        slopes[:num_heads] = variant.alibi_slopes
+    if variant.sinks is not None:
+        sinks[:num_heads] = variant.sinks
+    plain = not variant.softcap and variant.alibi_slopes is None
+    max_blocks = max(num_kv_heads * few_queries, most_queries) * subs
+    sizes = np.array([
+        num_items, num_heads, num_kv_heads, group_size, head_size, padded, window, block_size, table.shape[1], in_place,
+        plain, *key_strides, *value_strides, max_blocks,
+    ], np.int64)
     small = products * num_heads * head_size < MIN_PARALLEL_WORK
-    in_threads(
-        attend_share, 1 if small else min(THREADS, len(items)), items, products, _frozen(query.reshape(-1)),
-        (keys, values), (keys, values) if in_place else (nothing, nothing), in_place, (key_strides, value_strides),
-        table, (block_size, num_kv_heads, group_size, head_size),
-        (window, FLOAT(variant.softcap or 0.0), _whole(slopes, FLOAT), _whole(sinks, FLOAT)),
-        (out.reshape(-1), lse.reshape(-1)), (parts_out, parts_lse),
-    )  # fmt: skip
+    threads = 1 if small else min(THREADS, num_items)
+    scratch = np.empty((threads, max_blocks * (num_rows * (padded + TILE) + 2 * LANES) + 16), FLOAT)
+    copy = np.zeros((threads, TILE * padded), keys.dtype)
+    at = np.empty((threads, 3 * TILE), np.int64)
+    counter = np.zeros(8, np.int64)
+    kind = {"f": "F", "H": "H", "h": "h", "b": "b", "B": "B"}[keys.dtype.char]
+    loop = code.function("attend_items", f"IIIfF{kind}{kind}IFFF{kind}IFFFF", num_rows, num_columns)
+
+    def share(mine: int, threads: int) -> None:
+        loop(
+            _at(counter), _at(items), _at(sizes), variant.softcap or 0.0, _at(query), _at(keys), _at(values), _at(table), _at(slopes), _at(sinks),
+            -(-_at(scratch[mine]) // 64) * 64, _at(copy[mine]), _at(at[mine]), _at(out), _at(lse), _at(parts_out), _at(parts_lse),
+        )
+
+    in_threads(share, threads)
     if split_rows:
-        merge(items, num_heads, head_size, parts_out, parts_lse, out.reshape(-1), lse.reshape(-1))
+        code.function("merge", "IiiiFFFF")(
+            _at(items), num_items, num_heads, padded, _at(parts_out), _at(parts_lse), _at(out), _at(lse)
+        )
     if variant.value_scales is not None:
         out *= np.repeat(variant.value_scales, group_size)[:, None]
     if not direct:
-        call.out[...] = encode(out, call.out.dtype)
+        call.out[...] = encode(out[:, :, :head_size], call.out.dtype)
+
+
+def _at(array: np.ndarray) -> int:
+    return array.ctypes.data
 
 
 _AS: dict[np.dtype[Any], Any] = {np.dtype(np.float16): np.uint16, BFLOAT16: np.int16}
