@@ -22,27 +22,25 @@ import math
 import numpy as np
 from numba import njit
 
-from .cpu_machine import LANES, TILE
+from .cpu_machine import LANES, PART_KEYS, PREFETCH_LINES, TILE
 from .cpu_vectors import (
     add, add_products, add_weighted, any_greater, exp, fold_maximum, hide, key_numbers, load, load_rows, maximum,
-    multiply, no_sums, offset, repeat, scale_rows, splat, store, store_rows, subtract, sum_each, sum_keys, take_next,
+    multiply, no_sums, offset, prefetch, repeat, scale_rows, splat, store, store_rows, subtract, sum_each, sum_keys, take_next,
 )  # fmt: skip
 
 FLOAT = np.float32
 LOWEST = FLOAT(-3.0e38)  # stands for -inf, since -inf - -inf would be NaN
-PART_KEYS = 512  # of an item: a long sequence then feeds several threads
-KEYS = 4  # of a pass over all heads: the strides of more throw each other out of the L1 cache
 part = njit(inline="always")  # written into its caller before anything is compiled: LLVM sees one function, once
 
 # One piece of work: `count` queries of sequence `seq` from row `query` on, the first at `position` in its sequence,
 # over the keys from `begin` to before `end`, in `heads` KV heads from `head` on. Where a query's keys are split, this
 # is part `part` of `parts`, and its result goes to the rows from `to` on of the partial results; else to the queries'
 # own rows.
-SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, HEADS, PART, PARTS, TO, FIELDS = range(12)
+SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, HEADS, PART, PARTS, TO, FIELDS = range(12)  # FIELDS: how many
 # The numbers of a call. Strides are in elements: of a block, a slot, a head, a number.
 (
-    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE, PLAIN,
-    KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP, MAX_ITEM_BLOCKS, SIZES,
+    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE, PASS_KEYS,
+    PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP, MOST_BLOCKS,
 ) = range(21)  # fmt: skip
 
 
@@ -60,6 +58,14 @@ def slots(key_at, value_at, table, first, last, sizes):
                 block, offset = block + 1, 0
         else:
             key_at[t], value_at[t] = key_at[t - 1], value_at[t - 1]
+
+
+@part
+def prefetch_rows(cache, at, first, count, head):
+    """Prefetch the head-th few cache lines of the tokens from number `first` on, `count` tokens."""
+    for t in range(first, first + count):
+        for line in range(head * PREFETCH_LINES, (head + 1) * PREFETCH_LINES):
+            prefetch(cache, at[t], line)
 
 
 @part
@@ -81,14 +87,14 @@ def dots(scores, query, size, keys, at, head, first, last, rows):
 
 
 @part
-def adjust(scores, position, first, end, window, softcap, slopes, rows):
+def adjust(scores, position, first, end, window, softcap, slope, rows):
     """From products to scores: softcap, ALiBi, and -inf for the keys of the tile at `first` that the query at
     `position` does not see."""
     if softcap > 0:
         for i in range(TILE * len(rows)):
             scores[i] = softcap * math.tanh(scores[i] / softcap)
     last, earliest = splat(FLOAT(min(position, end - 1) - first)), splat(FLOAT(position - window - first))
-    slope, distance = repeat(slopes, 0, rows), splat(FLOAT(first - position))
+    distance = splat(FLOAT(first - position))
     for t in range(0, TILE, LANES // len(rows)):
         key = add(key_numbers(rows), splat(FLOAT(t)))
         score = add(load(scores, t * len(rows)), multiply(slope, add(key, distance)))
@@ -125,104 +131,130 @@ def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
         store_rows(mixed, d, size, rows, sums)
 
 
-def attend_items_of(rows, columns):
+def attend_items(rows, columns):
     """The function that computes items in blocks of len(rows) rows, and len(columns) vectors of each row at a time."""
     num_rows = len(rows)
-    dot_keys = max(KEYS, LANES // num_rows)
+    span = num_rows * TILE
 
-    def attend_items(
+    def attend(
         counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, copy, at, out, lse,
         parts_out, parts_lse,
     ):
         """Compute the items that no other thread has begun. An item's result does not depend on the thread."""
-        size, group_size, span = sizes[PADDED], sizes[GROUP_SIZE], num_rows * TILE
-        mixed = scratch  # [blocks, R, head_size]
-        weights = offset(mixed, sizes[MAX_ITEM_BLOCKS] * num_rows * size)  # [blocks, TILE, R]
-        highest = offset(weights, sizes[MAX_ITEM_BLOCKS] * span)  # [blocks, LANES]
-        total = offset(highest, sizes[MAX_ITEM_BLOCKS] * LANES)  # [blocks, LANES]
+        size, group_size = sizes[PADDED], sizes[GROUP_SIZE]
+        mixed = scratch  # [blocks, R, size]
+        weights = offset(mixed, sizes[MOST_BLOCKS] * num_rows * size)  # [blocks, TILE, R]
+        highest = offset(weights, sizes[MOST_BLOCKS] * span)  # [blocks, LANES]
+        total = offset(highest, sizes[MOST_BLOCKS] * LANES)  # [blocks, LANES]
         key_at, value_at, copy_at = at, offset(at, TILE), offset(at, 2 * TILE)
+        next_key_at, next_value_at = offset(at, 3 * TILE), offset(at, 4 * TILE)
         for t in range(TILE):
             copy_at[t] = t * size
-        subs = (group_size + num_rows - 1) // num_rows  # blocks of a token and a KV head
+        token_blocks = (group_size + num_rows - 1) // num_rows  # of a token and a KV head
         while True:
-            taken = take_next(counter)
-            if taken >= sizes[NUM_ITEMS]:
+            number = take_next(counter)
+            if number >= sizes[NUM_ITEMS]:
                 break
-            item = offset(items, taken * FIELDS)
+            item = offset(items, number * FIELDS)
             in_place = sizes[IN_PLACE] != 0 and item[HEADS] == sizes[NUM_KV_HEADS]
-            blocks = item[COUNT] * subs  # of each head
+            pass_keys = sizes[PASS_KEYS] if in_place else TILE
+            dot_keys = max(pass_keys, LANES // num_rows)
+            head_blocks = item[COUNT] * token_blocks
+            first_head, after_head = item[HEAD], item[HEAD] + item[HEADS]
             item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
 
-            for b in range(item[HEADS] * blocks):
-                head = (item[HEAD] + b // blocks) * group_size + b % subs * num_rows
-                # The sink is a key without a value, seen before all others.
-                sink = repeat(sinks, head, rows) if item[PART] == 0 else splat(FLOAT(-np.inf))
-                store(highest, b * LANES, sink)
-                store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
-                for d in range(0, num_rows * size, LANES):
-                    store(mixed, b * num_rows * size + d, splat(FLOAT(0)))
+            b = 0
+            for kv_head in range(first_head, after_head):
+                for _ in range(item[COUNT]):
+                    for sub in range(token_blocks):
+                        # The sink is a key without a value, seen before all others.
+                        sink = splat(FLOAT(-np.inf))
+                        if item[PART] == 0:
+                            sink = repeat(sinks, kv_head * group_size + sub * num_rows, rows)
+                        store(highest, b * LANES, sink)
+                        store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
+                        for d in range(0, num_rows * size, LANES):
+                            store(mixed, b * num_rows * size + d, splat(FLOAT(0)))
+                        b += 1
 
+            if item[BEGIN] < item[END]:
+                slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
             for first in range(item[BEGIN], item[END], TILE):
-                slots(key_at, value_at, item_table, first, item[END], sizes)
-                k, k_at, step = keys, key_at, dot_keys
-                if not in_place:
-                    k, k_at, step = copy, copy_at, TILE
-                for t in range(0, TILE, step):
-                    for h in range(item[HEADS]):
-                        k_head = (item[HEAD] + h) * sizes[KEY_HEAD]
+                key_at, next_key_at = next_key_at, key_at
+                value_at, next_value_at = next_value_at, value_at
+                more = first + TILE < item[END]
+                if more:
+                    slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
+                since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
+
+                k, k_at = (keys, key_at) if in_place else (copy, copy_at)
+                for t in range(0, TILE, dot_keys):
+                    for kv_head in range(first_head, after_head):
+                        k_head = kv_head * sizes[KEY_HEAD]
                         if not in_place:
                             copy_rows(copy, keys, key_at, k_head, sizes[KEY_STEP], sizes[HEAD_SIZE], size)
                             k_head = 0
-                        for i in range(blocks):
-                            token, sub = i // subs, i % subs
-                            if item[POSITION] + token >= first:
-                                head = (item[HEAD] + h) * group_size + sub * num_rows
-                                q = offset(query, ((item[QUERY] + token) * sizes[NUM_HEADS] + head) * size)
-                                dots(offset(weights, (h * blocks + i) * span), q, size, k, k_at, k_head, t, t + step, rows)
-                for b in range(item[HEADS] * blocks):
-                    position = item[POSITION] + b % blocks // subs
-                    if position >= first:
+                        elif t + dot_keys < TILE:
+                            prefetch_rows(keys, key_at, t + dot_keys, dot_keys, kv_head)
+                        else:
+                            prefetch_rows(values, value_at, 0, pass_keys, kv_head)
+                        b = (kv_head - first_head) * head_blocks + since * token_blocks
+                        for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
+                            head = token * sizes[NUM_HEADS] + kv_head * group_size
+                            for sub in range(token_blocks):
+                                q = offset(query, (head + sub * num_rows) * size)
+                                dots(offset(weights, b * span), q, size, k, k_at, k_head, t, t + dot_keys, rows)
+                                b += 1
+
+                for kv_head in range(first_head, after_head):
+                    b = (kv_head - first_head) * head_blocks + since * token_blocks
+                    for position in range(item[POSITION] + since, item[POSITION] + item[COUNT]):
                         whole = (
-                            sizes[PLAIN] != 0 and first + TILE <= item[END] and first + TILE - 1 <= position
+                            sizes[PLAIN] != 0 and first + TILE <= min(item[END], position + 1)
                             and first > position - sizes[WINDOW]
-                        )
-                        scores = offset(weights, b * span)
-                        if not whole:
-                            head = (item[HEAD] + b // blocks) * group_size + b % subs * num_rows
-                            adjust(scores, position, first, item[END], sizes[WINDOW], softcap, offset(slopes, head), rows)
-                        softmax(scores, offset(highest, b * LANES), offset(total, b * LANES),
-                            offset(mixed, b * num_rows * size), size, rows)
-                v, v_at, step = values, value_at, KEYS
-                if not in_place:
-                    v, v_at, step = copy, copy_at, TILE
-                for t in range(0, TILE, step):
-                    for h in range(item[HEADS]):
-                        v_head = (item[HEAD] + h) * sizes[VALUE_HEAD]
+                        )  # fmt: skip
+                        for sub in range(token_blocks):
+                            scores = offset(weights, b * span)
+                            if not whole:
+                                slope = repeat(slopes, kv_head * group_size + sub * num_rows, rows)
+                                adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
+                            sums = offset(mixed, b * num_rows * size)
+                            softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, size, rows)
+                            b += 1
+
+                v, v_at = (values, value_at) if in_place else (copy, copy_at)
+                for t in range(0, TILE, pass_keys):
+                    for kv_head in range(first_head, after_head):
+                        v_head = kv_head * sizes[VALUE_HEAD]
                         if not in_place:
                             copy_rows(copy, values, value_at, v_head, sizes[VALUE_STEP], sizes[HEAD_SIZE], size)
                             v_head = 0
-                        for i in range(blocks):
-                            if item[POSITION] + i // subs >= first:
-                                b = h * blocks + i
-                                mix(offset(mixed, b * num_rows * size), size, offset(weights, b * span), v, v_at, v_head, t,
-                                    t + step, rows, columns)
+                        elif t + pass_keys < TILE:
+                            prefetch_rows(values, value_at, t + pass_keys, pass_keys, kv_head)
+                        elif more:
+                            prefetch_rows(keys, next_key_at, 0, dot_keys, kv_head)
+                        begin = (kv_head - first_head) * head_blocks
+                        for b in range(begin + since * token_blocks, begin + head_blocks):
+                            sums, of_keys = offset(mixed, b * num_rows * size), offset(weights, b * span)
+                            mix(sums, size, of_keys, v, v_at, v_head, t, t + pass_keys, rows, columns)
 
-            result, result_lse = out, lse
-            if item[PARTS] > 1:
-                result, result_lse = parts_out, parts_lse
-            for b in range(item[HEADS] * blocks):
-                for r in range(min(num_rows, group_size - b % subs * num_rows)):
-                    head = (item[HEAD] + b // blocks) * group_size + b % subs * num_rows + r
-                    row = (item[TO] + b % blocks // subs) * sizes[NUM_HEADS] + head
-                    norm = total[b * LANES + r]
-                    # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
-                    factor = FLOAT(1) / norm if norm != 0 else FLOAT(0)
-                    for d in range(0, size, LANES):
-                        x = load(mixed, (b * num_rows + r) * size + d)
-                        store(result, row * size + d, multiply(x, splat(factor)))
-                    result_lse[row] = highest[b * LANES + r] + math.log(norm) if norm != 0 else FLOAT(-np.inf)
+            result, result_lse = (out, lse) if item[PARTS] == 1 else (parts_out, parts_lse)
+            b = 0
+            for kv_head in range(first_head, after_head):
+                for token in range(item[TO], item[TO] + item[COUNT]):
+                    for r in range(group_size):
+                        block, lane = b + r // num_rows, r % num_rows
+                        row = token * sizes[NUM_HEADS] + kv_head * group_size + r
+                        norm = total[block * LANES + lane]
+                        # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
+                        factor = FLOAT(1) / norm if norm != 0 else FLOAT(0)
+                        for d in range(0, size, LANES):
+                            x = load(mixed, (block * num_rows + lane) * size + d)
+                            store(result, row * size + d, multiply(x, splat(factor)))
+                        result_lse[row] = highest[block * LANES + lane] + math.log(norm) if norm != 0 else -np.inf
+                    b += token_blocks
 
-    return attend_items
+    return attend
 
 
 def plan(found, items, seq_lens, query_start_loc, num_seqs, window, num_kv_heads, most_queries, few_queries):
@@ -275,3 +307,17 @@ def merge(items, num_items, num_heads, size, parts_out, parts_lse, out, lse):
                 for d in range(size):
                     out[target * size + d] /= total if total != 0 else FLOAT(1)
                 lse[target] = top + math.log(total) if total != 0 else FLOAT(-np.inf)
+
+
+def bounds(wrong, seq_lens, query_start_loc, table, num_seqs, max_blocks, num_tokens, num_blocks, block_size):
+    """wrong[0] = 1 if a length, a query count or a block id is out of bounds."""
+    if query_start_loc[0] != 0 or query_start_loc[num_seqs] != num_tokens:
+        wrong[0] = 1
+    for s in range(num_seqs):
+        needed = (seq_lens[s] + block_size - 1) // block_size
+        if seq_lens[s] < 0 or query_start_loc[s + 1] < query_start_loc[s] or needed > max_blocks:
+            wrong[0] = 1
+        else:
+            for b in range(s * max_blocks, s * max_blocks + needed):
+                if table[b] < 0 or table[b] >= num_blocks:
+                    wrong[0] = 1

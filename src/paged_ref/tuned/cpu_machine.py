@@ -1,15 +1,84 @@
-"""What is learned about this machine."""
+"""What the CPU backend knows about this machine, and what it chooses by that.
+
+Each choice is a line of a table, with its reason. The figures are of a Zen 3 (AVX2, 2 cores) and of an Emerald Rapids
+(AVX-512, 2 cores of a virtual machine); `paged-ref bench kernels` measures what comes of them.
+"""
+
 from __future__ import annotations
+
 import os
+from functools import cache
+from typing import NamedTuple
+
 from llvmlite import binding as llvm
+
+# Numbers by which cpu_loop.py is compiled, on any CPU
+TILE = 32  # keys whose scores are kept: a multiple of every number of keys that a vector of scores holds
+PART_KEYS = 512  # keys of an item: a long sequence feeds several threads
+
+# Numbers by which a call is cut into items. They depend on nothing but a sequence's own lengths, and so do its bits.
+FEW_ROWS = 8  # rows of a KV head that read K and V in place; for more, a tile is copied once and read by all
+MANY_ROWS = 256  # rows of a KV head that share the copied tiles: what is kept of them (256 KB for size 128) stays in L2
+
+# Query-key products times head_size; for less, one thread. Waking another one takes 10 to 100 us, in which a thread
+# does a quarter to all of this.
+MIN_PARALLEL_WORK = 1 << 20
+
+
+class Vectors(NamedTuple):
+    """How the loop is compiled for a kind of CPU."""
+
+    lanes: int  # float32 numbers of a vector
+    prefetch_lines: int  # cache lines of each of the next tokens' rows that a head of this token's asks for
+
+
+# The first line whose feature the CPU has. A prefetch takes 2.5 cycles of a Zen 3 even if the line is there already, and
+# the hardware follows a row from its first lines on; an Emerald Rapids reads float16 1.4 times as fast with 4 lines.
+VECTORS = {"avx512f": Vectors(16, 4), "": Vectors(8, 1)}
+
+
 def cpu_name() -> str:
-    return os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    """LLVM's name of the CPU for which code is compiled: this one, or the one that Numba is told to compile for."""
+    return os.environ.get("NUMBA_CPU_NAME") or str(llvm.get_host_cpu_name())
+
+
 def cpu_features() -> str:
+    """What that CPU has, as LLVM writes it: "+avx2,+fma,-avx512f"."""
     named = os.environ.get("NUMBA_CPU_FEATURES")
-    return llvm.get_host_cpu_features().flatten() if named is None else named
-LANES = 16 if "+avx512f" in cpu_features().split(",") else 8
-TILE = 32
-PART_KEYS = 512
-FIELDS = 12
-import numpy as np
-FLOAT = np.float32
+    return str(llvm.get_host_cpu_features().flatten()) if named is None else named
+
+
+def vectors_of(features: str) -> Vectors:
+    """The line of VECTORS for a CPU with these features."""
+    has = {feature[1:] for feature in features.split(",") if feature.startswith("+")} | {""}
+    return next(vectors for feature, vectors in VECTORS.items() if feature in has)
+
+
+LANES, PREFETCH_LINES = vectors_of(cpu_features())
+
+
+@cache
+def block_of(group_size: int, head_size: int, lanes: int = LANES) -> tuple[int, int]:
+    """The rows of a block, and how many vectors of each row are summed together.
+
+    Rows share each K and V that is loaded, so as many as fit: 4, 2 or 1, with at most one row in four left empty.
+    8 sums hide the time that a sum takes and leave room in AVX2's 16 registers.
+    """
+    rows = next(rows for rows in (4, 2, 1) if -group_size % rows <= rows // 4)
+    vectors = -(-head_size // lanes)  # of a row, filled up with zeros
+    return rows, next(columns for columns in (8, 4, 2, 1) if columns * rows <= 8 and vectors % columns == 0)
+
+
+def pass_keys(row_bytes: int) -> int:
+    """How many keys all heads go through together, where a token's K of all heads is `row_bytes` long.
+
+    4, so that memory is read in order; and rows a multiple of 4,096 bytes apart throw each other out of the L1 cache.
+    The whole tile where it is small: then the sums of values stay in registers throughout.
+    """
+    return 4 if row_bytes > 512 else TILE
+
+
+def threads() -> int:
+    """The cores that this process may use, or as many threads as NUMBA_NUM_THREADS says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("NUMBA_NUM_THREADS") or cores)

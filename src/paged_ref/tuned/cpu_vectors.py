@@ -25,6 +25,7 @@ from .cpu_machine import LANES, TILE
 
 FLOAT, I32, HALF, I16 = ir.FloatType(), ir.IntType(32), ir.HalfType(), ir.IntType(16)
 FLOATS, I32S, HALVES, I16S = (ir.VectorType(element, LANES) for element in (FLOAT, I32, HALF, I16))
+CACHE_LINE = 64
 FUSED = ("contract",)  # a product and a sum may become one instruction; nothing may change places
 
 
@@ -417,18 +418,19 @@ def scale_rows(typing_context, sums, rows, factors):
 
 
 @intrinsic
-def prefetch(typing_context, data, index):
-    """Ask for the cache line of data[index], into L2, without waiting for it."""
+def prefetch(typing_context, data, index, line):
+    """Ask for the cache line number `line` after data[index], into L2, without waiting for it."""
 
     def build(context, builder, signature, arguments):
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         place = builder.bitcast(builder.gep(arguments[0], [arguments[1]]), byte)
+        place = builder.gep(place, [builder.mul(arguments[2], ir.Constant(ir.IntType(64), CACHE_LINE))])
         builder.call(function, [place, I32(0), I32(2), I32(1)])  # read, L2, data
         return context.get_dummy_value()
 
-    return types.void(data, types.int64), build
+    return types.void(data, types.int64, types.int64), build
 
 
 @intrinsic
