@@ -22,7 +22,7 @@ import math
 import numpy as np
 from numba import njit
 
-from .cpu_machine import LANES, PART_KEYS, PREFETCH_LINES, TILE
+from .cpu_machine import LANES, PART_KEYS, TILE
 from .cpu_vectors import (
     add, add_products, add_weighted, any_greater, exp, fold_maximum, hide, key_numbers, load, load_rows, maximum,
     multiply, no_sums, offset, prefetch, repeat, scale_rows, splat, store, store_rows, subtract, sum_each, sum_keys, take_next,
@@ -39,9 +39,9 @@ part = njit(inline="always")  # written into its caller before anything is compi
 SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, HEADS, PART, PARTS, TO, FIELDS = range(12)  # FIELDS: how many
 # The numbers of a call. Strides are in elements: of a block, a slot, a head, a number.
 (
-    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE, PASS_KEYS,
+    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE, PASS_KEYS, LINES,
     PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP, MOST_BLOCKS,
-) = range(21)  # fmt: skip
+) = range(22)  # fmt: skip
 
 
 @part
@@ -61,10 +61,10 @@ def slots(key_at, value_at, table, first, last, sizes):
 
 
 @part
-def prefetch_rows(cache, at, first, count, head):
-    """Prefetch the head-th few cache lines of the tokens from number `first` on, `count` tokens."""
-    for t in range(first, first + count):
-        for line in range(head * PREFETCH_LINES, (head + 1) * PREFETCH_LINES):
+def prefetch_rows(cache, at, first, count, head, lines):
+    """Prefetch the head-th few cache lines of the tile's rows from number `first` on, `count` rows."""
+    for line in range(head * lines, (head + 1) * lines):
+        for t in range(first, first + count):
             prefetch(cache, at[t], line)
 
 
@@ -195,9 +195,9 @@ def attend_items(rows, columns):
                             copy_rows(copy, keys, key_at, k_head, sizes[KEY_STEP], sizes[HEAD_SIZE], size)
                             k_head = 0
                         elif t + dot_keys < TILE:
-                            prefetch_rows(keys, key_at, t + dot_keys, dot_keys, kv_head)
+                            prefetch_rows(keys, key_at, t + dot_keys, dot_keys, kv_head, sizes[LINES])
                         else:
-                            prefetch_rows(values, value_at, 0, pass_keys, kv_head)
+                            prefetch_rows(values, value_at, 0, pass_keys, kv_head, sizes[LINES])
                         b = (kv_head - first_head) * head_blocks + since * token_blocks
                         for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
                             head = token * sizes[NUM_HEADS] + kv_head * group_size
@@ -230,9 +230,9 @@ def attend_items(rows, columns):
                             copy_rows(copy, values, value_at, v_head, sizes[VALUE_STEP], sizes[HEAD_SIZE], size)
                             v_head = 0
                         elif t + pass_keys < TILE:
-                            prefetch_rows(values, value_at, t + pass_keys, pass_keys, kv_head)
+                            prefetch_rows(values, value_at, t + pass_keys, pass_keys, kv_head, sizes[LINES])
                         elif more:
-                            prefetch_rows(keys, next_key_at, 0, dot_keys, kv_head)
+                            prefetch_rows(keys, next_key_at, 0, dot_keys, kv_head, sizes[LINES])
                         begin = (kv_head - first_head) * head_blocks
                         for b in range(begin + since * token_blocks, begin + head_blocks):
                             sums, of_keys = offset(mixed, b * num_rows * size), offset(weights, b * span)

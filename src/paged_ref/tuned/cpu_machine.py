@@ -69,13 +69,14 @@ def block_of(group_size: int, head_size: int, lanes: int = LANES) -> tuple[int, 
     return rows, next(columns for columns in (8, 4, 2, 1) if columns * rows <= 8 and vectors % columns == 0)
 
 
-def pass_keys(row_bytes: int) -> int:
-    """How many keys all heads go through together, where a token's K of all heads is `row_bytes` long.
+def passes_of(row_bytes: int, head_bytes: int) -> tuple[int, int]:
+    """How many keys all heads go through together, and how many cache lines of the next keys each head prefetches.
 
-    4, so that memory is read in order; and rows a multiple of 4,096 bytes apart throw each other out of the L1 cache.
-    The whole tile where it is small: then the sums of values stay in registers throughout.
+    `row_bytes`: a token's K of all heads, `head_bytes`: of one. 4 keys, so that memory is read in its order, and since
+    rows that lie a multiple of 4,096 bytes apart throw each other out of the L1 cache. The whole tile where rows are
+    short: then sums stay in registers throughout, and the hardware's own prefetches are enough.
     """
-    return 4 if row_bytes > 512 else TILE
+    return (4, min(PREFETCH_LINES, -(-head_bytes // 64))) if row_bytes > 512 else (TILE, 0)
 
 
 def threads() -> int:

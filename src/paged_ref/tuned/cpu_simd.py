@@ -173,11 +173,10 @@ class _Plan:
         (_, num_heads, head_size), num_kv_heads, itemsize = call.query.shape, call.keys.shape[-2], call.keys.itemsize
         strides = [stride // itemsize for cache in (call.keys, call.values) for stride in _strides(cache)]
         in_place = padded == head_size and strides[3] == strides[7] == 1 and not copy_tiles
-        row_bytes = num_kv_heads * head_size * itemsize
-        pass_keys = machine.pass_keys(row_bytes) if in_place else TILE
+        passes = machine.passes_of(num_kv_heads * head_size * itemsize, head_size * itemsize)
         return np.array(
             [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, head_size, padded, self.window,
-             self.block_size, self.table.shape[1], in_place, pass_keys, plain, *strides, self.most_blocks], INT,
+             self.block_size, self.table.shape[1], in_place, *passes, plain, *strides, self.most_blocks], INT,
         )  # fmt: skip
 
 
