@@ -105,7 +105,7 @@ def _load(code: bytes, symbol: str, signature: str) -> Callable[..., None]:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    c_types = {"i": ctypes.c_int64, "f": ctypes.c_float}
+    c_types: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
     # Before its own arguments, a function of Numba's takes the places for a result and for an exception.
     arguments = [ctypes.c_void_p, ctypes.c_void_p, *(c_types.get(kind, ctypes.c_void_p) for kind in signature)]
     native = ctypes.CFUNCTYPE(ctypes.c_int32, *arguments)(engine.get_function_address(symbol))

@@ -23,9 +23,10 @@ import numpy as np
 from numba import njit
 
 from .cpu_machine import LANES, PART_KEYS, TILE
-from .cpu_vectors import (
+from .cpu_vectors import (  # isort: skip
     add, add_products, add_weighted, any_greater, exp, fold_maximum, hide, key_numbers, load, load_rows, maximum,
-    multiply, no_sums, offset, prefetch, repeat, scale_rows, splat, store, store_rows, subtract, sum_each, sum_keys, take_next,
+    multiply, no_sums, offset, prefetch, repeat, scale_rows, splat, store, store_rows, subtract, sum_each, sum_keys,
+    take_next,
 )  # fmt: skip
 
 FLOAT = np.float32
@@ -39,8 +40,9 @@ part = njit(inline="always")  # written into its caller before anything is compi
 SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, HEADS, PART, PARTS, TO, FIELDS = range(12)  # FIELDS: how many
 # The numbers of a call. Strides are in elements: of a block, a slot, a head, a number.
 (
-    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE, PASS_KEYS, LINES,
-    PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP, MOST_BLOCKS,
+    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE, PASS_KEYS,
+    LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP,
+    MOST_BLOCKS,
 ) = range(22)  # fmt: skip
 
 
@@ -137,8 +139,23 @@ def attend_items(rows, columns):
     span = num_rows * TILE
 
     def attend(
-        counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, copy, at, out, lse,
-        parts_out, parts_lse,
+        counter,
+        items,
+        sizes,
+        softcap,
+        query,
+        keys,
+        values,
+        table,
+        slopes,
+        sinks,
+        scratch,
+        copy,
+        at,
+        out,
+        lse,
+        parts_out,
+        parts_lse,
     ):
         """Compute the items that no other thread has begun. An item's result does not depend on the thread."""
         size, group_size = sizes[PADDED], sizes[GROUP_SIZE]
@@ -273,7 +290,12 @@ def plan(found, items, seq_lens, query_start_loc, num_seqs, window, num_kv_heads
             for part in range(parts):
                 for head in range(0, num_kv_heads, heads):
                     item = offset(items, count * FIELDS)
-                    item[SEQ], item[QUERY], item[COUNT], item[POSITION] = s, query_start_loc[s] + first, queries, position
+                    item[SEQ], item[QUERY], item[COUNT], item[POSITION] = (
+                        s,
+                        query_start_loc[s] + first,
+                        queries,
+                        position,
+                    )
                     item[BEGIN] = begin + part * PART_KEYS
                     item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
                     item[HEAD], item[HEADS], item[PART], item[PARTS] = head, heads, part, parts

@@ -32,8 +32,9 @@ class Vectors(NamedTuple):
     prefetch_lines: int  # cache lines of each of the next tokens' rows that a head of this token's asks for
 
 
-# The first line whose feature the CPU has. A prefetch takes 2.5 cycles of a Zen 3 even if the line is there already, and
-# the hardware follows a row from its first lines on; an Emerald Rapids reads float16 1.4 times as fast with 4 lines.
+# The first line whose feature the CPU has counts. A prefetch takes 2.5 cycles of a Zen 3 even if the line is there
+# already, and the hardware follows a row from its first line on. An Emerald Rapids reads float16 1.4 times as fast with
+# 4 lines as with 1.
 VECTORS = {"avx512f": Vectors(16, 4), "": Vectors(8, 1)}
 
 

@@ -147,7 +147,7 @@ class _Plan:
     def __init__(self, call: AttentionCall, num_rows: int) -> None:
         num_tokens, num_heads, _ = call.query.shape
         num_kv_heads = call.keys.shape[-2]
-        addresses, PART = call.addresses, machine.PART_KEYS
+        addresses = call.addresses
         if addresses.block_tables is not None:
             self.table, self.block_size = np.ascontiguousarray(addresses.block_tables, INT), call.keys.shape[1]
         else:  # one block for everything, which begins at the region's first slot
@@ -159,7 +159,9 @@ class _Plan:
         seq_lens = np.ascontiguousarray(addresses.seq_lens, INT)
         loc = np.ascontiguousarray(addresses.query_start_loc, INT)
         num_seqs = len(seq_lens)
-        most_items = int(seq_lens.sum()) // PART + num_seqs + num_kv_heads * (num_tokens // many + num_seqs)
+        most_items = (
+            int(seq_lens.sum()) // machine.PART_KEYS + num_seqs + num_kv_heads * (num_tokens // many + num_seqs)
+        )
         self._memory = np.empty(3 + most_items * NUM_FIELDS, INT)
         found = _at(self._memory)
         self.items = found + 3 * self._memory.itemsize
@@ -197,7 +199,7 @@ def _query(call: AttentionCall, variant: Variant, padded: int, num_rows: int) ->
 
 
 def _per_head(variant: Variant, num_heads: int, num_rows: int) -> np.ndarray:
-    """Slopes and sinks, [2, num_heads + a block]. No slope is 0 and no sink is -inf: the loop has no branch for them."""
+    """Slopes and sinks, [2, num_heads + a block]. No slope is 0, no sink is -inf: the loop has no branch for them."""
     heads = np.array(_no_variant(num_heads + num_rows))
     for row, given in zip(heads, (variant.alibi_slopes, variant.sinks), strict=True):
         if given is not None:
@@ -218,7 +220,9 @@ class _Scratch:
         sums = blocks * (num_rows * (padded + TILE) + 2 * LANES) * 4
         copied = TILE * padded * dtype.itemsize  # one head of a tile; zeros beyond the head size
         places = 5 * TILE * 8
-        *self._offsets, self._stride = accumulate((-(-size // line) * line for size in (sums, copied, places)), initial=0)
+        *self._offsets, self._stride = accumulate(
+            (-(-size // line) * line for size in (sums, copied, places)), initial=0
+        )
         self._memory = np.zeros(2 * line + threads * self._stride, np.uint8)
         self.counter = -(-_at(self._memory) // line) * line
 
@@ -228,7 +232,7 @@ class _Scratch:
         return [begin + offset for offset in self._offsets]
 
 
-def _at(array: np.ndarray) -> int:
+def _at(array: Any) -> int:
     """Where the first element lies. NumPy's own way takes four times as long, and is left to arrays that are read-only,
     empty or in pieces."""
     try:

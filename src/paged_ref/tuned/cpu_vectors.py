@@ -150,7 +150,9 @@ def repeat(typing_context, data, index, rows):
         data, index, _ = arguments
         result = ir.Constant(FLOATS, ir.Undefined)
         for row in range(len(rows)):
-            result = builder.insert_element(result, builder.load(builder.gep(data, [_step(builder, index, row)])), I32(row))
+            result = builder.insert_element(
+                result, builder.load(builder.gep(data, [_step(builder, index, row)])), I32(row)
+            )
         return _pick(builder, result, result, [lane % len(rows) for lane in range(LANES)])
 
     return vector(data, types.int64, rows), build
