@@ -15,7 +15,7 @@ They lie key by key, [TILE, R] for a block, so that the softmax of R rows is ari
 Memory is reached through pointers, and places are counted in elements. cpu_vectors.py has the vectors.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001  (names of the vectors, several a line)
 
 import math
 
@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit
 
 from .cpu_machine import LANES, PART_KEYS, TILE
-from .cpu_vectors import (  # isort: skip
+from .cpu_vectors import (
     add, add_products, add_weighted, any_greater, exp, fold_maximum, hide, key_numbers, load, load_rows, maximum,
     multiply, no_sums, offset, prefetch, repeat, scale_rows, splat, store, store_rows, subtract, sum_each, sum_keys,
     take_next,
@@ -40,8 +40,8 @@ part = njit(inline="always")  # written into its caller before anything is compi
 SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, HEADS, PART, PARTS, TO, FIELDS = range(12)  # FIELDS: how many
 # The numbers of a call. Strides are in elements: of a block, a slot, a head, a number.
 (
-    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE, PASS_KEYS,
-    LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP,
+    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE,
+    PASS_KEYS, LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP,
     MOST_BLOCKS,
 ) = range(22)  # fmt: skip
 
@@ -139,24 +139,9 @@ def attend_items(rows, columns):
     span = num_rows * TILE
 
     def attend(
-        counter,
-        items,
-        sizes,
-        softcap,
-        query,
-        keys,
-        values,
-        table,
-        slopes,
-        sinks,
-        scratch,
-        copy,
-        at,
-        out,
-        lse,
-        parts_out,
-        parts_lse,
-    ):
+        counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, copy, at, out, lse,
+        parts_out, parts_lse,
+    ):  # fmt: skip
         """Compute the items that no other thread has begun. An item's result does not depend on the thread."""
         size, group_size = sizes[PADDED], sizes[GROUP_SIZE]
         mixed = scratch  # [blocks, R, size]
