@@ -7,7 +7,7 @@ Every block of a sequence lies in the device's cache or in the host's cache. Hos
           log-sum-exp, and `merge_states` joins them to the pieces before. While one half of the staging blocks is
           read, the next piece is copied into the other half: on a GPU by a stream of its own.
   tiled   On a CPU the host's cache is memory like any other, so a copy can be small: the compiled loop
-          (tuned/cpu_simd.py) copies a tile of 16 tokens into the cache of the core that needs it, and prefetches the
+          (tuned/cpu_simd.py) copies a tile of 32 tokens into the cache of the core that needs it, and prefetches the
           next tile meanwhile. Its online softmax is the same merge. The two caches must be one array.
 
 On a CPU, pieces take about 3 times the core time of a resident run for one new token, since every byte goes through the

@@ -265,7 +265,7 @@ def plan(found, items, seq_lens, query_start_loc, num_seqs, window, num_kv_heads
     for s in range(num_seqs):
         query_len = query_start_loc[s + 1] - query_start_loc[s]
         few = query_len <= few_queries
-        for first in range(0, query_len, query_len if few else most_queries):
+        for first in range(0, query_len, few_queries if few else most_queries):
             queries = query_len if few else min(most_queries, query_len - first)
             position = seq_lens[s] - query_len + first
             begin, end = max(0, position - window + 1), max(0, position + queries)
