@@ -17,7 +17,7 @@ from paged_ref.lesson import predict, show, table, todo
 from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.regions import RegionPool
 from paged_ref.core.memory.kv import KVCache
-from paged_ref.core.memory.swapping import SwappingManager
+from paged_ref.extras.swapping import SwappingManager
 
 # ## Predict
 #

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
@@ -11,6 +14,8 @@ if TYPE_CHECKING:  # a test that needs none of it should not wait for it
     from paged_ref.timeline.events import Event
     from paged_ref.timeline.history import History
 
+# Packages that every installation for tests has, and a machine with a GPU may lack.
+PACKAGES = {"greenlet", "hypothesis", "msgspec", "prometheus_client", "prompt_toolkit", "pyte", "threadpoolctl"}
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
@@ -54,6 +59,43 @@ def runs(logs: dict[str, list[Event]]) -> list[History]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew, then look at the diff")
+    parser.addoption("--lines", type=Path, help="write a line of JSON to this file as each test ends")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """A test file that needs a package of PACKAGES which is not here is skipped, with the reason."""
+    report = yield
+    missing = re.findall(r"No module named '(\w+)", str(report.longrepr)) if report.failed else []
+    if missing and missing[-1] in PACKAGES:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"it needs the package {missing[-1]}")
+    return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--lines")
+    if path is not None and not hasattr(config, "workerinput"):  # one process writes for all
+        config.pluginmanager.register(Lines(path))
+
+
+class Lines:
+    """What `make gpu-tests` keeps of a run that is cut short."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("w", encoding="utf-8")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            text = report.longreprtext[-2000:] if report.failed else ""
+            line = {
+                "test": report.nodeid,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 2),
+                "text": text,
+            }
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ from support.manager_state import replay
 from paged_ref.cli import main
 from paged_ref.core.model.loading import TINY
 from paged_ref.timeline.events import read_events
+from paged_ref.tuned import threads
 from paged_ref.views.common.program import short_path
 
 PAPER = "Four score and seven years ago our"
@@ -28,6 +29,19 @@ def run(*argv: str, columns: int = 80, stdin: str | None = None) -> subprocess.C
 def test_generate_streams_the_text(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--prompt", PAPER, "--max-tokens", "3"]) == 0
     assert capfd.readouterr().out == f"{PAPER} fathers brought forth\n"
+
+
+def test_the_number_of_threads_is_the_callers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "7")
+    monkeypatch.setattr(threads, "cores", lambda: 8)
+    threads.num_threads.cache_clear()
+    try:
+        assert main(["--threads", "3", "info"]) == 0
+        assert threads.num_threads() == 3
+    finally:
+        threads.num_threads.cache_clear()
 
 
 def test_generate_takes_several_prompts_and_samples(capfd: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +63,36 @@ def test_generate_searches_with_beams_and_records(tmp_path: Path, capfd: pytest.
     assert printed[1].startswith(f"{PAPER} fathers brought forth")
     with record.open(encoding="utf-8") as file:
         assert replay(read_events(file)).sequences == {}
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
+def test_generate_reads_a_prompt_from_standard_input(ending: str) -> None:
+    done = run("generate", "--prompt", "-", "--max-tokens", "3", stdin=PAPER + ending)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{PAPER} fathers brought forth\n", "")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the prompt is empty"),
+        (b"Once \xff", "--prompt - is no text: byte 5 of standard input is not UTF-8"),
+        (b"a" * ((1 << 24) + 1), "--prompt - has more than 16,777,216 bytes"),
+    ],
+    ids=["empty", "bytes", "long"],
+)
+def test_a_standard_input_that_is_no_prompt_is_one_sentence(data: bytes, message: str) -> None:
+    command = [sys.executable, "-m", "paged_ref", "generate", "--prompt", "-"]
+    done = subprocess.run(command, input=data, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+    assert message in done.stderr.decode()
+
+
+@pytest.mark.parametrize("command", ["generate", "viz"])
+def test_half_characters_in_a_prompt_are_one_sentence(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--prompt", os.fsdecode(b"\xff\xfe")]) == 2
+    assert capsys.readouterr().err == (
+        "paged-ref: error: --prompt is '\\udcff\\udcfe', with bytes that are no UTF-8; text is needed\n"
+    )
 
 
 @pytest.mark.parametrize("columns", [50, 80, 160])
@@ -104,6 +148,7 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
         ),
         (["bench", "kernels", "--rounds", "0"], "--rounds is 0; at least 1"),
         (["bench", "kernels", "--shape", "zzz"], "--shape is 'zzz'; known are: decode"),
+        (["--threads", "0", "demo"], "--threads is 0; at least 1"),
         (["demo", "--kv-tokens", "0"], "at least"),
         (["demo", "--kv-tokens", "100"], "100"),
         (["demo", "--block-size", "0"], "block_size is 0"),

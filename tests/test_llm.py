@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.model_backends import of_models
 
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.model.config import kv_bytes_per_token
 from paged_ref.interop.checkpoints import load
-from paged_ref.kernels import backends
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
-    for name in ("reference", "cpu", "cpu-simd", "cuda", "cuda-flash")
-    if name in backends()
-]
+BACKENDS = of_models("reference", "cpu", "cpu-simd", "cuda", "cuda-flash")
 BYTES_PER_TOKEN = kv_bytes_per_token(load("tiny").config, "float32")
 PAPER = "Four score and seven years ago our"
 MIXED = [PAPER, "Once upon a time", "The cat", "One day, Ben found a red box under the tree. " * 4]

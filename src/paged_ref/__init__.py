@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .core.engine.outputs import RequestOutput, SequenceOutput
-    from .extras.beam import SamplingParams
+    from .extras.sampling_params import SamplingParams
     from .llm import LLM
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ _HOME = {
     "LLM": "paged_ref.llm",
     "RequestOutput": "paged_ref.core.engine.outputs",
     "SequenceOutput": "paged_ref.core.engine.outputs",
-    "SamplingParams": "paged_ref.extras.beam",
+    "SamplingParams": "paged_ref.extras.sampling_params",
 }
 
 

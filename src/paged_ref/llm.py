@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from . import timeline
 from .beyond_device.options import LongOptions
 from .beyond_device.relevance import Attend
 from .beyond_device.streaming import Eviction
@@ -26,21 +27,28 @@ from .core.memory.kv import KV, KVCache
 from .core.memory.manager import KVCacheManager
 from .core.memory.standard import Reserve
 from .core.model.config import ModelConfig, kv_bytes_per_token
-from .extras.beam import BeamRequest, SamplingParams
-from .extras.formatted_kv import FormattedKV
+from .extras.beam import BeamRequest
+from .extras.formatted_kv import FORMATS, FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
+from .extras.memory_limit import require_memory
+from .extras.sampling_params import SamplingParams
 from .extras.sanitizer import SanitizedKV
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import StreamingLLM
 from .extras.transaction import TransactionalEngine
 from .interop.architectures import build_model
 from .interop.checkpoints import load
+from .interop.hf_tokenizer import MissingTokenizer
+from .interop.model_memory import SAME_SIZE, SAMPLE_BYTES, require_kv_memory
 from .kernels import why_not
-from .timeline.events import Log
-from .timeline.logged import LoggedManager, LoggedSteps
-from .tuned import blas_threads
-from .tuned.fused import OPERATIONS
+from .tuned import launching
+from .tuned.decoder import FusedDecoder
 from .tuned.kv import TunedFormattedKV, TunedKV
+from .tuned.linear import linear
+from .tuned.threads import blas_threads
+
+if TYPE_CHECKING:
+    from .timeline.events import Log
 
 DEFAULT_KV_TOKENS = 4096
 
@@ -114,6 +122,7 @@ class LLM(StreamingLLM):
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         require_one_of(("float16", "float32"), dtype=dtype)
+        require_one_of((dtype, *FORMATS), kv_dtype=kv_dtype or dtype)
         checkpoint = load(model)
         config = checkpoint.config
         context = config.max_position_embeddings
@@ -140,6 +149,9 @@ class LLM(StreamingLLM):
             num_slots = _num_slots(config, kv_dtype or dtype, kv_cache_tokens, kv_cache_bytes)
             if host_kv_tokens is None:
                 host_kv_tokens = num_slots if preemption == "swap" else 0
+            held = manager.num_slots if isinstance(manager, KVCacheManager) else num_slots
+            sizes = ("kv_cache_tokens", held), ("host_kv_tokens", host_kv_tokens)
+            require_kv_memory(config, dtype, kv_dtype or dtype, *sizes)
             if not isinstance(manager, KVCacheManager):
                 unit = block_size if manager == "paged" and block_size > 0 else 1
                 manager = make_manager(
@@ -148,21 +160,31 @@ class LLM(StreamingLLM):
                     free_order=free_order, watermark=watermark, prefix_cache=prefix_cache,
                 )  # fmt: skip
             kv = _make_kv(config, manager, dtype, kv_dtype, host_kv_tokens, backend, sanitize)
-            parts = Parts(LoggedManager(manager, log) if log else manager, kv, preemption)
+            if log:
+                manager = timeline.logged.LoggedManager(manager, log)
+            parts = Parts(manager, kv, preemption)
         scheduler = Scheduler(parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
         observers: list[Observer] = [StepRecords(scheduler, on_step)] if on_step else []
-        self._log_steps = LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
+        self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
             observers.append(self._log_steps)
-        decoder = build_model(config, checkpoint.weights, dtype, OPERATIONS)
+        decoder = build_model(config, checkpoint.weights, dtype, linear)
+        if launching.unavailable() is None:
+            decoder = FusedDecoder(decoder)
         engine = TransactionalEngine(decoder, parts.kv, scheduler, config.eos_token_ids, observers)
         longest = max_model_len or max(1, min(context, parts.manager.num_slots))
         self.open(engine, config, checkpoint.tokenizer, longest)
-        self.around_step = blas_threads.limit_for(config)
+        self.around_step = blas_threads
         if self._log_steps:
             self._log_steps.model_opened(Path(model).name, kv_bytes_per_token(config, dtype))
 
     def make_request(self, output: RequestOutput, params: CoreSamplingParams) -> Request:
+        if params.stop and isinstance(self.tokenizer, MissingTokenizer):
+            raise ValueError(f"stop is {params.stop}, a text; {self.tokenizer.directory} has no tokenizer.json")
+        width, most = getattr(params, "beam_width", None) or params.n, self.engine.scheduler.max_batch_seqs
+        if self.engine.manager.can_fork and width > most:  # before so many are made
+            raise ValueError(f"a request of {width} sequences; at most max_batch_seqs = {most} can run")
+        require_memory(f"a request of {width} sequences", SAMPLE_BYTES * width)
         if not isinstance(params, SamplingParams) or params.beam_width is None:
             return super().make_request(output, params)
         if not self.engine.manager.can_fork:
@@ -180,7 +202,7 @@ def _num_slots(config: ModelConfig, dtype: str, tokens: int | None, size: int | 
         return DEFAULT_KV_TOKENS if tokens is None else tokens
     if tokens is not None:
         raise ValueError("kv_cache_tokens and kv_cache_bytes are both given; give one of them")
-    return size // kv_bytes_per_token(config, {"bfloat16": "uint16", "float8": "uint8"}.get(dtype, dtype))
+    return size // kv_bytes_per_token(config, SAME_SIZE.get(dtype, dtype))
 
 
 def _make_kv(

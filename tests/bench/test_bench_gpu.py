@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from rich.console import Console
 
 from paged_ref.bench import batch, gpu_kernels, model, shapes
 from paged_ref.bench.gpu_clock import GpuClock, Library, Timing
@@ -22,6 +22,7 @@ from paged_ref.cli import main
 from paged_ref.core.device import on_gpu
 from paged_ref.core.model.config import ModelConfig
 from paged_ref.kernels import paged_attention
+from paged_ref.views.common.console import Console
 
 pytestmark = pytest.mark.skipif(on_gpu, reason="a GPU is in use: the benchmark itself can run")
 TOY = "toy"
@@ -167,17 +168,24 @@ def test_a_model_is_decoded_and_put_in_proportion() -> None:
     bound = (result["weights_bytes"] + result["kv_bytes"]) / 1e9
     assert result["share_of_bound"] == pytest.approx(bound / result["seconds_per_step"])
     console = Console(file=io.StringIO(), width=80)
-    model.report(console, [64, 64], result, 1e9)
-    model.report(console, [64, 20], result, 1e9)
+    whole, near, far = (model.Agreement(*these) for these in ((64, 0.0), (20, 0.0009), (3, 0.5)))
+    model.report(console, [whole, whole], result, 1e9)
+    model.report(console, [whole, near, far], result, 1e9)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "2 of 2 continuations" in text
-    assert "tokens that agree: [64, 20]" in " ".join(text.split())
+    flowing = " ".join(text.split())
+    assert "prompt 2: token 21 differs; two logits 0.0009 apart: too near for float16" in flowing
+    assert "prompt 3: token 4 differs; two logits 0.5000 apart: float16 should tell them apart" in flowing
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_the_tokens_that_agree_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "greedy_tokens", lambda dtype: [[1, 2, 4], [5, 6, 7]])
-    assert model.same_tokens([[1, 2, 3], [5, 6, 7]]) == [2, 3]
+def test_a_token_that_differs_is_weighed_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit status asks whether float16 could tell the two tokens apart, and not whether they are the same."""
+    logits = np.zeros(8, np.float32)
+    logits[4], logits[3] = 2.0, 1.75
+    monkeypatch.setattr(model, "greedy_run", lambda dtype: ([[1, 2, 4], [5, 6, 7]], [[logits] * 3] * 2))
+    assert model.compared([[1, 2, 3], [5, 6, 7]]) == [(2, 0.25), (3, 0.0)]
+    assert model.compared([[1, 2, 4], [5, 6, 7]]) == [(3, 0.0), (3, 0.0)]
 
 
 def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
@@ -189,7 +197,7 @@ def test_the_weights_of_a_table_that_is_not_the_head_are_not_read() -> None:
 def test_the_run_on_the_cpu_gives_tokens() -> None:
     tokens = model.cpu_tokens()
     assert [len(ids) for ids in tokens] == [model.NEW_TOKENS] * len(model.PROMPTS)
-    assert tokens == model.greedy_tokens("float32")
+    assert tokens == model.greedy_run("float32")[0]
 
 
 def test_the_benchmark_of_the_model_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,8 @@ def test_a_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file = tmp_path / "text.txt"
     file.write_text("Once upon a time there was a cat. " * 30, encoding="utf-8")
     assert main(["long", "--text", str(file), "--tokens", "100", "--new-tokens", "2", "--attend", "0.5"]) == 0
-    assert "100 tokens of text, then 2 new ones" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "100 tokens of text, then 2 new ones, timed, and 8 more, observed: all 10 are compared" in printed
 
 
 def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +155,7 @@ def test_a_text_too_short_says_how_short(tmp_path: Path, capsys: pytest.CaptureF
     assert re.search(r"text.txt has \d+ tokens; --tokens asks for 2048", capsys.readouterr().err)
     file.write_bytes(b"\xff\xfe\xfa")
     assert main(["long", "--text", str(file)]) == 2
-    assert "is no text: byte 0 is not UTF-8" in capsys.readouterr().err
+    assert "is not text in UTF-8: byte 0 is wrong" in capsys.readouterr().err
 
 
 # --- the frames ----------------------------------------------------------------------------------------

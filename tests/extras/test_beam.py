@@ -15,7 +15,8 @@ from paged_ref.core.engine.engine import Engine
 from paged_ref.core.engine.llm import LLM
 from paged_ref.core.engine.outputs import RequestOutput
 from paged_ref.core.engine.sequence import Group, Sequence
-from paged_ref.extras.beam import BeamRequest, BeamSearch, SamplingParams, log_softmax
+from paged_ref.extras.beam import BeamRequest, BeamSearch, log_softmax
+from paged_ref.extras.sampling_params import SamplingParams
 
 VOCAB_SIZE = 6
 
@@ -83,21 +84,20 @@ def test_a_search_of_width_1_takes_the_likeliest_token_each_time() -> None:
     assert hypothesis.tokens == tokens
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beam_width": 0}, "beam_width is 0; at least 1"),
-        ({"beam_width": 2, "temperature": 1.0}, "temperature is 1.0; beam search takes no temperature"),
-        ({"beam_width": 2, "n": 2}, "n is 2; beam search takes no n"),
-        ({"beam_width": 2, "top_k": 3}, "top_k is 3; beam search takes no top_k"),
-        ({"beam_width": 2, "top_p": 0.5}, "top_p is 0.5; beam search takes no top_p"),
-        ({"beam_width": 2, "stop": "x"}, "beam search takes no stop"),
-        ({"max_tokens": 0}, "max_tokens is 0; at least 1"),
-    ],
-)
-def test_params_out_of_bounds(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(**options)
+@pytest.mark.parametrize("allowed", [1, 2, 3])
+def test_fewer_candidates_than_the_width_take_no_forbidden_token(allowed: int) -> None:
+    found = BeamSearch(4, 1.0)
+    beams: list[list[int]] = [[]]
+    for length in range(1, 5):
+        logits = [np.where(np.arange(VOCAB_SIZE) < allowed, logits_after(0, tuple(beam)), -np.inf) for beam in beams]
+        chosen = found.step(logits, beams, (5,), is_last=length == 4)
+        if chosen:
+            assert len(chosen) == min(4, allowed * len(beams))
+            beams = [[*beams[continuation.beam], continuation.token_id] for continuation in chosen]
+    assert len(found.finished) == min(4, allowed**4)
+    for hypothesis in found.finished:
+        assert np.isfinite(hypothesis.score)
+        assert max(hypothesis.tokens) < allowed
 
 
 # --- as a request of the core's engine -------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paged_ref.extras import formats
 from paged_ref.extras.formats import (
     choose_scales,
     decode,
@@ -161,3 +163,27 @@ def test_torch_agrees() -> None:
         from_bfloat16(every).view(np.uint32),
         torch.from_numpy(every).view(torch.bfloat16).float().numpy().view(np.uint32),
     )
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int8", "uint8"])
+def test_a_large_array_is_converted_in_one_pass_and_to_the_same_bits(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal((64 * formats.PART // 128, 2, 64), np.float32)
+    numbers[7, 1, 3] = np.nan
+    scales = None if dtype == "uint16" else np.array([0.02, 0.5], np.float32)
+    encode(numbers[:1], dtype, scales)  # what is made once for all
+    tracemalloc.start()
+    try:
+        encoded = encode(numbers, dtype, scales)
+        encoding = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        decoded = decode(encoded, scales)
+        decoding = tracemalloc.get_traced_memory()[1] - encoded.nbytes
+    finally:
+        tracemalloc.stop()
+    part = 4 * formats.PART  # bytes of float32
+    assert encoding < encoded.nbytes + 10 * part
+    assert decoding < decoded.nbytes + 10 * part
+    for row in range(0, len(numbers), 100):
+        np.testing.assert_array_equal(encode(numbers[row : row + 1], dtype, scales)[0], encoded[row])
+        np.testing.assert_array_equal(decode(encoded[row : row + 1], scales)[0], decoded[row])

@@ -41,6 +41,19 @@ def test_a_block_that_several_share_travels_once_and_is_shared_there() -> None:
     manager.check_integrity()
 
 
+def test_a_block_that_several_share_needs_room_once_in_both_directions() -> None:
+    """4 blocks in 6 table entries, and 4 places on each side: counted twice, they would not fit."""
+    manager = swappable(4, 4)
+    begin(manager, 0, 9)
+    manager.fork(0, 1)
+    manager.append([(0, 1), (1, 1)])
+    assert len(manager.swap_out([0, 1])) == 4
+    assert (manager.pool.num_free, manager.host_pool.num_free) == (4, 0)
+    assert len(manager.swap_in([0, 1])) == 4
+    assert (manager.pool.num_free, manager.host_pool.num_free) == (0, 4)
+    manager.check_integrity()
+
+
 def test_a_block_that_is_shared_with_a_sequence_that_stays_is_copied() -> None:
     manager = swappable(4, 4)
     begin(manager, 0, 8)
@@ -127,3 +140,14 @@ def test_integrity_sees_the_host_pool_too() -> None:
 def test_a_host_pool_cannot_be_negative() -> None:
     with pytest.raises(ValueError, match="num_blocks is -1; at least 0 is needed"):
         swappable(4, -1)
+
+
+def test_coming_back_leaves_what_the_scheduler_asks_for() -> None:
+    manager = swappable(4, 2)
+    begin(manager, 0, 4)
+    begin(manager, 1, 8)
+    manager.swap_out([1])
+    with pytest.raises(OutOfBlocks, match="to swap in, 2 blocks are needed; 3 are available, and 2 of them are spare"):
+        manager.swap_in([1], spare=5)
+    manager.check_integrity()
+    assert len(manager.swap_in([1], spare=4)) == 2

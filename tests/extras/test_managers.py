@@ -10,11 +10,11 @@ from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.regions import RegionPool
 from paged_ref.core.memory.standard import StandardManager
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.buddy import BuddyPool
 from paged_ref.extras.host_swap import SwappablePagedManager
 from paged_ref.extras.managers import MANAGERS, make_manager
 from paged_ref.extras.prefix_cache import CachingBlockPool
+from paged_ref.extras.swapping import SwappingManager
 
 
 def make(name: Any, num_slots: int = 100, **options: Any) -> Any:

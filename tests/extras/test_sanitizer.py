@@ -181,18 +181,19 @@ def test_a_table_that_is_too_short() -> None:
 
 def test_nan_in_attention() -> None:
     numbers, mixed = np.zeros((2, 3, 4), np.float32), np.zeros((2, 3, 4), np.float32)
-    check_numbers(1, 0, numbers, mixed)
+    check_numbers(1, 0, numbers, numbers, numbers, mixed)
     mixed[1, 2, 3] = np.nan
     with pytest.raises(SanitizerError) as caught:
-        check_numbers(1, 5, numbers, mixed)
+        check_numbers(1, 5, numbers, numbers, numbers, mixed)
     assert str(caught.value) == (
         "sequence 1 has NaN in its attention in layer 5: a kernel read a slot outside its tokens"
     )
-    numbers[0, 0, 0] = np.nan
-    with pytest.raises(
-        SanitizerError, match="sequence 1 has NaN among its queries in layer 5, before attention: the we"
-    ):
-        check_numbers(1, 5, numbers, mixed)
+    wrong = numbers.copy()
+    wrong[0, 0, 0] = np.inf
+    for i, what in enumerate(("queries", "keys", "values")):
+        query, key, value = (wrong if i == place else numbers for place in range(3))
+        with pytest.raises(SanitizerError, match=f"1 has NaN or inf among its {what} in layer 5, before attention: t"):
+            check_numbers(1, 5, query, key, value, mixed)
 
 
 def addresses(**wrong: Any) -> Addresses:
@@ -286,3 +287,20 @@ def test_freed_slots_are_nan_and_held_ones_are_not() -> None:
     watched.step((2, 3, 1))
     empty = np.isnan(np.asarray(watched.kv.device.tolist())).all(axis=(0, 1, 4, 5))  # [blocks, block_size]
     assert empty.tolist() == [[True] * 4, [True] * 4, [False] * 4, [True] * 4]
+
+
+def test_a_request_that_ended_or_was_aborted_leaves_nothing() -> None:
+    llm = sanitized(LLM("tiny", block_size=4, kv_cache_tokens=64, backend="reference"))
+    sanitizer = llm.engine.kv.sanitizer  # type: ignore[attr-defined]
+
+    def kept() -> tuple[int, int]:
+        rows = sanitizer._history.values()
+        return len(sanitizer._fingerprints._known), sum(len(what) for what in rows)
+
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    for _ in range(8):
+        llm.generate([[5] * 9, [6] * 20, [7] * 12], params)  # one is preempted
+        llm.add_request([8] * 5, params)
+        llm.step()
+        llm.engine.abort(next(iter(llm.engine.requests)))
+        assert kept() <= (1, 4 * 16)  # the last step's, and four lines for each block

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import paged_ref
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.engine.engine import Observer
 from paged_ref.core.engine.outputs import RequestOutput
+from paged_ref.extras.transaction import Turns
 
 SOURCE = paged_ref.__path__[0]
 REQUESTS = [
@@ -169,6 +171,51 @@ def test_an_interrupted_add_request_leaves_nothing(after: int) -> None:
     assert tokens_of(llm.generate(*REQUESTS[0])[0]) == alone(0)
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_generate_that_is_interrupted_at_any_call_leaves_nothing(name: str, kind: type[BaseException]) -> None:
+    """At each of the calls before the first step, and at some of those in the steps."""
+    llm, outputs = opened(SETUPS[name])
+    params = SamplingParams(max_tokens=3, temperature=0.5, seed=1, n=2)
+    with_steps = [*range(0, 110, 2), *range(110, 1500, 97)]
+    for after in with_steps:
+        interrupt(lambda: llm.generate(["Tom", "Lily"], params), kind, after)
+        assert {request.output.request_id for request in llm.engine.requests.values()} <= {
+            output.request_id for output in outputs.values()
+        }, after
+        if after < 110 and after % 20 == 0:
+            assert not llm._loops
+    finish(llm, outputs)
+
+
+def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_queue() -> None:
+    turns, order, go = Turns(), [], threading.Event()
+
+    def hold() -> None:
+        with turns.taken("first"):
+            order.append("first")
+            go.wait(30)
+
+    def wait(name: str) -> None:
+        with turns.taken(name):
+            order.append(name)
+
+    first = threading.Thread(target=hold)
+    first.start()
+    while not order:
+        pass
+    ticket = Mock(wraps=threading.Lock())
+    ticket.acquire.side_effect = [True, KeyboardInterrupt]
+    with patch("paged_ref.extras.transaction.threading.Lock", return_value=ticket), pytest.raises(KeyboardInterrupt):
+        wait("interrupted")
+    last = threading.Thread(target=wait, args=("last",))
+    last.start()
+    go.set()
+    last.join(30)
+    first.join(30)
+    assert order == ["first", "last"]
+
+
 class Raising(Observer):
     """Raises once, in one of its methods."""
 
@@ -256,10 +303,12 @@ def test_threads_take_turns() -> None:
     assert not llm.has_unfinished
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, pickle.dumps])
-def test_an_llm_is_not_copied(make: Callable[[LLM], object]) -> None:
-    with pytest.raises(TypeError, match=r"make a new LLM"):
-        make(LLM(backend="reference"))
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_llm_is_not_copied(make: Callable[[object], object]) -> None:
+    llm = LLM(backend="reference")
+    for what in (llm, llm.engine):
+        with pytest.raises(TypeError, match=r"make a new LLM"):
+            make(what)
 
 
 def test_an_engine_whose_way_back_was_interrupted_refuses_every_call(monkeypatch: pytest.MonkeyPatch) -> None:

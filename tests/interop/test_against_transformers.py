@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from support.stepping import logits_of
 from tokenizers import models
 
 from paged_ref.interop.architectures import build_model
-from paged_ref.interop.checkpoints import load
+from paged_ref.interop.checkpoints import load, read_config
 
 torch = pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `compare` is not installed")
@@ -131,3 +132,10 @@ def test_shards_are_joined(dtype: str, tmp_path: Path) -> None:
     save(model, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_agrees(cast_weights(model, "float32"), tmp_path)
+
+
+def test_a_mistral_without_the_key_has_the_window_of_transformers(tmp_path: Path) -> None:
+    config = {key: value for key, value in SIZES.items() if key != "initializer_range"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", **config}), encoding="utf-8")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert read_config(tmp_path).sliding_windows == (theirs.sliding_window,) * 4 == (4096,) * 4

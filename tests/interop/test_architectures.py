@@ -7,19 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.model_backends import of_models
 from support.plain_decoder import llama3_frequency, plain_logits
 from support.stepping import logits_of
 
-from paged_ref.core.attention.attention import backends
 from paged_ref.core.model.llama import Llama
 from paged_ref.interop.architectures import Decoder, build_model, random_weights, weight_shapes
 from paged_ref.interop.hf_config import HFConfig, Llama3RopeScaling
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.gpu) if name.startswith("cuda") else name
-    for name in ("reference", "cpu", "cuda")
-    if name in backends()
-]
+BACKENDS = of_models("reference", "cpu", "cuda")
 LLAMA = HFConfig(
     vocab_size=50,
     hidden_size=24,

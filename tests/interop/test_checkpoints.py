@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tracemalloc
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,14 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import models
 
+from paged_ref import LLM, SamplingParams
+from paged_ref.core.device import to_host
 from paged_ref.core.model import loading
+from paged_ref.extras import memory_limit
 from paged_ref.interop.architectures import build_model, random_weights
-from paged_ref.interop.checkpoints import CheckpointError, load, read_tokenizer
+from paged_ref.interop.checkpoints import CheckpointError, load
 from paged_ref.interop.hf_config import config_from_hf
+from paged_ref.timeline.events import Event, TokenNamed
 
 HF: dict[str, Any] = {
     "model_type": "llama",
@@ -76,6 +82,13 @@ def write_bfloat16(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of 16 GB, whichever this one is."""
+    monkeypatch.setattr(memory_limit, "machine_memory", lambda: 16_000_000_000)
+    monkeypatch.setattr(memory_limit, "gpu_memory", lambda: 16_000_000_000)
+
+
 def assert_refused(directory: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         load(directory)
@@ -127,6 +140,19 @@ def test_a_tied_checkpoint_needs_no_head_and_may_keep_one(directory: Path) -> No
         assert model.head is model.embedding
 
 
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_checkpoint_may_store_its_table_under_either_name(directory: Path, kept: str) -> None:
+    table = WEIGHTS["lm_head.weight"]
+    others = {k: v for k, v in WEIGHTS.items() if k not in ("lm_head.weight", "model.embed_tokens.weight")}
+    save_file({**others, kept: table}, directory / "model.safetensors")
+    assert_refused(directory, "has no tensor ")  # not tied
+    write_json(directory / "config.json", {**HF, "tie_word_embeddings": True})
+    checkpoint = load(directory)
+    model = build_model(checkpoint.config, checkpoint.weights)
+    np.testing.assert_array_equal(to_host(model.embedding), table)
+    assert model.head is model.embedding
+
+
 def test_frequencies_in_old_files_are_passed_over(directory: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
     save_file(WEIGHTS | old, directory / "model.safetensors")
@@ -155,16 +181,40 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     assert_refused(tmp_path / "nowhere", "nowhere is not a directory; a checkpoint in Hugging Face form is needed")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_missing_file(directory: Path, name: str) -> None:
-    (directory / name).unlink()
-    assert_refused(directory, f"{name} is missing")
+def test_a_missing_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+    assert_refused(directory, "config.json is missing")
+
+
+def test_a_checkpoint_without_a_tokenizer_serves_token_ids(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    events: list[Event] = []
+    llm = LLM(directory, backend="reference", log=events.append)
+    (output,) = llm.generate([[3, 4, 5]], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 4
+    assert output.outputs[0].text == ""
+    assert TokenNamed(3, "<3>") in events
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json; token ids are needed in place of 'Once'"):
+        llm.generate("Once")
+    with pytest.raises(ValueError, match=r"stop is \('a',\).* has no tokenizer\.json"):
+        llm.generate([[3]], SamplingParams(stop=("a",)))
+    assert not llm.has_unfinished
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize(
     ("raw", "message"),
-    [(b"{", "is not JSON: "), (b"\xff", "is not JSON: "), (b"[1]", "holds a list; a JSON object is needed")],
+    [
+        (b"{", "is not JSON: Expecting property name enclosed in double quotes at column 2"),
+        (b"\xff", "is not text in UTF-8: byte 0 is wrong"),
+        (b"[1]", "holds a list; a JSON object is needed"),
+        (b"[" * 1000 + b"]" * 1000, "is not JSON: nested more than 100 deep at column 101"),
+        (
+            b'{"vocab_size":\n 1' + b"0" * 400 + b"}",
+            "is not JSON: a number that needs more than 64 bits at line 2, column 2",
+        ),
+    ],
+    ids=["cut", "bytes", "list", "nested", "huge"],
 )
 def test_a_file_that_is_not_a_json_object(directory: Path, name: str, raw: bytes, message: str) -> None:
     (directory / name).write_bytes(raw)
@@ -193,6 +243,15 @@ def test_a_broken_tokenizer(directory: Path) -> None:
             "model.layers.0.mlp.gate_proj.weight has shape [12, 8]; the config wants [16, 8]",
         ),
         ({"vocab_size": 21}, "model.embed_tokens.weight has shape [20, 8]; the config wants [21, 8]"),
+        (
+            {"num_hidden_layers": 10**9},
+            "config.json: num_hidden_layers is 1000000000, which needs 65,536.0 GB; this machine has 16.0 GB",
+        ),
+        (
+            {"hidden_size": 10**5, "intermediate_size": 10**6},
+            "config.json: a model of this size needs 1,320.0 GB; this machine has 16.0 GB",
+        ),
+        ({"vocab_size": 2**31}, "config.json: vocab_size is 2147483648; an integer of at most 2147483647 is needed"),
     ],
 )
 def test_a_config_that_does_not_fit(directory: Path, keys: dict[str, Any], message: str) -> None:
@@ -246,6 +305,56 @@ def test_a_missing_shard(directory: Path) -> None:
     assert_refused(directory, "model-00002-of-00003.safetensors is missing; model.safetensors.index.json names it")
 
 
+@pytest.mark.parametrize(
+    "name", ["../elsewhere.safetensors", "/elsewhere.safetensors", "a/b.safetensors", "..", "", "a\x00.safetensors"]
+)
+def test_a_shard_is_the_plain_name_of_a_file(directory: Path, name: str) -> None:
+    (directory / "model.safetensors").rename(directory.parent / "elsewhere.safetensors")
+    write_json(directory / "model.safetensors.index.json", {"weight_map": dict.fromkeys(WEIGHTS, name)})
+    assert_refused(directory, f"index.json names the shard {name!r}; the plain name of a file is needed")
+
+
+def test_a_shard_may_be_a_link_inside_the_directory_and_none_that_leaves_it(directory: Path) -> None:
+    target, name = directory.parent / "elsewhere.safetensors", "model-00001-of-00001.safetensors"
+    (directory / "model.safetensors").rename(target)
+    write_json(directory / "model.safetensors.index.json", {"weight_map": dict.fromkeys(WEIGHTS, name)})
+    (directory / name).symlink_to(target)
+    assert_refused(directory, f"{name} is a link to {target.resolve()}; model.safetensors.index.json may name files of")
+    (directory / name).unlink()
+    target.rename(directory / "weights")
+    (directory / name).symlink_to("weights")
+    load(directory)
+
+
+def test_the_links_of_the_hubs_cache_are_followed(directory: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    write_shards(directory)
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in [path for path in directory.iterdir() if path.is_file()]:
+        file.rename(blobs / f"hash of {file.name}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"hash of {file.name}")
+    assert len(load(snapshot).weights) == len(WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["zero", "fifo"])
+def test_a_device_or_a_pipe_is_not_read(directory: Path, name: str, kind: str) -> None:
+    path = directory / name
+    path.unlink(missing_ok=True)
+    if kind == "zero":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path)
+    assert_refused(directory, f"{name} cannot be read: it is a pipe or a device; a regular file is needed")
+
+
+def test_a_config_that_is_too_long_is_not_read(directory: Path) -> None:
+    with (directory / "config.json").open("wb") as file:
+        file.truncate(10**13)  # a hole: it takes no place on the disk
+    assert_refused(directory, "config.json has 10000000000000 bytes; at most 67108864 are read")
+
+
 def test_a_truncated_shard(directory: Path) -> None:
     write_shards(directory)
     shard = directory / "model-00003-of-00003.safetensors"
@@ -260,9 +369,24 @@ def test_an_index_without_a_map(directory: Path, index: dict[str, Any]) -> None:
     assert_refused(directory, "model.safetensors.index.json has no weight_map of tensor names to file names")
 
 
-def test_a_tokenizer_that_is_missing_or_broken_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere/tokenizer\.json is missing"):
-        read_tokenizer(tmp_path / "nowhere" / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer: "):
-        read_tokenizer(tmp_path / "tokenizer.json")
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_loading_takes_little_more_memory_than_the_weights(directory: Path, stored: str, dtype: str) -> None:
+    hf = HF | {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": True}
+    weights = random_weights(config_from_hf(hf))
+    write_json(directory / "config.json", hf)
+    if stored == "bfloat16":
+        write_bfloat16(directory / "model.safetensors", weights)
+    else:
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = load(directory)
+    tracemalloc.start()
+    try:
+        model = build_model(checkpoint.config, checkpoint.weights, dtype)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = np.dtype(dtype).itemsize
+    sizes = [size * array.size for array in weights.values()]
+    assert peak <= 1.1 * sum(sizes) + max(sizes)
+    assert model.embedding.nbytes == max(sizes)

@@ -30,6 +30,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 SCALING = Llama3RopeScaling(8.0, 1.0, 4.0, 8192)
+LLAMA3_EQUAL = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def test_llama() -> None:
@@ -83,6 +87,7 @@ def test_rope_in_old_and_new_words(keys: dict[str, Any], theta: float, scaling: 
         ({"model_type": "llama", "sliding_window": 16}, (None,) * 4),
         ({"model_type": "mistral", "sliding_window": 16}, (16,) * 4),
         ({"model_type": "mistral", "sliding_window": None}, (None,) * 4),
+        ({"model_type": "mistral"}, (4096,) * 4),  # the key is left out
         ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": False}, (None,) * 4),
         (
             {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 3},
@@ -163,8 +168,32 @@ def test_eos_is_null_or_one_or_many(eos: Any, ids: tuple[int, ...]) -> None:
                 "sliding_window": 4,
                 "layer_types": ["full_attention"],
             },
-            "sliding_windows has 1 entries for 4 layers",
+            "layer_types is ['full_attention']; a list of 4 kinds is needed",
         ),
+        *(
+            ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4, "layer_types": wrong}, message)
+            for wrong, message in [
+                (5, "layer_types is 5; a list of 4 kinds is needed"),
+                ([["full_attention"]] * 4, "layer_types holds ['full_attention']; known are"),
+                ([{}] * 4, "layer_types holds {}; known are"),
+            ]
+        ),
+        (
+            {"num_hidden_layers": 10**400},
+            "num_hidden_layers is 100000000000000000...0000000000000000000; an integer of at most",
+        ),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; a number above 0 is needed"),
+        (
+            {"rms_norm_eps": 10**400},
+            "rms_norm_eps is 100000000000000000...0000000000000000000; a number",
+        ),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; a number above 0 is needed"),
+        (
+            {"rope_scaling": LLAMA3_EQUAL},
+            "low_freq_factor in rope_scaling is 4.0; less than the high_freq_factor of 4.0",
+        ),
+        ({"model_type": ["llama"]}, "model_type is ['llama']; known are"),
+        ({"eos_token_id": [0, 1, 2, 3, 4, 5, 6, 7, -1]}, "eos_token_id is [0, 1, 2, 3, 4, 5, ...]; a token id"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(keys: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ Each message names the argument, the value and the bound.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_ref.kernels import copy_blocks, merge_states, naive_attention, paged_attention, write_kv
+from paged_ref.kernels import backends, copy_blocks, merge_states, naive_attention, paged_attention, write_kv
 
 F32, I32 = np.float32, np.int32
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -260,3 +261,43 @@ def test_merge_states_refuses() -> None:
         merge_states(np.ones((2, 3, 4, 8)), np.ones((2, 3)))
     with pytest.raises(ValueError, match="outputs has 0 parts; at least 1 is needed"):
         merge_states(np.ones((0, 3, 4, 8)), np.ones((0, 3, 4)))
+
+
+@pytest.mark.parametrize("mark", [-np.inf, np.inf])
+@pytest.mark.parametrize("rest", [np.nan, np.inf, 7.0])
+def test_a_part_that_saw_no_key_adds_nothing_whatever_its_output(mark: float, rest: float) -> None:
+    """flash-attn 2 marks such a part with lse +inf, others with -inf; its output is what lay there."""
+    rng = np.random.default_rng(0)
+    outputs = rng.standard_normal((3, 4, 2, 8)).astype(F32)
+    lses = rng.standard_normal((3, 4, 2)).astype(F32)
+    outputs[1, 2], lses[1, 2] = rest, mark
+    outputs[:, 3], lses[:, 3] = rest, mark  # no part saw a key
+    merged, lse = merge_states(outputs, lses)
+    want, want_lse = merge_states(outputs[[0, 2], 2:3], lses[[0, 2], 2:3])
+    np.testing.assert_array_equal(merged[2], want[0])
+    np.testing.assert_array_equal(lse[2], want_lse[0])
+    assert (merged[3] == 0).all()
+    assert (lse[3] == -np.inf).all()
+
+
+def test_nan_in_a_part_that_saw_keys_shows() -> None:
+    outputs, lses = np.zeros((2, 1, 1, 4), F32), np.zeros((2, 1, 1), F32)
+    lses[1] = np.nan
+    merged, lse = merge_states(outputs, lses)
+    assert np.isnan(merged).all()
+    assert np.isnan(lse).all()
+
+
+@pytest.mark.parametrize("backend", [name for name in ("reference", "cpu", "cpu-simd") if name in backends()])
+def test_slots_beyond_int32(tmp_path: Path, backend: str) -> None:
+    """Block 2**27 of 16 slots begins at slot 2**31. The file has holes, so it takes no room."""
+    num_blocks, last = 2**27 + 1, 2**27
+    cache = np.memmap(tmp_path / "cache", np.float32, "w+", shape=(num_blocks, 16, 1, 1))
+    rng = np.random.default_rng(0)
+    cache[last, :5, 0, 0] = cache[0, :5, 0, 0] = rng.standard_normal(5)
+    query = np.ones((1, 1, 1), F32)
+    tables, seq_lens = np.array([[last]], I32), np.array([5], I32)
+    out = paged_attention(query, cache, cache, tables, seq_lens, backend=backend)
+    want = paged_attention(query, cache, cache, np.zeros((1, 1), I32), seq_lens, backend=backend)
+    np.testing.assert_array_equal(out, want)
+    assert out.any()

@@ -245,3 +245,13 @@ _INT = np.array
 def test_what_does_not_fit_is_refused(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_slots_and_pages_that_int32_does_not_hold_are_refused() -> None:
+    tables = np.array([[2**27 - 1], [2**27]], dtype=np.int32)
+    lens = np.array([16, 1], dtype=np.int32)
+    with pytest.raises(ValueError, match="req_to_token holds 2147483648; 2147483647 is the most that int32 holds"):
+        T.to_sglang_tables(tables, lens, 16)
+    assert T.to_sglang_tables(tables[:1], lens[:1], 16).max() == 2**31 - 1
+    with pytest.raises(ValueError, match="kv_indices holds 2147483648; 2147483647 is the most"):
+        T.to_flashinfer_tables(np.array([[2**31]]), np.array([4]), 4)

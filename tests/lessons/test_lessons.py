@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from paged_ref.lesson import lesson_script
 from paged_ref.lesson.grading import grade
 from paged_ref.lesson.lesson_player import run_quietly
 from paged_ref.lesson.lesson_session import LessonSession
 from paged_ref.lesson.progress import Progress
+from paged_ref.views.common.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ROOT / "lessons"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from paged_ref.extras.beam import SamplingParams
+from paged_ref.extras.sampling_params import SamplingParams
 from paged_ref.llm import LLM
 from paged_ref.planner import paper, sharing
 from paged_ref.planner.engine_run import token_ids

@@ -25,7 +25,7 @@ def names(modules: set[ModuleType]) -> set[str]:
     [
         ("standard max", {"core.memory.standard", "core.memory.regions", "extras.buddy"}),
         ("exact, first fit", {"core.memory.standard", "core.memory.regions"}),
-        ("swapping", {"core.memory.swapping", "core.memory.regions"}),
+        ("swapping", {"extras.swapping", "core.memory.regions"}),
         ("paged 16", PAGED_MODULES),
         ("paged 16 + prefix", PAGED_MODULES | {"extras.prefix_cache"}),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 from statistics import mean, pstdev
 
@@ -233,3 +234,29 @@ def test_the_first_requests_and_a_shared_prefix() -> None:
 def test_what_cannot_be_is_refused(change: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         change(generated("alpaca", 3))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 1000 + "]" * 1000, "line 2 is not JSON: nested more than 100 deep at column 101"),
+        ('{"timestamp": 1' + "0" * 400 + "}", "line 2 is not JSON: a number that needs more than 64 bits at column 15"),
+        ('{"timestamp": 5, "input_length": [1], "output_length": 1}', r"line 2: input_length is \[1\]; a whole number"),
+    ],
+)
+def test_json_of_any_kind_is_one_sentence_with_the_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 5, "output_length": 1}\n' + text + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"trace .*trace.jsonl: {message}"):
+        read_trace(path)
+
+
+def test_a_device_a_pipe_and_a_bomb_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=f"trace {path} cannot be read: it is a pipe or a device; a regular"):
+            read_trace(path)
+    bomb = tmp_path / "bomb.csv.gz"
+    bomb.write_bytes(gzip.compress(bytes(1 << 26)) * 64)  # 4 MB, and 4 GiB unpacked
+    with pytest.raises(ValueError, match=r"bomb\.csv\.gz has \d+ bytes and unpacks to more than \d+; at most"):
+        read_trace(bomb)

@@ -218,7 +218,7 @@ def slot_behind_a_full_block(patch: pytest.MonkeyPatch) -> None:
 def whole_prompt_hits(patch: pytest.MonkeyPatch) -> None:
     """A prompt that is known to its end leaves no token to compute."""
     real = PagedManager.admit
-    patch.setattr(PagedManager, "admit", lambda self, seq_id, tokens, most: real(self, seq_id, [*tokens, 0], most))
+    patch.setattr(PagedManager, "admit", lambda self, i, tokens, *more: real(self, i, [*tokens, 0], *more))
 
 
 def change_inputs(change: Callable[[Any], Any]) -> Plant:

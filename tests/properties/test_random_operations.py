@@ -32,9 +32,9 @@ from paged_ref.core.engine.sequence import Group, Sequence, Status
 from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.standard import Reserve, StandardManager
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.host_swap import SwappablePagedManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
+from paged_ref.extras.swapping import SwappingManager
 
 # --- lives that hypothesis makes up ----------------------------------------------------------------------
 

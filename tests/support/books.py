@@ -8,10 +8,10 @@ from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.paged import PagedManager, Table
 from paged_ref.core.memory.regions import Region, RegionManager, RegionPool
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.buddy import BuddyPool
 from paged_ref.extras.host_swap import SwappablePagedManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
+from paged_ref.extras.swapping import SwappingManager
 
 
 def books(manager: KVCacheManager) -> tuple[Any, ...]:

@@ -13,8 +13,8 @@ import numpy as np
 from paged_ref import LLM, RequestOutput, SamplingParams
 from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
+from paged_ref.extras.swapping import SwappingManager
 from paged_ref.timeline.events import Event
 from paged_ref.timeline.logged import LoggedManager
 from paged_ref.timeline.state import RunState

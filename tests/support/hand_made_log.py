@@ -6,7 +6,7 @@ No model is in it, so nothing here changes when the embedded one does.
 from __future__ import annotations
 
 from paged_ref.core.memory.standard import StandardManager
-from paged_ref.core.memory.swapping import SwappingManager
+from paged_ref.extras.swapping import SwappingManager
 from paged_ref.timeline.events import (
     Event,
     ModelOpened,

@@ -9,9 +9,9 @@ from paged_ref.beyond_device.streaming import StreamingManager
 from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.regions import Region, RegionManager
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.host_swap import SwappablePagedManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
+from paged_ref.extras.swapping import SwappingManager
 from paged_ref.timeline.events import Event
 from paged_ref.timeline.logged import LoggedManager
 from paged_ref.timeline.state import Blocks, KnownBlock, MemoryState, PageState, Placement, RunState

@@ -1,11 +1,15 @@
-"""Every CUDA kernel of the project once, on small inputs: what `make gpu` runs under compute-sanitizer.
+"""A dozen variants of the CUDA kernels on small inputs: what `make gpu-check` runs under compute-sanitizer.
 
-CuPy's pool is off, so that each array is an allocation of its own, and a step past its end is seen. Without a
-GPU it runs the same calls on NumPy, which only shows that they are right calls.
+Among them is each kernel and each branch that touches memory in another way. CuPy's pool is off, so that each array is
+an allocation of its own, and a step past its end is seen. Without a GPU the same calls run on NumPy, which only shows
+that they are right calls.
 """
 
 from __future__ import annotations
 
+import argparse
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +19,27 @@ from paged_ref.core.device import on_gpu, synchronize, xp
 from paged_ref.extras.formats import encode
 from paged_ref.kernels import backends, copy_blocks, naive_attention, paged_attention, write_kv
 
-FEATURES: tuple[dict[str, Any], ...] = ({}, {"sliding_window": 9}, {"softcap": 3.0, "alibi_slopes": 1, "sinks": 1})
+from .gpu_smoke import Check, run_all
+
+DECODE, MIXED = (1, 1, 1, 1), (1, 0, 1, 40)  # new tokens of each sequence
+EVERYTHING: dict[str, Any] = {"softcap": 3.0, "alibi_slopes": 1, "sinks": 1}
+# dtype of the cache, new tokens, (query heads, KV heads, head size), features
+Call = tuple[str, tuple[int, ...], tuple[int, int, int], dict[str, Any]]
+TUNED: tuple[Call, ...] = (
+    ("float16", DECODE, (8, 1, 128), {}),
+    ("float16", MIXED, (4, 4, 64), {"sliding_window": 9}),
+    ("uint16", MIXED, (8, 1, 128), EVERYTHING),
+    ("float32", MIXED, (4, 4, 64), {}),
+    ("int8", DECODE, (8, 1, 128), {"sliding_window": 9}),
+    ("uint8", MIXED, (4, 4, 64), EVERYTHING),
+)
+TEACHING: tuple[Call, ...] = (("float32", MIXED, (4, 4, 64), {}), ("float16", DECODE, (8, 1, 128), {}))
 
 
-def attention(backend: str, cache_dtype: str, query_lens: tuple[int, ...], heads: tuple[int, int, int]) -> int:
-    """Paged and contiguous calls with each set of features; returns how many the backend took."""
+def attention(
+    backend: str, cache_dtype: str, query_lens: tuple[int, ...], heads: tuple[int, int, int], features: dict[str, Any]
+) -> str:
+    """A paged and a contiguous call."""
     num_heads, num_kv_heads, head_size = heads
     rng = np.random.default_rng(0)
     seq_lens = [n if n > 1 else length for n, length in zip(query_lens, (70, 0, 1, 700), strict=True)]
@@ -32,61 +52,68 @@ def attention(backend: str, cache_dtype: str, query_lens: tuple[int, ...], heads
     loc = xp.asarray(np.cumsum([0, *query_lens]).astype(np.int32))
     query_dtype = "float32" if cache_dtype == "float32" else "float16"
     query = xp.asarray(rng.standard_normal((sum(query_lens), num_heads, head_size)).astype(query_dtype))
-    done = 0
-    for features in FEATURES:
-        options = dict(features)
-        for name in ("alibi_slopes", "sinks"):
-            if name in options:
-                options[name] = xp.ones(num_heads, dtype=np.float32)
-        if scales is not None:
-            options |= {"key_scales": xp.asarray(scales), "value_scales": xp.asarray(scales)}
-        blocks = (64, 16, num_kv_heads, head_size)
-        try:
-            paged_attention(
-                query, keys.reshape(blocks), values.reshape(blocks), tables, lens, loc, backend=backend,
-                return_lse=True, **options,
-            )  # fmt: skip
-            naive_attention(query, keys, values, starts, lens, loc, backend=backend, return_lse=True, **options)
-        except ValueError as error:
-            if "cannot run this call" not in str(error):
-                raise
-            continue
-        done += 2
-    return done
+    options = dict(features)
+    for name in ("alibi_slopes", "sinks"):
+        if name in options:
+            options[name] = xp.ones(num_heads, dtype=np.float32)
+    if scales is not None:
+        options |= {"key_scales": xp.asarray(scales), "value_scales": xp.asarray(scales)}
+    blocks = (64, 16, num_kv_heads, head_size)
+    in_blocks = (keys.reshape(blocks), values.reshape(blocks))
+    paged_attention(query, *in_blocks, tables, lens, loc, backend=backend, return_lse=True, **options)
+    naive_attention(query, keys, values, starts, lens, loc, backend=backend, return_lse=True, **options)
+    synchronize()  # a fault is reported here
+    return backend
 
 
-def moves() -> None:
-    """write_kv in all formats, by chunks and by numbers, and copy_blocks."""
+def moves(source: str, target: str, row: tuple[int, int]) -> str:
+    """write_kv, by chunks or by numbers, and copy_blocks."""
     rng = np.random.default_rng(0)
     slots = xp.asarray(np.array([9, -1, 0, 63, 11], np.int32))
-    for source in ("float32", "float16", "uint16"):
-        for target in ("float32", "float16", "uint16", "int8", "uint8"):
-            for row in ((2, 64), (3, 7)):
-                key = xp.asarray(encode(rng.standard_normal((5, *row), np.float32), source))
-                caches = [xp.zeros((16, 4, *row), dtype=target) for _ in range(2)]
-                given: dict[str, Any] = {}
-                if target in ("int8", "uint8"):
-                    given = {f"{name}_scales": xp.ones(row[0], dtype=np.float32) for name in ("key", "value")}
-                write_kv(key, key, caches[0], caches[1], slots, **given)
-                copy_blocks(caches[0], caches[1], [(0, 15), (2, 7)])
+    key = xp.asarray(encode(rng.standard_normal((5, *row), np.float32), source))
+    caches = [xp.zeros((16, 4, *row), dtype=target) for _ in range(2)]
+    given: dict[str, Any] = {}
+    if target in ("int8", "uint8"):
+        given = {f"{name}_scales": xp.ones(row[0], dtype=np.float32) for name in ("key", "value")}
+    write_kv(key, key, caches[0], caches[1], slots, **given)
+    copy_blocks(caches[0], caches[1], [(0, 15), (2, 7)])
+    synchronize()
+    return f"{source} to {target}"
+
+
+def model() -> str:
+    """Three tokens of the embedded model: the decoder's kernels."""
+    (output,) = LLM("tiny").generate("Four score and seven years ago our", SamplingParams(max_tokens=3))
+    return output.outputs[0].text
+
+
+def checks() -> list[Check]:
+    """All variants, each on its own."""
+    kinds = [("cuda-flash", TUNED), ("cuda", TEACHING)] if on_gpu else [("cpu-simd", TUNED)]
+    found = [Check("the embedded model", 20, model)]
+    for backend, variants in kinds:
+        assert backend in backends(), backend
+        for variant in variants:
+            words = f"{backend}: {variant[0]}, {'mixed' if variant[1] == MIXED else 'decode'}, {' '.join(variant[3])}"
+            found.append(Check(words.rstrip(", "), 10, partial(attention, backend, *variant)))
+    for source, target, row in (
+        ("float16", "float16", (2, 64)),
+        ("float32", "int8", (3, 7)),
+        ("uint16", "uint8", (2, 64)),
+    ):
+        found.append(Check(f"write_kv: {source} to {target}", 10, partial(moves, source, target, row)))
+    return found
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--file", default="sanitized.jsonl")
+    args = parser.parse_args()
     if on_gpu:
         xp.cuda.set_allocator(None)
-    taken = {}
-    for backend in [name for name in backends() if name.startswith("cuda")] or ["cpu-simd"]:
-        taken[backend] = sum(
-            attention(backend, dtype, query_lens, heads)
-            for dtype in ("float32", "float16", "uint16", "int8", "uint8")
-            for query_lens in ((1, 1, 1, 1), (1, 0, 1, 40))
-            for heads in ((4, 4, 64), (8, 1, 128))
-        )
-    moves()
-    (output,) = LLM("tiny").generate("Four score and seven years ago our", SamplingParams(max_tokens=3))
-    synchronize()
-    print(f"{taken} attention calls; the model says{output.outputs[0].text}")
-    return 0
+    return 1 if run_all(args.out, args.seconds, checks(), args.file) else 0
 
 
 if __name__ == "__main__":

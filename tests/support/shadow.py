@@ -12,8 +12,8 @@ from typing import Any
 from paged_ref.core.memory.manager import KVCacheManager, Transfer
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.regions import RegionManager
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.host_swap import SwappablePagedManager
+from paged_ref.extras.swapping import SwappingManager
 
 
 class ShadowMemory:

@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from paged_ref.core.device import on_gpu
+from paged_ref.tuned import copies
+
 
 class Event:
     def __init__(self, disable_timing: bool = False) -> None:
@@ -66,13 +69,20 @@ def memcpy_2d(to: int, to_pitch: int, at: int, pitch: int, width: int, height: i
             ctypes.memmove(to + row * to_pitch, at + row * pitch, width)
 
     assert width <= min(pitch, to_pitch)
+    assert max(pitch, to_pitch) <= copies.MAX_PITCH, "refused by CUDA, whatever the height"
     Stream.everywhere[stream].put(copy)
+
+
+def memcpy(to: int, at: int, width: int, kind: int, stream: int) -> None:
+    Stream.everywhere[stream].put(lambda: ctypes.memmove(to, at, width))
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> Stream:
     """Make these modules believe in a GPU; returns the stream on which the model computes."""
+    if on_gpu:
+        pytest.skip("a GPU is in use: here streams are made of Python, and arrays lie in host memory")
     compute = Stream()
-    runtime = SimpleNamespace(memcpy2DAsync=memcpy_2d, memcpyDeviceToHost=2, memcpyHostToDevice=1)
+    runtime = SimpleNamespace(memcpy2DAsync=memcpy_2d, memcpyAsync=memcpy, memcpyDeviceToHost=2, memcpyHostToDevice=1)
     cuda = SimpleNamespace(Event=Event, Stream=Stream, runtime=runtime, get_current_stream=lambda: compute)
 
     def full(shape: tuple[int, ...], value: float, dtype: str) -> np.ndarray:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.manager import KVCacheManager, OutOfHostBlocks
 from paged_ref.core.memory.paged import PagedManager
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.host_swap import SwappablePagedManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
+from paged_ref.extras.swapping import SwappingManager
 from support.books import books, held_on_device, held_on_host
 from support.shadow import ShadowMemory
 

@@ -26,16 +26,18 @@ from paged_ref.timeline.events import (
 )
 
 NAMES = sorted(KINDS)
-ints = st.integers()
+ints = st.integers(-(2**63), 2**63 - 1)
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "int": ints,
     "str": st.text(),
     "tuple[int, ...]": st.lists(ints, max_size=5).map(tuple),
     "Pairs": st.lists(st.tuples(ints, ints), max_size=5).map(tuple),
 }
-EXAMPLES: dict[str, Any] = {"int": 7, "str": "x", "tuple[int, ...]": (1, 2), "Pairs": ((1, 2), (3, 4))}
+VALUES["version"] = st.just(1)
+EXAMPLES: dict[str, Any] = {"int": 7, "str": "x", "tuple[int, ...]": (1, 2), "Pairs": ((1, 2), (3, 4)), "version": 1}
 WRONG: dict[str, list[Any]] = {
     "int": ["1", 1.0, True, None, [1], {}],
+    "version": ["1", 1.0, True, None, [1], {}],
     "str": [1, None, ["x"], False],
     "tuple[int, ...]": [1, "12", None, {}, ["1"], [1, True], [1.5], [[1]], [None]],
     "Pairs": [1, None, [1, 2], [[1]], [[1, 2, 3]], [[1, "2"]], [[1, 2], [3, None]], [[[1, 2], 3]], "12", [{}]],
@@ -45,7 +47,8 @@ WRONG: dict[str, list[Any]] = {
 def types_of(name: str) -> dict[str, str]:
     """The fields of a kind of event, and the type of each as it is written there."""
     written = {int: "int", str: "str", tuple[int, ...]: "tuple[int, ...]", Pairs: "Pairs"}
-    return {field.name: written[field.type] for field in msgspec.structs.fields(KINDS[name])}
+    fields = msgspec.structs.fields(KINDS[name])
+    return {field.name: field.name if field.name == "version" else written[field.type] for field in fields}
 
 
 def example(name: str) -> Event:
@@ -117,8 +120,10 @@ def test_logs_that_were_written_before_still_open() -> None:
     assert {json.loads(line)["event"] for line in OLD_LINES} == set(KINDS)
     for line in OLD_LINES:
         event = from_json(line)
-        assert json.loads(to_json(event)) == json.loads(line)
-        assert {"\u00b7x", 7, (1, 2), ((1, 2), (3, 4))}.issuperset(msgspec.structs.astuple(event))
+        written = json.loads(to_json(event))
+        assert written.pop("version", 1) == 1  # which logs of before there were versions do not say
+        assert written == json.loads(line)
+        assert {1, "\u00b7x", 7, (1, 2), ((1, 2), (3, 4))}.issuperset(msgspec.structs.astuple(event))
 
 
 def test_fields_with_a_default_may_be_left_out() -> None:
@@ -151,6 +156,18 @@ def test_an_event_cannot_be_changed() -> None:
         ('{"event":"SequenceFreed","seq_id":3,"why":1}', "SequenceFreed has no field 'why'; known are seq_id"),
         ('{"event":"SequenceFreed"}', "SequenceFreed: .*missing .* 'seq_id'"),
         ('{"event":"SequenceForked","child_id":1}', "SequenceForked: .*missing .* 'parent_id'"),
+        (
+            '{"event":"SequenceFreed","seq_id":1' + "0" * 400 + "}",
+            "not JSON: a number that needs more than 64 bits at ",
+        ),
+        ('{"event":"SequenceFreed","seq_id":' + "[" * 1000 + "]" * 1000 + "}", "not JSON: nested more than 100 deep"),
+        ("[" * 1000 + "]" * 1000, "not JSON: nested more than 100 deep at column 101"),
+        ('{"a":' * 100_000, "not JSON: nested more than 100 deep at column 501"),
+        (
+            '{"event":"PoolOpened","manager":"paged","version":2,"colour":1}',
+            "the log has version 2; this program reads 1",
+        ),
+        (OLD_LINES[0].replace("}", ',"version":99}'), "the log has version 99; this program reads 1"),
         ('{"event":"SequenceFreed","seq_id":"3"}', "seq_id of SequenceFreed is '3'; int is needed"),
     ],
 )
@@ -177,11 +194,11 @@ def test_a_field_of_the_wrong_type_is_refused_at_any_depth(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_missing_and_every_unknown_field_is_named(name: str) -> None:
     good = json.loads(to_json(example(name)))
-    optional = {field.name for field in msgspec.structs.fields(KINDS[name]) if field.default == ()}
+    optional = {field.name: field.default for field in msgspec.structs.fields(KINDS[name]) if not field.required}
     for field in types_of(name):
         line = json.dumps({key: value for key, value in good.items() if key != field})
         if field in optional:
-            assert from_json(line) == msgspec.structs.replace(example(name), **{field: ()})
+            assert from_json(line) == msgspec.structs.replace(example(name), **{field: optional[field]})
         else:
             with pytest.raises(ValueError, match=f"{name}: .*missing.*'{field}'"):
                 from_json(line)

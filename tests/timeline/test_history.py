@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from support.manager_state import state_of
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.usage import MemoryUsage
+from paged_ref.extras import memory_limit
 from paged_ref.extras.step_records import StepRecord
 from paged_ref.timeline.events import Event, ModelOpened, StepTimed, TokenNamed, to_json, write_events
 from paged_ref.timeline.history import MARKS, History, histories, letters, read_histories
@@ -213,6 +215,16 @@ def damaged(log_file: Path, tmp_path: Path, change: Any) -> Path:
     return path
 
 
+def opened(**changes: Any) -> str:
+    sizes = {"num_blocks": 4, "block_size": 4, "num_host_blocks": 0, "free_order": [0, 1, 2, 3]}
+    return json.dumps({"event": "PoolOpened", "manager": "paged", **sizes, **changes})
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_limit, "machine_memory", lambda: 16_000_000_000)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -238,6 +250,41 @@ def damaged(log_file: Path, tmp_path: Path, change: Any) -> Path:
             lambda lines: [*lines[:12], '{"event":"StepPlanned","step":1,"chunks":[],"waiting":[9]}'],
             "line 13: event 13",
         ),
+        *(
+            (
+                lambda lines, sizes=sizes: [opened(**sizes)],
+                f"bad.jsonl, line 1: event 1, PoolOpened, does not fit what came before: {message}",
+            )
+            for sizes, message in [
+                ({"block_size": 0}, "block_size is 0; at least 1 is needed"),
+                ({"num_blocks": 10**9}, "free_order does not name each of the 1000000000 blocks once"),
+                ({"num_blocks": -1}, "num_blocks is -1; at least 0 is needed"),
+                ({"free_order": [0, 1, 2, 2]}, "free_order does not name each of the 4 blocks once"),
+                (
+                    {"num_host_blocks": 10**9},
+                    "num_host_blocks is 1000000000: a list of so many needs 64.0 GB; this machine has 16.0 GB",
+                ),
+            ]
+        ),
+        (lambda lines: [opened(version=2)], "bad.jsonl, line 1: the log has version 2; this program reads 1"),
+        (
+            lambda lines: [opened(block_size=10**400)],
+            "bad.jsonl, line 1: not JSON: a number that needs more than 64 bits",
+        ),
+        (
+            lambda lines: [*lines[:12], "[" * 1000 + "]" * 1000],
+            "line 13: not JSON: nested more than 100 deep at column 101",
+        ),
+        *(
+            (
+                lambda lines, event=event: [*lines[:12], event],
+                f"line 13: event 13, {json.loads(event)['event']}, does not fit what came before: sequence 99 is",
+            )
+            for event in (
+                '{"event":"PagesNamed","seq_id":99,"layer":0,"head":0,"pages":[0]}',
+                '{"event":"PagesAttended","seq_id":99,"layer":0,"head":0,"chosen":[0],"resident":[],"mass":[1]}',
+            )
+        ),
         (lambda lines: [*lines[:12], '{"event":"BlockCached","block_id":999,"digest":"ab"}'], "line 13: event 13"),
     ],
 )
@@ -255,6 +302,7 @@ def test_files_that_are_no_logs(tmp_path: Path) -> None:
         (empty, "empty is empty"),
         (binary, "is not a log: byte 0"),
         (tmp_path, "cannot be read: Is a directory"),
+        (Path("/dev/zero"), "cannot be read: it is a pipe or a device; a regular file is needed"),
         (tmp_path / "nothing", "cannot be read: No such file"),
     ):
         with pytest.raises(ValueError, match=message):

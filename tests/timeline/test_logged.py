@@ -18,10 +18,10 @@ from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.manager import KVCacheManager
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.buddy import BuddyPool
 from paged_ref.extras.host_swap import SwappablePagedManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
+from paged_ref.extras.swapping import SwappingManager
 from paged_ref.timeline.events import (
     BlockCached,
     Event,

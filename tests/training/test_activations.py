@@ -137,7 +137,7 @@ def test_every_name_makes_what_it_says() -> None:
 @pytest.mark.gpu
 def test_the_memory_pool_of_a_gpu_bears_the_counts_out() -> None:
     """CuPy's own count of used bytes, at every allocation: paging saves what `counts` says it saves."""
-    config = small.config(num_layers=8, hidden_size=256, intermediate_size=512, head_size=64)
+    config = small.config(num_layers=8, hidden_size=64, intermediate_size=128, head_size=16)
     from paged_ref.training.network import PackedBatch
 
     class Peak(xp.cuda.MemoryHook):  # type: ignore[misc]
@@ -151,10 +151,10 @@ def test_the_memory_pool_of_a_gpu_bears_the_counts_out() -> None:
             self.now -= of["mem_size"]
 
     weights, found = small.weights(config), Parameters(config)
-    batch = PackedBatch.of([np.random.default_rng(0).integers(23, size=513) for _ in range(16)])
-    layer = 4 * sum(map(math.prod, saved_shapes(config, 16 * 512).values()))
+    batch = PackedBatch.of([np.random.default_rng(0).integers(23, size=129) for _ in range(8)])
+    layer = 4 * sum(map(math.prod, saved_shapes(config, 8 * 128).values()))
     peaks = {}
-    for name, activations in (("keep", Keep()), ("page", Paged(2 * layer, 2**16, config, 16 * 512))):
+    for name, activations in (("keep", Keep()), ("page", Paged(2 * layer, 2**14, config, 8 * 128))):
         loss_and_gradient(weights, found, batch, activations)
         with Peak() as hook:
             loss_and_gradient(weights, found, batch, activations)

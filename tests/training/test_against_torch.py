@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 from support import small
 
+from paged_ref.bench import training as benchmark
 from paged_ref.training.activations import Keep
 from paged_ref.training.checkpoint import hf_config, save_model
 from paged_ref.training.corpus import train_tokenizer
 from paged_ref.training.network import PackedBatch, loss_and_gradient
+from paged_ref.training.optimizer import AdamW
 from paged_ref.training.parameters import Parameters
 
 torch = pytest.importorskip("torch", reason="the extra `compare` (torch, transformers) is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `compare` is not installed")
+
+from paged_ref.bench.torch_decoder import TorchDecoder, training_step  # noqa: E402  (it needs torch)
 
 pytestmark = pytest.mark.compare
 
@@ -60,3 +64,25 @@ def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
     assert ours == pytest.approx(loss, rel=1e-5)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     assert fast("some text")["input_ids"] == ids
+
+
+def test_the_opponent_of_the_benchmark_takes_the_same_steps() -> None:
+    """Loss and weights after steps with AdamW."""
+    config = small.config(vocab_size=96, hidden_size=48, intermediate_size=80, max_position_embeddings=64)
+    weights = small.weights(config, "float32")
+    tokens = np.random.default_rng(0).integers(96, size=(3, 33))
+    assert benchmark.against_torch(weights, tokens, rounds=1) > 0  # raises RuntimeError where the losses differ
+
+    model = TorchDecoder(weights)
+    step = training_step(model, tokens, 1e-2, 0.1)
+    gradient, ends = Parameters(config, "float32"), weights.num_in_matrices
+    optimizers = [
+        AdamW(weights.flat[:ends], gradient.flat[:ends], 0.1), AdamW(weights.flat[ends:], gradient.flat[ends:], 0.0)
+    ]  # fmt: skip
+    for number in (1, 2, 3):
+        gradient.flat[:] = 0
+        loss = loss_and_gradient(weights, gradient, PackedBatch.of(list(tokens)), Keep())
+        for optimizer in optimizers:
+            optimizer.step(1e-2, number)
+        assert step() == pytest.approx(loss, rel=1e-4)
+    np.testing.assert_allclose(model.weights["final_norm"].detach().numpy(), weights.final_norm, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -45,8 +46,16 @@ def test_a_text_without_marks_is_cut_at_line_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "No such file"), (b"\0\1\2", "is not text"), (gzip.compress(b"abc" * 99)[:-12], "cannot be read")],
-    ids=["missing", "binary", "cut short"],
+    [
+        (None, "No such file"),
+        (b"\0\1\2", "is not text"),
+        (gzip.compress(b"abc" * 99)[:-12], "is damaged"),
+        (
+            "a caf\u00e9 here".encode("latin-1"),
+            "is not text in UTF-8: byte 5 is 0xe9; a text in Latin-1 must be converted",
+        ),
+    ],
+    ids=["missing", "binary", "cut short", "latin-1"],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
     path = tmp_path / "text"
@@ -54,6 +63,21 @@ def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes | None, reaso
         path.write_bytes(content)
     with pytest.raises(ValueError, match=reason):
         read_stories(path)
+
+
+def test_a_device_a_pipe_and_a_bomb_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe"):
+        with pytest.raises(
+            ValueError, match=f"{path} cannot be read: it is a pipe or a device; a regular file is needed"
+        ):
+            read_stories(path)
+    bomb = tmp_path / "bomb.gz"
+    bomb.write_bytes(gzip.compress(bytes(1 << 26)) * 64)  # 4 MB, and 4 GiB unpacked
+    with pytest.raises(
+        ValueError, match=r"bomb.gz has \d+ bytes and unpacks to more than \d+; at most that many are read"
+    ):
+        read_stories(bomb)
 
 
 def test_the_last_stories_are_held_out_and_never_learned() -> None:

@@ -45,7 +45,7 @@ def assert_close(gradient: Array, wanted: np.ndarray) -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that the short sequences here take several of each."""
-    for name, size in {"QUERY_CHUNK": 3, "ROWS": 2, "LOGIT_ROWS": 4, "SCORES": 200}.items():
+    for name, size in {"QUERY_CHUNK": 3, "ROWS": 2, "LOGITS": 100, "SCORES": 200}.items():
         monkeypatch.setattr(backward, name, size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,8 +93,8 @@ def test_parts_of_a_batch_are_never_larger_than_asked_but_hold_one_sequence() ->
     [
         ({"num_steps": 0}, "num_steps is 0; at least 1 is needed"),
         ({"batch_tokens": -1}, "batch_tokens is -1; at least 1 is needed"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; a number above 0 is needed"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan; a number above 0 is needed"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; a finite number above 0 is needed"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; a finite number above 0 is needed"),
         ({"dropout": 1.0}, "dropout is 1.0; at least 0 and below 1 is needed"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1; at least 0 is needed"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; known are 'adamw' and 'muon'"),
@@ -168,7 +169,72 @@ def test_a_state_that_is_missing_or_broken_is_one_sentence(tmp_path: Path, damag
         load_state(tmp_path)
 
 
+def test_any_flipped_bit_of_a_state_is_refused(tmp_path: Path) -> None:
+    run = trainer()
+    run.step()
+    save_state(tmp_path, run.state({"name": "x", "seed": 1}))
+    path, rng = tmp_path / STATE, np.random.default_rng(0)
+    whole = path.read_bytes()
+    for position in (*range(0, 600, 7), *rng.integers(len(whole), size=100).tolist()):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a run's state: ") as caught:
+            load_state(tmp_path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert load_state(tmp_path).run == {"name": "x", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [("[" * 1000 + "]" * 1000, "not JSON: nested more than 100 deep at column 101"), ("5", "run is a int; "),
+     ('{"a": 1' + "0" * 400 + "}", "not JSON: a number that needs more than 64 bits at column 7"), ("{", "not JSON: ")],
+    ids=["nested", "number", "huge", "cut"],
+)  # fmt: skip
+def test_a_run_that_is_no_json_object_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, reason: str
+) -> None:
+    monkeypatch.setattr(json, "dumps", lambda value: run)
+    save_state(tmp_path, State({}, 3, {"weights": np.zeros(5)}))
+    with pytest.raises(ValueError, match=f"is not a run's state: {reason}"):
+        load_state(tmp_path)
+
+
+def test_a_state_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / STATE)
+    with pytest.raises(ValueError, match="it is a pipe or a device; a regular file is needed"):
+        load_state(tmp_path)
+
+
 def test_the_config_says_what_the_weights_are(tmp_path: Path) -> None:
     save_model(tmp_path, trainer().weights, TOKENIZER, np.float16)
     hf = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert (hf["torch_dtype"], hf["vocab_size"], hf["eos_token_id"]) == ("float16", 280, 0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_loss_that_is_no_number_stops_the_run_before_a_weight_moves(optimizer: str) -> None:
+    run = trainer(learning_rate=1e30, warmup=0, optimizer=optimizer)
+    run.step()
+    before = to_host(run.weights.flat).copy()
+    with pytest.raises(
+        ValueError, match=r"step 2 has a loss of .*; learning_rate is 1e\+30, and a lower one is needed"
+    ):
+        run.step()
+    np.testing.assert_array_equal(to_host(run.weights.flat), before)
+
+
+def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
+    run = trainer()
+    run.weights.flat[3] = np.nan
+    with pytest.raises(ValueError, match=r"weights has 1 of \d+ numbers that are NaN or inf; they are not written"):
+        run.state({})
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight in float32 has 1 of 8960 numbers that are NaN or inf"):
+        save_model(tmp_path, run.weights, TOKENIZER, np.float32)
+    with pytest.raises(ValueError, match="the stories have a loss of nan"):
+        bits_per_byte(run.weights, TOKENIZER, TEXT)
+    run.weights.flat[3] = 70_000.0  # float16 ends at 65,504
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight in float16 has 1 of 8960 numbers"):
+        save_model(tmp_path, run.weights, TOKENIZER, np.float16)
+    assert not (tmp_path / "model.safetensors").exists()

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from paged_ref.tuned import cpu_machine
 from paged_ref.tuned.cpu_machine import PREFETCH_LINES, TILE, Vectors, block_of, passes_of, vectors_of
 
 
@@ -49,11 +48,6 @@ def test_short_rows_are_read_by_whole_tiles() -> None:
     assert passes_of(row_bytes=4096, head_bytes=512) == (4, min(PREFETCH_LINES, 8))
     assert passes_of(row_bytes=1024, head_bytes=64) == (4, 1)
     assert passes_of(row_bytes=256, head_bytes=64) == (TILE, 0)
-
-
-def test_the_number_of_threads_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "3")
-    assert cpu_machine.threads() == 3
 
 
 FIRST_CALL = """

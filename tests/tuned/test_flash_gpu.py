@@ -144,10 +144,10 @@ def test_a_captured_graph_replays_with_new_lengths() -> None:
     """Splits follow the table's shape, not the lengths: the same launches serve them all."""
     import cupy
 
-    query, keys, values, table, lens, _ = batch([4000, 4000], (8, 2), 128, "float16", "float16")
-    out = cupy.empty_like(query)
     stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    with stream:  # the arrays are made on this stream too: nothing orders it after another one
+        query, keys, values, table, lens, _ = batch([4000, 4000], (8, 2), 128, "float16", "float16")
+        out = cupy.empty_like(query)
         paged_attention(query, keys, values, table, lens, out=out, backend="cuda-flash")  # compiles, fills the pool
         stream.begin_capture()
         paged_attention(query, keys, values, table, lens, out=out, backend="cuda-flash")

@@ -6,16 +6,20 @@ import argparse
 import importlib
 import os
 
+from rich.console import Console
+
+from ..tuned.threads import blas_threads
 from ..views.common.options import subcommands
 
-# Threads that wait for work sleep: OpenMP's would otherwise spin after a call and slow what is timed next. torch and
-# BLAS read these when they are loaded, which is after this.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("KMP_BLOCKTIME", "0")
+# Threads that wait for work sleep: OpenMP's would otherwise spin after a call and slow what is timed next. torch reads
+# these when it is loaded, which is after this. NumPy's BLAS is loaded already, and has one thread (see `main`).
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["KMP_BLOCKTIME"] = "0"
 
 BENCHMARKS = {
     "kernels": ("paged_ref.bench.kernels", "paged against contiguous attention, a streaming read, and torch"),
     "sass": ("paged_ref.bench.sass", "what the tuned GPU kernels cost, counted from machine code; needs no GPU"),
+    "host": ("paged_ref.bench.host", "what the host does for a layer on a GPU: launches, their time; needs no GPU"),
     "engine": ("paged_ref.bench.engine", "tokens per second of the engine, and of transformers"),
     "model": ("paged_ref.bench.model", "on a GPU: decoding a whole model against the speed of memory; a CPU's tokens"),
     "simulate": ("paged_ref.bench.simulate", "how fast a trace goes through the schedulers and managers"),
@@ -30,4 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    return int(importlib.import_module(BENCHMARKS[args.benchmark][0]).main(args))
+    from . import conditions  # here, so that the command line starts without the compiler
+
+    load = conditions.load()
+    with blas_threads():
+        status = int(importlib.import_module(BENCHMARKS[args.benchmark][0]).main(args))
+    Console(highlight=False).print(conditions.closing_line(load))
+    return status

@@ -14,16 +14,16 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from rich.console import Console
 
 from ..core.model.config import ModelConfig
-from ..extras.beam import SamplingParams
 from ..extras.managers import ManagerName
+from ..extras.sampling_params import SamplingParams
 from ..interop.architectures import random_weights
 from ..llm import LLM
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
-from .random_model import save_checkpoint
+from .random_model import require_prompt_memory, save_checkpoint
 from .results import table_of, take_turns, write_results
 
 Run = Callable[[], list[list[int]]]  # the new tokens of each sequence
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     console = Console()
+    require_prompt_memory(args.batch, args.prompt_tokens)
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, CONFIG.vocab_size, size=(args.batch, args.prompt_tokens)).tolist()
     with tempfile.TemporaryDirectory() as folder:

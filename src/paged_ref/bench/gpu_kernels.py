@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..core.device import xp
 from ..kernels import backends
+from ..views.common.console import Console
 from ..views.common.program import program
 from .batch import Batch, Call
 from .gpu_clock import GpuClock, Library, Timing

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.attention import TwoCaches, streamed_attention
@@ -22,8 +21,11 @@ from ..core.device import Array, on_gpu, xp
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Sequence
 from ..core.model.config import ModelConfig
+from ..extras.memory_limit import require_memory
 from ..kernels import paged_attention
+from ..tuned.copies import exactly_pinned
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
 from .results import Times, shortest, table_of, write_results
 
@@ -72,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if min(args.contexts) < 1 or sorted(args.contexts) != args.contexts:
         raise ValueError(f"--contexts is {args.contexts}; numbers from 1 on are needed, from small to large")
+    _, kv_heads, head_size = SHAPES["Llama 3 8B"]
+    what = f"--tokens is {args.tokens}: a layer's keys and values of this size"
+    require_memory(what, 2 * 4 * kv_heads * head_size * args.tokens)
     console = Console(soft_wrap=True)
     growth = grow(args.contexts, args.device_blocks, args.rounds)
     console.print(_growth_table(growth, args.device_blocks))
@@ -199,9 +204,7 @@ def budgets(tokens: int, rounds: int) -> list[Ratio]:
 def _pinned(array: np.ndarray) -> np.ndarray:
     if not on_gpu:
         return array
-    import cupyx
-
-    pinned: np.ndarray = cupyx.empty_pinned(array.shape, array.dtype)
+    pinned = exactly_pinned(array.shape, array.dtype)
     pinned[:] = array
     return pinned
 

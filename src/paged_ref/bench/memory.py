@@ -14,8 +14,6 @@ from itertools import pairwise
 from statistics import median
 from time import perf_counter
 
-from rich.console import Console
-
 from ..core.engine.scheduler import Scheduler
 from ..core.engine.sequence import Group
 from ..core.engine.sequence import Sequence as TokenSequence
@@ -23,15 +21,19 @@ from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.paged import PagedManager
 from ..core.memory.standard import StandardManager
-from ..core.memory.swapping import SwappingManager
+from ..extras.memory_limit import require_memory
 from ..extras.prefix_cache import CachingBlockPool, block_digests
+from ..extras.swapping import SwappingManager
 from ..timeline.events import Event
 from ..timeline.logged import LoggedManager
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import describe_device
+from .conditions import record_rounds
 from .results import median_ratio, table_of, write_results
 
 BLOCK_SIZE = 16
+ENTRY_BYTES = 64  # of an integer in a list, and of what goes with it
 LONGEST = 2048  # tokens of context, when the steps begin
 
 POOL_TOKENS = 16  # the longest context in the pools of different sizes: the smallest pool must hold them all
@@ -65,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    for name, value in (("--prompt-tokens", args.prompt_tokens), ("--pools", max(args.pools))):
+        require_memory(f"{name} holds {value}: a list of so many", ENTRY_BYTES * value)
     needed = args.sequences * (POOL_TOKENS + POOL_STEPS) // BLOCK_SIZE
     for num_blocks in args.pools:
         if num_blocks < needed:
@@ -141,6 +145,8 @@ def scheduling(num_seqs: int, num_steps: int) -> list[Measurement]:
         began = perf_counter()
         batches["paged"].manager.snapshot()
         seconds["snapshot"].append(perf_counter() - began)
+    for times in seconds.values():
+        record_rounds(times)
     micros = {name: 1e6 * median(times) for name, times in seconds.items()}
     recording = median_ratio(seconds["recorded"], seconds["paged"])
     return [

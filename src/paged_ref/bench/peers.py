@@ -71,19 +71,24 @@ def check(name: str, shape: Shape, got: Any, want: Any) -> None:
 
 
 def sdpa(shape: Shape, query: Array, keys: Array, values: Array) -> dict[str, list[Call]]:
-    """torch's own function on contiguous K and V, called in one way or in two."""
+    """torch's own function on contiguous K and V: in each layout, and with each way to say what a group of heads is."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     num_heads, num_kv_heads, head_size = shape.heads
     heads_first = (len(keys), shape.batch, num_kv_heads, -1, head_size)
-    ks, vs = (tensor(cache, shape).reshape(heads_first)[:, :, :, : shape.keys] for cache in (keys, values))
+    tokens_first = (len(keys), shape.batch, -1, num_kv_heads, head_size)
+    layouts = {  # [sets, batch, num_kv_heads, keys, head_size], two readings of the same bytes
+        "heads first": [tensor(cache, shape).reshape(heads_first) for cache in (keys, values)],
+        "tokens first": [tensor(cache, shape).reshape(tokens_first).transpose(2, 3) for cache in (keys, values)],
+    }
     tokens = tensor(query, shape)
     q = tokens.reshape(shape.batch, shape.query_len, num_heads, head_size).transpose(1, 2).contiguous()
     mask = None
     if shape.query_len > 1:  # is_causal aligns at the start; a chunk at the end needs the mask in full
         mask = torch.ones(shape.query_len, shape.keys, dtype=torch.bool, device=q.device)
         mask = mask.tril(shape.keys - shape.query_len)
+    grouped_mask = None if mask is None else mask.repeat(num_heads // num_kv_heads, 1)
 
     def shared(k: Any, v: Any) -> Any:
         with torch.inference_mode():
@@ -93,15 +98,18 @@ def sdpa(shape: Shape, query: Array, keys: Array, values: Array) -> dict[str, li
     def grouped(k: Any, v: Any) -> Any:  # the heads of a group as queries of one head: no K is read twice
         with torch.inference_mode():
             rows = q.reshape(shape.batch, num_kv_heads, -1, head_size)
-            return scaled_dot_product_attention(rows, k, v).reshape(tokens.shape)
+            out = scaled_dot_product_attention(rows, k, v, attn_mask=grouped_mask)
+            return out.reshape(q.shape).transpose(1, 2).reshape(tokens.shape)
 
-    ways = {f"{SDPA}, enable_gqa": shared}
-    if num_heads > num_kv_heads and mask is None:
-        ways[f"{SDPA}, grouped"] = grouped
+    ways = {"enable_gqa": shared} | ({"grouped": grouped} if num_heads > num_kv_heads else {})
     last = shape.query_len - 1  # of the first sequence: this query sees all keys
-    for name, way in ways.items():
-        check(name, shape, way(ks[0], vs[0])[last], plain(tokens[last], ks[0, 0], vs[0, 0]))
-    return {name: [partial(way, k, v) for k, v in zip(ks, vs, strict=True)] for name, way in ways.items()}
+    calls: dict[str, list[Call]] = {}
+    for layout, caches in layouts.items():
+        ks, vs = (cache[:, :, :, : shape.keys] for cache in caches)
+        for name, way in ways.items():
+            check(name, shape, way(ks[0], vs[0])[last], plain(tokens[last], ks[0, 0], vs[0, 0]))
+            calls[f"{SDPA}, {name}, {layout}"] = [partial(way, k, v) for k, v in zip(ks, vs, strict=True)]
+    return calls
 
 
 def flex(shape: Shape, query: Array, keys: Array, values: Array) -> dict[str, list[Call]]:

@@ -12,8 +12,17 @@ from safetensors.numpy import save_file
 
 from ..core.model.config import ModelConfig
 from ..core.model.loading import TINY
+from ..extras.memory_limit import require_memory
 from ..interop.architectures import weight_shapes
 from ..training.checkpoint import hf_config
+
+TOKEN_BYTES = 64  # of a token id in a list: the integer, its place in the list, and NumPy's copy
+
+
+def require_prompt_memory(batch: int, length: int) -> None:
+    """Raise ValueError for more tokens than lists of Python integers can hold here."""
+    what = f"--batch is {batch} and --prompt-tokens {length}: a batch of this size"
+    require_memory(what, TOKEN_BYTES * batch * length)
 
 
 def save_checkpoint(folder: Path, config: ModelConfig, weights: Mapping[str, np.ndarray]) -> None:

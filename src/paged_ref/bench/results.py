@@ -16,6 +16,7 @@ from rich.table import Table
 from ..core.device import on_gpu, synchronize, xp
 from ..views.common.files import write_json
 from ..views.common.versions import describe_device, versions
+from . import conditions
 
 
 def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]], **settings: Any) -> Table:
@@ -34,6 +35,8 @@ def write_results(path: Path | None, **results: Any) -> None:
         return
     header = {
         "device": describe_device(),
+        **conditions.describe_cpu(),
+        "spread_of_rounds": conditions.spread(),
         "driver_cuda_version": xp.cuda.runtime.driverGetVersion() if on_gpu else None,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -54,10 +57,18 @@ class Times(NamedTuple):
     cores: float  # seconds of all cores together, which a busy neighbour hardly changes
 
 
-def take_turns(contenders: Iterable[Callable[[], object]], rounds: int) -> list[tuple[Times, ...]]:
-    """For each contender the times of so many rounds, in which the contenders take turns."""
-    times = [[timed(contender) for contender in contenders] for _ in range(rounds)]
-    return list(zip(*times, strict=True))
+def take_turns(
+    contenders: Iterable[Callable[[], object]], rounds: int, warm_up: float = 0.0
+) -> list[tuple[Times, ...]]:
+    """For each contender the times of so many rounds, in which the contenders take turns.
+
+    A contender runs for `warm_up` seconds before its time is taken: cores and caches are then its own.
+    """
+    times = [[timed(contender, warm_up) for contender in contenders] for _ in range(rounds)]
+    turns = list(zip(*times, strict=True))
+    for turn in turns:
+        conditions.record_rounds([each.seconds for each in turn])
+    return turns
 
 
 def shortest(contenders: Sequence[Callable[[], object]], rounds: int) -> list[Times]:
@@ -67,8 +78,11 @@ def shortest(contenders: Sequence[Callable[[], object]], rounds: int) -> list[Ti
     return [Times(*map(min, zip(*times, strict=True))) for times in take_turns(contenders, rounds)]
 
 
-def timed(run: Callable[[], object]) -> Times:
-    """How long one call takes, until the device has done its work."""
+def timed(run: Callable[[], object], warm_up: float = 0.0) -> Times:
+    """How long one call takes, until the device has done its work, after `warm_up` seconds of the same calls."""
+    warm = perf_counter() + warm_up
+    while perf_counter() < warm:
+        run()
     synchronize()
     began, cores = perf_counter(), process_time()
     run()

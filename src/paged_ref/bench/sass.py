@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.versions import versions
 from .results import table_of, write_results
 
@@ -155,10 +155,11 @@ def main(args: argparse.Namespace) -> int:
 
 def _chosen(wanted: list[str]) -> dict[str, KernelVariant]:
     """The variants whose names have one of these words; without words, all variants. Raises ValueError."""
-    try:
-        known = variants()
-    except ImportError as error:
-        raise ValueError(f"the package {error.name} is not installed: the extra `ptx` brings it") from None
+    from ..tuned.machine_code import missing_packages
+
+    if missing := missing_packages():
+        raise ValueError(f"{', '.join(missing)} not installed here; pip install 'paged_ref[ptx]' brings all of it")
+    known = variants()
     chosen = {name: variant for name, variant in known.items() if not wanted or any(words in name for words in wanted)}
     if not chosen:
         raise ValueError(f"--kernel is {' '.join(wanted)!r}; known are: {'; '.join(known)}")

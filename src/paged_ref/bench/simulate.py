@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from time import process_time
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..planner.hardware import gpu_named
@@ -20,6 +19,7 @@ from ..planner.simulate import Simulation
 from ..planner.trace_files import trace_named
 from ..planner.traces import at_rate
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import write_json
 from ..views.common.versions import describe_device
 

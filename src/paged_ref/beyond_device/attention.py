@@ -27,6 +27,7 @@ from ..core.attention.attention import Addresses, AttentionCall
 from ..core.device import Array, module_of
 from ..kernels import merge_states, paged_attention
 from ..tuned.copies import CopyStream
+from ..tuned.parts import add_part
 
 # For the sanitizer. Called with (sequences, table, first keys, numbers of keys) before attention reads: each row of
 # `table` has the blocks that hold a sequence's keys from its first key on.
@@ -173,7 +174,8 @@ class _Staged:
                 np.maximum.at(longest, seq, lens)
                 self.check(np.arange(piece.first, piece.last + 1), table, first_key, longest)
             part, part_lse = self._attend(rows, table[seq], lens, np.arange(len(seq) + 1), None)
-            out[rows], lse[rows] = merge_states(xp.stack([out[rows], part]), xp.stack([lse[rows], part_lse]))
+            if not add_part(out[rows], lse[rows], part, part_lse):
+                out[rows], lse[rows] = merge_states(xp.stack([out[rows], part]), xp.stack([lse[rows], part_lse]))
             stager.done(half)
 
         for piece in _pieces(self.device_tables, self.seq_lens, size, stager.room):
@@ -216,11 +218,13 @@ class _Staged:
         self, rows: slice, table: np.ndarray, seq_lens: np.ndarray, query_start_loc: np.ndarray, window: int | None
     ) -> tuple[Array, Array]:
         """Attention of some rows of the query to blocks of the device; returns `(output, lse)`."""
-        xp = module_of(self.query)
+        sizes = (table.size, len(seq_lens), len(query_start_loc))
+        flat = np.concatenate([table.ravel(), seq_lens, query_start_loc])
+        here, ends = module_of(self.query).asarray(flat), np.cumsum(sizes)  # one copy of all
+        tables, lens, loc = here[: ends[0]], here[ends[0] : ends[1]], here[ends[1] :]
         part: tuple[Array, Array] = paged_attention(
-            self.query[rows], self.caches.keys, self.caches.values, xp.asarray(table), xp.asarray(seq_lens),
-            xp.asarray(query_start_loc), sliding_window=window, return_lse=True,
-            backend=self.backend, validate=False,
+            self.query[rows], self.caches.keys, self.caches.values, tables.reshape(table.shape), lens, loc,
+            sliding_window=window, return_lse=True, backend=self.backend, validate=False,
         )  # fmt: skip
         return part
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,14 @@ from ..core.engine.scheduler import StepPlan
 from ..core.memory.manager import Transfer
 from ..core.model.config import ModelConfig
 from ..core.model.llama import StepInputs
-from ..timeline.events import Log
 from .attention import Check, TwoCaches, streamed_attention
 from .observation import HeadPages, Observation, attention_mass
 from .relevance import Attend, Extremes, budget_of, check_attend, choose, shares
 from .storage import PageStorage
 from .streaming import StreamingManager
+
+if TYPE_CHECKING:
+    from ..timeline.events import Log
 
 
 @dataclass(slots=True)

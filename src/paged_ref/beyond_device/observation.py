@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..timeline.events import PagesAttended
+from .. import timeline
 
 
 class HeadPages(NamedTuple):
@@ -27,12 +27,12 @@ class Observation(NamedTuple):
     chosen: list[np.ndarray]  # for each KV head: the logical blocks that were read
     resident: list[np.ndarray]  # for each KV head: all logical blocks that were on the device before
 
-    def event(self, query_head: int) -> PagesAttended:
+    def event(self, query_head: int) -> timeline.events.PagesAttended:
         """The event of one query head. Shares are in millionths."""
         head, group = divmod(query_head, self.mass.shape[1])
         chosen, resident = tuple(self.chosen[head].tolist()), tuple(self.resident[head].tolist())
         mass = tuple(np.round(self.mass[head, group] * 1e6).astype(int).tolist())
-        return PagesAttended(self.seq_id, self.layer, query_head, chosen, resident, mass)
+        return timeline.events.PagesAttended(self.seq_id, self.layer, query_head, chosen, resident, mass)
 
 
 def attention_mass(query: np.ndarray, keys: np.ndarray, read: HeadPages, window: int | None) -> np.ndarray:

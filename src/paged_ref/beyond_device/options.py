@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core.checks import require
 from ..core.device import on_gpu
 from ..core.model.config import ModelConfig
+from ..interop.model_memory import require_kv_memory
 from ..kernels import why_not
-from ..timeline.events import Log
 from .kv import StreamedKV
 from .page_sanitizer import SanitizedStreamedKV
 from .relevance import Attend, check_attend
 from .storage import PageStorage
 from .streaming import Eviction, StreamingManager
 
-STAGING_BYTES = 8 << 20  # two pieces of 4 MiB: long enough for the bus
+if TYPE_CHECKING:
+    from ..timeline.events import Log
+
+# Two pieces: long enough that the bus takes longer than the host, which launches five kernels and copies for each.
+STAGING_BYTES = (128 if on_gpu else 8) << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class LongOptions:
         """The manager and the KV. Raises ValueError with the argument, the value and the bound."""
         require(block_size=(block_size, 1), max_batch_tokens=(max_batch_tokens, 1))
         require(device_blocks=(self.device_blocks, 1), host_blocks=(self.host_blocks, 0))
+        sizes = ("device_blocks", self.device_blocks), ("host_blocks", self.host_blocks)
+        require_kv_memory(config, dtype, dtype, *sizes, unit=block_size)
         check_attend(self.attend)
         per_block = config.num_layers * config.num_kv_heads
         num_pages, host_pages = self.device_blocks * per_block, self.host_blocks * per_block

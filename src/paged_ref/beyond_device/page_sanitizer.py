@@ -49,7 +49,8 @@ class SanitizedStreamedKV(StreamedKV):
     ) -> Array:
         out = super().attend(layer, query, key, value, addresses, window)
         for chunk, first, end in zip(self._chunks, self._loc, self._loc[1:], strict=False):
-            check_numbers(chunk.seq_id, layer, query[first:end], out[first:end])
+            rows = slice(first, end)
+            check_numbers(chunk.seq_id, layer, query[rows], key[rows], value[rows], out[rows])
         return out
 
     def _poison(self) -> None:

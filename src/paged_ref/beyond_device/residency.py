@@ -15,11 +15,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
+from .. import timeline
 from ..core.checks import require
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.manager import OutOfHostBlocks, Transfer
-from ..timeline.events import Log, PagesFreed, PagesPlaced, ResidencyOpened
+
+if TYPE_CHECKING:
+    from ..timeline.events import Log
 
 NOWHERE = -1
 Priority = Callable[[int], float]  # of a page
@@ -57,7 +61,7 @@ class Residency:
         self._both: dict[int, None] = {}  # pages on both sides, the latest at the end
         self._moved: list[int] = []  # by the operation under way, for its event
         if log:
-            log(ResidencyOpened(num_device_blocks, num_host_blocks))
+            log(timeline.events.ResidencyOpened(num_device_blocks, num_host_blocks))
 
     def clear(self) -> None:
         """End every page, whatever state an interrupted operation left behind."""
@@ -70,7 +74,7 @@ class Residency:
         self._both.clear()
         self._moved.clear()
         if self.log and pages:
-            self.log(PagesFreed(tuple(pages)))
+            self.log(timeline.events.PagesFreed(tuple(pages)))
 
     # --- room ----------------------------------------------------------------------------------------
 
@@ -185,7 +189,7 @@ class Residency:
                 self._leave(page)
             self._names.release(page)
         if self.log and pages:
-            self.log(PagesFreed(tuple(pages)))
+            self.log(timeline.events.PagesFreed(tuple(pages)))
 
     # --- moves ---------------------------------------------------------------------------------------
 
@@ -226,7 +230,11 @@ class Residency:
         """Log where these pages are now, and all others that the operation moved."""
         moved, self._moved = self._moved, []
         if self.log and (pages := tuple(dict.fromkeys([*moved, *pages]))):
-            self.log(PagesPlaced(pages, tuple(self.device_of[p] for p in pages), tuple(self.host_of[p] for p in pages)))
+            self.log(
+                timeline.events.PagesPlaced(
+                    pages, tuple(self.device_of[p] for p in pages), tuple(self.host_of[p] for p in pages)
+                )
+            )
 
     # --- looking -------------------------------------------------------------------------------------
 

@@ -14,14 +14,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from .. import timeline
 from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import OutOfBlocks
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.usage import PartialAllocation, Snapshot
-from ..timeline.events import Log, PagesNamed, PoolCleared, PoolOpened, SequenceAdmitted, SequenceFreed, TokensAppended
 from .residency import Residency
+
+if TYPE_CHECKING:
+    from ..timeline.events import Log
 
 Eviction = Literal["lru", "sliding", "relevance"]
 EVICTIONS = ("lru", "sliding", "relevance")
@@ -59,7 +62,7 @@ class StreamingManager(KVCacheManager):
         self.num_layers, self.num_kv_heads, self.block_size = num_layers, num_kv_heads, block_size
         self.evict = evict
         if log and num_device_pages > 0:
-            log(PoolOpened("streaming", num_device_pages, block_size, num_host_pages, ()))
+            log(timeline.events.PoolOpened("streaming", num_device_pages, block_size, num_host_pages, ()))
         self.priority = array("d", [0.0]) * max(0, num_device_pages + num_host_pages)  # by page
         priority = None if evict == "lru" else self.priority.__getitem__
         self.residency = Residency(num_device_pages, num_host_pages, priority, log)
@@ -80,9 +83,10 @@ class StreamingManager(KVCacheManager):
     def max_slots_needed(self, prompt_len: int, max_len: int, n: int = 1) -> int:
         return n * self.blocks_for(max_len) * self.block_size
 
-    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int, spare: int = 0) -> int:
         needed = self.blocks_for(len(tokens))
-        if needed > self.num_free_blocks:
+        kept = self.blocks_for(spare) if self.tables else 0
+        if needed + kept > self.num_free_blocks:
             raise OutOfBlocks(
                 f"{len(tokens)} tokens need {needed} blocks; {self.num_free_blocks} of the {self.num_blocks} on "
                 "device and host are free"
@@ -90,7 +94,7 @@ class StreamingManager(KVCacheManager):
         heads = range(self.num_kv_heads)
         self.tables[seq_id] = PageTable([[array("q") for _ in heads] for _ in range(self.num_layers)])
         if self.log:
-            self.log(SequenceAdmitted(seq_id, (), 0))
+            self.log(timeline.events.SequenceAdmitted(seq_id, (), 0))
         return 0
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
@@ -106,20 +110,20 @@ class StreamingManager(KVCacheManager):
         for seq_id, count in appends:
             self.tables[seq_id].length += count
             if self.log:
-                self.log(TokensAppended(seq_id, count))
+                self.log(timeline.events.TokensAppended(seq_id, count))
         return []  # what moves is decided layer by layer
 
     def free(self, seq_id: int) -> None:
         table = self.tables.pop(seq_id)
         self.residency.free(page for layer in table.pages for pages in layer for page in pages)
         if self.log:
-            self.log(SequenceFreed(seq_id))
+            self.log(timeline.events.SequenceFreed(seq_id))
 
     def clear(self) -> None:
         self.tables.clear()
         self.residency.clear()
         if self.log:
-            self.log(PoolCleared(()))
+            self.log(timeline.events.PoolCleared(()))
 
     def length(self, seq_id: int) -> int:
         return self.tables[seq_id].length
@@ -177,5 +181,5 @@ class StreamingManager(KVCacheManager):
         self.residency.written(old)
         if self.log:
             for (seq_id, head), new_pages in named.items():
-                self.log(PagesNamed(seq_id, layer, head, tuple(new_pages)))
+                self.log(timeline.events.PagesNamed(seq_id, layer, head, tuple(new_pages)))
         return found, transfers + more

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.console import Console
-
 from ..core import device
 from ..planner.assess import Assessment, assess
 from ..planner.hardware import DEFAULT_GPU, gpu_named, several
@@ -18,6 +16,7 @@ from ..planner.settings import servers
 from ..planner.trace_files import trace_named
 from ..planner.traces import TraceRequest
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import write_json
 from .assess_report import print_known, print_report
 

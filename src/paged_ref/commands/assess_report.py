@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
+from ..extras.plain_text import plain
 from ..planner.assess import WASTE_LIMIT, Assessment
 from ..planner.hardware import GIB, GPUS
 from ..planner.models import MODELS
 from ..planner.settings import servers
 from ..views.common.canvas import count, size_of
+from ..views.common.console import Console
 from .report_text import number_table, print_constants, print_heading, print_paragraph, print_rows
 
 _WHY = {
@@ -30,7 +32,7 @@ GPU_COLUMNS = ("memory", "bandwidth", "fp16,\ndense", "link,\none way")
 
 def print_report(console: Console, found: Assessment, source: str) -> None:
     gpu, model = found.gpu, found.model
-    console.print(f"[bold]{model.name}[/bold] on [bold]{gpu.name}[/bold]: {source}.")
+    console.print(Text.assemble((plain(model.name), "bold"), " on ", (gpu.name, "bold"), f": {plain(source)}."))
     print_paragraph(
         console, f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
     )
@@ -62,7 +64,7 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
     print_paragraph(console, _swap_advice(found))
     print_heading(console, "The same elsewhere")
     for server in servers(found):
-        console.print(f" [bold]{server.name}[/bold] (looked at: {server.version})")
+        console.print(Text.assemble((f" {server.name}", "bold"), f" (looked at: {server.version})"))
         console.print(f"   {server.command}", soft_wrap=True)  # one line, to be copied
         for sentence in server.supports:
             console.print(Padding(f"- {sentence}", (0, 0, 0, 3)))

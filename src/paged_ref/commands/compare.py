@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..bench import kernels as bench_kernels
@@ -16,6 +15,7 @@ from ..bench import memory as bench_memory
 from ..bench.batch import Batch
 from ..bench.shapes import Shape
 from ..extras.managers import ManagerName
+from ..kernels import why_not
 from ..planner.comparison import Checked, ComparisonRow, check, row_of, setups, small
 from ..planner.hardware import gpu_named
 from ..planner.models import model_named
@@ -26,6 +26,7 @@ from ..planner.sweep import RUNS_OF_A_CURVE, curves_of
 from ..planner.trace_files import trace_named
 from ..planner.traces import RequestTrace, scaled
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import recording, write_json, write_text
 from .compare_plots import picture
 from .compare_report import MeasuredCost, print_checked, print_report, print_setting
@@ -127,9 +128,10 @@ def _cost(done: Callable[[], object]) -> MeasuredCost:
     steps = {each.name: each.measured for each in bench_memory.scheduling(BENCH_SEQUENCES, BENCH_STEPS)}
     done()
     batch = Batch(KERNEL, np)
+    backend = "cpu-simd" if why_not("cpu-simd") is None else "reference"
     contenders = {
-        bench_kernels.PAGED: batch.paged("cpu-simd")[0],
-        bench_kernels.CONTIGUOUS: batch.contiguous("cpu-simd")[0],
+        bench_kernels.PAGED: batch.paged(backend)[0],
+        bench_kernels.CONTIGUOUS: batch.contiguous(backend)[0],
     }
     for run in contenders.values():
         run()  # compiles

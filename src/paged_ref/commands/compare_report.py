@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
+from ..extras.plain_text import plain
 from ..planner.comparison import Checked, ComparisonRow
 from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
 from ..planner.traces import RequestTrace
+from ..views.common.console import Console
 from .compare_plots import latency_plot, memory_plot
 from .report_text import number_table, print_constants, print_heading, print_paragraph
 
@@ -46,13 +48,11 @@ class MeasuredCost:
 
 def print_setting(console: Console, base: Setup, trace: RequestTrace, bound: float) -> None:
     kv = base.num_slots * base.model.kv_bytes_per_token / GIB
-    console.print(
-        f"[bold]{base.model.name}[/bold] on [bold]{base.gpu.name}[/bold]: K and V of {base.num_slots:,} tokens in "
-        f"{kv:.1f} GiB, {base.model.kv_arithmetic}."
-    )
-    console.print(f"{trace.describe()}.")
+    size = f": K and V of {base.num_slots:,} tokens in {kv:.1f} GiB, {base.model.kv_arithmetic}."
+    console.print(Text.assemble((plain(base.model.name), "bold"), " on ", (base.gpu.name, "bold"), size))
+    console.print(f"{plain(trace.describe())}.")
     for note in trace.notes:
-        console.print(Padding(f"- {note}", (0, 0, 0, 2)))
+        console.print(Padding(f"- {plain(note)}", (0, 0, 0, 2)))
     console.print(
         f"Requests of up to {base.longest:,} tokens, {base.max_batch_seqs} sequences and {base.max_batch_tokens:,} "
         "tokens in a step at most. The real schedulers and managers decide; the time of a step is computed from the "

@@ -9,10 +9,9 @@ import argparse
 from dataclasses import dataclass
 from statistics import mean
 from time import perf_counter
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -20,16 +19,19 @@ from rich.text import Text
 from ..core.engine.outputs import RequestOutput
 from ..core.engine.sequence import Status
 from ..core.model.config import kv_bytes_per_token
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..extras.step_records import StepRecord, StepRecords
 from ..extras.token_text import token_text
 from ..interop.checkpoints import load
 from ..llm import LLM
-from ..timeline.events import Log
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.program import program
 from ..views.common.versions import describe_device
+
+if TYPE_CHECKING:
+    from ..timeline.events import Log
 
 Manager = Literal["standard", "paged"]
 MANAGERS: tuple[Manager, ...] = get_args(Manager)

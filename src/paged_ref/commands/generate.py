@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import recording
 
+MOST_INPUT = 1 << 24  # bytes: more than any context holds
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.model(parser)
-    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    prompt = "may be given several times; -: the text of standard input"
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help=prompt)
     options.integer(parser, "--max-tokens", 100, "new tokens at most", least=None)
     options.number(parser, "--temperature", 0.0, "0 is greedy (default)", metavar="T")
     options.integer(parser, "--top-k", help="draw among the K likeliest tokens", least=None, metavar="K")
@@ -38,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    options.check_text("--prompt", args.prompt)
+    prompts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
     params = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
         n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos, beam_width=args.beam_width,
@@ -49,8 +55,20 @@ def main(args: argparse.Namespace) -> int:
             host_kv_tokens=args.host_kv_tokens, preemption=args.preemption, prefix_cache=args.prefix_cache,
             backend=args.backend, sanitize=args.sanitize, log=log,
         )  # fmt: skip
-        _show_in_turn(llm, args.prompt, params)
+        _show_in_turn(llm, prompts, params)
     return 0
+
+
+def _standard_input() -> str:
+    """Its text, without the line break at the end that `echo` writes."""
+    data = sys.stdin.buffer.read(MOST_INPUT + 1)
+    if len(data) > MOST_INPUT:
+        raise ValueError(f"--prompt - has more than {MOST_INPUT:,} bytes")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt - is no text: byte {error.start} of standard input is not UTF-8") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _show_in_turn(llm: LLM, prompts: list[str], params: SamplingParams) -> None:

@@ -6,12 +6,12 @@ import argparse
 import platform
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
 from ..core import device
 from ..core.attention.attention import known_backends, why_not
+from ..views.common.console import Console
 from ..views.common.versions import describe_device, versions
 
 

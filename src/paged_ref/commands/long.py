@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.kv import StreamedKV
@@ -18,10 +17,12 @@ from ..beyond_device.relevance import Attend, check_attend
 from ..beyond_device.streaming import EVICTIONS
 from ..core.model.config import ModelConfig
 from ..interop.checkpoints import load
+from ..interop.model_memory import require_kv_memory
 from ..kernels import why_not
 from ..llm import LLM
 from ..timeline.events import Event, Log
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.program import program
 from ..views.common.versions import describe_device
@@ -36,7 +37,7 @@ UNUSED_BY_RECALL = ("device_blocks", "host_blocks", "attend", "evict", "full_lay
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.model(parser)
     options.integer(parser, "--tokens", 2048, "of text before the new ones", least=2)
-    options.integer(parser, "--new-tokens", 32, "that are timed and compared")
+    options.integer(parser, "--new-tokens", 32, f"that are timed; with {OBSERVED} more, they are compared")
     parser.add_argument("--text", type=Path, metavar="FILE", help="the text (default: the model writes one itself)")
     options.integer(parser, "--device-blocks", help="default: a tenth of what the text needs", metavar="B")
     options.integer(parser, "--host-blocks", help="default: what the text needs", least=0, metavar="B")
@@ -84,9 +85,14 @@ def _checked(args: argparse.Namespace) -> tuple[int, int] | None:
         raise ValueError(f"--backend is {args.backend!r}, which does not work on this machine: {reason}")
     if args.recall and (option := options.first_given(args, *UNUSED_BY_RECALL)):
         raise ValueError(f"{option} is given with --recall, which has no use for it")
-    watch = _watch(args.watch, load(args.model).config) if args.watch or args.record else None
+    config = load(args.model).config
+    watch = _watch(args.watch, config) if args.watch or args.record else None
     if args.watch and not args.record:
         raise ValueError(f"--watch is {args.watch}; --record FILE is needed, the log for `{program()} viz`")
+    for asked in (("--tokens", args.tokens), ("--new-tokens", args.new_tokens), ("--block-size", args.block_size)):
+        require_kv_memory(config, "float32", "float32", asked)
+    blocks = ("--device-blocks", args.device_blocks or 0), ("--host-blocks", args.host_blocks or 0)
+    require_kv_memory(config, "float32", "float32", *blocks, unit=args.block_size)
     return watch
 
 
@@ -127,8 +133,9 @@ def _runs(
 
 def _show(console: Console, args: argparse.Namespace, runs: Sequence[LongRun], device_blocks: int, needed: int) -> None:
     title = (
-        f"{args.tokens} tokens of text, then {args.new_tokens} new ones; {describe_device()}\n"
-        f"device: {device_blocks} of the {needed} blocks of {args.block_size} tokens that all of it needs"
+        f"{args.tokens} tokens of text, then {args.new_tokens} new ones, timed, and {OBSERVED} more, observed: "
+        f"all {args.new_tokens + OBSERVED} are compared\n"
+        f"{describe_device()}; {device_blocks} of the {needed} blocks of {args.block_size} tokens are on the device"
     )
     table = Table(box=box.SIMPLE_HEAD, title=title)
     table.add_column("attend")  # a narrow terminal breaks these words, not the numbers

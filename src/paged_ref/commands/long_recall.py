@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..beyond_device.kv import StreamedKV
 from ..beyond_device.observation import Observation
 from ..beyond_device.relevance import budget_of, choose
-from ..extras.beam import SamplingParams
+from ..core.device import on_gpu
+from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
+from ..views.common.console import Console
 
 BUDGETS = (0.05, 0.10, 0.25, 0.50)
 CHOICES = ("oracle", "relevance", "random", "recent")
@@ -28,10 +29,12 @@ Shares = dict[tuple[float, str], float]
 
 def recall(model: str, ids: Sequence[int], new_tokens: int, block_size: int, seed: int = 0) -> Shares:
     """(budget, choice) to the mean share of attention mass, over tokens, heads and the layers that choose."""
-    # A budget of all blocks: every layer keeps its bounds, and attends to everything.
+    # A budget of all blocks: every layer keeps its bounds, and attends to everything. On a GPU a part of the device is
+    # for staging, and the blocks that have no room beside it lie on the host.
+    num_blocks = -(-(len(ids) + new_tokens) // block_size) + 1
     llm = LLM(
-        model, device_blocks=-(-(len(ids) + new_tokens) // block_size) + 1, host_blocks=0, block_size=block_size,
-        attend=1.0, full_layers=0, max_model_len=len(ids) + new_tokens, beyond_context=True,
+        model, device_blocks=num_blocks, host_blocks=num_blocks if on_gpu else 0, block_size=block_size, attend=1.0,
+        full_layers=0, max_model_len=len(ids) + new_tokens, beyond_context=True,
     )  # fmt: skip
     kv = llm.engine.kv
     assert isinstance(kv, StreamedKV)

@@ -12,7 +12,7 @@ import numpy as np
 from ..beyond_device.kv import Counters, StreamedKV
 from ..beyond_device.observation import Observation
 from ..core.memory.kv import KVCache
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
 
 OBSERVED = 8  # further tokens at the end of each run, for which the true attention is computed: these are not timed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..extras.beam import SamplingParams
+from ..extras.reading import read_text
+from ..extras.sampling_params import SamplingParams
 from ..interop.checkpoints import load
 from ..llm import LLM
 
@@ -23,11 +24,9 @@ def text_of(model: str, file: Path | None, num_tokens: int, seed: int = 0) -> li
 
 def _read(model: str, file: Path, num_tokens: int) -> list[int]:
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--text {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {file} is no text: byte {error.start} is not UTF-8") from None
+        text = read_text(file)
+    except ValueError as error:
+        raise ValueError(f"--text {error}") from None
     ids = load(model).tokenizer.encode(text)
     if len(ids) < num_tokens:
         raise ValueError(f"--text {file} has {len(ids)} tokens; --tokens asks for {num_tokens}")

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..planner.findings import Figure, Finding, RunCache
 from ..planner.paper import FIGURES
 from ..planner.sweep import on_cores
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import write_json
 from .report_text import number_table, print_heading, print_paragraph, wide_console
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from ..planner.roofline import Constants, explain
+from ..views.common.console import Console
 from ..views.common.program import SCRIPT, program
 
 NARROWEST = 78  # columns: a narrower terminal wraps the lines, so that no number is cut
@@ -23,7 +24,7 @@ def wide_console() -> Console:
 
 def print_heading(console: Console, title: str) -> None:
     console.print()
-    console.rule(f"[bold]{title}[/bold]", align="left", characters="─")
+    console.rule(Text(title, "bold"), align="left", characters="─")
 
 
 def print_paragraph(console: Console, text: str) -> None:

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
 from rich.text import Text
 
-from ..extras.beam import SamplingParams
 from ..extras.managers import MANAGERS, ManagerName
+from ..extras.sampling_params import SamplingParams
 from ..timeline.events import Event
 from ..timeline.history import MARKS, History, histories, read_histories
 from ..views.common import options
 from ..views.common.canvas import Scene
+from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.loop import play
 from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg
@@ -123,6 +123,7 @@ def _runs(args: argparse.Namespace) -> list[History]:
         if option := options.first_given(args, *chosen):
             raise ValueError(f"{option} is for a new run; {args.logs[0]} is a log of one that was")
         return [run for path in args.logs for run in read_histories(path)]
+    options.check_text("--prompt", args.prompt or ())
     work = _workload(args)
     names: list[ManagerName] = list(get_args(ManagerName)) if args.manager == "all" else [args.manager]
     events: list[Event] = []

@@ -7,6 +7,7 @@ Fig. 9).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
@@ -14,28 +15,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..core.checks import require
-from ..core.engine import sampling
 from ..core.engine.outputs import FinishReason, RequestOutput, SequenceOutput, TokenOutput
 from ..core.engine.request import Request, RequestHost
+from ..core.engine.sampling import apply_logits_hook
 from ..core.engine.sequence import Group, Sequence
 from ..core.model.tokenizer import TextStream, Tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams(sampling.SamplingParams):
-    """The core's parameters, and those of beam search, which excludes sampling."""
-
-    beam_width: int | None = None  # search with so many beams, and give the best so many
-    length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
-
-    def __post_init__(self) -> None:
-        sampling.SamplingParams.__post_init__(self)
-        if self.beam_width is not None:
-            require(beam_width=(self.beam_width, 1))
-            for name, default in (("n", 1), ("temperature", 0), ("top_k", None), ("top_p", None), ("stop", ())):
-                if getattr(self, name) != default:
-                    raise ValueError(f"{name} is {getattr(self, name)!r}; beam search takes no {name}")
+from .sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +67,8 @@ class BeamSearch:
         for rank, place in enumerate(best):
             beam, token_id = (int(i) for i in np.unravel_index(place, scores.shape))
             score = float(scores[beam, token_id])
+            if score == -math.inf:
+                break  # a hook forbids this token, and those behind it: fewer beams go on
             stopped = token_id in eos
             if not (stopped or is_last):
                 going_on.append(Continuation(beam, token_id, score))
@@ -133,7 +120,7 @@ class BeamRequest(Request):
 
     def take_logits(self, host: RequestHost, seq: Sequence, logits: np.ndarray) -> list[TokenOutput]:
         """Once every beam has its logits: choose which go on, or end the search and give the results."""
-        self._logits[seq.seq_id] = sampling.apply_logits_hook(logits, seq.tokens, self.params)
+        self._logits[seq.seq_id] = apply_logits_hook(logits, seq, self.params)
         beams = self.groups[0].seqs.copy()
         if len(self._logits) < len(beams):
             return []

@@ -14,6 +14,8 @@ Everything here takes NumPy or CuPy arrays and gives the same kind.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ FORMAT_NAMES: dict[np.dtype[Any], str] = {BFLOAT16: "bfloat16", INT8: "int8", FL
 # The largest number of each format that needs scales. int8 leaves out -128, so that the range is symmetric.
 MAX_VALUE: dict[np.dtype[Any], float] = {INT8: 127.0, FLOAT8: 448.0}
 FLOAT8_NAN = 0x7F
+PART = 1 << 14  # elements of one part of a conversion
 
 
 def upper_half(bits: Any) -> Any:
@@ -34,6 +37,28 @@ def upper_half(bits: Any) -> Any:
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
+def _in_one_pass(dtype: DTypeLike) -> Callable[[Callable[[Array], Array]], Callable[[Array], Array]]:
+    """Make a conversion of arrays, element by element, to `dtype`, go through a NumPy array once: part by part, so
+    that what it makes on the way stays in the processor's cache, and takes no memory beside the result."""
+
+    def decorate(convert: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        @wraps(convert)
+        def in_parts(array: Array) -> Array:
+            if module_of(array) is not np or array.size <= PART:
+                return convert(array)
+            result = np.empty(array.shape, dtype)
+            flat, source = result.reshape(-1), array.reshape(-1)
+            for first in range(0, flat.size, PART):
+                part = slice(first, first + PART)
+                flat[part] = convert(source[part])
+            return result
+
+        return in_parts
+
+    return decorate
+
+
+@_in_one_pass(BFLOAT16)
 def to_bfloat16(numbers: Array) -> Array:
     """The bits of the nearest bfloat16s, uint16. Infinity and NaN stay what they are."""
     xp = module_of(numbers)
@@ -42,24 +67,29 @@ def to_bfloat16(numbers: Array) -> Array:
     return rounded.astype(np.uint16)
 
 
+@_in_one_pass(np.float32)
 def from_bfloat16(bits: Array) -> Array:
     """The float32s that these bits stand for, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+@_in_one_pass(FLOAT8)
 def to_float8(numbers: Array) -> Array:
     """The e4m3 codes nearest to the numbers, uint8, at most ±448. NaN stays NaN."""
     xp = module_of(numbers)
-    numbers = numbers.astype(np.float32)
+    numbers = numbers.astype(np.float32, copy=False)
     size = xp.minimum(xp.abs(numbers), np.float32(448))
-    # floor(log2), at least -6: below the smallest normal number, 2**-6, the steps stay as they are there.
-    exponent = xp.frexp(xp.maximum(size, np.float32(2**-6)))[1] - 1
-    steps = xp.rint(xp.ldexp(size, 3 - exponent))  # in units of the last mantissa bit, 0 to 16
-    code = (exponent + 6) * 8 + xp.nan_to_num(steps).astype(np.int32)  # 16 steps carry into the exponent
-    code = xp.where(xp.isnan(numbers), FLOAT8_NAN, code)
-    return xp.where(xp.signbit(numbers), code | 0x80, code).astype(np.uint8)
+    # The exponent and the upper 3 bits of the mantissa, rounded to nearest, ties to even, which may carry into the
+    # exponent; and the exponent counted from 7 instead of 127.
+    bits = size.view(np.uint32)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - np.uint32((127 - 7) * 8)
+    small = xp.rint(size * np.float32(2**9))  # below 2**-6 the numbers are whole multiples of 2**-9
+    code = xp.where(size < np.float32(2**-6), small, normal).astype(np.uint8)
+    code = xp.where(xp.isnan(numbers), np.uint8(FLOAT8_NAN), code)
+    return code | xp.signbit(numbers).astype(np.uint8) << 7
 
 
+@_in_one_pass(np.float32)
 def from_float8(codes: Array) -> Array:
     """The float32s that these e4m3 codes stand for, exactly.
 
@@ -70,6 +100,13 @@ def from_float8(codes: Array) -> Array:
     wide = codes.astype(np.uint16)
     halves = ((wide & 0x80) << 8 | (wide & 0x7F) << 7).view(np.float16)
     return xp.where(wide & 0x7F == FLOAT8_NAN, np.float32(np.nan), halves.astype(np.float32) * np.float32(256))
+
+
+@_in_one_pass(INT8)
+def to_int8(numbers: Array) -> Array:
+    """The nearest integers from -127 to 127, int8. NaN, which int8 does not have, becomes 0."""
+    xp = module_of(numbers)
+    return xp.rint(xp.clip(xp.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf), -127, 127)).astype(np.int8)
 
 
 def choose_scales(numbers: Array, dtype: DTypeLike) -> Array:
@@ -93,31 +130,39 @@ def encode(numbers: Array, dtype: DTypeLike, scales: Array | None = None) -> Arr
     """
     if numbers.dtype == dtype and scales is None:
         return numbers
-    dtype, xp = np.dtype(dtype), module_of(numbers)
+    dtype = np.dtype(dtype)
     numbers = decode(numbers)
     if dtype == BFLOAT16:
         return to_bfloat16(numbers)
     if dtype not in MAX_VALUE:
         return numbers.astype(dtype, copy=False)
     assert scales is not None
-    parts = numbers.astype(np.float32, copy=False) / scales[:, None]
-    if dtype == FLOAT8:
-        return to_float8(parts)
-    return xp.rint(xp.clip(xp.nan_to_num(parts, posinf=np.inf, neginf=-np.inf), -127, 127)).astype(np.int8)
+    round_to = to_float8 if dtype == FLOAT8 else to_int8
+    rows = numbers.astype(np.float32, copy=False).reshape(-1, *numbers.shape[-2:])
+    encoded = module_of(rows).empty(rows.shape, dtype)
+    count = max(1, PART // max(1, scales.size * rows.shape[-1]) if module_of(rows) is np else len(rows))
+    for first in range(0, len(rows), count):  # in one pass, as above
+        part = slice(first, first + count)
+        encoded[part] = round_to(rows[part] / scales[:, None])
+    return encoded.reshape(numbers.shape)
 
 
 def decode(stored: Array, scales: Array | None = None, dtype: DTypeLike | None = None) -> Array:
     """What `stored [..., num_kv_heads, head_size]` is worth, in `dtype` (None: float32, or its own float)."""
     if stored.dtype.kind == "f":
-        pass
+        numbers = stored
     elif stored.dtype == BFLOAT16:
-        stored = from_bfloat16(stored)
+        numbers = from_bfloat16(stored)
     elif stored.dtype == FLOAT8:
-        stored = from_float8(stored)
-    elif stored.dtype == INT8:
-        stored = stored.astype(np.float32)
-    numbers = stored if dtype is None else stored.astype(dtype, copy=False)
-    return numbers if scales is None else numbers * scales.astype(numbers.dtype)[:, None]
+        numbers = from_float8(stored)
+    else:
+        numbers = stored.astype(np.float32)
+    if dtype is not None:
+        numbers = numbers.astype(dtype, copy=False)
+    if scales is None:
+        return numbers
+    factors = scales.astype(numbers.dtype)[:, None]
+    return module_of(numbers).multiply(numbers, factors, out=None if numbers is stored else numbers)
 
 
 def format_name(dtype: DTypeLike) -> str:

@@ -26,10 +26,10 @@ class SwappablePagedManager(PagedManager):
         moved = _move_tables(seq_ids, self.tables, self.pool, self.swapped, self.host_pool)
         return [Transfer("swap_out", source, destination) for source, destination in moved.items()]
 
-    def swap_in(self, seq_ids: Sequence[int]) -> list[Transfer]:
+    def swap_in(self, seq_ids: Sequence[int], spare: int = 0) -> list[Transfer]:
         needed = len({block_id for seq_id in seq_ids for block_id in self.swapped[seq_id].blocks})
         try:
-            self.require_room(needed, self.pool.num_free)
+            self.require_room(needed, self.pool.num_free, spare)
         except OutOfBlocks as error:
             raise OutOfBlocks(f"to swap in, {error}") from None
         moved = _move_tables(seq_ids, self.swapped, self.host_pool, self.tables, self.pool)

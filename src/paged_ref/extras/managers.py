@@ -9,14 +9,16 @@ from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.standard import Reserve, StandardManager
-from ..core.memory.swapping import SwappingManager
 from .buddy import BuddyPool
 from .host_swap import SwappablePagedManager
+from .memory_limit import require_memory
 from .prefix_cache import CachingBlockPool
+from .swapping import SwappingManager
 
 ManagerName = Literal["paged", "standard", "swapping"]
 Allocator = Literal["first fit", "buddy"]
 MANAGERS = ("paged", "standard", "swapping")
+BLOCK_BYTES = 64  # that a pool keeps for each block: its number, and its places in two lists
 WATERMARK = 0.01  # of the blocks, as vLLM keeps
 
 
@@ -57,5 +59,8 @@ def make_manager(
     if name == "swapping":
         return SwappingManager(num_slots, num_host_slots)
     num_blocks, num_host_blocks = num_slots // block_size, num_host_slots // block_size
+    what = f"a KV cache of {num_slots} tokens and {num_host_slots} on the host, in blocks of {block_size}: its list"
+    require_memory(what, BLOCK_BYTES * (num_blocks + num_host_blocks))
     pool = (CachingBlockPool if prefix_cache else BlockPool)(num_blocks, free_order)
-    return SwappablePagedManager(pool, block_size, num_host_blocks, int(watermark * num_blocks))
+    kept = max(1, int(watermark * num_blocks)) if watermark > 0 else 0  # of few blocks, a share is less than one
+    return SwappablePagedManager(pool, block_size, num_host_blocks, kept)

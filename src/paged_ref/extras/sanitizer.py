@@ -67,19 +67,21 @@ def checksums(kv: np.ndarray) -> np.ndarray:
     return np.asarray((bits * weights).sum(axis=1, dtype=np.uint64))
 
 
-def check_numbers(seq_id: int, layer: int, query: Array, mixed: Array) -> None:
+def check_numbers(seq_id: int, layer: int, query: Array, key: Array, value: Array, mixed: Array) -> None:
     """NaN in `mixed`, the attention of this sequence in one layer, means that a kernel read a poisoned slot.
 
-    Both are [num_tokens, num_heads, head_size]; with NaN in `query`, attention is not where it came from.
+    All are [num_tokens, heads, head_size]. NaN and inf among the queries, keys and values of this step were there
+    before attention.
     """
-    isnan = module_of(mixed).isnan
-    if not bool(isnan(mixed).any()):
+    module = module_of(mixed)
+    if not bool(module.isnan(mixed).any()):
         return
-    if bool(isnan(query).any()):
-        raise SanitizerError(
-            f"sequence {seq_id} has NaN among its queries in layer {layer}, before attention: the weights "
-            "hold NaN, or numbers grew too large"
-        )
+    for what, computed in (("queries", query), ("keys", key), ("values", value)):
+        if not bool(module.isfinite(computed).all()):
+            raise SanitizerError(
+                f"sequence {seq_id} has NaN or inf among its {what} in layer {layer}, before attention: the weights "
+                "hold NaN, or numbers grew too large"
+            )
     raise SanitizerError(
         f"sequence {seq_id} has NaN in its attention in layer {layer}: a kernel read a slot outside its tokens"
     )
@@ -105,7 +107,8 @@ class SanitizedKV:
         mixed = self.inner.attend(layer, query, key, value, addresses, window)
         first = 0
         for seq_id, count in self._chunks:
-            check_numbers(seq_id, layer, query[first : first + count], mixed[first : first + count])
+            rows = slice(first, first + count)
+            check_numbers(seq_id, layer, query[rows], key[rows], value[rows], mixed[rows])
             first += count
         if layer == len(self.inner.layers) - 1:
             self.sanitizer.after_step()

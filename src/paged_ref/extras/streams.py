@@ -11,6 +11,7 @@ from ..core.engine.llm import LLM, Prompt
 from ..core.engine.outputs import RequestOutput, TokenOutput
 from ..core.engine.request import Request
 from ..core.engine.sampling import SamplingParams
+from .prompts import read_prompt, read_prompts
 from .transaction import Turns
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -26,8 +27,20 @@ class StreamingLLM(LLM):
         self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: tokens for the loop that waits for them
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        with self._turns.taken("add_request"):
-            return super().add_request(prompt, params)
+        if params is not None and not isinstance(params, SamplingParams):
+            raise ValueError(f"params is {params!r}; SamplingParams are needed")
+        ids = []
+        try:
+            with self._turns.taken("add_request"):
+                ids.append(self._next_request_id)
+                return super().add_request(read_prompt(prompt), params)
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
+
+    def queue(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Request]:
+        return super().queue(read_prompts(prompts), params)
 
     def step(self) -> list[TokenOutput]:
         """One step for every sequence that runs; [] when nothing is left."""
@@ -60,18 +73,34 @@ class StreamingLLM(LLM):
         these requests are aborted and nothing stays behind.
         """
         requests = self.queue(prompts, params)
-        with closing(self._run(requests)) as tokens:
-            next(tokens)
-            for token in tokens:
-                if on_token is not None:
-                    on_token(token)
+        try:
+            with closing(self._run(requests)) as tokens:
+                next(tokens)
+                for token in tokens:
+                    if on_token is not None:
+                        on_token(token)
+        finally:
+            self._abort_all(requests)
         return [request.output for request in requests]
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[TokenOutput]:
         """Like generate(), but yields each token as it comes. Leaving the loop aborts what is unfinished."""
-        tokens = self._run(self.queue(prompts, params))
-        next(tokens)
+        requests = self.queue(prompts, params)
+        try:
+            tokens = self._run(requests)
+            next(tokens)
+        except BaseException:
+            self._abort_all(requests)
+            raise
         return tokens
+
+    def _abort_all(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.output.request_id in self.engine.requests:
+                self.abort(request.output.request_id)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an LLM cannot be copied or pickled: its requests belong to one KV cache; make a new LLM")
 
     def _run(self, requests: list[Request]) -> Generator[Any, None, None]:
         """The tokens of these requests, after one None.
@@ -97,5 +126,5 @@ class StreamingLLM(LLM):
                         self._loops[token.request_id].append(token)
         finally:
             for request_id in own:
-                del self._loops[request_id]
-                self.abort(request_id)
+                self._loops.pop(request_id, None)
+            self._abort_all(requests)

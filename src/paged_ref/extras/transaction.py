@@ -18,11 +18,10 @@ from typing import Any
 
 from ..core.device import Array
 from ..core.engine.engine import Engine
-from ..core.engine.outputs import SequenceOutput, TokenOutput
+from ..core.engine.outputs import FinishReason, TokenOutput
 from ..core.engine.request import Request, Sample
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Group, Sequence, Status
-from ..core.model.tokenizer import TextStream
 
 
 class Turns:
@@ -31,33 +30,33 @@ class Turns:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._owner: int | None = None
-        self._waiting: deque[threading.Lock] = deque()
+        self._queue: deque[threading.Lock] = deque()  # a locked ticket for each thread; the first one has the turn
 
     @contextmanager
     def taken(self, what: str) -> Iterator[None]:
         """Have the turn. Raises RuntimeError where this thread has it: `what` was called by a hook, a log or an
-        observer."""
-        with self._guard:
-            if self._owner == threading.get_ident():
-                raise RuntimeError(f"{what} was called from inside a hook, a log or an observer of the same engine")
-            ticket = None
-            if self._owner is not None:
-                ticket = threading.Lock()
-                ticket.acquire()
-                self._waiting.append(ticket)
-            else:
-                self._owner = threading.get_ident()
-        if ticket is not None:
-            ticket.acquire()  # until the thread before hands the turn over
-            self._owner = threading.get_ident()
+        observer. A thread that is interrupted while it waits leaves the queue."""
+        if self._owner == threading.get_ident():
+            raise RuntimeError(f"{what} was called from inside a hook, a log or an observer of the same engine")
+        ticket = threading.Lock()
+        ticket.acquire()
         try:
+            with self._guard:
+                self._queue.append(ticket)
+                if self._queue[0] is ticket:
+                    ticket.release()
+            ticket.acquire()  # when the tickets before it have left the queue
+            self._owner = threading.get_ident()
             yield
         finally:
             with self._guard:
-                self._owner = None
-                if self._waiting:
-                    self._owner = -1  # no thread's id: the turn is on the way to the next one
-                    self._waiting.popleft().release()
+                if self._queue and self._queue[0] is ticket:
+                    self._owner = None
+                    self._queue.popleft()
+                    if self._queue:
+                        self._queue[0].release()
+                elif ticket in self._queue:
+                    self._queue.remove(ticket)
 
 
 class TransactionalEngine(Engine):
@@ -77,7 +76,7 @@ class TransactionalEngine(Engine):
         next_seq_id = self.next_seq_id
         self._saved = []
         try:
-            return super().step()
+            tokens = super().step()
         except BaseException:
             self._given_up = True
             for seq_id in range(next_seq_id, self.next_seq_id):
@@ -89,6 +88,8 @@ class TransactionalEngine(Engine):
             self._wait_all(groups)
             self._given_up = False
             raise
+        self._saved = []
+        return tokens
 
     def _sample(self, plan: StepPlan, logits: Array) -> list[TokenOutput]:
         requests: dict[int, Request] = {}
@@ -170,11 +171,12 @@ class SavedRequest:
             for seq in group.seqs:
                 self.tokens.append((seq, len(seq.tokens)))
         draws = request.params.temperature != 0
-        self.samples: list[tuple[Sample, str, TextStream, Any, SequenceOutput, int]] = []
+        self.samples: list[tuple[Sample, str, dict[str, Any], Any, tuple[str, FinishReason | None, int]]] = []
         for sample in request.samples.values():
             rng_state = sample.rng.bit_generator.state if draws else None
-            made = copy(sample.output)
-            self.samples.append((sample, sample.held_back, copy(sample.text), rng_state, made, len(made.token_ids)))
+            made = sample.output.text, sample.output.finish_reason, len(sample.output.token_ids)
+            stream = vars(sample.text).copy()  # the stream changes no list in place
+            self.samples.append((sample, sample.held_back, stream, rng_state, made))
         for sample in request.to_fork:
             self.tokens.append((sample.seq, len(sample.seq.tokens)))
 
@@ -189,12 +191,13 @@ class SavedRequest:
         for seq, length in self.tokens:
             del seq.tokens[length:]
             engine.request_of[seq.seq_id] = request
-        for sample, held_back, text, rng_state, made, num_ids in self.samples:
-            sample.held_back, sample.text = held_back, text
+        for sample, held_back, stream, rng_state, (text, finish_reason, num_ids) in self.samples:
+            sample.held_back = held_back
+            vars(sample.text).update(stream)
             if rng_state is not None:
                 sample.rng.bit_generator.state = rng_state
             del sample.output.token_ids[num_ids:]
-            sample.output.text, sample.output.finish_reason = made.text, made.finish_reason
+            sample.output.text, sample.output.finish_reason = text, finish_reason
         engine.requests[request.output.request_id] = request
 
 

@@ -5,16 +5,16 @@ Mistral is the core's Llama with sliding windows, which are fields of every conf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from ..core.device import Array, xp
 from ..core.model.config import ModelConfig
-from ..core.model.llama import ARRAY_OPERATIONS, Layer, Llama, Operations
+from ..core.model.llama import Layer, Llama, linear, rms_norm
 from .hf_config import HFConfig
 
 
@@ -49,7 +49,7 @@ class Decoder(Llama):
         if layer.qkv_bias is not None:
             qk, value = qk + layer.qkv_bias[: qk.shape[1]], value + layer.qkv_bias[qk.shape[1] :]
         if layer.qk_norm is not None:
-            qk = self.operations.rms_norm(qk, layer.qk_norm, self.config.rms_norm_eps)
+            qk = rms_norm(qk, layer.qk_norm, self.config.rms_norm_eps)
         return qk, value
 
     def frequencies(self) -> np.ndarray:
@@ -68,16 +68,33 @@ class Decoder(Llama):
 def build_model(
     config: ModelConfig,
     weights: Mapping[str, np.ndarray],
-    dtype: DTypeLike = np.float32,
-    operations: Operations = ARRAY_OPERATIONS,
+    dtype: str = "float32",
+    linear: Callable[[Array, Array], Array] = linear,
 ) -> Llama:
     """The decoder of this config: the core's Llama where that is enough."""
     needs_more = isinstance(config, HFConfig) and (config.attention_bias or config.qk_norm or config.rope_scaling)
-    return (Decoder if needs_more else Llama)(config, weights, dtype, operations)
+    return (Decoder if needs_more else Llama)(config, weights, dtype, linear)
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of `config` must hold, under Hugging Face's names, [out, in]."""
+    layer, hidden_size = _layer_shapes(config), config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden_size)}
+    for index in range(config.num_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden_size)
+    return shapes
+
+
+def num_weights(config: ModelConfig) -> int:
+    """The numbers in all these tensors, counted without listing the layers."""
+    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size
+    return config.num_layers * sum(map(math.prod, _layer_shapes(config).values())) + (tables + 1) * config.hidden_size
+
+
+def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
     layer: dict[str, tuple[int, ...]] = {
@@ -97,13 +114,7 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         }
     if isinstance(config, HFConfig) and config.qk_norm:
         layer |= {f"self_attn.{name}_norm.weight": (config.head_size,) for name in "qk"}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden_size)}
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden_size)
-    return shapes
+    return layer
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -6,19 +6,23 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tokenizers
 from safetensors import SafetensorError, safe_open
 
 from ..core.model.loading import TINY, Checkpoint
-from ..core.model.tokenizer import Tokenizer
-from .architectures import weight_shapes
+from ..extras.formats import from_bfloat16
+from ..extras.memory_limit import require_memory
+from ..extras.reading import open_file, read_json_object
+from .architectures import num_weights, weight_shapes
 from .hf_config import HFConfig, config_from_hf, token_ids
+from .hf_tokenizer import MissingTokenizer, read_tokenizer
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # NumPy has no bfloat16: its bits
 
@@ -31,25 +35,31 @@ def load(directory: str | Path) -> Checkpoint:
     """Read config.json, tokenizer.json and the headers of the safetensors; "tiny" is the embedded checkpoint.
 
     Weights are one model.safetensors or the shards of model.safetensors.index.json, in float32, float16 or
-    bfloat16. Raises CheckpointError, a ValueError, in one sentence: what is missing, broken or does not fit.
+    bfloat16. Without a tokenizer.json, prompts are token ids. Raises CheckpointError, a ValueError, in one sentence:
+    what is missing, broken, too large for this machine, or does not fit.
     """
     directory = TINY if directory == "tiny" else Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint in Hugging Face form is needed")
     config = read_config(directory)
-    weights = _read_weights(directory)
-    _check_weights(config, weights, directory)
-    return Checkpoint(config, weights, read_tokenizer(directory / "tokenizer.json"))
+    with _refusals():
+        # float16 is the smallest form of the weights that the model is computed with
+        require_memory(f"{directory / 'config.json'}: a model of this size", 2 * num_weights(config), device=True)
+        weights = _read_weights(directory)
+        _check_weights(config, weights, directory)
+        path = directory / "tokenizer.json"
+        return Checkpoint(config, weights, read_tokenizer(path) if path.exists() else MissingTokenizer(directory))
 
 
-def read_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer.json. Raises CheckpointError where it is missing or not a tokenizer."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} is missing; a tokenizer.json of Hugging Face tokenizers is needed")
+@contextmanager
+def _refusals(where: str = "") -> Iterator[None]:
+    """What is refused inside is a CheckpointError, with `where` before it."""
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
-    except Exception as error:  # the library raises Exception itself
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from None
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{where}{error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +90,8 @@ class Weights(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
         array = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
-        if entry.dtype != "BF16":
-            return array
-        return (array.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; a JSON object is needed")
-    return value
+        numbers: np.ndarray = array if entry.dtype != "BF16" else from_bfloat16(array)
+        return numbers
 
 
 def read_config(directory: Path) -> HFConfig:
@@ -102,20 +99,16 @@ def read_config(directory: Path) -> HFConfig:
 
     The weights need not be there. Raises CheckpointError.
     """
-    path = directory / "config.json"
-    generation = directory / "generation_config.json"
-    hf = _read_json(path)
-    try:
+    path, generation = directory / "config.json", directory / "generation_config.json"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing")
+    with _refusals():
+        hf = read_json_object(path)
+        more = read_json_object(generation) if generation.exists() else {}
+    with _refusals(f"{path}: "):
         config = config_from_hf(hf)
-        if generation.exists():
-            path = generation
-            eos_token_ids = token_ids(_read_json(generation), "eos_token_id")
-            config = replace(config, eos_token_ids=eos_token_ids or config.eos_token_ids)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return config
+    with _refusals(f"{generation}: "):
+        return replace(config, eos_token_ids=token_ids(more, "eos_token_id") or config.eos_token_ids)
 
 
 def _read_weights(directory: Path) -> Weights:
@@ -127,15 +120,26 @@ def _read_weights(directory: Path) -> Weights:
         pickled = sorted(p.name for suffix in ("bin", "pt", "pth") for p in directory.glob(f"*.{suffix}"))
         hint = f"; {pickled[0]} is pickled, which is not read: save it as safetensors" if pickled else ""
         raise CheckpointError(f"{directory} has neither {single.name} nor {index.name}{hint}")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
-        if not (directory / shard).is_file():
-            raise CheckpointError(f"{directory / shard} is missing; {index.name} names it")
-        entries |= _read_header(directory / shard)
+        entries |= _read_header(_shard(directory, shard, index.name))
     return Weights(entries)
+
+
+def _shard(directory: Path, name: str, index: str) -> Path:
+    """The file of a shard, which lies in the directory, or in the Hub's cache, whose snapshots link to its blobs."""
+    path, home = directory / name, directory.resolve()
+    if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+        raise CheckpointError(f"{directory / index} names the shard {name!r}; the plain name of a file is needed")
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; {index} names it")
+    blobs = [home.parents[1] / "blobs"] if home.parent.name == "snapshots" else []
+    if path.resolve().parent not in [home, *blobs]:
+        raise CheckpointError(f"{path} is a link to {path.resolve()}; {index} may name files of its directory only")
+    return path
 
 
 def _read_header(path: Path) -> dict[str, TensorEntry]:
@@ -144,14 +148,14 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     The library has no NumPy reader for bfloat16, so the offsets are read here and one way serves all dtypes:
     8 bytes of header size, the header in JSON, then the tensors.
     """
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-    with path.open("rb") as file:
+    with open_file(path, sys.maxsize) as file:
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = json.loads(file.read(size))  # the library has checked each field of it
     header.pop("__metadata__", None)
     return {
         name: TensorEntry(path, tensor["dtype"], tuple(tensor["shape"]), 8 + size + tensor["data_offsets"][0])
@@ -162,6 +166,9 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
 def _check_weights(config: HFConfig, weights: Weights, directory: Path) -> None:
     """Every tensor of the config is there, in its shape, in a known dtype; and none is left over."""
     shapes = weight_shapes(config)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in weights and embedding not in weights:
+        weights.entries[embedding] = weights.entries[head]  # one table, which may be stored under either name
     for name, shape in shapes.items():
         entry = weights.entries.get(name)
         if entry is None:
@@ -171,6 +178,6 @@ def _check_weights(config: HFConfig, weights: Weights, directory: Path) -> None:
         if entry.dtype not in _DTYPES:
             raise CheckpointError(f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
     # Old files also keep RoPE's frequencies, and some keep a head that is tied anyway.
-    extra = [n for n in weights if n not in shapes and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
+    extra = [n for n in weights if n not in shapes and n != head and not n.endswith("rotary_emb.inv_freq")]
     if extra:
         raise CheckpointError(f"{directory} has a tensor {extra[0]}; a {config.model_type} model has no place for it")

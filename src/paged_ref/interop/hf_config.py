@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.model.config import ModelConfig
+from ..extras.memory_limit import require_memory
 
+LAYER_BYTES = 1 << 16  # that a layer takes here at least: the names, shapes and arrays of its tensors
+MOST = 2**31 - 1  # of any size in a config
+MISTRAL_WINDOW = 4096  # of a Mistral whose config has no key `sliding_window`, as transformers has
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -38,9 +44,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> HFConfig:
     """
     model_type = hf.get("model_type")
     if model_type not in ARCHITECTURES:
-        raise ValueError(f"model_type is {model_type!r}; known are {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"model_type is {reprlib.repr(model_type)}; known are {', '.join(ARCHITECTURES)}")
     _refuse_unsupported(hf)
     num_layers = _integer(hf, "num_hidden_layers")
+    require_memory(f"num_hidden_layers is {num_layers}, which", LAYER_BYTES * num_layers)
     hidden_size, num_heads = _integer(hf, "hidden_size"), _integer(hf, "num_attention_heads")
     if hf.get("head_dim") is None and hidden_size % num_heads:
         raise ValueError(
@@ -75,17 +82,17 @@ def token_ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
     value = hf.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(v) is int and v >= 0 for v in values):
-        raise ValueError(f"{key} is {value!r}; a token id or a list of them is needed")
+        raise ValueError(f"{key} is {reprlib.repr(value)}; a token id or a list of them is needed")
     return tuple(values)
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     """A feature that is not there is refused by name, since weights alone would run and give nonsense."""
     if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {hf['hidden_act']!r}; known is silu")
+        raise ValueError(f"hidden_act is {reprlib.repr(hf['hidden_act'])}; known is silu")
     for key in ("attention_bias", "mlp_bias"):
         if hf.get(key):
-            raise ValueError(f"{key} is {hf[key]!r}; not supported (Qwen2's bias on q, k and v is)")
+            raise ValueError(f"{key} is {reprlib.repr(hf[key])}; not supported (Qwen2's bias on q, k and v is)")
     if hf.get("quantization_config"):
         raise ValueError("quantization_config is set; quantized weights are not supported")
 
@@ -95,7 +102,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
     key = "rope_parameters" if hf.get("rope_parameters") is not None else "rope_scaling"
     rope = hf.get(key) or {}
     if not isinstance(rope, Mapping):
-        raise ValueError(f"{key} is {rope!r}; an object is needed")
+        raise ValueError(f"{key} is {reprlib.repr(rope)}; an object is needed")
     theta = _number({**hf, **rope}, "rope_theta", default=10000.0)
     if _number({**hf, **rope}, "partial_rotary_factor", default=1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not 1; RoPE on a part of a head is not supported")
@@ -103,17 +110,22 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
     if rope_type == "default":
         return theta, None
     if rope_type != "llama3":
-        raise ValueError(f"rope_type in {key} is {rope_type!r}; known are default, llama3")
+        raise ValueError(f"rope_type in {key} is {reprlib.repr(rope_type)}; known are default, llama3")
+    low, high = (_number(rope, f"{which}_freq_factor") for which in ("low", "high"))
+    if low >= high:
+        raise ValueError(f"low_freq_factor in {key} is {low}; less than the high_freq_factor of {high} is needed")
     return theta, Llama3RopeScaling(
         factor=_number(rope, "factor"),
-        low_freq_factor=_number(rope, "low_freq_factor"),
-        high_freq_factor=_number(rope, "high_freq_factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_position_embeddings=_integer(rope, "original_max_position_embeddings"),
     )
 
 
 def _sliding_windows(hf: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
     """Mistral: the same window in every layer. Qwen: only where use_sliding_window says so, and by layer."""
+    if model_type == "mistral":
+        hf = {"sliding_window": MISTRAL_WINDOW, **hf}
     if model_type == "llama" or hf.get("sliding_window") is None:
         return ()
     if model_type != "mistral" and not _flag(hf, "use_sliding_window"):
@@ -126,9 +138,11 @@ def _sliding_windows(hf: Mapping[str, Any], model_type: str, num_layers: int) ->
         first = _integer(hf, "max_window_layers", least=0)
         return tuple(window if layer >= first else None for layer in range(num_layers))
     known = {"full_attention": None, "sliding_attention": window}
-    unknown = [kind for kind in layer_types if kind not in known]
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        raise ValueError(f"layer_types is {reprlib.repr(layer_types)}; a list of {num_layers} kinds is needed")
+    unknown = [kind for kind in layer_types if not isinstance(kind, str) or kind not in known]
     if unknown:
-        raise ValueError(f"layer_types holds {unknown[0]!r}; known are {', '.join(known)}")
+        raise ValueError(f"layer_types holds {reprlib.repr(unknown[0])}; known are {', '.join(known)}")
     return tuple(known[kind] for kind in layer_types)
 
 
@@ -136,8 +150,9 @@ def _integer(hf: Mapping[str, Any], key: str, default: int | None = None, least:
     value = default if hf.get(key) is None else hf[key]
     if value is None:
         raise ValueError(f"{key} is missing")
-    if type(value) is not int or value < least:
-        raise ValueError(f"{key} is {value!r}; an integer of at least {least} is needed")
+    if type(value) is not int or not least <= value <= MOST:
+        allowed = f"at least {least}" if type(value) is not int or value < least else f"at most {MOST}"
+        raise ValueError(f"{key} is {reprlib.repr(value)}; an integer of {allowed} is needed")
     return value
 
 
@@ -145,13 +160,13 @@ def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> fl
     value = default if hf.get(key) is None else hf[key]
     if value is None:
         raise ValueError(f"{key} is missing")
-    if type(value) not in (int, float) or not value > 0:
-        raise ValueError(f"{key} is {value!r}; a number above 0 is needed")
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{key} is {reprlib.repr(value)}; a number above 0 is needed")
     return float(value)
 
 
 def _flag(hf: Mapping[str, Any], key: str) -> bool:
     value = hf.get(key)
     if value is not None and type(value) is not bool:
-        raise ValueError(f"{key} is {value!r}; true or false is needed")
+        raise ValueError(f"{key} is {reprlib.repr(value)}; true or false is needed")
     return bool(value)

@@ -238,7 +238,7 @@ def _check_values(call: AttentionCall, backend: str) -> None:
     if where.block_tables is not None and module_of(call.query) is np and backend in ("auto", "cpu-simd"):
         from ..tuned import cpu_simd  # compiled code: loaded when it is needed
 
-        if cpu_simd.in_bounds(where, call.query.shape[0], *call.keys.shape[:2]):
+        if cpu_simd.unavailable() is None and cpu_simd.in_bounds(where, call.query.shape[0], *call.keys.shape[:2]):
             return
     arrays = (where.seq_lens, where.query_start_loc, where.block_tables, where.starts)
     on_host = Addresses(*(None if array is None else to_host(array) for array in arrays))
@@ -346,8 +346,8 @@ def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
 
     `outputs [num_parts, num_tokens, num_heads, head_size]` and `lses [num_parts, num_tokens, num_heads]` (natural log)
     come from attention over disjoint sets of keys; returns `(output, lse)` without the first axis. A part that saw no
-    key (lse −inf) adds nothing; where all parts saw none, output is 0 and lse −inf. The split-KV combine of
-    flash-decoding; FlashInfer's merge_states.
+    key (lse −inf, or +inf as in flash-attn 2) adds nothing, whatever its output; where all parts saw none, output is 0
+    and lse −inf. The split-KV combine of flash-decoding; FlashInfer's merge_states.
     """
     caller = outputs
     outputs, lses = adopt(outputs, "outputs"), adopt(lses, "lses")
@@ -359,7 +359,9 @@ def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
     if outputs.shape[0] == 0:
         raise ValueError("outputs has 0 parts; at least 1 is needed")
     xp, dtype = module_of(outputs), outputs.dtype
-    outputs = decode(outputs)
+    empty = xp.isinf(lses)  # [num_parts, num_tokens, num_heads]
+    lses = xp.where(empty, -xp.inf, lses)
+    outputs = xp.where(empty[..., None], 0, decode(outputs))
     highest = lses.max(axis=0)  # [num_tokens, num_heads]
     shift = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
     weights = xp.exp(lses - shift)  # [num_parts, num_tokens, num_heads]

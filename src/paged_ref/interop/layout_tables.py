@@ -35,11 +35,11 @@ def to_flashinfer_tables(block_tables: Array, seq_lens: Array, block_size: int) 
             f"seq_lens[{s}] is {int(lens[s])}; its block table holds {tables.shape[1]} blocks of {block_size} = "
             f"{tables.shape[1] * block_size} tokens"
         )
-    indptr = module.zeros(len(lens) + 1, dtype=np.int32)
+    indptr = module.zeros(len(lens) + 1, dtype=np.int64)
     indptr[1:] = module.cumsum(pages)
     used = module.arange(tables.shape[1]) < pages[:, None]  # [num_seqs, max_blocks]
     last = lens - module.maximum(pages - 1, 0) * block_size
-    return indptr, tables[used].astype(np.int32), last.astype(np.int32)
+    return _as_int32("kv_indptr", indptr), _as_int32("kv_indices", tables[used]), last.astype(np.int32)
 
 
 def from_flashinfer_tables(
@@ -70,17 +70,18 @@ def from_flashinfer_tables(
 def to_sglang_tables(block_tables: Array, seq_lens: Array, block_size: int) -> Array:
     """`req_to_token [num_seqs, max_context_len]`, int32: the slot of each token; 0 past the end. A copy.
 
-    One row for each sequence, as SGLang's ReqToTokenPool keeps them; max_context_len is what the tables hold.
+    One row for each sequence, as SGLang's ReqToTokenPool keeps them; max_context_len is what the tables hold. Raises
+    ValueError for a slot that int32 does not hold.
     """
     tables, lens = _check_tables(block_tables, seq_lens, block_size)
     module = module_of(tables)
     positions = module.arange(tables.shape[1] * block_size)
-    slots = module.zeros((len(lens), len(positions)), dtype=np.int32)
+    slots = module.zeros((len(lens), len(positions)), dtype=np.int64)
     for s, length in enumerate(lens.tolist()):
         if length > len(positions):
             raise ValueError(f"seq_lens[{s}] is {length}; its block table holds {len(positions)} tokens")
-        slots[s, :length] = slot_of(tables[s], positions[:length], block_size)
-    return slots
+        slots[s, :length] = slot_of(tables[s].astype(np.int64), positions[:length], block_size)
+    return _as_int32("req_to_token", slots)
 
 
 def from_sglang_tables(req_to_token: Array, seq_lens: Array, page_size: int = 1) -> Array:
@@ -106,6 +107,13 @@ def from_sglang_tables(req_to_token: Array, seq_lens: Array, page_size: int = 1)
             )
         tables[s, : len(pages)] = pages
     return tables
+
+
+def _as_int32(name: str, numbers: Array) -> Array:
+    """`numbers` as the other library takes them. Raises ValueError for one that int32 does not hold."""
+    if numbers.size and int(numbers.max()) > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} holds {int(numbers.max())}; {np.iinfo(np.int32).max} is the most that int32 holds")
+    return numbers.astype(np.int32)
 
 
 def _check_tables(

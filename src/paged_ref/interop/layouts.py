@@ -148,10 +148,10 @@ def from_flash_attn_batch(k_cache: Array, v_cache: Array) -> tuple[Array, Array,
     """flash-attn's form without pages, [batch, seqlen_cache, nheads_k, headdim], for `naive_attention`.
 
     Returns (keys, values, starts): keys and values [batch * seqlen_cache, nheads_k, headdim], views of
-    contiguous memory, and starts [batch] int32. A row of the batch is one region, reserved to its full length.
+    contiguous memory, and starts [batch] int64. A row of the batch is one region, reserved to its full length.
     """
     batch, seqlen_cache, *row = _check_pair(k_cache, v_cache)
-    starts = module_of(k_cache).arange(batch, dtype=np.int32) * np.int32(seqlen_cache)
+    starts = module_of(k_cache).arange(batch, dtype=np.int64) * seqlen_cache
     flat = (batch * seqlen_cache, *row)
     return k_cache.reshape(flat), v_cache.reshape(flat), starts
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from ..views.common.console import Console
 from ..views.common.program import program
 from . import lesson_script
 from .lesson_player import Leave, LessonPlayer, error_text, watch

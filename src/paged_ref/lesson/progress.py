@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import msgspec
 
+from ..extras.reading import JSON_LIMIT, parse_json, read_file
 from ..views.common.files import write_json
 
 
@@ -21,7 +23,9 @@ class LessonRecord(msgspec.Struct):
 def default_path() -> Path:
     """The place that the XDG base directories give to lasting state; other systems use the same one."""
     home = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
+    base = Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~"), ".local", "state")
+    if not base.is_absolute():  # a user whom the system does not know, as in a container, has no home
+        base = Path(tempfile.gettempdir(), f"paged_ref-{os.getuid()}")
     return base / "paged_ref" / "lessons.json"
 
 
@@ -29,7 +33,8 @@ class Progress:
     """The records of the lessons that were begun, by the name of the lesson's file.
 
     Every change is written immediately, to a new file that then replaces the old one: a crash loses nothing.
-    A file that is not progress is put aside; one that cannot be written is named once in `warnings`.
+    A file that is not progress is put aside; one that cannot be read is left alone, and one that cannot be written is
+    named once in `warnings`.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -37,13 +42,18 @@ class Progress:
         self.path = default_path() if path is None else path
         self.warnings: list[str] = []
         self.lessons: dict[str, LessonRecord] = {}
+        self._writes = True
+        if not self.path.exists():
+            return
         try:
-            self.lessons = msgspec.json.decode(self.path.read_bytes(), type=dict[str, LessonRecord])
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            self.warnings.append(f"progress cannot be read: {self.path}: {error.strerror}")
-        except msgspec.MsgspecError:
+            text = read_file(self.path, JSON_LIMIT).decode("utf-8", errors="replace")
+        except ValueError as error:
+            self.warnings.append(f"progress cannot be read: {error}")
+            self._writes = False  # what is there may be progress after all
+            return
+        try:
+            self.lessons = msgspec.convert(parse_json(text), type=dict[str, LessonRecord])
+        except ValueError:
             self._put_aside()
 
     def _put_aside(self) -> None:
@@ -60,6 +70,8 @@ class Progress:
 
     def save(self, lesson: str, record: LessonRecord) -> None:
         self.lessons[lesson] = record
+        if not self._writes:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, msgspec.to_builtins(self.lessons))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..core.engine.scheduler import StepPlan
 from ..core.memory.manager import Transfer
 from ..core.memory.usage import MemoryUsage
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..extras.step_records import StepRecord
 from ..llm import LLM
 from ..timeline.events import Log

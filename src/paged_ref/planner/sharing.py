@@ -10,7 +10,7 @@ from ..core.engine.sequence import Group, Sequence
 from ..core.memory.block_pool import BlockPool
 from ..core.memory.paged import PagedManager
 from ..core.memory.usage import Snapshot
-from ..extras.beam import SamplingParams
+from ..extras.sampling_params import SamplingParams
 from ..extras.step_records import StepRecord
 from ..llm import LLM
 from .engine_run import token_ids

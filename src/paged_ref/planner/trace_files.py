@@ -5,14 +5,13 @@ Nothing is skipped: a row that is wrong ends the reading, with the number of its
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..extras.reading import parse_json, read_text
 from .traces import MEANS, RequestTrace, TraceRequest, first, generated
 
 # The columns of prompt tokens, output tokens and time, by what a header must have to be of that form.
@@ -33,19 +32,14 @@ def read_trace(path: str | Path) -> RequestTrace:
     """
     path = Path(path)
     try:
-        with path.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig") as file:
-            lines = [(number, text) for number, line in enumerate(file, start=1) if (text := line.strip())]
-        requests, timed = _read(lines)
-    except UnicodeDecodeError:
-        raise ValueError(f"trace {path} is not text in UTF-8") from None
+        text = read_text(path, unpack=True).removeprefix("\ufeff")
+    except ValueError as error:
+        raise ValueError(f"trace {error}") from None
+    rows = enumerate(io.StringIO(text, newline=None), start=1)
+    try:
+        requests, timed = _read([(number, row) for number, line in rows if (row := line.strip())])
     except ValueError as error:
         raise ValueError(f"trace {path}: {error}") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"trace {path} is damaged: {error}") from None
-    except OSError as error:
-        raise ValueError(f"trace {path} cannot be read: {error.strerror}") from None
     began = tuple(replace(each, arrival=each.arrival - requests[0].arrival) for each in requests)
     return RequestTrace(path.name.removesuffix(".gz"), began, timed)
 
@@ -121,9 +115,9 @@ def _seconds(number: int, cell: str) -> float:
 def _json_lines(lines: list[Line]) -> Iterator[tuple[int, TraceRequest]]:
     for number, text in lines:
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON: {error.msg} at column {error.colno}") from None
+            row = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"line {number} is {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not a JSON object")
         for key, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):

@@ -11,6 +11,10 @@ from dataclasses import dataclass, replace
 from math import inf, log, log1p
 from statistics import mean
 
+from ..extras.memory_limit import require_memory
+
+REQUEST_BYTES = 256  # that a request of a trace takes, with its numbers
+
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
@@ -151,6 +155,7 @@ def drawn(name: str, mean_in: float, mean_out: float, count: int, seed: int = 0,
     """The same with any means of at least 1 token."""
     if count < 1:
         raise ValueError(f"requests is {count}; at least 1 is needed")
+    require_memory(f"requests is {count}: a trace of so many", REQUEST_BYTES * count)
     rng = random.Random(seed)
     requests = tuple(TraceRequest(0.0, _geometric(rng, mean_in), _geometric(rng, mean_out)) for _ in range(count))
     note = f"drawn: geometric lengths of mean {mean_in} in, {mean_out} out, seed {seed}"

@@ -6,11 +6,14 @@ decided; state.py follows the events, and decides nothing.
 
 from __future__ import annotations
 
-import json
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, Union
 
 import msgspec
+
+from ..extras.reading import MOST_DIGITS, parse_json
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -26,13 +29,15 @@ Log = Callable[[Event], None]
 
 
 class PoolOpened(Event, frozen=True):
-    """A manager began, with nothing in it. Blocks will be handed out in `free_order`."""
+    """A manager began, with nothing in it. Blocks will be handed out in `free_order`. The first event of a run, so it
+    says the version of the log."""
 
     manager: str
     num_blocks: int  # slots, for a manager without blocks
     block_size: int
     num_host_blocks: int
     free_order: tuple[int, ...]
+    version: int = 1  # also of the logs that were written before there was a version
 
 
 class SequenceAdmitted(Event, frozen=True):
@@ -247,6 +252,9 @@ def sequences_of(event: Event) -> tuple[int, ...]:
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 _ENCODER = msgspec.json.Encoder()
 _DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Union[tuple(KINDS.values())])  # noqa: UP007
+_LONG_NUMBER = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
+# The reader of each version. A change that a reader of older logs must know of makes the next version.
+_READERS: dict[int, Callable[[str], Event]] = {1: _DECODER.decode}
 
 
 def to_json(event: Event) -> str:
@@ -256,29 +264,40 @@ def to_json(event: Event) -> str:
 
 def from_json(line: str) -> Event:
     """The event of one line. Raises ValueError that says what is wrong with the line."""
+    if _LONG_NUMBER.search(line):
+        parse_json(line)  # refuses a number of more than 64 bits, which would come back as an integer of any length
     try:
-        return _DECODER.decode(line)
-    except msgspec.MsgspecError as error:
+        event = _READERS[1](line)
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(_what_is_wrong(line) or str(error)) from None
+    if isinstance(event, PoolOpened):
+        _require_version(event.version)
+    return event
+
+
+def _require_version(version: object) -> None:
+    if type(version) is int and version not in _READERS:
+        known = ", ".join(map(str, _READERS))
+        raise ValueError(f"the log has version {reprlib.repr(version)}; this program reads {known}")
 
 
 def _what_is_wrong(line: str) -> str:
-    """A sentence about a line that is no event, with the field, its value and what is known or needed."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at column {error.colno}"
+    """A sentence about a line that is no event, with the field, its value and what is known or needed. Raises
+    ValueError with that sentence for what is no JSON."""
+    record = parse_json(line)
     name = record.pop("event", None) if isinstance(record, dict) else None
     if not isinstance(name, str) or name not in KINDS:
-        return f"event is {name!r}; known are {', '.join(KINDS)}"
+        return f"event is {reprlib.repr(name)}; known are {', '.join(KINDS)}"
+    if name == "PoolOpened":
+        _require_version(record.get("version"))  # before a field that this program does not know yet
     fields = {field.name: field for field in msgspec.structs.fields(KINDS[name])}
     for key, value in record.items():
         if key not in fields:
-            return f"{name} has no field {key!r}; known are {', '.join(fields)}"
+            return f"{name} has no field {reprlib.repr(key)}; known are {', '.join(fields)}"
         try:
             msgspec.convert(value, fields[key].type)
         except msgspec.ValidationError:
-            return f"{key} of {name} is {value!r}; {_NEEDED[fields[key].type]} is needed"
+            return f"{key} of {name} is {reprlib.repr(value)}; {_NEEDED[fields[key].type]} is needed"
     missing = [repr(key) for key, field in fields.items() if field.required and key not in record]
     return f"{name}: missing field {', '.join(missing)}" if missing else ""
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
 from pathlib import Path
 
 from ..core.memory.usage import MemoryUsage, Snapshot
+from ..extras.reading import open_file
 from .events import (
     BeamsReordered,
     BlockCached,
@@ -329,11 +331,10 @@ def histories(events: Iterable[Event]) -> list[History]:
 
 def read_histories(path: Path) -> list[History]:
     """The runs in a file of JSON lines. Raises ValueError: one sentence with the file and the line."""
+    raw = open_file(path)
     try:
-        with path.open(encoding="utf-8") as file:
+        with TextIOWrapper(raw, encoding="utf-8") as file:
             found = histories(read_events(file))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a log: byte {error.start} of it is no text") from None
     except ValueError as error:

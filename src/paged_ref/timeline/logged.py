@@ -19,12 +19,13 @@ from ..core.engine.sequence import Sequence as TokenSequence
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.paged import PagedManager, Table
 from ..core.memory.regions import Region, RegionManager
-from ..core.memory.swapping import SwappingManager
 from ..core.memory.usage import Snapshot
 from ..core.model.llama import StepInputs
 from ..core.model.tokenizer import Tokenizer
 from ..extras.host_swap import SwappablePagedManager
+from ..extras.plain_text import plain
 from ..extras.prefix_cache import CachingBlockPool
+from ..extras.swapping import SwappingManager
 from ..extras.token_text import token_text
 from .events import (
     BeamsReordered,
@@ -81,8 +82,8 @@ class LoggedManager(KVCacheManager):
 
     # --- operations that are logged --------------------------------------------------------------------
 
-    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
-        length = self.manager.admit(seq_id, tokens, max_len)
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int, spare: int = 0) -> int:
+        length = self.manager.admit(seq_id, tokens, max_len, spare)
         if self.paged:
             self.log(SequenceAdmitted(seq_id, tuple(self._tables[seq_id].blocks), length))
         else:
@@ -151,8 +152,8 @@ class LoggedManager(KVCacheManager):
                 self.log(RegionSwappedOut(seq_id, region.start, region.size))
         return transfers
 
-    def swap_in(self, seq_ids: Sequence[int]) -> list[Transfer]:
-        transfers = self.manager.swap_in(seq_ids)
+    def swap_in(self, seq_ids: Sequence[int], spare: int = 0) -> list[Transfer]:
+        transfers = self.manager.swap_in(seq_ids, spare)
         if self.paged:
             self.log(SwappedIn(tuple(seq_ids), _pairs(transfers), tuple(self._evicted)))
             self._evicted.clear()
@@ -212,7 +213,7 @@ class LoggedSteps(Observer):
 
     def model_opened(self, model: str, kv_bytes_per_token: int) -> None:
         """The name of the model, and the bytes of K and V that a token has over all layers."""
-        self.log(ModelOpened(model, kv_bytes_per_token))
+        self.log(ModelOpened(plain(model), kv_bytes_per_token))
 
     def request_added(self, request: Request) -> None:
         prompt = tuple(request.output.prompt_token_ids)

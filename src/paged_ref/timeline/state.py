@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from ..core.checks import require
 from ..core.memory.paged import Table, snapshot_of
 from ..core.memory.usage import PartialAllocation, Snapshot
+from ..extras.memory_limit import require_memory
 from ..extras.prefix_cache import block_digests
 from .events import (
     BlockCached,
@@ -45,6 +47,7 @@ from .events import (
 )
 
 Status = Literal["waiting", "running", "swapped", "finished"]
+BLOCK_BYTES = 64  # that a state keeps for each block: its place in two lists, and its number
 PageEvent = ResidencyOpened | PagesPlaced | PagesFreed | PagesNamed
 
 
@@ -231,8 +234,7 @@ class MemoryState(Blocks):
 
     def clear(self, free_order: Sequence[int]) -> None:
         """No sequence is there. All blocks are free, in this order; those of the host in the order of their numbers."""
-        if sorted(free_order) != list(range(len(self.ref_count))):
-            raise ValueError(f"free_order does not name each of the {len(self.ref_count)} blocks once")
+        _require_each_once(free_order, len(self.ref_count))
         for block_id in range(len(self.ref_count)):
             self._count_of(block_id)
         self.sequences.clear()
@@ -416,6 +418,12 @@ class RunState:
         memory = self.memory
         if memory.manager:
             raise ValueError("a pool was opened before")
+        require(block_size=(event.block_size, 1), num_blocks=(event.num_blocks, 0))
+        require(num_host_blocks=(event.num_host_blocks, 0))
+        if event.free_order:
+            _require_each_once(event.free_order, event.num_blocks)
+            what = f"num_host_blocks is {event.num_host_blocks}: a list of so many"
+            require_memory(what, BLOCK_BYTES * event.num_host_blocks)
         memory.manager, memory.block_size = event.manager, event.block_size
         memory.num_blocks, memory.num_host_blocks = event.num_blocks, event.num_host_blocks
         if event.free_order:
@@ -544,9 +552,15 @@ class RunState:
         self._set_status(event.seq_id, "swapped" if to_host else "running")
 
     def _pages_changed(self, event: PageEvent) -> None:
+        if isinstance(event, PagesNamed):
+            self.memory.find(event.seq_id, on_host=False)
         self.memory.pages.apply(event)
 
     def _pages_attended(self, event: PagesAttended) -> None:
+        self.memory.find(event.seq_id, on_host=False)
+        if wrong := {*event.chosen, *event.resident} - set(range(len(event.mass))):
+            raise ValueError(f"block {min(wrong)} is not among the {len(event.mass)} whose mass it says")
+        require(mass=(min(event.mass, default=0), 0))
         self.attended[event.seq_id] = event
 
     def _planned(self, event: StepPlanned) -> None:
@@ -570,6 +584,7 @@ class RunState:
         self.got.append(event)
 
     def _timed(self, event: StepTimed) -> None:
+        require(microseconds=(event.microseconds, 0))
         self.got.clear()
 
     # --- what several of them do -----------------------------------------------------------------------
@@ -602,6 +617,11 @@ class RunState:
     def _give_up(self, evicted: Sequence[int]) -> None:
         self.memory.give_up(evicted)
         self.totals.evicted += len(evicted)
+
+
+def _require_each_once(free_order: Sequence[int], num_blocks: int) -> None:
+    if len(free_order) != num_blocks or sorted(free_order) != list(range(num_blocks)):
+        raise ValueError(f"free_order does not name each of the {num_blocks} blocks once")
 
 
 _PLACE_CHANGES = (SequenceFreed, RegionPlaced, RegionSwappedOut, RegionSwappedIn)

@@ -32,6 +32,7 @@ from ..beyond_device.storage import PageStorage
 from ..core.device import Array, xp
 from ..core.memory.manager import Transfer
 from ..core.model.config import ModelConfig
+from ..extras.memory_limit import require_memory
 from ..tuned.copies import CopyStream, pinned
 from .network import Saved, saved_shapes
 
@@ -49,6 +50,9 @@ def activations_for(
     """
     if memory not in MEMORY:
         raise ValueError(f"memory is {memory!r}; known are {', '.join(MEMORY)}")
+    saved = 4 * sum(map(math.prod, saved_shapes(config, most_tokens).values()))  # bytes of one layer
+    layers = 1 if memory == "recompute" else config.num_layers
+    require_memory(f"micro_tokens is {most_tokens}: what the layers save for backward", layers * saved)
     if memory in ("keep", "recompute"):
         if budget is not None:
             raise ValueError(f"a budget is given to {memory}, which has no use for it; swap and page have")
@@ -195,6 +199,7 @@ class Paged:
         layer_size = sum(map(math.prod, saved_shapes(config, most_tokens).values()))  # elements
         most_pages = config.num_layers * -(-layer_size // self._page)
         in_pool, on_host = min(budget // page_size, most_pages), most_pages + 1  # one spare, to exchange two pages
+        require_memory(f"the page size is {page_size}: a pool of such pages", (in_pool + on_host) * page_size)
         self._storage = PageStorage(1, in_pool, on_host, (self._page,), "float32")
         self._pool = self._storage.device[0]  # [in_pool, self._page]
         self._layer_of: dict[int, int] = {}  # of each page

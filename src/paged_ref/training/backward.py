@@ -16,11 +16,12 @@ import numpy as np
 
 from ..core.device import Array, on_gpu, xp
 from ..core.model.llama import rotate
+from ..tuned.linear import product
 
 QUERY_CHUNK = 64  # queries whose scores exist at the same time; keys after the last of them are not read
 SCORES = 2**27 if on_gpu else 2**18  # scores that exist at the same time; on a CPU they fit a core's cache
 ROWS = 2**20 if on_gpu else 2**7  # tokens of one pass of elementwise operations
-LOGIT_ROWS = 2**15 if on_gpu else 2**9  # tokens whose logits exist at the same time
+LOGITS = 2**27 if on_gpu else 2**20  # logits that exist at the same time
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
@@ -93,6 +94,12 @@ def swiglu_backward(dy: Array, gate_up: Array) -> tuple[Array, Array]:
 def row_blocks(num_rows: int) -> Iterator[slice]:
     """All rows in parts that fit the cache, so that a chain of operations reads them from there."""
     return (slice(first, first + ROWS) for first in range(0, num_rows, ROWS))
+
+
+def logit_rows(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """All rows in parts with at most LOGITS logits, or of one row."""
+    count = max(1, LOGITS // vocab_size)
+    return (slice(first, first + count) for first in range(0, num_rows, count))
 
 
 def _sigmoid(x: Array, out: Array | None = None) -> Array:
@@ -228,9 +235,8 @@ def cross_entropy(h: Array, head: Array, targets: Array, token_weight: float) ->
     together they would be the largest array of all.
     """
     dh, dhead, loss = xp.empty_like(h), xp.zeros_like(head), xp.zeros((), dtype=np.float64)
-    for first in range(0, h.shape[0], LOGIT_ROWS):
-        rows = slice(first, first + LOGIT_ROWS)
-        p = h[rows] @ head.T  # [rows, vocab_size]; logits so far
+    for rows in logit_rows(h.shape[0], head.shape[0]):
+        p = product(h[rows], head.T)  # [rows, vocab_size]; logits so far
         target = xp.arange(p.shape[0]), targets[rows]
         p -= p.max(axis=1, keepdims=True)
         chosen = p[target]  # [rows]
@@ -239,6 +245,6 @@ def cross_entropy(h: Array, head: Array, targets: Array, token_weight: float) ->
         loss += (xp.log(total[:, 0]) - chosen).sum(dtype=np.float64)
         p *= token_weight / total
         p[target] -= token_weight  # dlogits
-        xp.matmul(p, head, out=dh[rows])
-        dhead += p.T @ h[rows]
+        dh[rows] = product(p, head)
+        dhead += product(p.T, h[rows])
     return token_weight * float(loss), dh, dhead

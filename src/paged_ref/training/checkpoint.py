@@ -6,9 +6,11 @@ Each file is written under another name and then renamed, so that there is a com
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from safetensors.numpy import save
 
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
+from ..extras.memory_limit import machine_memory
+from ..extras.reading import open_file, parse_json
 from .parameters import Parameters
 
 STATE = "training_state.safetensors"
@@ -68,21 +72,64 @@ def hf_config(config: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
 def save_state(directory: Path, state: State) -> None:
     """Write the state. Raises ValueError where it cannot be written; the previous state then stays."""
     metadata = {"run": json.dumps(state.run), "step": str(state.step)}
+    metadata["sha256"] = _checksum(metadata["run"], metadata["step"], state.arrays)
     put(directory / STATE, save(state.arrays, metadata=metadata))
 
 
 def load_state(directory: Path) -> State:
-    """Read the state. Raises ValueError where there is none, or it is broken."""
+    """Read the state. Raises ValueError where there is none, or a bit of it is another one than was written."""
     path = directory / STATE
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} is missing; there is no run to continue")
+    open_file(path, machine_memory()).close()  # refuses what is no regular file, or too large
     try:
         with safe_open(path, framework="np") as file:
-            metadata: Mapping[str, str] = file.metadata()
+            metadata = {"run": "", "step": "", "sha256": "", **(file.metadata() or {})}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-            return State(json.loads(metadata["run"]), int(metadata["step"]), arrays)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if metadata["sha256"] != _checksum(metadata["run"], metadata["step"], arrays):
+            raise ValueError("its checksum is another one; the file is damaged, or of another version")
+        run = parse_json(metadata["run"])
+        if not isinstance(run, dict):
+            raise ValueError(f"run is a {type(run).__name__}; a JSON object is needed")
+        return State(run, int(metadata["step"]), arrays)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a run's state: {error}") from None
+
+
+def _checksum(run: str, step: str, arrays: dict[str, np.ndarray]) -> str:
+    checksum = hashlib.sha256(f"{run} {step}".encode())
+    for name, array in sorted(arrays.items()):
+        checksum.update(f" {name} {array.dtype} {array.shape} ".encode())
+        checksum.update(np.ascontiguousarray(array).reshape(-1).data)
+    return checksum.hexdigest()
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """No other training writes to this directory meanwhile. Raises ValueError where one does already.
+
+    The lock is the system's: it ends with the process, however that ends, and leaves no file.
+    """
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        folder = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be written: {error.strerror}") from None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{directory} is in use: another training writes to it") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if is_new:
+                    directory.rmdir()  # if nothing came of it
+    finally:
+        os.close(folder)
 
 
 def put(path: Path, content: bytes) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..core.model.tokenizer import Tokenizer
+from ..extras.reading import read_file
 
 END = "<|endoftext|>"  # between stories, in text files and as a token, as in GPT-2
 NUM_BYTES = 256
@@ -19,19 +19,19 @@ PIECE = 4096  # characters of a piece, in a text without END
 
 
 def read_stories(path: Path) -> list[str]:
-    """The stories of a text file, plain or .gz, split at END. Raises ValueError.
+    """The stories of a text file, plain or .gz, in UTF-8, split at END. Raises ValueError.
 
-    A text without END is cut where a line ends, into pieces of about PIECE characters.
+    A text that ends inside a character was cut there, and loses that character. A text without END is cut where a line
+    ends, into pieces of about PIECE characters.
     """
-    try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    raw = read_file(path, unpack=True)
     if b"\0" in raw:
         raise ValueError(f"{path} is not text: it holds zero bytes")
-    text = raw.decode("utf-8", errors="ignore")  # the end of a file may be inside a character
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(raw)  # which waits for the rest of the last character
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is {raw[error.start]:#04x}"
+        raise ValueError(f"{path} is not text in UTF-8: {byte}; a text in Latin-1 must be converted") from None
     stories = text.split(END) if END in text else _pieces(text)
     return [story.strip() for story in stories if story.strip()]
 

@@ -11,11 +11,12 @@ import numpy as np
 from ..core.device import Array, on_gpu, xp
 from ..core.model.config import ModelConfig
 from ..core.model.llama import rope_frequencies
+from ..tuned.linear import product
 from .backward import (
-    LOGIT_ROWS,
     causal_attention,
     causal_attention_backward,
     cross_entropy,
+    logit_rows,
     rms_norm,
     rms_norm_backward,
     rope,
@@ -137,14 +138,16 @@ def layer_forward(layer: LayerViews, x: Array, shared: Pass, index: int) -> tupl
     eps, num_heads, num_kv_heads = config.rms_norm_eps, config.num_heads, config.num_kv_heads
     num_qk, head_size = num_heads + num_kv_heads, config.head_size  # the heads that RoPE turns
     h, inverse1 = rms_norm(x, layer.attention_norm, eps)  # [num_tokens, hidden_size]
-    qkv = (h @ layer.qkv.T).reshape(len(x), -1, head_size)  # [num_tokens, num_qk + num_kv_heads, head_size]
+    qkv = product(h, layer.qkv.T).reshape(len(x), -1, head_size)  # [num_tokens, num_qk + num_kv_heads, head_size]
     rope(qkv[:, :num_qk], shared.cos, shared.sin)
     mixed, lse = causal_attention(qkv, shared.lengths, num_heads, num_kv_heads)  # [num_tokens, num_heads, head_size]
-    middle = shared.dropout(mixed.reshape(len(x), -1) @ layer.output.T, 2 * index + 1)  # [num_tokens, hidden_size]
+    middle = shared.dropout(
+        product(mixed.reshape(len(x), -1), layer.output.T), 2 * index + 1
+    )  # [num_tokens, hidden_size]
     middle += x
     h, inverse2 = rms_norm(middle, layer.mlp_norm, eps)  # [num_tokens, hidden_size]
-    gate_up = h @ layer.gate_up.T  # [num_tokens, 2 * intermediate_size]
-    y = shared.dropout(swiglu(gate_up) @ layer.down.T, 2 * index + 2)  # [num_tokens, hidden_size]
+    gate_up = product(h, layer.gate_up.T)  # [num_tokens, 2 * intermediate_size]
+    y = shared.dropout(product(swiglu(gate_up), layer.down.T), 2 * index + 2)  # [num_tokens, hidden_size]
     y += middle
     saved = {
         "x": x, "inverse1": inverse1, "qkv": qkv, "mixed": mixed, "lse": lse,
@@ -175,26 +178,28 @@ def layer_backward(layer: LayerViews, gradient: LayerViews, dy: Array, saved: Sa
     num_qk = config.num_heads + config.num_kv_heads
 
     ddown = shared.dropout(dy.copy(), 2 * index + 2)  # [num_tokens, hidden_size]
-    dgate_up, activated = swiglu_backward(ddown @ layer.down, saved["gate_up"])  # [num_tokens, 2 * inter...], half
-    gradient.down[...] += ddown.T @ activated
+    dgate_up, activated = swiglu_backward(
+        product(ddown, layer.down), saved["gate_up"]
+    )  # [num_tokens, 2 * inter...], half
+    gradient.down[...] += product(ddown.T, activated)
     h = middle * saved["inverse2"]  # [num_tokens, hidden_size]
     h *= layer.mlp_norm
-    gradient.gate_up[...] += dgate_up.T @ h
-    dmiddle, dnorm = rms_norm_backward(dgate_up @ layer.gate_up, middle, saved["inverse2"], layer.mlp_norm)
+    gradient.gate_up[...] += product(dgate_up.T, h)
+    dmiddle, dnorm = rms_norm_backward(product(dgate_up, layer.gate_up), middle, saved["inverse2"], layer.mlp_norm)
     gradient.mlp_norm[...] += dnorm
     dmiddle += dy  # [num_tokens, hidden_size]
 
     doutput = shared.dropout(dmiddle.copy(), 2 * index + 1)  # [num_tokens, hidden_size]
     mixed, lse, qkv = saved["mixed"], saved["lse"], saved["qkv"]
-    gradient.output[...] += doutput.T @ mixed.reshape(len(x), -1)
-    dmixed = (doutput @ layer.output).reshape(mixed.shape)  # [num_tokens, num_heads, head_size]
+    gradient.output[...] += product(doutput.T, mixed.reshape(len(x), -1))
+    dmixed = product(doutput, layer.output).reshape(mixed.shape)  # [num_tokens, num_heads, head_size]
     dqkv = causal_attention_backward(dmixed, qkv, mixed, lse, shared.lengths, config.num_heads, config.num_kv_heads)
     rope(dqkv[:, :num_qk], shared.cos, -shared.sin)  # turned back
     dqkv = dqkv.reshape(len(x), -1)  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
     h = x * saved["inverse1"]  # [num_tokens, hidden_size]
     h *= layer.attention_norm
-    gradient.qkv[...] += dqkv.T @ h
-    dx, dnorm = rms_norm_backward(dqkv @ layer.qkv, x, saved["inverse1"], layer.attention_norm)
+    gradient.qkv[...] += product(dqkv.T, h)
+    dx, dnorm = rms_norm_backward(product(dqkv, layer.qkv), x, saved["inverse1"], layer.attention_norm)
     gradient.attention_norm[...] += dnorm
     dx += dmiddle
     return dx
@@ -215,8 +220,7 @@ def _add_rows(table: Array, ids: Array, rows: Array) -> None:
     `table [vocab_size, hidden_size]`, `ids [num_tokens]`, `rows [num_tokens, hidden_size]`.
     """
     if on_gpu:  # atomic adds have no fixed order; a product with ones and zeros has one
-        for first in range(0, len(ids), LOGIT_ROWS):
-            part = slice(first, first + LOGIT_ROWS)
+        for part in logit_rows(len(ids), len(table)):
             chosen = xp.arange(len(table))[:, None] == ids[part]  # [vocab_size, part]
             table += chosen.astype(rows.dtype) @ rows[part]
         return

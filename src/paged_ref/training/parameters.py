@@ -86,13 +86,24 @@ class Parameters:
         return names
 
     def export(self, dtype: DTypeLike) -> dict[str, np.ndarray]:
-        """Copies on the host under Hugging Face's names."""
-        return {name: to_host(view).astype(dtype) for name, view in self.by_name().items()}
+        """Copies on the host under Hugging Face's names. Raises ValueError where a weight does not fit the dtype."""
+        with np.errstate(over="ignore"):  # looked at below
+            arrays = {name: to_host(view).astype(dtype) for name, view in self.by_name().items()}
+        for name, array in arrays.items():
+            require_numbers(f"{name} in {np.dtype(dtype).name}", array)
+        return arrays
 
     def fill(self, weights: Mapping[str, Any]) -> None:
         """Copy the values from arrays under Hugging Face's names."""
         for name, view in self.by_name().items():
             view[...] = xp.asarray(weights[name])
+
+
+def require_numbers(name: str, array: np.ndarray) -> None:
+    """Raise ValueError where `array` holds NaN or inf."""
+    wrong = array.size - int(np.isfinite(array).sum())
+    if wrong:
+        raise ValueError(f"{name} has {wrong} of {array.size} numbers that are NaN or inf; they are not written")
 
 
 def _shapes(config: ModelConfig) -> dict[tuple[int, str], tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -75,15 +76,14 @@ class CopyStream:
             self._copy_planes(host, device, xp.cuda.runtime.memcpyHostToDevice)
 
     def _copy_planes(self, source: Array, target: Array, direction: int) -> None:
-        """One copy for all planes, unless the distance between planes is too large for that."""
+        """One copy for all planes, unless the distance between planes is too large for that: then one for each."""
         pitch, target_pitch, width = source.strides[0], target.strides[0], source[0].nbytes
-        height = len(source) if max(pitch, target_pitch) <= MAX_PITCH else 1
-        at, to = address_of(source), address_of(target)
-        for plane in range(0, len(source), height):
-            xp.cuda.runtime.memcpy2DAsync(
-                to + plane * target_pitch, target_pitch, at + plane * pitch, pitch, width, height, direction,
-                self._stream.ptr,
-            )  # fmt: skip
+        at, to, runtime = address_of(source), address_of(target), xp.cuda.runtime
+        if max(pitch, target_pitch) <= MAX_PITCH:
+            runtime.memcpy2DAsync(to, target_pitch, at, pitch, width, len(source), direction, self._stream.ptr)
+            return
+        for plane in range(len(source)):  # a pitch beyond the limit is refused even for a single row
+            runtime.memcpyAsync(to + plane * target_pitch, at + plane * pitch, width, direction, self._stream.ptr)
 
     def gather(self, host: np.ndarray, rows: np.ndarray, device: Array) -> None:
         """Copy `host[rows]` to the leading rows of `device`."""
@@ -100,11 +100,16 @@ def pinned(shape: tuple[int, ...], dtype: str, fill: float = np.nan) -> np.ndarr
     """Host memory full of `fill`; page-locked where a GPU is, so that copies are fast."""
     if not on_gpu:
         return np.full(shape, fill, dtype=dtype)
-    import cupyx
-
-    host: np.ndarray = cupyx.empty_pinned(shape, dtype=dtype)
+    host = exactly_pinned(shape, np.dtype(dtype))
     host.fill(fill)
     return host
+
+
+def exactly_pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Page-locked memory on a machine with a GPU, of this size to the byte, given back with its last array. (CuPy's own
+    pool rounds up to a power of two, so that 70 GB would ask for 128 GiB, and gives nothing back.)"""
+    memory = xp.cuda.PinnedMemoryPointer(xp.cuda.PinnedMemory(max(1, math.prod(shape) * dtype.itemsize)), 0)
+    return np.ndarray(shape, dtype, memory)
 
 
 def _event() -> Any:

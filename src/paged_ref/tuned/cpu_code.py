@@ -21,6 +21,7 @@ from typing import Any
 from llvmlite import binding as llvm
 
 from .cpu_machine import cpu_features, cpu_name
+from .numba_cache import folder, only_mine
 
 HERE = Path(__file__).parent
 # The arguments of the functions in cpu_loop.py: i, f: an int64, a float32; I, F: pointers to such; K: a pointer to the
@@ -39,12 +40,13 @@ def function(name: str, cache_type: str = "f", *fixed: int) -> Callable[..., Non
     """The compiled form of cpu_loop's function `name`, for caches of the dtype with the letter `cache_type`. With
     `fixed`: of the function that cpu_loop's `name` returns for tuples of these lengths."""
     symbol = "_".join(map(str, (name, cache_type, *fixed)))
-    file = _folder() / f"paged_ref.{symbol}.{_digest()}.o"
-    try:
-        code = file.read_bytes()
-    except OSError:
+    place = folder()
+    file = None if place is None else Path(place, f"paged_ref.{symbol}.{_digest()}.o")
+    code = None if file is None else _kept(file)
+    if code is None:
         code = _compile(name, cache_type, fixed, symbol)
-        _keep(file, code)
+        if file is not None:
+            _keep(file, code)
     return _load(code, symbol, SIGNATURES[name])
 
 
@@ -58,17 +60,16 @@ def _digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _folder() -> Path:
-    """Where code is kept: where Numba is told to keep its own, else beside the sources, else with the user's caches."""
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(os.environ["NUMBA_CACHE_DIR"])
-    return HERE / "__pycache__" if os.access(HERE, os.W_OK) else Path.home() / ".cache" / "paged_ref"
+def _kept(file: Path) -> bytes | None:
+    """What `_keep` wrote; None where it wrote nothing, or where another user may have written since."""
+    with suppress(OSError), file.open("rb") as opened:
+        return opened.read() if only_mine(os.fstat(opened.fileno())) else None
+    return None
 
 
 def _keep(file: Path, code: bytes) -> None:
-    """Write the file. Another process sees all of it or no file. Where nothing can be written, nothing is kept."""
+    """Write the file, for this user alone. Another process sees all of it or no file."""
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as written:
             written.write(code)
         Path(written.name).replace(file)

@@ -78,9 +78,3 @@ def passes_of(row_bytes: int, head_bytes: int) -> tuple[int, int]:
     short: then sums stay in registers throughout, and the hardware's own prefetches are enough.
     """
     return (4, min(PREFETCH_LINES, -(-head_bytes // 64))) if row_bytes > 512 else (TILE, 0)
-
-
-def threads() -> int:
-    """The cores that this process may use, or as many threads as NUMBA_NUM_THREADS says."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get("NUMBA_NUM_THREADS") or cores)

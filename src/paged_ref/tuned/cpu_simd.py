@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -26,37 +24,17 @@ from ..extras.variants import PLAIN, Variant
 from . import cpu_machine as machine
 from .cpu_code import function
 from .cpu_machine import LANES, TILE
+from .threads import in_threads, num_threads
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
 NUM_FIELDS = 12  # of an item: cpu_loop.py names them
 
-# The threads are Python's own: compiled code releases the interpreter, so they run side by side. The OpenMP threads of
-# Numba's parallel loops would spin after each loop and slow NumPy's BLAS, which the model runs between two calls, 2 to
-# 4 times.
-THREADS = machine.threads()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, THREADS - 1), thread_name_prefix="attention")
-
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child makes its own
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def in_threads(function: Callable[..., None], threads: int, *arguments: Any) -> None:
-    """Run `function(mine, threads, *arguments)` for each `mine` below `threads`, one of them in this thread."""
-    others = [_pool().submit(function, mine, threads, *arguments) for mine in range(1, threads)]
-    function(0, threads, *arguments)
-    for other in others:
-        other.result()
-
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine; None where it can."""
-    return None
+    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")  # asked without importing the compiler
+    return "its loop is for the compiler, and NUMBA_DISABLE_JIT is set" if disabled else None
 
 
 @cache
@@ -113,7 +91,7 @@ def attend(call: AttentionCall, copy_tiles: bool = False) -> None:
     sizes = plan.sizes(call, padded, copy_tiles, not variant.softcap and variant.alibi_slopes is None)
     threads = 1
     if plan.products * num_heads * head_size >= machine.MIN_PARALLEL_WORK:
-        threads = min(THREADS, plan.num_items)
+        threads = min(num_threads(), plan.num_items)
     scratch = _Scratch(threads, plan.most_blocks, num_rows, padded, call.keys.dtype)
     loop = function("attend_items", _LETTERS[call.keys.dtype], num_rows, num_columns)
     parts_out, slopes = _at(parts), _at(heads)

@@ -22,20 +22,20 @@ float8: e4m3's two codes for not-a-number read as 480, so what is stored must be
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import device
-from ..core.attention.attention import AttentionCall
+from ..core.attention.attention import Addresses, AttentionCall
 from ..core.attention.cuda import Launch
 from ..core.device import Array, module_of
 from ..extras.formats import BFLOAT16, FLOAT8, INT8, format_name
 from ..extras.variants import PLAIN
 from . import launching
 from .flat_views import address_of, flat_view, span_bytes
+from .machine_code import Parameters, parameters
 
 if TYPE_CHECKING:
     from .flash_variant import KernelVariant
@@ -51,7 +51,7 @@ def unavailable() -> str | None:
     """Why this backend cannot run on this machine; None where it can."""
     if (reason := launching.unavailable()) is not None:
         return reason
-    major, minor = launching.capability(int(device.xp.cuda.Device().id))
+    major, minor = launching.capability(launching.current_device())
     if (major, minor) < OLDEST:
         return f"the GPU has compute capability {major}.{minor}; {OLDEST[0]}.{OLDEST[1]} is needed"
     return None
@@ -59,9 +59,19 @@ def unavailable() -> str | None:
 
 def unsupported(call: AttentionCall) -> str | None:
     """Why this backend cannot run this call; None where it can."""
-    if module_of(call.query) is np:
+    if not launching.takes(call.query):
         return "query lies in host memory; the kernels read the GPU's (CuPy arrays)"
-    return unsupported_by_kernels(call)
+    keys, values = call.keys, call.values
+    what = (
+        call.query.dtype.num, call.query.shape[-1], keys.dtype.num, keys.shape, keys.strides, values.strides,
+        (address_of(keys) | address_of(values)) % ITEM_BYTES,
+    )  # fmt: skip
+    if what not in _reasons:
+        _reasons[what] = unsupported_by_kernels(call)
+    return _reasons[what]
+
+
+_reasons: dict[Any, str | None] = {}  # for each kind of query and cache that was asked for
 
 
 def unsupported_by_kernels(call: AttentionCall) -> str | None:
@@ -127,46 +137,91 @@ def number_of_splits(blocks: int, max_keys: int, places: int) -> int:
     return 1 + next(i for i, one in enumerate(shares) if one >= 0.9 * max(shares))
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the shapes of a call decide: a later call of the same shapes only puts its arrays in."""
+
+    variant: KernelVariant
+    kernels: tuple[tuple[Any, tuple[int, int]], ...]  # with their grids; the last one is for sequences of few queries
+    combine: tuple[Any, tuple[int, int]] | None  # where sequences are split
+    num_splits: int
+    part_sizes: tuple[int, int]  # numbers in the parts' outputs and log-sum-exps; of split sequences
+    scalars: tuple[Any, ...]  # the kernel's, in order, after those of `where`
+    types: list[Parameters] = field(default_factory=list)  # of each launch, known after the first call
+
+
+_plans: dict[Any, Plan] = {}  # by `_shapes_of`
+MAX_PLANS = 4096  # block tables grow with their sequences, and each width is a shape of its own
+
+
 def launches(call: AttentionCall, num_splits: int | None = None, processors: int = 1) -> list[Launch]:
     """What to launch for this call, whose `out` must be contiguous. Also runs in the tracer, on NumPy arrays.
 
     `num_splits=None` chooses for a GPU with so many multiprocessors. Prefill is never split.
     """
+    if call.query.shape[0] == 0 or len(call.addresses.seq_lens) == 0:
+        return []
+    return _filled(_plan(call, num_splits, processors), call)
+
+
+def _plan(call: AttentionCall, num_splits: int | None, processors: int) -> Plan:
     from .flash_combine import combine_kernel
     from .flash_kernels import attention_kernel
-    from .flash_variant import MAX_SPLIT_QUERIES, NUM_THREADS
+    from .flash_variant import MAX_SPLIT_QUERIES
 
-    xp, variant = module_of(call.query), kernel_variant_of(call)
+    variant = kernel_variant_of(call)
     num_tokens, num_heads, head_size = call.query.shape
     num_seqs, num_kv_heads = len(call.addresses.seq_lens), call.keys.shape[-2]
-    if num_tokens == 0 or num_seqs == 0:
-        return []
     if num_splits is None:
         blocks = min(num_tokens, num_seqs) * num_kv_heads * -(-variant.group_size // variant.rows_per_block)
         places = processors * variant.blocks_per_multiprocessor
         num_splits = number_of_splits(blocks, _longest(call), places)
     variant = replace(variant, split=num_splits > 1)
-
-    lse = call.lse if call.lse is not None else xp.empty((num_tokens, num_heads), dtype=np.float32)
-    out, lse = _bits(call.out), lse.ravel()
-    args, sinks = _arguments(call, variant, lse)
-    found = []
+    kernels = []
     if variant.mixed:
         prefill = replace(variant, prefill=True, split=False)
         blocks = num_tokens * variant.group_size // prefill.rows_per_block + num_seqs
-        found.append(Launch(attention_kernel(prefill), (blocks * num_kv_heads, 1), NUM_THREADS, (out, lse, *args)))
+        kernels.append((attention_kernel(prefill), (blocks * num_kv_heads, 1)))
     items = num_seqs if variant.mixed else num_tokens
-    grid = (items * variant.blocks_per_item * num_kv_heads, num_splits)
-    if not variant.split:
-        return [*found, Launch(attention_kernel(variant), grid, NUM_THREADS, (out, lse, *args))]
+    kernels.append((attention_kernel(variant), (items * variant.blocks_per_item * num_kv_heads, num_splits)))
     items *= MAX_SPLIT_QUERIES if variant.mixed else 1
-    part_out = xp.empty(items * num_heads * num_splits * head_size, dtype=np.float32)
-    part_lse = xp.empty(items * num_heads * num_splits, dtype=np.float32)
-    found.append(Launch(attention_kernel(variant), grid, NUM_THREADS, (part_out, part_lse, *args)))
-    combine = combine_kernel(variant.query, variant.head_size, variant.sinks, variant.mixed)
-    loc = xp.ascontiguousarray(call.addresses.query_start_loc)
-    parts = (out, lse, part_out, part_lse, loc, np.int64(num_heads), np.int64(num_splits), sinks)
-    return [*found, Launch(combine, (items * num_heads, 1), NUM_THREADS, parts)]
+    combine = combine_kernel(variant.query, head_size, variant.sinks, variant.mixed) if variant.split else None
+    softcap = (call.variant or PLAIN).softcap
+    scalars = (
+        np.int64(num_seqs), np.int64(num_kv_heads), *_strides(call.keys), *_strides(call.values),
+        np.float32(call.scale), np.int64(call.window or 0), np.float32(softcap or 0),
+    )  # fmt: skip
+    return Plan(
+        variant, tuple(kernels), combine and (combine, (items * num_heads, 1)), num_splits,
+        (items * num_heads * num_splits * head_size, items * num_heads * num_splits), scalars,
+    )  # fmt: skip
+
+
+def _filled(plan: Plan, call: AttentionCall) -> list[Launch]:
+    """The launches of a plan, with the arrays of this call."""
+    from .flash_variant import NUM_THREADS
+
+    xp, addresses, asked = module_of(call.query), call.addresses, call.variant or PLAIN
+    lse = call.lse if call.lse is not None else xp.empty(call.query.shape[:2], dtype=np.float32)
+    out, lse = _bits(call.out), lse.reshape(-1)
+    loc = xp.ascontiguousarray(addresses.query_start_loc)
+    slopes, sinks, *scales = (  # `lse` stands for arrays that are not read
+        lse if array is None else xp.ascontiguousarray(array)
+        for array in (asked.alibi_slopes, asked.sinks, asked.key_scales, asked.value_scales)
+    )
+    args = (
+        _query(call.query, plan.variant.exact), flat_view(call.keys, np.uint32), flat_view(call.values, np.uint32),
+        *_where(addresses), xp.ascontiguousarray(addresses.seq_lens), loc, *plan.scalars, slopes, sinks, *scales,
+    )  # fmt: skip
+    found = [Launch(kernel, grid, NUM_THREADS, (out, lse, *args)) for kernel, grid in plan.kernels]
+    if plan.combine is None:
+        return found
+    part_out, part_lse = (xp.empty(size, dtype=np.float32) for size in plan.part_sizes)
+    kernel, grid = plan.kernels[-1]
+    found[-1] = Launch(kernel, grid, NUM_THREADS, (part_out, part_lse, *args))
+    num_heads, num_splits = np.int64(call.query.shape[1]), np.int64(plan.num_splits)
+    parts = (out, lse, part_out, part_lse, loc, num_heads, num_splits, sinks)
+    return [*found, Launch(*plan.combine, NUM_THREADS, parts)]
 
 
 def _longest(call: AttentionCall) -> int:
@@ -177,54 +232,65 @@ def _longest(call: AttentionCall) -> int:
     return int(call.keys.shape[0]) // len(call.addresses.seq_lens)  # an estimate: regions are about equal
 
 
-def _arguments(call: AttentionCall, variant: KernelVariant, none: Array) -> tuple[tuple[Any, ...], Array]:
-    """The attention kernel's arguments after `out` and `lse`, and the sinks. `none` stands for arrays not read."""
-    xp, addresses, asked = module_of(call.query), call.addresses, call.variant or PLAIN
-    query = _bits(xp.ascontiguousarray(call.query))
-    if variant.exact:
-        if address_of(query) % ITEM_BYTES:
-            query = query.copy()
-        query = query.view(np.uint32)
-    tables, where_stride = addresses.block_tables, 1
-    if tables is not None:
-        if tables.strides[1] != tables.dtype.itemsize:
-            tables = xp.ascontiguousarray(tables)
-        where, where_stride = flat_view(tables), tables.strides[0] // tables.dtype.itemsize
-    else:
-        where = xp.ascontiguousarray(addresses.starts)
+def _query(query: Array, exact: bool) -> Array:
+    """The query, flat, as the kernel reads it."""
+    flat = _bits(module_of(query).ascontiguousarray(query))
+    if not exact:
+        return flat
+    return (flat.copy() if address_of(flat) % ITEM_BYTES else flat).view(np.uint32)
 
-    def per_head(array: Array | None) -> Array:
-        return none if array is None else xp.ascontiguousarray(array)
 
-    sinks = per_head(asked.sinks)
-    args = (
-        query, flat_view(call.keys, np.uint32), flat_view(call.values, np.uint32),
-        where, np.int64(where_stride),
-        xp.ascontiguousarray(addresses.seq_lens), xp.ascontiguousarray(addresses.query_start_loc),
-        np.int64(len(addresses.seq_lens)), np.int64(call.keys.shape[-2]), *_strides(call.keys), *_strides(call.values),
-        np.float32(call.scale), np.int64(call.window or 0), np.float32(asked.softcap or 0),
-        per_head(asked.alibi_slopes), sinks, per_head(asked.key_scales), per_head(asked.value_scales),
+def _where(addresses: Addresses) -> tuple[Array, np.int64]:
+    """The block tables, flat, and the step from a row to the next; or the starts."""
+    tables = addresses.block_tables
+    if tables is None:
+        return module_of(addresses.starts).ascontiguousarray(addresses.starts), np.int64(1)
+    if tables.strides[1] != tables.itemsize:
+        tables = module_of(tables).ascontiguousarray(tables)
+    return flat_view(tables), np.int64(tables.strides[0] // tables.itemsize)
+
+
+def _shapes_of(call: AttentionCall) -> tuple[Any, ...]:
+    """What decides the plan of a call."""
+    query, keys, addresses, asked = call.query, call.keys, call.addresses, call.variant
+    where: Array = addresses.starts if addresses.block_tables is None else addresses.block_tables
+    variant = asked and (
+        asked.softcap, asked.alibi_slopes is None, asked.sinks is None, asked.key_scales is None,
+        asked.value_scales is None,
     )  # fmt: skip
-    return args, sinks
+    return (
+        query.shape, query.dtype.num, keys.shape, keys.strides, keys.dtype.num, call.values.strides,
+        where.shape, where.dtype.num, len(addresses.seq_lens), addresses.seq_lens.dtype.num,
+        addresses.query_start_loc.dtype.num, call.scale, call.window, variant, launching.current_device(),
+    )  # fmt: skip
 
 
 def attend(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`, in order with what CuPy's current stream does. The host waits for nothing."""
-    xp = device.xp
     out = call.out
+    if call.query.shape[0] == 0 or len(call.addresses.seq_lens) == 0:
+        return
     if not out.flags.c_contiguous:
-        call = replace(call, out=xp.empty(out.shape, dtype=out.dtype))
-    number = int(xp.cuda.Device().id)
-    processors = launching.properties(number)["multiProcessorCount"]
-    for launch in launches(call, None, int(processors)):
-        launching.start(launch)
+        call = replace(call, out=module_of(out).empty(out.shape, dtype=out.dtype))
+    shapes = _shapes_of(call)
+    plan = _plans.get(shapes)
+    if plan is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        plan = _plans[shapes] = _plan(call, None, launching.processors())
+    filled = _filled(plan, call)
+    if not plan.types:
+        plan.types.extend(parameters(launch.args) for launch in filled)
+    for launch, types in zip(filled, plan.types, strict=True):
+        launching.start(launch, types)
     if call.out is not out:
         out[...] = call.out
 
 
 def _bits(array: Array) -> Array:
     """A contiguous query or output, flat: 16-bit floats as their bits."""
-    return array.ravel().view(np.uint16) if array.dtype.itemsize == 2 else array.ravel()
+    flat = array.reshape(-1)
+    return flat.view(np.uint16) if array.itemsize == 2 else flat
 
 
 def _strides(cache_array: Array) -> list[np.uint32]:

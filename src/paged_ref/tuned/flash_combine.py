@@ -1,4 +1,4 @@
-"""The kernel that merges the parts of split sequences: `merge_states` in CUDA, with the sinks."""
+"""Kernels that merge attention over parts of the keys: `merge_states` in CUDA, with the sinks; and one part more."""
 
 from __future__ import annotations
 
@@ -56,3 +56,26 @@ def combine_kernel(query: str, head_size: int, with_sinks: bool, mixed: bool):
                 lse[to] = MINUS_INFINITY if empty else (highest + math.log2(total)) * TO_BASE_E
 
     return flash_combine
+
+
+@cuda.jit
+def add_part_kernel(out, lse, part, part_lse, head_size):
+    """Merge one more part into `out` and `lse`, float32. All arrays are flat, and an empty part changes nothing.
+
+    out, part      [num_rows, head_size]; a row is a query and a head
+    lse, part_lse  [num_rows], natural logarithms
+    Launch with the grid (num_rows, 1) and any number of threads.
+    """
+    row = cuda.blockIdx.x
+    ours, other = lse[row], part_lse[row]
+    cuda.syncthreads()  # All have read lse[row] before a thread writes it.
+    if other == float32(-math.inf):
+        return
+    shift = max(ours, other)
+    weight, other_weight = math.exp(ours - shift), math.exp(other - shift)
+    norm = float32(1) / (weight + other_weight)
+    for i in range(cuda.threadIdx.x, head_size, cuda.blockDim.x):
+        at = row * head_size + i
+        out[at] = (out[at] * weight + float32(part[at]) * other_weight) * norm
+    if cuda.threadIdx.x == 0:
+        lse[row] = shift + math.log(weight + other_weight)

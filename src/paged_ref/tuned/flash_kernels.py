@@ -22,7 +22,8 @@ Four things that are easy to miss:
 * The tensor core multiplies 16 rows by 8 columns. Q · Kᵀ fills eight of the rows, so the other eight hold what
   rounding Q to 16 bits lost, and the halves of the result are added. (A Q that loses nothing fills them with its
   own other half: see `add_scores`.) P is multiplied twice: rounded, and what rounding lost. So the answer has nearly
-  float32's accuracy, at 8 instructions more for each tile.
+  float32's accuracy, at 8 instructions more for each tile. (Float32 queries over float32 caches, in pairs of tf32: off
+  by up to 5e-6 of the sum of |weight * value|, 4.65e-6 measured where logits spread over 60.)
 * S = Q · Kᵀ, but Oᵀ = Vᵀ · Pᵀ: then the lane that computed a score holds it where the next product wants it.
 * Which key or number of a head stands in which place of a fragment is free, as long as both operands agree. Here a
   lane's operands are 16 consecutive bytes of the cache, so K and V go from global memory straight to the tensor cores.

@@ -12,7 +12,7 @@ from ..core.device import Array, module_of
 
 def address_of(array: Array) -> int:
     """Where the first element lies, in the memory of the array's device."""
-    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+    return int(array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr)
 
 
 def span_bytes(array: Array) -> int:
@@ -24,6 +24,9 @@ def span_bytes(array: Array) -> int:
 def flat_view(array: Array, dtype: DTypeLike | None = None) -> Array:
     """The memory from the first element to the last, gaps included, as a flat array of `dtype` (None: the array's
     own). No copy."""
+    if array.flags.c_contiguous:
+        flat = array.reshape(-1)
+        return flat if dtype is None else flat.view(dtype)
     dtype = array.dtype if dtype is None else np.dtype(dtype)
     size = span_bytes(array)
     if not isinstance(array, np.ndarray):

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ..core.device import Array
+from ..core.attention.attention import Addresses, AttentionCall, attend
+from ..core.device import Array, module_of
 from ..core.memory.kv import KVCache
 from ..core.memory.manager import Transfer
 from ..extras.formatted_kv import FormattedKV
-from . import store
+from . import fused, store
 from .copies import CopyStream, pinned
 
 
@@ -34,6 +35,17 @@ class TunedKV(KVCache):
 
     def _host_array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return pinned(shape, dtype, self.nan)
+
+    def turn_and_attend(
+        self, layer: int, qk: Array, value: Array, cos: Array, sin: Array, addresses: Addresses, window: int | None
+    ) -> Array:
+        """RoPE, then `attend`, for `qk [num_tokens, num_heads + num_kv_heads, head_size]` before RoPE: one kernel turns
+        queries and keys and writes K and V."""
+        query = fused.turn_and_write(qk, value, cos, sin, *self.slots[layer], addresses.slot_mapping)
+        keys, values = (self.slots if addresses.block_tables is None else self.layers)[layer]
+        out, variant = module_of(query).empty(query.shape, query.dtype), self.variants[layer]
+        attend(AttentionCall(query, keys, values, addresses, self.scale, window, out, variant=variant), self.backend)
+        return out
 
     def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
         if not store.write(key, value, *self.layers[layer], slot_mapping):

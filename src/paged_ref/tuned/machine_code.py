@@ -5,6 +5,7 @@ The launch path loads exactly this code, so what the tests read without a GPU is
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -39,16 +40,30 @@ def bounds_of(launch: Launch) -> tuple[int, int]:
     return launch.kernel.targetoptions.get("launch_bounds") or (launch.num_threads, 1)
 
 
+# By a dtype's number: a number's name, and a pointer's. (`dtype.name` is Python code in NumPy, and takes microseconds.)
+_NAMES = {np.dtype(code).num: (np.dtype(code).name, np.dtype(code).name + "*") for code in "?bBhHiIlLqQefd"}
+
+
 def parameters(args: tuple[Any, ...]) -> Parameters:
     """The types of a kernel's arguments: arrays are passed as pointers, NumPy scalars by value."""
-    return tuple(arg.dtype.name + ("*" if getattr(arg, "ndim", 0) else "") for arg in args)
+    return tuple([_NAMES[arg.dtype.num][arg.ndim > 0] for arg in args])
+
+
+def missing_packages() -> list[str]:
+    """What is not installed of what compiles and reads kernels; the extra `ptx` brings all of it."""
+    found = {
+        "numba-cuda": importlib.util.find_spec("numba_cuda"),  # Numba's own cuda takes no launch_bounds
+        "cuda-bindings": importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"),
+        "nvidia-cuda-nvdisasm": disassembler(),
+    }
+    return [package for package, place in found.items() if place is None]
 
 
 @cache
 def compile_kernel(kernel: Any, types: Parameters, bounds: tuple[int, int], capability: tuple[int, int]) -> Code:
     """Compile for GPUs of this compute capability. `bounds` as `bounds_of` gives them.
 
-    Raises ImportError where numba-cuda or nvJitLink is missing.
+    Raises ImportError where one of the missing_packages is needed, and RuntimeError where nvJitLink is older than NVVM.
     """
     from numba import cuda
     from numba import types as numba_types
@@ -63,7 +78,42 @@ def compile_kernel(kernel: Any, types: Parameters, bounds: tuple[int, int], capa
     ptx, _ = cuda.compile(kernel.py_func, signature, cc=capability, device=False, abi="numba", launch_bounds=bounds)
     name = re.search(r"\.entry (\w+)", ptx)
     assert name is not None
+    check_versions(str(ptx), linker_version())
     return link(str(ptx), name[1], capability)
+
+
+def linker_version() -> tuple[int, int]:
+    """The CUDA version of nvJitLink."""
+    from cuda.bindings import nvjitlink
+
+    major, minor = nvjitlink.version()
+    return int(major), int(minor)
+
+
+def check_versions(ptx: str, linker: tuple[int, int]) -> None:
+    """Raise RuntimeError if nvJitLink is older than NVVM, which names its CUDA version in its PTX. (A newer nvJitLink
+    reads that, and NVIDIA's packages install such pairs.)"""
+    found = re.search(r"release (\d+)\.(\d+)", ptx)
+    if found is not None and (int(found[1]), int(found[2])) > linker:
+        raise RuntimeError(
+            f"NVVM is of CUDA {found[1]}.{found[2]} and nvJitLink of CUDA {linker[0]}.{linker[1]}, which cannot read "
+            "newer PTX: install the packages nvidia-nvvm and nvidia-nvjitlink of one version"
+        )
+
+
+@cache
+def compiler_fault(capability: tuple[int, int]) -> str | None:
+    """Why no kernel can be compiled here, found by compiling a small one; None where it can."""
+    from numba import cuda
+
+    def nothing(array: Any) -> None:
+        array[0] = 0
+
+    try:
+        compile_kernel(cuda.jit(nothing), ("float32*",), (32, 1), capability)
+    except Exception as error:  # of Numba, NVVM, nvJitLink or a loader: whatever it is, no kernel will compile
+        return f"no kernel compiles: {type(error).__name__}: {error}"
+    return None
 
 
 def link(ptx: str, name: str, capability: tuple[int, int]) -> Code:

@@ -80,6 +80,7 @@ def as_it_is(number, scale):
 
 @device
 def to_bfloat16(number, scale):
+    """A NaN stays one, of whatever bits: of a float16's NaN a GPU makes 0x7FFF, where array code keeps 0x7FC0."""
     bits = bits_of(number)
     if number != number:
         return uint16((bits >> 16) | 0x40)

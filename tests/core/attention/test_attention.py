@@ -153,9 +153,9 @@ def test_an_unknown_backend_is_refused_with_those_that_are_known(
 
 def test_a_missing_package_is_a_reason(registry: Any) -> None:
     register("broken", "it imports what is not there", "no_such_package.backend", 0)
-    assert why_not("broken") == "it needs the package no_such_package"
+    assert why_not("broken") == "it cannot start: No module named 'no_such_package'"
     assert backends() == ()
-    with pytest.raises(ValueError, match="it needs the package no_such_package; none can"):
+    with pytest.raises(ValueError, match="it cannot start: No module named 'no_such_package'; none can"):
         attend(plain_call([3]).call, "broken")
 
 

@@ -16,7 +16,7 @@ from paged_ref.core.engine.sequence import Sequence
 from paged_ref.core.memory.block_pool import BlockPool
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
-from paged_ref.core.memory.swapping import SwappingManager
+from paged_ref.extras.swapping import SwappingManager
 
 PAPER = "Four score and seven years ago our"
 PROMPTS = [PAPER, "Once upon a time", "The cat", "One day, Ben found a red box under the tree. " * 4]

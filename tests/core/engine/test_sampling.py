@@ -1,4 +1,4 @@
-"""Drawing tokens, against probabilities worked out by hand, and the bounds of SamplingParams."""
+"""Drawing tokens, against probabilities worked out by hand, and what a logits hook may return."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from paged_ref.core.engine.sampling import RequestError, SamplingParams, apply_logits_hook, draw, random_generator
+from paged_ref.core.engine.sequence import Sequence
 
 PROBABILITY = np.array([0.05, 0.4, 0.15, 0.1, 0.3])
 LOGITS = np.log(PROBABILITY).astype(np.float32)
+SEQUENCE = Sequence(7, [1, 2], prompt_len=2, max_len=9)
 
 
 def frequencies(params: SamplingParams, draws: int = 20_000) -> np.ndarray:
@@ -52,25 +54,20 @@ def test_each_sample_has_its_own_stream() -> None:
         assert random_generator(params, i).random() == random_generator(alone, 0).random()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens is 0; at least 1"),
-        ({"max_tokens": -3}, "max_tokens is -3; at least 1"),
-        ({"temperature": -0.1}, "temperature is -0.1; at least 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0; at least 1"),
-        ({"top_p": 0.0}, "top_p is 0.0; above 0 and at most 1"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"n": 0}, "n is 0; at least 1"),
-        ({"seed": -1}, "seed is -1; at least 0"),
-        ({"stop": ["a", ""]}, "stop holds an empty string"),
-        ({"stop": ""}, "stop holds an empty string"),
-    ],
-)
-def test_params_out_of_bounds(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(**options)
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-308, 1e-30])
+def test_near_temperature_0_the_likeliest_is_drawn(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=0)
+    rng = random_generator(params, 0)
+    logits = np.array([3.0, -1e30, 80.0, -np.inf, 79.5], np.float32)
+    assert {draw(logits, params, rng) for _ in range(20)} == {2}
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.999}])
+def test_a_token_with_probability_0_is_never_drawn(options: dict[str, Any]) -> None:
+    params = SamplingParams(temperature=1.0, **options)
+    rng = np.random.default_rng(0)
+    logits = np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf], np.float32)
+    assert {draw(logits, params, rng) for _ in range(50)} == {1, 3}
 
 
 def test_a_hook_gets_a_copy_and_its_answer_is_used() -> None:
@@ -80,12 +77,30 @@ def test_a_hook_gets_a_copy_and_its_answer_is_used() -> None:
 
     before = LOGITS.copy()
     params = SamplingParams(logits_hook=only_the_last)
-    assert draw(apply_logits_hook(LOGITS, [1, 2], params), params, np.random.default_rng(0)) == 4
+    assert draw(apply_logits_hook(LOGITS, SEQUENCE, params), params, np.random.default_rng(0)) == 4
     np.testing.assert_array_equal(LOGITS, before)
 
 
 def test_a_hook_that_answers_in_another_shape_is_refused() -> None:
     params = SamplingParams(logits_hook=lambda tokens, logits: logits[:2])
     with pytest.raises(RequestError) as caught:
-        apply_logits_hook(LOGITS, [], params)
+        apply_logits_hook(LOGITS, SEQUENCE, params)
     assert str(caught.value.__cause__) == "logits_hook returned shape [2]; [5] is needed"
+
+
+@pytest.mark.parametrize("wrong", [[np.nan, 1, 2, 3, 4], [0, 1, np.inf, 3, 4], [-np.inf] * 5, [0, 1, 2, 3, 10**400]])
+def test_a_hook_whose_answer_has_no_largest_number_is_refused(wrong: Any) -> None:
+    params = SamplingParams(logits_hook=lambda tokens, logits: wrong)
+    with pytest.raises(RequestError) as caught:
+        apply_logits_hook(LOGITS, SEQUENCE, params)
+    if caught.value.__cause__ is None:
+        assert str(caught.value).startswith("sequence 7 cannot go on: its largest logit is ")
+        assert str(caught.value).endswith(" after logits_hook")
+    else:
+        assert isinstance(caught.value.__cause__, OverflowError)
+
+
+def test_a_hook_may_forbid_tokens() -> None:
+    allowed = np.array([-np.inf, -np.inf, 0.5, -np.inf, -np.inf])
+    params = SamplingParams(logits_hook=lambda tokens, logits: logits + allowed)
+    assert draw(apply_logits_hook(LOGITS, SEQUENCE, params), params, np.random.default_rng(0)) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,16 @@ def test_transfers_find_what_the_ones_before_them_left() -> None:
     for block, source in ((0, 0), (1, 0), (2, 0), (3, 5), (4, 4), (5, 4)):
         np.testing.assert_array_equal(after[:, :, block], before[:, :, source])
     np.testing.assert_array_equal(kv.host, before[:, :, [3, 4, 4]])
+
+
+@pytest.mark.parametrize("kind", ["copy", "move"])
+def test_a_chain_of_transfers_of_one_kind(kind: Any) -> None:
+    """No manager makes one: each reads what the one before it wrote, so they cannot be one batch."""
+    kv, before = numbered(5)
+    kv.apply([Transfer(kind, 0, 1), Transfer(kind, 1, 2), Transfer(kind, 4, 1), Transfer(kind, 2, 3)])
+    after = to_host(kv.device)
+    for block, source in ((0, 0), (1, 4), (2, 0), (3, 0), (4, 4)):
+        np.testing.assert_array_equal(after[:, :, block], before[:, :, source])
 
 
 @pytest.mark.parametrize("seed", range(20))

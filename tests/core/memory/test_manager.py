@@ -11,8 +11,8 @@ from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.manager import KVCacheManager, OutOfHostBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.extras.host_swap import SwappablePagedManager
+from paged_ref.extras.swapping import SwappingManager
 
 
 def test_a_manager_says_what_it_can() -> None:

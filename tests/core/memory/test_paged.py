@@ -171,3 +171,12 @@ def test_integrity_finds_a_table_of_the_wrong_size() -> None:
     manager.tables[0].length = 5
     with pytest.raises(AssertionError, match="sequence 0: 1 blocks for 5 tokens"):
         manager.check_integrity()
+
+
+def test_admission_leaves_what_the_scheduler_asks_for_but_not_on_an_empty_device() -> None:
+    manager = paged(4, watermark=1)
+    manager.admit(0, [0] * 4, 8, spare=16)
+    manager.append([(0, 4)])
+    with pytest.raises(OutOfBlocks, match="1 blocks are needed; 3 are available, and 3 of them are spare"):
+        manager.admit(1, [0] * 4, 8, spare=9)
+    manager.admit(1, [0] * 4, 8, spare=8)

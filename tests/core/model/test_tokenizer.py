@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.vocabularies import EOS, TOKENIZERS, each_tokenizer
@@ -15,8 +16,9 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int], prompt_len: int) -> list[str
 
 
 def prompt_text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The prompt's text without a last character that is not complete."""
-    return tokenizer.decode(ids).rstrip(REPLACEMENT)
+    """The prompt's text without a last character that is not complete. One that is has the same tokens again."""
+    text = tokenizer.decode(ids)
+    return text if tokenizer.encode(text)[-3:] == ids[-3:] else text.rstrip(REPLACEMENT)
 
 
 def test_the_template_decides_about_bos() -> None:
@@ -71,3 +73,13 @@ def test_a_special_token_in_between_keeps_the_space() -> None:
     tokenizer = TOKENIZERS["sentencepiece"]
     the = tokenizer.encode("the")[1]
     assert pieces_of(tokenizer, [the, EOS, the, EOS, EOS, the], 0) == ["the", "", " the", "", "", " the", ""]
+
+
+@each_tokenizer
+@pytest.mark.parametrize("prompt", ["\ufffd", "the \ufffd", "a\ufffd\ufffd", "\ufffd\ufffd\ufffd"])
+def test_a_replacement_character_in_the_prompt_stays_there(name: str, prompt: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(prompt)
+    more = tokenizer.encode(prompt + "cat\ufffd")[len(ids) :]
+    pieces = pieces_of(tokenizer, ids + more, len(ids))
+    assert "".join(pieces) == "cat\ufffd"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from paged_ref.timeline.events import StepTimed, read_events
-from paged_ref.views.common.files import check_writable, recording, write_json, write_text
+from paged_ref.views.common.files import check_folder, check_writable, recording, write_json, write_text
 
 
 def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
@@ -23,6 +23,37 @@ def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_and_a_place_that_takes_no_files_are_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"^--json /proc/a.json cannot be written: no file can be made in /proc: "):
+        check_writable(Path("/proc/a.json"), "--json")
+    with pytest.raises(ValueError, match=r"^--out /proc/a/b cannot be written: no file can be made in /proc: "):
+        check_folder(Path("/proc/a/b"), "--out")
+    check_folder(tmp_path / "a" / "b", "--out")
+    check_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file cannot be written: no file can be made in .*file: Not a directory"):
+        check_folder(tmp_path / "file")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+    with pytest.raises(ValueError, match=f"no file can be made in {tmp_path}: No space left on device"):
+        check_writable(tmp_path / "new.json")
+
+
+def test_a_recording_on_a_full_disk_is_one_sentence() -> None:
+    full = "^--record /dev/full cannot be written: No space left on device$"
+
+    def record() -> None:
+        with recording(Path("/dev/full")) as log:
+            assert log is not None
+            with pytest.raises(ValueError, match=full):
+                log(StepTimed(0, 1))
+
+    with pytest.raises(ValueError, match=full):
+        record()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_places_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "old.json"
@@ -32,7 +63,7 @@ def test_read_only_places_are_refused(tmp_path: Path) -> None:
         check_writable(file)
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o500)
-    with pytest.raises(ValueError, match=r"the directory .*folder is read-only"):
+    with pytest.raises(ValueError, match=r"no file can be made in .*folder: Permission denied"):
         check_writable(folder / "new.json")
 
 

@@ -15,9 +15,11 @@ from rich.cells import cell_len
 from support.hand_made_log import BYTES, hand_made
 
 from paged_ref.cli import main
+from paged_ref.extras.plain_text import plain
 from paged_ref.timeline.events import (
     Event,
     SequenceAdmitted,
+    SequenceFreed,
     StepPlanned,
     StepTimed,
     TokenNamed,
@@ -27,7 +29,7 @@ from paged_ref.timeline.events import (
 from paged_ref.timeline.history import histories
 from paged_ref.views.monitor.following import Follower
 from paged_ref.views.monitor.gpu_meter import EVERY, GPUMeter, GPUReading
-from paged_ref.views.monitor.monitor import Live
+from paged_ref.views.monitor.monitor import Command, Live
 from paged_ref.views.monitor.report import as_json, as_prometheus
 from paged_ref.views.monitor.screen import screen
 from paged_ref.views.monitor.state import KEPT, Monitor
@@ -72,12 +74,12 @@ def test_the_numbers_by_hand() -> None:
         "last": 0.002, "mean": pytest.approx(sum(times) / 14e3), "max": 0.003, "total": sum(times) / 1e3,
     }  # fmt: skip
     assert found["tokens_per_second"] == pytest.approx(1e3 * found["tokens"]["sampled"] / sum(times))
-    rows = 4  # 2 held 15 tokens when it was swapped out
+    slots = 4 * 4  # 2 held 15 tokens, in 4 blocks, when it was swapped out
     assert found["swap"] == {
-        "rows_out": rows,
-        "rows_in": rows,
-        "bytes_out": rows * 4 * BYTES,
-        "bytes_in": rows * 4 * BYTES,
+        "slots_out": slots,
+        "slots_in": slots,
+        "bytes_out": slots * BYTES,
+        "bytes_in": slots * BYTES,
     }
     assert found["preemptions"] == 1
     assert found["prefix_cache"] == {"hit_tokens": 16, "asked_tokens": 30, "hit_rate": 16 / 30, "evicted_blocks": 0}
@@ -88,10 +90,8 @@ def test_the_parts_are_those_of_the_snapshot(manager: str) -> None:
     monitor = Monitor()
     for event in hand_made(manager):
         monitor.take(event)
-        last = monitor.last
-        if last is not None:
-            assert sum(last.slots.values()) == monitor.num_slots
-            assert last.running + last.waiting + last.swapped <= 3
+        assert sum(monitor.slots.values()) == monitor.num_slots
+        assert sum(monitor.sequences.values()) <= 3
     assert monitor.hit_rate is None or manager == "paged"
 
 
@@ -128,6 +128,30 @@ def test_it_knows_what_the_timeline_knows(logs: dict[str, list[Event]]) -> None:
         assert not monitor.history.names  # all have finished
     assert monitor.totals.preemptions > 0
     assert monitor.totals.forks > 0
+
+
+def test_a_finished_run_has_one_state(logs: dict[str, list[Event]]) -> None:
+    """JSON, Prometheus text and screen say the same: nothing runs, and no slot holds a token of a sequence."""
+    for events in logs.values():
+        monitor = monitored(events)
+        found = as_json(monitor, None)
+        assert found["sequences"] == {"running": 0, "waiting": 0, "swapped": 0, "finished": 6}
+        assert (found["slots"]["tokens"], found["slots"]["empty"]) == (0, 0)
+        assert found["slots"]["free"] + found["slots"]["cached"] == 48
+        assert 'state="running"} 0.0' in as_prometheus(monitor, None).replace(f'{found["model"]}",', "")
+        shown = screen(monitor, 100, 30).plain
+        assert "0 running, 0 waiting, 0 swapped, 6 finished  " in shown
+        assert "█ 0 % tokens" in shown
+        assert not monitor.state.paged or " 0 used, " in shown
+
+
+def test_every_number_is_of_the_moment() -> None:
+    """A sequence that is admitted after the last step is counted at once."""
+    monitor = monitored(hand_made())
+    before = monitor.sequences, monitor.slots
+    monitor.take(SequenceFreed(1))
+    assert monitor.sequences == before[0] | {"running": 1, "waiting": 1}
+    assert monitor.slots["tokens"] < before[1]["tokens"]
 
 
 def test_a_second_run_begins_anew() -> None:
@@ -179,7 +203,7 @@ def test_prometheus_text_is_what_its_own_parser_reads() -> None:
         for family in families.values():
             for sample in family.samples:
                 if sample.name == f"paged_ref_{name}" and labels.items() <= sample.labels.items():
-                    assert sample.labels["model"] == monitor.history.model
+                    assert sample.labels["model"] == plain(monitor.history.model)
                     return float(sample.value)
         raise AssertionError(name)
 
@@ -330,6 +354,7 @@ def test_without_a_terminal_it_prints_once(log: Path, capsys: pytest.CaptureFixt
         (["FILE", "--run", "demo"], "one of FILE and --run COMMAND is needed"),
         (["nowhere/run.jsonl", "--once"], "nowhere/run.jsonl cannot be read: there is no such file"),
         ([".", "--once"], ". cannot be read: Is a directory"),
+        (["/dev/zero", "--once"], "/dev/zero cannot be read: it is a pipe or a device; a regular file is needed"),
         (["--run"], "--run is ''; it begins with one of"),
         (["--run", "viz"], "--run is 'viz'; it begins with one of demo"),
         (["--run", "demo", "--record=x"], "--run has --record of its own"),
@@ -385,6 +410,7 @@ def test_live_follows_pauses_and_quits(tmp_path: Path) -> None:
     assert "paused" in live.draw(80, 24).plain
     assert not live.playing
     live.press(" ")
+    assert "following run.jsonl" in live.draw(200, 24).plain
     written(path, events)
     live.tick()
     assert f"{len(events)} events" in live.draw(80, 24).plain
@@ -397,6 +423,34 @@ def test_live_follows_pauses_and_quits(tmp_path: Path) -> None:
     written(path, events[:9])
     live.tick()
     assert "9 events" in live.draw(80, 24).plain  # begun anew
+
+
+def test_live_says_when_all_have_finished(logs: dict[str, list[Event]], tmp_path: Path) -> None:
+    live = Live(written(tmp_path / "run.jsonl", logs["paged"]))
+    assert "all 6 sequences of run.jsonl finished" in live.draw(200, 24).plain
+
+
+def test_live_says_why_its_command_failed(tmp_path: Path) -> None:
+    """Before the first event in place of the screen, later in its last line."""
+    script = "import sys; print('working'); print('paged-ref: error: it broke'); print(); sys.exit(2)"
+    with (tmp_path / "output").open("w+", encoding="utf-8") as output:
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=output, text=True)
+        live = Live(tmp_path / "run.jsonl", Command(process, tmp_path / "run.jsonl", output))
+        process.wait()
+        assert "ended with status 2: paged-ref: error: it broke" in live.draw(80, 24).plain
+        written(tmp_path / "run.jsonl", hand_made())
+        live.tick()
+        shown = live.draw(80, 24).plain.split("\n")
+        assert "ended with status 2" in shown[0]
+        assert shown[-1].strip() == "paged-ref: error: it broke"
+
+
+def test_the_help_shows_how_prometheus_gets_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["monitor", "--help"])
+    assert "paged-ref monitor run.jsonl --prometheus > DIR/run.tmp && mv DIR/run.tmp DIR/run.prom" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 # --- the GPU's meter ---------------------------------------------------------------------------------------

@@ -129,9 +129,9 @@ def _load(name: str) -> tuple[Any, str | None]:
         raise ValueError(f"backend is {name!r}; known are auto, {', '.join(known_backends())}")
     try:
         module = importlib.import_module(_backends[name].module)
-    except ImportError as error:
-        return None, f"it needs the package {error.name}"
-    return module, module.unavailable()
+        return module, module.unavailable()
+    except Exception as error:  # whatever keeps one backend from starting, the others can run
+        return None, f"it cannot start: {error}"
 
 
 def known_backends() -> dict[str, str]:

@@ -37,7 +37,8 @@ def attend(call: AttentionCall) -> None:
     slots = np.zeros((len(seq_lens), seq_lens.max(initial=0)), np.int64)  # [num_seqs, longest] where each key lies
     for s, seq_len in enumerate(seq_lens):
         if addresses.block_tables is not None:
-            slots[s, :seq_len] = slot_of(addresses.block_tables[s], np.arange(seq_len), call.keys.shape[1])
+            table = addresses.block_tables[s].astype(np.int64)  # a slot may be beyond what int32 holds
+            slots[s, :seq_len] = slot_of(table, np.arange(seq_len), call.keys.shape[1])
         elif addresses.starts is not None:
             slots[s, :seq_len] = addresses.starts[s] + np.arange(seq_len)
     lse = np.empty(call.out.shape[:2], np.float32) if call.lse is None else call.lse

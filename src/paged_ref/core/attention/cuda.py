@@ -7,6 +7,7 @@ Nothing here imports numba before a call needs it.
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ def unavailable() -> str | None:
         return device.reason
     if importlib.util.find_spec("numba_cuda") is None:
         return "it needs the package numba-cuda"
-    return None
+    return compiler_fault()
 
 
 def unsupported(call: AttentionCall) -> str | None:
@@ -86,20 +87,32 @@ def attend(call: AttentionCall) -> None:
     start(launch(call))
 
 
-def prepare_compiler() -> None:
-    """Call before the first kernel is compiled. numba-cuda up to 0.30 looks up np.row_stack, which NumPy 2.5 has no
-    more: np.vstack, of which it was another name, stands in for it."""
+def prepare_compiler() -> Any:
+    """numba.cuda, ready to compile. numba-cuda up to 0.30 looks up np.row_stack, which NumPy 2.5 has no more:
+    np.vstack, of which it was another name, stands in for it. Warnings of small grids are off."""
+    from numba import cuda
+
     if not hasattr(np, "row_stack"):
         np.row_stack = np.vstack
+    cuda.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+    return cuda
+
+
+@cache
+def compiler_fault() -> str | None:
+    """Why no kernel can be compiled here, found by compiling a small one; None where it can."""
+    try:
+        prepare_compiler().compile(lambda array: None, "void(float32[:])", cc=(8, 0))
+    except Exception as error:  # of Numba, of NVVM or of a loader: whatever it is, no other kernel compiles
+        return f"no kernel compiles: {type(error).__name__}: {error}"
+    return None
 
 
 def start(launch: Launch) -> None:
     """Launch a kernel on CuPy's current stream. The host does not wait."""
-    from numba import cuda
-
     if 0 in launch.grid:
         return
-    prepare_compiler()
+    cuda = prepare_compiler()
     stream = cuda.external_stream(device.xp.cuda.get_current_stream().ptr)
     # sync=False: CuPy's work and the kernel share the stream, so the host need not wait for either.
     arrays = [

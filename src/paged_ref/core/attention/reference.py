@@ -42,7 +42,8 @@ def attend(call: AttentionCall) -> None:
         # Only the slots of this sequence's own tokens are read: what lies in the others may be NaN, and a mask
         # does not remove it (0 * NaN is NaN).
         if addresses.block_tables is not None:
-            slots = slot_of(addresses.block_tables[s], key_position, call.keys.shape[1])  # [seq_len]
+            table = addresses.block_tables[s].astype(np.int64)  # a slot may be beyond what int32 holds
+            slots = slot_of(table, key_position, call.keys.shape[1])  # [seq_len]
         elif addresses.starts is not None:
             slots = addresses.starts[s] + key_position  # [seq_len]
         q = call.query[rows].astype(dtype, copy=False)  # [query_len, num_heads, head_size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -13,7 +14,7 @@ from ..memory.kv import KV
 from ..model.llama import Llama, StepInputs
 from .outputs import TokenOutput
 from .request import Request
-from .sampling import RequestError
+from .sampling import RequestError, no_likeliest_token
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence
 
@@ -57,6 +58,7 @@ class Engine:
         self.requests: dict[int, Request] = {}  # by request_id, unfinished
         self.request_of: dict[int, Request] = {}  # by seq_id, unfinished
         self.next_seq_id = 0
+        self.num_steps = 0  # made, and so the number of the step under way
 
     # --- one step --------------------------------------------------------------------------------------
 
@@ -78,6 +80,7 @@ class Engine:
         tokens = self._sample(plan, logits)
         for observer in self.observers:
             observer.after_step(plan, tokens)
+        self.num_steps += 1
         return tokens
 
     def prepare_inputs(self, plan: StepPlan) -> StepInputs:
@@ -107,17 +110,20 @@ class Engine:
     def _sample(self, plan: StepPlan, logits: Array) -> list[TokenOutput]:
         """A token for each sequence that has caught up."""
         ready = [seq for seq, _ in plan.chunks if seq.num_uncomputed == 0]
+        largest = to_host(logits.max(axis=-1)).tolist()  # [num_rows]; NaN if one of a row is
         if on_gpu and not any(self.request_of[seq.seq_id].needs_logits for seq in ready):
             logits = logits.argmax(axis=-1)  # [num_rows]: only the token ids travel to the host
         tokens: list[TokenOutput] = []
-        for row, seq in zip(to_host(logits), ready, strict=True):
+        for row, highest, seq in zip(to_host(logits), largest, ready, strict=True):
             request = self.request_of.get(seq.seq_id)
             if request is None:
                 continue  # the request ended in this step, by an error in the hook of another of its sequences
             try:
+                if not math.isfinite(highest):
+                    raise no_likeliest_token(seq, highest, "the model; weights hold NaN, or numbers grew too large")
                 tokens += request.take_logits(self, seq, row)
-            except RequestError as error:
-                request.output.error = error.__cause__  # generate() raises it; the other requests go on
+            except RequestError as error:  # generate() raises it; the other requests go on
+                request.output.error = error.__cause__ or ValueError(f"step {self.num_steps}: {error}")
                 self.end_request(request, "error")
         return tokens
 

@@ -77,12 +77,13 @@ class LLM:
         Raises ValueError, and changes nothing, for a prompt that is empty, holds unknown token ids, or could never
         fit in the context or in the KV cache.
         """
+        request_id = self._next_request_id
+        self._next_request_id += 1  # first: no other request gets this id, even if an interrupt comes below
         ids = self._prompt_ids(prompt)
         text = prompt if isinstance(prompt, str) else None
-        output = RequestOutput(self._next_request_id, text, ids, [], arrival=time.perf_counter())
+        output = RequestOutput(request_id, text, ids, [], arrival=time.perf_counter())
         self.engine.add(self.make_request(output, params or SamplingParams()))
-        self._next_request_id += 1
-        return output.request_id
+        return request_id
 
     def make_request(self, output: RequestOutput, params: SamplingParams) -> Request:
         """The sequences of a request: one for each of its `n` samples."""
@@ -152,8 +153,8 @@ class LLM:
         try:
             for prompt, wanted in zip(batch, each, strict=True):
                 ids.append(self.add_request(prompt, wanted))
+            return [self.engine.requests[request_id] for request_id in ids]
         except BaseException:
             for request_id in ids:
                 self.engine.abort(request_id)
             raise
-        return [self.engine.requests[request_id] for request_id in ids]

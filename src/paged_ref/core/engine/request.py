@@ -85,7 +85,7 @@ class Request:
             if logits.ndim == 0:
                 token_id = int(logits)
             else:
-                token_id = draw(apply_logits_hook(logits, sample.seq.tokens, self.params), self.params, sample.rng)
+                token_id = draw(apply_logits_hook(logits, sample.seq, self.params), self.params, sample.rng)
             tokens.append(self._accept(host, sample, token_id))
         return tokens
 

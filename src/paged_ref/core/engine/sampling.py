@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import require
+from .sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,7 @@ class SamplingParams:
     """How to generate. The defaults are greedy; names and meanings are vLLM's.
 
     Sample i of a request with seed s draws exactly as a single request with seed s + i would, whatever else runs in
-    the batch. Raises ValueError for a value outside its bounds.
+    the batch. The values are taken as right; those of `paged_ref.SamplingParams` are checked.
     """
 
     max_tokens: int = 16
@@ -24,40 +26,36 @@ class SamplingParams:
     top_p: float | None = None  # draw among the likeliest that together reach probability p
     n: int = 1  # samples of the same prompt
     seed: int | None = None  # None: fresh entropy
-    stop: Sequence[str] = ()  # text that ends the output, and is not part of it
-    stop_token_ids: Sequence[int] = ()
+    stop: SequenceOf[str] = ()  # text that ends the output, and is not part of it
+    stop_token_ids: SequenceOf[int] = ()
     ignore_eos: bool = False
     # Called with the tokens so far and their logits [vocab_size] (its own copy); returns the logits to use.
-    logits_hook: Callable[[Sequence[int], np.ndarray], np.ndarray] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        require(max_tokens=(self.max_tokens, 1), temperature=(self.temperature, 0), n=(self.n, 1))
-        if self.top_k is not None:
-            require(top_k=(self.top_k, 1))
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; above 0 and at most 1 is needed")
-        if self.seed is not None:
-            require(seed=(self.seed, 0))
-        if any(not text for text in self.stop):
-            raise ValueError("stop holds an empty string; every output would end before its first token")
+    logits_hook: Callable[[SequenceOf[int], np.ndarray], np.ndarray] | None = None
 
 
 class RequestError(Exception):
-    """Its cause is what a request's own hook raised: this request ends, and the others go on."""
+    """This request ends, and the others go on. Its cause, if there is one, is what the request's own hook raised."""
 
 
-def apply_logits_hook(logits: np.ndarray, tokens: Sequence[int], params: SamplingParams) -> np.ndarray:
-    """`logits [vocab_size]` after the caller's hook, if there is one. Raises RequestError."""
+def apply_logits_hook(logits: np.ndarray, seq: Sequence, params: SamplingParams) -> np.ndarray:
+    """`logits [vocab_size]` of `seq` after the caller's hook, if there is one. Raises RequestError."""
     if params.logits_hook is None:
         return logits
     try:
-        changed = np.asarray(params.logits_hook(tuple(tokens), logits.copy()))
+        changed = np.asarray(params.logits_hook(tuple(seq.tokens), logits.copy()), dtype=np.float64)
         if changed.shape != logits.shape:
             raise ValueError(f"logits_hook returned shape {list(changed.shape)}; {list(logits.shape)} is needed")
-        return changed
     except Exception as error:
         raise RequestError from error
+    if not math.isfinite(changed.max()):
+        raise no_likeliest_token(seq, changed.max(), "logits_hook")
+    return changed
+
+
+def no_likeliest_token(seq: Sequence, largest: float, after: str) -> RequestError:
+    """The error of a sequence whose largest logit is no finite number: with NaN or +inf among its logits, or with
+    nothing but -inf, any token would be wrong."""
+    return RequestError(f"sequence {seq.seq_id} cannot go on: its largest logit is {largest} after {after}")
 
 
 def random_generator(params: SamplingParams, sample: int) -> np.random.Generator:
@@ -70,8 +68,9 @@ def draw(logits: np.ndarray, params: SamplingParams, rng: np.random.Generator) -
     if params.temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")[: params.top_k]  # the likeliest first
-    scaled = logits[order].astype(np.float64) / params.temperature
-    probability = np.exp(scaled - scaled[0])
+    below = logits[order].astype(np.float64) - logits[order[0]]  # 0 for the likeliest, less for the others
+    with np.errstate(over="ignore"):  # at a temperature near 0, -inf is right: all but the likeliest have probability 0
+        probability = np.exp(below / params.temperature)
     probability /= probability.sum()
     cumulative = probability.cumsum()
     if params.top_p is not None:

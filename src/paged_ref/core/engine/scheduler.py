@@ -70,18 +70,23 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step, and make room for it in the manager."""
         plan = StepPlan()
-        budget = self.max_batch_tokens
-        # Running groups come first, the earliest arrival first. By index: a preemption shortens the list.
-        i = 0
-        while i < len(self.running) and budget > 0:
-            budget -= self._run(self.running[i], budget, plan)
-            i += 1
+        try:
+            budget = self._run(self.running, self.max_batch_tokens, plan)  # mostly there is room for all
+        except OutOfBlocks:
+            budget, i = self.max_batch_tokens, 0
+            while i < len(self.running):  # the earliest arrival first; by index: a preemption shortens the list
+                try:
+                    budget = self._run([self.running[i]], budget, plan)
+                    i += 1
+                except OutOfBlocks:
+                    self._preempt(self.running[-1], plan)
         # A group preempted in this step is now first in `waiting`; nothing can be admitted before it.
         width = sum(group.width for group in self.running)
         while self.waiting and budget > 0 and not plan.preempted:
             group = self.waiting[0]
             width += group.width
-            if width > self.max_batch_seqs:
+            comes_back = any(not seq.admitted for last in self.running[-1:] for seq in last.seqs)
+            if width > self.max_batch_seqs or comes_back:  # a group that forks again in the next step comes first
                 break
             try:
                 self._admit(group, plan)
@@ -90,55 +95,68 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(group)
             group.status = Status.RUNNING
-            budget -= self._run(group, budget, plan)
+            try:
+                budget = self._run([group], budget, plan)
+            except OutOfBlocks:
+                self._preempt(group, plan)
         return plan
 
     def _admit(self, group: Group, plan: StepPlan) -> None:
         """Bring a group back from the host, or begin with its leader. Raises OutOfBlocks."""
+        # A group that comes back too early is preempted again before it has computed what coming back costs.
+        spare = sum(map(self._growth, [*self.running, group])) if group.num_preemptions else 0
         if group.status is Status.SWAPPED:
-            plan.transfers += self.manager.swap_in([seq.seq_id for seq in group.seqs if seq.admitted])
+            plan.transfers += self.manager.swap_in([seq.seq_id for seq in group.seqs if seq.admitted], spare)
             return
         seq = group.leader
         # In a preempted group, the leader computes what all sequences have in common; then the others fork again.
         tokens = seq.tokens if len(group.seqs) == 1 else seq.tokens[: group.common_len()]
-        seq.num_computed = self.manager.admit(seq.seq_id, tokens, seq.max_slots)  # num_cached_tokens
+        seq.num_computed = self.manager.admit(seq.seq_id, tokens, seq.max_slots, spare)  # num_cached_tokens
         seq.admitted = True
 
-    def _run(self, group: Group, budget: int, plan: StepPlan) -> int:
-        """Plan this step's tokens of a group, preempting the latest arrivals as needed. Returns their number."""
-        chunks = self._chunks(group, budget)
-        if not chunks:
-            return 0
-        appends = [(seq.seq_id, num_tokens) for seq, num_tokens in chunks]
-        while True:
-            try:
-                plan.transfers += self.manager.append(appends)
-                break
-            except OutOfBlocks:
-                victim = self.running[-1]
-                self._preempt(victim, plan)
-                if victim is group:
-                    return 0
-        plan.chunks += chunks
-        return sum([num_tokens for _, num_tokens in appends])
-
-    def _chunks(self, group: Group, budget: int) -> list[tuple[Sequence, int]]:
-        """The one rule, for each sequence of the group, within the budget."""
-        if len(group.seqs) > 1:
-            leader = group.leader
-            to_fork = [seq for seq in group.seqs if not seq.admitted]
-            missing = group.common_len() - leader.num_computed if to_fork else 0
-            if missing > 0:
-                return [(leader, min(missing, budget))]
-            for seq in to_fork:
-                self._fork(leader, seq)
-        chunks = []
+    def _growth(self, group: Group) -> int:
+        """Slots that the group takes until each of its sequences is a block's worth of tokens longer, or at its end."""
+        size, leader = self.manager.block_size, group.leader
+        waits = len(group.seqs) > 1 and not all(seq.admitted for seq in group.seqs)
+        num_common = group.common_len() if waits else len(leader.tokens)  # which admission asks for
+        num_blocks = 0
         for seq in group.seqs:
-            num_tokens = min(seq.num_uncomputed, budget)
+            length = self.manager.length(seq.seq_id) if seq.admitted else num_common
+            longest = min(len(seq.tokens) + size - 1, seq.max_slots)
+            num_blocks += -(-longest // size) - -(-length // size)
+        if group.width > 1:
+            num_blocks += len(group.seqs)  # each may copy its last block first
+            if len(leader.tokens) == leader.prompt_len:
+                num_blocks += 2 * (group.width - len(group.seqs))  # the others begin when the prompt is computed
+        return num_blocks * size
+
+    def _run(self, groups: list[Group], budget: int, plan: StepPlan) -> int:
+        """Plan this step's tokens of the groups, in their order; return what is left of the budget. Raises OutOfBlocks,
+        and plans nothing, where there is no room for all of them."""
+        chunks: list[tuple[Sequence, int]] = []
+        for group in groups:
+            if budget > 0:
+                budget = self._add_chunks(group, budget, chunks)
+        plan.transfers += self.manager.append([(seq.seq_id, num_tokens) for seq, num_tokens in chunks])
+        plan.chunks += chunks
+        return budget
+
+    def _add_chunks(self, group: Group, budget: int, chunks: list[tuple[Sequence, int]]) -> int:
+        """The one rule, for each sequence of the group, within the budget. Returns what is left of it."""
+        if len(group.seqs) > 1:
+            to_fork = [seq for seq in group.seqs if not seq.admitted]
+            missing = group.common_len() - group.leader.num_computed if to_fork else 0
+            if missing > 0:
+                chunks.append((group.leader, min(missing, budget)))
+                return budget - min(missing, budget)
+            for seq in to_fork:
+                self._fork(group.leader, seq)
+        for seq in group.seqs:
+            num_tokens = min(len(seq.tokens) - seq.num_computed, budget)  # num_uncomputed, without a call
             if num_tokens:
                 chunks.append((seq, num_tokens))
                 budget -= num_tokens
-        return chunks
+        return budget
 
     def _preempt(self, group: Group, plan: StepPlan) -> None:
         """Take all blocks of the group: to the host, or for good, and then its tokens are one long prompt later."""

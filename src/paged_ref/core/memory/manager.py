@@ -52,11 +52,12 @@ class KVCacheManager(ABC):
         """Slots that `n` samples of one prompt hold at the worst, each grown to `max_len` tokens."""
 
     @abstractmethod
-    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int, spare: int = 0) -> int:
         """Begin a sequence that soon holds `tokens` and never more than `max_len`; return how many of the leading
         tokens need not be computed, since their K and V are there.
 
-        Raises OutOfBlocks where there is no room now.
+        Raises OutOfBlocks where there is no room now, or where less than `spare` slots would stay free. If no sequence
+        holds memory, nothing must stay free.
         """
 
     @abstractmethod
@@ -108,6 +109,6 @@ class KVCacheManager(ABC):
         """Take these sequences off the device, all or none. Raises OutOfHostBlocks without room on the host."""
         raise NotImplementedError(f"{type(self).__name__} cannot swap")
 
-    def swap_in(self, seq_ids: Sequence[int]) -> list[Transfer]:
-        """Bring these sequences back, all or none. Raises OutOfBlocks where there is no room now."""
+    def swap_in(self, seq_ids: Sequence[int], spare: int = 0) -> list[Transfer]:
+        """Bring these sequences back, all or none. Raises OutOfBlocks as `admit` does."""
         raise NotImplementedError(f"{type(self).__name__} cannot swap")

@@ -49,22 +49,24 @@ class PagedManager(KVCacheManager):
 
     # --- a sequence's life ---------------------------------------------------------------------------
 
-    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int, spare: int = 0) -> int:
         # The last token is always computed: its logits choose the next token.
         known = self.pool.lookup(tokens[: len(tokens) - 1], self.block_size)
         revived = sum(1 for block_id in known if not self.pool.ref_count[block_id])
-        self.require_room(self.blocks_for(len(tokens)) - len(known), self.pool.num_free - revived)
+        self.require_room(self.blocks_for(len(tokens)) - len(known), self.pool.num_free - revived, spare)
         for block_id in known:
             self.pool.share(block_id)
         table = self.tables[seq_id] = Table(known, len(known) * self.block_size)
         return table.length
 
-    def require_room(self, needed: int, available: int) -> None:
-        """Raise OutOfBlocks unless `available` blocks are enough for an admission that needs `needed`."""
-        # If no sequence holds a block, admission may take every block.
-        spare = self.watermark if self.pool.num_free < self.pool.num_blocks else 0
-        if needed + spare > available:
-            raise OutOfBlocks(f"{needed} blocks are needed; {available} are available, and {spare} of them are spare")
+    def require_room(self, needed: int, available: int, spare: int) -> None:
+        """Raise OutOfBlocks unless `available` blocks are enough for an admission that needs `needed` and leaves
+        `spare` slots."""
+        kept = max(self.watermark, self.blocks_for(spare))
+        if self.pool.num_free == self.pool.num_blocks:  # no sequence holds a block: admission may take every block
+            kept = 0
+        if needed + kept > available:
+            raise OutOfBlocks(f"{needed} blocks are needed; {available} are available, and {kept} of them are spare")
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
         needed = self._blocks_needed(appends)
@@ -77,7 +79,7 @@ class PagedManager(KVCacheManager):
             if needed and self.writes_shared_block(table, count):
                 transfers.append(self._copy_on_write(table))
             table.length += count
-            while len(table.blocks) * self.block_size < table.length:
+            while needed and len(table.blocks) * self.block_size < table.length:
                 table.blocks.append(self.pool.allocate())
         return transfers
 

@@ -50,7 +50,7 @@ class StandardManager(RegionManager):
         # One region is enough for all n: samples are sequences of their own here, and can take turns.
         return self.pool.slots_taken(self.region_size(prompt_len, max_len))
 
-    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int, spare: int = 0) -> int:
         size = self.region_size(len(tokens), max_len)
         self.regions[seq_id] = Region(self.pool.allocate(size), size)
         return 0

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from ..attention.attention import Addresses
+from ..checks import require_one_of
 from ..device import Array, xp
 from .config import ModelConfig
 
@@ -69,15 +69,9 @@ def gated(gate_up: Array) -> Array:
         return gate / (1 + xp.exp(-gate)) * up
 
 
-class Operations(NamedTuple):
-    """What a layer does beside products and attention. Another room may hand in faster ones."""
-
-    rms_norm: Callable[[Array, Array, float], Array] = rms_norm
-    rotate: Callable[[Array, Array, Array], Array] = rotate
-    gated: Callable[[Array], Array] = gated
-
-
-ARRAY_OPERATIONS = Operations()
+def linear(x: Array, weight: Array) -> Array:
+    """`x [rows, in]` times `weight [out, in]`: [rows, out]. A model may be given a faster one."""
+    return x @ weight.T
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -113,14 +107,12 @@ class Llama:
         self,
         config: ModelConfig,
         weights: Mapping[str, np.ndarray],
-        dtype: DTypeLike = np.float32,
-        operations: Operations = ARRAY_OPERATIONS,
+        dtype: str = "float32",
+        linear: Callable[[Array, Array], Array] = linear,
     ) -> None:
-        self.config = config
+        self.config, self.linear = config, linear
+        require_one_of(("float16", "float32"), dtype=dtype)
         self.dtype = np.dtype(dtype)
-        if self.dtype.name not in ("float16", "float32"):
-            raise ValueError(f"dtype is {self.dtype.name}; known are float16, float32")
-        self.operations = operations
         self.embedding = self.take(weights, "model.embed_tokens.weight")  # [vocab_size, hidden_size]
         self.layers = [self.read_layer(weights, f"model.layers.{index}") for index in range(config.num_layers)]
         self.final_norm = self.take(weights, "model.norm.weight")  # [hidden_size]
@@ -131,7 +123,7 @@ class Llama:
 
     def take(self, weights: Mapping[str, np.ndarray], *names: str) -> Array:
         """The named weights, joined along their first axis, on the device and in the model's dtype."""
-        return xp.concatenate([xp.asarray(weights[name], dtype=self.dtype) for name in names])
+        return xp.concatenate([xp.asarray(weights[name]) for name in names], dtype=self.dtype)
 
     def read_layer(self, weights: Mapping[str, np.ndarray], at: str) -> Any:
         """The layer whose names begin with `at`."""
@@ -160,25 +152,25 @@ class Llama:
 
         x = self.embedding[inputs.token_ids]  # [num_tokens, hidden_size]
         for index, layer in enumerate(self.layers):
-            h = self.operations.rms_norm(x, layer.attention_norm, eps)  # [num_tokens, hidden_size]
+            h = rms_norm(x, layer.attention_norm, eps)  # [num_tokens, hidden_size]
             qk, value = self.project(layer, h)  # [num_tokens, num_heads + num_kv_heads and num_kv_heads, head_size]
-            qk = self.operations.rotate(qk, cos, sin)  # [num_tokens, num_heads + num_kv_heads, head_size]
+            qk = rotate(qk, cos, sin)  # [num_tokens, num_heads + num_kv_heads, head_size]
             query = xp.ascontiguousarray(qk[:, : config.num_heads])  # [num_tokens, num_heads, head_size]
             key = qk[:, config.num_heads :]  # [num_tokens, num_kv_heads, head_size]
             window = config.sliding_windows[index]
             mixed = kv.attend(index, query, key, value, inputs.addresses, window)  # the query's shape
-            x = x + mixed.reshape(num_tokens, -1) @ layer.output.T  # [num_tokens, hidden_size]
+            x = x + self.linear(mixed.reshape(num_tokens, -1), layer.output)  # [num_tokens, hidden_size]
 
-            h = self.operations.rms_norm(x, layer.mlp_norm, eps)  # [num_tokens, hidden_size]
-            gate_up = h @ layer.gate_up.T  # [num_tokens, 2 * intermediate_size]
-            x = x + self.operations.gated(gate_up) @ layer.down.T  # [num_tokens, hidden_size]
+            h = rms_norm(x, layer.mlp_norm, eps)  # [num_tokens, hidden_size]
+            gate_up = self.linear(h, layer.gate_up)  # [num_tokens, 2 * intermediate_size]
+            x = x + self.linear(gated(gate_up), layer.down)  # [num_tokens, hidden_size]
 
-        x = self.operations.rms_norm(x[inputs.logits_rows], self.final_norm, eps)  # [num_rows, hidden_size]
-        return (x @ self.head.T).astype(np.float32, copy=False)  # [num_rows, vocab_size]
+        x = rms_norm(x[inputs.logits_rows], self.final_norm, eps)  # [num_rows, hidden_size]
+        return self.linear(x, self.head).astype(np.float32, copy=False)  # [num_rows, vocab_size]
 
     def project(self, layer: Any, h: Array) -> tuple[Array, Array]:
         """From `h [num_tokens, hidden_size]`: queries and keys before RoPE, side by side, and values."""
-        qkv = h @ layer.qkv.T  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
+        qkv = self.linear(h, layer.qkv)  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_size]
         qkv = qkv.reshape(len(h), -1, self.config.head_size)  # [num_tokens, num_heads + 2 * num_kv_heads, head_size]
         num_qk = self.config.num_heads + self.config.num_kv_heads  # the heads that RoPE turns
         return qkv[:, :num_qk], qkv[:, num_qk:]

@@ -33,8 +33,11 @@ class TextStream:
         # token would lose its leading space, and half a character would be a replacement character.
         self._window = list(prompt_ids)
         self._shown_ids = len(self._window)  # tokens of the window whose text is out
-        # A prompt may end inside a character; its bytes come out with the token that completes it.
-        self._shown = tokenizer.decode(self._window).rstrip(REPLACEMENT)
+        self._shown = tokenizer.decode(self._window)
+        if self._shown.endswith(REPLACEMENT) and tokenizer.encode(self._shown)[-3:] != self._window[-3:]:
+            # The prompt ends inside a character; its bytes come out with the token that completes it. (A replacement
+            # character that the prompt does hold, of three bytes, has the same tokens again.)
+            self._shown = self._shown.rstrip(REPLACEMENT)
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` adds; "" while a character is incomplete."""

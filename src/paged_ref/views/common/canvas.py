@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from ...extras.plain_text import plain
 from ...timeline.history import History, Moment
 
 Lines = list[Text]
@@ -76,8 +77,9 @@ def rule(title: str, width: int, note: str = "") -> Text:
 
 
 def exactly(text: Text, width: int) -> Text:
-    """A line cut or filled to `width` cells."""
+    """A line of plain text, cut or filled to `width` cells. Every line of a frame passes here."""
     fixed = text.copy()
+    fixed.plain = plain(text.plain)
     if fixed.cell_len > width:
         fixed.truncate(width, overflow="ellipsis")
     fixed.pad_right(width - fixed.cell_len)

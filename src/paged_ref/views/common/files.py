@@ -8,28 +8,53 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...timeline.events import Event, Log, write_events
+from ... import timeline
+
+if TYPE_CHECKING:
+    from ...timeline.events import Event, Log
+
+ROOM = 4096  # bytes: a disk that has not even these is full
 
 
 def check_writable(path: Path, name: str = "") -> None:
     """Raise ValueError, with `name` (the option) before the path, where `path` cannot become a file. Writes nothing."""
-    folder = path.parent
+    folder = path.resolve().parent
     if path.is_dir():
-        reason = "it is a directory"
+        reason: str | None = "it is a directory"
     elif not folder.is_dir():
-        reason = f"there is no directory {folder}"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        reason = "it is read-only" if path.exists() else f"the directory {folder} is read-only"
+        reason = f"there is no directory {path.parent}"
+    elif path.exists() and not os.access(path, os.W_OK):
+        reason = "it is read-only"
+    elif path.exists() and not (path.is_file() and os.access(folder, os.W_OK)):  # as write_text: it stays where it is
+        reason = None
     else:
-        return
-    raise _error(f"{name} {path}".strip(), reason)
+        reason = _why_not_in(folder)
+    if reason is not None:
+        raise _error(f"{name} {path}".strip(), reason)
+
+
+def check_folder(path: Path, name: str = "") -> None:
+    """Raise ValueError where `path` is no directory for new files, and cannot become one. Makes nothing."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if (reason := _why_not_in(there)) is not None:
+        raise _error(f"{name} {path}".strip(), reason)
+
+
+def _why_not_in(folder: Path) -> str | None:
+    """Why no file can be made in the folder: the rights, the file system, a full disk; None where one can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(ROOM))
+    except OSError as error:
+        return f"no file can be made in {folder}: {error.strerror}"
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
     """Write the file in one step: a reader sees the old content or the new one. Raises ValueError."""
-    try:
+    with _named(path):
         if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
             path.write_text(text, encoding="utf-8")  # a pipe or a device, or a place that takes no second file
             return
@@ -40,8 +65,6 @@ def write_text(path: Path, text: str) -> None:
             if target.exists():
                 whole.chmod(target.stat().st_mode)
             whole.replace(target)
-    except OSError as error:
-        raise _error(path, error.strerror) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -58,19 +81,28 @@ def recording(path: Path | None) -> Iterator[Log | None]:
     if path is None:
         yield None
         return
-    try:
+    what = f"--record {path}"
+    with _named(what):
         file = path.open("w", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise _error(f"--record {path}", error.strerror) from None
 
     def log(event: Event) -> None:
-        try:
-            write_events([event], file)
-        except OSError as error:
-            raise _error(f"--record {path}", error.strerror) from None
+        with _named(what):
+            timeline.events.write_events([event], file)
 
-    with file:
+    try:
         yield log
+    finally:
+        with _named(what):
+            file.close()
+
+
+@contextlib.contextmanager
+def _named(what: object) -> Iterator[None]:
+    """An OSError in this block becomes a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise _error(what, error.strerror) from None
 
 
 def _error(what: object, reason: str | None) -> ValueError:

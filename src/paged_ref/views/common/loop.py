@@ -17,9 +17,9 @@ from types import FrameType
 from typing import NoReturn
 
 from prompt_toolkit.input import Input, create_input
-from rich.console import Console
 from rich.control import Control
 
+from .console import Console
 from .viewer import SPEEDS, Viewer
 
 _RESIZE = 0.1  # seconds after which a new size of the window shows, at the latest

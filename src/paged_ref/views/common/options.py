@@ -10,12 +10,14 @@ import argparse
 import importlib
 import math
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from .files import check_writable
+from ...extras.plain_text import plain
+from .files import check_folder, check_writable
 from .program import program
 
 SUFFIXES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -127,6 +129,15 @@ def output(parser: Options, option: str, help: str, *, stdout: bool = False) -> 
     parser.add_argument(option, action=_Checked, check=check, type=Path, metavar="FILE", help=help)
 
 
+def folder(parser: Options, option: str, help: str) -> None:
+    """A directory that the command writes into, and makes. A place that cannot be written is refused now."""
+
+    def check(option: str, path: Path) -> None:
+        check_folder(path, option)
+
+    parser.add_argument(option, action=_Checked, check=check, type=Path, metavar="DIR", help=help)
+
+
 def json_output(parser: Options, help: str = "also write the results here", *, stdout: bool = False) -> None:
     output(parser, "--json", help, stdout=stdout)
 
@@ -144,6 +155,14 @@ def printed(parser: Options) -> None:
     parser.add_argument("--print", action="store_true", help="print frames, though this is a terminal")
 
 
+def check_text(option: str, texts: Iterable[str]) -> None:
+    """Raise ValueError for a text that the shell passed as bytes which are no UTF-8; Python has halves of characters
+    for them, which no tokenizer takes."""
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{option} is {text[:40]!r}, with bytes that are no UTF-8; text is needed")
+
+
 def first_given(args: argparse.Namespace, *names: str) -> str | None:
     """The first of these attributes that the command line gave, as its option: `full_layers` is --full-layers."""
     return next((f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None), None)
@@ -152,7 +171,17 @@ def first_given(args: argparse.Namespace, *names: str) -> str | None:
 # --- subcommands -----------------------------------------------------------------------------------------------
 
 
-class _Imported(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
+
+    def print_help(self, file: Any = None) -> None:
+        (file or sys.stdout).write(self.format_help())  # argparse's own drops the error of a stream that fails
+
+
+class _Imported(Parser):
     """A subcommand whose module is imported when the command line names it, so that --help stays quick."""
 
     module = ""

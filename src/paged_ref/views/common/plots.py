@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 from rich.text import Text
 
+from ...extras.plain_text import plain
 from .bars import PARTS, bar
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -156,7 +157,7 @@ def svg(
 
 
 def _label(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}">{escape(plain(words))}</text>'
 
 
 def _bars_svg(bars: Sequence[Bar], top: float) -> list[str]:

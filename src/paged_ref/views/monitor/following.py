@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
+from ...extras.reading import JSON_LIMIT, open_file
 from ...timeline.events import Event, PoolOpened, from_json
 
 
@@ -47,6 +48,8 @@ class Follower:
             raise ValueError(f"{self.path} cannot be read: {error.strerror}") from None
         self.num_bytes = len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > JSON_LIMIT:
+            raise ValueError(f"{self.path}, line {self.num_lines + len(lines) + 1}: more than {JSON_LIMIT} bytes")
         events = []
         for line in lines:
             self.num_lines += 1
@@ -71,4 +74,4 @@ class Follower:
             self.close()
             self.num_lines, self._rest, self.restarted = 0, b"", True
         if self._file is None and self.path.exists():
-            self._file = self.path.open("rb")
+            self._file = open_file(self.path)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from typing import ClassVar, NamedTuple, TextIO
 from rich.text import Text
 
 from ...timeline.events import Event
+from ..common.canvas import count
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames
 from ..common.viewer import Viewer
@@ -32,10 +35,13 @@ from .state import Monitor
 
 RECORDING = ("demo", "generate", "compare")  # commands that --run starts: they take --record
 MAX_BYTES = 1 << 18  # of the log that are read between two pictures: some thousand events
+HELP = """For Prometheus: node_exporter's textfile collector reads NAME.prom in its directory, which must never be half
+written: paged-ref monitor run.jsonl --prometheus > DIR/run.tmp && mv DIR/run.tmp DIR/run.prom, from a timer."""
 KEYS = "space pause   + - faster, slower   q quit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = HELP
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a log that --record writes, or will write")
     parser.add_argument(
         "--run", nargs=argparse.REMAINDER, metavar="COMMAND",
@@ -69,14 +75,13 @@ def _watch(args: argparse.Namespace, size: Size | None, live: bool) -> int:
     _check_run(args.run)
     with _started(args.run) as command:
         if live:
-            play(Live(command.log, command.process))
+            play(Live(command.log, command))
             if command.process.poll() is None:  # the viewer quit first: the command ends with this block
                 print(f"{args.run[0]} was not at its end, and is stopped", file=sys.stderr)
                 return 0
         status = command.process.wait()
         if live or status:  # now that the screen is free
-            command.output.seek(0)
-            sys.stderr.write(command.output.read())
+            sys.stderr.write(command.printed())
         if not (live or status):
             _report(args, command.log, size)
     return status
@@ -88,12 +93,12 @@ class Live(Viewer):
     num_positions = 1
     actions: ClassVar = {key: Viewer.actions[key] for key in " +=-"}
 
-    def __init__(self, path: Path, process: subprocess.Popen[str] | None = None) -> None:
+    def __init__(self, path: Path, command: Command | None = None) -> None:
         super().__init__(speed=4)
         self.playing = True
         self.monitor = Monitor()
         self._follower = Follower(path)
-        self._process = process
+        self._command = command
         self._meter = GPUMeter()
         self._behind = False
         self.tick()
@@ -108,17 +113,26 @@ class Live(Viewer):
 
     def draw(self, width: int, height: int) -> Text:
         gpu = self._meter.read() or self._meter.why_not
-        return screen(self.monitor, width, height, gpu=gpu, status=self._status(), keys=KEYS)
+        status, why = self._status()
+        keys = why if self.monitor.opened and why else KEYS
+        status = status if self.monitor.opened or not why else f"{status}: {why}"
+        return screen(self.monitor, width, height, gpu=gpu, status=status, keys=keys)
 
-    def _status(self) -> str:
+    def _status(self) -> tuple[str, str]:
+        """What the run does, and for a command that failed what its last line says."""
+        if self._command is not None and (status := self._command.process.poll()) is not None:
+            return (f"ended with status {status}", self._command.last_line()) if status else ("ended", "")
         if not self.playing:
-            return "paused"
-        if self._process is not None:
-            status = self._process.poll()
-            return "running" if status is None else "ended" if not status else f"ended with status {status}"
+            return "paused", ""
+        if self._command is not None:
+            return "running", ""
         if not self._follower.exists:
-            return f"waiting for {self._follower.path}"
-        return "catching up" if self._behind else f"following {self._follower.path.name}"
+            return f"waiting for {self._follower.path}", ""
+        if self._behind:
+            return "catching up", ""
+        name, monitor = self._follower.path.name, self.monitor
+        all_finished = f"all {count(monitor.finished, 'sequence')} of {name} finished"
+        return all_finished if monitor.all_finished else f"following {name}", ""
 
 
 # --- once --------------------------------------------------------------------------------------------------
@@ -167,6 +181,14 @@ class Command(NamedTuple):
     log: Path
     output: TextIO  # what the command prints
 
+    def printed(self) -> str:
+        """All that the command printed; for a command that has ended."""
+        self.output.seek(0)
+        return self.output.read()
+
+    def last_line(self) -> str:
+        return next((line for line in reversed(self.printed().splitlines()) if line.strip()), "")
+
 
 def _check_run(argv: list[str]) -> None:
     if not argv or argv[0] not in RECORDING:
@@ -182,10 +204,12 @@ def _started(argv: list[str]) -> Iterator[Command]:
         log, output = Path(place) / "run.jsonl", Path(place) / "output"
         command = [sys.executable, "-m", "paged_ref", *argv, "--record", str(log)]
         with output.open("w+", encoding="utf-8") as file:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, text=True)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, text=True, start_new_session=True
+            )
             try:
                 yield Command(process, log, file)
             finally:
                 if process.poll() is None:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)  # its workers, too
                 process.wait()

@@ -10,15 +10,16 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ...extras.plain_text import plain
 from .gpu_meter import GPUReading
-from .state import Monitor
+from .state import WINDOW, Monitor
 
 
 def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> dict[str, Any]:
     """The run after the last event. null: the log does not say. `complete`: the log's last line is whole."""
-    memory, totals, last = monitor.state.memory, monitor.totals, monitor.last
+    memory, totals, moved = monitor.state.memory, monitor.totals, monitor.moved
     times = [sample.microseconds / 1e6 for sample in monitor.timed()]
-    row_bytes = monitor.row_bytes
+    slot_bytes = monitor.history.bytes_per_token
     return {
         "manager": memory.manager,
         "model": monitor.history.model or None,
@@ -27,12 +28,7 @@ def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> 
         "complete": complete,
         "steps": monitor.num_steps,
         "slots": {"total": monitor.num_slots, "block_size": memory.block_size, **monitor.slots},
-        "sequences": {
-            "running": last.running if last else 0,
-            "waiting": last.waiting if last else 0,
-            "swapped": last.swapped if last else 0,
-            "finished": monitor.finished,
-        },
+        "sequences": monitor.sequences,
         "tokens": {"computed": monitor.computed, "sampled": monitor.sampled},
         "tokens_per_second": monitor.tokens_per_second,
         "step_seconds": {
@@ -42,12 +38,12 @@ def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> 
             "total": monitor.microseconds / 1e6 if monitor.microseconds else None,
         },
         "swap": {
-            "rows_out": totals.rows_out,
-            "rows_in": totals.rows_in,
-            "bytes_out": totals.rows_out * row_bytes if row_bytes else None,
-            "bytes_in": totals.rows_in * row_bytes if row_bytes else None,
+            "slots_out": moved["out"],
+            "slots_in": moved["in"],
+            "bytes_out": moved["out"] * slot_bytes if slot_bytes else None,
+            "bytes_in": moved["in"] * slot_bytes if slot_bytes else None,
         },
-        "rows_moved": totals.rows_moved,
+        "slots_moved": moved["within"],
         "preemptions": totals.preemptions,
         "forks": totals.forks,
         "copies_on_write": totals.copies,
@@ -88,32 +84,34 @@ def _families(numbers: dict[str, Any]) -> list[Metric]:
     prefix, gpu = numbers["prefix_cache"], numbers["gpu"] or {}
     parts = {part: slots[part] for part in ("tokens", "empty", "cached", "free")}
     states = {state: sequences[state] for state in ("running", "waiting", "swapped")}
-    rows, sizes = ({way: swap[f"{unit}_{way}"] for way in ("out", "in")} for unit in ("rows", "bytes"))
+    copied, sizes = ({way: swap[f"{unit}_{way}"] for way in ("out", "in")} for unit in ("slots", "bytes"))
     link = {"in": gpu.get("to_gpu"), "out": gpu.get("from_gpu")}
-    run = {"manager": numbers["manager"], "model": numbers["model"] or ""}
+    run = {name: plain(numbers[name] or "") for name in ("manager", "model")}
 
     gauge, counter = GaugeMetricFamily, CounterMetricFamily  # the samples of a counter end in _total
     families: list[tuple[Kind, str, str, Value, str]] = [
-        (gauge, "slots", "Slots of the KV cache by what is in them, in the last step", parts, "part"),
-        (gauge, "sequences", "Sequences by what they do, in the last step", states, "state"),
-        (counter, "sequences_finished", "Sequences that came to their end", sequences["finished"], ""),
-        (counter, "steps", "Steps of the engine", numbers["steps"], ""),
-        (counter, "tokens_computed", "Tokens whose K and V were computed, some of them again", tokens["computed"], ""),
-        (counter, "tokens_sampled", "New tokens", tokens["sampled"], ""),
-        (counter, "step_seconds", "Time of all steps", numbers["step_seconds"]["total"], ""),
-        (gauge, "tokens_per_second", "New tokens over the time of the last steps", numbers["tokens_per_second"], ""),
-        (counter, "swap_rows", "Rows that travelled between device and host", rows, "direction"),
-        (counter, "swap_bytes", "Their bytes", sizes, "direction"),
-        (counter, "preemptions", "Sequences that had to make room", numbers["preemptions"], ""),
-        (counter, "copies_on_write", "Blocks copied because two sequences shared them", numbers["copies_on_write"], ""),
-        (counter, "prefix_hit_tokens", "Tokens that the prefix cache found", prefix["hit_tokens"], ""),
-        (counter, "prefix_asked_tokens", "Tokens of admitted sequences", prefix["asked_tokens"], ""),
-        (counter, "prefix_evicted_blocks", "Blocks that the prefix cache gave up", prefix["evicted_blocks"], ""),
+        (gauge, "slots", "KV cache slots by content; empty: allocated, no token yet", parts, "part"),
+        (gauge, "sequences", "Sequences by state", states, "state"),
+        (counter, "sequences_finished", "Sequences that finished", sequences["finished"], ""),
+        (counter, "steps", "Engine steps", numbers["steps"], ""),
+        (counter, "tokens_computed", "Tokens whose K and V were computed or recomputed", tokens["computed"], ""),
+        (counter, "tokens_sampled", "Generated tokens", tokens["sampled"], ""),
+        (counter, "step_seconds", "Time spent in steps", numbers["step_seconds"]["total"], ""),
+        (gauge, "tokens_per_second", f"Generated tokens per second of the last {WINDOW} steps",
+         numbers["tokens_per_second"], ""),
+        (counter, "swap_slots", "Slots copied between device and host", copied, "direction"),
+        (counter, "swap_bytes", "Bytes copied between device and host", sizes, "direction"),
+        (counter, "preemptions", "Sequences preempted", numbers["preemptions"], ""),
+        (counter, "copies_on_write", "Blocks copied on write", numbers["copies_on_write"], ""),
+        (counter, "prefix_hit_tokens", "Tokens found in the prefix cache", prefix["hit_tokens"], ""),
+        (counter, "prefix_asked_tokens", "Tokens looked up in the prefix cache", prefix["asked_tokens"], ""),
+        (counter, "prefix_evicted_blocks", "Blocks evicted from the prefix cache", prefix["evicted_blocks"], ""),
         (gauge, "gpu_busy_ratio", "Share of the time in which a kernel ran", _ratio(gpu.get("busy")), ""),
-        (gauge, "gpu_memory_busy_ratio", "Share of the time with memory busy", _ratio(gpu.get("memory_busy")), ""),
-        (gauge, "gpu_memory_used_bytes", "Memory in use on the GPU", gpu.get("memory_used"), ""),
-        (gauge, "gpu_link_bytes_per_second", "What goes over the host link", link, "direction"),
-    ]
+        (gauge, "gpu_memory_busy_ratio", "Share of the time in which GPU memory was read or written",
+         _ratio(gpu.get("memory_busy")), ""),
+        (gauge, "gpu_memory_used_bytes", "GPU memory in use", gpu.get("memory_used"), ""),
+        (gauge, "gpu_link_bytes_per_second", "Traffic over the host link", link, "direction"),
+    ]  # fmt: skip
     return [_family(*family, run) for family in families]
 
 

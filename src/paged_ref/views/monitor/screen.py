@@ -7,7 +7,21 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from ..common.bars import bar, chart, legend, numbers
-from ..common.canvas import DIM, Lines, count, filled, fit, line, owners, page, rule, size_of, title_line, too_small
+from ..common.canvas import (
+    DIM,
+    Lines,
+    count,
+    filled,
+    fit,
+    line,
+    owners,
+    page,
+    rule,
+    size_of,
+    title_line,
+    too_small,
+    wrap,
+)
 from ..common.sparkline import sparkline
 from ..viz.frames.blocks import overview, pool_title
 from ..viz.frames.screen import SMALLEST
@@ -26,7 +40,7 @@ def screen(
     if (small := too_small(width, height, SMALLEST)) is not None:
         return small
     if monitor.opened is None:
-        rows = [_title(monitor, width, status), line(""), line(f" {status or 'No event yet.'}")]
+        rows = [_title(monitor, width, status), line(""), *(line(f" {row}") for row in wrap(status, width - 2))]
     else:
         room = height - _FIXED
         blocks = _map(monitor, width - 2, min(6, room // 2))
@@ -78,12 +92,9 @@ def _map(monitor: Monitor, width: int, height: int) -> Lines:
 
 
 def _memory(monitor: Monitor, width: int) -> Lines:
-    """The pool in the last step as one bar, and in numbers."""
-    last = monitor.last
-    if last is None:
-        return [line((" No step is planned yet.", DIM)), line("")]
-    total = monitor.num_slots
-    return [bar(last.slots, total, width - 2), numbers(last.slots, total, zeros=True)]
+    """The pool now as one bar, and in numbers."""
+    slots, total = monitor.slots, monitor.num_slots
+    return [bar(slots, total, width - 2), numbers(slots, total, zeros=True)]
 
 
 def _chart(samples: Sequence[StepSample], width: int, height: int) -> Lines:
@@ -106,13 +117,9 @@ def _numbers(monitor: Monitor, width: int, gpu: GPUReading | str) -> Lines:
 
 
 def _sequences(monitor: Monitor) -> tuple[str, str]:
-    last = monitor.last
-    if last is None:
-        return "sequences", f"{len(monitor.state.sequences)} wait"
-    return "sequences", (
-        f"{last.running} running, {last.waiting} waiting, {last.swapped} swapped, {monitor.finished:,} finished; "
-        f"a batch of {count(last.computed, 'token')}"
-    )
+    text = ", ".join(f"{number:,} {status}" for status, number in monitor.sequences.items())
+    batch = f"; a batch of {count(monitor.last.computed, 'token')}" if monitor.last and monitor.state.sequences else ""
+    return "sequences", text + batch
 
 
 def _speed(monitor: Monitor, width: int) -> tuple[str, str]:
@@ -128,12 +135,12 @@ def _speed(monitor: Monitor, width: int) -> tuple[str, str]:
 
 
 def _traffic(monitor: Monitor) -> tuple[str, str]:
-    totals, row = monitor.totals, "block" if monitor.state.paged else "slot"
-    rows = totals.rows_out + totals.rows_in
-    size = f" ({size_of(rows * monitor.row_bytes)})" if rows and monitor.row_bytes else ""
-    parts = [f"{count(totals.rows_out, row)} out, {totals.rows_in:,} in{size}", f"{totals.preemptions:,} preempted"]
-    if totals.rows_moved:
-        parts.append(f"{totals.rows_moved:,} moved on the device")
+    totals, moved = monitor.totals, monitor.moved
+    num_bytes = (moved["out"] + moved["in"]) * monitor.history.bytes_per_token
+    size = f" ({size_of(num_bytes)})" if num_bytes else ""
+    parts = [f"{count(moved['out'], 'slot')} out, {moved['in']:,} in{size}", f"{totals.preemptions:,} preempted"]
+    if moved["within"]:
+        parts.append(f"{moved['within']:,} moved on the device")
     if totals.copies:
         parts.append(f"{totals.copies:,} copied on write")
     return "swap", ", ".join(parts)

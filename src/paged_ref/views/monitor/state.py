@@ -6,7 +6,7 @@ timeline/state.py.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from ...timeline.events import (
@@ -32,13 +32,8 @@ class StepSample:
     """One step, as it was planned. Its new tokens and its time are added when the log says them."""
 
     step: int
-    slots: dict[str, int]  # by what is in them: tokens, empty (allocated, no token yet), cached, free
-    running: int  # sequences with K and V on the device
-    waiting: int
-    swapped: int
+    slots: dict[str, int]  # by what is in them
     computed: int  # tokens of this step
-    rows_out: int  # by this step, to the host
-    rows_in: int
     sampled: int = 0  # new tokens
     microseconds: int = 0  # 0: the log does not say
 
@@ -61,7 +56,6 @@ class Monitor:
         self.sampled = 0
         self.finished = 0  # sequences
         self.microseconds = 0  # of all steps that say
-        self._rows = (0, 0)  # out and in, before this step
 
     def take(self, event: Event) -> None:
         if isinstance(event, PoolOpened):
@@ -93,28 +87,8 @@ class Monitor:
             self.history.names.pop(event.seq_id, None)
 
     def _sample(self, event: StepPlanned) -> None:
-        snapshot, totals = self.state.memory.snapshot(), self.state.totals
-        in_open = sum(piece.tokens for piece in snapshot.partial)
-        on_host = [place.on_host for place in self.state.memory.sequences.values()]
         computed = sum(count for _, count in event.chunks)
-        self.samples.append(
-            StepSample(
-                step=event.step,
-                slots={
-                    "tokens": snapshot.full + in_open,
-                    "empty": sum(piece.slots for piece in snapshot.partial) - in_open,
-                    "cached": snapshot.cached,
-                    "free": snapshot.free + snapshot.external,
-                },
-                running=on_host.count(False),
-                waiting=len(event.waiting) - on_host.count(True),
-                swapped=on_host.count(True),
-                computed=computed,
-                rows_out=totals.rows_out - self._rows[0],
-                rows_in=totals.rows_in - self._rows[1],
-            )
-        )
-        self._rows = (totals.rows_out, totals.rows_in)
+        self.samples.append(StepSample(event.step, self.slots, computed))
         self.num_steps += 1
         self.computed += computed
 
@@ -134,13 +108,32 @@ class Monitor:
 
     @property
     def slots(self) -> dict[str, int]:
-        """Slots by what was in them in the last step; before the first step, all are free."""
-        return self.last.slots if self.last else {"tokens": 0, "empty": 0, "cached": 0, "free": self.num_slots}
+        """Slots by what is in them now: tokens, empty (allocated, no token yet), cached, free."""
+        snapshot = self.state.memory.snapshot()
+        in_open = sum(piece.tokens for piece in snapshot.partial)
+        return {
+            "tokens": snapshot.full + in_open,
+            "empty": sum(piece.slots for piece in snapshot.partial) - in_open,
+            "cached": snapshot.cached,
+            "free": snapshot.free + snapshot.external,
+        }
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a row that travels: a block, or a slot of a manager without blocks. 0: the log does not say."""
-        return self.history.bytes_per_token * self.state.memory.block_size
+    def sequences(self) -> dict[str, int]:
+        """How many sequences are in each state now."""
+        now = Counter(view.status for view in self.state.sequences.values())
+        return {status: now[status] for status in ("running", "waiting", "swapped")} | {"finished": self.finished}
+
+    @property
+    def all_finished(self) -> bool:
+        """Nothing runs or waits. A log does not say that its run is over: more requests may come."""
+        return bool(self.finished and not self.state.sequences)
+
+    @property
+    def moved(self) -> dict[str, int]:
+        """Slots that were copied: out to the host, in from the host, and within the device."""
+        size, totals = self.state.memory.block_size, self.totals
+        return {"out": size * totals.rows_out, "in": size * totals.rows_in, "within": size * totals.rows_moved}
 
     def timed(self) -> list[StepSample]:
         """Those of the last steps that say how long they took."""

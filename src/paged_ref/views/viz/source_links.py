@@ -22,10 +22,10 @@ from ...core.engine.engine import Engine
 from ...core.engine.scheduler import Scheduler
 from ...core.memory.manager import KVCacheManager
 from ...core.memory.standard import StandardManager
-from ...core.memory.swapping import SwappingManager
 from ...extras.beam import BeamSearch
 from ...extras.host_swap import SwappablePagedManager
 from ...extras.prefix_cache import CachingBlockPool
+from ...extras.swapping import SwappingManager
 from ...llm import LLM
 from ...timeline import events
 from ...timeline.history import Moment

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...extras.beam import SamplingParams
 from ...extras.managers import ManagerName
+from ...extras.sampling_params import SamplingParams
 from ...interop.checkpoints import load
+from ...interop.model_memory import require_kv_memory
 from ...llm import LLM
 from ...timeline.events import Event
 
@@ -53,8 +54,10 @@ def workload(
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; at least 1 is needed")
     if num_blocks is None:
-        tokenizer = load(model).tokenizer
-        lengths = [len(tokenizer.encode(prompt)) + params.max_tokens for prompt in prompts]
+        checkpoint = load(model)
+        for asked in (("max_tokens", params.max_tokens), ("n", params.n)):
+            require_kv_memory(checkpoint.config, "float32", "float32", asked)
+        lengths = [len(checkpoint.tokenizer.encode(prompt)) + params.max_tokens for prompt in prompts]
         each = [params.n * -(-length // block_size) for length in lengths]
         num_blocks = max(*each, -(-2 * sum(each) // 3), 1)
     if num_host_blocks is None:
@@ -68,6 +71,8 @@ def record(work: Workload, manager: ManagerName) -> list[Event]:
     events: list[Event] = []
     model = load(work.model)
     longest = max(len(model.tokenizer.encode(prompt)) + params.max_tokens for _, prompt, params in work.arrivals)
+    sizes = ("blocks", work.num_blocks), ("host_blocks", work.num_host_blocks)
+    require_kv_memory(model.config, "float32", "float32", *sizes, unit=work.block_size)
     num_slots = work.num_blocks * work.block_size
     paged, can_swap = manager == "paged", manager != "standard" and work.num_host_blocks > 0
     first = [block for block in work.first_blocks if block < work.num_blocks]

@@ -10,8 +10,8 @@ from paged_ref.core.engine.scheduler import Scheduler
 from paged_ref.core.engine.sequence import Group, Sequence, Status
 from paged_ref.core.memory.block_pool import OutOfBlocks
 from paged_ref.core.memory.manager import OutOfHostBlocks, Transfer
-from paged_ref.core.memory.swapping import SwappingManager
 from paged_ref.core.memory.usage import MemoryUsage
+from paged_ref.extras.swapping import SwappingManager
 
 
 def filled(num_slots: int, num_host_slots: int, lengths: list[int]) -> SwappingManager:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..checks import require
-from .block_pool import OutOfBlocks
-from .manager import OutOfHostBlocks, Transfer
-from .regions import Region, RegionManager, RegionPool
-from .usage import Snapshot
+from ..core.checks import require
+from ..core.memory.block_pool import OutOfBlocks
+from ..core.memory.manager import OutOfHostBlocks, Transfer
+from ..core.memory.regions import Region, RegionManager, RegionPool
+from ..core.memory.usage import Snapshot
 
 
 class SwappingManager(RegionManager):
@@ -37,7 +37,7 @@ class SwappingManager(RegionManager):
     def max_slots_needed(self, prompt_len: int, max_len: int, n: int = 1) -> int:
         return self.region_size(max_len)  # samples are sequences of their own here, and can take turns
 
-    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int) -> int:
+    def admit(self, seq_id: int, tokens: Sequence[int], max_len: int, spare: int = 0) -> int:
         size = self.region_size(len(tokens))
         self.regions[seq_id] = Region(self.pool.allocate(size), size)
         return 0
@@ -97,7 +97,7 @@ class SwappingManager(RegionManager):
         self.slots_swapped += sum(lengths)
         return transfers
 
-    def swap_in(self, seq_ids: Sequence[int]) -> list[Transfer]:
+    def swap_in(self, seq_ids: Sequence[int], spare: int = 0) -> list[Transfer]:
         lengths = [self.swapped[seq_id].length for seq_id in seq_ids]
         sizes = [self.region_size(length + 1) for length in lengths]  # they come back because they want to grow
         starts = _allocate_all(self.pool, sizes)

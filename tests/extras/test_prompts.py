@@ -1,0 +1,99 @@
+"""What LLM takes as a prompt, and what it refuses by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paged_ref import LLM, SamplingParams
+from paged_ref.extras.prompts import read_prompt, read_prompts
+
+IDS = [5, 6, 7]
+
+
+class Tensor:
+    """Like a tensor of another library: a number of it has no axis, but a method for elements."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = np.asarray(values)
+        self.ndim = self.values.ndim
+
+    def __iter__(self) -> Any:
+        if not self.ndim:
+            raise TypeError("iteration over a 0-d tensor")
+        return map(Tensor, self.values)
+
+    def __index__(self) -> int:
+        return int(self.values.__index__())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        IDS, tuple(IDS), np.array(IDS), np.array(IDS, np.uint8), Tensor(IDS), iter(IDS), range(5, 8),
+        {"prompt_token_ids": IDS}, {"prompt_token_ids": np.array(IDS)}, {"prompt_token_ids": IDS, "prompt": "text"},
+        [IDS], (IDS,), np.array([IDS]), Tensor([IDS]), iter([IDS]), [np.array(IDS)], [Tensor(IDS)],
+        [{"prompt_token_ids": IDS}],
+    ],
+    ids=lambda prompt: type(prompt).__name__,
+)  # fmt: skip
+def test_token_ids_of_any_kind(prompt: Any) -> None:
+    (output,) = LLM("tiny").generate(prompt, SamplingParams(max_tokens=2))
+    assert output.prompt_token_ids == IDS
+    assert all(type(i) is int for i in output.prompt_token_ids)
+
+
+@pytest.mark.parametrize("prompt", ["Once", ["Once"], {"prompt": "Once"}, [{"prompt": "Once"}], iter(["Once"])])
+def test_text_of_any_kind(prompt: Any) -> None:
+    (output,) = LLM("tiny").generate(prompt, SamplingParams(max_tokens=2))
+    assert output.prompt == "Once"
+
+
+def test_several() -> None:
+    assert read_prompts([IDS, "Once", {"prompt": "x"}]) == [IDS, "Once", {"prompt": "x"}]
+    assert read_prompts([]) == []
+    assert [list(row) for row in read_prompts(np.array([IDS, IDS]))] == [IDS, IDS]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (b"Once", "the prompt is b'Once'; text or token ids are needed"),
+        (5, "the prompt is 5; text or token ids are needed"),
+        (None, "the prompt is None; text or token ids are needed"),
+        (1.5, r"the prompt is 1\.5; text or token ids are needed"),
+        ([True, False], "a token id of the prompt is True; a whole number is needed"),
+        ([5, 6.0], r"a token id of the prompt is 6\.0; a whole number is needed"),
+        ([5, "a"], "a token id of the prompt is 'a'; a whole number is needed"),
+        (np.array([1.5]), r"a token id of the prompt is .*1\.5.*; a whole number is needed"),
+        ({"prompt_embeds": 3}, r"the prompt has the keys \['prompt_embeds'\]; known are prompt, prompt_token_ids"),
+        ({}, r"the prompt has the keys \[\]; known are"),
+        ({"prompt": None}, "the prompt is None; text or token ids are needed"),
+        ("\udcff\udcfe", r"the prompt holds '\\udcff' at place 0, which is no character"),
+    ],
+)
+def test_what_is_no_prompt(prompt: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_prompt(prompt)
+    llm = LLM("tiny")
+    with pytest.raises(ValueError, match=message):
+        llm.add_request(prompt)
+    with pytest.raises(ValueError, match="prompt"):
+        llm.generate(prompt)
+    assert not llm.has_unfinished
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, "greedy", 3])
+def test_params_of_another_kind(params: Any) -> None:
+    with pytest.raises(ValueError, match=r"params is .*; SamplingParams are needed"):
+        LLM("tiny").add_request("Once", params)
+    with pytest.raises(ValueError, match="params"):
+        LLM("tiny").generate("Once", params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "bloat", None, 5])
+def test_another_dtype(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"dtype is .*; known are float16, float32"):
+        LLM("tiny", dtype=dtype)
