@@ -42,8 +42,8 @@ SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, HEADS, PART, PARTS, TO, FIELDS = 
 (
     NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE,
     PASS_KEYS, LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP,
-    MOST_BLOCKS,
-) = range(22)  # fmt: skip
+    MOST_BLOCKS, TOKEN_BLOCKS,
+) = range(23)  # fmt: skip
 
 
 @part
@@ -133,128 +133,152 @@ def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
         store_rows(mixed, d, size, rows, sums)
 
 
+# --- the phases of an item. Its block number b is of (head, token, rows), in this order ---------------------------
+
+
+@part
+def begin(item, sizes, sinks, state, rows):
+    """Before the first key: only sinks are seen. A sink is a key without a value."""
+    mixed, _, highest, total = state
+    block_size = len(rows) * sizes[PADDED]
+    for b in range(item[HEADS] * item[COUNT] * sizes[TOKEN_BLOCKS]):
+        sink = splat(FLOAT(-np.inf))
+        if item[PART] == 0:
+            kv_head = item[HEAD] + b // (item[COUNT] * sizes[TOKEN_BLOCKS])
+            head = kv_head * sizes[GROUP_SIZE] + b % sizes[TOKEN_BLOCKS] * len(rows)
+            sink = repeat(sinks, head, rows)
+        store(highest, b * LANES, sink)
+        store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
+        for d in range(b * block_size, (b + 1) * block_size, LANES):
+            store(mixed, d, splat(FLOAT(0)))
+
+
+@part
+def score(item, sizes, since, query, keys, at, t, dot_keys, head, place, weights, rows):
+    """The products of KV head `head` with the tile's keys from t on, for the item's queries from number `since` on.
+    The head's numbers begin at `place` in each row."""
+    size, num_blocks = sizes[PADDED], sizes[TOKEN_BLOCKS]
+    b = ((head - item[HEAD]) * item[COUNT] + since) * num_blocks
+    for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
+        row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE]
+        for _ in range(num_blocks):
+            scores = offset(weights, b * len(rows) * TILE)
+            dots(scores, offset(query, row * size), size, keys, at, place, t, t + dot_keys, rows)
+            row, b = row + len(rows), b + 1
+
+
+@part
+def weigh(item, sizes, since, first, softcap, slopes, state, rows):
+    """From products to weights, for the whole tile at key `first`, all heads, and the queries from `since` on."""
+    mixed, weights, highest, total = state
+    size, num_blocks, end = sizes[PADDED], sizes[TOKEN_BLOCKS], item[END]
+    for head in range(item[HEAD], item[HEAD] + item[HEADS]):
+        b = ((head - item[HEAD]) * item[COUNT] + since) * num_blocks
+        for position in range(item[POSITION] + since, item[POSITION] + item[COUNT]):
+            seen = first + TILE <= min(end, position + 1) and first > position - sizes[WINDOW]
+            for sub in range(num_blocks):
+                scores = offset(weights, b * len(rows) * TILE)
+                if not seen or sizes[PLAIN] == 0:
+                    slope = repeat(slopes, head * sizes[GROUP_SIZE] + sub * len(rows), rows)
+                    adjust(scores, position, first, end, sizes[WINDOW], softcap, slope, rows)
+                sums = offset(mixed, b * len(rows) * size)
+                softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, size, rows)
+                b += 1
+
+
+@part
+def finish(item, sizes, state, out, lse, rows):
+    """Divide by the sums of the weights, and write the results."""
+    mixed, _, highest, total = state
+    size = sizes[PADDED]
+    for i in range(item[HEADS] * item[COUNT]):
+        head, token = item[HEAD] + i // item[COUNT], item[TO] + i % item[COUNT]
+        for r in range(sizes[GROUP_SIZE]):
+            block, lane = i * sizes[TOKEN_BLOCKS] + r // len(rows), r % len(rows)
+            row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE] + r
+            norm = total[block * LANES + lane]
+            # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
+            factor = FLOAT(1) / norm if norm != 0 else FLOAT(0)
+            for d in range(0, size, LANES):
+                x = load(mixed, (block * len(rows) + lane) * size + d)
+                store(out, row * size + d, multiply(x, splat(factor)))
+            lse[row] = highest[block * LANES + lane] + math.log(norm) if norm != 0 else -np.inf
+
+
 def attend_items(rows, columns):
     """The function that computes items in blocks of len(rows) rows, and len(columns) vectors of each row at a time."""
-    num_rows = len(rows)
-    span = num_rows * TILE
 
     def attend(
         counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, copy, at, out, lse,
         parts_out, parts_lse,
     ):  # fmt: skip
         """Compute the items that no other thread has begun. An item's result does not depend on the thread."""
-        size, group_size = sizes[PADDED], sizes[GROUP_SIZE]
-        mixed = scratch  # [blocks, R, size]
-        weights = offset(mixed, sizes[MOST_BLOCKS] * num_rows * size)  # [blocks, TILE, R]
-        highest = offset(weights, sizes[MOST_BLOCKS] * span)  # [blocks, LANES]
-        total = offset(highest, sizes[MOST_BLOCKS] * LANES)  # [blocks, LANES]
+        size, most = sizes[PADDED], sizes[MOST_BLOCKS]
+        weights = offset(scratch, most * len(rows) * size)
+        highest = offset(weights, most * len(rows) * TILE)
+        # [blocks, R, size], [blocks, TILE, R], [blocks, LANES], [blocks, LANES]
+        state = scratch, weights, highest, offset(highest, most * LANES)
         key_at, value_at, copy_at = at, offset(at, TILE), offset(at, 2 * TILE)
         next_key_at, next_value_at = offset(at, 3 * TILE), offset(at, 4 * TILE)
         for t in range(TILE):
             copy_at[t] = t * size
-        token_blocks = (group_size + num_rows - 1) // num_rows  # of a token and a KV head
-        while True:
-            number = take_next(counter)
-            if number >= sizes[NUM_ITEMS]:
-                break
+        number = take_next(counter)
+        while number < sizes[NUM_ITEMS]:
             item = offset(items, number * FIELDS)
             in_place = sizes[IN_PLACE] != 0 and item[HEADS] == sizes[NUM_KV_HEADS]
-            pass_keys = sizes[PASS_KEYS] if in_place else TILE
-            dot_keys = max(pass_keys, LANES // num_rows)
-            head_blocks = item[COUNT] * token_blocks
-            first_head, after_head = item[HEAD], item[HEAD] + item[HEADS]
+            mix_keys = sizes[PASS_KEYS] if in_place else TILE
+            dot_keys = max(mix_keys, LANES // len(rows))
+            heads = range(item[HEAD], item[HEAD] + item[HEADS])
+            head_blocks = item[COUNT] * sizes[TOKEN_BLOCKS]
             item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
-
-            b = 0
-            for kv_head in range(first_head, after_head):
-                for _ in range(item[COUNT]):
-                    for sub in range(token_blocks):
-                        # The sink is a key without a value, seen before all others.
-                        sink = splat(FLOAT(-np.inf))
-                        if item[PART] == 0:
-                            sink = repeat(sinks, kv_head * group_size + sub * num_rows, rows)
-                        store(highest, b * LANES, sink)
-                        store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
-                        for d in range(0, num_rows * size, LANES):
-                            store(mixed, b * num_rows * size + d, splat(FLOAT(0)))
-                        b += 1
-
+            k, k_at, v, v_at = keys, copy_at, values, copy_at
+            if not in_place:
+                k, v = copy, copy
+            begin(item, sizes, sinks, state, rows)
             if item[BEGIN] < item[END]:
                 slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
             for first in range(item[BEGIN], item[END], TILE):
                 key_at, next_key_at = next_key_at, key_at
                 value_at, next_value_at = next_value_at, value_at
+                if in_place:
+                    k_at, v_at = key_at, value_at
                 more = first + TILE < item[END]
                 if more:
                     slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
                 since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
 
-                k, k_at = (keys, key_at) if in_place else (copy, copy_at)
                 for t in range(0, TILE, dot_keys):
-                    for kv_head in range(first_head, after_head):
-                        k_head = kv_head * sizes[KEY_HEAD]
+                    for head in heads:
+                        place = head * sizes[KEY_HEAD]
                         if not in_place:
-                            copy_rows(copy, keys, key_at, k_head, sizes[KEY_STEP], sizes[HEAD_SIZE], size)
-                            k_head = 0
+                            copy_rows(copy, keys, key_at, place, sizes[KEY_STEP], sizes[HEAD_SIZE], size)
+                            place = 0
                         elif t + dot_keys < TILE:
-                            prefetch_rows(keys, key_at, t + dot_keys, dot_keys, kv_head, sizes[LINES])
+                            prefetch_rows(keys, key_at, t + dot_keys, dot_keys, head, sizes[LINES])
                         else:
-                            prefetch_rows(values, value_at, 0, pass_keys, kv_head, sizes[LINES])
-                        b = (kv_head - first_head) * head_blocks + since * token_blocks
-                        for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
-                            head = token * sizes[NUM_HEADS] + kv_head * group_size
-                            for sub in range(token_blocks):
-                                q = offset(query, (head + sub * num_rows) * size)
-                                dots(offset(weights, b * span), q, size, k, k_at, k_head, t, t + dot_keys, rows)
-                                b += 1
+                            prefetch_rows(values, value_at, 0, mix_keys, head, sizes[LINES])
+                        score(item, sizes, since, query, k, k_at, t, dot_keys, head, place, weights, rows)
 
-                for kv_head in range(first_head, after_head):
-                    b = (kv_head - first_head) * head_blocks + since * token_blocks
-                    for position in range(item[POSITION] + since, item[POSITION] + item[COUNT]):
-                        whole = (
-                            sizes[PLAIN] != 0 and first + TILE <= min(item[END], position + 1)
-                            and first > position - sizes[WINDOW]
-                        )  # fmt: skip
-                        for sub in range(token_blocks):
-                            scores = offset(weights, b * span)
-                            if not whole:
-                                slope = repeat(slopes, kv_head * group_size + sub * num_rows, rows)
-                                adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
-                            sums = offset(mixed, b * num_rows * size)
-                            softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, size, rows)
-                            b += 1
+                weigh(item, sizes, since, first, softcap, slopes, state, rows)
 
-                v, v_at = (values, value_at) if in_place else (copy, copy_at)
-                for t in range(0, TILE, pass_keys):
-                    for kv_head in range(first_head, after_head):
-                        v_head = kv_head * sizes[VALUE_HEAD]
+                for t in range(0, TILE, mix_keys):
+                    for head in heads:
+                        place = head * sizes[VALUE_HEAD]
                         if not in_place:
-                            copy_rows(copy, values, value_at, v_head, sizes[VALUE_STEP], sizes[HEAD_SIZE], size)
-                            v_head = 0
-                        elif t + pass_keys < TILE:
-                            prefetch_rows(values, value_at, t + pass_keys, pass_keys, kv_head, sizes[LINES])
+                            copy_rows(copy, values, value_at, place, sizes[VALUE_STEP], sizes[HEAD_SIZE], size)
+                            place = 0
+                        elif t + mix_keys < TILE:
+                            prefetch_rows(values, value_at, t + mix_keys, mix_keys, head, sizes[LINES])
                         elif more:
-                            prefetch_rows(keys, next_key_at, 0, dot_keys, kv_head, sizes[LINES])
-                        begin = (kv_head - first_head) * head_blocks
-                        for b in range(begin + since * token_blocks, begin + head_blocks):
-                            sums, of_keys = offset(mixed, b * num_rows * size), offset(weights, b * span)
-                            mix(sums, size, of_keys, v, v_at, v_head, t, t + pass_keys, rows, columns)
+                            prefetch_rows(keys, next_key_at, 0, dot_keys, head, sizes[LINES])
+                        start = (head - item[HEAD]) * head_blocks
+                        for b in range(start + since * sizes[TOKEN_BLOCKS], start + head_blocks):
+                            sums, of_keys = offset(scratch, b * len(rows) * size), offset(weights, b * len(rows) * TILE)
+                            mix(sums, size, of_keys, v, v_at, place, t, t + mix_keys, rows, columns)
 
             result, result_lse = (out, lse) if item[PARTS] == 1 else (parts_out, parts_lse)
-            b = 0
-            for kv_head in range(first_head, after_head):
-                for token in range(item[TO], item[TO] + item[COUNT]):
-                    for r in range(group_size):
-                        block, lane = b + r // num_rows, r % num_rows
-                        row = token * sizes[NUM_HEADS] + kv_head * group_size + r
-                        norm = total[block * LANES + lane]
-                        # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
-                        factor = FLOAT(1) / norm if norm != 0 else FLOAT(0)
-                        for d in range(0, size, LANES):
-                            x = load(mixed, (block * num_rows + lane) * size + d)
-                            store(result, row * size + d, multiply(x, splat(factor)))
-                        result_lse[row] = highest[block * LANES + lane] + math.log(norm) if norm != 0 else -np.inf
-                    b += token_blocks
+            finish(item, sizes, state, result, result_lse, rows)
+            number = take_next(counter)
 
     return attend
 

@@ -131,7 +131,7 @@ class _Plan:
         else:  # one block for everything, which begins at the region's first slot
             self.table, self.block_size = np.ascontiguousarray(addresses.starts, INT)[:, None], NO_LIMIT
         self.window = min(call.window or NO_LIMIT, NO_LIMIT)
-        token_blocks = -(-num_heads // num_kv_heads // num_rows)  # of a token and a KV head
+        token_blocks = self.token_blocks = -(-num_heads // num_kv_heads // num_rows)  # of a token and a KV head
         few, many = (max(1, rows // (token_blocks * num_rows)) for rows in (machine.FEW_ROWS, machine.MANY_ROWS))
         self.most_blocks = max(num_kv_heads * few, many) * token_blocks  # of an item
         seq_lens = np.ascontiguousarray(addresses.seq_lens, INT)
@@ -156,7 +156,7 @@ class _Plan:
         passes = machine.passes_of(num_kv_heads * head_size * itemsize, head_size * itemsize)
         return np.array(
             [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, head_size, padded, self.window,
-             self.block_size, self.table.shape[1], in_place, *passes, plain, *strides, self.most_blocks], INT,
+             self.block_size, self.table.shape[1], in_place, *passes, plain, *strides, self.most_blocks, self.token_blocks], INT,
         )  # fmt: skip
 
 
