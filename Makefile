@@ -16,7 +16,7 @@ GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 GPU_RUN = PAGED_REF_CUBINS=$(CUBINS) PYTHONPATH=src:tests
 # The tests with a `gpu` mark, the most telling first (pytest runs a file that is named twice once).
 GPU_TESTS = tests/tuned/test_gpu_moves.py tests/properties/test_gpu.py tests/tuned/test_flash_gpu.py \
-  $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
+  $(shell grep -rl --include='test_*.py' -e 'mark\.gpu' -e 'of_models' tests)
 # Compiling takes most of the tests' time; where pytest-xdist is there, several processes do it.
 XDIST = $(shell $(GPU_PYTHON) -c "import xdist" 2>/dev/null && printf %s "-n 4")
 # `make cubins`: the CUDA version of the machine that the kernels are for, such as 13.0. Empty: that of .venv.

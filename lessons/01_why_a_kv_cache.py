@@ -13,11 +13,10 @@ from dataclasses import replace
 import numpy as np
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.core.device import xp
+from paged_ref.core.engine.engine import Engine
 from paged_ref.kernels import naive_attention
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, table, todo
-from paged_ref.core.model import llama
 
 # ## Predict
 #
@@ -95,18 +94,19 @@ claim("passes without", sum(without), sum(n + i for i in range(new)))
 
 
 def positions_from_zero(real):
-    def forward(self, inputs, *rest):
-        fresh = xp.arange(
+    def prepare_inputs(self, plan):
+        inputs = real(self, plan)
+        fresh = np.arange(
             len(inputs.positions), dtype=inputs.positions.dtype
         )
-        return real(self, replace(inputs, positions=fresh), *rest)
+        return replace(inputs, positions=fresh)
 
-    return forward
+    return prepare_inputs
 
 
 break_it(
     "each step counts its positions from zero",
-    where=(llama.Llama, "forward"), bug=positions_from_zero,
+    where=(Engine, "prepare_inputs"), bug=positions_from_zero,
     run=lambda: generate("Once upon a time", 48), caught_by="contract",
 )  # fmt: skip
 

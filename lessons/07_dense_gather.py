@@ -19,7 +19,6 @@ from paged_ref.kernels import naive_attention, slot_of, write_kv
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
 from paged_ref.core.memory import kv
-from paged_ref.core.model import llama
 
 # ## Predict
 #
@@ -96,17 +95,17 @@ def generate():
 
 
 def whole_blocks(real):
-    def forward(self, inputs, *rest):
-        up = -(-inputs.addresses.seq_lens // 4) * 4
-        at = replace(inputs.addresses, seq_lens=up)
-        return real(self, replace(inputs, addresses=at), *rest)
+    def attend(call, backend):
+        up = -(-call.addresses.seq_lens // 4) * 4
+        at = replace(call.addresses, seq_lens=up)
+        return real(replace(call, addresses=at), backend)
 
-    return forward
+    return attend
 
 
 break_it(
     "attention reads to the end of the last block",
-    where=(llama.Llama, "forward"), bug=whole_blocks, run=generate,
+    where=(kv, "attend"), bug=whole_blocks, run=generate,
     caught_by="sanitizer",
 )  # fmt: skip
 

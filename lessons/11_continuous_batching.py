@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.engine import scheduler
-from paged_ref.core.model import llama
+from paged_ref.core.engine.engine import Engine
 from paged_ref.core.engine.sequence import Group, Sequence
 from paged_ref.lesson import break_it, check, claim
 from paged_ref.lesson import predict, show, table, todo
@@ -103,16 +103,16 @@ claim("no token changes", same, tokens)
 
 
 def in_another_order(real):
-    def forward(self, inputs, *rest):
-        rows = inputs.logits_rows[::-1]
-        return real(self, replace(inputs, logits_rows=rows), *rest)
+    def prepare_inputs(self, plan):
+        inputs = real(self, plan)
+        return replace(inputs, logits_rows=inputs.logits_rows[::-1])
 
-    return forward
+    return prepare_inputs
 
 
 break_it(
     "the rows of logits are in another order than their sequences",
-    where=(llama.Llama, "forward"), bug=in_another_order,
+    where=(Engine, "prepare_inputs"), bug=in_another_order,
     run=lambda: run(len(NEW))[1], caught_by="contract",
 )  # fmt: skip
 

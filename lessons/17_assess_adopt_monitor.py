@@ -40,28 +40,32 @@ other = predict("And for Llama 3, against exact?", "times")
 
 # ## Run
 #
-# **Assess.** This is arithmetic on shapes and datasheets. The command
-# `paged-ref assess` prints it with every constant.
+# **Assess.** The real scheduler and managers, always full, on a clock that
+# is computed from shapes and a datasheet. The commands `paged-ref assess`
+# and `paged-ref compare` print the same numbers with every constant.
 
-traffic = generated("sharegpt", 300)
+traffic = generated("sharegpt")
 rows, found = [], {}
 for model in models:
-    a = assess(gpu, model, traffic.requests, max_model_len=2048)
+    a = assess(Setup("", gpu, model, max_model_len=2048), traffic)
     found[model.name] = a
     for plan in a.plans:
-        used, rate = f"{plan.used:.0%}", plan.requests_per_second
-        rows.append((model.name, plan.name, plan.sequences, used, rate))
+        used = f"{plan.steady.outcome.shares.occupancy:.0%}"
+        running = round(plan.steady.outcome.running_mean, 1)
+        row = (model.name, plan.name, running, used, plan.rate)
+        rows.append(row)
 columns = ("model", "memory", "sequences", "used", "requests/s")
-table("Full memory, mean lengths", columns, rows)
+table("A request always waits", columns, rows)
 for name, a in found.items():
-    show(f"  {name}: the bottleneck is {a.bottleneck}\n")
+    waits = f"the next request waits for {a.paged.admission}"
+    show(f"  {name}: {waits}, a step for {a.paged.step.bound}\n")
 gain.grade(found["OPT-13B"].gain["standard max"], within=0.15)
 other.grade(found["Llama-3-8B"].gain["standard exact"], within=0.15)
 
-# "Capacity" means that the weights are read for few sequences, and more
-# sequences would cost little more time. There paging pays. Where most of
-# what is read is K and V, or arithmetic takes the time, more sequences help
-# less.
+# Where a request waits for memory, and a step for bandwidth, because the
+# weights are read for few sequences, more sequences would cost little more
+# time. There paging pays. Where most of what is read is K and V, or
+# arithmetic takes the time, more sequences help less.
 #
 # **Select.** The same decision as options of a server that pages:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,6 +17,8 @@ if TYPE_CHECKING:  # a test that needs none of it should not wait for it
 
 # Packages that every installation for tests has, and a machine with a GPU may lack.
 PACKAGES = {"greenlet", "hypothesis", "msgspec", "prometheus_client", "prompt_toolkit", "pyte", "threadpoolctl"}
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and all that they start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 

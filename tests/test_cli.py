@@ -87,12 +87,22 @@ def test_a_standard_input_that_is_no_prompt_is_one_sentence(data: bytes, message
     assert message in done.stderr.decode()
 
 
-@pytest.mark.parametrize("command", ["generate", "viz"])
-def test_half_characters_in_a_prompt_are_one_sentence(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--prompt", os.fsdecode(b"\xff\xfe")]) == 2
+@pytest.mark.parametrize(
+    "argv", ["generate --prompt BAD", "viz --prompt BAD", "generate --prompt a --stop BAD", "train --out x --words BAD"]
+)
+def test_half_characters_are_one_sentence(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([os.fsdecode(b"\xff\xfe") if word == "BAD" else word for word in argv.split()]) == 2
+    option = argv.split()[-2]
     assert capsys.readouterr().err == (
-        "paged-ref: error: --prompt is '\\udcff\\udcfe', with bytes that are no UTF-8; text is needed\n"
+        f"paged-ref: error: {option} holds '\\udcff' at place 0, which is no character\n"
     )
+
+
+def test_equal_samples_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", PAPER, "--max-tokens", "3", "--n", "3"]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == "--n is 3, and at --temperature 0 all samples are the same\n"
+    assert printed.out.count(f"{PAPER} fathers brought forth\n") == 3
 
 
 @pytest.mark.parametrize("columns", [50, 80, 160])

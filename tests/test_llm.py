@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_a_request_that_is_refused_disturbs_no_other(
 
 def test_a_request_that_the_cache_can_never_hold() -> None:
     llm = LLM("tiny", kv_cache_tokens=64, max_model_len=512)
-    with pytest.raises(ValueError, match=r"70 prompt tokens .* 64"):
+    with pytest.raises(ValueError, match=r"a prompt of length 70 .* 64"):
         llm.generate([5] * 70)
     llm = LLM("tiny", kv_cache_tokens=64)
     with pytest.raises(ValueError, match=r"70 tokens; the context of 64 .* own is 512; .* holds 64"):
@@ -260,3 +261,19 @@ def test_bytes_and_tokens_give_the_same_pool() -> None:
 def test_params_for_each_prompt_must_match(tiny: LLM) -> None:
     with pytest.raises(ValueError, match="params has 1 entries for 2 prompts"):
         tiny.generate(["a", "b"], [SamplingParams()])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kv_cache_tokens": "8"}, "kv_cache_tokens is '8'; a whole number is needed"),
+        ({"block_size": 1.5}, "block_size is 1.5; a whole number is needed"),
+        ({"block_size": True}, "block_size is True; a whole number is needed"),
+        ({"max_model_len": 1.5}, "max_model_len is 1.5; a whole number is needed"),
+        ({"log": 5}, "log is 5; a function is needed"),
+        ({"on_step": 5}, "on_step is 5; a function is needed"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        LLM("tiny", **options)

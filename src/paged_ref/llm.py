@@ -6,6 +6,7 @@ its part is imported.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,7 +32,7 @@ from .extras.beam import BeamRequest
 from .extras.formatted_kv import FORMATS, FormattedKV
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.memory_limit import require_memory
-from .extras.sampling_params import SamplingParams
+from .extras.sampling_params import SamplingParams, whole_number
 from .extras.sanitizer import SanitizedKV
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import StreamingLLM
@@ -119,6 +120,12 @@ class LLM(StreamingLLM):
         `backend` names the attention backend. `sanitize` checks every read of the cache; `log` is called with every
         event (timeline/events.py), `on_step` with a StepRecord after each step. None of these three changes a token.
         """
+        _require_types(
+            log, on_step, block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
+            host_kv_tokens=host_kv_tokens, max_model_len=max_model_len, max_batch_tokens=max_batch_tokens,
+            max_batch_seqs=max_batch_seqs, device_blocks=device_blocks, host_blocks=host_blocks,
+            staging_pages=staging_pages, full_layers=full_layers,
+        )  # fmt: skip
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         require_one_of(("float16", "float32"), dtype=dtype)
@@ -181,7 +188,7 @@ class LLM(StreamingLLM):
     def make_request(self, output: RequestOutput, params: CoreSamplingParams) -> Request:
         if params.stop and isinstance(self.tokenizer, MissingTokenizer):
             raise ValueError(f"stop is {params.stop}, a text; {self.tokenizer.directory} has no tokenizer.json")
-        width, most = getattr(params, "beam_width", None) or params.n, self.engine.scheduler.max_batch_seqs
+        width, most = _width(params), self.engine.scheduler.max_batch_seqs
         if self.engine.manager.can_fork and width > most:  # before so many are made
             raise ValueError(f"a request of {width} sequences; at most max_batch_seqs = {most} can run")
         require_memory(f"a request of {width} sequences", SAMPLE_BYTES * width)
@@ -190,10 +197,25 @@ class LLM(StreamingLLM):
         if not self.engine.manager.can_fork:
             raise ValueError("beam_width is set; beams share blocks, and only the paged manager can share")
         ids = output.prompt_token_ids
-        max_len = min(len(ids) + params.max_tokens, self.max_model_len)
+        max_len = self.longest(len(ids), params)
         group = Group([TokenSequence(self.engine.next_seq_id, ids.copy(), len(ids), max_len)], params.beam_width)
         on_reordered = self._log_steps.beams_reordered if self._log_steps else None
         return BeamRequest(output, params, group, self.tokenizer, on_reordered)
+
+    def longest(self, prompt_len: int, params: CoreSamplingParams) -> int:
+        if params.max_tokens is not None:
+            return super().longest(prompt_len, params)
+
+        def slots(length: int) -> int:  # the last token's K and V are never needed
+            return self.engine.manager.max_slots_needed(prompt_len, length - 1, _width(params))
+
+        lengths = range(prompt_len + 1, self.max_model_len + 1)
+        return prompt_len + max(1, bisect_right(lengths, self.engine.manager.num_slots, key=slots))
+
+
+def _width(params: CoreSamplingParams) -> int:
+    """Sequences that a request has at the same time."""
+    return getattr(params, "beam_width", None) or params.n
 
 
 def _num_slots(config: ModelConfig, dtype: str, tokens: int | None, size: int | None) -> int:
@@ -224,6 +246,16 @@ def _make_kv(
     else:
         kv = (TunedKV if on_gpu else KVCache)(*sizes, dtype, num_host_blocks, backend)
     return SanitizedKV(manager, kv) if sanitize else kv
+
+
+def _require_types(log: object, on_step: object, **sizes: object) -> None:
+    """Raise ValueError for the first size that is no whole number, and for a log or on_step that cannot be called."""
+    for name, value in sizes.items():
+        if value is not None:
+            whole_number(name, value)
+    for name, value in (("log", log), ("on_step", on_step)):
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} is {value!r}; a function is needed")
 
 
 def _refuse_together(why: str, **given: object) -> None:

@@ -12,7 +12,7 @@ import pytest
 from paged_ref.cli import main
 from paged_ref.commands import compare
 from paged_ref.commands.compare_report import MeasuredCost
-from paged_ref.views.common.plots import Bar, Line, bars_text, lines_text, svg
+from paged_ref.views.common.plots import Bar, Line, bars_text, lines_text, round_up, svg
 
 COMPARE = ["compare", "--trace", "alpaca", "--requests", "24", "--kv-tokens", "4096", "--block-sizes", "16"]
 ROWS = [
@@ -35,23 +35,38 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compare_prints_plots_and_tables_and_writes_json_and_svg(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {"json": tmp_path / "c.json", "svg": tmp_path / "c.svg"}
-    assert main([*COMPARE, "--run", "--jobs", "1", "--json", str(files["json"]), "--svg", str(files["svg"])]) == 0
+    files = {kind: tmp_path / f"c.{kind}" for kind in ("json", "svg", "csv")}
+    outputs = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
+    assert main([*COMPARE, "--run", "--jobs", "1", *outputs]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
-    for heading in ("Utilization", "Scalability", "Complexity", "The article's table", "The embedded model, for real"):
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    for heading in (
+        "Utilization",
+        "Scalability",
+        "Latency, at 80%",
+        "Complexity",
+        "The article's table",
+        "The embedded model, for real",
+    ):
         assert heading in shown
     numbers = json.loads(files["json"].read_text(encoding="utf-8"))
     assert [row["label"] for row in numbers["rows"]] == ROWS
     for row in numbers["rows"]:
-        assert row["at_once"]["finished"] == 24
+        assert 0 < row["sustained_rate"] <= row["roofline"]
+        assert row["goodput"] is None
+        assert row["num_refused"] == 0
         line = next(line for line in shown.splitlines() if re.match(rf" {re.escape(row['label'])} .*%", line))
-        assert f"{row['at_once']['tokens_of_used']:.1%}" in line
+        assert f"{row['measured']['tokens_of_used']:.1%}" in line
     assert all(each["same"] and each["steps"] > 0 for each in numbers["run"])
     assert numbers["kv_bytes_per_token"] == 819_200
     assert any("drawn: geometric lengths" in note for note in numbers["notes"])
     for name, value in numbers["constants"].items():
         assert re.search(rf"{name} +{value:g}", shown)
+    lines = files["csv"].read_text(encoding="utf-8").splitlines()
+    columns = lines[0].split(",")
+    assert {"label", "sustained_rate", "half_width", "goodput", "measured.first_token.p99"} <= set(columns)
+    assert [line.split(",")[0].strip('"') for line in lines[1:]][:3] == ROWS[:3]
     picture = ElementTree.fromstring(files["svg"].read_text(encoding="utf-8"))
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert set(ROWS) <= set(texts)
@@ -68,11 +83,13 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
     )
     trace.write_text("prompt,output\n" + "30,20\n40,5000\n9000,3\n" * 4, encoding="utf-8")
     argv = ["compare", "--trace", str(trace), "--block-sizes", "32", "--kv-tokens", "4096", "--jobs", "1"]
-    assert main([*argv, "--scale", "0.9", "--latency", "0.5"]) == 0
+    argv += ["--max-model-len", "256"]
+    assert main([*argv, "--scale", "0.9", "--latency", "0.5", "--ttft", "5", "--share", "90"]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "lengths x 0.9" in words
     assert "4 requests were refused; the first: the prompt has 8100 tokens" in words
-    assert "4 outputs were cut at the context of 2,048" in words
+    assert "4 outputs were cut at the context of 256" in words
+    assert "first token within 5 s, mean of a token 0.5 s, for 0.9 of the requests" in words
 
 
 @pytest.mark.parametrize(
@@ -82,8 +99,13 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
         (["compare", "--requests", "-1"], "--requests is -1"),
         (["compare", "--latency", "0"], "--latency is 0.0"),
         (["compare", "--latency", "nan"], "--latency is nan"),
+        (["compare", "--ttft", "-1"], "--ttft is -1.0"),
+        (["compare", "--share", "101"], "--share is 101.0; at most 100 percent"),
+        (["compare", "--num-gpus", "3"], "--num-gpus is 3; a divisor of the 40 heads"),
+        (["compare", "--csv", "no/such/place.csv"], "--csv no/such/place.csv cannot be written"),
         (["compare", "--scale", "0"], "scale is 0.0"),
         (["compare", "--jobs", "0"], "jobs is 0"),
+        (["compare", "--jobs", "99999999999"], "--jobs is 99999999999; 1 to "),
         (["compare", "--block-sizes", "0"], "--block-sizes holds 0"),
         (["compare", "--kv-tokens", "100"], "at least one block of 128"),
         (["compare", "--kv-tokens", "1"], "--kv-tokens is 1"),
@@ -126,6 +148,14 @@ def test_lines_rise_to_the_right_and_end_at_the_top() -> None:
     assert {number for number, row in enumerate(grid) if "B" in row} == {6}
     assert grid[4].count("·") > 20
     assert any(row.strip() == "A up" for row in rows)
+
+
+def test_axes_end_at_round_numbers() -> None:
+    for value, end in ((0.0234, 0.04), (0.8, 0.8), (1.0, 1.0), (3.08, 4.0), (8.6, 10.0), (61.0, 80.0), (0.0, 1.0)):
+        assert round_up(value) == end
+    text = svg("t", [], [Line("a", [(0.3, 0.01), (2.63, 0.03)])], round_up(0.03), "x", "y", None)
+    ticks = [element.text for element in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"0", "1", "2", "3", "4", "0.01", "0.02", "0.04"} <= set(ticks)
 
 
 def test_what_is_above_the_plot_is_left_out() -> None:

@@ -90,7 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["monitor", "other.log", "--print"],
         ["monitor", "--run", "generate", "--prompt", "a", "--backend", NASTY],
         ["walk", "--at", NASTY],
-        ["assess", "--model", NASTY],
+        pytest.param(["assess", "--model", NASTY], marks=pytest.mark.slow),  # half a minute of simulation
         ["assess", "--trace", f"{NASTY}.csv"],
         ["assess", "--gpu", NASTY],
         ["compare", "--trace", NASTY + "no"],

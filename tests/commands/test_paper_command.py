@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from paged_ref.cli import main
-from paged_ref.planner import paper
 
 
 @pytest.fixture
@@ -18,28 +17,28 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_paper_prints_ours_beside_the_papers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(paper, "NUM_REQUESTS", {"sharegpt": 300, "alpaca": 600})
-    file = tmp_path / "p.json"
-    assert main(["paper", "2", "18b", "--jobs", "1", "--json", str(file)]) == 0
+def test_paper_prints_ours_beside_the_papers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, table = tmp_path / "p.json", tmp_path / "p.csv"
+    assert main(["paper", "2", "12", "--jobs", "1", "--json", str(file), "--csv", str(table)]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     findings = json.loads(file.read_text(encoding="utf-8"))
-    assert {finding["figure"] for finding in findings} == {"2", "18b"}
+    assert {finding["figure"] for finding in findings} == {"2", "12"}
     for finding in findings:
-        line = next(line for line in shown.splitlines() if line.startswith(f"  {finding['what']} "))
+        line = next(line for line in shown.splitlines() if line.startswith(f" {finding['what']} "))
         assert f"{finding['ours']:.1f}" in line or f"{finding['ours']:.2f}" in line
         assert (" NO " in line) == (finding["met"] is False)
+    assert table.read_text(encoding="utf-8").splitlines()[0] == "figure,what,ours,paper,unit,low,high,met"
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(findings)
     assert re.search(r"\d+ of \d+ numbers are in their bands", shown)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["paper", "99"], "figure is '99'; known are 2, 13, 15, 18b, 19, prefix"),
+        (["paper", "99"], "figure is '99'; known are 2, 12, 13, 15, 18b, 19, prefix"),
         (["paper", "2", "--jobs", "0"], "jobs is 0"),
+        (["paper", "2", "--jobs", "99999999999"], "--jobs is 99999999999; 1 to "),
         (["paper", "2", "--json", "no/such/place.json"], "cannot be written"),
     ],
 )

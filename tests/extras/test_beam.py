@@ -107,7 +107,7 @@ def beam_request(llm: LLM, params: SamplingParams, prompt: list[int], on_reorder
     """Queue a beam search, as the public LLM does."""
     engine: Engine = llm.engine
     output = RequestOutput(len(engine.requests), None, prompt, [], arrival=0.0)
-    seq = Sequence(engine.next_seq_id, prompt.copy(), len(prompt), len(prompt) + params.max_tokens)
+    seq = Sequence(engine.next_seq_id, prompt.copy(), len(prompt), len(prompt) + (params.max_tokens or 0))
     group = Group([seq], params.beam_width or 1)
     engine.add(BeamRequest(output, params, group, llm.tokenizer, on_reordered))
     return output

@@ -97,3 +97,23 @@ def test_params_of_another_kind(params: Any) -> None:
 def test_another_dtype(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"dtype is .*; known are float16, float32"):
         LLM("tiny", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "length"),
+    [
+        ({"kv_cache_tokens": 4096}, {}, 512),  # the context of the embedded model
+        ({"kv_cache_tokens": 4096, "max_model_len": 40}, {}, 40),
+        ({"block_size": 4, "kv_cache_tokens": 64}, {}, 64),
+        ({"block_size": 4, "kv_cache_tokens": 64}, {"n": 3, "temperature": 1.0, "seed": 0}, 25),  # 2 + 3 * 4 blocks
+        ({"block_size": 4, "kv_cache_tokens": 64}, {"beam_width": 3}, 25),
+        ({"manager": "standard", "kv_cache_tokens": 64}, {"n": 2, "temperature": 1.0, "seed": 0}, 64),
+    ],
+    ids=str,
+)
+def test_max_tokens_none_goes_on_to_the_end_of_the_room(options: Any, more: Any, length: int) -> None:
+    """As in vLLM: to the end of the context; here also no further than the KV cache can hold all samples."""
+    llm = LLM("tiny", **options)
+    (output,) = llm.generate([[5] * 9], SamplingParams(max_tokens=None, ignore_eos=True, **more))
+    assert {9 + len(sample.token_ids) for sample in output.outputs} == {length}
+    assert {sample.finish_reason for sample in output.outputs} == {"length"}

@@ -44,6 +44,7 @@ from paged_ref.extras.sampling_params import SamplingParams
         ({"top_p": [0.9]}, r"top_p is \[0\.9\]; a finite number"),
         ({"stop": b"end"}, "stop is b'end'; a text, or several, are needed"),
         ({"stop": [b"end"]}, "stop holds b'end'; texts are needed"),
+        ({"stop": ["a", "\udcff"]}, r"stop holds '\\udcff' at place 0, which is no character"),
         ({"stop": 3}, "stop is 3; a text"),
         ({"stop_token_ids": 2}, "stop_token_ids is 2; token ids are needed"),
         ({"stop_token_ids": "23"}, "stop_token_ids is '23'; token ids are needed"),
@@ -60,7 +61,7 @@ def test_params_out_of_bounds(options: dict[str, Any], message: str) -> None:
 
 
 def test_none_is_the_default() -> None:
-    names = ("max_tokens", "temperature", "n", "stop", "stop_token_ids", "ignore_eos", "length_penalty", "seed")
+    names = ("temperature", "n", "stop", "stop_token_ids", "ignore_eos", "length_penalty", "seed")
     nothing: dict[str, Any] = dict.fromkeys(names)
     assert SamplingParams(**nothing) == SamplingParams()
 

@@ -20,6 +20,7 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.core.engine.engine import Observer
 from paged_ref.core.engine.outputs import RequestOutput
 from paged_ref.extras.transaction import Turns
+from paged_ref.timeline.events import RequestArrived
 
 SOURCE = paged_ref.__path__[0]
 REQUESTS = [
@@ -229,6 +230,9 @@ class Raising(Observer):
             raise ValueError("the disk is full")
 
 
+EVENTS = ("request_added", "before_step", "token_sampled", "sequence_finished", "after_step")
+
+
 @pytest.mark.parametrize("after", [1, 4])
 @pytest.mark.parametrize("method", ["before_step", "token_sampled", "sequence_finished", "after_step"])
 @pytest.mark.parametrize("name", SETUPS)
@@ -257,22 +261,54 @@ def test_a_log_that_raises_ends_no_request(name: str, after: int) -> None:
     finish(llm, outputs)
 
 
-@pytest.mark.parametrize("what", ["generate", "add_request", "abort", "step"])
-def test_calling_the_engine_from_inside_a_step_is_refused_by_name(what: str) -> None:
-    llm, outputs = opened(PAGED)
+@pytest.mark.parametrize("what", ["generate", "stream", "add_request", "abort", "step"])
+@pytest.mark.parametrize("where", ["hook", "log", "on_step", *EVENTS])
+def test_calling_the_engine_from_inside_a_step_is_refused_by_name(where: str, what: str) -> None:
+    inside = False
 
-    def hook(tokens: Sequence[int], logits: np.ndarray) -> np.ndarray:
-        {
-            "generate": lambda: llm.generate("Lily"),
-            "add_request": lambda: llm.add_request("Lily"),
-            "abort": lambda: llm.abort(0),
-            "step": llm.step,
-        }[what]()
-        return logits
+    def call(*arguments: Any) -> Any:
+        if inside:
+            {
+                "generate": lambda: llm.generate("Lily"),
+                "stream": lambda: llm.stream("Lily"),
+                "add_request": lambda: llm.add_request("Lily"),
+                "abort": lambda: llm.abort(0),
+                "step": llm.step,
+            }[what]()
+        return arguments[-1]
 
-    called = "add_request" if what == "generate" else what
+    llm, outputs = opened(PAGED | ({where: call} if where in ("log", "on_step") else {}))
+    if where in EVENTS:
+        observer = Observer()
+        setattr(observer, where, call)
+        llm.engine.observers.append(observer)
+    inside = True
+    called = "add_request" if what in ("generate", "stream") else what
     with pytest.raises(RuntimeError, match=f"{called} was called from inside a hook, a log or an observer"):
-        llm.generate("Once", SamplingParams(logits_hook=hook))
+        llm.generate("Once", SamplingParams(logits_hook=call if where == "hook" else None))
+    inside = False
+    finish(llm, outputs)
+
+
+@pytest.mark.parametrize("where", ["request_added", "log"])
+def test_a_log_or_observer_that_raises_when_a_request_is_added(where: str) -> None:
+    """The new request is not there, and the others go on."""
+
+    def log(event: object) -> None:
+        if left and isinstance(event, RequestArrived):
+            left.pop()
+            raise ValueError("the disk is full")
+
+    left: list[int] = []
+    llm, outputs = opened(PAGED | ({"log": log} if where == "log" else {}))
+    llm.step()
+    before = list(llm.engine.requests)
+    left.append(1)
+    if where == "request_added":
+        llm.engine.observers.append(Raising(where, 1))
+    with pytest.raises(ValueError, match="the disk is full"):
+        llm.add_request("Lily")
+    assert list(llm.engine.requests) == before
     finish(llm, outputs)
 
 

@@ -63,9 +63,9 @@ def test_it_runs_to_its_end_with_every_exercise_open(path: Path) -> None:
 @each_lesson
 def test_with_solutions_every_check_passes(path: Path) -> None:
     session, _ = run(path, solutions=True)
-    assert {e.name: e.verdict.state for e in session.exercises.values()} == dict.fromkeys(
-        run(path)[0].exercises, "right"
-    )
+    statements = ast.parse(path.read_text(encoding="utf-8")).body
+    names = [node.name for node in statements if isinstance(node, ast.FunctionDef) and node.name.startswith("my_")]
+    assert {e.name: e.verdict.state for e in session.exercises.values()} == dict.fromkeys(names, "right")
 
 
 @each_lesson
@@ -166,17 +166,17 @@ def names_patched_in(path: Path) -> set[str]:
 def test_the_names_that_lessons_patch() -> None:
     """The seams: a change of one of these names changes a lesson."""
     assert {path.stem[:2]: names_patched_in(path) for path in PATHS} == {
-        "01": {"llama.Llama.forward"},
+        "01": {"Engine.prepare_inputs"},
         "02": {"engine.kv_bytes_per_token"},
         "03": {"RegionPool.release", "StandardManager.region_size"},
         "04": {"KVCache.apply"},
         "05": {"paged.PagedManager.slots", "paged.slot_of"},
         "06": {"BlockPool.allocate", "BlockPool.release"},
-        "07": {"kv.attend", "llama.Llama.forward"},
+        "07": {"kv.attend"},
         "08": {"naive.attention_kernel"},
         "09": {"paged.attention_kernel"},
         "10": {"kernel_api.merge_states"},
-        "11": {"llama.Llama.forward"},
+        "11": {"Engine.prepare_inputs"},
         "12": {"PagedManager.append"},
         "13": {"prefix_cache.block_digests"},
         "14": {"KVCache.apply"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -26,10 +27,12 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 def test_the_numbers_have_the_right_size() -> None:
     """A slip of a unit or a doubled datasheet figure would leave these bands."""
     for gpu in GPUS.values():
-        assert 16 * 2**30 <= gpu.memory_bytes <= 192 * 2**30, gpu.name
+        assert 16 * 2**30 <= gpu.memory_bytes <= 256 * 2**30, gpu.name
         assert 3e11 <= gpu.bandwidth <= 8e12, gpu.name
         assert 60 <= gpu.flops / gpu.bandwidth <= 430, gpu.name  # operations for each byte at the ridge
         assert gpu.link in (16e9, 32e9, 64e9), gpu.name
+        assert gpu.peer == gpu.link or 150e9 <= gpu.peer <= 900e9, gpu.name  # no NVLink, or one direction of it
+        assert re.search(r", 20\d\d-\d\d-\d\d$", gpu.source), gpu.name
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,7 @@ def test_several_add_up() -> None:
     assert (four.memory_bytes, four.bandwidth, four.flops, four.link) == tuple(
         4 * rate for rate in (one.memory_bytes, one.bandwidth, one.flops, one.link)
     )
+    assert (four.peer, four.count) == (one.peer, 4)
     assert several(one, 1) is one
     with pytest.raises(ValueError, match="num_gpus is 0; at least 1"):
         several(one, 0)

@@ -14,7 +14,7 @@ from paged_ref.planner.hardware import GPU, GPUS, gpu_named, several
 from paged_ref.planner.models import MODELS, model_named
 from paged_ref.planner.roofline import CONSTANTS, Constants, Roofline, chunk_pairs, explain
 
-IDEAL = Constants(1, 1, 1, 0, 0, 1)
+IDEAL = Constants(1, 1, 1, 0, 0, 1, 1, 0)
 A100, LLAMA = GPUS["A100-80GB"], MODELS["Llama-3-8B"]
 
 
@@ -78,13 +78,15 @@ def test_more_work_is_never_faster(gpu: str, model: str, tokens: int, kv: int) -
     less = step_seconds(GPUS[gpu], tokens, kv)
     assert less <= step_seconds(GPUS[gpu], tokens + 1, kv)
     assert less <= step_seconds(GPUS[gpu], tokens, kv + 1)
-    assert less >= step_seconds(several(GPUS[gpu], 2), tokens, kv)
+    together = replace(several(GPUS[gpu], 2), peer=1e30)  # without traffic
+    assert less >= step_seconds(together, tokens, kv, Constants(reduce_overhead=0)) * (1 - 1e-12)
     assert less >= step_seconds(GPUS[gpu], tokens, kv, IDEAL)
 
 
 def test_every_constant_is_explained_and_bounded() -> None:
     names = [name for name, _, why in explain() if why]
-    assert names == ["bandwidth_share", "compute_share", "link_share", "step_overhead", "copy_overhead", "memory_share"]
+    assert names == ["bandwidth_share", "compute_share", "link_share", "step_overhead", "copy_overhead", "memory_share",
+                     "peer_share", "reduce_overhead"]  # fmt: skip
     assert model_named("tiny").weight_bits == 32
     with pytest.raises(ValueError, match="compute_share is 0; above 0 to 1 is needed"):
         Constants(compute_share=0)
@@ -112,7 +114,12 @@ def test_the_seconds_of_a_step_are_those_of_its_slower_side(name: str, constants
             reading = (multiplied * model.weight_bits / 8 + kept) / bandwidth
             products = 2 * ((multiplied - head) * tokens + head * logits)
             products += 4 * model.num_layers * model.num_heads * model.head_size * pairs
-            expected = max(reading, products / flops) + constants.step_overhead
+            traffic = 0.0
+            if gpu.count > 1:  # 16-bit hidden states, two sums in a layer
+                sent = 2 * (gpu.count - 1) / gpu.count * 2 * model.hidden_size * tokens
+                one = sent / (gpu.peer * constants.peer_share) + constants.reduce_overhead
+                traffic = 2 * model.num_layers * one
+            expected = max(reading, products / flops) + traffic + constants.step_overhead
             assert roofline.seconds(tokens, kv, pairs, logits) == pytest.approx(expected, rel=1e-9)
             assert roofline.seconds(tokens, kv, pairs, logits) == roofline.step(tokens, kv, pairs, logits).seconds
             bounds.add(reading > products / flops)
@@ -132,3 +139,40 @@ def test_transfers_are_copies_in_each_array() -> None:
     assert (moved, swapped) == (10 * model.kv_bytes_per_token, 0)
     assert seconds == pytest.approx(2 * moved / (gpu.bandwidth * CONSTANTS.bandwidth_share))  # read and written
     assert roofline.transfers([], 16) == (0.0, 0, 0)
+
+
+# --- experts, latents, several GPUs ----------------------------------------------------------------------
+
+
+def test_a_step_reads_the_experts_that_its_tokens_use() -> None:
+    """Mixtral-8x7B: 32 layers x 8 experts x 3 x 4096 x 14336 weights, of which a token uses a quarter."""
+    model = MODELS["Mixtral-8x7B"]
+    experts = 32 * 8 * 3 * 4096 * 14336
+    rest = 46_702_792_704 - experts - 32000 * 4096  # the embedding is looked up
+    roofline = Roofline(A100, model, IDEAL)
+    assert roofline.step(1, 100).weights == pytest.approx(2 * (rest + experts / 4) / 2039e9)
+    assert roofline.step(2, 100).weights == pytest.approx(2 * (rest + experts * (1 - 0.75**2)) / 2039e9)
+    assert roofline.step(500, 100).weights == pytest.approx(2 * (rest + experts) / 2039e9)
+    multiplied = rest + experts / 4
+    assert roofline.step(1, 0).compute == pytest.approx(2 * multiplied / 312e12)
+    assert roofline.seconds(2, 100, 100, 2) == roofline.step(2, 100).seconds
+
+
+def test_the_latent_of_mla_is_on_each_gpu() -> None:
+    """DeepSeek-V3: 61 layers x (512 + 64) x 2 bytes = 70,272 bytes on each of 8 GPUs."""
+    gpu = several(GPUS["H200"], 8)
+    roofline = Roofline(gpu, MODELS["DeepSeek-V3"], IDEAL)
+    assert roofline.step(1, 1000).kv == pytest.approx(8 * 1000 * 70_272 / (8 * 4.8e12))
+    assert roofline.num_kv_tokens() == (8 * 141 * 2**30 - 671_026_419_200) // (8 * 70_272)
+
+
+def test_all_reduces_by_hand() -> None:
+    """Llama-3.1-70B on 4 H100: 160 sums of 8192 x 2 bytes a token; each GPU sends 2 x 3/4 of it at 450 GB/s."""
+    gpu = several(GPUS["H100-SXM"], 4)
+    roofline = Roofline(gpu, MODELS["Llama-3.1-70B"], Constants(peer_share=1, reduce_overhead=1e-5))
+    step = roofline.step(100, 5000)
+    assert step.link == pytest.approx(160 * (1e-5 + 1.5 * 100 * 8192 * 2 / 450e9))
+    assert step.seconds == pytest.approx(max(step.weights + step.kv, step.compute) + step.link + 0.002)
+    assert Roofline(GPUS["H100-SXM"], LLAMA).step(100, 5000).link == 0
+    slow = several(GPUS["RTX-4090"], 8)  # no NVLink: the traffic of a prefill is what a step waits for
+    assert Roofline(slow, LLAMA).step(2048, 2048, chunk_pairs(2048, 2048), 1).bound == "link"

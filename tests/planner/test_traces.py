@@ -21,6 +21,7 @@ from paged_ref.planner.traces import (
     first,
     generated,
     scaled,
+    spread,
     with_prefix,
 )
 
@@ -84,13 +85,13 @@ def test_gzip_is_seen_by_its_content(tmp_path: Path) -> None:
         (AZURE.splitlines()[0] + "\n", "a header and no requests"),
         ("a,b,c\n1,2,3\n", "line 1 begins none of the known forms"),
         (AZURE + "2023-11-16 18:15:51,879\n", "line 4 has 2 columns; 3 are needed"),
-        (AZURE + "2023-11-16 18:15:51,eight,55\n", "line 4: ContextTokens is 'eight'; a whole number of at least 1"),
-        (AZURE + "2023-11-16 18:15:51,879,0\n", "line 4: GeneratedTokens is '0'; a whole number of at least 1"),
+        (AZURE + "2023-11-16 18:15:51,eight,55\n", "line 4: ContextTokens is 'eight'; a whole number from 1 to"),
+        (AZURE + "2023-11-16 18:15:51,879,0\n", "line 4: GeneratedTokens is '0'; a whole number from 1 to"),
         (AZURE + "2023-11-16 18:15:51,-9,5\n", "line 4: ContextTokens is '-9'"),
-        (AZURE + "soon,879,55\n", "line 4: TIMESTAMP is 'soon'; a date and time is needed"),
+        (AZURE + "soon,879,55\n", "line 4: TIMESTAMP is 'soon'; seconds, or a date and time, are needed"),
         (AZURE + "2023-11-16 18:15:50.5,9,5\n", "line 4: times out of order; it is 0.495 s before the request above"),
         ("3,4\n5,6,7\n", "line 2 has 3 columns; 2 are needed"),
-        ("3,4\n5,1.5\n", "line 2: output is '1.5'"),
+        ("3,4\n5,1.5\n", "line 2: output_tokens is '1.5'"),
         (SHAREGPT + "1,,2,3\n", "line 3: num_decode_tokens is ''"),
         (MOONCAKE + "{nonsense\n", "line 3 is not JSON: .* at column 2"),
         (MOONCAKE + "[1]\n", "line 3 is not a JSON object"),
@@ -113,6 +114,100 @@ def test_a_wrong_file_is_one_sentence_with_its_line(tmp_path: Path, text: str, r
         read_trace(path)
     assert str(caught.value).startswith(f"trace {path}")
     assert "\n" not in str(caught.value)
+
+
+OWN = "time,prompt_tokens,output_tokens,prefix_group,prefix_tokens\n"
+
+
+def test_the_own_form_as_csv_and_as_json_lines(tmp_path: Path) -> None:
+    table = OWN + "10.25,900,120,help,512\n10.75,100,20,,\n11,700,5,help,256\n12.5,512,1,other,512\n"
+    row = '{"time": %s, "prompt_tokens": %d, "output_tokens": %d, "prefix_group": %s, "prefix_tokens": %s}\n'
+    values = [
+        ("10.25", 900, 120, '"help"', "512"),
+        ("10.75", 100, 20, "null", "null"),
+        ("11", 700, 5, '"help"', "256"),
+        ("12.5", 512, 1, '"other"', "512"),
+    ]
+    lines = "".join(row % each for each in values)
+    for name, text in (("own.csv", table), ("own.jsonl", lines)):
+        trace = read_trace(write(tmp_path / name, text))
+        assert [each.arrival for each in trace.requests] == [0.0, 0.5, 0.75, 2.25]
+        assert lengths(trace) == [(900, 120), (100, 20), (700, 5), (512, 1)]
+        assert trace.timed
+        assert trace.hash_block == 256  # the largest that divides every beginning
+        assert [each.hash_ids for each in trace.requests] == [(0, 1), (), (0,), (2, 3)]
+
+
+def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
+    burst = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    rows = "5,ChatGPT,472,18,490,Conversation log\n45.5,GPT-4,1087,230,1317,API log\n"
+    trace = read_trace(write(tmp_path / "burst.csv", burst + rows))
+    assert lengths(trace) == [(472, 18), (1087, 230)]
+    assert [each.arrival for each in trace.requests] == [0.0, 40.5]
+    assert trace.notes == ("columns that are not used: Model, Total tokens, Log Type",)
+    vidur = "arrived_at,num_prefill_tokens,num_decode_tokens\n1.5,10,2\n2.0,11,3\n"
+    trace = read_trace(write(tmp_path / "vidur.csv", vidur))
+    assert [each.arrival for each in trace.requests] == [0.0, 0.5]
+    assert trace.timed
+    assert trace.notes == ()
+
+
+def test_quoted_rows_float_times_and_three_columns_without_a_header(tmp_path: Path) -> None:
+    quoted = '"TIMESTAMP","ContextTokens","GeneratedTokens"\n"2023-11-16 18:15:46.6805900","374","44"\n'
+    quoted += '"2023-11-16 18:15:50","9","5"\n'
+    assert lengths(read_trace(write(tmp_path / "quoted.csv", quoted))) == [(374, 44), (9, 5)]
+    seconds = "TIMESTAMP,ContextTokens,GeneratedTokens\n0.5,374,44\n1e1,9,5\n"
+    trace = read_trace(write(tmp_path / "seconds.csv", seconds))
+    assert [each.arrival for each in trace.requests] == [0.0, 9.5]
+    trace = read_trace(write(tmp_path / "plain.csv", "0.5,374,44\n0.75,9,5\n"))
+    assert lengths(trace) == [(374, 44), (9, 5)]
+    assert trace.timed
+
+
+def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path: Path) -> None:
+    text = AZURE + "2023-11-16 18:15:51,879,0\n2023-11-16 18:15:52,7,5\n2023-11-16 18:15:40,7,5\nsoon,1,1\n"
+    path = write(tmp_path / "t.csv", text)
+    with pytest.raises(ValueError, match="line 4: GeneratedTokens is '0'"):
+        read_trace(path)
+    trace = read_trace(path, skip_bad_rows=True)
+    assert lengths(trace)[-1] == (7, 5)
+    assert len(trace.requests) == len(read_trace(write(tmp_path / "good.csv", AZURE)).requests) + 1
+    (note,) = trace.notes
+    assert note.startswith("3 of 6 rows cannot be read and are left out; the first: line 4: GeneratedTokens is '0'")
+    with pytest.raises(ValueError, match="none of its rows can be read; line 2: time is 'x'"):
+        read_trace(write(tmp_path / "bad.csv", OWN + "x,1,1,,\n"), skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("1.5,2.5\n", "line 1: prompt_tokens is '1.5'; a whole number from 1 to 1,000,000,000 is needed"),
+        (f"{10**23},1\n", f"line 1: prompt_tokens is '{10**23}'; a whole number from 1 to"),
+        (OWN + "inf,1,1,,\n", "line 2: time is 'inf'; seconds, or a date and time, are needed"),
+        (OWN + "1,100,1,a,200\n", "line 2: prefix_tokens is 200; the prompt has 100 tokens"),
+        (OWN + "1,100,1,a,\n", "line 2: prefix_tokens is ''; a whole number"),
+        ('{"time": 1, "prompt_tokens": 5}\n', "line 1 has no output_tokens"),
+        ("time,length\n1,2,3\n", "line 2 has 3 columns; 2 are needed"),
+        ("a,b,c\n1,2,3\n", "line 1 begins none of the known forms"),
+    ],
+)
+def test_a_wrong_row_of_the_own_form(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read_trace(write(tmp_path / "t", text))
+
+
+def test_a_sample_is_spread_over_the_trace() -> None:
+    requests = tuple(TraceRequest(float(at), at + 1, 1) for at in range(1000))
+    sample = spread(RequestTrace("t", requests, timed=True), 100)
+    assert len(sample.requests) == 100
+    assert [each.prompt_len for each in sample.requests[:6]] == [1, 2, 3, 4, 5, 51]
+    gaps = [b.arrival - a.arrival for a, b in zip(sample.requests, sample.requests[1:], strict=False)]
+    assert gaps == pytest.approx([1.0] * 99)
+    assert sample.notes == ("100 of 1,000 requests: 20 runs of 5, spread evenly",)
+    assert spread(sample, 100) is sample
+    assert len(spread(sample, 7).requests) == 7
+    with pytest.raises(ValueError, match="requests is 0"):
+        spread(sample, 0)
 
 
 def test_what_is_no_file_or_no_text_is_refused(tmp_path: Path) -> None:

@@ -383,6 +383,16 @@ def test_a_hook_that_returns_the_wrong_shape_is_told_so(options: dict[str, Any],
     assert_nothing_held(llm)
 
 
+@pytest.mark.parametrize(
+    "wrong", [lambda logits: logits * 1j, lambda logits: [None] * len(logits), lambda logits: logits > 0]
+)
+def test_a_hook_that_returns_no_real_numbers_is_told_so(wrong: Any) -> None:
+    llm = LLM("tiny", backend="reference")
+    with pytest.raises(ValueError, match=r"logits_hook returned (complex64|object|bool); real numbers are needed"):
+        llm.generate(PAPER, greedy(logits_hook=lambda _, logits: wrong(logits)))
+    assert_nothing_held(llm)
+
+
 @pytest.mark.parametrize("manager", MANAGERS)
 def test_an_observer_that_raises_ends_the_call_but_no_other_request(manager: str) -> None:
     armed = False
@@ -408,18 +418,18 @@ def test_an_observer_that_raises_ends_the_call_but_no_other_request(manager: str
 @pytest.mark.parametrize(
     ("options", "prompt_len", "params", "numbers"),
     [
-        ({"block_size": 4}, 30, greedy(20), "30 prompt tokens and up to 20 new ones can need 52 slots .* are 48"),
-        ({"block_size": 1}, 30, greedy(20), "30 prompt tokens and up to 20 new ones can need 49 slots .* are 48"),
-        ({"block_size": 4}, 10, greedy(20, n=2), "10 prompt tokens .* 20 new ones, 2 times, can need 56 slots .* 48"),
-        ({"block_size": 4}, 10, greedy(20, beam_width=3), "20 new ones, 3 times, can need 80 slots .* 48"),
-        ({"manager": "swapping"}, 30, greedy(20), "30 prompt tokens and up to 20 new ones can need 49 slots .* 48"),
+        ({"block_size": 4}, 30, greedy(20), "length 30 and an output of length 20 can need 52 slots .* are 48"),
+        ({"block_size": 1}, 30, greedy(20), "length 30 and an output of length 20 can need 49 slots .* are 48"),
+        ({"block_size": 4}, 10, greedy(20, n=2), "length 10 .* length 20, 2 times, can need 56 slots .* 48"),
+        ({"block_size": 4}, 10, greedy(20, beam_width=3), "length 20, 3 times, can need 80 slots .* 48"),
+        ({"manager": "swapping"}, 30, greedy(20), "length 30 and an output of length 20 can need 49 slots .* 48"),
         (
             {"manager": "standard", "reserve": "exact"}, 30, greedy(20),
-            "30 prompt tokens and up to 20 new ones can need 49 slots .* are 48",
+            "length 30 and an output of length 20 can need 49 slots .* are 48",
         ),
         (
             {"manager": "standard", "reserve": "pow2"}, 30, greedy(18),
-            "30 prompt tokens and up to 18 new ones can need 62 slots .* are 48",
+            "length 30 and an output of length 18 can need 62 slots .* are 48",
         ),
     ],
     ids=["paged", "blocks of 1", "n", "beams", "swapping", "exact", "pow2"],
@@ -455,7 +465,7 @@ def test_what_just_fits_is_not_refused(options: dict[str, Any], params: Sampling
     engine.finish()
     assert [len(sample.token_ids) for sample in output.outputs] == [params.max_tokens] * len(output.outputs)
     with pytest.raises(ValueError, match="can need"):
-        engine.add([5] * 30, replace(params, max_tokens=params.max_tokens + 1))
+        engine.add([5] * 30, replace(params, max_tokens=(params.max_tokens or 0) + 1))
 
 
 @pytest.mark.parametrize("options", [{"n": 5}, {"beam_width": 5}], ids=str)

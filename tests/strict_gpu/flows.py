@@ -136,6 +136,23 @@ def sanitizer() -> Any:
 
 
 @flow(QUICK)
+def nan_logits() -> Any:
+    """Greedy decoding, where the host gets the place of the largest logit alone, and drawing: NaN is an error."""
+    said = []
+    for temperature in (0.0, 0.5):
+        llm = make()
+        model: Any = llm.engine.model
+        forward = model.forward
+        model.forward = lambda *args, forward=forward: forward(*args) * np.float32(np.nan)
+        try:
+            llm.generate(PROMPTS[1], SamplingParams(max_tokens=3, temperature=temperature, seed=1))
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) == 2
+    return said
+
+
+@flow(QUICK)
 def training() -> Any:
     """The gradient is the same, whatever becomes of the activations."""
     from support import small

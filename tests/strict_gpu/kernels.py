@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -23,7 +22,6 @@ from .order import Access, CUDARuntimeError, enqueue
 
 TRACE = os.environ.get("STRICT_GPU_KERNELS") == "trace"
 COMPILE = os.environ.get("STRICT_GPU_COMPILE") == "1"
-launched: Counter[str] = Counter()  # kernels by name
 
 Args = Sequence[Any]  # of a kernel: arrays of the device, and numbers
 Index = Sequence[Any] | None  # for each written array: the elements that are written; None: all
@@ -189,7 +187,6 @@ MEANING: dict[str, Callable[[str, Any, Args], None]] = {
 def start(kernel: Any, grid: tuple[int, int], num_threads: int, args: Args) -> None:
     """Run a kernel on the current stream."""
     name = kernel.py_func.__name__
-    launched[name] += 1
     if TRACE or name not in MEANING:
         traced(kernel, grid, num_threads, args)
         return

@@ -174,9 +174,6 @@ class MemoryPool:
     def used_bytes(self) -> int:
         return self._used
 
-    def total_bytes(self) -> int:
-        return self._used + sum(one.size for allocations in self._free.values() for one in allocations)
-
 
 pool = MemoryPool()
 _allocator: list[Any] = [pool.malloc]

@@ -34,12 +34,11 @@ class StandInModule(ModuleType):
 
 # --- cupy.cuda -----------------------------------------------------------------------------------------------------
 
+MEMORY = (140 << 30, 141 << 30)  # bytes of the GPU: free, all
+
 
 class Device:
-    compute_capability = "90"
-    mem_info = (140 << 30, 141 << 30)
-    attributes = {"MultiProcessorCount": 132}  # noqa: RUF012
-    pci_bus_id = "0000:00:00.0"
+    mem_info = MEMORY
 
     def __init__(self, device: Any = None) -> None:
         self.id = 0 if device is None else int(device)
@@ -63,7 +62,7 @@ def properties(device: int) -> dict[str, Any]:
     if device != 0:
         raise CUDARuntimeError("cudaErrorInvalidDevice")
     return {
-        "name": b"Stand-in for an H200", "totalGlobalMem": 150754820096, "multiProcessorCount": 132, "major": 9,
+        "name": b"Stand-in for an H200", "totalGlobalMem": MEMORY[1], "multiProcessorCount": 132, "major": 9,
         "minor": 0, "l2CacheSize": 62914560, "memoryBusWidth": 6144, "warpSize": 32,
         "sharedMemPerMultiprocessor": 233472, "sharedMemPerBlockOptin": 232448, "maxThreadsPerBlock": 1024,
         "regsPerMultiprocessor": 65536,

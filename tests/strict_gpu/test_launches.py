@@ -26,6 +26,8 @@ for prompt in ("Four score and seven years ago our", "Once upon a time"):
     llm.add_request(prompt, SamplingParams(max_tokens=9, ignore_eos=True))
 for _ in range(3):
     llm.step()
+if {with_prompt}:
+    llm.add_request("The cat", SamplingParams(max_tokens=9))
 order.work.clear()
 order.waits.clear()
 llm.step()
@@ -33,10 +35,10 @@ print(json.dumps([dict(order.work), sum(order.waits.values()), len(llm.engine.mo
 """
 
 
-def decode_step(**options: Any) -> tuple[dict[str, int], int, int]:
-    """Operations by name, the host's waits, and the layers of the model."""
+def decode_step(with_prompt: bool = False, **options: Any) -> tuple[dict[str, int], int, int]:
+    """Operations by name, the host's waits, and the layers of the model, in a step that decodes for two sequences."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
-    code = "import strict_gpu; strict_gpu.install()" + STEP.format(options=options)
+    code = "import strict_gpu; strict_gpu.install()" + STEP.format(options=options, with_prompt=with_prompt)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     work, waits, layers = json.loads(done.stdout)
@@ -54,4 +56,12 @@ def test_nine_launches_a_layer_and_one_wait_a_step(manager: str) -> None:
     }  # fmt: skip
     beside = sum(work.values()) - layers * sum(of_layers.values())
     assert beside <= 13, work
+    assert waits == 1
+
+
+def test_a_prompt_beside_them_takes_one_more() -> None:
+    """Eleven with sequences that are split: attention over prompts is a launch of its own."""
+    work, waits, layers = decode_step(manager="standard", with_prompt=True)
+    assert work["flash_attention"] == 2 * layers
+    assert sum(count // layers for count in work.values()) == 11
     assert waits == 1

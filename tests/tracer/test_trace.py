@@ -94,6 +94,22 @@ def make_case(
     return Case(query, keys, values, starts, key_cache, value_cache, tables, lens, loc)
 
 
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_a_nan_in_a_visible_slot_shows(which: str) -> None:
+    """A NaN key is no key that is not there: neither 0 nor a log-sum-exp of -inf comes out."""
+    case = make_case([7, 5], heads=(2, 2))
+    slot = case.own_slots(0)[5]
+    paged_array, naive_array = (case.key_cache, case.keys) if which == "key" else (case.value_cache, case.values)
+    paged_array[divmod(slot, 4)][0] = np.nan  # of KV head 0
+    naive_array[int(case.starts[0]) + 5, 0] = np.nan
+    for out, lse in (case.paged(), case.naive()):
+        assert np.isnan(out[0, 0]).all()
+        assert np.isnan(lse[0, 0]) == (which == "key")
+        assert np.isfinite(out[0, 1]).all()
+        assert np.isfinite(out[1]).all()
+        assert np.isfinite(lse[1]).all()
+
+
 def visible(case: Case) -> list[tuple[int, int, int]]:
     """(sequence, token, number of keys that it sees) of each token."""
     answer = []

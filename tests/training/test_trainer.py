@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support import small
 
 from paged_ref import LLM, SamplingParams
@@ -198,6 +199,12 @@ def test_a_run_that_is_no_json_object_is_refused(
     monkeypatch.setattr(json, "dumps", lambda value: run)
     save_state(tmp_path, State({}, 3, {"weights": np.zeros(5)}))
     with pytest.raises(ValueError, match=f"is not a run's state: {reason}"):
+        load_state(tmp_path)
+
+
+def test_a_state_without_a_checksum_says_so(tmp_path: Path) -> None:
+    save_file({"weights": np.zeros(5)}, tmp_path / STATE, metadata={"run": "{}", "step": "3"})
+    with pytest.raises(ValueError, match="it has no checksum, so an earlier version wrote it; begin the run anew"):
         load_state(tmp_path)
 
 

@@ -213,54 +213,7 @@ def test_rows_that_begin_off_a_16_byte_border_are_refused() -> None:
     assert said == "the rows of the values do not begin at multiples of 16 bytes"
 
 
-# ---- the twins of the intrinsics
-
-
-def product_of(mma: Any, words: Array, sums: Array) -> Array:
-    """What the 32 lanes of a warp get, [32, 4], for their words [32, 6] and sums [32, 4]."""
-    from numba import cuda
-
-    def kernel(words: Any, sums: Any, got: Any) -> None:
-        lane = cuda.threadIdx.x
-        w, s = words[lane], sums[lane]
-        parts = mma(w[0], w[1], w[2], w[3], w[4], w[5], s[0], s[1], s[2], s[3])
-        for i in range(4):
-            got[lane, i] = parts[i]
-
-    got = np.zeros((32, 4), np.float32)
-    trace.run(kernel, 1, 32, words, sums, got)
-    return got
-
-
-def test_a_product_is_laid_out_as_the_ptx_manual_says() -> None:
-    """Rows, columns and k of each fragment, written down from "Matrix Fragments for mma.m16n8k16" and m16n8k8."""
-    from paged_ref.tuned import cuda_intrinsics as intrinsics
-
-    rng = np.random.default_rng(0)
-    for wide, mma in ((16, intrinsics.mma_float16), (8, intrinsics.mma_tfloat32)):
-        a, b, c = (rng.integers(-8, 8, shape).astype(np.float32) for shape in ((16, wide), (wide, 8), (16, 8)))
-        words, sums = np.zeros((32, 6), np.uint32), np.zeros((32, 4), np.float32)
-        for lane in range(32):
-            group, member = lane >> 2, lane % 4
-
-            def word(values: list[float]) -> int:
-                return int(np.array(values, np.float16 if len(values) == 2 else np.float32).view(np.uint32)[0])
-
-            if wide == 16:
-                k = [[2 * member, 2 * member + 1], [2 * member + 8, 2 * member + 9]]
-            else:
-                k = [[member], [member + 4]]
-            words[lane] = [
-                word([a[group, i] for i in k[0]]), word([a[group + 8, i] for i in k[0]]),
-                word([a[group, i] for i in k[1]]), word([a[group + 8, i] for i in k[1]]),
-                word([b[i, group] for i in k[0]]), word([b[i, group] for i in k[1]]),
-            ]  # fmt: skip
-            sums[lane] = [c[group + 8 * (i // 2), 2 * member + i % 2] for i in range(4)]
-
-        got = product_of(mma, words, sums)
-        want = a @ b + c
-        for lane in range(32):
-            assert list(got[lane]) == [want[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2] for i in range(4)]
+# ---- numbers of 8 bits
 
 
 @pytest.mark.parametrize("name", ["int8", "e4m3"])

@@ -135,3 +135,17 @@ def test_without_the_compiler_the_vector_loop_says_so() -> None:
     code = "from paged_ref.kernels import backends, why_not; print(backends()[:2], why_not('cpu-simd'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout == "('reference', 'cpu') its loop is for the compiler, and NUMBA_DISABLE_JIT is set\n"
+
+
+FEW_ROWS = (
+    "import numpy as np; from paged_ref.tuned.linear import linear;"
+    "x, w = np.ones((5, 1024), 'f'), np.ones((1024, 1024), 'f'); assert (linear(x, w) == 1024).all()"
+)
+
+
+@pytest.mark.parametrize("more", [{}, {"NUMBA_DISABLE_JIT": "1"}])
+def test_products_of_few_rows_need_no_place_and_no_compiler(
+    read_only: Path, tmp_path: Path, more: dict[str, str]
+) -> None:
+    done = run(read_only, FEW_ROWS, tmp_path, **more)
+    assert done.returncode == 0, done.stderr

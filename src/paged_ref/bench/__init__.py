@@ -6,9 +6,8 @@ import argparse
 import importlib
 import os
 
-from rich.console import Console
-
 from ..tuned.threads import blas_threads
+from ..views.common.console import Console
 from ..views.common.options import subcommands
 
 # Threads that wait for work sleep: OpenMP's would otherwise spin after a call and slow what is timed next. torch reads

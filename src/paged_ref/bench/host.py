@@ -15,12 +15,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from ..core.attention.attention import Addresses
 from ..tuned import fused, launching
 from ..tuned.kv import TunedKV
 from ..views.common import options
+from ..views.common.console import Console
 from .results import median_ratio, table_of, write_results
 
 SHAPES = {"Llama-3-8B": (32, 8, 128, 4096, 14336), "embedded": (4, 2, 32, 128, 352)}  # heads to intermediate size

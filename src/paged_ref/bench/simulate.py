@@ -17,13 +17,12 @@ from ..planner.models import model_named
 from ..planner.setup import Setup
 from ..planner.simulate import Simulation
 from ..planner.trace_files import trace_named
-from ..planner.traces import at_rate
+from ..planner.traces import DRAWN, at_rate
 from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.files import write_json
 from ..views.common.versions import describe_device
 
-DRAWN = 2000  # requests of sharegpt or alpaca
 RATE = 2.0  # requests per second, where the trace has no times
 
 
@@ -44,7 +43,7 @@ class SimulationTiming:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     trace = "a trace as compare takes it (default sharegpt)"
     parser.add_argument("--trace", default="sharegpt", metavar="FILE", help=trace)
-    options.integer(parser, "--requests", 0, f"the first N (default: all, or {DRAWN})", least=0)
+    options.integer(parser, "--requests", 0, f"so many (default: all, or {DRAWN})", least=0)
     parser.add_argument("--model", default="OPT-13B", metavar="NAME", help="default OPT-13B")
     parser.add_argument("--gpu", default="A100-40GB", metavar="NAME", help="default A100-40GB")
     parser.add_argument("--plain", action="store_true", help="also step by step, without fast forward")
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    trace = trace_named(args.trace, args.requests, DRAWN)
+    trace = trace_named(args.trace, args.requests)
     if not trace.timed:
         trace = at_rate(trace, RATE)
     paged = Setup("paged", gpu_named(args.gpu), model_named(args.model))

@@ -9,62 +9,82 @@ from rich.table import Table
 from rich.text import Text
 
 from ..extras.plain_text import plain
-from ..planner.assess import WASTE_LIMIT, Assessment
+from ..planner.assess import BEND, PAGED, WASTE_LIMIT, Assessment
 from ..planner.hardware import GIB, GPUS
+from ..planner.metrics import Limits
 from ..planner.models import MODELS
 from ..planner.settings import servers
+from ..planner.sweep import SHOWN, memory_over_time
+from ..planner.traces import RequestTrace
 from ..views.common.canvas import count, size_of
 from ..views.common.console import Console
-from .report_text import number_table, print_constants, print_heading, print_paragraph, print_rows
+from ..views.common.plots import Line, round_up, svg
+from . import html_report
+from .compare_plots import bars_of
+from .report_text import (
+    PRICE,
+    limit_words,
+    model_words,
+    number_table,
+    price_words,
+    print_constants,
+    print_heading,
+    print_paragraph,
+    print_rows,
+)
 
-_WHY = {
-    "capacity": "The weights are read, and a step begins, once for all sequences of a batch: more sequences make each "
-    "one cheaper. What is missing is memory. Paging gives it; K and V in 8 bits or a larger GPU give more.",
-    "bandwidth": "Each sequence adds the reading of its K and V to every step. Room for more sequences, which is what "
-    "paging gives, adds less and less; fewer bytes a token (grouped queries, 8 bits) or a faster memory help more.",
-    "compute": "Prompts keep the arithmetic busy. Room for more sequences, which is what paging gives, adds little; "
-    "a prefix cache for a common beginning of the prompts, or a GPU with more arithmetic, helps more.",
-}
-
+WIDE = 200  # columns of a table that is no terminal's
 MODEL_COLUMNS = ("params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes")
 GPU_COLUMNS = ("memory", "bandwidth", "fp16,\ndense", "link,\none way")
 
 
-def print_report(console: Console, found: Assessment, source: str) -> None:
+def print_report(console: Console, found: Assessment, source: str, limits: Limits) -> None:
     gpu, model = found.gpu, found.model
     console.print(Text.assemble((plain(model.name), "bold"), " on ", (gpu.name, "bold"), f": {plain(source)}."))
     print_paragraph(
         console, f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
     )
-    if found.num_refused:
-        print_paragraph(console, f"Left out: {count(found.num_refused, 'longer request')}.")
+    if found.paged.num_refused:
+        refused = f"Left out: {count(found.paged.num_refused, 'request')} that could never fit"
+        print_paragraph(console, f"{refused}; the first: {found.paged.refusal}.")
+    if found.paged.num_cut:
+        print_paragraph(console, f"Cut there: {count(found.paged.num_cut, 'output')}.")
     print_heading(console, "Memory")
     share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
     rows = [
         ("K, V a token", model.kv_arithmetic),
-        (f"of {found.longest:,} tokens", _size(found.longest * model.kv_bytes_per_token)),
+        (f"of {found.longest:,} tokens", _size(model.kept(found.longest))),
         ("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}"),
         ("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens"),
     ]
     print_rows(console, rows)
-    if model.num_windowed_layers:
-        print_paragraph(
-            console, f"{model.num_windowed_layers} layers see only a window; their K and V are counted in full."
-        )
-    if gpu.count > 1:
-        print_paragraph(console, "The traffic between the GPUs is not counted: the times are too short by it.")
-    print_heading(console, "How many sequences fit, and how fast")
+    for sentence in model_words(found.setup):
+        print_paragraph(console, sentence)
+    print_heading(console, "How many requests are served")
     console.print(_plans(found, console.width))
+    print_paragraph(
+        console,
+        "Sustained: requests per second with one always waiting, by the real scheduler and manager, as in paged-ref "
+        f"compare; 95 of 100 times within ±. At most {found.setup.max_batch_seqs} sequences run, and a step computes "
+        f"at most {found.setup.max_batch_tokens:,} tokens. Roofline: at most so many, in any order.",
+    )
+    if limits:
+        print_paragraph(console, f"Goodput: as many as meet the limits: {limits.describe()}.")
+    if gpu.price_per_hour is not None:
+        print_paragraph(console, PRICE)
     print_paragraph(console, _gain(found))
-    print_heading(console, f"The bottleneck: {found.bottleneck}")
-    print_paragraph(console, f"{_roofline(found)} {_WHY[found.bottleneck]}")
+    print_heading(console, "What limits it")
+    print_paragraph(console, f"Paged: {limit_words(found.paged)}")
+    print_heading(console, f"How many sequences: {found.advised:,}")
+    console.print(_batches(found))
+    print_paragraph(console, _sequence_advice(found, limits))
     print_heading(console, f"Block size: {found.block_size}, and swap or compute again")
     console.print(_block_sizes(found))
     print_paragraph(console, _block_advice(found))
     print_paragraph(console, _swap_advice(found))
     print_heading(console, "The same elsewhere")
     for server in servers(found):
-        console.print(Text.assemble((f" {server.name}", "bold"), f" (looked at: {server.version})"))
+        console.print(Text.assemble((f" {server.name}", "bold"), f" ({server.version}, looked up {server.looked_up})"))
         console.print(f"   {server.command}", soft_wrap=True)  # one line, to be copied
         for sentence in server.supports:
             console.print(Padding(f"- {sentence}", (0, 0, 0, 3)))
@@ -77,16 +97,37 @@ def print_report(console: Console, found: Assessment, source: str) -> None:
 
 def _plans(found: Assessment, width: int) -> Table:
     """Numbers are never cut: in a narrow window the columns stand closer, and only a name may wrap."""
-    columns = ("", "slots", "in\nuse", "fit", "step,\nms", "tokens\n/s", "req\n/s")
+    limited = found.plans[-1].goodput is not None
+    columns = (
+        "",
+        "slots",
+        "in\nuse",
+        "run",
+        "step,\nms",
+        "sus-\ntained",
+        "±",
+        *(["good-\nput"] if limited else []),
+        "roof-\nline",
+        *(["price\n10^6"] if found.gpu.price_per_hour is not None else []),
+    )
     table = number_table(*columns, wrap_names=True, padding=(0, 1) if width >= 80 else 0)
     for plan in found.plans:
-        speeds = [
-            f"{1000 * plan.step.seconds:.1f}",
-            f"{plan.tokens_per_second:,.0f}",
-            f"{plan.requests_per_second:.2f}",
-        ]
-        cells = speeds if plan.sequences else ["-"] * 3
-        table.add_row(plan.name, f"{plan.slots:,.0f}", f"{plan.used:.1%}", f"{plan.sequences:,}", *cells)
+        steady = plan.steady
+        if steady is None:
+            table.add_row(plan.name, *["-"] * (len(columns) - 1))
+            continue
+        table.add_row(
+            plan.name,
+            f"{steady.slots:,.0f}",
+            f"{steady.outcome.shares.occupancy:.1%}",
+            f"{steady.outcome.running_mean:,.1f}",
+            f"{1000 * steady.step_seconds:.1f}",
+            f"{steady.sustained_rate:.3g}",
+            f"{steady.half_width:.2g}",
+            *([f"{plan.rate:.3g}"] if limited else []),
+            f"{steady.roofline:.3g}",
+            *([price_words(plan.price)] if found.gpu.price_per_hour is not None else []),
+        )
     return table
 
 
@@ -94,21 +135,42 @@ def _gain(found: Assessment) -> str:
     gains = ", ".join(
         f"{gain:.3g}x {name}" if gain < float("inf") else f"{name} holds none" for name, gain in found.gain.items()
     )
+    shared = found.with_prefixes
+    paged = found.plans[PAGED].rate
+    if shared is not None and shared.steady is not None and paged:
+        known = f"{shared.steady.outcome.hit_rate:.0%} of the prompts' tokens are in it"
+        gains += f"; a prefix cache makes it {shared.rate / paged:.3g} times as many ({known})"
     return (
-        f"Requests per second, paged: {gains}. Memory is full all the time; as many begin as end. If every sequence "
-        f"were as long as the longest at the same moment, {found.sequences_at_worst:,} would fit in blocks."
+        f"Requests per second, paged: {gains}. If every sequence were as long as the longest at the same moment, "
+        f"{found.sequences_at_worst:,} would fit in blocks; on average {found.fit:,} do."
     )
 
 
-def _roofline(found: Assessment) -> str:
-    """The two sides of a step with paged memory, and which side counts."""
-    plan, step = found.paged, found.paged.step
-    weights, kv, compute, overhead = (f"{1000 * seconds:.1f} ms" for seconds in step)
-    reads = step.weights + step.kv >= step.compute
+def _batches(found: Assessment) -> Table:
+    """Where the curve of the rate bends."""
+    priced = found.gpu.price_per_hour is not None
+    price = ["price\n10^6"] if priced else []
+    table = number_table("sequences", "a step, ms", "requests/s\nat most", "of the\nmost", *price)
+    most = found.batches[-1].rate
+    for each in found.batches[-8:]:
+        cells = (f"{1000 * each.step_seconds:.1f}", f"{each.rate:.3g}", f"{each.rate / most:.0%}")
+        table.add_row(f"{each.sequences:,}", *cells, *([price_words(each.price)] if priced else []))
+    return table
+
+
+def _sequence_advice(found: Assessment, limits: Limits) -> str:
+    tpot = f"{1000 * found.advised_tpot:.0f} ms"
+    if limits.tpot is None:
+        return (
+            f"By the roofline; memory has room for {found.fit:,}. {found.advised:,} sequences give {BEND:.0%} of the "
+            f"most: there the curve bends, and more sequences lengthen the step more than they help. So, 99 of "
+            f"100 requests get a token in {tpot} (simulated); a limit (--tpot) chooses the number by that."
+        )
+    if found.advised_tpot > limits.tpot:
+        return f"Not even {found.advised:,} keeps --tpot {limits.tpot:g} for 99 of 100 requests: {tpot} (simulated)."
     return (
-        f"Paged, a step decodes {plan.sequences:,} sequences and computes {plan.prompt_tokens:,.0f} tokens of prompts. "
-        f"Reading takes {weights} for the weights and {kv} for K and V, arithmetic {compute}; the slower of the two "
-        f"counts, which is {'reading' if reads else 'arithmetic'}, and {overhead} of overhead."
+        f"By the roofline; memory has room for {found.fit:,}. {found.advised:,} keep --tpot {limits.tpot:g}: 99 of "
+        f"100 requests get a token in {tpot} (simulated)."
     )
 
 
@@ -147,6 +209,44 @@ def _swap_advice(found: Assessment) -> str:
         f"To compute a sequence of {length:,} tokens again takes {again}. With this block size, {when}, each block of "
         f"each layer's K and V copied by itself."
     )
+
+
+def picture(found: Assessment) -> str:
+    """Where the memory is, and the step time over the rate, as SVG."""
+    title = f"{found.model.name} on {found.gpu.name}: K/V memory while requests wait, and the time of a step"
+    bars = bars_of(plan.steady for plan in found.plans if plan.steady)
+    line = Line("paged, by the roofline", [(each.rate, each.step_seconds) for each in found.batches])
+    y_most = round_up(max(y for _, y in line.points))
+    return svg(title, bars, [line], y_most, "requests per second, at most", "seconds of a step", None)
+
+
+def html(found: Assessment, trace: RequestTrace, source: str, limits: Limits) -> str:
+    """The report on one page, with the memory over time."""
+    rate = SHOWN * found.paged.sustained_rate
+    lines = [Line(plan.name, memory_over_time(plan.steady.setup, trace, rate)) for plan in found.plans if plan.steady]
+    parts = [
+        html_report.paragraph(f"{source}."),
+        *map(html_report.paragraph, model_words(found.setup)),
+        html_report.heading("Requests per second"),
+        html_report.table(_plans(found, WIDE)),
+        *([html_report.paragraph(f"Goodput under: {limits.describe()}.")] if limits else []),
+        html_report.paragraph(_gain(found)),
+        html_report.paragraph(f"Paged: {limit_words(found.paged)}"),
+        html_report.heading(f"How many sequences: {found.advised:,}"),
+        html_report.table(_batches(found)),
+        html_report.paragraph(_sequence_advice(found, limits)),
+        picture(found),
+        html_report.heading("Memory over time"),
+        html_report.memory_picture(lines, rate),
+        html_report.heading(f"Block size: {found.block_size}"),
+        html_report.table(_block_sizes(found)),
+        html_report.heading("The same elsewhere"),
+    ]
+    for server in servers(found):
+        parts += [html_report.paragraph(f"{server.name} ({server.version}, looked up {server.looked_up})")]
+        parts += [html_report.code(server.command)]
+    parts += [html_report.heading("Every number that this rests on"), html_report.sources(found.setup)]
+    return html_report.page(f"{found.model.name} on {found.gpu.name}: what paging brings", parts)
 
 
 def print_known(console: Console) -> None:

@@ -17,24 +17,36 @@ from ..bench.shapes import Shape
 from ..extras.managers import ManagerName
 from ..kernels import why_not
 from ..planner.comparison import Checked, ComparisonRow, check, row_of, setups, small
-from ..planner.hardware import gpu_named
-from ..planner.models import model_named
+from ..planner.metrics import Limits
+from ..planner.models import with_windows
 from ..planner.roofline import explain
 from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
-from ..planner.sweep import RUNS_OF_A_CURVE, curves_of
-from ..planner.trace_files import trace_named
-from ..planner.traces import RequestTrace, scaled
+from ..planner.sweep import curves_of, num_runs
+from ..planner.trace_files import FORMS
+from ..planner.traces import DRAWN, RequestTrace, scaled
 from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.files import recording, write_json, write_text
 from .compare_plots import picture
-from .compare_report import MeasuredCost, print_checked, print_report, print_setting
-from .report_text import wide_console
+from .compare_report import MeasuredCost, html, print_checked, print_report, print_setting
+from .planner_options import (
+    bad_row_option,
+    gpu_of,
+    gpu_options,
+    html_output,
+    limit_options,
+    limits_of,
+    model_of,
+    model_options,
+    trace_of_options,
+    worker_options,
+    workers_of,
+)
+from .report_text import wide_console, write_csv
 
-BOUND = 0.2  # seconds per token: a person reads four words a second, about five tokens
-REQUESTS = 1000
 TECHNIQUES: tuple[ManagerName, ...] = ("standard", "swapping", "paged")  # in the order of the article
+DEFAULT_MODEL, DEFAULT_GPU = "OPT-13B", "A100-40GB"  # the paper's
 BENCH_SEQUENCES, BENCH_STEPS, BENCH_ROUNDS = 64, 64, 31
 KERNEL = Shape("Llama-3-8B", 4, 1024, dtype="float32")
 
@@ -42,65 +54,71 @@ KERNEL = Shape("Llama-3-8B", 4, 1024, dtype="float32")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     trace = parser.add_argument_group("requests")
     trace.add_argument(
-        "--trace", default="sharegpt", metavar="FILE",
-        help="Azure CSV, Mooncake JSON lines, ShareGPT lengths or two columns, gzip or not; or sharegpt, alpaca: "
-        "drawn to the paper's means (default sharegpt)",
+        "--trace", default="sharegpt", metavar="FILE", help=f"{FORMS}; or sharegpt, alpaca: drawn to the paper's means "
+        "(default sharegpt)",
     )  # fmt: skip
-    options.integer(trace, "--requests", REQUESTS, f"the first N (default {REQUESTS}; 0: all)", least=0)
+    bad_row_option(trace)
+    number = f"so many, spread over a longer trace (default {DRAWN}; 0: all)"
+    options.integer(trace, "--requests", DRAWN, number, least=0)
     options.positive(trace, "--scale", 1.0, "all lengths times X")
     options.seed(trace, help="of drawn lengths and times")
     server = parser.add_argument_group("server")
-    server.add_argument("--model", default="OPT-13B", metavar="NAME", help="name or directory (default OPT-13B)")
-    server.add_argument("--gpu", default="A100-40GB", metavar="NAME", help="or auto (default A100-40GB)")
+    model_options(server, DEFAULT_MODEL)
+    gpu_options(server, DEFAULT_GPU)
     options.integer(server, "--kv-tokens", None, "KV budget (default: what the weights leave)", least=2)
     options.integer(server, "--max-model-len", None, "longest request (default: model's context)", least=2)
     options.integer(server, "--block-sizes", [8, 16, 128], nargs="+")
     options.integer(server, "--max-batch-tokens", 2048, "in a step", least=None)
     options.integer(server, "--max-batch-seqs", 256, "running at the same time", least=None)
-    latency = "bound on the mean latency per output token, in seconds"
-    options.positive(parser, "--latency", BOUND, latency, metavar="S")
+    limit_options(parser)
     parser.add_argument("--run", action="store_true", help="also run the embedded model on the shortened requests")
     options.record_output(parser, "with --run: write those runs as JSON lines")
-    options.integer(parser, "--jobs", None, "processes (default: one for each core)")
+    worker_options(parser)
     options.json_output(parser, "write all numbers here")
+    options.output(parser, "--csv", "write the rows here")
     options.svg_output(parser)
+    html_output(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     if args.record is not None and not args.run:
         raise ValueError(f"--record {args.record} writes runs of the embedded model; --run makes them")
-    trace, base = trace_of(args), setup_of(args)
+    trace = trace_of(args)
+    base = setup_of(args, trace)
     rows = setups(base, args.block_sizes)
     for row in rows:
         row.make_scheduler(row.make_manager())  # refuses an impossible setup before anything runs
     console = wide_console()
-    print_setting(console, base, trace, args.latency)
-    found, cost, checked = _measure(args, rows, trace)
-    print_report(console, found, cost)
+    limits = limits_of(args)
+    print_setting(console, base, trace)
+    found, cost, checked = _measure(args, rows, trace, limits)
+    print_report(console, found, cost, trace)
     if args.run:
         print_checked(console, small(trace), checked)
     if args.json:
-        write_json(args.json, as_json(base, trace, args.latency, found, cost, checked))
+        write_json(args.json, as_json(base, trace, limits, found, cost, checked))
+    if args.csv:
+        write_csv(args.csv, [row.to_json() for row in found])
     if args.svg:
         write_text(args.svg, picture(found))
+    if args.html:
+        write_text(args.html, html(base, found, cost, trace))
     return 0 if all(each.same for each in checked) else 1
 
 
 def _measure(
-    args: argparse.Namespace, rows: list[Setup], trace: RequestTrace
+    args: argparse.Namespace, rows: list[Setup], trace: RequestTrace, limits: Limits
 ) -> tuple[list[ComparisonRow], MeasuredCost, list[Checked]]:
     """The rows, simulated; the cost, timed; and with --run the embedded model on the first requests, shortened."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     checked: list[Checked] = []
-    num_runs = len(rows) * RUNS_OF_A_CURVE
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
     with recording(args.record) as log, bars as progress:
         task = progress.add_task("timing bookkeeping and kernels", total=2)
         cost = _cost(lambda: progress.advance(task))
-        task = progress.add_task("simulating", total=num_runs)
-        curves = curves_of(rows, trace, args.latency, num_jobs=args.jobs, on_run=lambda: progress.advance(task))
-        progress.update(task, completed=num_runs)
-        found = [row_of(curve, trace) for curve in curves]
+        task = progress.add_task("simulating", total=num_runs(len(rows), limits))
+        curves = curves_of(rows, trace, limits, workers=workers_of(args), on_run=lambda: progress.advance(task))
+        found = [row_of(curve) for curve in curves]
         if args.run:
             task = progress.add_task("running the embedded model", total=len(rows))
             checked = check(rows, small(trace), on_run=lambda _: progress.advance(task), log=log)
@@ -108,13 +126,14 @@ def _measure(
 
 
 def trace_of(args: argparse.Namespace) -> RequestTrace:
-    trace = trace_named(args.trace, args.requests, REQUESTS, args.seed)
+    trace = trace_of_options(args)
     return trace if args.scale == 1.0 else scaled(trace, args.scale)
 
 
-def setup_of(args: argparse.Namespace) -> Setup:
+def setup_of(args: argparse.Namespace, trace: RequestTrace) -> Setup:
     """The part that all rows have in common. Raises ValueError."""
-    model, gpu = model_named(args.model), gpu_named(args.gpu)
+    model = with_windows(model_of(args, DEFAULT_MODEL), trace.requests)
+    gpu = gpu_of(args, model, DEFAULT_GPU)
     if args.max_model_len is not None and args.max_model_len > model.max_context:
         raise ValueError(f"--max-model-len is {args.max_model_len}; {model.name}'s context is {model.max_context}")
     return Setup(
@@ -147,20 +166,21 @@ def _cost(done: Callable[[], object]) -> MeasuredCost:
 def as_json(
     base: Setup,
     trace: RequestTrace,
-    bound: float,
+    limits: Limits,
     rows: list[ComparisonRow],
     cost: MeasuredCost,
     checked: list[Checked],
 ) -> dict[str, Any]:
     return {
         "gpu": base.gpu.name,
+        "price_per_hour": base.gpu.price_per_hour,
         "model": base.model.name,
         "kv_tokens": base.num_slots,
         "kv_bytes_per_token": base.model.kv_bytes_per_token,
         "constants": {name: value for name, value, _ in explain(base.constants)},
         "trace": trace.describe(),
         "notes": trace.notes,
-        "latency_bound": bound,
+        "limits": limits.describe() if limits else None,
         "rows": [row.to_json() for row in rows],
         "cost": {**asdict(cost), "lines": {name: lines_of(replace(base, manager=name)) for name in TECHNIQUES}},
         "run": [

@@ -1,47 +1,60 @@
-"""The two plots of `paged-ref compare`, for the terminal and as a picture."""
+"""The plots of `paged-ref compare`, for the terminal and as pictures; the bars are those of `assess`, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from rich.text import Text
 
 from ..planner.comparison import ComparisonRow
-from ..views.common.plots import Bar, Line, bars_text, lines_text, svg
+from ..planner.steady import Steady
+from ..views.common.plots import Bar, Line, bars_text, lines_text, round_up, svg
 
-Y_MOST = 2.0  # times the bound: how high the plot of latency goes
+Y_MOST = 4.0  # times the lowest latency: how high the plot goes
 ROWS = 17  # of the plot of latency
 X_LABEL, Y_LABEL = "requests per second", "seconds per output token, mean"
 
 
 def memory_plot(rows: Sequence[ComparisonRow], columns: int) -> Text:
-    return bars_text(_bars(rows), columns)
+    return bars_text(bars_of(row.curve.steady for row in rows), columns)
 
 
 def latency_plot(rows: Sequence[ComparisonRow], columns: int) -> Text:
-    bound = rows[0].curve.bound
-    return lines_text(_lines(rows), columns, ROWS, Y_MOST * bound, X_LABEL, Y_LABEL, bound)
+    return lines_text(_lines(rows), columns, ROWS, _y_most(rows), X_LABEL, Y_LABEL, _bound(rows))
 
 
 def picture(rows: Sequence[ComparisonRow]) -> str:
     """Both as SVG."""
-    setup, bound = rows[0].curve.setup, rows[0].curve.bound
+    setup = rows[0].curve.setup
     title = f"{setup.model.name} on {setup.gpu.name}: K/V memory while requests wait, and latency"
-    return svg(title, _bars(rows), _lines(rows), Y_MOST * bound, X_LABEL, Y_LABEL, bound)
+    bars = bars_of(row.curve.steady for row in rows)
+    return svg(title, bars, _lines(rows), _y_most(rows), X_LABEL, Y_LABEL, _bound(rows))
 
 
-def _bars(rows: Sequence[ComparisonRow]) -> list[Bar]:
+def _bound(rows: Sequence[ComparisonRow]) -> float | None:
+    goodput = rows[0].curve.goodput
+    return goodput.limits.latency if goodput else None
+
+
+def _y_most(rows: Sequence[ComparisonRow]) -> float:
+    bound = _bound(rows)
+    lowest = min(point.outcome.normalised.mean for row in rows for point in row.curve.points)
+    return round_up(max(Y_MOST * lowest, 1.25 * bound if bound else 0.0))
+
+
+def bars_of(steadies: Iterable[Steady]) -> list[Bar]:
+    """Where the memory is, while requests wait."""
     bars = []
-    for row in rows:
-        shares = asdict(row.curve.at_once.shares)
+    for steady in steadies:
+        shares = asdict(steady.outcome.shares)
         shares["free"] += shares.pop("cached")
-        bars.append(Bar(row.curve.setup.label, shares))
+        bars.append(Bar(steady.setup.label, shares))
     return bars
 
 
 def _lines(rows: Sequence[ComparisonRow]) -> list[Line]:
     return [
-        Line(row.curve.setup.label, [(point.rate, point.outcome.normalised) for point in row.curve.points])
+        Line(row.curve.setup.label, [(point.rate, point.outcome.normalised.mean) for point in row.curve.points])
         for row in rows
     ]

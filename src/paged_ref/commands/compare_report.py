@@ -14,27 +14,41 @@ from ..extras.plain_text import plain
 from ..planner.comparison import Checked, ComparisonRow
 from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
+from ..planner.sweep import SHOWN, memory_over_time
 from ..planner.traces import RequestTrace
 from ..views.common.console import Console
-from .compare_plots import latency_plot, memory_plot
-from .report_text import number_table, print_constants, print_heading, print_paragraph
+from ..views.common.plots import Line
+from . import html_report
+from .compare_plots import latency_plot, memory_plot, picture
+from .report_text import (
+    PRICE,
+    WAITS,
+    limit_words,
+    model_words,
+    number_table,
+    price_words,
+    print_constants,
+    print_heading,
+    print_paragraph,
+)
 
 GIB = 2**30
-FEW_REQUESTS = 500  # with fewer, a rate says little
+UTILIZATION = (
+    "Shares of the pool, mean over the measured time. Reserved: empty, and the sequence will use it. Internal: "
+    "empty, and the sequence never will. External: holes too small for the next request, and what the buddy "
+    "allocator rounds up. Occupancy: of the memory that a new request cannot get, the share that holds tokens, "
+    "which is the measure of Fig. 2."
+)
+SCALABILITY = (
+    "Sustained: accepted requests per second, with one always waiting, and how far the rate of more such requests "
+    "may be off (95 %). Roofline: at most so many, whatever the order of the work. Running: sequences, mean. "
+    "Limit: what keeps the next request out of the batch. Refused: could never fit."
+)
 ARTICLE = {  # its words for memory utilization, scalability, complexity
     "standard": ("poor", "limited", "low"),
     "swapping": ("moderate", "moderate", "medium"),
     "paged": ("high", "high", "high"),
 }
-BOUND_BY_COMPUTE = (
-    "Its steps wait for arithmetic, most of it for prompts. More running sequences than the GPU can compute for bring "
-    "nothing, so better memory management cannot show here. It shows where memory is shorter (--kv-tokens), or where "
-    "contexts are longer, so that fewer sequences fit."
-)
-BOUND_BY_READING = (
-    "Its steps wait for weights and K and V to be read, and the weights are read once for all sequences: more running "
-    "sequences are more requests per second."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +60,7 @@ class MeasuredCost:
     kernel_ratio: float  # time of the paged CPU kernel, times that of the contiguous one
 
 
-def print_setting(console: Console, base: Setup, trace: RequestTrace, bound: float) -> None:
+def print_setting(console: Console, base: Setup, trace: RequestTrace) -> None:
     kv = base.num_slots * base.model.kv_bytes_per_token / GIB
     size = f": K and V of {base.num_slots:,} tokens in {kv:.1f} GiB, {base.model.kv_arithmetic}."
     console.print(Text.assemble((plain(base.model.name), "bold"), " on ", (base.gpu.name, "bold"), size))
@@ -59,29 +73,32 @@ def print_setting(console: Console, base: Setup, trace: RequestTrace, bound: flo
         "datasheet and:"
     )
     print_constants(console, base.constants)
+    for sentence in model_words(base):
+        print_paragraph(console, sentence)
 
 
-def print_report(console: Console, rows: Sequence[ComparisonRow], cost: MeasuredCost) -> None:
-    bound = rows[0].curve.bound
-    print_heading(console, "Where the K/V memory is, while requests wait (all arrive at the same time)")
+def print_report(console: Console, rows: Sequence[ComparisonRow], cost: MeasuredCost, trace: RequestTrace) -> None:
+    goodput = rows[0].curve.goodput
+    print_heading(console, "Where the K/V memory is, while requests wait")
     console.print(memory_plot(rows, console.width), no_wrap=True)
     print_heading(console, "Utilization")
     console.print(_utilization(rows))
-    print_paragraph(
-        console,
-        "Shares of the pool, mean over the time in which a request waits (over all the time if none ever does). "
-        "Reserved: empty, and the sequence will use it. Internal: empty, and the sequence never will. External: holes "
-        "too small for the next request, and what the buddy allocator rounds up. Occupancy: of the memory that a new "
-        "request cannot get, the share that holds tokens, which is the measure of Fig. 2.",
-    )
+    print_paragraph(console, UTILIZATION)
     print_heading(console, "Scalability")
     console.print(_scalability(rows))
+    print_paragraph(console, SCALABILITY)
+    if goodput:
+        print_paragraph(
+            console,
+            f"Goodput: the highest rate at which the limits are met: {goodput.limits.describe()}. It is never above "
+            "the sustained rate. X max compares goodput.",
+        )
+    print_heading(console, "Latency" if goodput else f"Latency, at {SHOWN:.0%} of the sustained rate")
+    console.print(_latency(rows))
     print_paragraph(
         console,
-        "Mean, most: sequences that run while others wait; all requests arrive at the same time. Longest: the longest "
-        f"request that fits at all. Req/s: requests per second at a mean latency of {bound:g} s for each output token; "
-        "on paper: predicted from the lengths and the roofline, memory always full. Preempted: when all requests "
-        "arrive at the same time.",
+        "Seconds to the first token (TTFT), and milliseconds for each token after it (TPOT), that 50, 90 and 99 of 100 "
+        f"accepted requests do not exceed; {'at the goodput' if goodput else 'with a limit (--ttft) at the goodput'}.",
     )
     console.print(latency_plot(rows, console.width), no_wrap=True)
     print_heading(console, "Complexity")
@@ -90,12 +107,49 @@ def print_report(console: Console, rows: Sequence[ComparisonRow], cost: Measured
         console,
         f"Lines: of code, counted from this package. Step: the bookkeeping of {cost.num_seqs} decoding sequences, "
         "timed now on this machine. Kernel time: that of the paged CPU kernel against that of the contiguous one, "
-        "timed now. Moved: K and V copied on the device or over the link, for each generated token.",
+        "timed now. Moved: K and V copied on the device or over the link, for each generated token. Preempted: for "
+        "each 100 requests.",
     )
     print_heading(console, "The article's table, measured")
     console.print(_article(rows, cost))
-    for sentence in conclusions(rows):
+    if rows[0].curve.setup.gpu.price_per_hour is not None:
+        print_paragraph(console, PRICE)
+    for sentence in conclusions(rows, trace):
         print_paragraph(console, sentence)
+
+
+def html(base: Setup, rows: Sequence[ComparisonRow], cost: MeasuredCost, trace: RequestTrace) -> str:
+    """The same on one page, with the memory over time."""
+    paged = next(row for row in rows if row.curve.setup.manager == "paged" and row.curve.setup.block_size >= 16)
+    rate = SHOWN * paged.curve.steady.sustained_rate
+    lines = [
+        Line(row.curve.setup.label, memory_over_time(row.curve.setup, trace, rate))
+        for row in rows
+        if row is paged or row.curve.setup.label in ("standard max", "standard exact", "swapping")
+    ]
+    goodput = rows[0].curve.goodput
+    parts = [
+        html_report.paragraph(f"{trace.describe()}."),
+        *map(html_report.paragraph, trace.notes),
+        html_report.heading("Requests per second"),
+        html_report.table(_scalability(rows)),
+        html_report.paragraph(SCALABILITY),
+        *([html_report.paragraph(f"Goodput under: {goodput.limits.describe()}.")] if goodput else []),
+        html_report.heading("Latency"),
+        html_report.table(_latency(rows)),
+        picture(rows),
+        html_report.heading("Memory"),
+        html_report.table(_utilization(rows)),
+        html_report.paragraph(UTILIZATION),
+        html_report.memory_picture(lines, rate),
+        html_report.heading("Cost in code and time"),
+        html_report.table(_complexity(rows, cost)),
+        html_report.heading("What follows"),
+        *map(html_report.paragraph, conclusions(rows, trace)),
+        html_report.heading("Every number that this rests on"),
+        html_report.sources(base),
+    ]
+    return html_report.page(f"{base.model.name} on {base.gpu.name}: memory managers compared", parts)
 
 
 def _table(*columns: str) -> Table:
@@ -105,32 +159,60 @@ def _table(*columns: str) -> Table:
 def _utilization(rows: Sequence[ComparisonRow]) -> Table:
     table = _table("", "tokens", "reserved", "internal", "external", "free", "occupancy")
     for row in rows:
-        shares = row.curve.at_once.shares
+        shares = row.curve.steady.outcome.shares
         parts = (shares.tokens, shares.reserved, shares.internal, shares.external, shares.free + shares.cached)
         table.add_row(row.curve.setup.label, *(f"{part:.1%}" for part in (*parts, shares.occupancy)))
     return table
 
 
 def _scalability(rows: Sequence[ComparisonRow]) -> Table:
-    most = rows[0].curve.rate
-    table = _table("", "mean", "most", "longest", "req/s", "x max", "on paper", "preempted")
+    most, limited = rows[0].curve.rate, rows[0].curve.goodput is not None
+    priced = rows[0].curve.setup.gpu.price_per_hour is not None
+    table = _table(
+        "", "sustained", *(["goodput"] if limited else []), "x max", "roofline", "running", "limit", "refused",
+        *(["price of\n10^6"] if priced else []),
+    )  # fmt: skip
     for row in rows:
-        curve, at_once = row.curve, row.curve.at_once
+        curve, steady = row.curve, row.curve.steady
         table.add_row(
             curve.setup.label,
-            f"{at_once.running_short:.1f}",
-            f"{at_once.running_peak}",
-            f"{row.longest:,}",
-            f"{curve.rate:.2f}" if curve.rate else "none",
+            f"{_rate(steady.sustained_rate)} ±{steady.half_width:{'.2f' if steady.sustained_rate >= 0.1 else '.2g'}}",
+            *([_rate(curve.rate) if curve.rate else "none"] if limited else []),
             f"{curve.rate / most:.2f}" if most else "",
-            f"{row.prediction.requests_per_second:.2f}",
-            f"{at_once.preemptions}",
+            _rate(steady.roofline),
+            f"{steady.outcome.running_mean:.1f}",
+            steady.admission,
+            f"{steady.num_refused:,}",
+            *([price_words(curve.price)] if priced else []),
         )
     return table
 
 
+def _latency(rows: Sequence[ComparisonRow]) -> Table:
+    table = _table("", "at\nreq/s", "TTFT, s\np50", "\np90", "\np99", "TPOT, ms\np50", "\np90", "\np99", "waits\nfor")
+    for row in rows:
+        point = row.curve.shown
+        if point is None:
+            table.add_row(row.curve.setup.label, "none")
+            continue
+        first, each = point.outcome.first_token, point.outcome.each_token
+        table.add_row(
+            row.curve.setup.label,
+            _rate(point.rate),
+            *(f"{seconds:.3g}" for seconds in (first.p50, first.p90, first.p99)),
+            *(f"{1000 * seconds:.0f}" for seconds in (each.p50, each.p90, each.p99)),
+            WAITS[row.curve.steady.step.bound],
+        )
+    return table
+
+
+def _rate(value: float) -> str:
+    """Two decimals, or three digits of a small number."""
+    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.3g}"
+
+
 def _complexity(rows: Sequence[ComparisonRow], cost: MeasuredCost) -> Table:
-    table = _table("", "manager", "kernel", "step", "kernel time", "moved")
+    table = _table("", "manager", "kernel", "step", "kernel\ntime", "moved", "preempted")
     for row in rows:
         setup, (manager, kernel) = row.curve.setup, lines_of(row.curve.setup)
         table.add_row(
@@ -140,6 +222,7 @@ def _complexity(rows: Sequence[ComparisonRow], cost: MeasuredCost) -> Table:
             f"{cost.micros[setup.manager]:.0f} µs",
             f"{cost.kernel_ratio:.2f}x" if setup.manager == "paged" else "1",
             f"{row.moved_per_token / 1024:.0f} KiB",
+            f"{100 * row.curve.steady.outcome.preemptions / row.curve.steady.outcome.finished:.0f}",
         )
     return table
 
@@ -151,11 +234,12 @@ def _article(rows: Sequence[ComparisonRow], cost: MeasuredCost) -> Table:
         table.add_column(column, no_wrap=column == "technique")
     for manager, (used, scale, effort) in ARTICLE.items():
         of_manager = [row for row in rows if row.curve.setup.manager == manager]
+        occupancy = [100 * row.curve.steady.outcome.shares.occupancy for row in of_manager]
         lines = [sum(lines_of(row.curve.setup)) for row in of_manager]
         table.add_row(
             manager,
-            f"{used}: {_range([100 * row.curve.at_once.shares.occupancy for row in of_manager], '.0f')} % tokens",
-            f"{scale}: {_range([row.curve.at_once.running_short for row in of_manager], '.0f')} running, "
+            f"{used}: {_range(occupancy, '.0f')} % tokens",
+            f"{scale}: {_range([row.curve.steady.outcome.running_mean for row in of_manager], '.0f')} running, "
             f"{_range([row.curve.rate for row in of_manager], '.2f')} requests/s",
             f"{effort}: {_range(lines, '.0f')} lines, {cost.micros[manager]:.0f} µs a step",
         )
@@ -167,50 +251,71 @@ def _range(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def conclusions(rows: Sequence[ComparisonRow]) -> list[str]:
+def conclusions(rows: Sequence[ComparisonRow], trace: RequestTrace) -> list[str]:
     """What the numbers say, in sentences."""
     paged = min(
         (row for row in rows if row.curve.setup.manager == "paged" and not row.curve.setup.prefix_cache),
         key=lambda row: abs(row.curve.setup.block_size - 16),
     )
-    cached = next(row for row in rows if row.curve.setup.prefix_cache).curve.at_once
+    cached = next(row for row in rows if row.curve.setup.prefix_cache).curve.steady.outcome
     found = f"knew {cached.hit_rate:.1%} of the prompts' tokens."
     nothing = "found nothing: no two of these requests begin with the same tokens, as far as is known."
     return [
         _gains(rows, paged),
-        BOUND_BY_COMPUTE if paged.prediction.step.bound == "compute" else BOUND_BY_READING,
+        f"{paged.curve.setup.label}: {limit_words(paged.curve.steady)}",
+        *_arrival(paged, trace),
         *_reservations(paged),
+        _longest(rows),
         f"The prefix cache {found if cached.known_tokens else nothing}",
     ]
 
 
 def _gains(rows: Sequence[ComparisonRow], paged: ComparisonRow) -> str:
-    """Requests per second of the paged row against those of the others."""
+    """The rate of the paged row against those of the others."""
     by_label = {row.curve.setup.label: row for row in rows}
-    gains = []
-    for label in ("standard max", "standard exact", "exact, first fit", "swapping"):
-        other = by_label[label]
-        if other.curve.rate and paged.curve.rate:
-            expected = paged.prediction.requests_per_second / other.prediction.requests_per_second
-            gains.append(f"{paged.curve.rate / other.curve.rate:.2f}x {label} (predicted {expected:.2f}x)")
+    gains = [
+        f"{paged.curve.rate / by_label[label].curve.rate:.2f}x {label}"
+        for label in ("standard max", "standard exact", "exact, first fit", "swapping")
+        if by_label[label].curve.rate and paged.curve.rate
+    ]
     if not gains:
-        return "No rate keeps this latency: a longer one (--latency) compares more."
-    return f"At the same latency, {paged.curve.setup.label} serves {', '.join(gains)}."
+        return "No rate meets these limits: longer ones (--ttft, --tpot, --latency) compare more."
+    goal = "Within these limits" if paged.curve.goodput else "When requests always wait"
+    return f"{goal}, {paged.curve.setup.label} serves {', '.join(gains)}, in requests per second."
+
+
+def _arrival(paged: ComparisonRow, trace: RequestTrace) -> list[str]:
+    """Whether the recorded requests come so slowly that no manager is at its limit."""
+    steady = paged.curve.steady
+    if not trace.timed or trace.rate == float("inf"):
+        return []
+    accepted = trace.rate * steady.num_requests / len(trace.requests)
+    below = accepted < steady.sustained_rate
+    what = (
+        "below what paged memory sustains: there arrival is the limit" if below else "more than paged memory sustains"
+    )
+    return [f"As recorded, {accepted:.2f} accepted requests arrive per second, {what}."]
 
 
 def _reservations(paged: ComparisonRow) -> list[str]:
-    """What limits the comparison: few requests, refused ones, outputs that were cut."""
-    outcome, sentences = paged.curve.at_once, []
-    if outcome.finished < FEW_REQUESTS:
-        sentences.append(
-            f"{outcome.finished} requests end before a queue is long, so the rates are too high, most of all those of "
-            "paged: take more (--requests)."
-        )
-    if outcome.refused:
-        sentences.append(f"{outcome.refused} requests were refused; the first: {outcome.refusal}.")
-    if outcome.cut:
-        sentences.append(f"{outcome.cut} outputs were cut at the context of {paged.curve.setup.longest:,}.")
+    """What limits the comparison: refused requests, and outputs that were cut."""
+    steady, sentences = paged.curve.steady, []
+    if steady.num_refused:
+        sentences.append(f"{steady.num_refused} requests were refused; the first: {steady.refusal}.")
+    if steady.num_cut:
+        sentences.append(f"{steady.num_cut} outputs were cut at the context of {paged.curve.setup.longest:,}.")
     return sentences
+
+
+def _longest(rows: Sequence[ComparisonRow]) -> str:
+    """The longest request that fits at all."""
+    labels: dict[int, list[str]] = {}
+    for row in rows:
+        labels.setdefault(row.longest, []).append(row.curve.setup.label)
+    if len(labels) == 1:
+        return f"The longest request that fits has {rows[0].longest:,} tokens, with each manager."
+    each = "; ".join(f"{tokens:,} tokens with {', '.join(names)}" for tokens, names in labels.items())
+    return f"The longest request that fits: {each}."
 
 
 # --- the embedded model --------------------------------------------------------------------------------

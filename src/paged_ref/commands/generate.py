@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     options.check_text("--prompt", args.prompt)
+    options.check_text("--stop", args.stop)
     prompts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
     params = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
@@ -56,6 +57,8 @@ def main(args: argparse.Namespace) -> int:
             backend=args.backend, sanitize=args.sanitize, log=log,
         )  # fmt: skip
         _show_in_turn(llm, prompts, params)
+    if params.n > 1 and params.temperature == 0:
+        print(f"--n is {params.n}, and at --temperature 0 all samples are the same", file=sys.stderr)
     return 0
 
 

@@ -46,7 +46,8 @@ class LongRun:
                     self.device_bytes = kv.device_bytes
                     kv.observe = self._observe
             if exact is not None:
-                logits[exact.rows[n].argmax()] = np.inf
+                likeliest = exact.rows[n].argmax()
+                logits[:likeliest] = logits[likeliest + 1 :] = -np.inf
             return logits
 
         params = SamplingParams(max_tokens=new_tokens + OBSERVED, ignore_eos=True, logits_hook=hook)

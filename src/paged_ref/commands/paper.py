@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..planner.findings import Figure, Finding, RunCache
 from ..planner.paper import FIGURES
-from ..planner.sweep import on_cores
+from ..planner.workers import Workers
 from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.files import write_json
-from .report_text import number_table, print_heading, print_paragraph, wide_console
+from .planner_options import worker_options, workers_of
+from .report_text import number_table, print_heading, print_paragraph, wide_console, write_csv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = " ".join(FIGURES)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"which: {known} (default: all)")
-    options.integer(parser, "--jobs", None, "processes (default: one for each core)")
+    worker_options(parser)
     options.json_output(parser, "write all numbers here")
+    options.output(parser, "--csv", "write all numbers here")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -34,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
         "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023."
     )
     figures = []
-    for figure in _figures(args.figures or list(FIGURES), args.jobs):
+    for figure in _figures(args.figures or list(FIGURES), workers_of(args)):
         show(console, figure)
         figures.append(figure)
     judged = [finding for figure in figures for finding in figure.findings if finding.met is not None]
@@ -42,27 +43,26 @@ def main(args: argparse.Namespace) -> int:
     console.print(f"\n{len(judged) - len(outside)} of {len(judged)} numbers are in their bands.")
     if outside:
         console.print(f"Not: {'; '.join(outside)}.")
+    findings = [
+        {"figure": figure.key, **asdict(finding), "met": finding.met}
+        for figure in figures
+        for finding in figure.findings
+    ]
     if args.json:
-        findings = [
-            {"figure": figure.key, **asdict(finding), "met": finding.met}
-            for figure in figures
-            for finding in figure.findings
-        ]
         write_json(args.json, findings)
+    if args.csv:
+        write_csv(args.csv, findings)
     return 0
 
 
-def _figures(keys: list[str], num_jobs: int | None) -> Iterator[Figure]:
-    """Each figure as soon as it and the figures before it are done."""
+def _figures(keys: list[str], workers: Workers) -> Iterator[Figure]:
+    """Each figure as soon as it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} runs"), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        ThreadPoolExecutor(len(keys)) as threads,
-        on_cores(num_jobs) as cores,
-    ):
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("simulating", total=None)
-        runs = RunCache(cores, lambda: progress.advance(task))
-        yield from threads.map(lambda key: FIGURES[key](runs), keys)
+        runs = RunCache(workers, lambda: progress.advance(task))
+        for key in keys:
+            yield FIGURES[key](runs)
 
 
 def show(console: Console, figure: Figure) -> None:

@@ -92,6 +92,7 @@ def _add_steps(steps: options.Options) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    options.check_text("--words", [args.words or ""])
     directory = args.resume or args.out
     if directory is None and args.measure is None:
         raise ValueError("--out is missing; it names the directory that the model goes to")

@@ -26,7 +26,7 @@ def machine_memory() -> int:
 @cache
 def gpu_memory() -> int:
     """Bytes of the memory of the GPU in use."""
-    return int(xp.cuda.runtime.memGetInfo()[1])
+    return int(xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())["totalGlobalMem"])
 
 
 def require_memory(what: str, num_bytes: int, *, device: bool = False) -> None:

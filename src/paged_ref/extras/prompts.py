@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..core.engine.llm import Prompt
-from .sampling_params import items, whole_number
+from .sampling_params import items, require_characters, whole_number
 
 
 def read_prompt(given: Any) -> Prompt:
@@ -21,11 +21,7 @@ def read_prompt(given: Any) -> Prompt:
         given = given.get("prompt_token_ids", given.get("prompt"))
     if not isinstance(given, str):
         return [whole_number("a token id of the prompt", i) for i in items("the prompt", given, "text or token ids")]
-    try:
-        given.encode()
-    except UnicodeEncodeError as error:
-        bad = given[error.start]
-        raise ValueError(f"the prompt holds {bad!r} at place {error.start}, which is no character") from None
+    require_characters("the prompt", given)
     return given
 
 

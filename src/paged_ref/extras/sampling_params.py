@@ -21,8 +21,8 @@ LEAST = {"max_tokens": 1, "n": 1, "seed": 0, "beam_width": 1}  # of the whole nu
 class SamplingParams(sampling.SamplingParams):
     """The core's parameters, and those of beam search, which excludes sampling.
 
-    None stands for the default of each, and `top_k` 0 or -1 for no bound, as in vLLM. Raises ValueError with the
-    argument, the value and the bound.
+    As in vLLM, `max_tokens=None` generates as long as the context and the KV cache have room, `top_k` 0 or -1 stands
+    for no bound, and None elsewhere for the default. Raises ValueError with the argument, the value and the bound.
     """
 
     beam_width: int | None = None  # search with so many beams, and give the best so many
@@ -31,8 +31,11 @@ class SamplingParams(sampling.SamplingParams):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            given = field.default if value is None else _checked(field.name, value)
-            object.__setattr__(self, field.name, given)
+            if value is not None:
+                value = _checked(field.name, value)
+            elif field.name != "max_tokens":
+                value = field.default
+            object.__setattr__(self, field.name, value)
         require(temperature=(self.temperature, 0))
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; above 0 and at most 1 is needed")
@@ -63,6 +66,7 @@ def _checked(name: str, value: Any) -> Any:
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"stop holds {text!r}; texts are needed")
+            require_characters("stop", text)
         return texts
     if name == "stop_token_ids":
         return tuple(whole_number("a token id in stop_token_ids", i) for i in items(name, value, "token ids"))
@@ -82,6 +86,16 @@ def whole_number(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} is {value!r}; a whole number is needed") from None
+
+
+def require_characters(name: str, text: str) -> None:
+    """Raise ValueError for a text with halves of characters: Python has them for bytes that are no UTF-8, and no
+    tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise ValueError(f"{name} holds {bad!r} at place {error.start}, which is no character") from None
 
 
 def items(name: str, value: Any, needed: str) -> tuple[Any, ...]:

@@ -1,47 +1,61 @@
-"""What paging brings: how many sequences fit, where the GPU's time then goes, and which settings follow.
+"""What paging brings on a GPU, where its time goes, and which settings follow.
 
-This is arithmetic on shapes and datasheets, without a run: memory is full, no request waits, and there are no holes
-between regions. `paged-ref compare` prints this prediction beside what the real managers do.
+The rates are those of steady.py, which `paged-ref compare` prints as well. The rest is arithmetic on shapes and
+datasheets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
-from ..core.memory.standard import Reserve, StandardManager
-from .hardware import GPU
-from .models import ModelSpec
-from .roofline import CONSTANTS, Constants, Roofline, StepTime, chunk_pairs
+from .comparison import STANDARD
+from .hardware import GPU, price_of_million
+from .metrics import Limits
+from .model_config import ModelSpec
+from .roofline import Constants, Roofline
 from .setup import Setup
+from .steady import Bound, Steady, admissible, held_slots, mean_length, steady_state, work_of
+from .sweep import Goodput, goodput
 from .traces import RequestTrace, TraceRequest
 
-RESERVES: tuple[Reserve, ...] = ("max", "pow2", "exact")
 # The sizes for which servers have fast kernels. Below 16 the paper's kernel loses time (Kwon et al. 2023, §7.2).
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 WASTE_LIMIT = 0.01  # share of the slots that may be empty in last blocks
 TABLE_ENTRY = 4  # bytes of a block id
-ALIGNMENT = 16  # slots to which the swapping manager rounds a region up
-Bottleneck = Literal["capacity", "bandwidth", "compute"]
+BEND = 0.9  # of the highest rate: where the curve of the rate over the number of sequences counts as bent
+PAGED = len(STANDARD)  # place among the plans
+TRIES = 8  # of numbers of sequences, until one keeps the limit
 
 
 @dataclass(frozen=True, slots=True)
-class SteadyState:
-    """One way to manage the memory, full of sequences: in each step all decode, and as many begin as end."""
+class Plan:
+    """One way to manage the memory, always full."""
 
     name: str
-    slots: float  # held by a running sequence, mean over its time
-    sequences: float  # that fit
-    used: float  # share of the held slots that hold a token
-    prompt_tokens: float  # computed in a step beside the decodes
-    step: StepTime
-    requests_per_second: float
+    steady: Steady | None  # None: it holds not one sequence
+    goodput: Goodput | None = None  # with limits
 
     @property
-    def tokens_per_second(self) -> float:
-        """New tokens: each sequence gets one in each step."""
-        return self.sequences / self.step.seconds
+    def rate(self) -> float:
+        """The headline: goodput where limits are given, else the sustained rate."""
+        if self.steady is None:
+            return 0.0
+        return self.goodput.rate if self.goodput else self.steady.sustained_rate
+
+    @property
+    def price(self) -> float | None:
+        """Of 10**6 output tokens at this rate."""
+        if self.steady is None:
+            return None
+        each = self.steady.outcome.output_tokens / self.steady.outcome.finished
+        return price_of_million(self.steady.setup.gpu, self.rate * each)
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.steady.to_json() if self.steady else {"sustained_rate": 0.0}
+        goodput = self.goodput.to_json() if self.goodput else {"goodput": None}
+        return {"name": self.name, **found, **goodput, "price_of_million_tokens": self.price}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,182 +70,179 @@ class BlockSize:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """Paged memory with at most so many sequences, by the roofline."""
+
+    sequences: int
+    step_seconds: float  # in which each sequence gets a token
+    rate: float  # requests per second
+    price: float | None  # of 10**6 output tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Assessment:
     """All numbers of `paged-ref assess`."""
 
-    gpu: GPU
-    model: ModelSpec
-    constants: Constants
+    setup: Setup  # paged, with the advised block size
     max_model_len: int  # tokens of the longest sequence that is accepted
     mean_prompt: float
     mean_output: float
     mean_length: float  # tokens of a running sequence, mean over its time
     longest: int  # tokens of the longest request
-    num_refused: int  # requests longer than max_model_len, left out
     kv_bytes: int  # left for K and V
     num_tokens: int  # whose K and V fit into kv_bytes
-    plans: tuple[SteadyState, ...]  # standard max, pow2, exact; paged with the advised block size
+    # standard max, pow2, exact; paged with the advised block size; where prompts share beginnings, with a prefix cache
+    plans: tuple[Plan, ...]
+    fit: int  # sequences for which paged memory has room
+    batches: tuple[Batch, ...]  # by sequences, up to `fit`
+    advised: int  # sequences
+    advised_tpot: float  # seconds for each token that 99 of 100 requests do not exceed, with so many sequences
     sequences_at_worst: int  # paged, every sequence as long as the longest
-    bottleneck: Bottleneck
     block_sizes: tuple[BlockSize, ...]
-    block_size: int  # advised
     recompute_seconds: float  # of a sequence at its mean length
     swap_from: int | None  # tokens from which on swapping is faster, with the advised block size; None: never
 
     @property
-    def paged(self) -> SteadyState:
-        return self.plans[-1]
+    def gpu(self) -> GPU:
+        return self.setup.gpu
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.setup.model
+
+    @property
+    def constants(self) -> Constants:
+        return self.setup.constants
+
+    @property
+    def block_size(self) -> int:
+        return self.setup.block_size
+
+    @property
+    def paged(self) -> Steady:
+        steady = self.plans[PAGED].steady
+        assert steady
+        return steady
+
+    @property
+    def with_prefixes(self) -> Plan | None:
+        """Paged with a prefix cache; None where no prompts share a beginning."""
+        return self.plans[PAGED + 1] if len(self.plans) > PAGED + 1 else None
 
     @property
     def gain(self) -> dict[str, float]:
-        """Requests per second of paged against each standard reservation; infinite where that holds none."""
-        paged, rates = self.paged.requests_per_second, {each.name: each.requests_per_second for each in self.plans[:-1]}
-        return {name: paged / rate if rate else float("inf") for name, rate in rates.items()}
+        """The rate of paged against each standard reservation; infinite where that has none."""
+        paged = self.plans[PAGED].rate
+        return {each.name: paged / each.rate if each.rate else float("inf") for each in self.plans[:PAGED]}
 
 
-def assess(
-    gpu: GPU,
-    model: ModelSpec,
-    requests: Sequence[TraceRequest],
-    *,
-    max_model_len: int | None = None,
-    constants: Constants = CONSTANTS,
-) -> Assessment:
-    """Assess `model` on `gpu` for such requests, of which only the lengths matter. `max_model_len` (default: the
-    model's context) is what the reservation `max` reserves; longer requests are left out and counted. Raises
-    ValueError if no request is left, a length is out of bounds, or the weights do not fit.
+def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> Assessment:
+    """Assess what `base` has in common (GPU, model, limits of the scheduler) for such requests. Its `max_model_len`
+    (default: the model's context, or the memory if that is smaller) is what the reservation `max` reserves; outputs are
+    cut there. Raises ValueError if no request is accepted, a length is out of bounds, or the weights do not fit.
     """
-    longest_allowed = model.max_context if max_model_len is None else max_model_len
-    if not 2 <= longest_allowed <= model.max_context:
+    model, max_model_len = base.model, base.max_model_len
+    if max_model_len is not None and not 2 <= max_model_len <= model.max_context:
         raise ValueError(
-            f"max_model_len is {longest_allowed}; 2 to the {model.max_context} of {model.name}'s context is allowed"
+            f"max_model_len is {max_model_len}; 2 to the {model.max_context} of {model.name}'s context is allowed"
         )
-    for request in requests:
+    for request in trace.requests:
         if request.prompt_len < 1 or request.output_len < 1:
             raise ValueError(
                 f"a request has {request.prompt_len} prompt and {request.output_len} output tokens; both need 1"
             )
-    served = [each for each in requests if each.num_tokens <= longest_allowed]
+    served = admissible(base, trace)
     if not served:
-        shortest = min((each.num_tokens for each in requests), default=0)
-        raise ValueError(f"no request fits in {longest_allowed} tokens; the shortest of {len(requests)} has {shortest}")
-    roofline = Roofline(gpu, model, constants)
-    num_tokens = roofline.num_kv_tokens()
-    longest = max(each.num_tokens for each in served)
-    length = _mean_length(served)
-    block_sizes = tuple(_block_size(roofline, served, size) for size in BLOCK_SIZES)
+        shortest = min((each.num_tokens for each in trace.requests), default=0)
+        raise ValueError(
+            f"no request fits in {base.longest} tokens; the shortest of {len(trace.requests)} has {shortest}"
+        )
+    block_sizes = tuple(_block_size(base.roofline, served, size) for size in BLOCK_SIZES)
     block_size = max((b.block_size for b in block_sizes if b.waste <= WASTE_LIMIT), default=BLOCK_SIZES[0])
-
-    def full(name: str, slots: float) -> SteadyState:
-        return _steady_state(name, slots, int(num_tokens / slots), roofline, served)
-
-    def reserved(reserve: Reserve) -> float:
-        manager = StandardManager(longest_allowed, longest_allowed, reserve)
-        return _mean_while_running(served, lambda each: manager.region_size(each.prompt_len, each.num_tokens))
-
-    plans = [full(f"standard {reserve}", reserved(reserve)) for reserve in RESERVES]
-    paged = full(f"paged {block_size}", _held_in_blocks(served, block_size))
+    paged = replace(base, label=f"paged {block_size}", block_size=block_size)
+    fit = max(1, int(paged.num_slots / held_slots(served, block_size)))
+    advised, tpot = _advice(paged, trace, served, fit, limits.tpot if limits else None)
+    longest = max(each.num_tokens for each in served)
+    settings = [*(replace(base, **each) for each in STANDARD), paged]
+    if any(each.hash_ids for each in served):
+        settings.append(replace(paged, label=f"{paged.label} + prefix", prefix_cache=True))
     return Assessment(
-        gpu=gpu,
-        model=model,
-        constants=constants,
-        max_model_len=longest_allowed,
+        setup=paged,
+        max_model_len=base.longest,
         mean_prompt=sum(each.prompt_len for each in served) / len(served),
         mean_output=sum(each.output_len for each in served) / len(served),
-        mean_length=length,
+        mean_length=mean_length(served),
         longest=longest,
-        num_refused=len(requests) - len(served),
-        kv_bytes=roofline.kv_cache_bytes(),
-        num_tokens=num_tokens,
-        plans=(*plans, paged),
-        sequences_at_worst=num_tokens // block_size // -(-longest // block_size),
-        bottleneck=_bottleneck(paged.step),
+        kv_bytes=base.roofline.kv_cache_bytes(),
+        num_tokens=base.num_slots,
+        plans=tuple(_plan(setup, trace, limits) for setup in settings),
+        fit=fit,
+        batches=tuple(_batch(paged, served, count) for count in _doubling(fit)),
+        advised=advised,
+        advised_tpot=tpot,
+        sequences_at_worst=base.num_slots // block_size // -(-longest // block_size),
         block_sizes=block_sizes,
-        block_size=block_size,
-        recompute_seconds=roofline.recompute_seconds(round(length)),
-        swap_from=roofline.swap_from(block_size),
+        recompute_seconds=base.roofline.recompute_seconds(round(mean_length(served))),
+        swap_from=base.roofline.swap_from(block_size),
     )
 
 
-def predict(setup: Setup, trace: RequestTrace) -> SteadyState:
-    """The steady state of a setup that is kept full: without holes, preemptions and prefix hits. Outputs are cut at
-    the setup's context. Raises ValueError where no request fits.
+def _plan(setup: Setup, trace: RequestTrace, limits: Limits | None) -> Plan:
+    reserved = setup.longest if (setup.manager, setup.reserve) == ("standard", "max") else 0
+    if reserved > setup.num_slots or not admissible(setup, trace):  # one sequence takes more than the pool
+        return Plan(setup.label, None)
+    steady = steady_state(setup, trace)
+    return Plan(setup.label, steady, goodput(steady, trace, limits) if limits else None)
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4 ... and `most`."""
+    return sorted({1 << bit for bit in range(most.bit_length())} | {most})
+
+
+def _batch(paged: Setup, served: list[TraceRequest], sequences: int) -> Batch:
+    bound = Bound(replace(paged, max_batch_seqs=sequences), work_of(paged, served, 1))
+    outputs = sum(each.output_len for each in served) / len(served)
+    price = price_of_million(paged.gpu, bound.rate * outputs)
+    return Batch(sequences, sequences / (bound.rate * outputs), bound.rate, price)
+
+
+def _advice(
+    paged: Setup, trace: RequestTrace, served: list[TraceRequest], fit: int, tpot: float | None
+) -> tuple[int, float]:
+    """How many sequences to run, and the time for each token that follows (p99, simulated).
+
+    Without a limit: as few as give BEND of the rate that all of them give. With one: as many as keep it; 1 if none do.
     """
-    longest = setup.longest
-    served = [
-        replace(each, output_len=min(each.output_len, longest - each.prompt_len))
-        for each in trace.requests
-        if each.prompt_len < longest
-    ]
-    if not served:
-        raise ValueError(f"none of the requests fits in a context of {longest}")
-    if setup.manager == "standard":
-        manager = setup.make_manager()
-        slots = _mean_while_running(served, lambda each: manager.max_slots_needed(each.prompt_len, each.num_tokens - 1))
-    else:
-        slots = _held_in_blocks(served, setup.block_size if setup.manager == "paged" else ALIGNMENT)
-    sequences = max(1.0, min(setup.max_batch_seqs, setup.num_slots / slots))
-    if setup.manager == "standard" and setup.reserve == "max":
-        sequences = float(int(sequences))  # all regions are equal
-    return _steady_state(setup.label, slots, sequences, setup.roofline, served)
+    if tpot is None:
+        most = _batch(paged, served, fit).rate
+        count = _first(fit, lambda count: _batch(paged, served, count).rate >= BEND * most)
+        return count, steady_state(replace(paged, max_batch_seqs=count), trace).outcome.each_token.p99
+    count = max(1, _first(fit, lambda count: _batch(paged, served, count).step_seconds > tpot) - 1)
+    count = fit if _batch(paged, served, fit).step_seconds <= tpot else count
+    for _ in range(TRIES):
+        found = steady_state(replace(paged, max_batch_seqs=count), trace).outcome.each_token.p99
+        if found <= tpot or count == 1:
+            break
+        count = max(1, min(count - 1, int(count * tpot / found)))
+    return count, found
 
 
-def _mean_while_running(requests: Sequence[TraceRequest], value: Callable[[TraceRequest], float]) -> float:
-    """Mean over the sequences that run at a moment. A sequence runs for as many steps as it has output tokens, and
-    counts as many times."""
-    return sum(each.output_len * value(each) for each in requests) / sum(each.output_len for each in requests)
-
-
-def _mean_length(requests: Sequence[TraceRequest]) -> float:
-    """Tokens of a running sequence, which grows evenly from its prompt to its end."""
-    return _mean_while_running(requests, lambda each: each.prompt_len + (each.output_len + 1) / 2)
-
-
-def _held_in_blocks(requests: Sequence[TraceRequest], block_size: int) -> float:
-    """Slots of the blocks that a running sequence holds, over its life from the prompt to the last token."""
-
-    def blocks_up_to(length: int) -> int:
-        """Blocks of a sequence of 1 token, of 2, ... of `length`, added up."""
-        full, rest = divmod(length, block_size)
-        return block_size * full * (full + 1) // 2 + rest * (full + 1)
-
-    def slots(each: TraceRequest) -> float:
-        return block_size * (blocks_up_to(each.num_tokens) - blocks_up_to(each.prompt_len)) / each.output_len
-
-    return _mean_while_running(requests, slots)
-
-
-def _steady_state(
-    name: str, slots: float, sequences: float, roofline: Roofline, requests: Sequence[TraceRequest]
-) -> SteadyState:
-    """`sequences` that hold `slots` each."""
-    length, outputs = _mean_length(requests), sum(each.output_len for each in requests)
-    prompt_tokens = sequences * sum(each.prompt_len for each in requests) / outputs
-    prompt_pairs = sequences * sum(chunk_pairs(each.prompt_len, each.prompt_len) for each in requests) / outputs
-    step = roofline.step(
-        round(sequences + prompt_tokens),
-        round(sequences * length + prompt_tokens),
-        pairs=round(sequences * length + prompt_pairs),
-        num_logits=round(sequences),
-    )
-    requests_per_second = sequences / (outputs / len(requests)) / step.seconds
-    return SteadyState(name, slots, sequences, length / slots, prompt_tokens, step, requests_per_second)
-
-
-def _bottleneck(step: StepTime) -> Bottleneck:
-    """What a step waits for. The weights are read, and a step begins, once for all sequences of the batch: where that
-    takes most of the time, more sequences would make each one cheaper, and memory for them is missing."""
-    if step.compute > max(step.weights + step.kv, step.overhead):
-        return "compute"
-    return "bandwidth" if step.kv > max(step.weights, step.overhead) else "capacity"
+def _first(most: int, holds: Any) -> int:
+    """The first of 1 to `most` for which `holds` is true, given that it stays true; `most` if it never is."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
 
 
 def _block_size(roofline: Roofline, requests: Sequence[TraceRequest], block_size: int) -> BlockSize:
-    model, length = roofline.model, _mean_length(requests)
+    model, length = roofline.model, mean_length(requests)
     return BlockSize(
         block_size=block_size,
-        waste=1 - length / _held_in_blocks(requests, block_size),
+        waste=1 - length / held_slots(requests, block_size),
         table_bytes=-(-round(length) // block_size) * TABLE_ENTRY,
-        run_bytes=block_size * model.num_kv_heads * model.head_size * model.kv_bits // 8,
+        run_bytes=block_size * model.full_kv_bytes // model.num_arrays,
         swap_seconds=roofline.swap_seconds(round(length), block_size),
     )

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..core.memory.manager import KVCacheManager
 from ..timeline.events import Log
-from .assess import SteadyState, predict
 from .engine_run import engine_steps, shares_of, simulated_steps
 from .hardware import gpu_named
 from .metrics import Shares
@@ -27,12 +26,18 @@ RUN_LENGTH = 48  # tokens of a request, mean
 RUN_POOL = 768  # tokens
 
 
+# The reservations of the standard manager, with the allocator that the paper assumes.
+STANDARD: tuple[dict[str, Any], ...] = tuple(
+    {"label": f"standard {reserve}", "manager": "standard", "reserve": reserve, "allocator": "buddy"}
+    for reserve in ("max", "pow2", "exact")
+)
+
+
 def setups(base: Setup, block_sizes: Sequence[int]) -> list[Setup]:
     """The rows of the table: standard with three reservations, swapping, paged with each block size and with a
     prefix cache. `base` gives everything else. The paper's allocator is "buddy"; exact is there with both."""
-    standard = replace(base, manager="standard", allocator="buddy", prefix_cache=False)
-    rows = [replace(standard, label=f"standard {reserve}", reserve=reserve) for reserve in ("max", "pow2", "exact")]
-    rows.append(replace(standard, label="exact, first fit", reserve="exact", allocator="first fit"))
+    rows = [replace(base, **each) for each in STANDARD]
+    rows.append(replace(rows[-1], label="exact, first fit", allocator="first fit"))
     rows.append(replace(base, label="swapping", manager="swapping", preemption="swap"))
     rows += [replace(base, label=f"paged {size}", block_size=size) for size in block_sizes]
     rows.append(replace(base, label=f"paged {base.block_size} + prefix", prefix_cache=True))
@@ -50,37 +55,31 @@ class ComparisonRow:
     """The numbers of one technique."""
 
     curve: Curve
-    prediction: SteadyState
     longest: int  # tokens of the longest request
 
     @property
     def moved_per_token(self) -> float:
-        """Bytes of K and V moved on the device or over the link, for each generated token, when all requests arrive at
-        the same time."""
-        outcome = self.curve.at_once
+        """Bytes of K and V moved on the device or over the link, for each generated token, when there is always more to
+        do."""
+        outcome = self.curve.steady.outcome
         return (outcome.bytes_moved + outcome.bytes_swapped) / outcome.output_tokens
 
     def to_json(self) -> dict[str, Any]:
+        curve = self.curve
+        goodput = curve.goodput.to_json() if curve.goodput else {"goodput": None}
         return {
-            "label": self.curve.setup.label,
-            "rate": self.curve.rate,
-            "predicted": {
-                "rate": self.prediction.requests_per_second,
-                "running": self.prediction.sequences,
-                "slots_each": self.prediction.slots,
-                "bound": self.prediction.step.bound,
-            },
+            "label": curve.setup.label,
+            **curve.steady.to_json(),
+            **goodput,
+            "price_of_million_tokens": curve.price,
             "longest_request": self.longest,
             "moved_bytes_per_token": self.moved_per_token,
-            "at_once": self.curve.at_once.to_json(),
-            "points": [{"rate": point.rate, **point.outcome.to_json()} for point in self.curve.points],
+            "points": [{"rate": point.rate, **point.outcome.to_json()} for point in curve.points],
         }
 
 
-def row_of(curve: Curve, trace: RequestTrace) -> ComparisonRow:
-    setup = curve.setup
-    longest = longest_request(setup.make_manager(), setup.model.max_context)
-    return ComparisonRow(curve, predict(setup, trace), longest)
+def row_of(curve: Curve) -> ComparisonRow:
+    return ComparisonRow(curve, longest_request(curve.setup.make_manager(), curve.setup.model.max_context))
 
 
 # --- the embedded model, for real ----------------------------------------------------------------------

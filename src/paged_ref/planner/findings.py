@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, TypeVar
+
+from .workers import Workers
 
 T = TypeVar("T")
 
@@ -41,21 +41,16 @@ class Figure:
 
 
 class RunCache:
-    """The runs that the figures need, each only once. Figures may be made at the same time, in several threads."""
+    """The runs that the figures need, each only once."""
 
-    def __init__(self, executor: Executor, on_run: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, workers: Workers, on_run: Callable[[], object] = lambda: None) -> None:
         """`on_run` is called after each run."""
-        self._executor, self._on_run = executor, on_run
-        self._known: dict[tuple[Any, ...], Future[Any]] = {}
-        self._lock = Lock()
+        self._workers, self._on_run = workers, on_run
+        self._known: dict[tuple[Any, ...], Any] = {}
 
     def all(self, function: Callable[..., T], jobs: Iterable[tuple[Any, ...]]) -> list[T]:
         """What `function` returns for the arguments of each job, in order."""
-        return [future.result() for future in [self._run(function, *job) for job in jobs]]
-
-    def _run(self, *call: Any) -> Future[Any]:
-        with self._lock:
-            if call not in self._known:
-                self._known[call] = self._executor.submit(*call)
-                self._known[call].add_done_callback(lambda _: self._on_run())
-            return self._known[call]
+        calls = [(function, *job) for job in jobs]
+        missing = [call for call in dict.fromkeys(calls) if call not in self._known]
+        self._known |= zip(missing, self._workers.run(missing, self._on_run), strict=True)
+        return [self._known[call] for call in calls]

@@ -23,15 +23,26 @@ class GPU:
     bandwidth: float  # bytes/s of its memory
     flops: float  # operations/s, dense, 16-bit floats
     link: float  # bytes/s to the host, one direction
+    peer: float  # bytes/s of one GPU to the others, one direction
     driver_names: tuple[str, ...] = ()  # that the driver uses, without "NVIDIA", "Tesla" and "GeForce"
     count: int = 1
+    price_per_hour: float | None = None  # in any currency
+    source: str = ""  # of the numbers, with its date
 
 
+_TABLE = read_table("gpus")
 GPUS = {
     name: GPU(
-        name, row["gib"] * GIB, row["gb_per_s"] * 1e9, row["tflops"] * 1e12, row["link"] * 1e9, tuple(row["driver"])
+        name,
+        memory_bytes=row["gib"] * GIB,
+        bandwidth=row["gb_per_s"] * 1e9,
+        flops=row["tflops"] * 1e12,
+        link=row["link"] * 1e9,
+        peer=row.get("peer", row["link"]) * 1e9,
+        driver_names=tuple(row["driver"]),
+        source=f"{row['source']}, {row.get('looked_up', _TABLE['looked_up'])}",
     )
-    for name, row in read_table("gpus")["gpus"].items()
+    for name, row in _TABLE["gpus"].items()
 }
 DEFAULT_GPU = "A100-80GB"
 
@@ -65,14 +76,21 @@ def gpu_of_driver(driver_name: str) -> GPU:
 
 
 def several(gpu: GPU, count: int) -> GPU:
-    """`count` GPUs as one, each with its share of every layer (tensor parallel). The traffic between the GPUs is not
-    counted, so times are too short by it. Raises ValueError."""
+    """`count` GPUs as one, each with its share of every layer (tensor parallel). Raises ValueError."""
     if count < 1:
         raise ValueError(f"num_gpus is {count}; at least 1 is needed")
     if count == 1:
         return gpu
     sums = {name: count * getattr(gpu, name) for name in ("memory_bytes", "bandwidth", "flops", "link")}
-    return replace(gpu, name=f"{count} x {gpu.name}", count=count, **sums)
+    price = None if gpu.price_per_hour is None else count * gpu.price_per_hour
+    return replace(gpu, name=f"{count} x {gpu.name}", count=count, price_per_hour=price, **sums)
+
+
+def price_of_million(gpu: GPU, tokens_per_second: float) -> float | None:
+    """The price of 10**6 tokens at this rate; None without a price, or where no token comes."""
+    if gpu.price_per_hour is None or not tokens_per_second:
+        return None
+    return gpu.price_per_hour / 3600 / tokens_per_second * 1e6
 
 
 def _plain(name: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from ..core.memory.usage import MemoryUsage
 
@@ -47,6 +48,63 @@ class UsageAverage:
         return Shares(**{part: _ratio(total, self.seconds) for part, total in self.sums.items()})
 
 
+# What keeps the next request out of the batch: no memory for it, the number of sequences that may run, or the number
+# of tokens that a step may compute.
+Admission = Literal["memory", "sequences", "tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Seconds of many requests: the mean, and what 50, 90 and 99 of 100 requests do not exceed."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        ordered = sorted(values)
+        if not ordered:
+            return cls(0.0, 0.0, 0.0, 0.0)
+        return cls(fmean(ordered), *(ordered[-(len(ordered) * (100 - share) // 100) - 1] for share in (50, 90, 99)))
+
+
+class Latency(NamedTuple):
+    """One finished request."""
+
+    place: int  # in the trace
+    first_token: float  # seconds from arrival to the first new token (TTFT)
+    each_token: float | None  # seconds for each token after the first (TPOT); None: there is only one
+    normalised: float  # seconds from arrival to end, divided by the output tokens: the paper's measure (§6.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on the latency of a request, in seconds, and the share of the requests that must meet all of them."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    latency: float | None = None  # normalised
+    share: float = 0.99
+
+    def __bool__(self) -> bool:
+        return (self.ttft, self.tpot, self.latency) != (None, None, None)
+
+    def met_by(self, request: Latency) -> bool:
+        pairs = (request.first_token, self.ttft), (request.each_token, self.tpot), (request.normalised, self.latency)
+        return all(bound is None or value is None or value <= bound for value, bound in pairs)
+
+    def share_met(self, requests: Sequence[Latency]) -> float:
+        return sum(map(self.met_by, requests)) / len(requests) if requests else 0.0
+
+    def describe(self) -> str:
+        """The bounds in words."""
+        bounds = ("first token within", self.ttft), ("each further token", self.tpot), ("mean of a token", self.latency)
+        words = ", ".join(f"{words} {bound:g} s" for words, bound in bounds if bound is not None)
+        return f"{words}, for {self.share:.4g} of the requests"
+
+
 @dataclass(kw_only=True, slots=True)
 class Counts:
     """What a simulation counts, step by step."""
@@ -61,6 +119,9 @@ class Counts:
     known_tokens: int = 0  # of the prompts' tokens: found in the prefix cache
     computed_tokens: int = 0
     recomputed_tokens: int = 0  # of these, computed before and lost by a preemption
+    read_tokens: int = 0  # whose K and V were read, over all steps
+    pairs: int = 0  # keys that all queries saw together
+    sampled_tokens: int = 0  # for which logits were computed
     preemptions: int = 0
     bytes_moved: int = 0  # K and V copied on the device
     bytes_swapped: int = 0  # K and V over the host link, both ways
@@ -73,14 +134,13 @@ class Outcome(Counts):
     label: str
     finished: int
     seconds: float  # from the first arrival to the last end
-    first_token: float  # time to first token, mean
-    first_token_p99: float
-    each_token: float  # time per output token after the first, mean over requests
-    normalised: float  # latency / output tokens, mean over requests: the paper's measure (§6.1)
-    normalised_p99: float
+    first_token: Spread
+    each_token: Spread
+    normalised: Spread
     running_mean: float  # running sequences, mean over the time in which any ran
     running_short: float  # mean over the time in which a request waited, so that memory was short; else running_mean
     waiting_share: float  # of the time in which sequences ran: the share in which a request waited
+    waits_for: dict[Admission, float]  # what the first waiting request waited for, as shares of waiting_share
     shares: Shares  # mean over the time of running_short
     shares_always: Shares
 
@@ -110,29 +170,38 @@ class Outcome(Counts):
 class Tally:
     """Adds a run up while it goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_warm_up: int = 0) -> None:
+        """The latency of the first `num_warm_up` requests of the trace is left out."""
+        self.num_warm_up = num_warm_up
         self.counts = Counts()
-        self.busy = self.waited = 0.0  # seconds
+        self.busy = 0.0  # seconds
         self.running_seconds = self.running_waited = 0.0  # sequences x seconds: all, and while a request waited
+        self.waited = 0.0  # of the busy seconds: those in which a request waited
+        self.waits_for: dict[Admission, float] = {"memory": 0.0, "sequences": 0.0, "tokens": 0.0}  # the same, by limit
         self.short, self.always = UsageAverage(), UsageAverage()
-        self.first_tokens: list[float] = []
-        self.each_tokens: list[float] = []
-        self.normalised: list[float] = []
+        self.latencies: list[Latency] = []
+        self.finished = 0
 
     def refuse(self, why: str) -> None:
         self.counts.refused += 1
         self.counts.refusal = self.counts.refusal or why
 
-    def step(self, num_tokens: int, seconds: float, running: int, waiting: bool) -> None:
+    def computed(self, num_tokens: int, read_tokens: int, pairs: int, sampled_tokens: int) -> None:
+        """What a step computed and read."""
         counts = self.counts
-        counts.steps += 1
         counts.computed_tokens += num_tokens
+        counts.read_tokens += read_tokens
+        counts.pairs += pairs
+        counts.sampled_tokens += sampled_tokens
+
+    def step(self, seconds: float, running: int, waits_for: Admission | None) -> None:
         self.busy += seconds
         self.running_seconds += running * seconds
-        if running > counts.running_peak:
-            counts.running_peak = running
-        if waiting:
+        if running > self.counts.running_peak:
+            self.counts.running_peak = running
+        if waits_for:
             self.waited += seconds
+            self.waits_for[waits_for] += seconds
             self.running_waited += running * seconds
 
     def sample(self, usage: MemoryUsage, seconds: float, waiting: bool) -> None:
@@ -140,28 +209,27 @@ class Tally:
         if waiting:
             self.short.add(usage, seconds)
 
-    def finish(self, arrival: float, first_token: float, now: float, num_tokens: int) -> None:
+    def finish(self, place: int, arrival: float, first_token: float, now: float, num_tokens: int) -> None:
         self.counts.output_tokens += num_tokens
-        self.first_tokens.append(first_token - arrival)
-        self.normalised.append((now - arrival) / num_tokens)
-        if num_tokens > 1:
-            self.each_tokens.append((now - first_token) / (num_tokens - 1))
+        self.finished += 1
+        if place >= self.num_warm_up:
+            each = (now - first_token) / (num_tokens - 1) if num_tokens > 1 else None
+            self.latencies.append(Latency(place, first_token - arrival, each, (now - arrival) / num_tokens))
 
     def outcome(self, label: str, seconds: float) -> Outcome:
         running_mean = _ratio(self.running_seconds, self.busy)
         return Outcome(
             **asdict(self.counts),
             label=label,
-            finished=len(self.normalised),
+            finished=self.finished,
             seconds=seconds,
-            first_token=_mean(self.first_tokens),
-            first_token_p99=_p99(self.first_tokens),
-            each_token=_mean(self.each_tokens),
-            normalised=_mean(self.normalised),
-            normalised_p99=_p99(self.normalised),
+            first_token=Spread.of(each.first_token for each in self.latencies),
+            each_token=Spread.of(each.each_token for each in self.latencies if each.each_token is not None),
+            normalised=Spread.of(each.normalised for each in self.latencies),
             running_mean=running_mean,
             running_short=self.running_waited / self.waited if self.waited else running_mean,
             waiting_share=_ratio(self.waited, self.busy),
+            waits_for={limit: _ratio(part, self.waited) for limit, part in self.waits_for.items()},
             shares=(self.short if self.short.seconds else self.always).shares(),
             shares_always=self.always.shares(),
         )
@@ -169,12 +237,3 @@ class Tally:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def _mean(values: list[float]) -> float:
-    return fmean(values) if values else 0.0
-
-
-def _p99(values: list[float]) -> float:
-    """The value that 99 of 100 do not exceed."""
-    return sorted(values)[-(len(values) // 100) - 1] if values else 0.0

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from ..core.memory.manager import Transfer
 from .hardware import GIB, GPU
-from .models import ModelSpec
+from .model_config import ModelSpec
 
-Bound = Literal["bandwidth", "compute", "overhead"]
+Bound = Literal["bandwidth", "compute", "link", "overhead"]
 
 
 def _constant(default: float, why: str) -> Any:
@@ -32,6 +32,8 @@ class Constants:
     step_overhead: float = _constant(0.002, "seconds of a step for scheduling, launches and sampling")
     copy_overhead: float = _constant(5e-6, "seconds that each single copy over the host link costs, however small")
     memory_share: float = _constant(0.9, "of the GPU's memory for weights, K and V; the rest: activations, CUDA itself")
+    peer_share: float = _constant(0.8, "of the link between GPUs, one direction, that an all-reduce reaches")
+    reduce_overhead: float = _constant(1e-5, "seconds that each all-reduce costs, however small; two in a layer")
 
     def __post_init__(self) -> None:
         for constant in fields(self):
@@ -50,22 +52,28 @@ def explain(constants: Constants = CONSTANTS) -> list[tuple[str, float, str]]:
 
 
 class StepTime(NamedTuple):
-    """The sides of one step, in seconds. Reading and arithmetic overlap; the overhead does not."""
+    """The sides of one step, in seconds. Reading and arithmetic overlap; traffic and overhead do not."""
 
-    weights: float  # to read them once
+    weights: float  # to read them once; of experts those that a token of the step uses
     kv: float  # to read K and V
     compute: float
+    link: float  # all-reduces between the GPUs
     overhead: float
 
     @property
     def seconds(self) -> float:
-        return max(self.weights + self.kv, self.compute) + self.overhead
+        return max(self.weights + self.kv, self.compute) + self.link + self.overhead
 
     @property
     def bound(self) -> Bound:
         """What the step waits for most."""
         reading = self.weights + self.kv
-        sides: dict[Bound, float] = {"bandwidth": reading, "compute": self.compute, "overhead": self.overhead}
+        sides: dict[Bound, float] = {
+            "bandwidth": reading,
+            "compute": self.compute,
+            "link": self.link,
+            "overhead": self.overhead,
+        }
         return max(sides, key=sides.__getitem__)
 
 
@@ -79,22 +87,40 @@ class Roofline:
 
     def __init__(self, gpu: GPU, model: ModelSpec, constants: Constants = CONSTANTS) -> None:
         self.gpu, self.model, self.constants = gpu, model, constants
-        self.kv_copies = max(1.0, gpu.count / model.num_kv_heads)  # more than one with more GPUs than KV heads
+        # More GPUs than KV heads keep a head more than once. A model by hand has no heads: its K and V split evenly.
+        self.kv_copies = max(1.0, gpu.count / (model.num_kv_heads or gpu.count))
         self.bandwidth = gpu.bandwidth * constants.bandwidth_share
-        multiplied = model.num_parameters - model.num_looked_up
         head = model.vocab_size * model.hidden_size  # the matrix that turns a hidden state into logits
         arithmetic = gpu.flops * constants.compute_share
-        self.weights = multiplied * model.weight_bits / 8 / self.bandwidth
+        weight_seconds = model.weight_bits / 8 / self.bandwidth  # to read one
         # A simulation asks for the seconds of millions of steps, so what is fixed is multiplied out here.
-        self._kv = model.kv_bytes_per_token * self.kv_copies / self.bandwidth  # for each token whose K and V are read
-        self._token = 2 * (multiplied - head) / arithmetic  # a product and a sum for each weight
-        self._logits = 2 * head / arithmetic
-        self._pair = 4 * model.num_layers * model.num_heads * model.head_size / arithmetic  # q.k, the sum over values
+        self.weights = (model.num_parameters - model.num_looked_up - model.num_routed) * weight_seconds
+        self.experts = model.num_routed * weight_seconds  # to read all of them
+        self.unused_share = 1 - model.routed_share  # of the experts, by one token
+        self.kv_seconds = (
+            model.kv_bytes_per_token * self.kv_copies / self.bandwidth
+        )  # for each token whose K and V are read
+        # a product and a sum for each weight
+        self.token_seconds = 2 * (model.num_active - model.num_looked_up - head) / arithmetic
+        self.logits_seconds = 2 * head / arithmetic
+        self.pair_seconds = model.pair_operations * model.kv_share / arithmetic  # q.k, the sum over values
+        self.reduce_seconds, self.reduce_token_seconds = self._all_reduces()
+
+    def _all_reduces(self) -> tuple[float, float]:
+        """(seconds of a step, more for each of its tokens) of the sums over all GPUs: of the hidden states in 16 bits,
+        after attention and after the feed-forward part of each layer. In a ring each GPU sends 2 (n - 1) / n of them
+        (Patarasuk and Yuan 2009)."""
+        gpu, model, constants = self.gpu, self.model, self.constants
+        if gpu.count == 1:
+            return 0.0, 0.0
+        sent = 2 * (gpu.count - 1) / gpu.count * 2 * model.hidden_size  # bytes
+        reductions = 2 * model.num_layers
+        return reductions * constants.reduce_overhead, reductions * sent / (gpu.peer * constants.peer_share)
 
     # --- a step ------------------------------------------------------------------------------------
 
     def step(
-        self, num_tokens: int, kv_tokens: int, pairs: int | None = None, num_logits: int | None = None
+        self, num_tokens: float, kv_tokens: float, pairs: float | None = None, num_logits: float | None = None
     ) -> StepTime:
         """The time of a step that computes `num_tokens` tokens and reads the K and V of `kv_tokens`.
 
@@ -105,14 +131,27 @@ class Roofline:
         """
         pairs = kv_tokens if pairs is None else pairs
         num_logits = num_tokens if num_logits is None else num_logits
-        compute = self._token * num_tokens + self._pair * pairs + self._logits * num_logits
-        return StepTime(self.weights, self._kv * kv_tokens, compute, self.constants.step_overhead)
+        return StepTime(
+            weights=self.weight_seconds(num_tokens),
+            kv=self.kv_seconds * kv_tokens,
+            compute=self.token_seconds * num_tokens + self.pair_seconds * pairs + self.logits_seconds * num_logits,
+            link=self.reduce_seconds + self.reduce_token_seconds * num_tokens,
+            overhead=self.constants.step_overhead,
+        )
+
+    def weight_seconds(self, num_tokens: float) -> float:
+        """To read the weights that the tokens of a step use. Each token uses its share of the experts, which are taken
+        to be equally likely, so n tokens leave (1 - share)^n of them unread."""
+        if not self.experts:
+            return self.weights
+        return self.weights + self.experts * (1 - float(self.unused_share**num_tokens))
 
     def seconds(self, num_tokens: int, kv_tokens: int, pairs: int, num_logits: int) -> float:
         """`step(...).seconds`, in a third of the time."""
-        read = self.weights + self._kv * kv_tokens
-        compute = self._token * num_tokens + self._pair * pairs + self._logits * num_logits
-        return (read if read > compute else compute) + self.constants.step_overhead
+        read = self.kv_seconds * kv_tokens + (self.weight_seconds(num_tokens) if self.experts else self.weights)
+        compute = self.token_seconds * num_tokens + self.pair_seconds * pairs + self.logits_seconds * num_logits
+        link = self.reduce_seconds + self.reduce_token_seconds * num_tokens
+        return (read if read > compute else compute) + link + self.constants.step_overhead
 
     # --- transfers ---------------------------------------------------------------------------------
 
@@ -135,14 +174,14 @@ class Roofline:
                 seconds += 2 * num_bytes / self.bandwidth
             else:
                 over_link += num_bytes
-                seconds += self.link_seconds(num_bytes, 2 * self.model.num_layers)
+                seconds += self.link_seconds(num_bytes, self.model.num_arrays)
         return seconds, on_device, over_link
 
     def swap_seconds(self, num_tokens: int, block_size: int) -> float:
         """Out and in again, each block a copy for K and for V of each layer."""
         blocks = -(-num_tokens // block_size)
         num_bytes = blocks * block_size * self.model.kv_bytes_per_token
-        return 2 * self.link_seconds(num_bytes, 2 * self.model.num_layers * blocks)
+        return 2 * self.link_seconds(num_bytes, self.model.num_arrays * blocks)
 
     def recompute_seconds(self, num_tokens: int) -> float:
         """All tokens once more, as one prompt: the arithmetic alone, since other sequences share the step."""

@@ -5,6 +5,7 @@ data/servers.toml has the words, with the version, date and source of each entry
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from .assess import Assessment
@@ -17,28 +18,37 @@ class Server:
     """One server: the options for an assessment, and what it supports, a sentence each."""
 
     name: str
-    version: str  # that was looked up
+    version: str
+    looked_up: str  # on this day
     start: str  # comes before the options
     options: tuple[tuple[str, str], ...]
+    file: str  # that holds further options; "" where there is none
+    file_options: tuple[tuple[str, str], ...]
     supports: tuple[str, ...]
 
     @property
     def command(self) -> str:
-        """The options as they are written: `--option value` on a command line, `name=value` in Python."""
+        """The options as they are written: `--option value` on a command line, `name=value` in Python. A command line
+        that needs a file makes it first."""
         if self.start.endswith("("):
             return f"{self.start}{', '.join(f'{name}={value}' for name, value in self.options)})"
-        return " ".join([self.start, *(f"{name} {value}".strip() for name, value in self.options)])
+        line = " ".join([self.start, *(f"{name} {value}".strip() for name, value in self.options)])
+        if not self.file:
+            return line
+        held = ", ".join(f"{name}: {value}" for name, value in self.file_options)
+        return f"echo '{self.file.partition('.')[0]}: {{{held}}}' > {self.file} && {line} --config {self.file}"
 
 
 def servers(found: Assessment) -> tuple[Server, ...]:
     """vLLM, SGLang, TensorRT-LLM and Hugging Face continuous batching, set up as the assessment advises."""
     host_gib = found.kv_bytes / GIB  # as much host memory as the device has for K and V
     numbers = {  # what a value of the table may name
-        "model": found.model.name,
+        "model": shlex.quote(found.model.hub or "MODEL"),
         "num_gpus": found.gpu.count,
         "block_size": found.block_size,
         "max_model_len": found.max_model_len,
-        "sequences": max(1, found.paged.sequences),
+        "sequences": found.advised,
+        "batch_tokens": found.setup.max_batch_tokens,
         "memory_share": found.constants.memory_share,
         "share_of_free_memory": found.kv_bytes / (found.gpu.memory_bytes - found.model.weight_bytes),
         "kv_bytes": found.kv_bytes,
@@ -59,8 +69,11 @@ def servers(found: Assessment) -> tuple[Server, ...]:
         Server(
             name=server["name"],
             version=server["version"],
+            looked_up=str(server["looked_up"]),
             start=server["start"].format_map(numbers),
             options=tuple((each["name"], each["value"]) for each in chosen(server["options"])),
+            file=server.get("file", ""),
+            file_options=tuple((each["name"], each["value"]) for each in chosen(server.get("file_options", []))),
             supports=tuple(each["text"] for each in chosen(server["supports"])),
         )
         for server in read_table("servers")["server"]

@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core.engine.scheduler import Preemption, Scheduler
+from ..core.engine.sequence import Group
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.standard import Reserve
 from ..extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .hardware import GPU
-from .models import ModelSpec
+from .model_config import ModelSpec
 from .roofline import CONSTANTS, Constants, Roofline
+
+
+class PartScheduler(Scheduler):
+    """The scheduler, for a part of the running sequences: the simulation plans the others by itself."""
+
+    num_others = 0
+
+    def room_to_return(self, group: Group) -> int:
+        return super().room_to_return(group) + self.num_others * self.manager.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,5 +73,5 @@ class Setup:
             prefix_cache=self.prefix_cache,
         )
 
-    def make_scheduler(self, manager: KVCacheManager) -> Scheduler:
-        return Scheduler(manager, self.max_batch_tokens, self.max_batch_seqs, self.preemption)
+    def make_scheduler(self, manager: KVCacheManager) -> PartScheduler:
+        return PartScheduler(manager, self.max_batch_tokens, self.max_batch_seqs, self.preemption)

@@ -1,124 +1,148 @@
-"""How many requests per second each setup serves: the same requests at rising rates, on all cores.
-
-The paper's measure (Kwon et al. 2023, §6.1): the normalised latency of a request is its time from arrival to
-end, divided by its output tokens, and what counts is the rate up to which the mean stays low.
-"""
+"""Latency over the rate of requests, at shares of the rate that a setup sustains, and its goodput under limits."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from .metrics import Outcome
+from .hardware import price_of_million
+from .metrics import Limits, Outcome
 from .setup import Setup
 from .simulate import Simulation
-from .traces import RequestTrace, at_rate
+from .steady import Steady, steady_state
+from .traces import RequestTrace, at_rate, first, repeated
+from .workers import Workers
 
-AT_ONCE = float("inf")  # rate: all requests arrive at the same time
-FIXED = (0.3, 0.6)  # shares of the rate that a setup sustains when all requests arrive together: the flat part
-HALVINGS = 6  # of the bracket 0.75 to 1.5 times that rate; what is left of it is 1 %
-BRACKET = (0.75, 1.5)
+LOADS = (0.3, 0.5, 0.7, 0.8, 0.9)  # shares of the sustained rate; at 1 the queue, and latency with it, has no end
+SHOWN = 0.8  # of these: the one whose latency is printed where no limit is given
+LEAST_REQUESTS = 1000  # of a run: a shorter trace is repeated
+SHOWN_REQUESTS, SAMPLE_EVERY, MOST_POINTS = 400, 8, 300  # of a picture of the memory: requests, steps, points
+WARM_UP = 0.1  # of the requests of a run, whose latency is left out
+HALVINGS = 7  # of the rates from 0 to the sustained one: what is left is 0.8 % of it
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """One run: the requests at one rate."""
 
-    rate: float  # per second
+    rate: float  # requests per second that arrive, refused ones included
     outcome: Outcome
+    share_met: float | None = None  # of the accepted requests: the share that meets all limits
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """The highest rate at which enough requests meet the limits, and never more than the sustained rate."""
+
+    limits: Limits
+    rate: float  # of accepted requests; 0 if no rate is low enough
+    above: float  # the lowest rate at which too few did; `rate` where the sustained rate itself meets the limits
+    at: Point | None  # the run at `rate`
+
+    def to_json(self) -> dict[str, Any]:
+        latency = self.at and {"share_met": self.at.share_met, **self.at.outcome.to_json()}
+        return {"goodput": self.rate, "goodput_above": self.above, "limits": self.limits.describe(), "at": latency}
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
     """All runs of one setup."""
 
-    setup: Setup
-    at_once: Outcome  # all requests arrive at the same time: memory is as full as it gets
+    steady: Steady
     points: list[Point]  # by rate
-    bound: float  # on the mean normalised latency, seconds per token
-    rate: float  # the highest measured at which the bound held; 0 if it held at none
+    goodput: Goodput | None  # None: no limits were given
+
+    @property
+    def setup(self) -> Setup:
+        return self.steady.setup
+
+    @property
+    def rate(self) -> float:
+        """The headline: goodput where limits are given, else the sustained rate."""
+        return self.goodput.rate if self.goodput else self.steady.sustained_rate
+
+    @property
+    def price(self) -> float | None:
+        """Of 10**6 output tokens at this rate."""
+        outcome = self.steady.outcome
+        return price_of_million(self.setup.gpu, self.rate * outcome.output_tokens / outcome.finished)
+
+    @property
+    def shown(self) -> Point | None:
+        """The run whose latency is shown; None where no rate meets the limits."""
+        return self.goodput.at if self.goodput else self.points[LOADS.index(SHOWN)]
 
 
-Run = Callable[[Setup, RequestTrace, float], Outcome]
+def run_at(setup: Setup, trace: RequestTrace, rate: float, limits: Limits | None = None) -> Point:
+    """The trace at this rate, without its warm-up."""
+    whole = repeated(trace, -(-LEAST_REQUESTS // len(trace.requests)))
+    num_warm_up = int(WARM_UP * len(whole.requests))
+    simulation = Simulation(setup, at_rate(whole, rate), num_warm_up=num_warm_up)
+    outcome = simulation.run()
+    return Point(rate, outcome, limits.share_met(simulation.tally.latencies) if limits else None)
 
 
-def run_once(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
-    """The trace at this rate."""
-    return Simulation(setup, at_rate(trace, rate)).run()
+def memory_over_time(setup: Setup, trace: RequestTrace, rate: float) -> list[tuple[float, float]]:
+    """(seconds, share of the pool that holds tokens) while `SHOWN_REQUESTS` of the trace arrive at this rate."""
+    part = first(repeated(trace, -(-SHOWN_REQUESTS // len(trace.requests))), SHOWN_REQUESTS)
+    points: list[tuple[float, float]] = []
+    simulation = Simulation(
+        setup,
+        at_rate(part, rate),
+        sample_every=SAMPLE_EVERY,
+        on_sample=lambda usage: points.append((simulation.now, usage.tokens / usage.total)),
+    )
+    simulation.run()
+    return points[:: -(-len(points) // MOST_POINTS) or 1]
 
 
-def curve_of(setup: Setup, trace: RequestTrace, bound: float, run: Run = run_once) -> Curve:
-    """Find the highest rate at which the mean normalised latency stays within `bound`."""
-    at_once = run(setup, trace, AT_ONCE)
-    most = at_once.requests_per_second
-    if not most:
-        raise ValueError(f"{setup.label}: none of the requests can be served. {at_once.refusal}")
-    points: list[Point] = []
+def goodput(steady: Steady, trace: RequestTrace, limits: Limits) -> Goodput:
+    """Search the rate by halving. Requests that are refused arrive too, and count neither way."""
+    accepted = steady.num_requests / (steady.num_requests + steady.num_refused)
 
-    def holds(rate: float) -> bool:
-        outcome = run(setup, trace, rate)
-        points.append(Point(rate, outcome))
-        return outcome.normalised <= bound
+    def tried(rate: float) -> Point:
+        return run_at(steady.setup, trace, rate / accepted, limits)
 
-    for share in FIXED:
-        holds(share * most)
-    low, high = BRACKET[0] * most, BRACKET[1] * most
-    if not holds(low):
-        low, high = 0.0, low
-    elif holds(high):  # a short trace: it ends before a queue is long
-        low, high = high, 2 * high
+    low, high, at = 0.0, steady.sustained_rate, tried(steady.sustained_rate)
+    if at.share_met is not None and at.share_met >= limits.share:
+        return Goodput(limits, high, high, at)
+    best = None
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    points.sort(key=lambda point: point.rate)
-    return Curve(setup, at_once, points, bound, low)
-
-
-RUNS_OF_A_CURVE = 1 + len(FIXED) + 2 + HALVINGS  # at most
-
-
-@contextmanager
-def on_cores(num_jobs: int | None = None) -> Iterator[Executor]:
-    """Runs functions in other processes, `num_jobs` at a time (default: one for each core); 1: in a thread of this one.
-
-    On leaving, calls that have not begun are given up. A script that uses this needs `if __name__ == "__main__"`, since
-    each process reads the script again.
-    """
-    jobs = num_jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    spawn = multiprocessing.get_context("spawn")  # it is not safe to fork a process that has threads
-    executor: Executor = (
-        ProcessPoolExecutor(jobs, spawn, initializer=_leave_interrupts) if jobs > 1 else ThreadPoolExecutor(1)
-    )
-    try:
-        yield executor
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _leave_interrupts() -> None:
-    """Ctrl-C is for the process that shows the results."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+        at = tried(middle)
+        if at.share_met is not None and at.share_met >= limits.share:
+            low, best = middle, at
+        else:
+            high = middle
+    return Goodput(limits, low, high, best)
 
 
 def curves_of(
     setups: Sequence[Setup],
     trace: RequestTrace,
-    bound: float,
+    limits: Limits | None = None,
     *,
-    num_jobs: int | None = None,
+    workers: Workers = Workers(),  # noqa: B008  (it is frozen)
     on_run: Callable[[], object] = lambda: None,
 ) -> list[Curve]:
-    """A curve for each setup, in order. `on_run` is called after each run."""
-    with ThreadPoolExecutor(len(setups)) as threads, on_cores(num_jobs) as cores:
+    """A curve for each setup, in order. `on_run` is called after each of `num_runs` runs."""
+    steady = workers.run([(steady_state, setup, trace) for setup in setups], on_run)
+    points = workers.run(
+        [
+            (run_at, each.setup, trace, load * each.sustained_rate * len(trace.requests) / each.num_requests)
+            for each in steady
+            for load in LOADS
+        ],
+        on_run,
+    )
+    found: Sequence[Goodput | None] = [None] * len(setups)
+    if limits:
+        found = workers.run([(goodput, each, trace, limits) for each in steady], on_run)
+    by_setup = [points[i : i + len(LOADS)] for i in range(0, len(points), len(LOADS))]
+    return [Curve(*each) for each in zip(steady, by_setup, found, strict=True)]
 
-        def run(setup: Setup, trace: RequestTrace, rate: float) -> Outcome:
-            outcome = cores.submit(run_once, setup, trace, rate).result()
-            on_run()
-            return outcome
 
-        return list(threads.map(lambda setup: curve_of(setup, trace, bound, run), setups))
+def num_runs(num_setups: int, limits: Limits | None) -> int:
+    """What `curves_of` reports."""
+    return num_setups * (1 + len(LOADS) + bool(limits))

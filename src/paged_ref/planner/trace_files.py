@@ -1,137 +1,246 @@
-"""Traces from files: Azure, Mooncake, ShareGPT lengths, and plain columns.
+"""Traces from files: this project's own form, Azure, BurstGPT, Mooncake, ShareGPT lengths, and plain columns.
 
-Nothing is skipped: a row that is wrong ends the reading, with the number of its line.
+A row that cannot be read ends the reading with the number of its line, or is left out and counted. A column that is
+not used is named.
 """
 
 from __future__ import annotations
 
+import csv
 import io
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ..extras.reading import parse_json, read_text
-from .traces import MEANS, RequestTrace, TraceRequest, first, generated
+from .traces import DRAWN, MEANS, RequestTrace, TraceRequest, generated, spread
 
-# The columns of prompt tokens, output tokens and time, by what a header must have to be of that form.
-AZURE = ("ContextTokens", "GeneratedTokens", "TIMESTAMP")
-SHAREGPT = ("num_prefill_tokens", "num_decode_tokens")
-
+TIME, PROMPT, OUTPUT, GROUP, PREFIX = "time", "prompt_tokens", "output_tokens", "prefix_group", "prefix_tokens"
+# Each form of a table: its columns of prompt tokens, output tokens, time and a shared beginning, in lower case. The
+# first two must be there.
+TABLES = (
+    (PROMPT, OUTPUT, TIME, GROUP, PREFIX),
+    ("contexttokens", "generatedtokens", "timestamp"),  # Azure
+    ("request tokens", "response tokens", "timestamp"),  # BurstGPT
+    ("num_prefill_tokens", "num_decode_tokens", "arrived_at"),  # ShareGPT, as Sarathi-Serve and Vidur have it
+)
+FORMS = (
+    "a file, plain or gzip: CSV or JSON lines with time (seconds, or a date), prompt_tokens, output_tokens and, where "
+    "requests begin with the same tokens, prefix_group and prefix_tokens, as in "
+    '{"time": 0.5, "prompt_tokens": 900, "output_tokens": 120, "prefix_group": "help", "prefix_tokens": 512}; '
+    "the columns of Azure, BurstGPT, Mooncake or ShareGPT; or two columns of prompt and output tokens"
+)
 HASH_BLOCK = 512  # tokens that one of Mooncake's hash_ids stands for
+LEAST_BLOCK = 8  # tokens: a shared beginning is counted in such blocks, if the prefix_tokens have no larger divisor
+MOST_TOKENS = 10**9
 
 Line = tuple[int, str]  # its number in the file, from 1, and its text
 
 
-def read_trace(path: str | Path) -> RequestTrace:
-    """A trace from a file, plain or gzip. Its first line says which form it has:
+@dataclass(slots=True)
+class Row:
+    """One request of a file."""
 
-    Azure CSV (TIMESTAMP, ContextTokens, GeneratedTokens), ShareGPT CSV (num_prefill_tokens,
-    num_decode_tokens), Mooncake JSON lines (timestamp in ms, input_length, output_length, hash_ids), or two
-    columns of prompt and output tokens, with or without a header. Raises ValueError that names the line.
-    """
+    arrival: float
+    prompt: int
+    output: int
+    hash_ids: tuple[int, ...] = ()  # Mooncake's
+    group: str = ""  # requests of one group begin with the same `prefix` tokens, or as many as both have
+    prefix: int = 0
+
+
+Parser = Callable[[int, str], Row]  # of a line; raises ValueError with the number of the line
+
+
+def read_trace(path: str | Path, *, skip_bad_rows: bool = False) -> RequestTrace:
+    """A trace from a file, whose first line says which of the FORMS it has. Raises ValueError that names the line of
+    the first row that cannot be read, unless such rows are to be skipped."""
     path = Path(path)
     try:
         text = read_text(path, unpack=True).removeprefix("\ufeff")
     except ValueError as error:
         raise ValueError(f"trace {error}") from None
-    rows = enumerate(io.StringIO(text, newline=None), start=1)
+    numbered = enumerate(io.StringIO(text, newline=None), start=1)
     try:
-        requests, timed = _read([(number, row) for number, line in rows if (row := line.strip())])
+        rows, timed, notes = _read([(number, row) for number, line in numbered if (row := line.strip())], skip_bad_rows)
     except ValueError as error:
         raise ValueError(f"trace {path}: {error}") from None
-    began = tuple(replace(each, arrival=each.arrival - requests[0].arrival) for each in requests)
-    return RequestTrace(path.name.removesuffix(".gz"), began, timed)
+    hash_ids, hash_block = _hash_ids(rows)
+    requests = tuple(
+        TraceRequest(row.arrival - rows[0].arrival, row.prompt, row.output, ids)
+        for row, ids in zip(rows, hash_ids, strict=True)
+    )
+    return RequestTrace(path.name.removesuffix(".gz"), requests, timed, tuple(notes), hash_block)
 
 
-def trace_named(name: str, num_requests: int, num_drawn: int, seed: int = 0) -> RequestTrace:
-    """The first `num_requests` of a file (0: all), or as many (0: `num_drawn`) drawn as "sharegpt" or "alpaca"."""
+def trace_named(name: str, num_requests: int, seed: int = 0, *, skip_bad_rows: bool = False) -> RequestTrace:
+    """`num_requests` spread over a file (0: all), or as many (0: DRAWN) drawn as "sharegpt" or "alpaca"."""
     if name in MEANS:
-        return generated(name, num_requests or num_drawn, seed)
-    trace = read_trace(name)
-    return first(trace, num_requests) if num_requests else trace
+        return generated(name, num_requests or DRAWN, seed)
+    trace = read_trace(name, skip_bad_rows=skip_bad_rows)
+    return spread(trace, num_requests) if num_requests else trace
 
 
-def _read(lines: list[Line]) -> tuple[list[TraceRequest], bool]:
-    """The requests, and whether the file has times."""
+def _read(lines: list[Line], skip_bad_rows: bool) -> tuple[list[Row], bool, list[str]]:
+    """The rows, whether the file has times, and what is to be said about the reading."""
     if not lines:
         raise ValueError("it is empty")
-    header = _cells(lines[0][1])
+    parse: Parser
     if lines[0][1].startswith("{"):
-        rows, timed = _json_lines(lines), True
-    elif set(header) >= set(AZURE):
-        rows, timed = _table(header, AZURE, lines[1:]), True
-    elif set(header) >= set(SHAREGPT):
-        rows, timed = _table(header, SHAREGPT, lines[1:]), False
-    elif len(header) == 2:
-        has_header = not any(cell.lstrip("+-").isdigit() for cell in header)
-        rows, timed = _table(["prompt", "output"], ("prompt", "output"), lines[has_header:]), False
+        parse, timed, has_header, notes = _json_row, True, False, list[str]()
     else:
-        raise ValueError(
-            f"line {lines[0][0]} begins none of the known forms: Azure or ShareGPT columns, "
-            "Mooncake JSON, or two columns of prompt and output tokens"
+        parse, timed, has_header, notes = _table(*lines[0])
+    rows: list[Row] = []
+    bad: list[str] = []
+    for number, text in lines[has_header:]:
+        try:
+            row = parse(number, text)
+            if rows and row.arrival < rows[-1].arrival:
+                early = rows[-1].arrival - row.arrival
+                raise ValueError(f"line {number}: times out of order; it is {early:.3f} s before the request above it")
+        except ValueError as error:
+            if not skip_bad_rows:
+                raise
+            bad.append(str(error))
+        else:
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"none of its rows can be read; {bad[0]}" if bad else "it has a header and no requests")
+    if bad:
+        notes.append(
+            f"{len(bad):,} of {len(lines) - has_header:,} rows cannot be read and are left out; the first: {bad[0]}"
         )
-    requests: list[TraceRequest] = []
-    for number, request in rows:
-        if requests and request.arrival < requests[-1].arrival:
-            early = requests[-1].arrival - request.arrival
-            raise ValueError(f"line {number}: times out of order; it is {early:.3f} s before the request above it")
-        requests.append(request)
-    if not requests:
-        raise ValueError("it has a header and no requests")
-    return requests, timed
+    return rows, timed, notes
+
+
+# --- tables --------------------------------------------------------------------------------------------
 
 
 def _cells(text: str) -> list[str]:
+    if '"' in text:
+        return [cell.strip() for cell in next(csv.reader([text], skipinitialspace=True))]
     return [cell.strip() for cell in text.split(",")] if "," in text else text.split()
 
 
-def _table(header: list[str], columns: tuple[str, ...], lines: list[Line]) -> Iterator[tuple[int, TraceRequest]]:
-    """Rows of columns: those of prompt tokens, output tokens and, where there is one, time."""
-    places = [header.index(column) for column in columns]
-    for number, text in lines:
+def _table(number: int, first: str) -> tuple[Parser, bool, bool, list[str]]:
+    """How to read the rows below the first line, whether they have times, whether this line is a header, and notes."""
+    names = _cells(first)
+    header = [cell.casefold() for cell in names]
+    has_header = not any(_is_number(cell) for cell in header)
+    known = next((columns for columns in TABLES if set(columns[:2]) <= set(header)), None)
+    if known is None and len(header) == 2:
+        names = header = [PROMPT, OUTPUT]
+        known = TABLES[0]
+    elif known is None and len(header) == 3 and not has_header:
+        names = header = [TIME, PROMPT, OUTPUT]
+        known = TABLES[0]
+    if known is None:
+        raise ValueError(
+            f"line {number} begins none of the known forms: columns {TIME}, {PROMPT} and {OUTPUT}, those of Azure, "
+            "BurstGPT or ShareGPT, Mooncake JSON, or two columns of prompt and output tokens"
+        )
+    unused = [name for name, plain in zip(names, header, strict=True) if plain not in known]
+    notes = [f"columns that are not used: {', '.join(unused)}"] if unused else []
+    places = {key: header.index(name) for key, name in zip(TABLES[0], known, strict=False) if name in header}
+    named = {key: names[place] for key, place in places.items()}
+
+    def parse(number: int, text: str) -> Row:
         cells = _cells(text)
         if len(cells) != len(header):
             raise ValueError(f"line {number} has {len(cells)} columns; {len(header)} are needed")
-        prompt, output = (_count(number, header[place], cells[place]) for place in places[:2])
-        arrival = _seconds(number, cells[places[2]]) if len(places) > 2 else 0.0
-        yield number, TraceRequest(arrival, prompt, output)
+        return _row(number, {key: cells[place] for key, place in places.items()}, named)
+
+    return parse, TIME in places, has_header, notes
 
 
-def _count(number: int, column: str, cell: str) -> int:
-    if not cell.isdecimal() or len(cell) > 12 or int(cell) < 1:
-        raise ValueError(f"line {number}: {column} is {cell[:20]!r}; a whole number of at least 1 is needed")
-    return int(cell)
-
-
-def _seconds(number: int, cell: str) -> float:
+def _is_number(cell: str) -> bool:
     try:
-        moment = datetime.fromisoformat(cell)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        float(cell)
     except ValueError:
-        raise ValueError(f"line {number}: TIMESTAMP is {cell[:40]!r}; a date and time is needed") from None
+        return False
+    return True
 
 
-def _json_lines(lines: list[Line]) -> Iterator[tuple[int, TraceRequest]]:
-    for number, text in lines:
+def _row(number: int, cells: Mapping[str, Any], names: Mapping[str, str]) -> Row:
+    """A request from its cells, by the names of TABLES[0]; `names` are those of the file."""
+    prompt, output = (_count(number, names[key], cells[key]) for key in (PROMPT, OUTPUT))
+    arrival = _seconds(number, names[TIME], cells[TIME]) if TIME in cells else 0.0
+    group = str(cells.get(GROUP) or "")
+    if not group:
+        return Row(arrival, prompt, output)
+    prefix = _count(number, PREFIX, cells.get(PREFIX, ""))
+    if prefix > prompt:
+        raise ValueError(f"line {number}: {PREFIX} is {prefix}; the prompt has {prompt} tokens")
+    return Row(arrival, prompt, output, group=group, prefix=prefix)
+
+
+def _count(number: int, column: str, cell: Any) -> int:
+    text = str(cell)
+    if isinstance(cell, bool) or not text.isdecimal() or len(text) > 12 or not 1 <= int(text) <= MOST_TOKENS:
+        shown = repr(text) if len(text) <= 40 else f"{text[:40]!r}... ({len(text)} characters)"
+        raise ValueError(f"line {number}: {column} is {shown}; a whole number from 1 to {MOST_TOKENS:,} is needed")
+    return int(text)
+
+
+def _seconds(number: int, column: str, cell: Any) -> float:
+    """Seconds, or a date and time."""
+    try:
+        seconds = float(cell)
+        if math.isfinite(seconds):
+            return seconds
+    except (ValueError, TypeError):
         try:
-            row = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"line {number} is {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not a JSON object")
-        for key, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
-            if type(row.get(key)) is not int or row[key] < least:
-                raise ValueError(
-                    f"line {number}: {key} is {row.get(key)!r}; a whole number of at least {least} is needed"
-                )
-        ids = row.get("hash_ids", [])
-        if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < 2**62 for each in ids):
-            raise ValueError(f"line {number}: hash_ids is not a list of whole numbers")
-        blocks = -(-row["input_length"] // HASH_BLOCK)
-        if ids and len(ids) != blocks:
-            raise ValueError(
-                f"line {number} has {len(ids)} hash_ids; {row['input_length']} tokens are {blocks} blocks "
-                f"of {HASH_BLOCK}"
-            )
-        yield number, TraceRequest(row["timestamp"] / 1000, row["input_length"], row["output_length"], tuple(ids))
+            moment = datetime.fromisoformat(cell)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, TypeError):
+            pass
+    raise ValueError(f"line {number}: {column} is {str(cell)[:40]!r}; seconds, or a date and time, are needed")
+
+
+# --- JSON lines ----------------------------------------------------------------------------------------
+
+
+def _json_row(number: int, text: str) -> Row:
+    try:
+        row = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"line {number} is {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is not a JSON object")
+    if PROMPT in row or OUTPUT in row:
+        for key in (TIME, PROMPT, OUTPUT):
+            if key not in row:
+                raise ValueError(f"line {number} has no {key}")
+        return _row(number, row, {key: key for key in TABLES[0]})
+    for key, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
+        if type(row.get(key)) is not int or not least <= row[key] <= (10**15 if key == "timestamp" else MOST_TOKENS):
+            raise ValueError(f"line {number}: {key} is {row.get(key)!r}; a whole number of at least {least} is needed")
+    ids = row.get("hash_ids", [])
+    if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < 2**62 for each in ids):
+        raise ValueError(f"line {number}: hash_ids is not a list of whole numbers")
+    blocks = -(-row["input_length"] // HASH_BLOCK)
+    if ids and len(ids) != blocks:
+        raise ValueError(
+            f"line {number} has {len(ids)} hash_ids; {row['input_length']} tokens are {blocks} blocks of {HASH_BLOCK}"
+        )
+    return Row(row["timestamp"] / 1000, row["input_length"], row["output_length"], tuple(ids))
+
+
+# --- shared beginnings ---------------------------------------------------------------------------------
+
+
+def _hash_ids(rows: list[Row]) -> tuple[list[tuple[int, ...]], int]:
+    """The hash ids of each row, and the tokens that one stands for. The beginning of a group gets ids of its own, for
+    whole blocks."""
+    if not any(row.group for row in rows):
+        return [row.hash_ids for row in rows], HASH_BLOCK
+    block = max(LEAST_BLOCK, math.gcd(*(row.prefix for row in rows)))
+    numbers: dict[tuple[str, int], int] = {}  # (group, block of its beginning) -> id
+    ids = [
+        tuple(numbers.setdefault((row.group, place), len(numbers)) for place in range(row.prefix // block))
+        for row in rows
+    ]
+    return ids, block

@@ -58,6 +58,16 @@ class RequestTrace:
 # --- changes of a trace --------------------------------------------------------------------------------
 
 
+def with_prefixes(trace: RequestTrace, tokens: int, groups: int = 1) -> RequestTrace:
+    """Each prompt begins with the same `tokens` tokens as those of its group, to which the requests belong in turn; a
+    shorter prompt is a part of this beginning. Raises ValueError where the trace itself says what is shared."""
+    if any(request.hash_ids for request in trace.requests):
+        raise ValueError(f"prefix_tokens is {tokens}; the trace says itself which prompts begin with the same tokens")
+    requests = tuple(replace(each, hash_ids=(place % groups,)) for place, each in enumerate(trace.requests))
+    note = f"each prompt begins with {tokens} tokens of {groups} that are shared"
+    return replace(trace, requests=requests, hash_block=tokens, notes=(*trace.notes, note))
+
+
 def first(trace: RequestTrace, count: int) -> RequestTrace:
     """The first `count` requests."""
     if count < 1:
@@ -66,6 +76,30 @@ def first(trace: RequestTrace, count: int) -> RequestTrace:
         return trace
     note = f"the first {count} of {len(trace.requests)} requests"
     return replace(trace, requests=trace.requests[:count], notes=(*trace.notes, note))
+
+
+PARTS = 20  # of a long trace, from which a sample is taken
+
+
+def spread(trace: RequestTrace, count: int) -> RequestTrace:
+    """`count` of the requests, in PARTS runs of requests that follow each other, which begin evenly over the trace. The
+    first requests of a day are not like the others; and single requests would have no common beginnings and no bursts.
+    A run begins one mean gap after the end of the run before."""
+    if count < 1:
+        raise ValueError(f"requests is {count}; at least 1 is needed")
+    total = len(trace.requests)
+    if count >= total:
+        return trace
+    parts = min(PARTS, count)
+    gap = 1 / trace.rate if trace.rate else 0.0
+    requests: list[TraceRequest] = []
+    for part in range(parts):
+        begin, size = part * total // parts, (part + 1) * count // parts - part * count // parts
+        run = trace.requests[begin : begin + size]
+        shift = (requests[-1].arrival + gap if requests else 0.0) - run[0].arrival
+        requests += [replace(each, arrival=each.arrival + shift) for each in run]
+    note = f"{count:,} of {total:,} requests: {parts} runs of {count / parts:.4g}, spread evenly"
+    return replace(trace, requests=tuple(requests), notes=(*trace.notes, note))
 
 
 def at_rate(trace: RequestTrace, rate: float, seed: int = 0) -> RequestTrace:
@@ -89,6 +123,30 @@ def at_rate(trace: RequestTrace, rate: float, seed: int = 0) -> RequestTrace:
         note = f"Poisson arrivals, {rate:.3g} per second, seed {seed}"
     requests = tuple(replace(request, arrival=at) for request, at in zip(trace.requests, times, strict=True))
     return replace(trace, requests=requests, timed=True, notes=(*trace.notes, note))
+
+
+def repeated(trace: RequestTrace, passes: int) -> RequestTrace:
+    """The trace `passes` times, one after another. What two passes have in common is no common beginning: the hash ids
+    of each pass are new. A pass without times begins when the one before it does."""
+    if passes < 1:
+        raise ValueError(f"passes is {passes}; at least 1 is needed")
+    if passes == 1:
+        return trace
+    number: dict[int, int] = {}  # hash id -> a small one
+    for each in trace.requests:
+        for hash_id in each.hash_ids:
+            number.setdefault(hash_id, len(number))
+    span = trace.requests[-1].arrival + (1 / trace.rate if trace.rate else 0.0)
+    requests = tuple(
+        replace(
+            each,
+            arrival=each.arrival + number_of_pass * span,
+            hash_ids=tuple(number[hash_id] + number_of_pass * len(number) for hash_id in each.hash_ids),
+        )
+        for number_of_pass in range(passes)
+        for each in trace.requests
+    )
+    return replace(trace, requests=requests, notes=(*trace.notes, f"{passes} times, one after another"))
 
 
 def scaled(trace: RequestTrace, factor: float) -> RequestTrace:
@@ -135,11 +193,13 @@ def with_prefix(trace: RequestTrace, length: int) -> RequestTrace:
 
 # --- drawn traces --------------------------------------------------------------------------------------
 
+DRAWN = 1000  # requests of a drawn trace, where no other number is asked for: one number for all commands and lessons
+
 # Mean tokens in and out of the data sets that the paper serves (Kwon et al. 2023, §6.1, Fig. 11).
 MEANS = {"sharegpt": (161.31, 337.99), "alpaca": (19.31, 58.45)}
 
 
-def generated(name: str, count: int, seed: int = 0, longest: int = 2048) -> RequestTrace:
+def generated(name: str, count: int = DRAWN, seed: int = 0, longest: int = 2048) -> RequestTrace:
     """`count` requests with the published means of "sharegpt" or "alpaca", no times.
 
     Only the means are published as numbers. Lengths are geometric, which assumes least beyond a mean (of all

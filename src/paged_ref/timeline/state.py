@@ -361,6 +361,7 @@ class RunState:
     plan: StepPlanned | None = None  # the last one
     attended: dict[int, PagesAttended] = field(default_factory=dict)  # by sequence: what was watched last
     totals: Totals = field(default_factory=Totals)
+    in_step: bool = False  # a step is planned, and not over
     got: list[Event] = field(default_factory=list)  # tokens, new beams and ends, by the step under way
 
     @property
@@ -372,7 +373,7 @@ class RunState:
         views = {seq_id: v if v.status == "finished" else v.copy() for seq_id, v in self.sequences.items()}
         totals = replace(self.totals)
         attended, got = self.attended.copy(), self.got.copy()
-        return RunState(self.memory.copy(), views, self.writer.copy(), self.plan, attended, totals, got)
+        return RunState(self.memory.copy(), views, self.writer.copy(), self.plan, attended, totals, self.in_step, got)
 
     def apply(self, event: Event, number: int = 0) -> Change:
         """Move the state by one event. Raises ValueError, with `number` as the event's place in the log, where the
@@ -467,7 +468,7 @@ class RunState:
         self.memory.begin(event.child_id, place.copy())
         if event.child_id not in self.sequences:  # a beam; a sample has arrived with its request
             self.sequences[event.child_id] = replace(parent, seq_id=event.child_id, tokens=parent.tokens.copy())
-            self.got.append(event)
+            self._keep(event)
         self._set_status(event.child_id, "running")
         self.totals.forks += 1
 
@@ -524,7 +525,7 @@ class RunState:
                 self.sequences[undone.seq_id] = replace(
                     view, tokens=tokens, status="waiting", reason="", digest=(0, b"")
                 )
-        self.got.clear()
+        self._end_step()
 
     def _region_moved(self, event: RegionPlaced | RegionSwappedOut | RegionSwappedIn) -> None:
         """The region of the sequence lies here now, where no other region may lie."""
@@ -570,24 +571,34 @@ class RunState:
         for seq_id in (*(seq_id for seq_id, _ in event.chunks), *event.preempted, *event.waiting):
             self._arrived(seq_id)
         self.plan = event
-        self.got.clear()
+        self._end_step()  # the one before, where the log has no times
+        self.in_step = True
         # A sequence that was swapped out is counted by that event.
         self.totals.preemptions += sum(self.sequences[seq_id].status == "waiting" for seq_id in event.preempted)
 
     def _sampled(self, event: TokenSampled) -> None:
         self._arrived(event.seq_id).tokens.append(event.token_id)
-        self.got.append(event)
+        self._keep(event)
 
     def _finished(self, event: SequenceFinished) -> None:
         # A new object, which never changes again: copies of the state share finished sequences.
         self.sequences[event.seq_id] = replace(self._arrived(event.seq_id), status="finished", reason=event.reason)
-        self.got.append(event)
+        self._keep(event)
 
     def _timed(self, event: StepTimed) -> None:
         require(microseconds=(event.microseconds, 0))
-        self.got.clear()
+        self._end_step()
 
     # --- what several of them do -----------------------------------------------------------------------
+
+    def _keep(self, event: Event) -> None:
+        """The event is undone if the step is. A request that is aborted between steps ends for good."""
+        if self.in_step:
+            self.got.append(event)
+
+    def _end_step(self) -> None:
+        self.in_step = False
+        self.got.clear()
 
     def _set_status(self, seq_id: int, status: Status) -> SequenceView:
         """The sequence, made where no engine was logged, with this status from now on."""

@@ -86,6 +86,8 @@ def load_state(directory: Path) -> State:
         with safe_open(path, framework="np") as file:
             metadata = {"run": "", "step": "", "sha256": "", **(file.metadata() or {})}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        if not metadata["sha256"]:
+            raise ValueError("it has no checksum, so an earlier version wrote it; begin the run anew")
         if metadata["sha256"] != _checksum(metadata["run"], metadata["step"], arrays):
             raise ValueError("its checksum is another one; the file is damaged, or of another version")
         run = parse_json(metadata["run"])

@@ -133,10 +133,11 @@ def bits_of(number):
 def pick_bytes(first, second, selector):
     """A word of any four of eight bytes: hexadecimal digit i of `selector` says which becomes byte i.
 
-    Bytes 0 to 3 are those of `first`, the low one first; 4 to 7 those of `second`.
+    Bytes 0 to 3 are those of `first`, the low one first; 4 to 7 those of `second`. (A digit above 7 would give a byte's
+    sign eight times over; the twin has no such byte, and raises IndexError.)
     """
     source = int(first).to_bytes(4, "little") + int(second).to_bytes(4, "little")
-    return int.from_bytes(bytes(source[selector >> 4 * i & 7] for i in range(4)), "little")
+    return int.from_bytes(bytes(source[selector >> 4 * i & 15] for i in range(4)), "little")
 
 
 # ---- conversions and arithmetic

@@ -1,4 +1,5 @@
 """The decoder of core/model/llama.py with few launches: nine for a layer of a decode step, ten if sequences are split.
+A step with prompts in it makes one more: sequences with many new tokens have an attention kernel of their own.
 
 On a GPU a small batch is computed faster than the host can launch it, so what counts is the number of launches and the
 host's time for each (`paged-ref bench host`). Four are products; the others are one kernel each:
@@ -42,6 +43,6 @@ class FusedDecoder(Llama):
                 qk = fused.rotate(qk, cos, sin)
                 query = xp.ascontiguousarray(qk[:, : config.num_heads])
                 mixed = kv.attend(index, query, qk[:, config.num_heads :], value, where, window)
-            h = fused.add_norm(x, mixed.reshape(num_tokens, -1) @ layer.output.T, layer.mlp_norm, eps)
-            h = fused.add_norm(x, fused.gated(h @ layer.gate_up.T) @ layer.down.T, next_norm, eps)
-        return (h[inputs.logits_rows] @ self.head.T).astype(np.float32, copy=False)
+            h = fused.add_norm(x, self.linear(mixed.reshape(num_tokens, -1), layer.output), layer.mlp_norm, eps)
+            h = fused.add_norm(x, self.linear(fused.gated(self.linear(h, layer.gate_up)), layer.down), next_norm, eps)
+        return self.linear(h[inputs.logits_rows], self.head).astype(np.float32, copy=False)

@@ -6,6 +6,9 @@ first, which costs more than the products of a few rows. Here the weights are re
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 
 from ..core.device import Array
@@ -17,16 +20,17 @@ PARALLEL = 1 << 26  # multiplications, a millisecond: for fewer, waking threads 
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """`x [rows, in]` times `weight [out, in]`: [rows, out]. What is not float32 is left to NumPy."""
+    """`x [rows, in]` times `weight [out, in]`: [rows, out]. What is no float32 is left to the arrays."""
     rows, out = len(x), len(weight)
-    if not (isinstance(x, np.ndarray) and x.dtype == weight.dtype == np.float32) or rows == 0:
+    if type(x) is not np.ndarray or type(weight) is not np.ndarray or rows == 0:  # a subclass has its own product
+        return x @ weight.T
+    if not x.dtype == weight.dtype == np.float32:
         return x @ weight.T
     if 1 < rows <= FEW and weight.size <= SMALL:
         return np.ascontiguousarray((weight @ x.T).T)
     parallel = rows * weight.size >= PARALLEL and num_threads() > 1
-    if 1 < rows <= FEW and out > 1:
-        from .linear_loop import multiply_few as multiply  # here, so that importing this file compiles nothing
-
+    if 1 < rows <= FEW and out > 1 and _loop() is not None:
+        multiply = _loop()
         spare = -rows % 4  # the loop takes four rows at a time
         x = np.concatenate([x, np.zeros((spare, x.shape[1]), np.float32)]) if spare else np.ascontiguousarray(x)
     elif parallel:
@@ -48,6 +52,21 @@ def product(a: Array, b: Array) -> Array:
     y = np.empty_like(a, order="C", shape=(len(a), b.shape[1]))  # of the kind of `a`: bench training counts in one
     in_parts(lambda first, end: np.matmul(a[first:end], b, out=y[first:end]), len(a))
     return y
+
+
+@cache
+def _loop() -> Any:
+    """The loop of few rows, which is compiled when it is first needed; None where NUMBA_DISABLE_JIT is set."""
+    from numba import config
+
+    from .numba_cache import anywhere
+
+    if config.DISABLE_JIT:
+        return None
+    with anywhere():
+        from .linear_loop import multiply_few
+
+    return multiply_few
 
 
 def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:

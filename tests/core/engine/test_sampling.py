@@ -97,7 +97,7 @@ def test_a_hook_whose_answer_has_no_largest_number_is_refused(wrong: Any) -> Non
         assert str(caught.value).startswith("sequence 7 cannot go on: its largest logit is ")
         assert str(caught.value).endswith(" after logits_hook")
     else:
-        assert isinstance(caught.value.__cause__, OverflowError)
+        assert str(caught.value.__cause__) == "logits_hook returned object; real numbers are needed"
 
 
 def test_a_hook_may_forbid_tokens() -> None:

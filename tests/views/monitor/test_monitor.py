@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from paged_ref.cli import main
 from paged_ref.extras.plain_text import plain
 from paged_ref.timeline.events import (
     Event,
+    PoolCleared,
     SequenceAdmitted,
     SequenceFreed,
     StepPlanned,
@@ -523,3 +525,42 @@ def test_the_meter_reads_this_gpu() -> None:
     reading = GPUMeter().read()
     assert reading is not None
     assert reading.memory_used is None or 0 < reading.memory_used <= (reading.memory_total or 0)
+
+
+def test_a_step_that_is_undone_counts_for_nothing() -> None:
+    """Steps, new tokens and ends are those of the run without the exception."""
+    from paged_ref import LLM, SamplingParams
+
+    def run(fail_at: tuple[int, ...]) -> tuple[Monitor, list[Event]]:
+        events: list[Event] = []
+        steps = [0]
+
+        def on_step(record: object) -> None:
+            steps[0] += 1
+            if steps[0] in fail_at:
+                raise OSError("the disk is full")
+
+        llm = LLM("tiny", block_size=4, kv_cache_tokens=200, log=events.append, on_step=on_step)
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        for prompt in ("Once upon a time", "Lily"):
+            llm.add_request(prompt, params)
+        llm.add_request("Tom", SamplingParams(max_tokens=9))
+        while llm.has_unfinished:
+            if llm.engine.num_steps == 6:
+                llm.abort(2)
+                continue
+            with suppress(OSError):
+                llm.step()
+        return monitored(events), events
+
+    quiet, _ = run(())
+    undone, events = run((2, 4, 5))  # at the fourth call, two sequences have just ended
+    assert sum(isinstance(event, PoolCleared) for event in events) == 3
+    assert (undone.num_steps, undone.sampled, undone.finished) == (quiet.num_steps, quiet.sampled, quiet.finished)
+    assert (quiet.sampled, quiet.finished) == (4 + 4 + 6, 3)
+    assert undone.all_finished
+    assert sum(sample.sampled for sample in undone.samples) == undone.sampled
+    assert len(undone.samples) == undone.num_steps
+    undone.take(PoolCleared(tuple(range(50))))  # outside of a step: what was aborted before does not come back
+    assert undone.sequences == quiet.sequences
+    assert undone.all_finished

@@ -110,11 +110,15 @@ class Engine:
     def _sample(self, plan: StepPlan, logits: Array) -> list[TokenOutput]:
         """A token for each sequence that has caught up."""
         ready = [seq for seq, _ in plan.chunks if seq.num_uncomputed == 0]
-        largest = to_host(logits.max(axis=-1)).tolist()  # [num_rows]; NaN if one of a row is
         if on_gpu and not any(self.request_of[seq.seq_id].needs_logits for seq in ready):
-            logits = logits.argmax(axis=-1)  # [num_rows]: only the token ids travel to the host
+            # Only the places and the values of the largest logits travel to the host, together, as float64.
+            ids, largest = to_host(xp.stack([logits.argmax(axis=-1), logits.max(axis=-1)]))  # [num_rows] each
+            rows = ids.astype(np.int64)
+        else:
+            rows = to_host(logits)
+            largest = rows.max(axis=-1)  # NaN if one of a row is
         tokens: list[TokenOutput] = []
-        for row, highest, seq in zip(to_host(logits), largest, ready, strict=True):
+        for row, highest, seq in zip(rows, largest.tolist(), ready, strict=True):
             request = self.request_of.get(seq.seq_id)
             if request is None:
                 continue  # the request ended in this step, by an error in the hook of another of its sequences

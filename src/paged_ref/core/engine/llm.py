@@ -88,7 +88,7 @@ class LLM:
     def make_request(self, output: RequestOutput, params: SamplingParams) -> Request:
         """The sequences of a request: one for each of its `n` samples."""
         ids, first_id = output.prompt_token_ids, self.engine.next_seq_id
-        max_len = min(len(ids) + params.max_tokens, self.max_model_len)
+        max_len = self.longest(len(ids), params)
         seqs = [Sequence(first_id + i, ids.copy(), len(ids), max_len) for i in range(params.n)]
         output.outputs += [SequenceOutput(i) for i in range(params.n)]
         samples = [
@@ -99,6 +99,10 @@ class LLM:
         if self.engine.manager.can_fork:
             return Request(output, params, [Group(seqs[:1], params.n)], by_id, to_fork=samples[1:])
         return Request(output, params, [Group([seq]) for seq in seqs], by_id)
+
+    def longest(self, prompt_len: int, params: SamplingParams) -> int:
+        """The length at which a sequence of such a request ends at the latest."""
+        return min(prompt_len + (params.max_tokens or self.max_model_len), self.max_model_len)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]

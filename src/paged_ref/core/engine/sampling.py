@@ -20,7 +20,7 @@ class SamplingParams:
     the batch. The values are taken as right; those of `paged_ref.SamplingParams` are checked.
     """
 
-    max_tokens: int = 16
+    max_tokens: int | None = 16  # None: as many as there is room for
     temperature: float = 0.0  # 0: always the likeliest token
     top_k: int | None = None  # draw among the k likeliest
     top_p: float | None = None  # draw among the likeliest that together reach probability p
@@ -42,14 +42,16 @@ def apply_logits_hook(logits: np.ndarray, seq: Sequence, params: SamplingParams)
     if params.logits_hook is None:
         return logits
     try:
-        changed = np.asarray(params.logits_hook(tuple(seq.tokens), logits.copy()), dtype=np.float64)
+        changed = np.asarray(params.logits_hook(tuple(seq.tokens), logits.copy()))
         if changed.shape != logits.shape:
             raise ValueError(f"logits_hook returned shape {list(changed.shape)}; {list(logits.shape)} is needed")
+        if changed.dtype.kind not in "fiu":
+            raise ValueError(f"logits_hook returned {changed.dtype}; real numbers are needed")
     except Exception as error:
         raise RequestError from error
     if not math.isfinite(changed.max()):
         raise no_likeliest_token(seq, changed.max(), "logits_hook")
-    return changed
+    return changed.astype(np.float64)
 
 
 def no_likeliest_token(seq: Sequence, largest: float, after: str) -> RequestError:

@@ -56,8 +56,8 @@ class Scheduler:
         if needed > self.manager.num_slots:
             samples = f", {group.width} times," if group.width > 1 else ""
             raise ValueError(
-                f"a request of {seq.prompt_len} prompt tokens and up to {seq.max_len - seq.prompt_len} "
-                f"new ones{samples} can need {needed} slots of KV cache; there are {self.manager.num_slots}"
+                f"a prompt of length {seq.prompt_len} and an output of length {seq.max_len - seq.prompt_len}{samples} "
+                f"can need {needed} slots of KV cache; there are {self.manager.num_slots}"
             )
         if group.width > self.max_batch_seqs:
             raise ValueError(
@@ -70,28 +70,24 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step, and make room for it in the manager."""
         plan = StepPlan()
-        try:
-            budget = self._run(self.running, self.max_batch_tokens, plan)  # mostly there is room for all
-        except OutOfBlocks:
-            budget, i = self.max_batch_tokens, 0
-            while i < len(self.running):  # the earliest arrival first; by index: a preemption shortens the list
-                try:
-                    budget = self._run([self.running[i]], budget, plan)
-                    i += 1
-                except OutOfBlocks:
-                    self._preempt(self.running[-1], plan)
-        # A group preempted in this step is now first in `waiting`; nothing can be admitted before it.
+        budget = self._run_running(plan)
+        if not plan.preempted:  # a group preempted in this step is now first in `waiting`
+            self._admit_waiting(budget, plan)
+        return plan
+
+    def _admit_waiting(self, budget: int, plan: StepPlan) -> None:
+        """Begin waiting groups, in order, while there is room."""
         width = sum(group.width for group in self.running)
         while self.waiting and budget > 0 and not plan.preempted:
             group = self.waiting[0]
             width += group.width
             comes_back = any(not seq.admitted for last in self.running[-1:] for seq in last.seqs)
             if width > self.max_batch_seqs or comes_back:  # a group that forks again in the next step comes first
-                break
+                return
             try:
                 self._admit(group, plan)
             except OutOfBlocks:
-                break
+                return
             self.waiting.popleft()
             self.running.append(group)
             group.status = Status.RUNNING
@@ -99,12 +95,25 @@ class Scheduler:
                 budget = self._run([group], budget, plan)
             except OutOfBlocks:
                 self._preempt(group, plan)
-        return plan
+
+    def _run_running(self, plan: StepPlan) -> int:
+        """Plan this step's tokens of the running groups, the earliest arrival first, preempting the latest as needed.
+        Returns what is left of the budget."""
+        try:
+            return self._run(self.running, self.max_batch_tokens, plan)  # mostly there is room for all
+        except OutOfBlocks:
+            budget, i = self.max_batch_tokens, 0
+        while i < len(self.running):  # by index: a preemption shortens the list
+            try:
+                budget = self._run([self.running[i]], budget, plan)
+                i += 1
+            except OutOfBlocks:
+                self._preempt(self.running[-1], plan)
+        return budget
 
     def _admit(self, group: Group, plan: StepPlan) -> None:
         """Bring a group back from the host, or begin with its leader. Raises OutOfBlocks."""
-        # A group that comes back too early is preempted again before it has computed what coming back costs.
-        spare = sum(map(self._growth, [*self.running, group])) if group.num_preemptions else 0
+        spare = self.room_to_return(group) if group.num_preemptions else 0
         if group.status is Status.SWAPPED:
             plan.transfers += self.manager.swap_in([seq.seq_id for seq in group.seqs if seq.admitted], spare)
             return
@@ -114,20 +123,17 @@ class Scheduler:
         seq.num_computed = self.manager.admit(seq.seq_id, tokens, seq.max_slots, spare)  # num_cached_tokens
         seq.admitted = True
 
-    def _growth(self, group: Group) -> int:
-        """Slots that the group takes until each of its sequences is a block's worth of tokens longer, or at its end."""
-        size, leader = self.manager.block_size, group.leader
-        waits = len(group.seqs) > 1 and not all(seq.admitted for seq in group.seqs)
-        num_common = group.common_len() if waits else len(leader.tokens)  # which admission asks for
-        num_blocks = 0
-        for seq in group.seqs:
-            length = self.manager.length(seq.seq_id) if seq.admitted else num_common
-            longest = min(len(seq.tokens) + size - 1, seq.max_slots)
-            num_blocks += -(-longest // size) - -(-length // size)
-        if group.width > 1:
-            num_blocks += len(group.seqs)  # each may copy its last block first
-            if len(leader.tokens) == leader.prompt_len:
-                num_blocks += 2 * (group.width - len(group.seqs))  # the others begin when the prompt is computed
+    def room_to_return(self, group: Group) -> int:
+        """Slots that must stay free when a preempted group comes back. With less, it could be preempted again before it
+        has computed a block's worth of tokens."""
+        num_blocks, size = 0, self.manager.block_size
+        for each in (*self.running, group):
+            # A block for each sequence to grow into, and where samples share blocks, one to copy first.
+            num_blocks += each.width if each.width == 1 else 2 * each.width
+            common = each.common_len() if len(each.seqs) > 1 else len(each.leader.tokens)  # which admission asks for
+            for seq in each.seqs:
+                length = self.manager.length(seq.seq_id) if seq.admitted else common
+                num_blocks += -(-len(seq.tokens) // size) - -(-length // size)
         return num_blocks * size
 
     def _run(self, groups: list[Group], budget: int, plan: StepPlan) -> int:

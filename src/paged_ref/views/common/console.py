@@ -1,4 +1,4 @@
-"""Rich's Console as every command uses it: text is text, whoever wrote it."""
+"""Rich's Console as every command uses it: markup in a text is a part of the text."""
 
 from __future__ import annotations
 

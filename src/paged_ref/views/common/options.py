@@ -115,6 +115,17 @@ def kv_tokens(parser: Options, default: int | None = None, help: str = "KV budge
     integer(parser, "--kv-tokens", default, help, least=None)
 
 
+def jobs(parser: Options) -> None:
+    """Processes that run at the same time."""
+    from ...tuned.threads import cores  # here, so that --help stays quick
+
+    most = 4 * cores()
+    _number(
+        parser, "--jobs", None, "processes (default: one for each core)", type=int, metavar="N",
+        accepts=lambda value: 1 <= value <= most, needed=f"1 to {most}, four for each core of this machine,",
+    )  # fmt: skip
+
+
 def seed(parser: Options, default: int | None = 0, help: str = "", *, least: int | None = None) -> None:
     integer(parser, "--seed", default, help, least=least)
 
@@ -156,11 +167,11 @@ def printed(parser: Options) -> None:
 
 
 def check_text(option: str, texts: Iterable[str]) -> None:
-    """Raise ValueError for a text that the shell passed as bytes which are no UTF-8; Python has halves of characters
-    for them, which no tokenizer takes."""
+    """Raise ValueError for a text that the shell passed as bytes which are no UTF-8."""
+    from ...extras.sampling_params import require_characters  # here, so that --help stays quick
+
     for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{option} is {text[:40]!r}, with bytes that are no UTF-8; text is needed")
+        require_characters(option, text)
 
 
 def first_given(args: argparse.Namespace, *names: str) -> str | None:

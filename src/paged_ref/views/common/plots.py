@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from math import floor, log10
 
 import numpy as np
 from rich.text import Text
@@ -54,7 +55,13 @@ def bars_text(bars: Sequence[Bar], columns: int) -> Text:
 
 
 def lines_text(
-    lines: Sequence[Line], columns: int, rows: int, y_most: float, x_label: str, y_label: str, bound: float
+    lines: Sequence[Line],
+    columns: int,
+    rows: int,
+    y_most: float,
+    x_label: str,
+    y_label: str,
+    bound: float | None,
 ) -> Text:
     """Letters on a grid: A is the first line. What is above `y_most` is not drawn; `bound` is a dotted line."""
     margin = 7
@@ -76,13 +83,21 @@ def lines_text(
     return text
 
 
+def round_up(value: float) -> float:
+    """The next number of which a quarter is round too: 1, 2, 4, 6 or 8 times a power of ten."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** floor(log10(value))
+    return float(f"{next(step for step in (1, 2, 4, 6, 8, 10) if step * power >= value * (1 - 1e-9)) * power:.3g}")
+
+
 def _x_most(lines: Sequence[Line], y_most: float) -> float:
-    """Where the x axis ends: a little after the last point that is drawn."""
-    return 1.02 * max((x for line in lines for x, y in line.points if y <= y_most), default=1.0)
+    """Where the x axis ends: a round number after the last point that is drawn."""
+    return round_up(max((x for line in lines for x, y in line.points if y <= y_most), default=1.0))
 
 
 def _letters(
-    lines: Sequence[Line], width: int, rows: int, x_most: float, y_most: float, bound: float
+    lines: Sequence[Line], width: int, rows: int, x_most: float, y_most: float, bound: float | None
 ) -> list[list[str]]:
     """The cells of the grid, from the top row down. A letter does not cover the letter of an earlier line."""
     grid = [[" "] * width for _ in range(rows)]
@@ -90,7 +105,8 @@ def _letters(
     def place(x: float, y: float) -> tuple[int, int]:
         return rows - 1 - round(y / y_most * (rows - 1)), min(width - 1, round(x / x_most * (width - 1)))
 
-    grid[place(0, bound)[0]] = ["·"] * width
+    if bound is not None:
+        grid[place(0, bound)[0]] = ["·"] * width
     for letter, line in zip(LETTERS, lines, strict=False):
         for (x0, y0), (x1, y1) in pairwise(line.points):
             for i in range(2 * width + 1):  # finely enough that a steep line has no gaps
@@ -141,11 +157,17 @@ _STYLE = "font-family: ui-sans-serif, system-ui, sans-serif; font-size: 13px; fi
 
 
 def svg(
-    title: str, bars: Sequence[Bar], lines: Sequence[Line], y_most: float, x_label: str, y_label: str, bound: float
+    title: str,
+    bars: Sequence[Bar],
+    lines: Sequence[Line],
+    y_most: float,
+    x_label: str,
+    y_label: str,
+    bound: float | None,
 ) -> str:
-    """Both plots in one picture, which fetches nothing."""
-    parts = [_label(16, 26, title, "font-weight: 600; font-size: 15px"), *_bars_svg(bars, 44)]
-    top = 44 + ROW * (len(bars) + 2)
+    """Both plots, or without bars the lines, in one picture, which fetches nothing."""
+    parts = [_label(16, 26, title, "font-weight: 600; font-size: 15px"), *(_bars_svg(bars, 44) if bars else [])]
+    top = 44 + (ROW * (len(bars) + 2) if bars else 0)
     parts += _lines_svg(lines, top, y_most, x_label, y_label, bound)
     height = top + 330 + 20 * -(-len(lines) // 3)
     return (
@@ -176,7 +198,9 @@ def _bars_svg(bars: Sequence[Bar], top: float) -> list[str]:
     return parts
 
 
-def _lines_svg(lines: Sequence[Line], top: float, y_most: float, x_label: str, y_label: str, bound: float) -> list[str]:
+def _lines_svg(
+    lines: Sequence[Line], top: float, y_most: float, x_label: str, y_label: str, bound: float | None
+) -> list[str]:
     left, width, height = 70, WIDTH - 100, 220
     x_most = _x_most(lines, y_most)
     bottom = top + 30 + height
@@ -195,8 +219,9 @@ def _lines_svg(lines: Sequence[Line], top: float, y_most: float, x_label: str, y
         _, y = place(0, y_most * i / 4)
         parts.append(_label(x, bottom + 18, f"{x_most * i / 4:.3g}", anchor="middle"))
         parts.append(_label(left - 8, y + 4, f"{y_most * i / 4:.3g}", anchor="end"))
-    _, y = place(0, bound)
-    parts.append(f'<path d="M{left} {y:.1f}H{left + width}" stroke="#57606a" stroke-dasharray="4 4"/>')
+    if bound is not None:
+        _, y = place(0, bound)
+        parts.append(f'<path d="M{left} {y:.1f}H{left + width}" stroke="#57606a" stroke-dasharray="4 4"/>')
     for number, line in enumerate(lines):
         colour = PALETTE[number % len(PALETTE)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line.points))

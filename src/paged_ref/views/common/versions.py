@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 from ...core.device import on_gpu, xp
+from ...tuned.threads import cores
 
 PACKAGES = (
     "numpy", "numba", "llvmlite", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x",
@@ -31,4 +31,4 @@ def describe_device() -> str:
     if on_gpu:
         properties = xp.cuda.runtime.getDeviceProperties(0)
         return f"{properties['name'].decode()}, {properties['totalGlobalMem'] / 2**30:.0f} GiB"
-    return f"CPU, {os.cpu_count()} cores"
+    return f"CPU, {cores()} cores"

@@ -118,7 +118,7 @@ def _numbers(monitor: Monitor, width: int, gpu: GPUReading | str) -> Lines:
 
 def _sequences(monitor: Monitor) -> tuple[str, str]:
     text = ", ".join(f"{number:,} {status}" for status, number in monitor.sequences.items())
-    batch = f"; a batch of {count(monitor.last.computed, 'token')}" if monitor.last and monitor.state.sequences else ""
+    batch = f"; a batch of {count(monitor.last.computed, 'token')}" if monitor.last and not monitor.all_finished else ""
     return "sequences", text + batch
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ...timeline.events import (
     Event,
     ModelOpened,
+    PoolCleared,
     PoolOpened,
     RequestArrived,
     SequenceFinished,
@@ -56,6 +57,8 @@ class Monitor:
         self.sampled = 0
         self.finished = 0  # sequences
         self.microseconds = 0  # of all steps that say
+        self._before_step = (0, 0, 0, 0)  # the first four of these numbers
+        self._ended: list[int] = []  # sequences that the step under way ended, which it gives back if it is undone
 
     def take(self, event: Event) -> None:
         if isinstance(event, PoolOpened):
@@ -67,6 +70,7 @@ class Monitor:
             if isinstance(event, ModelOpened):
                 self.history.model, self.history.bytes_per_token = event.model, event.kv_bytes_per_token
             return
+        is_undone = isinstance(event, PoolCleared) and self.state.in_step
         self.state.apply(event, self.num_events)
         if isinstance(event, RequestArrived):
             several = len(event.seq_ids) > 1
@@ -83,10 +87,23 @@ class Monitor:
             self.microseconds += event.microseconds
         elif isinstance(event, SequenceFinished):
             self.finished += 1
-            del self.state.sequences[event.seq_id]  # a finished sequence stays as it is, and a run may be long
-            self.history.names.pop(event.seq_id, None)
+            self._ended.append(event.seq_id)
+        elif is_undone:
+            self.num_steps, self.computed, self.sampled, self.finished = self._before_step
+            self.samples.pop()
+            self._ended.clear()
+        if isinstance(event, StepPlanned) or not self.state.in_step:
+            self._drop_ended()
+
+    def _drop_ended(self) -> None:
+        """Forget the sequences that ended: they stay as they are, and a run may be long."""
+        for seq_id in self._ended:
+            del self.state.sequences[seq_id]
+            self.history.names.pop(seq_id, None)
+        self._ended.clear()
 
     def _sample(self, event: StepPlanned) -> None:
+        self._before_step = (self.num_steps, self.computed, self.sampled, self.finished)
         computed = sum(count for _, count in event.chunks)
         self.samples.append(StepSample(event.step, self.slots, computed))
         self.num_steps += 1
@@ -127,7 +144,7 @@ class Monitor:
     @property
     def all_finished(self) -> bool:
         """Nothing runs or waits. A log does not say that its run is over: more requests may come."""
-        return bool(self.finished and not self.state.sequences)
+        return bool(self.finished and len(self._ended) == len(self.state.sequences))
 
     @property
     def moved(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...core.model.loading import Checkpoint
 from ...extras.managers import ManagerName
 from ...extras.sampling_params import SamplingParams
 from ...interop.checkpoints import load
@@ -55,9 +56,9 @@ def workload(
         raise ValueError(f"block_size is {block_size}; at least 1 is needed")
     if num_blocks is None:
         checkpoint = load(model)
-        for asked in (("max_tokens", params.max_tokens), ("n", params.n)):
+        for asked in (("max_tokens", params.max_tokens or 0), ("n", params.n)):
             require_kv_memory(checkpoint.config, "float32", "float32", asked)
-        lengths = [len(checkpoint.tokenizer.encode(prompt)) + params.max_tokens for prompt in prompts]
+        lengths = [_longest(checkpoint, prompt, params) for prompt in prompts]
         each = [params.n * -(-length // block_size) for length in lengths]
         num_blocks = max(*each, -(-2 * sum(each) // 3), 1)
     if num_host_blocks is None:
@@ -66,11 +67,16 @@ def workload(
     return Workload(arrivals, model, block_size, num_blocks, num_host_blocks)
 
 
+def _longest(model: Checkpoint, prompt: str, params: SamplingParams) -> int:
+    """Tokens of a prompt and its output."""
+    return len(model.tokenizer.encode(prompt)) + (params.max_tokens or model.config.max_position_embeddings)
+
+
 def record(work: Workload, manager: ManagerName) -> list[Event]:
     """Run the requests under one manager, and return all that happened."""
     events: list[Event] = []
     model = load(work.model)
-    longest = max(len(model.tokenizer.encode(prompt)) + params.max_tokens for _, prompt, params in work.arrivals)
+    longest = max(_longest(model, prompt, params) for _, prompt, params in work.arrivals)
     sizes = ("blocks", work.num_blocks), ("host_blocks", work.num_host_blocks)
     require_kv_memory(model.config, "float32", "float32", *sizes, unit=work.block_size)
     num_slots = work.num_blocks * work.block_size
