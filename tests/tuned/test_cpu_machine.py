@@ -8,16 +8,18 @@ import sys
 
 import pytest
 
-from paged_ref.tuned.cpu_machine import PREFETCH_LINES, TILE, Vectors, block_of, passes_of, vectors_of
+from paged_ref.tuned.cpu_machine import KEYS, PREFETCH_LINES, TILE, Vectors, block_of, passes_of, vectors_of
 
 
 @pytest.mark.parametrize(
     ("features", "chosen"),
     [
-        ("+sse2,+avx2,+fma,+avx512f", Vectors(16, 4)),
-        ("+sse2,+avx2,+fma,-avx512f", Vectors(8, 1)),
-        ("+neon", Vectors(8, 1)),
-        ("", Vectors(8, 1)),
+        ("+sse2,+avx2,+fma,+avx512f", Vectors(16, 8, 4)),
+        ("+sse2,+sse4a,+avx2,+avx512f", Vectors(16, 8, 4)),
+        ("+sse2,+sse4a,+avx2,-avx512f", Vectors(8, 4, 1)),
+        ("+sse2,-sse4a,+avx2,-avx512f", Vectors(8, 4, 4)),
+        ("+neon", Vectors(8, 4, 4)),
+        ("", Vectors(8, 4, 4)),
     ],
 )
 def test_vectors_follow_the_features(features: str, chosen: Vectors) -> None:
@@ -45,8 +47,8 @@ def test_a_block_has_the_rows_of_a_group(group_size: int, head_size: int, lanes:
 
 
 def test_short_rows_are_read_by_whole_tiles() -> None:
-    assert passes_of(row_bytes=4096, head_bytes=512) == (4, min(PREFETCH_LINES, 8))
-    assert passes_of(row_bytes=1024, head_bytes=64) == (4, 1)
+    assert passes_of(row_bytes=4096, head_bytes=512) == (KEYS, min(PREFETCH_LINES, 8))
+    assert passes_of(row_bytes=1024, head_bytes=64) == (KEYS, 1)
     assert passes_of(row_bytes=256, head_bytes=64) == (TILE, 0)
 
 

@@ -28,8 +28,8 @@ HERE = Path(__file__).parent
 # numbers of a cache.
 SIGNATURES = {
     "bounds": "IIIIiiiii",
-    "plan": "IIIIiiiii",
-    "attend_items": "IIIfFKKIFFFKIFFFF",
+    "plan": "IIIIiii",
+    "attend_items": "IIIfFKKIFFFIFFFF",
     "merge": "IiiiFFFF",
 }
 CACHE_TYPES = {"f": "float32", "H": "uint16", "h": "int16", "b": "int8", "B": "uint8"}  # by NumPy's letter

@@ -3,9 +3,8 @@
 
     item   a few queries of one sequence, with the keys that they may see. Threads share the items.
      tile    32 keys. Their slots are looked up once, and this is all that paging costs.
-      keys     4 keys at a time, in all heads: memory is read in the order in which it lies, which the hardware follows
-               with its own prefetches. (Where many queries share the keys, the item has one head, and the tile's rows
-               are copied together, since each is read many times.)
+      keys     4 or 8 keys at a time, in all heads: memory is read in the order in which it lies, which the hardware
+               follows with its own prefetches.
        block     R query heads of one token, which share a KV head: each K row is read once for all of them. LANES
                  sums, of R rows by LANES // R keys, are what fits in the registers.
 
@@ -34,30 +33,31 @@ LOWEST = FLOAT(-3.0e38)  # stands for -inf, since -inf - -inf would be NaN
 part = njit(inline="always")  # written into its caller before anything is compiled: LLVM sees one function, once
 
 # One piece of work: `count` queries of sequence `seq` from row `query` on, the first at `position` in its sequence,
-# over the keys from `begin` to before `end`, in `heads` KV heads from `head` on. Where a query's keys are split, this
-# is part `part` of `parts`, and its result goes to the rows from `to` on of the partial results; else to the queries'
-# own rows.
-SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, HEADS, PART, PARTS, TO, FIELDS = range(12)  # FIELDS: how many
-# The numbers of a call. Strides are in elements: of a block, a slot, a head, a number.
+# over the keys from `begin` to before `end`. Where a query's keys are split, this is part `part` of `parts`, and its
+# result goes to the rows from `to` on of the partial results; else to the queries' own rows.
+SEQ, QUERY, COUNT, POSITION, BEGIN, END, PART, PARTS, TO, FIELDS = range(10)  # FIELDS: how many
+# The numbers of a call. Strides are in elements: of a block, a slot, a head.
 (
-    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, PADDED, WINDOW, BLOCK_SIZE, MAX_BLOCKS, IN_PLACE,
-    PASS_KEYS, LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, KEY_STEP, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD, VALUE_STEP,
-    MOST_BLOCKS, TOKEN_BLOCKS,
-) = range(23)  # fmt: skip
+    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, TOKEN_BLOCKS, ITEM_BLOCKS, WINDOW, BLOCK_SIZE,
+    MAX_BLOCKS, PASS_KEYS, LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD,
+) = range(19)  # fmt: skip
+
+
+# --- a tile's places ----------------------------------------------------------------------------------------------
 
 
 @part
 def slots(key_at, value_at, table, first, last, sizes):
     """Where the rows of the tile at key `first` begin: slot_of, times the strides. Past the end, the last key is
     repeated: a short tile then needs no loops of its own, and reads only its keys."""
-    block, offset = first // sizes[BLOCK_SIZE], first % sizes[BLOCK_SIZE]
+    block, slot = first // sizes[BLOCK_SIZE], first % sizes[BLOCK_SIZE]
     for t in range(TILE):
         if first + t < last:
-            key_at[t] = table[block] * sizes[KEY_BLOCK] + offset * sizes[KEY_SLOT]
-            value_at[t] = table[block] * sizes[VALUE_BLOCK] + offset * sizes[VALUE_SLOT]
-            offset += 1
-            if offset == sizes[BLOCK_SIZE]:
-                block, offset = block + 1, 0
+            key_at[t] = table[block] * sizes[KEY_BLOCK] + slot * sizes[KEY_SLOT]
+            value_at[t] = table[block] * sizes[VALUE_BLOCK] + slot * sizes[VALUE_SLOT]
+            slot += 1
+            if slot == sizes[BLOCK_SIZE]:
+                block, slot = block + 1, 0
         else:
             key_at[t], value_at[t] = key_at[t - 1], value_at[t - 1]
 
@@ -70,12 +70,7 @@ def prefetch_rows(cache, at, first, count, head, lines):
             prefetch(cache, at[t], line)
 
 
-@part
-def copy_rows(copy, cache, at, head, step, size, padded):
-    """Copy one head of a tile to copy [TILE, padded], from any stride. What lies beyond `size` stays 0."""
-    for t in range(TILE):
-        for d in range(size):
-            copy[t * padded + d] = cache[at[t] + head + d * step]
+# --- a block: R rows ----------------------------------------------------------------------------------------------
 
 
 @part
@@ -133,184 +128,160 @@ def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
         store_rows(mixed, d, size, rows, sums)
 
 
-# --- the phases of an item. Its block number b is of (head, token, rows), in this order ---------------------------
+# --- an item: its blocks are those of (KV head, token, rows), in this order ---------------------------------------
 
 
 @part
 def begin(item, sizes, sinks, state, rows):
     """Before the first key: only sinks are seen. A sink is a key without a value."""
     mixed, _, highest, total = state
-    block_size = len(rows) * sizes[PADDED]
-    for b in range(item[HEADS] * item[COUNT] * sizes[TOKEN_BLOCKS]):
-        sink = splat(FLOAT(-np.inf))
-        if item[PART] == 0:
-            kv_head = item[HEAD] + b // (item[COUNT] * sizes[TOKEN_BLOCKS])
-            head = kv_head * sizes[GROUP_SIZE] + b % sizes[TOKEN_BLOCKS] * len(rows)
-            sink = repeat(sinks, head, rows)
-        store(highest, b * LANES, sink)
-        store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
-        for d in range(b * block_size, (b + 1) * block_size, LANES):
-            store(mixed, d, splat(FLOAT(0)))
+    for head in range(sizes[NUM_KV_HEADS]):
+        for i in range(item[COUNT] * sizes[TOKEN_BLOCKS]):
+            b = head * item[COUNT] * sizes[TOKEN_BLOCKS] + i
+            sink = splat(FLOAT(-np.inf))
+            if item[PART] == 0:
+                sink = repeat(sinks, head * sizes[GROUP_SIZE] + i % sizes[TOKEN_BLOCKS] * len(rows), rows)
+            store(highest, b * LANES, sink)
+            store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
+            for d in range(0, len(rows) * sizes[HEAD_SIZE], LANES):
+                store(mixed, b * len(rows) * sizes[HEAD_SIZE] + d, splat(FLOAT(0)))
 
 
 @part
-def score(item, sizes, since, query, keys, at, t, dot_keys, head, place, weights, rows):
-    """The products of KV head `head` with the tile's keys from t on, for the item's queries from number `since` on.
-    The head's numbers begin at `place` in each row."""
-    size, num_blocks = sizes[PADDED], sizes[TOKEN_BLOCKS]
-    b = ((head - item[HEAD]) * item[COUNT] + since) * num_blocks
-    for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
-        row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE]
-        for _ in range(num_blocks):
-            scores = offset(weights, b * len(rows) * TILE)
-            dots(scores, offset(query, row * size), size, keys, at, place, t, t + dot_keys, rows)
-            row, b = row + len(rows), b + 1
+def score(item, sizes, since, query, keys, key_at, values, value_at, weights, rows):
+    """The products of the item's queries from number `since` on with the tile's keys. The values are prefetched."""
+    size, keys_now = sizes[HEAD_SIZE], max(sizes[PASS_KEYS], LANES // len(rows))
+    for t in range(0, TILE, keys_now):
+        for head in range(sizes[NUM_KV_HEADS]):
+            if t + keys_now < TILE:
+                prefetch_rows(keys, key_at, t + keys_now, keys_now, head, sizes[LINES])
+            else:
+                prefetch_rows(values, value_at, 0, sizes[PASS_KEYS], head, sizes[LINES])
+            b = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
+            for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
+                row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE]
+                for _ in range(sizes[TOKEN_BLOCKS]):
+                    scores, rows_at = offset(weights, b * len(rows) * TILE), offset(query, row * size)
+                    dots(scores, rows_at, size, keys, key_at, head * sizes[KEY_HEAD], t, t + keys_now, rows)
+                    row, b = row + len(rows), b + 1
 
 
 @part
 def weigh(item, sizes, since, first, softcap, slopes, state, rows):
-    """From products to weights, for the whole tile at key `first`, all heads, and the queries from `since` on."""
+    """From products to weights, for the whole tile at key `first`."""
     mixed, weights, highest, total = state
-    size, num_blocks, end = sizes[PADDED], sizes[TOKEN_BLOCKS], item[END]
-    for head in range(item[HEAD], item[HEAD] + item[HEADS]):
-        b = ((head - item[HEAD]) * item[COUNT] + since) * num_blocks
+    for head in range(sizes[NUM_KV_HEADS]):
+        b = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
         for position in range(item[POSITION] + since, item[POSITION] + item[COUNT]):
-            seen = first + TILE <= min(end, position + 1) and first > position - sizes[WINDOW]
-            for sub in range(num_blocks):
-                scores = offset(weights, b * len(rows) * TILE)
-                if not seen or sizes[PLAIN] == 0:
-                    slope = repeat(slopes, head * sizes[GROUP_SIZE] + sub * len(rows), rows)
-                    adjust(scores, position, first, end, sizes[WINDOW], softcap, slope, rows)
-                sums = offset(mixed, b * len(rows) * size)
-                softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, size, rows)
+            all_seen = first + TILE <= min(item[END], position + 1) and first > position - sizes[WINDOW]
+            for i in range(sizes[TOKEN_BLOCKS]):
+                scores, sums = offset(weights, b * len(rows) * TILE), offset(mixed, b * len(rows) * sizes[HEAD_SIZE])
+                if not all_seen or sizes[PLAIN] == 0:
+                    slope = repeat(slopes, head * sizes[GROUP_SIZE] + i * len(rows), rows)
+                    adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
+                softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, sizes[HEAD_SIZE], rows)
                 b += 1
+
+
+@part
+def gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns):
+    """Add the weighted values. The next tile's first keys are prefetched, if there are more."""
+    mixed, weights, _, _ = state
+    size, keys_now = sizes[HEAD_SIZE], sizes[PASS_KEYS]
+    for t in range(0, TILE, keys_now):
+        for head in range(sizes[NUM_KV_HEADS]):
+            if t + keys_now < TILE:
+                prefetch_rows(values, value_at, t + keys_now, keys_now, head, sizes[LINES])
+            elif more:
+                prefetch_rows(keys, next_key_at, 0, max(keys_now, LANES // len(rows)), head, sizes[LINES])
+            first = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
+            for b in range(first, (head + 1) * item[COUNT] * sizes[TOKEN_BLOCKS]):
+                sums, of_keys = offset(mixed, b * len(rows) * size), offset(weights, b * len(rows) * TILE)
+                mix(sums, size, of_keys, values, value_at, head * sizes[VALUE_HEAD], t, t + keys_now, rows, columns)
 
 
 @part
 def finish(item, sizes, state, out, lse, rows):
     """Divide by the sums of the weights, and write the results."""
     mixed, _, highest, total = state
-    size = sizes[PADDED]
-    for i in range(item[HEADS] * item[COUNT]):
-        head, token = item[HEAD] + i // item[COUNT], item[TO] + i % item[COUNT]
-        for r in range(sizes[GROUP_SIZE]):
-            block, lane = i * sizes[TOKEN_BLOCKS] + r // len(rows), r % len(rows)
-            row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE] + r
-            norm = total[block * LANES + lane]
-            # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
-            factor = FLOAT(1) / norm if norm != 0 else FLOAT(0)
-            for d in range(0, size, LANES):
-                x = load(mixed, (block * len(rows) + lane) * size + d)
-                store(out, row * size + d, multiply(x, splat(factor)))
-            lse[row] = highest[block * LANES + lane] + math.log(norm) if norm != 0 else -np.inf
+    size = sizes[HEAD_SIZE]
+    for head in range(sizes[NUM_KV_HEADS]):
+        for i in range(item[COUNT]):
+            for r in range(sizes[GROUP_SIZE]):
+                block, lane = (head * item[COUNT] + i) * sizes[TOKEN_BLOCKS] + r // len(rows), r % len(rows)
+                row = (item[TO] + i) * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE] + r
+                norm = total[block * LANES + lane]
+                # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
+                factor = splat(FLOAT(1) / norm if norm != 0 else FLOAT(0))
+                for d in range(0, size, LANES):
+                    x = load(mixed, (block * len(rows) + lane) * size + d)
+                    store(out, row * size + d, multiply(x, factor))
+                lse[row] = highest[block * LANES + lane] + math.log(norm) if norm != 0 else -np.inf
+
+
+# --- what cpu_code.py compiles ------------------------------------------------------------------------------------
 
 
 def attend_items(rows, columns):
     """The function that computes items in blocks of len(rows) rows, and len(columns) vectors of each row at a time."""
 
     def attend(
-        counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, copy, at, out, lse,
-        parts_out, parts_lse,
+        counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, at, out, lse, parts_out,
+        parts_lse,
     ):  # fmt: skip
         """Compute the items that no other thread has begun. An item's result does not depend on the thread."""
-        size, most = sizes[PADDED], sizes[MOST_BLOCKS]
-        weights = offset(scratch, most * len(rows) * size)
-        highest = offset(weights, most * len(rows) * TILE)
+        blocks = sizes[ITEM_BLOCKS]
+        weights = offset(scratch, blocks * len(rows) * sizes[HEAD_SIZE])
+        highest = offset(weights, blocks * len(rows) * TILE)
         # [blocks, R, size], [blocks, TILE, R], [blocks, LANES], [blocks, LANES]
-        state = scratch, weights, highest, offset(highest, most * LANES)
-        key_at, value_at, copy_at = at, offset(at, TILE), offset(at, 2 * TILE)
-        next_key_at, next_value_at = offset(at, 3 * TILE), offset(at, 4 * TILE)
-        for t in range(TILE):
-            copy_at[t] = t * size
+        state = scratch, weights, highest, offset(highest, blocks * LANES)
+        key_at, value_at, next_key_at, next_value_at = at, offset(at, TILE), offset(at, 2 * TILE), offset(at, 3 * TILE)
         number = take_next(counter)
         while number < sizes[NUM_ITEMS]:
             item = offset(items, number * FIELDS)
-            in_place = sizes[IN_PLACE] != 0 and item[HEADS] == sizes[NUM_KV_HEADS]
-            mix_keys = sizes[PASS_KEYS] if in_place else TILE
-            dot_keys = max(mix_keys, LANES // len(rows))
-            heads = range(item[HEAD], item[HEAD] + item[HEADS])
-            head_blocks = item[COUNT] * sizes[TOKEN_BLOCKS]
             item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
-            k, k_at, v, v_at = keys, copy_at, values, copy_at
-            if not in_place:
-                k, v = copy, copy
             begin(item, sizes, sinks, state, rows)
             if item[BEGIN] < item[END]:
                 slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
             for first in range(item[BEGIN], item[END], TILE):
                 key_at, next_key_at = next_key_at, key_at
                 value_at, next_value_at = next_value_at, value_at
-                if in_place:
-                    k_at, v_at = key_at, value_at
                 more = first + TILE < item[END]
                 if more:
                     slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
                 since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
-
-                for t in range(0, TILE, dot_keys):
-                    for head in heads:
-                        place = head * sizes[KEY_HEAD]
-                        if not in_place:
-                            copy_rows(copy, keys, key_at, place, sizes[KEY_STEP], sizes[HEAD_SIZE], size)
-                            place = 0
-                        elif t + dot_keys < TILE:
-                            prefetch_rows(keys, key_at, t + dot_keys, dot_keys, head, sizes[LINES])
-                        else:
-                            prefetch_rows(values, value_at, 0, mix_keys, head, sizes[LINES])
-                        score(item, sizes, since, query, k, k_at, t, dot_keys, head, place, weights, rows)
-
+                score(item, sizes, since, query, keys, key_at, values, value_at, weights, rows)
                 weigh(item, sizes, since, first, softcap, slopes, state, rows)
-
-                for t in range(0, TILE, mix_keys):
-                    for head in heads:
-                        place = head * sizes[VALUE_HEAD]
-                        if not in_place:
-                            copy_rows(copy, values, value_at, place, sizes[VALUE_STEP], sizes[HEAD_SIZE], size)
-                            place = 0
-                        elif t + mix_keys < TILE:
-                            prefetch_rows(values, value_at, t + mix_keys, mix_keys, head, sizes[LINES])
-                        elif more:
-                            prefetch_rows(keys, next_key_at, 0, dot_keys, head, sizes[LINES])
-                        start = (head - item[HEAD]) * head_blocks
-                        for b in range(start + since * sizes[TOKEN_BLOCKS], start + head_blocks):
-                            sums, of_keys = offset(scratch, b * len(rows) * size), offset(weights, b * len(rows) * TILE)
-                            mix(sums, size, of_keys, v, v_at, place, t, t + mix_keys, rows, columns)
-
-            result, result_lse = (out, lse) if item[PARTS] == 1 else (parts_out, parts_lse)
-            finish(item, sizes, state, result, result_lse, rows)
+                gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns)
+            if item[PARTS] == 1:
+                finish(item, sizes, state, out, lse, rows)
+            else:
+                finish(item, sizes, state, parts_out, parts_lse, rows)
             number = take_next(counter)
 
     return attend
 
 
-def plan(found, items, seq_lens, query_start_loc, num_seqs, window, num_kv_heads, most_queries, few_queries):
+def plan(found, items, seq_lens, query_start_loc, num_seqs, window, most_queries):
     """Fill `items`. found [3] = how many there are, the rows of partial results, and the query-key products."""
     count, split_rows, products = 0, 0, 0
     for s in range(num_seqs):
         query_len = query_start_loc[s + 1] - query_start_loc[s]
-        few = query_len <= few_queries
-        for first in range(0, query_len, few_queries if few else most_queries):
-            queries = query_len if few else min(most_queries, query_len - first)
+        for first in range(0, query_len, most_queries):
+            queries = min(most_queries, query_len - first)
             position = seq_lens[s] - query_len + first
             begin, end = max(0, position - window + 1), max(0, position + queries)
-            parts = max(1, -(-(end - begin) // PART_KEYS)) if few else 1
-            heads = num_kv_heads if few else 1
+            parts = max(1, -(-(end - begin) // PART_KEYS)) if query_len <= most_queries else 1
             products += queries * max(0, end - begin)
             for part in range(parts):
-                for head in range(0, num_kv_heads, heads):
-                    item = offset(items, count * FIELDS)
-                    item[SEQ], item[QUERY], item[COUNT], item[POSITION] = (
-                        s,
-                        query_start_loc[s] + first,
-                        queries,
-                        position,
-                    )
-                    item[BEGIN] = begin + part * PART_KEYS
-                    item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
-                    item[HEAD], item[HEADS], item[PART], item[PARTS] = head, heads, part, parts
-                    item[TO] = split_rows if parts > 1 else item[QUERY]
-                    count += 1
+                item = offset(items, count * FIELDS)
+                item[SEQ], item[QUERY], item[COUNT] = s, query_start_loc[s] + first, queries
+                item[POSITION], item[BEGIN] = position, begin + part * PART_KEYS
+                item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
+                item[PART], item[PARTS], item[TO] = part, parts, item[QUERY]
+                count += 1
                 if parts > 1:
+                    item[TO] = split_rows
                     split_rows += queries
     found[0], found[1], found[2] = count, split_rows, products
 

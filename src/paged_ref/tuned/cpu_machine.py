@@ -12,13 +12,10 @@ from typing import NamedTuple
 
 from llvmlite import binding as llvm
 
-# Numbers by which cpu_loop.py is compiled, on any CPU
+# Numbers by which a call is cut into items. They depend on nothing but a sequence's own lengths, and so do its bits.
 TILE = 32  # keys whose scores are kept: a multiple of every number of keys that a vector of scores holds
 PART_KEYS = 512  # keys of an item: a long sequence feeds several threads
-
-# Numbers by which a call is cut into items. They depend on nothing but a sequence's own lengths, and so do its bits.
-FEW_ROWS = 8  # rows of a KV head that read K and V in place; for more, a tile is copied once and read by all
-MANY_ROWS = 256  # rows of a KV head that share the copied tiles: what is kept of them (256 KB for size 128) stays in L2
+ITEM_ROWS = 256  # query rows of an item: for size 128 they and their sums (256 KB together) stay in a core's L2
 
 # Query-key products times head_size; for less, one thread. Waking another one takes 10 to 100 us, in which a thread
 # does a quarter to all of this.
@@ -29,13 +26,20 @@ class Vectors(NamedTuple):
     """How the loop is compiled for a kind of CPU."""
 
     lanes: int  # float32 numbers of a vector
+    keys: int  # that all heads go through together
     prefetch_lines: int  # cache lines of each of the next tokens' rows that a head of this token's asks for
 
 
-# The first line whose feature the CPU has counts. A prefetch takes 2.5 cycles of a Zen 3 even if the line is there
-# already, and the hardware follows a row from its first line on. An Emerald Rapids reads float16 1.4 times as fast with
-# 4 lines as with 1.
-VECTORS = {"avx512f": Vectors(16, 4), "": Vectors(8, 1)}
+# The first line whose feature the CPU has counts.
+#   keys      Memory is read in its order, token by token, and rows that lie a multiple of 4,096 bytes apart throw each
+#             other out of the L1 cache: 8 of them fit where it has 12 ways (Intel, since AVX-512), and 4 elsewhere.
+#   prefetch  takes 2.5 cycles of a Zen 3 even if the line is there already, and its hardware follows a row from the
+#             first line on. Intel's does not: float16 is read 1.4 times as fast with 4 lines as with 1.
+VECTORS = {
+    "avx512f": Vectors(16, 8, 4),
+    "sse4a": Vectors(8, 4, 1),  # a feature of AMD's alone
+    "": Vectors(8, 4, 4),
+}
 
 
 def cpu_name() -> str:
@@ -55,7 +59,7 @@ def vectors_of(features: str) -> Vectors:
     return next(vectors for feature, vectors in VECTORS.items() if feature in has)
 
 
-LANES, PREFETCH_LINES = vectors_of(cpu_features())
+LANES, KEYS, PREFETCH_LINES = vectors_of(cpu_features())
 
 
 @cache
@@ -73,8 +77,7 @@ def block_of(group_size: int, head_size: int, lanes: int = LANES) -> tuple[int, 
 def passes_of(row_bytes: int, head_bytes: int) -> tuple[int, int]:
     """How many keys all heads go through together, and how many cache lines of the next keys each head prefetches.
 
-    `row_bytes`: a token's K of all heads, `head_bytes`: of one. 4 keys, so that memory is read in its order, and since
-    rows that lie a multiple of 4,096 bytes apart throw each other out of the L1 cache. The whole tile where rows are
-    short: then sums stay in registers throughout, and the hardware's own prefetches are enough.
+    `row_bytes`: a token's K of all heads, `head_bytes`: of one. Where rows are short, the whole tile: sums then stay in
+    registers throughout, and the hardware's own prefetches are enough.
     """
-    return (4, min(PREFETCH_LINES, -(-head_bytes // 64))) if row_bytes > 512 else (TILE, 0)
+    return (KEYS, min(PREFETCH_LINES, -(-head_bytes // 64))) if row_bytes > 512 else (TILE, 0)

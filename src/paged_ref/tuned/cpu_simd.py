@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import replace
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from .threads import in_threads, num_threads
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
-NUM_FIELDS = 12  # of an item: cpu_loop.py names them
+NUM_FIELDS = 9  # of an item: cpu_loop.py names them
+LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
 
 
 def unavailable() -> str | None:
@@ -67,50 +68,54 @@ def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size
     return not wrong[0]
 
 
-def attend(call: AttentionCall, copy_tiles: bool = False) -> None:
-    """Fill `call.out` and `call.lse`.
-
-    `copy_tiles`: copy each tile of K and V before it is read, also where it could be read in place. Faster where most
-    of the cache is not in the processor's caches and rows are read several times.
-    """
+def attend(call: AttentionCall) -> None:
+    """Fill `call.out` and `call.lse`."""
     if call.query.size == 0:
         return
-    num_tokens, num_heads, head_size = call.query.shape
+    if not _is_in_vectors(call):
+        packed = _packed(call)
+        attend(packed)
+        call.out[...] = encode(packed.out[:, :, : call.query.shape[2]], call.out.dtype)
+        return
+    num_heads, size = call.query.shape[1:]
     variant, num_kv_heads = call.variant or PLAIN, call.keys.shape[-2]
-    num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, head_size)
-    padded = -(-head_size // LANES) * LANES
+    num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
     plan = _Plan(call, num_rows)
     heads = _no_variant(num_heads + num_rows) if call.variant is None else _per_head(variant, num_heads, num_rows)
-    query = _query(call, variant, padded, num_rows)
-    direct = call.out.dtype == FLOAT and call.out.flags.c_contiguous and padded == head_size
-    out = call.out if direct else np.empty((num_tokens, num_heads, padded), FLOAT)
+    query = _query(call, variant, num_rows)
+    direct = call.out.dtype == FLOAT and call.out.flags.c_contiguous
+    out = call.out if direct else np.empty(call.query.shape, FLOAT)
     lse = np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse
     part_rows = plan.part_tokens * num_heads
-    parts = np.empty(part_rows * (padded + 1), FLOAT)
+    parts = np.empty(part_rows * (size + 1), FLOAT)
 
-    sizes = plan.sizes(call, padded, copy_tiles, not variant.softcap and variant.alibi_slopes is None)
     threads = 1
-    if plan.products * num_heads * head_size >= machine.MIN_PARALLEL_WORK:
+    if plan.products * num_heads * size >= machine.MIN_PARALLEL_WORK:
         threads = min(num_threads(), plan.num_items)
-    scratch = _Scratch(threads, plan.most_blocks, num_rows, padded, call.keys.dtype)
-    loop = function("attend_items", _LETTERS[call.keys.dtype], num_rows, num_columns)
-    parts_out, slopes = _at(parts), _at(heads)
+    # Of each thread: sums and weights, the highest scores and the sums of the weights; then where rows lie.
+    floats = plan.item_blocks * (num_rows * (size + TILE) + 2 * LANES)
+    step = -(-(floats * FLOAT().itemsize + 4 * TILE * INT().itemsize) // LINE) * LINE
+    memory = np.empty(LINE + threads * step, np.uint8)
+    counter, scratch = np.zeros(1, INT), -(-_at(memory) // LINE) * LINE
+    sizes, parts_out = plan.sizes(call, not variant.softcap and variant.alibi_slopes is None), _at(parts)
     given = (
-        plan.items, _at(sizes), variant.softcap or 0.0, _at(query), _at(call.keys), _at(call.values), _at(plan.table),
-        slopes, slopes + heads.strides[0],
+        _at(counter), plan.items, _at(sizes), variant.softcap or 0.0, _at(query), _at(call.keys), _at(call.values),
+        _at(plan.table), _at(heads), _at(heads) + heads.strides[0],
     )  # fmt: skip
-    results = (_at(out), _at(lse), parts_out, parts_out + part_rows * padded * FLOAT().itemsize)
+    results = (_at(out), _at(lse), parts_out, parts_out + part_rows * size * FLOAT().itemsize)
+    loop = function("attend_items", _LETTERS[call.keys.dtype], num_rows, num_columns)
 
     def share(mine: int, threads: int) -> None:
-        loop(scratch.counter, *given, *scratch.of(mine), *results)
+        its = scratch + mine * step
+        loop(*given, its, its + floats * FLOAT().itemsize, *results)
 
     in_threads(share, threads)
     if part_rows:
-        function("merge")(plan.items, plan.num_items, num_heads, padded, *results[2:], *results[:2])
+        function("merge")(plan.items, plan.num_items, num_heads, size, *results[2:], *results[:2])
     if variant.value_scales is not None:
         out *= np.repeat(variant.value_scales, num_heads // num_kv_heads)[:, None]
     if not direct:
-        call.out[...] = encode(out[:, :, :head_size], call.out.dtype)
+        call.out[...] = encode(out, call.out.dtype)
 
 
 # The loop's loads know a format by the letter of its dtype. float16 goes as its bits, and bfloat16 as another type.
@@ -131,45 +136,71 @@ class _Plan:
         else:  # one block for everything, which begins at the region's first slot
             self.table, self.block_size = np.ascontiguousarray(addresses.starts, INT)[:, None], NO_LIMIT
         self.window = min(call.window or NO_LIMIT, NO_LIMIT)
-        token_blocks = self.token_blocks = -(-num_heads // num_kv_heads // num_rows)  # of a token and a KV head
-        few, many = (max(1, rows // (token_blocks * num_rows)) for rows in (machine.FEW_ROWS, machine.MANY_ROWS))
-        self.most_blocks = max(num_kv_heads * few, many) * token_blocks  # of an item
+        self.token_blocks = -(-num_heads // num_kv_heads // num_rows)  # of a token and a KV head
+        queries = max(1, machine.ITEM_ROWS // (num_kv_heads * self.token_blocks * num_rows))  # of an item
+        self.item_blocks = num_kv_heads * self.token_blocks * queries
         seq_lens = np.ascontiguousarray(addresses.seq_lens, INT)
         loc = np.ascontiguousarray(addresses.query_start_loc, INT)
-        num_seqs = len(seq_lens)
-        most_items = (
-            int(seq_lens.sum()) // machine.PART_KEYS + num_seqs + num_kv_heads * (num_tokens // many + num_seqs)
-        )
+        most_items = int(seq_lens.sum()) // machine.PART_KEYS + num_tokens // queries + 2 * len(seq_lens)
         self._memory = np.empty(3 + most_items * NUM_FIELDS, INT)
         found = _at(self._memory)
         self.items = found + 3 * self._memory.itemsize
-        places = (found, self.items, _at(seq_lens), _at(loc))
-        function("plan")(*places, num_seqs, self.window, num_kv_heads, many, few)
+        function("plan")(found, self.items, _at(seq_lens), _at(loc), len(seq_lens), self.window, queries)
         # How many items; the rows of partial results; the query-key products of a head
         self.num_items, self.part_tokens, self.products = self._memory[:3].tolist()
 
-    def sizes(self, call: AttentionCall, padded: int, copy_tiles: bool, plain: bool) -> np.ndarray:
+    def sizes(self, call: AttentionCall, plain: bool) -> np.ndarray:
         """The numbers of the call, in the order of cpu_loop.py."""
-        (_, num_heads, head_size), num_kv_heads, itemsize = call.query.shape, call.keys.shape[-2], call.keys.itemsize
-        strides = [stride // itemsize for cache in (call.keys, call.values) for stride in _strides(cache)]
-        in_place = padded == head_size and strides[3] == strides[7] == 1 and not copy_tiles
-        passes = machine.passes_of(num_kv_heads * head_size * itemsize, head_size * itemsize)
+        (_, num_heads, size), num_kv_heads, itemsize = call.query.shape, call.keys.shape[-2], call.keys.itemsize
+        # From a block, a slot, a head to the next. A contiguous region's slots are its tokens.
+        strides = [
+            stride // itemsize
+            for cache in (call.keys, call.values)
+            for stride in (cache.strides[0], *cache.strides[-3:-1])
+        ]
+        passes = machine.passes_of(num_kv_heads * size * itemsize, size * itemsize)
         return np.array(
-            [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, head_size, padded, self.window,
-             self.block_size, self.table.shape[1], in_place, *passes, plain, *strides, self.most_blocks, self.token_blocks], INT,
+            [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, size, self.token_blocks,
+             self.item_blocks, self.window, self.block_size, self.table.shape[1], *passes, plain, *strides], INT,
         )  # fmt: skip
 
 
-def _strides(cache: np.ndarray) -> tuple[int, ...]:
-    """Bytes from a block, a slot, a head and a number to the next. A contiguous region's slots are its tokens."""
-    return cache.strides if cache.ndim == 4 else (cache.strides[0], *cache.strides)
+def _is_in_vectors(call: AttentionCall) -> bool:
+    """Whether the loop can read the caches where they lie: a head's numbers side by side, in whole vectors."""
+    return call.query.shape[2] % LANES == 0 and all(
+        cache.strides[-1] == cache.itemsize for cache in (call.keys, call.values)
+    )
 
 
-def _query(call: AttentionCall, variant: Variant, padded: int, num_rows: int) -> np.ndarray:
-    """The query, scaled, [num_tokens * num_heads + a block, padded]: the last block may be read beyond its heads."""
-    num_tokens, num_heads, head_size = call.query.shape
-    array = np.zeros((num_tokens * num_heads + num_rows, padded), FLOAT)
-    rows = array[:-num_rows].reshape(num_tokens, num_heads, padded)[:, :, :head_size]
+def _packed(call: AttentionCall) -> AttentionCall:
+    """The call on a copy of its keys and values: contiguous, in float32, filled up with zeros to whole vectors."""
+    addresses, size = call.addresses, call.query.shape[2]
+    lens = addresses.seq_lens.astype(INT)
+    starts = np.cumsum(lens) - lens
+    owner = np.repeat(np.arange(len(lens)), lens)
+    position = np.arange(len(owner)) - starts[owner]
+    if addresses.block_tables is not None:
+        block, slot = np.divmod(position, call.keys.shape[1])
+        where: Any = addresses.block_tables[owner, block], slot
+    else:
+        where = addresses.starts[owner] + position
+
+    def filled(array: np.ndarray) -> np.ndarray:
+        result = np.zeros((*array.shape[:2], -(-size // LANES) * LANES), FLOAT)
+        result[:, :, :size] = decode(array)
+        return result
+
+    query, keys, values = filled(call.query), filled(call.keys[where]), filled(call.values[where])
+    at_starts = replace(addresses, block_tables=None, starts=starts)
+    return replace(call, query=query, keys=keys, values=values, addresses=at_starts, out=np.empty_like(query))
+
+
+def _query(call: AttentionCall, variant: Variant, num_rows: int) -> np.ndarray:
+    """The query, scaled, [num_tokens * num_heads + a block, size]: the last block may be read beyond its heads."""
+    num_tokens, num_heads, size = call.query.shape
+    array = np.empty((num_tokens * num_heads + num_rows, size), FLOAT)
+    array[-num_rows:] = 0
+    rows = array[:-num_rows].reshape(call.query.shape)
     np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT, out=rows)
     if variant.key_scales is not None:  # a head's scale is a factor of all its scores, so the loop needs no scales
         rows *= np.repeat(variant.key_scales, num_heads // len(variant.key_scales))[:, None]
@@ -188,26 +219,6 @@ def _per_head(variant: Variant, num_heads: int, num_rows: int) -> np.ndarray:
 @cache
 def _no_variant(count: int) -> np.ndarray:
     return np.repeat(np.array([[0], [-np.inf]], FLOAT), count, axis=1)
-
-
-class _Scratch:
-    """Memory of the threads, each with its own, and the counter that they share."""
-
-    def __init__(self, threads: int, blocks: int, num_rows: int, padded: int, dtype: np.dtype[Any]) -> None:
-        line = 64  # a thread's memory begins at a cache line, where a vector is loaded in one piece
-        sums = blocks * (num_rows * (padded + TILE) + 2 * LANES) * 4
-        copied = TILE * padded * dtype.itemsize  # one head of a tile; zeros beyond the head size
-        places = 5 * TILE * 8
-        *self._offsets, self._stride = accumulate(
-            (-(-size // line) * line for size in (sums, copied, places)), initial=0
-        )
-        self._memory = np.zeros(2 * line + threads * self._stride, np.uint8)
-        self.counter = -(-_at(self._memory) // line) * line
-
-    def of(self, thread: int) -> list[int]:
-        """Where the thread's sums, its copy of a tile and its places of rows lie."""
-        begin = self.counter + 64 + thread * self._stride
-        return [begin + offset for offset in self._offsets]
 
 
 def _at(array: Any) -> int:

@@ -239,40 +239,26 @@ def add_products(builder, kinds, sums, rows, query, q, size, keys, places, t, d)
     return sums
 
 
-def _first_halves(width):
-    """The lanes of the first halves of all pieces of two vectors. Pieces of 128 bits stay where they are."""
-    together = max(1, 4 // width) if width <= 4 else LANES // width
-    for first in range(0, LANES // width, together):
-        for begin in (0, LANES):
-            for piece in range(first, first + together):
-                yield from range(begin + piece * width, begin + piece * width + width // 2)
-
-
-def _halve_until_one(vectors, combine):
-    """`combine` two vectors, by the first halves and by the second halves of their pieces, until one is left."""
-    width = LANES
-    while len(vectors) > 1:
-        low, count = list(_first_halves(width)), len(vectors) // 2
-        high = [lane + width // 2 for lane in low]
-        vectors = [combine(vectors[i], vectors[i + count], low, high) for i in range(count)]
-        width //= 2
-    return vectors[0]
+def _every_second(unit, piece):
+    """The lanes of every second `unit` lanes of two vectors: of each piece of the first, then of the second."""
+    pieces = [vector + first for first in range(0, LANES, piece) for vector in (0, LANES)]
+    return [begin + lane for begin in pieces for lane in range(piece) if lane // unit % 2 == 0]
 
 
 @operation(vector)
 def sum_each(builder, kinds, sums):
     """The vector whose lane i is the sum of all lanes of sums[i].
 
-    Each step halves the number of vectors and the width of what is left of each. All sums add their lanes in one order:
-    those half a vector apart first, neighbours last.
+    Each step adds neighbours, of two vectors at a time, and halves the number of vectors: first within pieces of 4
+    lanes, in which lanes move fast, then piece by piece.
     """
-    # The same steps with numbers tell where each sum ends, and so in which order the vectors must begin.
-    numbers = [[i] * LANES for i in range(LANES)]
-    ends = _halve_until_one(numbers, lambda a, b, low, high: [(a + b)[lane] for lane in low])
-    ordered = [builder.extract_value(sums, ends.index(i)) for i in range(LANES)]
-    return _halve_until_one(
-        ordered, lambda a, b, low, high: builder.fadd(_pick(builder, a, b, low), _pick(builder, a, b, high))
-    )
+    vectors = [builder.extract_value(sums, i) for i in range(LANES)]
+    for unit, piece in ((1, 4), (1, 4), *[(4, LANES)] * (LANES.bit_length() - 3)):
+        low = _every_second(unit, piece)
+        high = [lane + unit for lane in low]
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.fadd(_pick(builder, a, b, low), _pick(builder, a, b, high)) for a, b in pairs]
+    return vectors[0]
 
 
 # --- the softmax of a block: weights [TILE, R], and a number for each row in every R-th lane ----------------------
