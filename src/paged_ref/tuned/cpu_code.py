@@ -32,12 +32,11 @@ SIGNATURES = {
     "attend_items": "IIIfFKKIFFFIFFFF",
     "merge": "IiiiFFFF",
 }
-CACHE_TYPES = {"f": "float32", "H": "uint16", "h": "int16", "b": "int8", "B": "uint8"}  # by NumPy's letter
 
 
 @cache
-def function(name: str, cache_type: str = "f", *fixed: int) -> Callable[..., None]:
-    """The compiled form of cpu_loop's function `name`, for caches of the dtype with the letter `cache_type`. With
+def function(name: str, cache_type: str = "float32", *fixed: int) -> Callable[..., None]:
+    """The compiled form of cpu_loop's function `name`, for caches of numbers of Numba's type `cache_type`. With
     `fixed`: of the function that cpu_loop's `name` returns for tuples of these lengths."""
     symbol = "_".join(map(str, (name, cache_type, *fixed)))
     place = folder()
@@ -90,7 +89,7 @@ def _compile(name: str, cache_type: str, fixed: tuple[int, ...], symbol: str) ->
 
     kinds = {"i": types.int64, "f": types.float32}
     kinds |= {"I": types.CPointer(types.int64), "F": types.CPointer(types.float32)}
-    kinds["K"] = types.CPointer(getattr(types, CACHE_TYPES[cache_type]))
+    kinds["K"] = types.CPointer(getattr(types, cache_type))
     python = getattr(cpu_loop, name)
     if fixed:
         python = python(*(tuple(range(length)) for length in fixed))

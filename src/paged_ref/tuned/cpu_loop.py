@@ -23,9 +23,8 @@ from numba import njit
 
 from .cpu_machine import LANES, PART_KEYS, TILE
 from .cpu_vectors import (
-    add, add_products, add_weighted, any_greater, exp, fold_maximum, hide, key_numbers, load, load_rows, maximum,
-    multiply, no_sums, offset, prefetch, repeat, scale_rows, splat, store, store_rows, subtract, sum_each, sum_keys,
-    take_next,
+    add, add_products, add_weighted, any_greater, exp, fold_maximum, fold_sum, hide, key_numbers, load, load_rows,
+    maximum, multiply, no_sums, offset, prefetch, splat, store, store_rows, subtract, sum_each, take_next,
 )  # fmt: skip
 
 FLOAT = np.float32
@@ -109,13 +108,18 @@ def softmax(weights, highest, total, mixed, size, rows):
     base = maximum(top, splat(LOWEST))
     if any_greater(top, old):
         shrink = exp(subtract(old, base))
+        store(highest, 0, shrink)  # for a moment: row r's is number r
+        for r in range(len(rows)):
+            for d in range(r * size, (r + 1) * size, LANES):
+                store(mixed, d, multiply(load(mixed, d), splat(highest[r])))
         store(highest, 0, top)
         store(total, 0, multiply(load(total, 0), shrink))
-        for d in range(0, size, LANES):
-            store_rows(mixed, d, size, rows, scale_rows(load_rows(mixed, d, size, rows, (0,)), rows, shrink))
+    now = splat(FLOAT(0))
     for i in range(0, TILE * len(rows), LANES):
-        store(weights, i, exp(subtract(load(weights, i), base)))
-    store(total, 0, add(load(total, 0), sum_keys(weights, rows)))
+        weight = exp(subtract(load(weights, i), base))
+        store(weights, i, weight)
+        now = add(now, weight)
+    store(total, 0, add(load(total, 0), fold_sum(now, rows)))
 
 
 @part
@@ -140,7 +144,7 @@ def begin(item, sizes, sinks, state, rows):
             b = head * item[COUNT] * sizes[TOKEN_BLOCKS] + i
             sink = splat(FLOAT(-np.inf))
             if item[PART] == 0:
-                sink = repeat(sinks, head * sizes[GROUP_SIZE] + i % sizes[TOKEN_BLOCKS] * len(rows), rows)
+                sink = load(sinks, (head * sizes[TOKEN_BLOCKS] + i % sizes[TOKEN_BLOCKS]) * LANES)
             store(highest, b * LANES, sink)
             store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
             for d in range(0, len(rows) * sizes[HEAD_SIZE], LANES):
@@ -177,7 +181,7 @@ def weigh(item, sizes, since, first, softcap, slopes, state, rows):
             for i in range(sizes[TOKEN_BLOCKS]):
                 scores, sums = offset(weights, b * len(rows) * TILE), offset(mixed, b * len(rows) * sizes[HEAD_SIZE])
                 if not all_seen or sizes[PLAIN] == 0:
-                    slope = repeat(slopes, head * sizes[GROUP_SIZE] + i * len(rows), rows)
+                    slope = load(slopes, (head * sizes[TOKEN_BLOCKS] + i) * LANES)
                     adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
                 softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, sizes[HEAD_SIZE], rows)
                 b += 1
@@ -293,22 +297,22 @@ def merge(items, num_items, num_heads, size, parts_out, parts_lse, out, lse):
         if item[PART] == 0 and item[PARTS] > 1:
             rows = item[COUNT] * num_heads  # of a part; the next part begins as many rows further
             for r in range(rows):
-                first, last = item[TO] * num_heads + r, item[TO] * num_heads + r + item[PARTS] * rows
-                target = item[QUERY] * num_heads + r
-                top = FLOAT(-np.inf)
-                for row in range(first, last, rows):
+                first, target = item[TO] * num_heads + r, (item[QUERY] * num_heads + r) * size
+                after = first + item[PARTS] * rows
+                top, total = LOWEST, FLOAT(0)
+                for row in range(first, after, rows):
                     top = max(top, parts_lse[row])
-                total = FLOAT(0)
                 for d in range(size):
-                    out[target * size + d] = FLOAT(0)
-                for row in range(first, last, rows):
-                    weight = FLOAT(math.exp(parts_lse[row] - top)) if top != -np.inf else FLOAT(0)
+                    out[target + d] = FLOAT(0)
+                for row in range(first, after, rows):
+                    weight = FLOAT(math.exp(parts_lse[row] - top))
                     total += weight
                     for d in range(size):
-                        out[target * size + d] += weight * parts_out[row * size + d]
-                for d in range(size):
-                    out[target * size + d] /= total if total != 0 else FLOAT(1)
-                lse[target] = top + math.log(total) if total != 0 else FLOAT(-np.inf)
+                        out[target + d] += weight * parts_out[row * size + d]
+                if total != 0:  # else no key was seen
+                    for d in range(size):
+                        out[target + d] /= total
+                lse[target // size] = top + math.log(total) if total != 0 else FLOAT(-np.inf)
 
 
 def bounds(wrong, seq_lens, query_start_loc, table, num_seqs, max_blocks, num_tokens, num_blocks, block_size):

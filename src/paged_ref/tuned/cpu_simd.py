@@ -81,7 +81,9 @@ def attend(call: AttentionCall) -> None:
     variant, num_kv_heads = call.variant or PLAIN, call.keys.shape[-2]
     num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
     plan = _Plan(call, num_rows)
-    heads = _no_variant(num_heads + num_rows) if call.variant is None else _per_head(variant, num_heads, num_rows)
+    # No slope is 0, and no sink is -inf: the loop has no branch for them.
+    slopes = _in_lanes(variant.alibi_slopes, 0.0, num_heads, num_kv_heads, num_rows)
+    sinks = _in_lanes(variant.sinks, -np.inf, num_heads, num_kv_heads, num_rows)
     query = _query(call, variant, num_rows)
     direct = call.out.dtype == FLOAT and call.out.flags.c_contiguous
     out = call.out if direct else np.empty(call.query.shape, FLOAT)
@@ -100,10 +102,10 @@ def attend(call: AttentionCall) -> None:
     sizes, parts_out = plan.sizes(call, not variant.softcap and variant.alibi_slopes is None), _at(parts)
     given = (
         _at(counter), plan.items, _at(sizes), variant.softcap or 0.0, _at(query), _at(call.keys), _at(call.values),
-        _at(plan.table), _at(heads), _at(heads) + heads.strides[0],
+        _at(plan.table), _at(slopes), _at(sinks),
     )  # fmt: skip
     results = (_at(out), _at(lse), parts_out, parts_out + part_rows * size * FLOAT().itemsize)
-    loop = function("attend_items", _LETTERS[call.keys.dtype], num_rows, num_columns)
+    loop = function("attend_items", _TYPES[call.keys.dtype], num_rows, num_columns)
 
     def share(mine: int, threads: int) -> None:
         its = scratch + mine * step
@@ -118,9 +120,10 @@ def attend(call: AttentionCall) -> None:
         call.out[...] = encode(out, call.out.dtype)
 
 
-# The loop's loads know a format by the letter of its dtype. float16 goes as its bits, and bfloat16 as another type.
-_LETTERS = {
-    np.dtype(np.float32): "f", np.dtype(np.float16): "H", BFLOAT16: "h", np.dtype(np.int8): "b", FLOAT8: "B",
+# The loop's loads know a format by the type of its numbers. float16 goes as its bits, and bfloat16 as another type.
+_TYPES = {
+    np.dtype(np.float32): "float32", np.dtype(np.float16): "uint16", BFLOAT16: "int16", np.dtype(np.int8): "int8",
+    FLOAT8: "uint8",
 }  # fmt: skip
 
 
@@ -207,18 +210,17 @@ def _query(call: AttentionCall, variant: Variant, num_rows: int) -> np.ndarray:
     return array
 
 
-def _per_head(variant: Variant, num_heads: int, num_rows: int) -> np.ndarray:
-    """Slopes and sinks, [2, num_heads + a block]. No slope is 0, no sink is -inf: the loop has no branch for them."""
-    heads = np.array(_no_variant(num_heads + num_rows))
-    for row, given in zip(heads, (variant.alibi_slopes, variant.sinks), strict=True):
-        if given is not None:
-            row[:num_heads] = given
-    return heads
-
-
-@cache
-def _no_variant(count: int) -> np.ndarray:
-    return np.repeat(np.array([[0], [-np.inf]], FLOAT), count, axis=1)
+def _in_lanes(
+    numbers: np.ndarray | None, absent: float, num_heads: int, num_kv_heads: int, num_rows: int
+) -> np.ndarray:
+    """A number of each head, as the loop has them: for each block of R heads a vector, in which the R repeat."""
+    group_size = num_heads // num_kv_heads
+    blocks = -(-group_size // num_rows)
+    if numbers is None:
+        return np.full((num_kv_heads * blocks, LANES), absent, FLOAT)
+    result = np.full((num_kv_heads, blocks * num_rows), absent, FLOAT)
+    result[:, :group_size] = numbers.reshape(num_kv_heads, group_size)
+    return np.tile(result.reshape(-1, num_rows), LANES // num_rows)
 
 
 def _at(array: Any) -> int:

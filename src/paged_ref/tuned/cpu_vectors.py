@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-from .cpu_machine import LANES, TILE
+from .cpu_machine import LANES
 
 FLOAT, I64, I32, HALF, I16 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.HalfType(), ir.IntType(16)
 FLOATS, I32S, HALVES, I16S = (ir.VectorType(element, LANES) for element in (FLOAT, I32, HALF, I16))
@@ -149,15 +149,6 @@ def splat(builder, kinds, x):
 
 
 @operation(vector)
-def repeat(builder, kinds, data, index, rows):
-    """data[index], ... data[index + R - 1], and again, and so on: a number for each row."""
-    count, result = len(kinds[2]), ir.Constant(FLOATS, ir.Undefined)
-    for row in range(count):
-        result = builder.insert_element(result, builder.load(_place(builder, data, index, row)), I32(row))
-    return _pick(builder, result, result, [lane % count for lane in range(LANES)])
-
-
-@operation(vector)
 def key_numbers(builder, kinds, rows):
     """0, ... R times, 1, ... R times, and so on: which of a vector's keys each lane belongs to."""
     return ir.Constant(FLOATS, [ir.Constant(FLOAT, lane // len(kinds[0])) for lane in range(LANES)])
@@ -261,7 +252,7 @@ def sum_each(builder, kinds, sums):
     return vectors[0]
 
 
-# --- the softmax of a block: weights [TILE, R], and a number for each row in every R-th lane ----------------------
+# --- the softmax of a block: a number for each row in every R-th lane --------------------------------------------
 
 
 def _fold(builder, x, num_rows, combine):
@@ -280,21 +271,9 @@ def fold_maximum(builder, kinds, x, rows):
 
 
 @operation(vector)
-def sum_keys(builder, kinds, weights, rows):
-    """In each lane, the sum of its row's weights over the TILE keys of the block weights [TILE, R].
-
-    Keys half a tile apart are added first, then those a quarter apart, and so on, however many keys a vector holds. So
-    a query's bits do not depend on the number of rows that are computed beside it.
-    """
-    num_rows = len(kinds[1])
-
-    def tree(places):
-        if len(places) == 1:
-            return _load(builder, _place(builder, weights, places[0]), types.float32)
-        return builder.fadd(tree(places[0::2]), tree(places[1::2]))
-
-    total = tree(range(0, TILE * num_rows, LANES))
-    return _fold(builder, total, num_rows, lambda builder, a, b: builder.fadd(a, b))
+def fold_sum(builder, kinds, x, rows):
+    """In each lane, the sum of all lanes of its row."""
+    return _fold(builder, x, len(kinds[1]), lambda builder, a, b: builder.fadd(a, b))
 
 
 # --- weighted sums of values: R rows, of each as many vectors as the tuple `columns` is long ----------------------
@@ -334,16 +313,6 @@ def add_weighted(builder, kinds, sums, rows, weights, w, values, v):
         if column == 0:
             weight = _splat(builder, builder.load(_place(builder, weights, w, row)))
         sums = builder.insert_value(sums, _fma(builder, weight, value[column], builder.extract_value(sums, i)), i)
-    return sums
-
-
-@operation(lambda kinds: kinds[0])
-def scale_rows(builder, kinds, sums, rows, factors):
-    """sums[row] * the row's lane of `factors`."""
-    num_columns = kinds[0].count // len(kinds[1])
-    for i in range(kinds[0].count):
-        factor = _pick(builder, factors, factors, [i // num_columns] * LANES)
-        sums = builder.insert_value(sums, builder.fmul(builder.extract_value(sums, i), factor), i)
     return sums
 
 
