@@ -11,7 +11,7 @@ from support.attention_cases import Case, Problem, build, run
 
 from paged_ref.core.attention.attention import AttentionCall
 from paged_ref.kernels import backends
-from paged_ref.tuned import cpu_simd
+from paged_ref.tuned import cpu_machine, cpu_simd
 from paged_ref.tuned.cpu_machine import LANES
 
 pytestmark = pytest.mark.skipif("cpu-simd" not in backends(), reason="NUMBA_DISABLE_JIT is set")
@@ -51,7 +51,7 @@ def test_bits_depend_on_no_number_of_threads(monkeypatch: pytest.MonkeyPatch) ->
             function(mine, threads)
 
     monkeypatch.setattr(cpu_simd, "in_threads", in_threads)
-    monkeypatch.setattr(cpu_simd.machine, "MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr(cpu_machine, "MIN_PARALLEL_WORK", 0)
     outs = []
     for threads in (1, 2, 3):
         monkeypatch.setattr(cpu_simd, "num_threads", lambda threads=threads: threads)
@@ -71,8 +71,13 @@ def test_bits_depend_on_no_number_of_threads(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_only_what_is_in_pieces_is_copied(case: Case, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed: list[AttentionCall] = []
+    copies: list[AttentionCall] = []
     pack = cpu_simd._packed
-    monkeypatch.setattr(cpu_simd, "_packed", lambda call: packed.append(call) or pack(call))
+
+    def packed(call: AttentionCall) -> AttentionCall:
+        copies.append(pack(call))
+        return copies[-1]
+
+    monkeypatch.setattr(cpu_simd, "_packed", packed)
     run(build(case), "cpu-simd", "paged")
-    assert bool(packed) == copied
+    assert len(copies) == copied

@@ -186,6 +186,7 @@ def _packed(call: AttentionCall) -> AttentionCall:
         block, slot = np.divmod(position, call.keys.shape[1])
         where: Any = addresses.block_tables[owner, block], slot
     else:
+        assert addresses.starts is not None
         where = addresses.starts[owner] + position
 
     def filled(array: np.ndarray) -> np.ndarray:
