@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +61,27 @@ def test_bits_depend_on_no_number_of_threads(monkeypatch: pytest.MonkeyPatch) ->
     assert used == [1, 2, 3]
     for out in outs[1:]:
         np.testing.assert_array_equal(out, outs[0])
+
+
+def test_what_other_threads_write_outlives_an_interrupted_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = build(Case(**SHAPE))
+    shares: list[Any] = []
+
+    def in_threads(function: Any, threads: int) -> None:
+        shares.append(function)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu_simd, "in_threads", in_threads)
+    out = np.empty_like(problem.query)
+    alive = weakref.ref(out)
+    with pytest.raises(KeyboardInterrupt):
+        run(problem, "cpu-simd", "paged", out=out)
+    del out
+    gc.collect()
+    assert alive() is not None
+    shares.clear()
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,10 @@ def attend(call: AttentionCall) -> None:
     results = (_at(out), _at(lse), parts_out, parts_out + part_rows * size * FLOAT().itemsize)
     loop = function("attend_items", _TYPES[call.keys.dtype], num_rows, num_columns)
 
-    def share(mine: int, threads: int) -> None:
+    # The loop has addresses. After Ctrl-C other threads finish their items, so what lies there must outlive this call.
+    held = (call, plan, slopes, sinks, query, out, lse, parts, memory, counter, sizes)
+
+    def share(mine: int, threads: int, held: object = held) -> None:
         its = scratch + mine * step
         loop(*given, its, its + floats * FLOAT().itemsize, *results)
 
