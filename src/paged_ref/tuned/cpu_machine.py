@@ -80,4 +80,4 @@ def passes_of(row_bytes: int, head_bytes: int) -> tuple[int, int]:
     `row_bytes`: a token's K of all heads, `head_bytes`: of one. Where rows are short, the whole tile: sums then stay in
     registers throughout, and the hardware's own prefetches are enough.
     """
-    return (KEYS, min(PREFETCH_LINES, -(-head_bytes // 64))) if row_bytes > 512 else (TILE, 0)
+    return (KEYS, min(PREFETCH_LINES, -(-head_bytes // 64))) if row_bytes > 256 else (TILE, 0)
