@@ -6,15 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import paged_ref
-from paged_ref.tuned import numba_cache
+from paged_ref.tuned import cpu_code, numba_cache
 
 RUN = "import sys; from paged_ref.cli import main; sys.exit(main(sys.argv[1:]))"
 ARGV = ["generate", "--prompt", "Four score and seven years ago our", "--max-tokens", "2", "--backend", "cpu"]
+CALL = """
+import numpy as np
+from paged_ref.kernels import paged_attention
+kv = np.ones((2, 4, 1, 16), np.float32)
+out = paged_attention(np.ones((1, 1, 16), np.float32), kv, kv, np.array([[0]]), np.array([3]), backend="cpu-simd")
+print(float(out[0, 0, 0]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +52,30 @@ def test_the_temporary_directory_takes_the_cache_and_the_next_run_finds_it(read_
         "paged-ref: warning: Numba has no place to keep compiled functions beside the package or at home; they are "
         f"kept in {folder}\n"
     )
-    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.nb*")}
+    check_that_the_next_run_finds(folder, "*.nb*", lambda: run(read_only, RUN, tmp_path))
+
+
+def test_the_machine_code_of_the_vector_loop_is_kept_there_too(read_only: Path, tmp_path: Path) -> None:
+    def call() -> subprocess.CompletedProcess[str]:
+        return run(read_only, CALL, tmp_path)
+
+    done = call()
+    assert (done.returncode, done.stdout) == (0, "1.0\n"), done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    check_that_the_next_run_finds(tmp_path / f"paged_ref-{os.getuid()}", "*.o", call)
+    nowhere = run(read_only, f"import tempfile; tempfile.tempdir = '/dev/null/none'\n{CALL}", tmp_path)
+    assert (nowhere.returncode, nowhere.stdout) == (0, "1.0\n"), nowhere.stderr
+    assert "they are compiled again in each run" in nowhere.stderr
+
+
+def check_that_the_next_run_finds(
+    folder: Path, pattern: str, again: Callable[[], subprocess.CompletedProcess[str]]
+) -> None:
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
     assert kept
-    assert run(read_only, RUN, tmp_path).returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.nb*")} == kept
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert again().returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)} == kept
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_without_any_place_nothing_is_kept_and_one_line_says_so(read_only: Path, tmp_path: Path) -> None:
@@ -64,13 +91,23 @@ def test_a_folder_that_others_may_write_is_not_used(tmp_path: Path, monkeypatch:
     folder = tmp_path / f"paged_ref-{os.getuid()}"
     folder.mkdir()
     folder.chmod(0o777)
-    assert numba_cache._temporary() is None
+    assert numba_cache.temporary() is None
     folder.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     folder.symlink_to(tmp_path / "elsewhere")
-    assert numba_cache._temporary() is None
+    assert numba_cache.temporary() is None
     folder.unlink()
-    assert numba_cache._temporary() == str(folder)
+    assert numba_cache.temporary() == str(folder)
+
+
+def test_machine_code_that_others_may_write_is_not_run(tmp_path: Path) -> None:
+    file = tmp_path / "code.o"
+    assert cpu_code._kept(file) is None
+    cpu_code._keep(file, b"code")
+    assert cpu_code._kept(file) == b"code"
+    assert [path.name for path in tmp_path.iterdir()] == ["code.o"]
+    file.chmod(0o620)
+    assert cpu_code._kept(file) is None
 
 
 def test_a_user_without_a_home_gets_no_folder_with_its_name(

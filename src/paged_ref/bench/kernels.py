@@ -21,6 +21,7 @@ from rich import box
 from rich.table import Table
 
 from ..core.device import Array, on_gpu
+from ..tuned.threads import in_threads, num_threads
 from ..views.common import options
 from ..views.common.console import Console
 from .batch import Batch, Call
@@ -72,8 +73,6 @@ def streaming_reads(batch: Batch, threads: int) -> dict[str, Call]:
     cache. Which one is faster depends on whether the core or memory is the limit."""
     from numba import njit
 
-    from ..tuned import cpu_simd as cpu
-
     @njit(nogil=True, fastmath={"reassoc", "nsz"})  # type: ignore[untyped-decorator]  # sums in vectors
     def add_up(thread: int, threads: int, numbers: Array, sums: Array) -> None:
         count = len(numbers)
@@ -88,7 +87,7 @@ def streaming_reads(batch: Batch, threads: int) -> dict[str, Call]:
 
     def read(step: int) -> None:
         for numbers in caches:
-            cpu.in_threads(add_up, threads, numbers[::step], sums)
+            in_threads(add_up, threads, numbers[::step], sums)
 
     line = 64 // 4  # float32s
     return {f"{STREAM}, all": lambda: read(1), f"{STREAM}, lines": lambda: read(line)}
@@ -183,15 +182,13 @@ def main(args: argparse.Namespace) -> int:
         from . import gpu_kernels
 
         return gpu_kernels.main(args)
-    from ..tuned import cpu_simd as cpu  # here, so that the command line starts without the compiler
-
     console = Console()
     chosen = [name for name in SHAPES if not args.shape or any(words in name for words in args.shape)]
     if not chosen:
         raise ValueError(f"--shape is {' '.join(args.shape)!r}; known are: {'; '.join(SHAPES)}")
     results = []
     for name in chosen:
-        facts, records = facts_of(name, SHAPES[name]), bench(SHAPES[name], args.rounds, cpu.THREADS)
+        facts, records = facts_of(name, SHAPES[name]), bench(SHAPES[name], args.rounds, num_threads())
         console.print(report_of(TITLE.format(**facts), records))
         again = next(record["again_times_first"] for record in records if record["contender"] == CONTIGUOUS)
         console.print(f"contiguous twice in the same rounds: the second takes {again:.2f} times the first")

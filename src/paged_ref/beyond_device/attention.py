@@ -6,12 +6,12 @@ Every block of a sequence lies in the device's cache or in the host's cache. Hos
           piece that are on the device are read in place. Attention over each piece gives an output and a
           log-sum-exp, and `merge_states` joins them to the pieces before. While one half of the staging blocks is
           read, the next piece is copied into the other half: on a GPU by a stream of its own.
-  tiled   On a CPU the host's cache is memory like any other, so a copy can be small: the compiled loop
-          (tuned/cpu_simd.py) copies a tile of 16 tokens into the cache of the core that needs it, and prefetches the
-          next tile meanwhile. Its online softmax is the same merge. The two caches must be one array.
+  tiled   On a CPU the host's cache is memory like any other. The compiled loop (tuned/cpu_simd.py) goes through it in
+          tiles of 32 tokens, reads them where they lie, and prefetches the tokens that come next. Its online softmax is
+          the same merge. The two caches must be one array.
 
 On a CPU, pieces take about 3 times the core time of a resident run for one new token, since every byte goes through the
-caches twice, and each piece through Python. Tiles take 0.9 to 1.3 times (`paged-ref bench long`).
+caches twice, and each piece through Python. Tiles take as much as a resident run (`paged-ref bench long`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def streamed_attention(
     addresses = Addresses(seq_lens, query_start_loc, block_tables=table)
     out, lse = np.empty_like(query), np.empty(query.shape[:2], dtype=np.float32)
     call = AttentionCall(query, *caches.whole, addresses, query.shape[-1] ** -0.5, sliding_window, out=out, lse=lse)
-    cpu_simd.attend(call, copy_tiles=bool(((device_tables < 0) & (host_tables >= 0)).any()))
+    cpu_simd.attend(call)
     return out, lse
 
 

@@ -152,7 +152,7 @@ def _attention(
     )  # fmt: skip
     _check_devices(call, names)
     if validate or (validate is None and xp is np):
-        _check_values(call)
+        _check_values(call, backend)
     attend(call, backend)
     result = like_caller(out, caller) if given_out is None else given_out
     return (result, like_caller(lse, caller)) if return_lse else result
@@ -241,15 +241,20 @@ def _check_devices(call: AttentionCall, names: tuple[str, str]) -> None:
             raise ValueError(f"{name} is a {module_of(array).__name__} array; query is a {xp.__name__} array")
 
 
-def _check_values(call: AttentionCall) -> None:
+def _check_values(call: AttentionCall, backend: str) -> None:
     """Bounds of what the kernels will follow: lengths, starts, query counts, block ids, scales."""
     where = call.addresses
+    if call.variant is not None:
+        _check_scales(call.variant.key_scales, call.variant.value_scales)
+    if where.block_tables is not None and module_of(call.query) is np and backend in ("auto", "cpu-simd"):
+        from ..tuned import cpu_simd  # compiled code: loaded when it is needed
+
+        if cpu_simd.unavailable() is None and cpu_simd.in_bounds(where, call.query.shape[0], *call.keys.shape[:2]):
+            return
     arrays = (where.seq_lens, where.query_start_loc, where.block_tables, where.starts)
     on_host = Addresses(*(None if array is None else to_host(array) for array in arrays))
     num_blocks, block_size = (call.keys.shape[0], call.keys.shape[1] if where.starts is None else 1)
     on_host.check(call.query.shape[0], num_blocks, block_size)
-    if call.variant is not None:
-        _check_scales(call.variant.key_scales, call.variant.value_scales)
 
 
 # --- writing and copying -------------------------------------------------------------------------------------

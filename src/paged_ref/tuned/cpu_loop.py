@@ -2,404 +2,328 @@
 """The loop of the backend `cpu-simd`, compiled by Numba. Its order, from the outside in, and why:
 
     item   a few queries of one sequence, with the keys that they may see. Threads share the items.
-     tile    16 keys. Their slots are looked up once, and this is all that paging costs.
-      head     one KV head, so that a tile's K and V rows stay in the cache while every row uses them
-       rows      all query heads of its group, for all queries of the item: each K row is read once for
-                 all of them. Four rows by four keys at a time is what fits in the vector registers.
+     tile    32 keys. Their slots are looked up once, and this is all that paging costs.
+      keys     4 or 8 keys at a time, in all heads: memory is read in the order in which it lies, which the hardware
+               follows with its own prefetches.
+       block     R query heads of one token, which share a KV head: each K row is read once for all of them. LANES
+                 sums, of R rows by LANES // R keys, are what fits in the registers.
 
 The softmax is online, one step for each tile (Milakov and Gimelshein 2018), so scores are kept for one tile only.
-While a tile is computed, the next one is prefetched: rows of a tile lie a token apart, which the hardware's own
-prefetcher does not follow (without this, decoding takes twice as long).
+They lie key by key, [TILE, R] for a block, so that the softmax of R rows is arithmetic of whole vectors.
 
-Arrays are flat and indices are computed in the code, because the compiler makes vectors of that form: a slice in
-Numba costs a reference count, and rows of a 2-D array cost a test for negative indices.
+Memory is reached through pointers, and places are counted in elements. cpu_vectors.py has the vectors.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001  (names of the vectors, several a line)
 
 import math
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 
-TILE = 16  # keys: one 512-bit vector of scores
-PART = 512  # keys of an item whose sequence has no other queries: a long sequence feeds several threads
-FLOAT, LINE = np.float32, 16  # a cache line is 16 floats
-# Sums may be reordered and fused. The flags that assume "no NaN, no infinity" stay off: -inf means hidden.
-FAST = {"reassoc", "contract", "nsz", "arcp"}
+from .cpu_machine import LANES, PART_KEYS, TILE
+from .cpu_vectors import (
+    add, add_products, add_weighted, any_greater, exp, fold_maximum, fold_sum, hide, key_numbers, load, load_rows,
+    maximum, multiply, no_sums, offset, prefetch, splat, store, store_rows, subtract, sum_each, take_next,
+)  # fmt: skip
 
+FLOAT = np.float32
+LOWEST = FLOAT(-3.0e38)  # stands for -inf, since -inf - -inf would be NaN
+part = njit(inline="always")  # written into its caller before anything is compiled: LLVM sees one function, once
 
-@intrinsic
-def to_float(typingctx, number):
-    """float32 from what a cache holds: float32, float16 as uint16, bfloat16 as int16, int8, or float8 as uint8.
-    One to six instructions for a whole vector."""
-
-    def build(context, builder, signature, arguments):
-        (bits,) = arguments
-        f32, i32, half, i16 = ir.FloatType(), ir.IntType(32), ir.HalfType(), ir.IntType(16)
-        if number == types.float32:
-            return bits
-        if number == types.uint16:
-            return builder.fpext(builder.bitcast(bits, half), f32)
-        if number == types.int16:
-            return builder.bitcast(builder.shl(builder.zext(bits, i32), i32(16)), f32)
-        if number == types.int8:
-            return builder.sitofp(bits, f32)
-        wide = builder.zext(bits, i16)  # as in formats.from_float8
-        size = builder.and_(wide, i16(0x7F))
-        sign = builder.shl(builder.and_(wide, i16(0x80)), i16(8))
-        small = builder.fpext(builder.bitcast(builder.or_(sign, builder.shl(size, i16(7))), half), f32)
-        is_nan = builder.icmp_unsigned("==", size, i16(0x7F))
-        return builder.select(is_nan, f32(math.nan), builder.fmul(small, f32(256.0)))
-
-    return types.float32(number), build
+# One piece of work: `count` queries of sequence `seq` from row `query` on, the first at `position` in its sequence,
+# over the keys from `begin` to before `end`. Where a query's keys are split, this is part `part` of `parts`, and its
+# result goes to the rows from `to` on of the partial results; else to the queries' own rows.
+SEQ, QUERY, COUNT, POSITION, BEGIN, END, PART, PARTS, TO, FIELDS = range(10)  # FIELDS: how many
+# The numbers of a call. Strides are in elements: of a block, a slot, a head.
+(
+    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, TOKEN_BLOCKS, ITEM_BLOCKS, WINDOW, BLOCK_SIZE,
+    MAX_BLOCKS, PASS_KEYS, LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD,
+) = range(19)  # fmt: skip
 
 
-@intrinsic
-def prefetch(typingctx, array, index):
-    """Ask for the cache line of array[index], into L2, without waiting for it."""
-
-    def build(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]), "llvm.prefetch.p0"
-        )
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(function, [address, i32(0), i32(2), i32(1)])  # read, L2, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), build
+# --- a tile's places ----------------------------------------------------------------------------------------------
 
 
-@njit(fastmath=FAST, forceinline=True)
-def exp(x):
-    """e**x for x <= 0 to float32's precision: 2**n * 2**f, the second by its series. math.exp would be a call for
-    each number; the compiler makes vectors of 16 numbers of this."""
-    power = x * FLOAT(1.4426950408889634)
-    n = np.floor(power + FLOAT(0.5))
-    f = power - n  # -0.5 to 0.5
-    y = FLOAT(1.5403530e-4)
-    y = y * f + FLOAT(1.3333558e-3)
-    y = y * f + FLOAT(9.6181291e-3)
-    y = y * f + FLOAT(5.5504109e-2)
-    y = y * f + FLOAT(2.4022651e-1)
-    y = y * f + FLOAT(6.9314718e-1)
-    y = y * f + FLOAT(1.0)
-    if x < FLOAT(-87.0):  # below float32's normal numbers, -inf included
-        return FLOAT(0.0)
-    return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(FLOAT)
-
-
-@njit(forceinline=True)
-def unsigned(index):
-    """An index that is not negative. Numba lets a signed index count from the end, and the test for that hides from
-    the compiler that a[i + d] for d = 0, 1, 2... is one vector."""
-    return np.uint64(index)
-
-
-# One piece of work: `count` queries of sequence `s` from row `query` on, the first at `position` in its sequence,
-# over the keys from `begin` to before `end`. Where a query's keys are split, this is part `part` of `parts`, and
-# its result goes to the rows from `to` on of the partial results; else to the queries' own rows.
-FIELDS = ("s", "query", "count", "position", "begin", "end", "part", "parts", "to")
-ITEM = np.dtype([(name, np.int64) for name in FIELDS])
-
-
-@njit(cache=True, nogil=True)
-def plan(seq_lens, query_start_loc, window, queries):
-    """The items, the number of rows of partial results, and the query-key products to compute."""
-    found, split_rows, products = 0, 0, 0
-    items = np.empty(64, ITEM)
-    for s in range(len(seq_lens)):
-        query_len = query_start_loc[s + 1] - query_start_loc[s]
-        for first in range(0, query_len, queries):
-            count = min(queries, query_len - first)
-            position = seq_lens[s] - query_len + first
-            begin, end = max(0, position - window + 1), max(0, position + count)
-            parts = max(1, -(-(end - begin) // PART)) if query_len <= queries else 1
-            for part in range(parts):
-                if found == len(items):
-                    items = np.concatenate((items, np.empty(found, ITEM)))
-                item = items[found]
-                item.s, item.query, item.count, item.position = s, query_start_loc[s] + first, count, position
-                item.begin = begin + part * PART
-                item.end = min(end, item.begin + PART) if parts > 1 else end
-                item.part, item.parts, item.to = part, parts, item.query
-                if parts > 1:
-                    item.to = split_rows
-                    split_rows += count
-                products += count * max(0, item.end - item.begin)
-                found += 1
-    return items[:found], split_rows, products
-
-
-@njit(fastmath=FAST, forceinline=True)
-def slots(at, table, s, first, last, block_size, strides):
-    """Fill `at [TILE]` with the places where the rows of the tile at key `first` begin: slot_of, times the strides.
-    Past the end, the last key is repeated: a short tile then needs no loops of its own, and reads only its keys."""
-    block, offset = first // block_size, first % block_size
+@part
+def slots(key_at, value_at, table, first, last, sizes):
+    """Where the rows of the tile at key `first` begin: slot_of, times the strides. Past the end, the last key is
+    repeated: a short tile then needs no loops of its own, and reads only its keys."""
+    block, slot = first // sizes[BLOCK_SIZE], first % sizes[BLOCK_SIZE]
     for t in range(TILE):
         if first + t < last:
-            at[t] = table[s, block] * strides[0] + offset * strides[1]
-            offset += 1
-            if offset == block_size:
-                block, offset = block + 1, 0
+            key_at[t] = table[block] * sizes[KEY_BLOCK] + slot * sizes[KEY_SLOT]
+            value_at[t] = table[block] * sizes[VALUE_BLOCK] + slot * sizes[VALUE_SLOT]
+            slot += 1
+            if slot == sizes[BLOCK_SIZE]:
+                block, slot = block + 1, 0
         else:
-            at[t] = at[t - 1]
+            key_at[t], value_at[t] = key_at[t - 1], value_at[t - 1]
 
 
-@njit(fastmath=FAST, forceinline=True)
-def prefetch_tile(cache, at, strides, first, num_kv_heads, width):
-    """Prefetch four head rows of the next tile, strictly in the order in which they lie in memory: any other order was
-    slower, up to twice. More rows in one call were slower, too: the processor drops requests beyond its capacity."""
-    for j in range(first, first + 4):
-        row = at[j // num_kv_heads] + j % num_kv_heads * strides[2]
-        for d in range(0, width, LINE):
-            prefetch(cache, row + d)
+@part
+def prefetch_rows(cache, at, first, count, head, lines):
+    """Prefetch the head-th few cache lines of the tile's rows from number `first` on, `count` rows."""
+    for line in range(head * lines, (head + 1) * lines):
+        for t in range(first, first + count):
+            prefetch(cache, at[t], line)
 
 
-@njit(fastmath=FAST, forceinline=True)
-def unpack(rows, cache, at, offset, step, head_size):
-    """Copy one head of a tile to rows [TILE, head_size] of float32, from any format and any stride."""
-    for t in range(TILE):
-        source, target = at[t] + offset, t * head_size
-        if step == 1:  # a loop of its own, of which the compiler makes vectors
-            for d in range(head_size):
-                rows[unsigned(target + d)] = to_float(cache[unsigned(source + d)])
-        else:
-            for d in range(head_size):
-                rows[unsigned(target + d)] = to_float(cache[unsigned(source + d * step)])
+# --- a block: R rows ----------------------------------------------------------------------------------------------
 
 
-@njit(fastmath=FAST, forceinline=True)
-def dot_four_rows(scores, r, t, query, q, keys, k0, k1, k2, k3, size):
-    """scores[r:r+4, t:t+4] = four query rows, from `q` on, times the key rows at k0 to k3."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = FLOAT(0.0)
-    for d in range(size):
-        qa, qb = query[unsigned(q + d)], query[unsigned(q + size + d)]
-        qc, qd = query[unsigned(q + 2 * size + d)], query[unsigned(q + 3 * size + d)]
-        x0, x1, x2, x3 = keys[unsigned(k0 + d)], keys[unsigned(k1 + d)], keys[unsigned(k2 + d)], keys[unsigned(k3 + d)]
-        a0, a1, a2, a3 = a0 + qa * x0, a1 + qa * x1, a2 + qa * x2, a3 + qa * x3
-        b0, b1, b2, b3 = b0 + qb * x0, b1 + qb * x1, b2 + qb * x2, b3 + qb * x3
-        c0, c1, c2, c3 = c0 + qc * x0, c1 + qc * x1, c2 + qc * x2, c3 + qc * x3
-        d0, d1, d2, d3 = d0 + qd * x0, d1 + qd * x1, d2 + qd * x2, d3 + qd * x3
-    i = r * TILE + t
-    scores[unsigned(i)], scores[unsigned(i + 1)], scores[unsigned(i + 2)], scores[unsigned(i + 3)] = a0, a1, a2, a3
-    i += TILE
-    scores[unsigned(i)], scores[unsigned(i + 1)], scores[unsigned(i + 2)], scores[unsigned(i + 3)] = b0, b1, b2, b3
-    i += TILE
-    scores[unsigned(i)], scores[unsigned(i + 1)], scores[unsigned(i + 2)], scores[unsigned(i + 3)] = c0, c1, c2, c3
-    i += TILE
-    scores[unsigned(i)], scores[unsigned(i + 1)], scores[unsigned(i + 2)], scores[unsigned(i + 3)] = d0, d1, d2, d3
+@part
+def dots(scores, query, size, keys, at, head, first, last, rows):
+    """scores [TILE, R] = the products of R query rows with the tile's keys from `first` to before `last`."""
+    for t in range(first, last, LANES // len(rows)):
+        sums = no_sums()
+        for d in range(0, size, LANES):
+            sums = add_products(sums, rows, query, d, size, keys, at, t, head + d)
+        store(scores, t * len(rows), sum_each(sums))
 
 
-@njit(fastmath=FAST, forceinline=True)
-def dot_one_row(scores, t, query, q, keys, k0, k1, k2, k3, size):
-    """scores[0, t:t+4] where only one row exists: decoding without groups. Four rows would be four times the work."""
-    a0 = a1 = a2 = a3 = FLOAT(0.0)
-    for d in range(size):
-        qa = query[unsigned(q + d)]
-        a0, a1 = a0 + qa * keys[unsigned(k0 + d)], a1 + qa * keys[unsigned(k1 + d)]
-        a2, a3 = a2 + qa * keys[unsigned(k2 + d)], a3 + qa * keys[unsigned(k3 + d)]
-    scores[unsigned(t)], scores[unsigned(t + 1)], scores[unsigned(t + 2)], scores[unsigned(t + 3)] = a0, a1, a2, a3
-
-
-@njit(fastmath=FAST, forceinline=True)
-def add_values_two_rows(mixed, m, weights, r, t, values, v0, v1, v2, v3, size):
-    """Two rows of `mixed`, from `m` on, += weights[r:r+2, t:t+4] times the value rows at v0 to v3."""
-    i, j, n = r * TILE + t, (r + 1) * TILE + t, m + size
-    a0, a1, a2, a3 = weights[unsigned(i)], weights[unsigned(i + 1)], weights[unsigned(i + 2)], weights[unsigned(i + 3)]
-    b0, b1, b2, b3 = weights[unsigned(j)], weights[unsigned(j + 1)], weights[unsigned(j + 2)], weights[unsigned(j + 3)]
-    for d in range(size):
-        x0, x1 = values[unsigned(v0 + d)], values[unsigned(v1 + d)]
-        x2, x3 = values[unsigned(v2 + d)], values[unsigned(v3 + d)]
-        a = mixed[unsigned(m + d)] + a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        b = mixed[unsigned(n + d)] + b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-        mixed[unsigned(m + d)] = a
-        mixed[unsigned(n + d)] = b
-
-
-@njit(fastmath=FAST, forceinline=True)
-def add_values_one_row(mixed, m, weights, t, values, v0, v1, v2, v3, size):
-    """The same for the one row of `mixed` at `m`."""
-    a0, a1, a2, a3 = weights[unsigned(t)], weights[unsigned(t + 1)], weights[unsigned(t + 2)], weights[unsigned(t + 3)]
-    for d in range(size):
-        x0, x1 = values[unsigned(v0 + d)], values[unsigned(v1 + d)]
-        x2, x3 = values[unsigned(v2 + d)], values[unsigned(v3 + d)]
-        mixed[unsigned(m + d)] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-
-
-@njit(fastmath=FAST, forceinline=True)
-def adjust(scores, r, first, position, end, window, softcap, slope):
-    """From products to scores: softcap, ALiBi, and -inf for the keys of the tile at `first` that row r, at
-    `position`, does not see."""
+@part
+def adjust(scores, position, first, end, window, softcap, slope, rows):
+    """From products to scores: softcap, ALiBi, and -inf for the keys of the tile at `first` that the query at
+    `position` does not see."""
     if softcap > 0:
-        for t in range(TILE):
-            scores[r * TILE + t] = softcap * math.tanh(scores[r * TILE + t] / softcap)
-    last, earliest = min(position, end - 1) - first, max(position - window, -1) - first
-    if slope == 0 and last >= TILE - 1 and earliest < 0:
-        return  # the common case: the whole tile is visible, and nothing changes
-    last32, earliest32, before = np.int32(last), np.int32(earliest), np.int32(first - position)
-    for t in range(TILE):
-        i, key = unsigned(r * TILE + t), np.int32(t)
-        score = scores[i] + slope * FLOAT(key + before)
-        if key > last32:
-            score = FLOAT(-np.inf)
-        if key <= earliest32:
-            score = FLOAT(-np.inf)
-        scores[i] = score
+        for i in range(TILE * len(rows)):
+            scores[i] = softcap * math.tanh(scores[i] / softcap)
+    last, earliest = splat(FLOAT(min(position, end - 1) - first)), splat(FLOAT(position - window - first))
+    distance = splat(FLOAT(first - position))
+    for t in range(0, TILE, LANES // len(rows)):
+        key = add(key_numbers(rows), splat(FLOAT(t)))
+        score = add(load(scores, t * len(rows)), multiply(slope, add(key, distance)))
+        store(scores, t * len(rows), hide(score, key, earliest, last))
 
 
-@njit(forceinline=True)
-def row_max(scores, r, half):
-    """The highest score of row r, by halves: a running maximum is a chain of 16 steps, which no compiler may reorder
-    because NaN counts. `half [TILE // 2]` is scratch."""
-    for t in range(TILE // 2):
-        half[unsigned(t)] = max(scores[unsigned(r * TILE + t)], scores[unsigned(r * TILE + t + TILE // 2)])
-    for t in range(TILE // 4):
-        half[unsigned(t)] = max(half[unsigned(t)], half[unsigned(t + TILE // 4)])
-    return max(max(half[0], half[1]), max(half[2], half[3]))
+@part
+def softmax(weights, highest, total, mixed, size, rows):
+    """From scores to weights, e**(score - the highest so far). What was summed before shrinks to that scale."""
+    old = load(highest, 0)
+    top = old
+    for i in range(0, TILE * len(rows), LANES):
+        top = maximum(load(weights, i), top)
+    top = fold_maximum(top, rows)
+    base = maximum(top, splat(LOWEST))
+    if any_greater(top, old):
+        shrink = exp(subtract(old, base))
+        store(highest, 0, shrink)  # for a moment: row r's is number r
+        for r in range(len(rows)):
+            for d in range(r * size, (r + 1) * size, LANES):
+                store(mixed, d, multiply(load(mixed, d), splat(highest[r])))
+        store(highest, 0, top)
+        store(total, 0, multiply(load(total, 0), shrink))
+    now = splat(FLOAT(0))
+    for i in range(0, TILE * len(rows), LANES):
+        weight = exp(subtract(load(weights, i), base))
+        store(weights, i, weight)
+        now = add(now, weight)
+    store(total, 0, add(load(total, 0), fold_sum(now, rows)))
 
 
-@njit(fastmath=FAST, forceinline=True)
-def exp_weights(weights, r, shift):
-    """Replace the scores of row r by weights, e**(score - shift), and return the sum of the weights."""
-    total = FLOAT(0.0)
-    for t in range(TILE):
-        weight = exp(weights[unsigned(r * TILE + t)] - shift)
-        weights[unsigned(r * TILE + t)] = weight
-        total += weight
-    return total
+@part
+def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
+    """R rows of `mixed` += weights * values, for the tile's keys from `first` to before `last`, key by key."""
+    for d in range(0, size, len(columns) * LANES):
+        sums = load_rows(mixed, d, size, rows, columns)
+        for t in range(first, last):
+            sums = add_weighted(sums, rows, weights, t * len(rows), values, at[t] + head + d)
+        store_rows(mixed, d, size, rows, sums)
 
 
-@njit(fastmath=FAST, forceinline=True)
-def attend(item, query, caches, floats, in_place, strides, table, sizes, options, out, lse):
-    """Compute one item. A row is a (query, head) pair of one KV head. Rows come in fours; the rows past the last pair
-    are queries of zeros, and their results are never read.
+# --- an item: its blocks are those of (KV head, token, rows), in this order ---------------------------------------
 
-    query [num_tokens * num_heads * head_size], scaled. caches: the flat K and V; floats: the same two arrays where
-    they are float32 and can be read in place, else empty. The other names are those of cpu_simd.attend.
-    """
-    keys, values = caches
-    key_strides, value_strides = strides
-    block_size, num_kv_heads, group_size, size = sizes
-    window, softcap, slopes, sinks = options
-    num_heads, pairs = num_kv_heads * group_size, item.count * group_size
-    rows = -(-pairs // 4) * 4 if pairs > 1 else 1
-    q = np.zeros(num_kv_heads * rows * size, FLOAT)  # [num_kv_heads, rows, head_size], and `mixed` too
-    mixed = np.zeros(num_kv_heads * rows * size, FLOAT)
-    highest, total = np.zeros(num_kv_heads * rows, FLOAT), np.zeros(num_kv_heads * rows, FLOAT)
-    weights = np.zeros(rows * TILE, FLOAT)  # [rows, TILE], scores at first
-    half = np.empty(TILE // 2, FLOAT)
-    for head in range(num_kv_heads):
-        for r in range(pairs):
-            row, q_head = head * rows + r, head * group_size + r % group_size
-            source = ((item.query + r // group_size) * num_heads + q_head) * size
-            for d in range(size):
-                q[unsigned(row * size + d)] = query[unsigned(source + d)]
-            # The sink is a key without a value, seen before all others.
-            highest[row] = sinks[q_head] if item.part == 0 else -np.inf
-            total[row] = 1.0 if highest[row] > -np.inf else 0.0
 
-    key_at, value_at = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
-    next_key_at, next_value_at = np.empty(TILE, np.int64), np.empty(TILE, np.int64)
-    in_tile = np.arange(TILE) * size  # where the rows of an unpacked tile begin
-    key_copy, value_copy = np.empty(TILE * size, FLOAT), np.empty(TILE * size, FLOAT)
-    key_rows, value_rows = floats if in_place else (key_copy, value_copy)
-    if item.begin < item.end:
-        slots(next_key_at, table, item.s, item.begin, item.end, block_size, key_strides)
-        slots(next_value_at, table, item.s, item.begin, item.end, block_size, value_strides)
-    for first in range(item.begin, item.end, TILE):
-        key_at, next_key_at = next_key_at, key_at
-        value_at, next_value_at = next_value_at, value_at
-        if first + TILE < item.end:
-            slots(next_key_at, table, item.s, first + TILE, item.end, block_size, key_strides)
-            slots(next_value_at, table, item.s, first + TILE, item.end, block_size, value_strides)
-        more = first + TILE < item.end
-        for head in range(num_kv_heads):
-            k, v, base = key_at, value_at, head * rows
-            k_head, v_head = head * key_strides[2], head * value_strides[2]
-            if not in_place:
-                unpack(key_copy, keys, key_at, k_head, key_strides[3], size)
-                unpack(value_copy, values, value_at, v_head, value_strides[3], size)
-                k, v, k_head, v_head = in_tile, in_tile, 0, 0
-            for t in range(0, TILE, 4):
+@part
+def begin(item, sizes, sinks, state, rows):
+    """Before the first key: only sinks are seen. A sink is a key without a value."""
+    mixed, _, highest, total = state
+    for head in range(sizes[NUM_KV_HEADS]):
+        for i in range(item[COUNT] * sizes[TOKEN_BLOCKS]):
+            b = head * item[COUNT] * sizes[TOKEN_BLOCKS] + i
+            sink = splat(FLOAT(-np.inf))
+            if item[PART] == 0:
+                sink = load(sinks, (head * sizes[TOKEN_BLOCKS] + i % sizes[TOKEN_BLOCKS]) * LANES)
+            store(highest, b * LANES, sink)
+            store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
+            for d in range(0, len(rows) * sizes[HEAD_SIZE], LANES):
+                store(mixed, b * len(rows) * sizes[HEAD_SIZE] + d, splat(FLOAT(0)))
+
+
+@part
+def score(item, sizes, since, query, keys, key_at, values, value_at, weights, rows):
+    """The products of the item's queries from number `since` on with the tile's keys. The values are prefetched."""
+    size, keys_now = sizes[HEAD_SIZE], max(sizes[PASS_KEYS], LANES // len(rows))
+    for t in range(0, TILE, keys_now):
+        for head in range(sizes[NUM_KV_HEADS]):
+            if t + keys_now < TILE:
+                prefetch_rows(keys, key_at, t + keys_now, keys_now, head, sizes[LINES])
+            else:
+                prefetch_rows(values, value_at, 0, sizes[PASS_KEYS], head, sizes[LINES])
+            b = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
+            for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
+                row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE]
+                for _ in range(sizes[TOKEN_BLOCKS]):
+                    scores, rows_at = offset(weights, b * len(rows) * TILE), offset(query, row * size)
+                    dots(scores, rows_at, size, keys, key_at, head * sizes[KEY_HEAD], t, t + keys_now, rows)
+                    row, b = row + len(rows), b + 1
+
+
+@part
+def weigh(item, sizes, since, first, softcap, slopes, state, rows):
+    """From products to weights, for the whole tile at key `first`."""
+    mixed, weights, highest, total = state
+    for head in range(sizes[NUM_KV_HEADS]):
+        b = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
+        for position in range(item[POSITION] + since, item[POSITION] + item[COUNT]):
+            all_seen = first + TILE <= min(item[END], position + 1) and first > position - sizes[WINDOW]
+            for i in range(sizes[TOKEN_BLOCKS]):
+                scores, sums = offset(weights, b * len(rows) * TILE), offset(mixed, b * len(rows) * sizes[HEAD_SIZE])
+                if not all_seen or sizes[PLAIN] == 0:
+                    slope = load(slopes, (head * sizes[TOKEN_BLOCKS] + i) * LANES)
+                    adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
+                softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, sizes[HEAD_SIZE], rows)
+                b += 1
+
+
+@part
+def gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns):
+    """Add the weighted values. The next tile's first keys are prefetched, if there are more."""
+    mixed, weights, _, _ = state
+    size, keys_now = sizes[HEAD_SIZE], sizes[PASS_KEYS]
+    for t in range(0, TILE, keys_now):
+        for head in range(sizes[NUM_KV_HEADS]):
+            if t + keys_now < TILE:
+                prefetch_rows(values, value_at, t + keys_now, keys_now, head, sizes[LINES])
+            elif more:
+                prefetch_rows(keys, next_key_at, 0, max(keys_now, LANES // len(rows)), head, sizes[LINES])
+            first = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
+            for b in range(first, (head + 1) * item[COUNT] * sizes[TOKEN_BLOCKS]):
+                sums, of_keys = offset(mixed, b * len(rows) * size), offset(weights, b * len(rows) * TILE)
+                mix(sums, size, of_keys, values, value_at, head * sizes[VALUE_HEAD], t, t + keys_now, rows, columns)
+
+
+@part
+def finish(item, sizes, state, out, lse, rows):
+    """Divide by the sums of the weights, and write the results."""
+    mixed, _, highest, total = state
+    size = sizes[HEAD_SIZE]
+    for head in range(sizes[NUM_KV_HEADS]):
+        for i in range(item[COUNT]):
+            for r in range(sizes[GROUP_SIZE]):
+                block, lane = (head * item[COUNT] + i) * sizes[TOKEN_BLOCKS] + r // len(rows), r % len(rows)
+                row = (item[TO] + i) * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE] + r
+                norm = total[block * LANES + lane]
+                # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
+                factor = splat(FLOAT(1) / norm if norm != 0 else FLOAT(0))
+                for d in range(0, size, LANES):
+                    x = load(mixed, (block * len(rows) + lane) * size + d)
+                    store(out, row * size + d, multiply(x, factor))
+                lse[row] = highest[block * LANES + lane] + math.log(norm) if norm != 0 else -np.inf
+
+
+# --- what cpu_code.py compiles ------------------------------------------------------------------------------------
+
+
+def attend_items(rows, columns):
+    """The function that computes items in blocks of len(rows) rows, and len(columns) vectors of each row at a time."""
+
+    def attend(
+        counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, at, out, lse, parts_out,
+        parts_lse,
+    ):  # fmt: skip
+        """Compute the items that no other thread has begun. An item's result does not depend on the thread."""
+        blocks = sizes[ITEM_BLOCKS]
+        weights = offset(scratch, blocks * len(rows) * sizes[HEAD_SIZE])
+        highest = offset(weights, blocks * len(rows) * TILE)
+        # [blocks, R, size], [blocks, TILE, R], [blocks, LANES], [blocks, LANES]
+        state = scratch, weights, highest, offset(highest, blocks * LANES)
+        key_at, value_at, next_key_at, next_value_at = at, offset(at, TILE), offset(at, 2 * TILE), offset(at, 3 * TILE)
+        number = take_next(counter)
+        while number < sizes[NUM_ITEMS]:
+            item = offset(items, number * FIELDS)
+            item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
+            begin(item, sizes, sinks, state, rows)
+            if item[BEGIN] < item[END]:
+                slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
+            for first in range(item[BEGIN], item[END], TILE):
+                key_at, next_key_at = next_key_at, key_at
+                value_at, next_value_at = next_value_at, value_at
+                more = first + TILE < item[END]
                 if more:
-                    prefetch_tile(keys, next_key_at, key_strides, head * TILE + t, num_kv_heads, size)
-                k0, k1, k2, k3 = k[t] + k_head, k[t + 1] + k_head, k[t + 2] + k_head, k[t + 3] + k_head
-                if pairs == 1:
-                    dot_one_row(weights, t, q, base * size, key_rows, k0, k1, k2, k3, size)
-                for r in range(0, rows - 3, 4):
-                    dot_four_rows(weights, r, t, q, (base + r) * size, key_rows, k0, k1, k2, k3, size)
-            for r in range(pairs):
-                row, position = base + r, item.position + r // group_size
-                slope = slopes[head * group_size + r % group_size]
-                adjust(weights, r, first, position, item.end, window, softcap, slope)
-                top = max(highest[row], row_max(weights, r, half))
-                if top > highest[row]:  # what was summed before shrinks to the new scale
-                    shrink = exp(highest[row] - top)
-                    highest[row] = top
-                    total[row] *= shrink
-                    for d in range(size):
-                        mixed[unsigned(row * size + d)] *= shrink
-                # While no key was seen, top is -inf, and -inf - -inf would be NaN.
-                total[row] += exp_weights(weights, r, top if top > -np.inf else FLOAT(0.0))
-            for t in range(0, TILE, 4):
-                if more:
-                    prefetch_tile(values, next_value_at, value_strides, head * TILE + t, num_kv_heads, size)
-                v0, v1, v2, v3 = v[t] + v_head, v[t + 1] + v_head, v[t + 2] + v_head, v[t + 3] + v_head
-                if pairs == 1:
-                    add_values_one_row(mixed, base * size, weights, t, value_rows, v0, v1, v2, v3, size)
-                for r in range(0, rows - 1, 2):
-                    add_values_two_rows(mixed, (base + r) * size, weights, r, t, value_rows, v0, v1, v2, v3, size)
+                    slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
+                since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
+                score(item, sizes, since, query, keys, key_at, values, value_at, weights, rows)
+                weigh(item, sizes, since, first, softcap, slopes, state, rows)
+                gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns)
+            if item[PARTS] == 1:
+                finish(item, sizes, state, out, lse, rows)
+            else:
+                finish(item, sizes, state, parts_out, parts_lse, rows)
+            number = take_next(counter)
 
-    for head in range(num_kv_heads):
-        for r in range(pairs):
-            row = head * rows + r
-            target = (item.to + r // group_size) * num_heads + head * group_size + r % group_size
-            seen = total[row] != 0  # NaN counts as seen: it must show in the output
-            for d in range(size):
-                out[unsigned(target * size + d)] = mixed[unsigned(row * size + d)] / total[row] if seen else FLOAT(0.0)
-            lse[target] = highest[row] + math.log(total[row]) if seen else -np.inf
+    return attend
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
-def attend_share(
-    mine, threads, items, products, query, caches, floats, in_place, strides, table, sizes, options, whole, parts
-):
-    """Compute the items of thread `mine`. All work is divided into `threads` equal shares; a thread goes through the
-    whole list, and takes the items whose middle lies in its share."""
-    before = 0
-    for i in range(len(items)):
-        item = items[i]
-        work = item.count * max(0, item.end - item.begin)
-        if (2 * before + work) * threads // (2 * products + 1) == mine:
-            out, lse = whole if item.parts == 1 else parts
-            attend(item, query, caches, floats, in_place, strides, table, sizes, options, out, lse)
-        before += work
+def plan(found, items, seq_lens, query_start_loc, num_seqs, window, most_queries):
+    """Fill `items`. found [3] = how many there are, the rows of partial results, and the query-key products."""
+    count, split_rows, products = 0, 0, 0
+    for s in range(num_seqs):
+        query_len = query_start_loc[s + 1] - query_start_loc[s]
+        for first in range(0, query_len, most_queries):
+            queries = min(most_queries, query_len - first)
+            position = seq_lens[s] - query_len + first
+            begin, end = max(0, position - window + 1), max(0, position + queries)
+            parts = max(1, -(-(end - begin) // PART_KEYS)) if query_len <= most_queries else 1
+            products += queries * max(0, end - begin)
+            for part in range(parts):
+                item = offset(items, count * FIELDS)
+                item[SEQ], item[QUERY], item[COUNT] = s, query_start_loc[s] + first, queries
+                item[POSITION], item[BEGIN] = position, begin + part * PART_KEYS
+                item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
+                item[PART], item[PARTS], item[TO] = part, parts, item[QUERY]
+                count += 1
+                if parts > 1:
+                    item[TO] = split_rows
+                    split_rows += queries
+    found[0], found[1], found[2] = count, split_rows, products
 
 
-@njit(cache=True, nogil=True)
-def merge(items, num_heads, size, parts_out, parts_lse, out, lse):
+def merge(items, num_items, num_heads, size, parts_out, parts_lse, out, lse):
     """Join the parts of each split query, as merge_states does: a part weighs e**lse."""
-    for i in range(len(items)):
-        item = items[i]
-        if item.part > 0 or item.parts == 1:
-            continue
-        rows = item.count * num_heads  # of a part; the next part begins as many rows further
-        for r in range(rows):
-            first, target = item.to * num_heads + r, item.query * num_heads + r
-            top = parts_lse[first : first + item.parts * rows : rows].max()
-            total = FLOAT(0.0)
-            out[target * size : (target + 1) * size] = 0.0
-            for row in range(first, first + item.parts * rows, rows):
-                weight = FLOAT(math.exp(parts_lse[row] - top)) if top != -np.inf else FLOAT(0.0)
-                total += weight
+    for i in range(num_items):
+        item = offset(items, i * FIELDS)
+        if item[PART] == 0 and item[PARTS] > 1:
+            rows = item[COUNT] * num_heads  # of a part; the next part begins as many rows further
+            for r in range(rows):
+                first, target = item[TO] * num_heads + r, (item[QUERY] * num_heads + r) * size
+                after = first + item[PARTS] * rows
+                top, total = LOWEST, FLOAT(0)
+                for row in range(first, after, rows):
+                    top = max(top, parts_lse[row])
                 for d in range(size):
-                    out[unsigned(target * size + d)] += weight * parts_out[unsigned(row * size + d)]
-            for d in range(size):
-                out[unsigned(target * size + d)] /= total if total != 0 else FLOAT(1.0)
-            lse[target] = top + math.log(total) if total != 0 else -np.inf
+                    out[target + d] = FLOAT(0)
+                for row in range(first, after, rows):
+                    weight = FLOAT(math.exp(parts_lse[row] - top))
+                    total += weight
+                    for d in range(size):
+                        out[target + d] += weight * parts_out[row * size + d]
+                if total != 0:  # else no key was seen
+                    for d in range(size):
+                        out[target + d] /= total
+                lse[target // size] = top + math.log(total) if total != 0 else FLOAT(-np.inf)
+
+
+def bounds(wrong, seq_lens, query_start_loc, table, num_seqs, max_blocks, num_tokens, num_blocks, block_size):
+    """wrong[0] = 1 if a length, a query count or a block id is out of bounds."""
+    if query_start_loc[0] != 0 or query_start_loc[num_seqs] != num_tokens:
+        wrong[0] = 1
+    for s in range(num_seqs):
+        needed = (seq_lens[s] + block_size - 1) // block_size
+        if seq_lens[s] < 0 or query_start_loc[s + 1] < query_start_loc[s] or needed > max_blocks:
+            wrong[0] = 1
+        else:
+            for b in range(s * max_blocks, s * max_blocks + needed):
+                if table[b] < 0 or table[b] >= num_blocks:
+                    wrong[0] = 1

@@ -9,56 +9,38 @@ sequence gets the same bits in any batch.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import binding as llvm
-from numpy.typing import DTypeLike
 
-from ..core.attention.attention import AttentionCall
+from ..core.attention.attention import Addresses, AttentionCall
 from ..extras.formats import BFLOAT16, FLOAT8, decode, encode
-from ..extras.variants import PLAIN
-from .flat_views import flat_view
-from .numba_cache import anywhere
+from ..extras.variants import PLAIN, Variant
+from . import cpu_machine as machine
+from .cpu_code import function
+from .cpu_machine import LANES, TILE
+from .threads import in_threads, num_threads
 
-with anywhere():
-    from .cpu_loop import FLOAT, attend_share, merge, plan
-
-ROWS = 64  # (query, head) rows of an item for each KV head: enough work for each K row, and still in L2
-MIN_PARALLEL_WORK = 1 << 18  # query-key products times head_size; for less, waking threads costs more than it saves
+FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
-
-# The threads are Python's own: compiled code releases the interpreter (nogil), so they run side by side. The OpenMP
-# threads of Numba's parallel loops would spin after each loop and slow NumPy's BLAS, which the model runs between two
-# calls, 2 to 4 times. Waking a Python thread costs about 10 us.
-THREADS = int(numba.config.NUMBA_NUM_THREADS)  # the cores of this process, or the variable of that name
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, THREADS - 1), thread_name_prefix="attention")
-
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child makes its own
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def in_threads(function: Callable[..., None], threads: int, *arguments: Any) -> None:
-    """Run `function(mine, threads, *arguments)` for each `mine` below `threads`, one of them in this thread."""
-    others = [_pool().submit(function, mine, threads, *arguments) for mine in range(1, threads)]
-    function(0, threads, *arguments)
-    for other in others:
-        other.result()
+NUM_FIELDS = 9  # of an item: cpu_loop.py names them
+LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine; None where it can."""
-    return "its loop is for the compiler, and NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else None
+    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")  # asked without importing the compiler
+    return "its loop is for the compiler, and NUMBA_DISABLE_JIT is set" if disabled else None
+
+
+@cache
+def _converts_halves() -> bool:
+    return llvm.get_host_cpu_features().get("f16c") is not False
 
 
 def unsupported(call: AttentionCall) -> str | None:
@@ -70,84 +52,185 @@ def unsupported(call: AttentionCall) -> str | None:
         if array.dtype == np.float64:
             return f"{name} is float64, and this backend computes in float32"
         halves = {np.dtype(np.float16): "float16", FLOAT8: "float8, which goes by way of float16"}
-        if array.dtype in halves and llvm.get_host_cpu_features().get("f16c") is False:
+        if array.dtype in halves and not _converts_halves():
             return f"{name} is {halves[array.dtype]}, and this CPU has no conversion from it (F16C)"
         if name != "query" and min(array.strides, default=0) < 0:
             return f"{name} has a negative stride"
     return None
 
 
-def attend(call: AttentionCall, copy_tiles: bool = False) -> None:
-    """Fill `call.out` and `call.lse`.
+def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> bool:
+    """Whether Addresses.check with these arguments would find nothing. For paged memory; one walk, in compiled code."""
+    arrays = (addresses.seq_lens, addresses.query_start_loc, addresses.block_tables)
+    seq_lens, loc, table = (np.ascontiguousarray(array, INT) for array in arrays)
+    wrong, sizes = np.zeros(1, INT), (len(seq_lens), table.shape[1], num_tokens, num_blocks, block_size)
+    function("bounds")(_at(wrong), _at(seq_lens), _at(loc), _at(table), *sizes)
+    return not wrong[0]
 
-    `copy_tiles`: copy each tile of K and V before it is read, also where it could be read in place. Faster where most
-    of the cache is not in the processor's caches and rows are read several times.
-    """
+
+def attend(call: AttentionCall) -> None:
+    """Fill `call.out` and `call.lse`."""
     if call.query.size == 0:
         return
-    num_heads, head_size = call.query.shape[1:]
-    num_kv_heads = call.keys.shape[-2]
-    group_size = num_heads // num_kv_heads
-    addresses, variant = call.addresses, call.variant or PLAIN
-    if addresses.block_tables is not None:
-        table, block_size = _whole(addresses.block_tables), call.keys.shape[1]
-    else:  # one block for everything, which begins at the region's first slot
-        table, block_size = _whole(addresses.starts)[:, None], NO_LIMIT
-    keys, key_strides = _flat(call.keys)
-    values, value_strides = _flat(call.values)
-    in_place = call.keys.dtype == np.float32 and key_strides[3] == value_strides[3] == 1 and not copy_tiles
-    query = np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT)  # [num_tokens, num_heads, head_size]
-    if variant.key_scales is not None:  # a head's scale is a factor of all its scores, so the loop needs no scales
-        query *= np.repeat(variant.key_scales, group_size)[:, None]
-    direct = call.out.dtype == np.float32 and call.out.flags.c_contiguous
-    out = call.out if direct else np.empty(call.out.shape, dtype=FLOAT)
+    if not _is_in_vectors(call):
+        packed = _packed(call)
+        attend(packed)
+        call.out[...] = encode(packed.out[:, :, : call.query.shape[2]], call.out.dtype)
+        return
+    num_heads, size = call.query.shape[1:]
+    variant, num_kv_heads = call.variant or PLAIN, call.keys.shape[-2]
+    num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
+    plan = _Plan(call, num_rows)
+    # No slope is 0, and no sink is -inf: the loop has no branch for them.
+    slopes = _in_lanes(variant.alibi_slopes, 0.0, num_heads, num_kv_heads, num_rows)
+    sinks = _in_lanes(variant.sinks, -np.inf, num_heads, num_kv_heads, num_rows)
+    query = _query(call, variant, num_rows)
+    direct = call.out.dtype == FLOAT and call.out.flags.c_contiguous
+    out = call.out if direct else np.empty(call.query.shape, FLOAT)
     lse = np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse
-    window = min(call.window or NO_LIMIT, NO_LIMIT)
-    ends = (_whole(addresses.seq_lens), _whole(addresses.query_start_loc))
-    items, split_rows, products = plan(*ends, window, max(1, ROWS // group_size))
-    parts_out = np.empty(split_rows * num_heads * head_size, FLOAT)
-    parts_lse = np.empty(split_rows * num_heads, FLOAT)
-    # No slope is a slope of 0, and no sink is a sink of -inf: the loop has no branch for them.
-    slopes = np.zeros(num_heads, FLOAT) if variant.alibi_slopes is None else variant.alibi_slopes
-    sinks = np.full(num_heads, -np.inf, FLOAT) if variant.sinks is None else variant.sinks
-    nothing = _frozen(np.empty(0, FLOAT))
-    small = products * num_heads * head_size < MIN_PARALLEL_WORK
-    in_threads(
-        attend_share, 1 if small else min(THREADS, len(items)), items, products, _frozen(query.reshape(-1)),
-        (keys, values), (keys, values) if in_place else (nothing, nothing), in_place, (key_strides, value_strides),
-        table, (block_size, num_kv_heads, group_size, head_size),
-        (window, FLOAT(variant.softcap or 0.0), _whole(slopes, FLOAT), _whole(sinks, FLOAT)),
-        (out.reshape(-1), lse.reshape(-1)), (parts_out, parts_lse),
+    part_rows = plan.part_tokens * num_heads
+    parts = np.empty(part_rows * (size + 1), FLOAT)
+
+    threads = 1
+    if plan.products * num_heads * size >= machine.MIN_PARALLEL_WORK:
+        threads = min(num_threads(), plan.num_items)
+    # Of each thread: sums and weights, the highest scores and the sums of the weights; then where rows lie.
+    floats = plan.item_blocks * (num_rows * (size + TILE) + 2 * LANES)
+    step = -(-(floats * FLOAT().itemsize + 4 * TILE * INT().itemsize) // LINE) * LINE
+    memory = np.empty(LINE + threads * step, np.uint8)
+    counter, scratch = np.zeros(1, INT), -(-_at(memory) // LINE) * LINE
+    sizes, parts_out = plan.sizes(call, not variant.softcap and variant.alibi_slopes is None), _at(parts)
+    given = (
+        _at(counter), plan.items, _at(sizes), variant.softcap or 0.0, _at(query), _at(call.keys), _at(call.values),
+        _at(plan.table), _at(slopes), _at(sinks),
     )  # fmt: skip
-    if split_rows:
-        merge(items, num_heads, head_size, parts_out, parts_lse, out.reshape(-1), lse.reshape(-1))
+    results = (_at(out), _at(lse), parts_out, parts_out + part_rows * size * FLOAT().itemsize)
+    loop = function("attend_items", _TYPES[call.keys.dtype], num_rows, num_columns)
+
+    # The loop has addresses. After Ctrl-C other threads finish their items, so what lies there must outlive this call.
+    held = (call, plan, slopes, sinks, query, out, lse, parts, memory, counter, sizes)
+
+    def share(mine: int, threads: int, held: object = held) -> None:
+        its = scratch + mine * step
+        loop(*given, its, its + floats * FLOAT().itemsize, *results)
+
+    in_threads(share, threads)
+    if part_rows:
+        function("merge")(plan.items, plan.num_items, num_heads, size, *results[2:], *results[:2])
     if variant.value_scales is not None:
-        out *= np.repeat(variant.value_scales, group_size)[:, None]
+        out *= np.repeat(variant.value_scales, num_heads // num_kv_heads)[:, None]
     if not direct:
         call.out[...] = encode(out, call.out.dtype)
 
 
-_AS: dict[np.dtype[Any], Any] = {np.dtype(np.float16): np.uint16, BFLOAT16: np.int16}
+# The loop's loads know a format by the type of its numbers. float16 goes as its bits, and bfloat16 as another type.
+_TYPES = {
+    np.dtype(np.float32): "float32", np.dtype(np.float16): "uint16", BFLOAT16: "int16", np.dtype(np.int8): "int8",
+    FLOAT8: "uint8",
+}  # fmt: skip
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
-    """A read-only view. Numba compiles anew for each type, and a writeable array is another type."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
+class _Plan:
+    """A call's work, cut into items, and its addresses as the loop takes them."""
+
+    def __init__(self, call: AttentionCall, num_rows: int) -> None:
+        num_tokens, num_heads, _ = call.query.shape
+        num_kv_heads = call.keys.shape[-2]
+        addresses = call.addresses
+        if addresses.block_tables is not None:
+            self.table, self.block_size = np.ascontiguousarray(addresses.block_tables, INT), call.keys.shape[1]
+        else:  # one block for everything, which begins at the region's first slot
+            self.table, self.block_size = np.ascontiguousarray(addresses.starts, INT)[:, None], NO_LIMIT
+        self.window = min(call.window or NO_LIMIT, NO_LIMIT)
+        self.token_blocks = -(-num_heads // num_kv_heads // num_rows)  # of a token and a KV head
+        queries = max(1, machine.ITEM_ROWS // (num_kv_heads * self.token_blocks * num_rows))  # of an item
+        self.item_blocks = num_kv_heads * self.token_blocks * queries
+        seq_lens = np.ascontiguousarray(addresses.seq_lens, INT)
+        loc = np.ascontiguousarray(addresses.query_start_loc, INT)
+        most_items = int(seq_lens.sum()) // machine.PART_KEYS + num_tokens // queries + 2 * len(seq_lens)
+        self._memory = np.empty(3 + most_items * NUM_FIELDS, INT)
+        found = _at(self._memory)
+        self.items = found + 3 * self._memory.itemsize
+        function("plan")(found, self.items, _at(seq_lens), _at(loc), len(seq_lens), self.window, queries)
+        # How many items; the rows of partial results; the query-key products of a head
+        self.num_items, self.part_tokens, self.products = self._memory[:3].tolist()
+
+    def sizes(self, call: AttentionCall, plain: bool) -> np.ndarray:
+        """The numbers of the call, in the order of cpu_loop.py."""
+        (_, num_heads, size), num_kv_heads, itemsize = call.query.shape, call.keys.shape[-2], call.keys.itemsize
+        # From a block, a slot, a head to the next. A contiguous region's slots are its tokens.
+        strides = [
+            stride // itemsize
+            for cache in (call.keys, call.values)
+            for stride in (cache.strides[0], *cache.strides[-3:-1])
+        ]
+        passes = machine.passes_of(num_kv_heads * size * itemsize, size * itemsize)
+        return np.array(
+            [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, size, self.token_blocks,
+             self.item_blocks, self.window, self.block_size, self.table.shape[1], *passes, plain, *strides], INT,
+        )  # fmt: skip
 
 
-def _whole(array: Any, dtype: DTypeLike = np.int64) -> np.ndarray:
-    return _frozen(np.ascontiguousarray(array, dtype=dtype))
+def _is_in_vectors(call: AttentionCall) -> bool:
+    """Whether the loop can read the caches where they lie: a head's numbers side by side, in whole vectors."""
+    return call.query.shape[2] % LANES == 0 and all(
+        cache.strides[-1] == cache.itemsize for cache in (call.keys, call.values)
+    )
 
 
-def _flat(cache: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The cache's memory as one row of elements, and the steps from a block, a slot, a head and a number to the next.
+def _packed(call: AttentionCall) -> AttentionCall:
+    """The call on a copy of its keys and values: contiguous, in float32, filled up with zeros to whole vectors."""
+    addresses, size = call.addresses, call.query.shape[2]
+    lens = addresses.seq_lens.astype(INT)
+    starts = np.cumsum(lens) - lens
+    owner = np.repeat(np.arange(len(lens)), lens)
+    position = np.arange(len(owner)) - starts[owner]
+    if addresses.block_tables is not None:
+        block, slot = np.divmod(position, call.keys.shape[1])
+        where: Any = addresses.block_tables[owner, block], slot
+    else:
+        assert addresses.starts is not None
+        where = addresses.starts[owner] + position
 
-    float16 goes as its bits, since Numba has none on a CPU, and so the bits of bfloat16 go as another type:
-    cpu_loop.to_float knows them all. A contiguous region's slots are its tokens.
-    """
-    if cache.dtype in _AS:
-        cache = cache.view(_AS[cache.dtype])
-    strides = tuple(stride // cache.itemsize for stride in cache.strides)
-    return _frozen(flat_view(cache)), strides if cache.ndim == 4 else (strides[0], *strides)
+    def filled(array: np.ndarray) -> np.ndarray:
+        result = np.zeros((*array.shape[:2], -(-size // LANES) * LANES), FLOAT)
+        result[:, :, :size] = decode(array)
+        return result
+
+    query, keys, values = filled(call.query), filled(call.keys[where]), filled(call.values[where])
+    at_starts = replace(addresses, block_tables=None, starts=starts)
+    return replace(call, query=query, keys=keys, values=values, addresses=at_starts, out=np.empty_like(query))
+
+
+def _query(call: AttentionCall, variant: Variant, num_rows: int) -> np.ndarray:
+    """The query, scaled, [num_tokens * num_heads + a block, size]: the last block may be read beyond its heads."""
+    num_tokens, num_heads, size = call.query.shape
+    array = np.empty((num_tokens * num_heads + num_rows, size), FLOAT)
+    array[-num_rows:] = 0
+    rows = array[:-num_rows].reshape(call.query.shape)
+    np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT, out=rows)
+    if variant.key_scales is not None:  # a head's scale is a factor of all its scores, so the loop needs no scales
+        rows *= np.repeat(variant.key_scales, num_heads // len(variant.key_scales))[:, None]
+    return array
+
+
+def _in_lanes(
+    numbers: np.ndarray | None, absent: float, num_heads: int, num_kv_heads: int, num_rows: int
+) -> np.ndarray:
+    """A number of each head, as the loop has them: for each block of R heads a vector, in which the R repeat."""
+    group_size = num_heads // num_kv_heads
+    blocks = -(-group_size // num_rows)
+    if numbers is None:
+        return np.full((num_kv_heads * blocks, LANES), absent, FLOAT)
+    result = np.full((num_kv_heads, blocks * num_rows), absent, FLOAT)
+    result[:, :group_size] = numbers.reshape(num_kv_heads, group_size)
+    return np.tile(result.reshape(-1, num_rows), LANES // num_rows)
+
+
+def _at(array: Any) -> int:
+    """Where the first element lies. NumPy's own way takes four times as long, and is left to arrays that are read-only,
+    empty or in pieces."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError, BufferError):
+        return int(array.ctypes.data)

@@ -77,12 +77,20 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child 
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def in_parts(function: Callable[..., object], size: int, *arguments: Any) -> None:
-    """Run `function(first, end, *arguments)` for parts that cover 0 to `size`: one for each thread, the first in this
-    one. Parts begin at multiples of 8."""
-    threads = num_threads()
-    ends = [size * part // threads // 8 * 8 for part in range(threads)] + [size]
-    others = [_pool().submit(function, *ends[part : part + 2], *arguments) for part in range(1, threads)]
-    function(0, ends[1], *arguments)
+def in_threads(function: Callable[..., object], threads: int, *arguments: Any) -> None:
+    """Run `function(mine, threads, *arguments)` for each `mine` below `threads`, the first in this thread."""
+    others = [_pool().submit(function, mine, threads, *arguments) for mine in range(1, threads)]
+    function(0, threads, *arguments)
     for other in others:
         other.result()
+
+
+def in_parts(function: Callable[..., object], size: int, *arguments: Any) -> None:
+    """Run `function(first, end, *arguments)` for parts that cover 0 to `size`: one for each thread. Parts begin at
+    multiples of 8."""
+
+    def part(mine: int, threads: int) -> None:
+        first, end = (size * part // threads // 8 * 8 for part in (mine, mine + 1))
+        function(first, size if mine + 1 == threads else end, *arguments)
+
+    in_threads(part, num_threads())

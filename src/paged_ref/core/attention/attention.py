@@ -151,23 +151,23 @@ def why_not(name: str) -> str | None:
 
 
 @cache
-def _automatic() -> tuple[Any, ...]:
-    """The modules that `auto` may take on this machine, the fastest first."""
-    names = [name for name in known_backends() if _backends[name].rank is not None]
-    return tuple(_load(name)[0] for name in names if why_not(name) is None)
+def _automatic() -> tuple[str, ...]:
+    """The backends that `auto` may take, the fastest first. One that is not needed is not imported."""
+    return tuple(name for name in known_backends() if _backends[name].rank is not None)
 
 
 def attend(call: AttentionCall, backend: str = "auto") -> None:
     """Fill `call.out`, and `call.lse` if there is one. Raises ValueError where `backend` cannot run the call."""
     if backend == "auto":
-        module: Any = next((module for module in _automatic() if module.unsupported(call) is None), None)
+        able = (found for found, why in map(_load, _automatic()) if why is None and found.unsupported(call) is None)
+        module: Any = next(able, None)
         reason = "none of the fast ones supports it" if module is None else None
     else:
         module, reason = _load(backend)
         reason = reason or module.unsupported(call)
     if reason is not None:
-        able = [name for name in backends() if _load(name)[0].unsupported(call) is None]
-        raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(able) or 'none'} can")
+        others = [name for name in backends() if _load(name)[0].unsupported(call) is None]
+        raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(others) or 'none'} can")
     module.attend(call)
 
 

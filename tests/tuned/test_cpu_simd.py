@@ -1,0 +1,106 @@
+"""The loop for CPUs: a sequence's bits depend on nothing but the sequence, and odd shapes are computed on copies."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from support.attention_cases import Case, Problem, build, run
+
+from paged_ref.core.attention.attention import AttentionCall
+from paged_ref.kernels import backends
+from paged_ref.tuned import cpu_machine, cpu_simd
+from paged_ref.tuned.cpu_machine import LANES
+
+pytestmark = pytest.mark.skipif("cpu-simd" not in backends(), reason="NUMBA_DISABLE_JIT is set")
+
+SHAPE: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_size": 32}
+
+
+def queries(problem: Problem, s: int, first: int, end: int) -> np.ndarray:
+    """The outputs of queries `first` to `end - 1` of sequence `s`, computed in a call of their own."""
+    key_cache, value_cache, tables = problem.paged
+    begin = sum(problem.query_lens[:s])
+    hidden = problem.query_lens[s] - end  # later tokens, which these queries do not see
+    alone = Problem(
+        problem.query[begin + first : begin + end], [], [], [end - first],
+        (key_cache, value_cache, tables[s : s + 1]), problem.contiguous, problem.seq_lens[s : s + 1] - hidden,
+        np.array([0, end - first], np.int32), problem.options,
+    )  # fmt: skip
+    return np.asarray(run(alone, "cpu-simd", "paged"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_bits_depend_on_no_company_and_on_no_chunks(dtype: str) -> None:
+    problem = build(Case(seq_lens=(300, 40, 90), query_lens=(300, 1, 33), cache_dtype=dtype, **SHAPE))
+    together = np.split(run(problem, "cpu-simd", "paged"), np.cumsum(problem.query_lens)[:-1])
+    for s, cuts in enumerate([(0, 1, 8, 108, 300), (0, 1), (0, 31, 33)]):
+        chunks = [queries(problem, s, *cut) for cut in pairwise(cuts)]
+        np.testing.assert_array_equal(np.concatenate(chunks), together[s])
+
+
+def test_bits_depend_on_no_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = build(Case(seq_lens=(1300, 90, 700), query_lens=(1, 60, 2), **SHAPE))
+    used = []
+
+    def in_threads(function: Any, threads: int) -> None:
+        used.append(threads)
+        for mine in reversed(range(threads)):  # the last one takes everything
+            function(mine, threads)
+
+    monkeypatch.setattr(cpu_simd, "in_threads", in_threads)
+    monkeypatch.setattr(cpu_machine, "MIN_PARALLEL_WORK", 0)
+    outs = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(cpu_simd, "num_threads", lambda threads=threads: threads)
+        outs.append(run(problem, "cpu-simd", "paged"))
+    assert used == [1, 2, 3]
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out, outs[0])
+
+
+def test_what_other_threads_write_outlives_an_interrupted_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = build(Case(**SHAPE))
+    shares: list[Any] = []
+
+    def in_threads(function: Any, threads: int) -> None:
+        shares.append(function)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu_simd, "in_threads", in_threads)
+    out = np.empty_like(problem.query)
+    alive = weakref.ref(out)
+    with pytest.raises(KeyboardInterrupt):
+        run(problem, "cpu-simd", "paged", out=out)
+    del out
+    gc.collect()
+    assert alive() is not None
+    shares.clear()
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize(
+    ("case", "copied"),
+    [
+        (Case(head_size=LANES), False),
+        (Case(head_size=LANES + 1), True),
+        (Case(head_size=LANES, layout="heads_first"), False),
+        (Case(head_size=LANES, layout="dims_apart"), True),
+    ],
+)
+def test_only_what_is_in_pieces_is_copied(case: Case, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[AttentionCall] = []
+    pack = cpu_simd._packed
+
+    def packed(call: AttentionCall) -> AttentionCall:
+        copies.append(pack(call))
+        return copies[-1]
+
+    monkeypatch.setattr(cpu_simd, "_packed", packed)
+    run(build(case), "cpu-simd", "paged")
+    assert len(copies) == copied
