@@ -80,7 +80,7 @@ def frees_and_keeps(real):
 break_it(
     "a block is given back twice",
     where=(PagedManager, "free"), bug=frees_and_keeps,
-    run=lambda: serve("paged", REQUESTS[1:4])[0], caught_by="engine",
+    run=lambda: serve("paged", REQUESTS[3:4])[0], caught_by="engine",
 )  # fmt: skip
 
 # ## Exercise
