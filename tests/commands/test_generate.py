@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, SamplingParams, cli
-from paged_ref.commands import ranks
+from paged_ref.commands import generate, ranks
 from paged_ref.commands.rank_guard import GUARDED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,13 +55,21 @@ def test_json_has_what_generate_returns(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--replicas", "2", "--tensor-parallel", "2"], "--replicas is 2; --tensor-parallel does not go with it"),
-        (["--replicas", "2", "--record", "/dev/null"], "--replicas is 2; --record does not go with it"),
+        (["--replicas", "1", "--tensor-parallel", "2"], "--replicas is 1; --tensor-parallel does not go with it"),
+        (["--replicas", "1", "--record", "/dev/null"], "--replicas is 1; --record does not go with it"),
+        (["--replicas", "1", "--chat"], "--replicas is 1; --chat does not go with it"),
+        (["--replicas", "1", "--logprobs", "0"], "--replicas is 1; --logprobs does not go with it"),
+        (["--replicas", "1000"], "--replicas is 1000; each needs a prompt, and there are 1"),
         (["--replicas", "0"], "--replicas is 0; at least 1 is needed"),
         (["--tensor-parallel", "0"], "--tensor-parallel is 0; at least 1 is needed"),
+        (["--tensor-parallel", "1000"], "1000 ranks cannot share 4 heads and 2 KV heads evenly; 1, 2, 4 can"),
     ],
 )
-def test_what_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused_before_a_process_starts(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "start", None)
+    monkeypatch.setattr(generate, "run_replicas", None)
     assert cli.main([*BASE, "--prompt", "a", *arguments]) == 2
     assert capsys.readouterr().err == f"paged-ref: error: {said}\n"
 
@@ -97,7 +105,7 @@ def test_replicas_share_the_queue_and_give_the_same_outputs(capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_an_error_of_a_replica_is_one_sentence() -> None:
-    run = started(*BASE, "--prompt", "a", "--model", "/nowhere", "--replicas", "2")
+    run = started(*BASE, "--prompt", "a", "--prompt", "b", "--model", "/nowhere", "--replicas", "2")
     _, error = run.communicate(timeout=120)
     assert run.returncode == 2
     assert error == "paged-ref: error: /nowhere is not a directory; a checkpoint in Hugging Face form is needed\n"

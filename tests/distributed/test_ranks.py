@@ -54,6 +54,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], SamplingParams]] = {
     "fork": ({"block_size": 4}, SamplingParams(max_tokens=12, n=3, temperature=0.9, seed=3, ignore_eos=True)),
     "beams": ({"block_size": 4}, SamplingParams(max_tokens=12, beam_width=3)),
     "chunks": ({"max_batch_tokens": 5}, GREEDY),
+    "chunks without logits": ({"max_batch_tokens": 2}, GREEDY),
     "int8": ({"kv_dtype": "int8"}, GREEDY),
     "scales": ({"kv_dtype": "int8", "kv_scales": [((0.4, 0.004), (0.2, 0.002))] * 5}, GREEDY),
 }

@@ -160,6 +160,11 @@ def test_tied_weights_and_scaled_rope(tmp_path: Path) -> None:
         ({"leave_out": ("token_embd.weight",)}, "has no tensor token_embd.weight"),
         ({"leave_out": ("block_count",)}, "m.gguf: num_hidden_layers is missing"),
         ({"llama__expert_count": 8}, "llama.expert_count is 8; not supported"),
+        ({"llama__rope__scale_linear": 0.5}, "llama.rope.scale_linear is 0.5; not supported"),
+        (
+            {"llama__rope__dimension_count": 4},
+            "llama.rope.dimension_count is 4; RoPE on a part of a head of 8 is not supported",
+        ),
         ({"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type is 'yarn'; known are none, linear"),
     ],
 )
@@ -167,6 +172,23 @@ def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], message: str,
     write(tmp_path / "m.gguf", "llama", *model("llama"), **change)
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load(tmp_path / "m.gguf")
+
+
+def test_a_format_that_the_package_does_not_decode(tmp_path: Path) -> None:
+    config, weights = model("llama")
+    write(tmp_path / "m.gguf", "llama", config, weights | {"model.norm.weight": np.ones(32, np.int32)})
+    said = r"m\.gguf: output_norm\.weight is in I32, which the package gguf does not decode$"
+    with pytest.raises(CheckpointError, match=said):
+        load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("key", [b"tokens", b"merges"])
+def test_a_tokenizer_without_one_of_its_lists(key: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, "llama", *model("llama"))
+    path.write_bytes(path.read_bytes().replace(b"tokenizer.ggml." + key, b"tokenizer.gone." + key))
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.ggml\.{key.decode()} is None; a list of texts is needed$"):
+        load(path)
 
 
 def test_a_file_of_another_kind_or_cut_short(tmp_path: Path) -> None:

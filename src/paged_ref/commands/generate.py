@@ -15,8 +15,10 @@ from typing import Any
 from ..core.engine.outputs import RequestOutput, SequenceOutput
 from ..distributed.group import Group, GroupError
 from ..distributed.plan import follow
+from ..distributed.split import Part
 from ..extras.sampling_params import SamplingParams
 from ..extras.token_text import token_text
+from ..interop.checkpoints import load
 from ..interop.hf_tokenizer import HFTokenizer
 from ..llm import LLM
 from ..views.common import options
@@ -83,8 +85,10 @@ def main(args: argparse.Namespace) -> int:
         if not args.chat:
             raise ValueError(f"--system is {args.system!r} without --chat; only a conversation has a system message")
     if args.replicas is not None:
-        for option in ("tensor_parallel", "record"):
-            if getattr(args, option) is not None:
+        if args.replicas > len(args.prompt):
+            raise ValueError(f"--replicas is {args.replicas}; each needs a prompt, and there are {len(args.prompt)}")
+        for option in ("tensor_parallel", "record", "chat", "logprobs"):
+            if (given := getattr(args, option)) is not None and given is not False:
                 raise ValueError(f"--replicas is {args.replicas}; --{option.replace('_', '-')} does not go with it")
         return _generate(args)
     ranks = started_ranks()
@@ -92,6 +96,7 @@ def main(args: argparse.Namespace) -> int:
     if ranks and wanted != ranks:
         raise ValueError(f"--tensor-parallel is {wanted}; mpiexec has started {ranks} ranks")
     if wanted > 1 and not ranks:
+        Part(load(args.model).config, {}, 0, wanted)  # refuses a number that none of the ranks could work with
         return start(wanted, args.command_line, _standard_input().encode() if "-" in args.prompt else b"")
     if wanted > 1 and GUARDED not in os.environ:
         return own_guard(args.command_line)

@@ -66,7 +66,8 @@ class Group(ABC):
         if self.rank:
             self._send(0, parts[0])
         else:
-            parts += [self.take(rank, np.float32).reshape(len(part), -1) for rank in range(1, self.size)]
+            taken = [self.take(rank, np.float32) for rank in range(1, self.size)]
+            parts += [theirs.reshape(len(part), theirs.size // max(1, len(part))) for theirs in taken]
         self.in_step = False
         whole = np.concatenate(parts, axis=1)
         self.bytes["gathered"] += whole.nbytes

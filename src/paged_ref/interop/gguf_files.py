@@ -6,9 +6,11 @@ calls llama (Llama, Mistral, SmolLM and their kind), qwen2 and qwen3.
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ LAYER = {  # Llama's names behind `model.layers.N.`, and GGUF's behind `blk.N.`
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+REFUSED = {"expert_count": 0, "attention.sliding_window": 0, "rope.scale_linear": 1.0}  # and what means their absence
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling, as a divisor for each pair
 CONTROL, USER_DEFINED = 3, 4  # types of tokens that are never split
 DIGITS, WORDS = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -122,9 +125,9 @@ def _config(reader: Any, path: Path) -> HFConfig:
     hf |= {"model_type": family, "vocab_size": shape_of(tensors["token_embd.weight"])[0]}
     hf |= {f"{name}_token_id": _value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     hf["tie_word_embeddings"] = "output.weight" not in tensors
-    for key, absent in ((f"{family}.expert_count", 0), (f"{family}.attention.sliding_window", 0)):
-        if _value(reader, key, absent) != absent:
-            raise ValueError(f"{path}: {key} is {_value(reader, key)}; not supported")
+    for key, absent in REFUSED.items():
+        if _value(reader, f"{family}.{key}", absent) != absent:
+            raise ValueError(f"{path}: {family}.{key} is {_value(reader, f'{family}.{key}')}; not supported")
     kind = _value(reader, f"{family}.rope.scaling.type", "none")
     if kind == "linear":
         hf["rope_scaling"] = {"rope_type": kind, "factor": _value(reader, f"{family}.rope.scaling.factor")}
@@ -134,6 +137,12 @@ def _config(reader: Any, path: Path) -> HFConfig:
         config = config_from_hf(hf)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    turned = _value(reader, f"{family}.rope.dimension_count", config.head_size)
+    if turned != config.head_size:
+        raise ValueError(
+            f"{path}: {family}.rope.dimension_count is {turned}; RoPE on a part of a head of {config.head_size} is not "
+            "supported"
+        )
     if ROPE_FACTORS in tensors:
         factors = tuple(map(float, tensors[ROPE_FACTORS].data))
         if len(factors) != config.head_size // 2:
@@ -142,6 +151,18 @@ def _config(reader: Any, path: Path) -> HFConfig:
             config, rope_scaling=RopeScaling("longrope", 1.0, 1, short_factors=factors, long_factors=factors)
         )
     return config
+
+
+@cache
+def _known_format(tensor_type: Any) -> bool:
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros(GGML_QUANT_SIZES[tensor_type][1], dtype=np.uint8), tensor_type)  # one block
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _find_weights(config: HFConfig, tensors: dict[str, Any], path: Path) -> GGUFWeights:
@@ -161,6 +182,10 @@ def _find_weights(config: HFConfig, tensors: dict[str, Any], path: Path) -> GGUF
             raise ValueError(f"{path} has no tensor {stored}; its sizes want one of shape {list(shape)}")
         if shape_of(tensor) != shape:
             raise ValueError(f"{path}: {stored} has shape {list(shape_of(tensor))}; its sizes want {list(shape)}")
+        if not _known_format(tensor.tensor_type):
+            raise ValueError(
+                f"{path}: {stored} is in {tensor.tensor_type.name}, which the package gguf does not decode"
+            )
         found[name] = tensor
     tensors.pop(ROPE_FACTORS, None)
     if tensors:
@@ -174,6 +199,10 @@ def _tokenizer(reader: Any, path: Path) -> Tokenizer:
     if _value(reader, "tokenizer.ggml.model") != "gpt2" or cut not in CUTS:
         return MissingTokenizer(path.parent)
     texts = _value(reader, "tokenizer.ggml.tokens")
+    for key in ("tokens", "merges"):
+        found = _value(reader, f"tokenizer.ggml.{key}")
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise ValueError(f"{path}: tokenizer.ggml.{key} is {reprlib.repr(found)}; a list of texts is needed")
     try:
         merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
         inner = tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(texts)}, merges))
@@ -185,7 +214,7 @@ def _tokenizer(reader: Any, path: Path) -> Tokenizer:
         if bos is not None and _value(reader, "tokenizer.ggml.add_bos_token", cut == "llama-bpe"):
             inner.post_processor = processors.TemplateProcessing([texts[bos], "$A"], special_tokens=[(texts[bos], bos)])
     except Exception as error:  # whatever of it is missing, and what the library raises: Exception itself
-        raise ValueError(f"{path} has a tokenizer that is not whole: {error}") from None
+        raise ValueError(f"{path} has a tokenizer that is not whole: {str(error).partition(chr(10))[0]}") from None
     inner.pre_tokenizer = pre_tokenizers.Sequence(CUTS[cut])
     inner.decoder = decoders.ByteLevel()
     return HFTokenizer(inner, path)
