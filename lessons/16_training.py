@@ -144,7 +144,10 @@ def spec(layers, budget):
 
 cases = [([0, 0, 1, 2], 2), ([3, 1, 2, 1, 0, 4], 3), ([5, 5, 4, 4], 4)]
 cases += [([0, 0, 0, 1, 1, 1, 2, 2, 2], 4), ([2, 1, 0], 1)]
-hint = "min(held, key=...) gives the first of equals: keep `held` in order."
+hint = (
+    "Keep the pages that are there in a list, in the order of saving.\n"
+    "min(held, key=...) gives the first of equals."
+)
 check(my_moved_out, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

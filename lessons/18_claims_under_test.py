@@ -179,7 +179,10 @@ def spec(lengths, longest, size):
 
 
 cases = [([3, 40, 17], 64, 16), ([64, 64], 64, 16), ([1] * 9, 32, 4)]
-hint = "Round each length up to full blocks."
+hint = (
+    "A sequence holds whole blocks.\n"
+    "Round each length up to full blocks, and add them up."
+)
 check(my_ratio, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
