@@ -84,8 +84,14 @@ with threads(
     llms[0].step()
 rows = [(name, f"{number:,}") for name, number in said.items()]
 table("One token: what is said", ("", "bytes"), rows)
-sent.grade(said["broadcast"], within=0.1)
-summed.grade(said["reduced"], within=0.1)
+sent.grade(
+    said["broadcast"], within=0.1,
+    why="5 counts, 3 for the token, 4 for its sequence, 3 blocks: 15 * 4",
+)  # fmt: skip
+summed.grade(
+    said["reduced"], within=0.1,
+    why="5 layers * 2 sums * 128 numbers * 4 bytes",
+)  # fmt: skip
 
 # The formula of the plan, and the two sums of each layer:
 
@@ -164,4 +170,7 @@ check(my_parts, spec=spec, cases=cases, hint="The same columns of both.")
 
 # ## Next
 #
-# `paged-ref generate --tensor-parallel 2 --record FILE`, then `viz FILE`.
+# See it move: `paged-ref generate --prompt "The cat" --tensor-parallel 2
+# --record run.jsonl`, then `paged-ref viz run.jsonl`.
+#
+# Lesson 21: your own paged cache.

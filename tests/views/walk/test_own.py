@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import re
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,14 @@ def test_a_mistake_is_one_sentence(
     path.write_text(source.replace(*change), encoding="utf-8")
     assert main(["walk", "--mine", str(path), *options]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_page_of_a_readers_kernel_has_one_run(tmp_path: Path) -> None:
+    page = tmp_path / "mine.html"
+    assert main(["walk", "--mine", str(SOLUTION), "--tokens", "1", "--html", str(page)]) == 0
+    assert (
+        "first access to block_tables"
+        in gzip.decompress(
+            base64.b64decode(re.findall(r'id="data">([^<]+)<', page.read_text(encoding="utf-8"))[0])
+        ).decode()
+    )

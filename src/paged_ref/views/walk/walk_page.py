@@ -25,10 +25,11 @@ def write_page(path: Path, walk: Walk, at: int, look: Look, size: Size | None) -
         notes=[*MARKS, *GLOSSARY],
     )  # fmt: skip
     page = Page(words, width, height - 6)
+    names = [name for name in KERNELS if name in walk.runs]  # a reader's own kernel has no naive one beside it
     first = "naive" if look.kernel == "naive" else "paged"
-    page.start = {"run": KERNELS.index(first), "frame": VIEWS.index(look.view), "position": at}
+    page.start = {"run": names.index(first), "frame": VIEWS.index(look.view), "position": at}
     looks = [Look(view=view, keys=False) for view in VIEWS]
-    for name in KERNELS:
+    for name in names:
         run = walk.runs[name]
         tour = [(position, run.info(position).name) for position in run.tour()]
         story = Story(name, VIEWS, [list(marks)] * len(VIEWS), run.starts["line"].tolist(), tour)
