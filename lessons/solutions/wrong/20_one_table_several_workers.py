@@ -16,9 +16,9 @@ def my_parts__every_second_input(x, weight, size):
 
 
 def my_parts__the_whole_product(x, weight, size):
-    return [x @ weight.T for _ in range(size)]
+    return x @ weight.T
 
 
-def my_parts__already_summed(x, weight, size):
-    parts = [part_of(x.shape[1], rank, size) for rank in range(size)]
-    return sum(x[:, part] @ weight[:, part].T for part in parts)
+def my_parts__the_parts_already_summed(x, weight, size):
+    columns = np.split(np.arange(x.shape[1]), size)
+    return sum(x[:, part] @ weight[:, part].T for part in columns)
