@@ -75,6 +75,8 @@ other.grade(
 #
 # **Select.** The same decision as options of a server that pages:
 
+# (`--kv-offloading-size` is GiB of host memory for blocks that leave.)
+
 vllm = servers(found["OPT-13B"])[0]
 table(vllm.name, ("option", "value"), vllm.options)
 
@@ -118,6 +120,7 @@ for number, step in list(enumerate(ran))[:: len(ran) // 8]:
     rows.append((number, *counts, used))
 columns = ("step", "running", "waiting", "gave way", "tokens in memory")
 table("An engine at work", columns, rows)
+show(f"  gave way in all steps: {sum(s.num_preempted for s in ran)}\n")
 
 # An engine with another setting gives the same tokens. What shows the
 # difference?

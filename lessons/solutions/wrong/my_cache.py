@@ -60,19 +60,19 @@ WRONG = {
             "admits without room",
             "if needed > len(self.free_blocks):",
             "if False:",
-            "admit(1, 5 tokens",
+            "admit(1, range(0, 5)",
         ),
         (
             "no spare blocks",
             "needed += self.blocks_for(spare)",
             "pass",
-            "spare=4",
+            "admit(1, range(0, 9), 99, 4)",
         ),
         (
             "spare blocks of an empty cache",
             "if self.tables:",
             "if True:",
-            "admit(0, 16 tokens, spare=8)",
+            "admit(0, range(0, 16), 99, 8)",
         ),
         (
             "a refusal that keeps the blocks",

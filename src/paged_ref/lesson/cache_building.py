@@ -1,6 +1,6 @@
-"""The paged cache that a reader builds: operations on it and on the real manager, and what then lies in the slots.
+"""The paged cache that a reader builds: calls to it and to the real manager, and what then lies in the slots.
 
-Any free block is as good as any other, so block ids are not compared. Compared is what they are for: each operation
+Any free block is as good as any other, so block ids are not compared. Compared is what they are for: each append
 writes a mark for each token into the slot that the cache names, and every sequence must read its own marks back.
 """
 
@@ -11,43 +11,36 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
 from .building import Build, Stage
 from .grading import Pending, Trail
 
+LONGEST = 99  # the `max_len` of every sequence
 
-@dataclass(frozen=True)
-class Operation:
-    """One call. `appends` are pairs of sequence and count, for `append`; `count` is the tokens of an `admit`."""
 
-    kind: Literal["admit", "append", "fork", "free", "clear"]
-    seq_id: int = 0
-    count: int = 0
-    other: int = 0  # the child of a fork; the spare slots of an admit
-    appends: tuple[tuple[int, int], ...] = ()
+class Call(NamedTuple):
+    """One call of a method."""
+
+    method: str
+    args: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
-        match self.kind:
-            case "admit":
-                return f"admit({self.seq_id}, {self.count} tokens, spare={self.other})"
-            case "append":
-                return f"append({[*self.appends]})"
-            case "fork":
-                return f"fork({self.seq_id}, {self.other})"
-            case _:
-                return f"{self.kind}({self.seq_id if self.kind == 'free' else ''})"
+        return f"{self.method}({', '.join(map(repr, self.args))})"
+
+    def on(self, manager: Any) -> Any:
+        return getattr(manager, self.method)(*self.args)
 
 
 @dataclass(frozen=True)
-class Operations:
+class Calls:
     """A small cache, and what is done to it."""
 
     num_blocks: int
     block_size: int
-    calls: tuple[Operation, ...] = field(repr=False)
+    calls: tuple[Call, ...] = field(repr=False)
 
     def __repr__(self) -> str:
         return f"{self.num_blocks}, {self.block_size}"
@@ -66,35 +59,32 @@ class _Memory:
         self.marks: dict[int, list[tuple[int, int]]] = {}  # of each sequence: (number of the mark, position)
         self.num_marks = 0
 
-    def do(self, call: Operation) -> str:
+    def do(self, call: Call) -> str:
         """Make the call, write what an engine would write, and say what came of it."""
-        manager, copied = self.manager, 0
         try:
-            match call.kind:
-                case "admit":
-                    found = manager.admit(call.seq_id, range(call.count), 99, call.other)
-                    if type(found) is not int:
-                        return f"admit returns {found!r}; an int is expected, the tokens that need not be computed"
-                    self.marks[call.seq_id] = []
-                case "append":
-                    copied = self._append(call.appends)
-                case "fork":
-                    manager.fork(call.seq_id, call.other)
-                    self.marks[call.other] = self.marks[call.seq_id].copy()
-                case "free":
-                    manager.free(call.seq_id)
-                    del self.marks[call.seq_id]
-                case "clear":
-                    manager.clear()
-                    self.marks.clear()
+            found = call.on(self.manager)
         except OutOfBlocks:
             return f"refused (OutOfBlocks); {self._state()}"
-        return f"copied: {copied}; {self._state()}" if call.kind == "append" else self._state()
+        match call:
+            case Call("admit", (seq_id, *_)):
+                if type(found) is not int:
+                    return f"admit returns {found!r}; an int is expected, the tokens that need not be computed"
+                self.marks[seq_id] = []
+            case Call("append", (appends,)):
+                if not isinstance(found, list):
+                    return f"append returns {found!r}; a list of Transfer is expected"
+                self._write(found, appends)
+                return f"copied: {len(found)}; {self._state()}"
+            case Call("fork", (parent, child)):
+                self.marks[child] = self.marks[parent].copy()
+            case Call("free", (seq_id,)):
+                del self.marks[seq_id]
+            case _:
+                self.marks.clear()
+        return self._state()
 
-    def _append(self, appends: tuple[tuple[int, int], ...]) -> int:
-        transfers, size = self.manager.append(list(appends)), self.manager.block_size
-        if not isinstance(transfers, list):
-            raise TypeError(f"append returns {transfers!r}; a list of Transfer is expected")
+    def _write(self, transfers: list[Any], appends: list[tuple[int, int]]) -> None:
+        size = self.manager.block_size
         for transfer in transfers:
             source, destination = transfer.source * size, transfer.destination * size
             self.slots[destination : destination + size] = self.slots[source : source + size]
@@ -104,28 +94,25 @@ class _Memory:
                 marks.append((self.num_marks, len(marks)))
                 self.slots[slot] = marks[-1]
                 self.num_marks += 1
-        return len(transfers)
 
     def _state(self) -> str:
         """Lengths, blocks and what is read; the first token that is lost, if one is."""
         manager, words, size = self.manager, [], self.manager.block_size
         for seq_id, marks in self.marks.items():
-            slots = self._slots(seq_id, 0, len(marks))
-            for position, (slot, mark) in enumerate(zip(slots, marks, strict=True)):
+            table = manager.placement(seq_id)
+            for position, (slot, mark) in enumerate(zip(self._slots(seq_id, 0, len(marks)), marks, strict=True)):
                 if self.slots[slot] != mark:
                     return f"position {position} of sequence {seq_id} (slot {slot}) is lost: {self._holder(slot)}"
-                block = manager.placement(seq_id)[position // size]
-                if slot != block * size + position % size:
-                    return f"position {position} of sequence {seq_id} is in slot {slot}, and its table says {block}"
-            blocks = len(manager.placement(seq_id))
-            words.append(f"{seq_id}: {manager.length(seq_id)} tokens in {blocks} blocks")
+                if slot != table[position // size] * size + position % size:
+                    return f"position {position} of sequence {seq_id} is in slot {slot}, and its table is {table}"
+            words.append(f"{seq_id}: {manager.length(seq_id)} tokens in {len(table)} blocks")
         free = manager.snapshot().free // size
         return f"{free} blocks free; sequences {'; '.join(words) or 'none'}"
 
     def _slots(self, seq_id: int, first: int, count: int) -> list[int]:
         """What the cache says, if it is a list of slots. Raises _NoSlotsError."""
-        call = f"slots({seq_id}, {first}, {count})"
         slots: list[int] = self.manager.slots(seq_id, first, count) if count else []
+        call = f"slots({seq_id}, {first}, {count})"
         if not isinstance(slots, list) or len(slots) != count or any(type(slot) is not int for slot in slots):
             raise _NoSlotsError(f"{call} is {slots}; {count} ints are expected, in a list")
         if outside := [slot for slot in slots if not 0 <= slot < len(self.slots)]:
@@ -140,10 +127,10 @@ class _Memory:
         return "nothing was written there" if mark is None else "the slot has a token of a sequence that ended"
 
 
-def _trial(cache: Callable[[int, int], Any]) -> Callable[[Operations], Trail]:
+def _trial(cache: Callable[[int, int], Any]) -> Callable[[Calls], Trail]:
     """How a cache, made by `cache(num_blocks, block_size)`, is tried: what each call does, to the first error."""
 
-    def run(case: Operations) -> Trail:
+    def run(case: Calls) -> Trail:
         memory, trail = _Memory(cache(case.num_blocks, case.block_size)), Trail()
         for number, call in enumerate(case.calls, start=1):
             step = f"operation {number}, {call!r}"
@@ -171,73 +158,55 @@ def real_cache(num_blocks: int, block_size: int) -> PagedManager:
 # ---- the cases
 
 
-def _case(num_blocks: int, *calls: Operation) -> tuple[Operations]:
-    return (Operations(num_blocks, 4, calls),)
+def _case(num_blocks: int, *calls: Call) -> tuple[Calls]:
+    return (Calls(num_blocks, 4, calls),)
 
 
-def _admit(seq_id: int, count: int, spare: int = 0) -> Operation:
-    return Operation("admit", seq_id, count, spare)
+def _admit(seq_id: int, count: int, spare: int = 0) -> Call:
+    return Call("admit", (seq_id, range(count), LONGEST, spare))
 
 
-def _append(*appends: tuple[int, int]) -> Operation:
-    return Operation("append", appends=appends)
+def _append(*appends: tuple[int, int]) -> Call:
+    return Call("append", ([*appends],))
 
 
-def _fork(parent: int, child: int) -> Operation:
-    return Operation("fork", parent, other=child)
-
-
-def _begin(seq_id: int, count: int) -> tuple[Operation, Operation]:
+def _begin(seq_id: int, count: int) -> tuple[Call, Call]:
     return _admit(seq_id, count), _append((seq_id, count))
 
 
-def _free(seq_id: int) -> Operation:
-    return Operation("free", seq_id)
+def _fork(parent: int, child: int) -> Call:
+    return Call("fork", (parent, child))
 
 
-def random_case(seed: int, num_blocks: int, block_size: int, num_calls: int) -> tuple[Operations]:
+def _free(seq_id: int) -> Call:
+    return Call("free", (seq_id,))
+
+
+def random_case(seed: int, num_blocks: int, block_size: int, num_calls: int) -> tuple[Calls]:
     """Calls as an engine makes them, among them some that the real manager refuses."""
     rng, manager = random.Random(seed), real_cache(num_blocks, block_size)
-    calls: list[Operation] = []
-    next_id = 0
+    calls: list[Call] = []
     while len(calls) < num_calls:
-        held = list(manager.tables)
-        kind = rng.choices(("begin", "append", "fork", "free", "clear"), (4, 12, 2, 3, 0.1))[0]
-        batch: tuple[Operation, ...]
-        if kind == "begin" or not held:
-            batch = (_admit(next_id, rng.randint(1, 3 * block_size), rng.choice((0, 0, block_size))),)
+        held, new = list(manager.tables), len(calls)  # the number of the call names a new sequence
+        kind = rng.choices(("admit", "append", "fork", "free", "clear"), (4, 12, 2, 3, 0.1))[0] if held else "admit"
+        if kind == "admit":
+            call = _admit(new, rng.randint(1, 3 * block_size), rng.choice((0, 0, block_size)))
         elif kind == "append":
             ids = rng.sample(held, min(len(held), rng.randint(1, 4)))
-            batch = (_append(*((i, rng.choice((1, 1, 1, block_size + 1))) for i in ids)),)
-        elif kind == "fork":
-            batch = (_fork(rng.choice(held), next_id),)
+            call = _append(*((seq_id, rng.choice((1, 1, 1, block_size + 1))) for seq_id in ids))
+        elif kind == "clear":
+            call = Call("clear")
         else:
-            batch = (Operation("clear") if kind == "clear" else _free(rng.choice(held)),)
-        next_id += 1
-        for call in batch:
-            calls.append(call)
-            try:
-                _make(manager, call)
-            except OutOfBlocks:
-                continue
-            if call.kind == "admit":  # an engine computes it in the same step
-                calls.append(_append((call.seq_id, call.count)))
-                _make(manager, calls[-1])
-    return (Operations(num_blocks, block_size, tuple(calls)),)
-
-
-def _make(manager: PagedManager, call: Operation) -> None:
-    match call.kind:
-        case "admit":
-            manager.admit(call.seq_id, range(call.count), 99, call.other)
-        case "append":
-            manager.append(call.appends)
-        case "fork":
-            manager.fork(call.seq_id, call.other)
-        case "free":
-            manager.free(call.seq_id)
-        case "clear":
-            manager.clear()
+            call = _fork(rng.choice(held), new) if kind == "fork" else _free(rng.choice(held))
+        calls.append(call)
+        try:
+            call.on(manager)
+        except OutOfBlocks:
+            continue
+        if kind == "admit":  # an engine computes it in the same step
+            calls.append(_append((new, len(call.args[1]))))
+            calls[-1].on(manager)
+    return (Calls(num_blocks, block_size, tuple(calls)),)
 
 
 BUILDS = {
@@ -252,7 +221,7 @@ BUILDS = {
             Stage(
                 "blocks that come back (lesson 6)",
                 [_case(5, *_begin(0, 9), *_begin(1, 5), _free(0), *_begin(2, 12), _free(1), _free(2), *_begin(3, 20)),
-                 _case(5, *_begin(0, 9), Operation("clear"), *_begin(1, 17))],
+                 _case(5, *_begin(0, 9), Call("clear"), *_begin(1, 17))],
                 "free: each block of the table has one table less; at zero it is free again",
             ),
             Stage(

@@ -73,11 +73,14 @@ def predict(question: str, unit: str = "") -> Guess:
     session.say(f"Predict: {question}", "bold")
     while True:
         hint = f"Enter keeps {number_text(earlier)}" if earlier is not None else "Enter: no answer"
-        typed = session.ask(f"  a number{f' of {unit}' if unit else ''} ({hint}): ")
+        of = ", in percent" if unit == "percent" else f" of {unit}" if unit else ""
+        typed = session.ask(f"  a number{of} ({hint}): ")
         if not typed:
             return Guess(question, unit, earlier)
         try:
             value = parse_number(typed.rstrip("% ") if unit == "percent" else typed)
+            if unit == "percent" and not 0 <= value <= 100:
+                raise ValueError(f"{number_text(value)} percent; a share is 0 to 100 percent")
         except ValueError as error:
             session.say(f"{error}", "yellow")
         else:
@@ -187,10 +190,10 @@ def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
 
 def _place_of(error: BaseException, file: str) -> str:
     """The error, and the line of the reader's file that raised it. A KernelError names its line itself."""
-    if isinstance(error, SyntaxError) or type(error).__name__ == "KernelError":
+    if isinstance(error, SyntaxError):
         return "".join(traceback.format_exception_only(error)).rstrip()
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{type(error).__name__} at line {lines[-1] if lines else '?'}: {error}"
+    return f"{type(error).__name__}{f' at line {lines[-1]}' if lines else ''}: {error}"
 
 
 def plug_in(where: tuple[Any, str], function: Any) -> AbstractContextManager[Any]:

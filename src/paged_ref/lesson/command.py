@@ -67,7 +67,7 @@ def _grade(args: argparse.Namespace) -> int:
     for name in ("number", "part", "solutions", "watch"):
         if getattr(args, name):
             raise ValueError(f"--grade is {args.grade}, and {name} is given; the two do not go together")
-    grades = grade_file(args.grade, _directory(args.lessons))
+    grades = grade_file(args.grade, lambda: _directory(args.lessons))
     if args.json:
         print(json.dumps([dataclasses.asdict(grade) for grade in grades], indent=2))
     for each in grades if not args.json else ():

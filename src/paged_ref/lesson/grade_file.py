@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ class Grade:
     said: list[str] = field(default_factory=list)  # what is wrong, or the size of the hole
 
 
-def grade_file(path: Path, lessons: Path) -> list[Grade]:
+def grade_file(path: Path, find_lessons: Callable[[], Path]) -> list[Grade]:
     """The grades of a lesson's file, or of one with something to build, wherever it lies. Nothing is asked or kept.
 
     Raises ValueError for a file that cannot be read, and for one that has no exercise.
@@ -51,7 +52,7 @@ def grade_file(path: Path, lessons: Path) -> list[Grade]:
         with redirect_stdout(io.StringIO()):
             return [_grade(name, *_of_build(name, path)) for name in built]
     if (ast.get_docstring(tree) or "").startswith("Lesson "):
-        return _grades_of_lesson(path, lessons)
+        return _grades_of_lesson(path, find_lessons())
     names = ", ".join(name for _, names in FILES.values() for name in names)
     raise ValueError(f"--grade is {path}; it is no lesson, and defines none of {names}")
 

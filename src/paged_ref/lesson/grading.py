@@ -198,8 +198,10 @@ def _outcome_text(outcome: _Outcome) -> str:
 def _text(value: Any) -> str:
     """A value as Python writes it, shortened."""
     if isinstance(value, np.ndarray):
-        text = np.array2string(value, precision=4, threshold=24, edgeitems=3, separator=", ")
-        return text if value.size <= 24 else f"{text} of shape {value.shape}"
+        if value.size <= 24:
+            return np.array2string(value, precision=4, separator=", ")
+        first = ", ".join(map(_text, value.ravel()[:4]))
+        return f"[{first}, ...] of shape {value.shape}"
     if isinstance(value, np.generic):
         value = value.item()
     text = f"{value:.6g}" if isinstance(value, float) else repr(value)

@@ -29,7 +29,7 @@ class RequestTrace:
 
     def __repr__(self) -> str:
         limits = f"{self.budget} tokens and {self.most} sequences in a step, {self.num_blocks} blocks"
-        return f"{len(self.requests)} requests, {limits}"
+        return f"{len(self.requests)} request{'s' if len(self.requests) > 1 else ''}, {limits}"
 
     def manager(self) -> PagedManager:
         return PagedManager(BlockPool(self.num_blocks), 4)
