@@ -120,3 +120,13 @@ def test_of_an_answer_in_steps_the_first_that_differs_is_named() -> None:
     assert (verdict.yours, verdict.spec, verdict.difference) == ("[1, 3]", "[1, 2]", "at [1]: 3 instead of 2")
     del found["second"]
     assert grade(lambda: found, lambda: wanted, [()]).yours == "does not come to this"
+
+
+def test_the_worked_case_of_a_hint() -> None:
+    def release(free: list[int], block: int) -> None:
+        free.append(block)
+
+    assert grading.worked_case("my_double", double, CASES) == "my_double([]) gives []"
+    assert grading.worked_case("my_release", release, [([1], 2)]) == "my_release([1], 2) leaves [1, 2]"
+    assert grading.worked_case("my_f", lambda x: {}[x], [(0,)]) == "my_f(0) raises KeyError: 0"
+    assert grading.worked_case("MyCache", double, ()) == ""
