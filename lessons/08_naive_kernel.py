@@ -112,8 +112,11 @@ break_it(
 
 build("my_scores")
 
-# The second step is the online softmax: your threads need what other
-# threads have computed, so barriers are yours to place. One short way needs
+# The second step is the **online softmax**. A weight is exp(score - largest
+# score), so that no exp overflows, and the sums are relative to the largest
+# score so far. Where a tile has a larger one, what was summed before
+# shrinks by exp(largest before - largest now). Your threads need what other
+# threads have computed, so barriers are yours to place: one short way needs
 # two for each tile. (The real kernel has more: its threads share the work
 # of the largest score and of the sum, where yours do all of it.)
 

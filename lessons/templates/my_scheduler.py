@@ -31,10 +31,10 @@ def my_schedule(running, waiting, manager, budget, most):
     The first two raise OutOfBlocks, and change nothing, without room.
 
     1. Each running sequence, the earliest first, gets as many tokens as it
-       is behind, and no more than the budget has left. While there is no
-       room, the last of `running` gives way: free its blocks, set its
-       num_computed to 0, and put it in front of `waiting`. A sequence may
-       have to give way itself.
+       is behind, and no more than the budget has left (with nothing left,
+       it is not in the plan). While there is no room, the last of `running`
+       gives way: free its blocks, set its num_computed to 0, and put it in
+       front of `waiting`. A sequence may have to give way itself.
     2. Then the first of `waiting` begins, and the next, while the budget
        lasts, fewer than `most` run and the manager admits it. The first
        that is refused ends the step: none overtakes it.

@@ -33,6 +33,20 @@ def test_it_starts_open_and_the_solution_is_right(file: str, name: str) -> None:
     assert verdict_of(LESSONS / "solutions" / file, name).state == "right"
 
 
+def test_any_free_block_is_as_good_as_another(tmp_path: Path) -> None:
+    """A cache that hands out other blocks than the package's is right, too."""
+    source = (LESSONS / "solutions" / "my_cache.py").read_text(encoding="utf-8")
+    for text, instead in (
+        ("self.free_blocks.append(block)", "self.free_blocks.insert(0, block)"),
+        ("for block in reversed(self.tables.pop(seq_id))", "for block in self.tables.pop(seq_id)"),
+        ("list(range(self.num_blocks))[::-1]", "list(range(self.num_blocks))"),
+    ):
+        assert source.count(text) == 1
+        path = tmp_path / "my_cache.py"
+        path.write_text(source.replace(text, instead), encoding="utf-8")
+        assert verdict_of(path, "MyCache").state == "right", instead
+
+
 def test_the_cache_serves_the_engine_as_a_user_writes_it() -> None:
     """Also with samples that fork, too few blocks for all, and every read watched."""
     cache = load(LESSONS / "solutions" / "my_cache.py")["MyCache"]

@@ -139,7 +139,7 @@ WRONG = {
             "the table is read again for the values",
             "values[slots[key], kv_head, thread]",
             "values[block_tables[seq, (tile + key) // block_size] * block_size + (tile + key) % block_size, kv_head, thread]",
-            "elements of block_tables read",
+            "entries of block_tables read",
         ),
     ],
 }

@@ -107,9 +107,13 @@ def _slots_read(record: trace.Trace, name: str) -> list[int]:
     return reads
 
 
-def _trail(out: Array, record: trace.Trace, caches: tuple[str, ...], written: list[int]) -> Trail:
-    reads = {f"elements of {name} read, slot by slot": _slots_read(record, name) for name in caches}
-    return Trail({"the answer": out, "how often each element of the answer is written": written, **reads})
+def _trail(case: Any, out: Array, record: trace.Trace, caches: tuple[str, ...], written: list[int]) -> Trail:
+    trail = Trail({"the answer": out, "how often each element of the answer is written": written})
+    trail |= {f"elements of {name} read, slot by slot": _slots_read(record, name) for name in caches}
+    if isinstance(case, Paged):
+        reads, most = sum(_slots_read(record, "block_tables")), 2 * sum(case.seq_lens)  # fewer are welcome
+        trail["entries of block_tables read"] = f"at most {most}" if reads <= most else f"{reads}"
+    return trail
 
 
 def _trial(*caches: str) -> Callable[[Any], Callable[[Any], Trail]]:
@@ -118,7 +122,7 @@ def _trial(*caches: str) -> Callable[[Any], Callable[[Any], Trail]]:
     def of(kernel: Any) -> Callable[[Any], Trail]:
         def run(case: Any) -> Trail:
             out, record = _run(kernel, case)
-            return _trail(out, record, caches, record.counts(record.arrays[0].name, write=True).ravel().tolist())
+            return _trail(case, out, record, caches, record.counts(record.arrays[0].name, write=True).ravel().tolist())
 
         return run
 
@@ -128,13 +132,12 @@ def _trial(*caches: str) -> Callable[[Any], Callable[[Any], Trail]]:
 def _scores(case: OneHead) -> Trail:
     query, keys, _ = case.arrays()
     scores = keys[case.start : case.start + case.num_keys] @ query
-    return _trail(scores, _run_real(case)[1], ("keys",), [1] * len(scores))
+    return _trail(case, scores, _run_real(case)[1], ("keys",), [1] * len(scores))
 
 
 def _attention(case: Any) -> Trail:
     out, record = _run_real(case)
-    caches = ("keys", "values", "block_tables") if isinstance(case, Paged) else ("keys", "values")
-    return _trail(out, record, caches, [1] * out.size)
+    return _trail(case, out, record, ("keys", "values"), [1] * out.size)
 
 
 # ---- pictures
@@ -217,7 +220,7 @@ BUILDS = {
                 "slot = block_tables[seq, key // block_size] * block_size + key % block_size",
                 "each sequence has a length of its own: seq_lens[seq]",
             ),
-            _attention, _trial("keys", "values", "block_tables"), paged.attention_kernel,
+            _attention, _trial("keys", "values"), paged.attention_kernel,
             _draw(Paged((6, 3)), "keys", "values"),
         ),
     )

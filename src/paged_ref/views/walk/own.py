@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...tracer import trace
-from .run import LETTERS, KernelRun, Sizes, Walk, paged_call
+from .run import LETTERS, KernelRun, Sizes, Walk, walk
 from .source import SourceLines, fold, lines_of_kernel
 
 NAME = "my_paged_attention"
@@ -52,16 +52,23 @@ def own_walk(path: Path, sizes: Sizes) -> Walk:
         bound = f"with --mine as many as --head-size {sizes.head_size} are needed"
         raise ValueError(f"--threads is {sizes.num_threads}; {bound}")
     kernel = _kernel_in(path)
-    call = paged_call(sizes)
-    out = np.full_like(call.query, np.nan)
-    keys, values = call.caches.reshape(2, -1, *call.shape[2:])
-    args = (out, call.query, keys, values, call.block_tables, sizes.block_size, np.array(sizes.tokens, dtype=np.int32))
+    real = walk(sizes).runs["paged"]
+    rng, num_seqs = np.random.default_rng(sizes.seed), len(sizes.tokens)
+    keys, values = np.full((2, real.num_slots, *real.shape[2:]), np.nan, dtype=sizes.dtype)
+    held = [slot for slot, (_, position) in real.owner.items() if position is not None]
+    keys[held], values[held] = rng.standard_normal((2, len(held), *real.shape[2:]))
+    block_tables = np.full((num_seqs, max(map(len, real.tables))), -1, dtype=np.int32)
+    for seq, table in enumerate(real.tables):
+        block_tables[seq, : len(table)] = table
+    query = rng.standard_normal((num_seqs, sizes.num_heads, sizes.head_size)).astype(sizes.dtype)
+    lengths, scale = np.array(sizes.tokens, dtype=np.int32), np.float32(sizes.head_size**-0.5)
+    args = (np.empty_like(query), query, keys, values, block_tables, sizes.block_size, lengths, scale)
     try:
-        made = trace.run(kernel, out.shape[:2], sizes.num_threads, *args, np.float32(sizes.head_size**-0.5))
+        made = trace.run(kernel, query.shape[:2], sizes.num_threads, *args)
     except trace.KernelError as error:
         raise ValueError(f"--mine is {path}; line {error.line}, thread {error.thread.x}: {error.what}") from None
     code = SourceLines(path.name, tuple(fold(inspect.getsourcelines(made.function))), {})
-    run = OwnRun("paged", sizes, made, code, call.owner, call.tables, call.shape, lines_of_kernel(made))
+    run = OwnRun("paged", sizes, made, code, real.owner, real.tables, real.shape, lines_of_kernel(made))
     return Walk(sizes, {"paged": run})
 
 

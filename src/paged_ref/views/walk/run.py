@@ -272,61 +272,42 @@ class Walk:
         return len(self.runs["paged"])
 
 
-@dataclass(frozen=True, slots=True)
-class PagedCall:
-    """Sequences of random K and V in blocks, and a query for each."""
-
-    shape: tuple[int, int, int, int]  # of the cache, by blocks
-    tables: tuple[tuple[int, ...], ...]
-    query: Array  # [num_seqs, num_heads, head_size]
-    kv: list[Array]  # of each sequence: [2, num_tokens, num_kv_heads, head_size]
-    caches: Array  # [2, *shape]: K and V
-    block_tables: IntArray  # [num_seqs, max_blocks]
-    owner: dict[int, tuple[int, int | None]]
-
-
-def paged_call(sizes: Sizes) -> PagedCall:
-    """The call that the paged kernel gets."""
-    rng = np.random.default_rng(sizes.seed)
-    block_size = sizes.block_size
-    needed = [-(-count // block_size) for count in sizes.tokens]  # blocks of each sequence
-    shape = (len(needed) * max(needed), block_size, sizes.num_kv_heads, sizes.head_size)
-    free = iter(rng.permutation(shape[0]).tolist())
-    tables = tuple(tuple(next(free) for _ in range(count)) for count in needed)
-    kv = [rng.standard_normal((2, count, *shape[2:])).astype(sizes.dtype) for count in sizes.tokens]
-    query = rng.standard_normal((len(needed), sizes.num_heads, sizes.head_size)).astype(sizes.dtype)
-    slots: list[Sequence[int]] = [
-        [block * block_size + i for block in table for i in range(block_size)] for table in tables
-    ]
-    block_tables = np.full((len(needed), max(needed)), -1, dtype=np.int32)  # -1: padding, never followed
-    for seq, table in enumerate(tables):
-        block_tables[seq, : len(table)] = table
-    return PagedCall(shape, tables, query, kv, _filled(shape, slots, kv), block_tables, _owner(slots, sizes.tokens))
-
-
 def walk(sizes: Sizes | None = None) -> Walk:
     """Run both kernels on the same sequences. Raises ValueError where the sizes are out of bounds."""
     sizes = sizes or Sizes()
     sizes.check()
-    paged = paged_call(sizes)
-    # Standard memory reserves the same for every sequence: here the longest.
-    region, num_seqs = paged.shape[0] // len(sizes.tokens) * sizes.block_size, len(sizes.tokens)
-    starts = tuple((seq * region,) for seq in range(num_seqs))
-    naive: list[Sequence[int]] = [range(first, first + region) for (first,) in starts]
-    naive_kv = _filled(paged.shape, naive, paged.kv)
+    rng = np.random.default_rng(sizes.seed)
+    block_size = sizes.block_size
+    needed = [-(-count // block_size) for count in sizes.tokens]  # blocks of each sequence
+    region = max(needed)  # standard memory reserves the same for every sequence: here the longest
+    shape = (len(needed) * region, block_size, sizes.num_kv_heads, sizes.head_size)
 
+    free = iter(rng.permutation(shape[0]).tolist())
+    tables = tuple(tuple(next(free) for _ in range(count)) for count in needed)
+    starts = tuple((seq * region * block_size,) for seq in range(len(needed)))
+    kv = [rng.standard_normal((2, count, *shape[2:])).astype(sizes.dtype) for count in sizes.tokens]
+    query = rng.standard_normal((len(needed), sizes.num_heads, sizes.head_size)).astype(sizes.dtype)
+    naive: list[Sequence[int]] = [range(first, first + region * block_size) for (first,) in starts]
+    paged: list[Sequence[int]] = [
+        [block * block_size + i for block in table for i in range(block_size)] for table in tables
+    ]
+    naive_kv, paged_kv = _filled(shape, naive, kv), _filled(shape, paged, kv)
+
+    block_tables = np.full((len(needed), region), -1, dtype=np.int32)  # -1: padding, never followed
+    for seq, table in enumerate(tables):
+        block_tables[seq, : len(table)] = table
     seq_lens = np.array(sizes.tokens, dtype=np.int32)
     first_slots = np.array(starts, dtype=np.int32)[:, 0]
     with trace.recording(sizes.num_threads) as traces:
-        keys, values = naive_kv.reshape(2, -1, *paged.shape[2:])  # [num_slots, num_kv_heads, head_size]
-        naive_attention(paged.query, keys, values, first_slots, seq_lens, backend="trace")
-        paged_attention(paged.query, paged.caches[0], paged.caches[1], paged.block_tables, seq_lens, backend="trace")
+        keys, values = naive_kv.reshape(2, -1, *shape[2:])  # [num_slots, num_kv_heads, head_size]
+        naive_attention(query, keys, values, first_slots, seq_lens, backend="trace")
+        paged_attention(query, paged_kv[0], paged_kv[1], block_tables, seq_lens, backend="trace")
     sources = [inspect.getsourcelines(each.function) for each in traces]
-    owners, places = (_owner(naive, sizes.tokens), paged.owner), (starts, paged.tables)
     runs = {}
-    for i, name in enumerate(KERNELS):
-        code, lines = compared(name, sources[i], sources[1 - i]), lines_of_kernel(traces[i])
-        runs[name] = KernelRun(name, sizes, traces[i], code, owners[i], places[i], paged.shape, lines)
+    for i, (name, slots, table) in enumerate(zip(KERNELS, (naive, paged), (starts, tables), strict=True)):
+        code = compared(name, sources[i], sources[1 - i])
+        owner = _owner(slots, sizes.tokens)
+        runs[name] = KernelRun(name, sizes, traces[i], code, owner, table, shape, lines_of_kernel(traces[i]))
     return Walk(sizes, runs)
 
 
