@@ -139,7 +139,10 @@ def one_head(q, keys, values):
 
 draw = np.random.default_rng(0).standard_normal
 cases = [(draw(8), draw((n, 8)), draw((n, 8))) for n in (1, 2, 9)]
-hint = "scores = keys @ q / ..., weights = np.exp(scores), weights @ ..."
+hint = (
+    "Scores are one number for each key; each line needs the one before.\n"
+    "keys @ q gives all scores; weights @ values adds up the values."
+)
 check(my_attention, spec=one_head, cases=cases, hint=hint)
 
 # ## In production systems

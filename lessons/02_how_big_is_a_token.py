@@ -135,7 +135,10 @@ def spec(config, itemsize):
 
 
 cases = [(Config(*s), size) for s in SHAPES.values() for size in (2, 4)]
-hint = "A key and a value, in each layer, for each head of K and V."
+hint = (
+    "Count the numbers that one token adds, then their bytes.\n"
+    "A key and a value, in each layer, for each head of K and V."
+)
 mine = check(my_kv_bytes_per_token, spec=spec, cases=cases, hint=hint)
 
 where = (engine, "kv_bytes_per_token")

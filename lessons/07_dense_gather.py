@@ -143,7 +143,9 @@ tables = xp.asarray([[5, 0, 3], [2, 4, -1]])
 cases = [(cache, tables[:1], [12]), (cache, tables, [9, 8])]
 cases += [(cache, tables, [11, 5])]
 hint = (
-    "For each sequence: its blocks, as one row of slots, cut to its length."
+    "Begin with zeros, and fill in one sequence after another.\n"
+    "cache[block_tables[seq]] has its blocks: make it one row of slots, "
+    "and cut the row to the length."
 )
 mine = check(my_gather, spec=spec, cases=cases, hint=hint)
 

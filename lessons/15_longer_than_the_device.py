@@ -141,7 +141,10 @@ def spec(query, keys):
 
 draw = rng.standard_normal
 cases = [(draw(8, "f"), draw((4, 8), "f")) for _ in range(4)]
-hint = "np.maximum of query * largest and query * smallest; then the sum."
+hint = (
+    "In each dimension, what is the most that query * key can be?\n"
+    "np.maximum of query * largest and query * smallest; then the sum."
+)
 check(my_bound, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

@@ -137,6 +137,7 @@ def spec(layers, count):
 
 cases = [([0, 0, 1, 2], 3), ([3, 1, 2, 1, 0], 4), ([5, 5, 4, 4], 1)]
 hint = (
+    "The backward pass needs the last layer first.\n"
     "Sort the page numbers by their layer; sorted() keeps equals in order."
 )
 check(my_leaving, spec=spec, cases=cases, hint=hint)

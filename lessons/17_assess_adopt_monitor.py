@@ -156,7 +156,10 @@ def spec(memory, weights, kv, length, size):
 
 
 cases = [(1000, 200, 10, 7, 4), (1000, 200, 10, 8, 4), (999, 0, 7, 30, 16)]
-hint = "Whole blocks first: how many there are, how many a sequence takes."
+hint = (
+    "A block belongs to one sequence, so its rest is of no use.\n"
+    "Whole blocks first: how many there are, how many a sequence takes."
+)
 check(my_fit, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

@@ -169,7 +169,11 @@ def spec(lengths, size):
 
 
 cases = [([3, 40, 17], 16), ([16, 32], 16), ([1] * 9, 4)]
-check(my_share, spec=spec, cases=cases, hint="Round up to full blocks.")
+hint = (
+    "A sequence holds whole blocks.\n"
+    "Round each length up to full blocks, and add them up."
+)
+check(my_share, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #

@@ -180,7 +180,7 @@ seen = WORDS[:10]
 cases = [(seen, [*seen, 0, 0], size) for size in (1, 4, 16)]
 cases += [(seen[:8], seen[:8], 4), (seen, [*seen[:5], 0, *seen[6:]], 2)]
 cases += [(seen, [0, *seen[1:]], 1), (seen[:6], seen, 3)]
-hint = "Count equal tokens at the beginning, then cut to full blocks."
+hint = "How many first tokens are equal?\nCut that to full blocks."
 check(my_found, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

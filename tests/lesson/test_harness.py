@@ -29,7 +29,9 @@ break_it("one more", bug=one_more)                     # dim
 def my_slot(position):
     return todo("1 line")
 cases = [(3,), (4,)]                                   # dim
-check(my_slot, spec=slot_of, cases=cases, hint="")     # dim
+def spec(position):                                    # dim
+    return slot_of([1], position, 4)                   # dim
+check(my_slot, spec=spec, cases=cases, hint="")        # dim
 '''
 
 

@@ -16,12 +16,14 @@ def harness_lines(tree: ast.Module) -> set[int]:
     by these alone and does not run the package.
     """
     subject, statements = _subject(tree), tree.body[1:]
+    keywords = [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "spec"]
+    specs = {_root(keyword.value) for keyword in keywords}  # functions that an answer is compared with
     printers = set(_PRINTS)
     for statement in statements:  # a function of the lesson that draws something with these
         if isinstance(statement, ast.FunctionDef) and _calls(statement) & printers and not _calls(statement) & subject:
             printers.add(statement.name)
     found = {s for s in statements if _is_printed(s, printers) or _prepares(s, subject)}
-    found |= {s for s in statements if isinstance(s, ast.FunctionDef) and s.name in printers}
+    found |= {s for s in statements if isinstance(s, ast.FunctionDef) and s.name in printers | specs}
     while leave := {s for s in found if _bound(s) & _read(set(statements) - found) and not _is_printed(s, printers)}:
         found -= leave
     return {line for s in found for line in range(s.lineno, (s.end_lineno or s.lineno) + 1)}

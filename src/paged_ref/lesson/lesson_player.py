@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 import sys
 import time
 import traceback
@@ -118,8 +119,7 @@ class LessonPlayer:
             if passage.kind == "prose":
                 self._show(Text(), Markdown(passage.text))
                 continue
-            code = passage.text.replace("  # fmt: skip", "")  # a word for the formatter, not for the reader
-            self._show(Text(), python_code(code, passage.harness), Text())
+            self._show(Text(), python_code(code_to_read(passage.text), passage.harness), Text())
             if not self._run_held([passage]):
                 return False
         return True
@@ -335,6 +335,13 @@ def run_quietly(path: Path, session: LessonSession) -> bool:
         return False
     with running(session):
         return player.run_code()
+
+
+def code_to_read(code: str) -> str:
+    """The code without what is not for the reader: a word for the formatter, and the hints, which h gives."""
+    without = code.replace("  # fmt: skip", "")
+    hint = r'\bhint ?= ?(\(\n(.*\n)*?\)|".*")'
+    return re.sub(hint, lambda found: re.sub(r'".*"', '"..."', found[0]), without)
 
 
 def file_problem(path: Path, error: Exception) -> str:
