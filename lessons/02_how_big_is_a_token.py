@@ -107,7 +107,7 @@ claim(f"{slots} slots of {per_token:,} bytes", taken, slots * per_token)
 
 break_it(
     "the values are forgotten in the size of a token",
-    where=(engine, "kv_bytes_per_token"),
+    where=(engine, "format_bytes_per_token"),
     bug=lambda real: lambda config, dtype: real(config, dtype) // 2,
     run=make_engine, caught_by="integrity",
 )  # fmt: skip
@@ -141,7 +141,7 @@ hint = (
 )
 mine = check(my_kv_bytes_per_token, spec=spec, cases=cases, hint=hint)
 
-where = (engine, "kv_bytes_per_token")
+where = (engine, "format_bytes_per_token")
 with plug_in(where, lambda config, dtype: mine(config, 4)):
     claim("slots of an engine that uses it", make_engine()[1], slots)
 

@@ -169,11 +169,7 @@ def spec(lengths, size):
 
 
 cases = [([3, 40, 17], 16), ([16, 32], 16), ([1] * 9, 4)]
-hint = (
-    "A sequence holds whole blocks.\n"
-    "Round each length up to full blocks, and add them up."
-)
-check(my_share, spec=spec, cases=cases, hint=hint)
+check(my_share, spec=spec, cases=cases, hint="Round up to full blocks.")
 
 # ## In production systems
 #
