@@ -22,10 +22,10 @@ from paged_ref.lesson import predict, table, todo
 #
 # The prompt has seven tokens, and we let the model write some more. A
 # **token pass** is one token taken once through all layers: this is what
-# costs. A model that keeps nothing has to take the whole text through its
-# layers for each new token. A model that keeps what later tokens need takes
-# each token through once. (The last new token is never taken through: no
-# token comes after it.)
+# takes time. A model that keeps nothing has to take the whole text through
+# its layers for each new token. A model that keeps what later tokens need
+# takes each token through once. (The last new token is never taken through:
+# no token comes after it.)
 
 PROMPT = "Four score and seven years ago our"
 NEW_TOKENS = 12

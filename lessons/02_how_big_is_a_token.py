@@ -5,7 +5,7 @@ Time: 15 minutes. Needs lesson 1.
 
 Every token leaves a key and a value behind, in every layer. On a GPU, keys
 and values share the memory with the weights, and what the weights leave
-decides how many sequences can run together. So it pays to know the size of
+decides how many sequences can run together. So we need to know the size of
 a token.
 """
 

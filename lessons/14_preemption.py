@@ -4,7 +4,7 @@ Question: which sequence gives way when no block is free and all grow?
 Time: 20 minutes. Needs lesson 13.
 
 Paging admits sequences by what they need today. So many run together, and
-that is a bet: if all sequences grow, the pool runs out of blocks in the
+that is a risk: if all sequences grow, the pool runs out of blocks in the
 middle of their work. Then a sequence must give way, and lose only time.
 """
 

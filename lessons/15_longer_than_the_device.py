@@ -65,7 +65,7 @@ claim("all other pages were loaded", read.bytes_in >= away)
 # scores are known only after the keys are read. But scores have a
 # **bound**: for each block the largest and the smallest value of each
 # channel of its keys are kept. In each channel, no key adds more to the
-# score than the better of these two values.
+# score than the larger of the query's products with these two values.
 
 limited, llm, seen = run(device_blocks=8, host_blocks=60, attend=0.25)
 first = llm.engine.kv.full_layers  # these read everything, always

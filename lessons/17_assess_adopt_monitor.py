@@ -40,9 +40,10 @@ other = predict("And for Llama 3, against exact?", "times")
 
 # ## Run
 #
-# **Assess.** The real scheduler and managers, always full, on a clock that
-# is computed from shapes and a datasheet. The commands `paged-ref assess`
-# and `paged-ref compare` print the same numbers with every constant.
+# **Assess.** Here the real scheduler and managers run, with requests that
+# always wait; the time of a step is computed from shapes and a datasheet.
+# The commands `paged-ref assess` and `paged-ref compare` print the same
+# numbers with every constant.
 
 traffic = generated("sharegpt")
 rows, found = [], {}

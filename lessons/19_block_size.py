@@ -35,7 +35,7 @@ found = predict(
 # Sixty requests with the mean lengths of the paper's ShareGPT. For each
 # block size, the real manager holds each of them at its full length, then
 # three samples that each write one token, then a second turn of the chat:
-# the first turn, all of it known, and a new question.
+# the first turn, which is in the cache, and a new question.
 
 REQUESTS = generated("sharegpt", 60).requests
 WORDS = np.random.default_rng(0).integers(1, 2000, 9999).tolist()
@@ -140,9 +140,9 @@ claim("our kernel reads an entry for each key, at any size", same)
 
 # ## What must hold
 #
-# The block size is a matter of cost. What is copied, and only that, must be
-# what several tables share and one of them overwrites: a full block is
-# never written again.
+# The block size is a matter of cost. A block is copied only if several
+# tables share it and one of them writes into it: a full block is never
+# written again.
 
 
 def copies_full_blocks(real):

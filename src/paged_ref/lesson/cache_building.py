@@ -223,7 +223,7 @@ BUILDS = {
                 "blocks that come back (lesson 6)",
                 [_case(5, *_begin(0, 9), *_begin(1, 5), _free(0), *_begin(2, 12), _free(1), _free(2), *_begin(3, 20)),
                  _case(5, *_begin(0, 9), Call("clear"), *_begin(1, 17))],
-                "the last block of a table is given back first\n"
+                "when is a block free?\n"
                 "free: each block of the table has one table less; at zero it is free again",
             ),
             Stage(
