@@ -119,26 +119,35 @@ break_it(
 
 # ## Exercise
 #
-# Eviction. `layers[i]` is the layer of page i; the pages were saved in
-# this order. Which `count` pages are moved out, and in which order? Of the
-# same layer, the page that was saved first.
+# Eviction. Pages 0, 1, 2 and so on are saved one after another, and
+# `layers[i]` is the layer of page i. The device holds `budget` pages. If it
+# is full when a page is saved, a page that is there moves out: one of the
+# lowest layer, and of these the one that was saved first. Which pages move
+# out, in this order?
 
 
-def my_leaving(layers, count):
-    return todo("2 lines, with sorted")
+def my_moved_out(layers, budget):
+    return todo("6 lines, in a list")
 
 
-def spec(layers, count):
-    memory = Residency(len(layers), 0, priority=layers.__getitem__)
-    memory.add(len(layers))
-    return list(memory.eviction_order())[:count]
+def spec(layers, budget):
+    memory = Residency(budget, len(layers), priority=layers.__getitem__)
+    moved_out = []
+    for _ in layers:
+        before = list(memory.eviction_order())
+        memory.add()
+        now = set(memory.eviction_order())
+        moved_out += [page for page in before if page not in now]
+    return moved_out
 
 
-cases = [([0, 0, 1, 2], 3), ([3, 1, 2, 1, 0], 4), ([5, 5, 4, 4], 1)]
+cases = [([0, 0, 1, 2], 2), ([3, 1, 2, 1, 0, 4], 3), ([5, 5, 4, 4], 4)]
+cases += [([0, 0, 0, 1, 1, 1, 2, 2, 2], 4), ([2, 1, 0], 1)]
 hint = (
-    "Sort the page numbers by their layer; sorted() keeps equals in order."
+    "Keep the pages that are there in a list, in the order of saving.\n"
+    "min(held, key=...) gives the first of equals."
 )
-check(my_leaving, spec=spec, cases=cases, hint=hint)
+check(my_moved_out, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #

@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from paged_ref import LLM
-from paged_ref.kernels import paged_attention, slot_of
+from paged_ref.core.memory.block_pool import BlockPool
+from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.standard import StandardManager
+from paged_ref.kernels import paged_attention
 from paged_ref.tracer import trace
 from paged_ref.lesson import break_it, check, claim, predict, show, todo
 from paged_ref.training import activations, network, parameters
@@ -155,21 +158,32 @@ break_it(
 
 # ## Exercise
 #
-# Test the first claim yourself: of the slots that sequences of these
-# lengths hold in blocks of `size`, which share has a token?
+# Test the fourth claim yourself. Sequences of these lengths are held at the
+# same time: how many times as many slots do they hold if each reserves
+# `longest` slots, as if they take blocks of `size`?
 
 
-def my_share(lengths, size):
-    return todo("2 lines")
+def my_ratio(lengths, longest, size):
+    return todo("3 lines")
 
 
-def spec(lengths, size):
-    last = [slot_of(range(99), length - 1, size) for length in lengths]
-    return sum(lengths) / sum((slot // size + 1) * size for slot in last)
+def spec(lengths, longest, size):
+    held = []
+    blocks = PagedManager(BlockPool(999), size)
+    for memory in (StandardManager(9999, longest), blocks):
+        for seq, length in enumerate(lengths):
+            memory.admit(seq, range(length), length)
+            memory.append([(seq, length)])
+        held.append(memory.num_slots - memory.snapshot().free)
+    return held[0] / held[1]
 
 
-cases = [([3, 40, 17], 16), ([16, 32], 16), ([1] * 9, 4)]
-check(my_share, spec=spec, cases=cases, hint="Round up to full blocks.")
+cases = [([3, 40, 17], 64, 16), ([64, 64], 64, 16), ([1] * 9, 32, 4)]
+hint = (
+    "A sequence holds whole blocks.\n"
+    "Round each length up to full blocks, and add them up."
+)
+check(my_ratio, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems
 #

@@ -30,8 +30,8 @@ paged = predict("Steps, if blocks are taken as they are needed?", "steps")
 
 # ## Run
 #
-# With the standard manager. What paging makes of it, your own cache shows
-# below.
+# First with the standard manager. Your own cache, below, shows what paging
+# changes.
 
 
 def serve(manager, requests=REQUESTS, slots=SLOTS):
@@ -80,7 +80,7 @@ def frees_and_keeps(real):
 break_it(
     "a block is given back twice",
     where=(PagedManager, "free"), bug=frees_and_keeps,
-    run=lambda: serve("paged", REQUESTS[1:4])[0], caught_by="engine",
+    run=lambda: serve("paged", REQUESTS[3:4])[0], caught_by="engine",
 )  # fmt: skip
 
 # ## Exercise

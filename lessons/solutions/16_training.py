@@ -1,3 +1,8 @@
-def my_leaving(layers, count):
-    pages = sorted(range(len(layers)), key=lambda page: layers[page])
-    return pages[:count]
+def my_moved_out(layers, budget):
+    held, moved_out = [], []
+    for page in range(len(layers)):
+        if len(held) == budget:
+            moved_out.append(min(held, key=lambda page: layers[page]))
+            held.remove(moved_out[-1])
+        held.append(page)
+    return moved_out

@@ -1,3 +1,4 @@
-def my_share(lengths, size):
-    blocks = sum(-(-length // size) for length in lengths)
-    return sum(lengths) / (blocks * size)
+def my_ratio(lengths, longest, size):
+    reserved = longest * len(lengths)
+    held = sum(-(-length // size) * size for length in lengths)
+    return reserved / held

@@ -70,14 +70,13 @@ def _counter_rows(run: KernelRun, position: int, height: int) -> tuple[str, dict
     Where `height` is less than all arrays need, only those of global memory, the lengths together.
     """
     counts = dict(zip((info.name for info in run.trace.arrays), run.counts(position), strict=True))
-    in_global = [n for n in ("query", "block_tables", "starts", "keys", "values", "out", "lse") if n in counts]
-    lengths = [name for name in _LENGTHS if name in counts]
+    in_global = ("query", "block_tables" if "block_tables" in counts else "starts", "keys", "values", "out", "lse")
     in_shared = [info.name for info in run.trace.arrays if info.space == "shared"]
     title = "reads and writes (w) so far"
     if height >= len(counts):
-        return title, {name: counts[name] for name in (*lengths, *in_global, *in_shared)}
-    total = sum(counts[name] for name in lengths)
-    return f"{title}, global memory", {"lengths": total, **{name: counts[name] for name in in_global}}
+        return title, {name: counts[name] for name in (*_LENGTHS, *in_global, *in_shared)}
+    lengths = counts["seq_lens"] + counts["query_start_loc"]
+    return f"{title}, global memory", {"lengths": lengths, **{name: counts[name] for name in in_global}}
 
 
 # ---- the layouts

@@ -121,9 +121,11 @@ def main(args: argparse.Namespace) -> int:
     )  # fmt: skip
     size = parse_size(args.size, SMALLEST) if args.size else None
     every = _every(args.every) if args.every else None
+    if args.mine:
+        args.kernel = "paged"
     made = own_walk(args.mine, sizes) if args.mine else walk(sizes)
     at = _position(args.at, made) if args.at else None
-    look = Look("paged" if args.mine else args.kernel, args.view)
+    look = Look(args.kernel, args.view)
     if args.html:
         with Console(stderr=True).status(f"drawing {2 * len(made):,} accesses ..."):
             write_page(args.html, made, _position("keys", made) if at is None else at, look, size)
