@@ -178,10 +178,11 @@ def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
     """What is wrong: the error and its place in the file, the call, yours, the spec, the first difference."""
     if verdict.error is not None:
         yield _place_of(verdict.error, file)
+    fills = verdict.yours == verdict.spec == "None"  # it is to change its arguments, and returns nothing
     for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
-        if value:
+        if value and not (fills and label != "call"):
             yield f"{label:<6} {value}".replace("\n", "\n       ")
-    if verdict.yours == "None":
+    if verdict.yours == "None" and not fills:
         yield "It returned None: is there a `return`?"
     if verdict.difference:
         yield f"first difference: {verdict.difference}"

@@ -133,8 +133,9 @@ class LessonPlayer:
         try:
             went_well = self._run_all(passages)
         except BaseException:  # Leave, or Ctrl-C
-            self._output.held = None
+            held, self._output.held = self._output.held or [], None
             self._erase_running()
+            self._output.write("".join(held))
             raise
         self._release()
         self._output.held = None
