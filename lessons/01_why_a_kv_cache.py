@@ -83,7 +83,7 @@ again.grade(
 #
 # What do later tokens need of an earlier one? In each layer attention takes
 # the query of the new token, and a key and a value of every token so far.
-# The query is used once, now. Keys and values are used again. The key and
+# The query is used only once. Keys and values are used again. The key and
 # the value of a token depend only on its position and on the tokens up to
 # it; no later token changes them. So keys and values can be kept: this is
 # the KV cache.
@@ -118,10 +118,10 @@ break_it(
 
 # ## Exercise
 #
-# What the new token does with the kept keys and values. Score each key by
-# its dot product with the query, over the square root of the head's size.
-# Softmax makes weights of the scores: exp, then divide by the sum. The
-# answer is the sum of the values by these weights.
+# Write what the new token does with the kept keys and values. Score each
+# key by its dot product with the query, over the square root of the head's
+# size. Softmax makes weights of the scores: exp, then divide by the sum.
+# The answer is the sum of the values by these weights.
 
 
 def my_attention(q, keys, values):

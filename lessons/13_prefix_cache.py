@@ -120,8 +120,8 @@ break_it(
 
 # ## Exercise
 #
-# The keys of the full blocks of `tokens`. The block before them has the key
-# `parent`. `link(parent, tokens)` makes one key.
+# Give the keys of the full blocks of `tokens`. The block before them has
+# the key `parent`. `link(parent, tokens)` makes one key.
 
 
 def link(parent, tokens):

@@ -125,7 +125,7 @@ break_it(
 
 # ## Exercise
 #
-# The bound of one query [head_size] for one block of keys, of shape
+# Give the bound of one query [head_size] for one block of keys, of shape
 # [tokens, head_size].
 
 

@@ -190,8 +190,7 @@ class LessonPlayer:
             if typed == "" and went_well:
                 return True
             if typed == "h" and to_do:
-                for exercise in to_do:
-                    give_hint(session, exercise)
+                give_hint(session, to_do[0])
             elif typed == "b":
                 self._look_back()
             elif typed == "e":
