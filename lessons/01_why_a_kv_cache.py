@@ -22,10 +22,10 @@ from paged_ref.lesson import predict, table, todo
 #
 # The prompt has seven tokens, and we let the model write some more. A
 # **token pass** is one token taken once through all layers: this is what
-# costs. A model that keeps nothing has to take the whole text through its
-# layers for each new token. A model that keeps what later tokens need takes
-# each token through once. (The last new token is never taken through: no
-# token comes after it.)
+# takes time. A model that keeps nothing has to take the whole text through
+# its layers for each new token. A model that keeps what later tokens need
+# takes each token through once. (The last new token is never taken through:
+# no token comes after it.)
 
 PROMPT = "Four score and seven years ago our"
 NEW_TOKENS = 12
@@ -83,7 +83,7 @@ again.grade(
 #
 # What do later tokens need of an earlier one? In each layer attention takes
 # the query of the new token, and a key and a value of every token so far.
-# The query is used once, now. Keys and values are used again. The key and
+# The query is used only once. Keys and values are used again. The key and
 # the value of a token depend only on its position and on the tokens up to
 # it; no later token changes them. So keys and values can be kept: this is
 # the KV cache.
@@ -118,10 +118,10 @@ break_it(
 
 # ## Exercise
 #
-# What the new token does with the kept keys and values. Score each key by
-# its dot product with the query, over the square root of the head's size.
-# Softmax makes weights of the scores: exp, then divide by the sum. The
-# answer is the sum of the values by these weights.
+# Write what the new token does with the kept keys and values. Score each
+# key by its dot product with the query, over the square root of the head's
+# size. Softmax makes weights of the scores: exp, then divide by the sum.
+# The answer is the sum of the values by these weights.
 
 
 def my_attention(q, keys, values):
@@ -139,7 +139,10 @@ def one_head(q, keys, values):
 
 draw = np.random.default_rng(0).standard_normal
 cases = [(draw(8), draw((n, 8)), draw((n, 8))) for n in (1, 2, 9)]
-hint = "scores = keys @ q / ..., weights = np.exp(scores), weights @ ..."
+hint = (
+    "Scores are one number for each key; each line needs the one before.\n"
+    "keys @ q gives all scores; weights @ values adds up the values."
+)
 check(my_attention, spec=one_head, cases=cases, hint=hint)
 
 # ## In production systems

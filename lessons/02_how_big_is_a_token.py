@@ -5,7 +5,7 @@ Time: 15 minutes. Needs lesson 1.
 
 Every token leaves a key and a value behind, in every layer. On a GPU, keys
 and values share the memory with the weights, and what the weights leave
-decides how many sequences can run together. So it pays to know the size of
+decides how many sequences can run together. So we need to know the size of
 a token.
 """
 
@@ -107,7 +107,7 @@ claim(f"{slots} slots of {per_token:,} bytes", taken, slots * per_token)
 
 break_it(
     "the values are forgotten in the size of a token",
-    where=(engine, "kv_bytes_per_token"),
+    where=(engine, "format_bytes_per_token"),
     bug=lambda real: lambda config, dtype: real(config, dtype) // 2,
     run=make_engine, caught_by="integrity",
 )  # fmt: skip
@@ -135,10 +135,13 @@ def spec(config, itemsize):
 
 
 cases = [(Config(*s), size) for s in SHAPES.values() for size in (2, 4)]
-hint = "A key and a value, in each layer, for each head of K and V."
+hint = (
+    "Count the numbers that one token adds, then their bytes.\n"
+    "A key and a value, in each layer, for each head of K and V."
+)
 mine = check(my_kv_bytes_per_token, spec=spec, cases=cases, hint=hint)
 
-where = (engine, "kv_bytes_per_token")
+where = (engine, "format_bytes_per_token")
 with plug_in(where, lambda config, dtype: mine(config, 4)):
     claim("slots of an engine that uses it", make_engine()[1], slots)
 

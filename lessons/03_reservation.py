@@ -159,7 +159,10 @@ def spec(prompt_len, max_output):
 
 
 cases = [(p, n) for p in (1, 7, 100) for n in (1, 2, 3, 8, 9, 500)]
-hint = "Begin with size = 1, and double it while it is too small."
+hint = (
+    "Which powers of two are there? Try them from the smallest on.\n"
+    "Begin with size = 1, and double it while it is too small."
+)
 mine = check(my_pow2_region, spec=spec, cases=cases, hint=hint)
 
 where = (StandardManager, "region_size")

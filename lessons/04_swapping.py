@@ -143,7 +143,11 @@ holes = [(3, 4), (16, 8), (40, 5), (50, 9), (70, 20)]
 cases = [(holes, (8, 8), 8, 16), (holes, (8, 8), 7, 17)]
 cases += [(holes, (30, 4), 3, 8), (holes, (36, 4), 4, 9)]
 cases += [(holes, (36, 4), 4, 10), (holes, (60, 4), 2, 5)]
-hint = "Look for a hole at start + size that has wanted - size slots."
+hint = (
+    "Two questions, in order: does it fit here? If not, where?\n"
+    "The hole behind it begins at start + size; it must have "
+    "wanted - size slots."
+)
 check(my_move, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

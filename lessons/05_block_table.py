@@ -128,7 +128,10 @@ def my_slot_of(block_table, position, block_size):
 
 
 cases = [(FREE_ORDER, p, size) for size in (4, 3, 1) for p in range(9)]
-hint = "Which logical block? Integer division. Where in it? The remainder."
+hint = (
+    "Two questions: which logical block is it, and where in the block?\n"
+    "Integer division gives the block, the remainder the place in it."
+)
 mine = check(my_slot_of, spec=slot_of, cases=cases, hint=hint)
 
 # The paged manager calls this function to learn where to write. With yours

@@ -147,6 +147,7 @@ def spec(blocks, ref_count, free):
 cases = [([3, 1], [0, 1, 1, 1], [0]), ([0, 2], [2, 0, 1], [1])]
 cases += [([1, 0], [2, 3], []), ([], [0, 1], [0])]
 hint = (
+    "A block can be in several tables. When is it free?\n"
     "One table less for each block; at zero it goes to the end of `free`."
 )
 mine = check(my_release, spec=spec, cases=cases, hint=hint)

@@ -24,8 +24,9 @@ from paged_ref.core.memory import kv
 #
 # One sequence of 11 tokens in blocks of 4 slots. A kernel that reads K in
 # place reads each element once. The gather reads the element in its page
-# and writes it to the dense tensor, where attention then reads it once. It
-# copies whole blocks before it cuts, so also the empty slots of the last.
+# and writes it to the dense tensor, where attention then reads it once. The
+# gather copies whole blocks before it cuts, so it also copies the empty
+# slots of the last block.
 
 SEQ_LEN, BLOCK_SIZE, KV_HEADS, HEAD_SIZE = 11, 4, 2, 8
 BLOCK_TABLE = [5, 0, 3]
@@ -143,7 +144,9 @@ tables = xp.asarray([[5, 0, 3], [2, 4, -1]])
 cases = [(cache, tables[:1], [12]), (cache, tables, [9, 8])]
 cases += [(cache, tables, [11, 5])]
 hint = (
-    "For each sequence: its blocks, as one row of slots, cut to its length."
+    "Begin with zeros, and fill in one sequence after another.\n"
+    "cache[block_tables[seq]] has its blocks: make it one row of slots, "
+    "and cut the row to the length."
 )
 mine = check(my_gather, spec=spec, cases=cases, hint=hint)
 

@@ -91,10 +91,10 @@ claim("reads of each element of K", np.unique(visible).tolist(), [HEADS])
 claim("reads of all others", int(counts.sum() - visible.sum()), 0)
 
 # And no thread reads what another thread writes without a barrier between
-# the two. With a barrier less the kernel may still be right, today, on your
-# GPU. The tracer names the two threads and the place. The barrier that is
-# missing here comes after all threads have read the largest score, and
-# before the first of them uses the scratch array again.
+# the two. Without one of the barriers the kernel may still be right, today,
+# on your GPU. The tracer names the two threads and the place. The barrier
+# that is missing here comes after all threads have read the largest score,
+# and before the first of them uses the scratch array again.
 
 BUG = "no barrier after the largest score is read"
 break_it(

@@ -132,7 +132,10 @@ def spec(block_table, seq_len, block_size):
 
 
 cases = [([3, 1, 6], n, size) for n in (1, 4, 5, 8, 11) for size in (4, 16)]
-hint = "All blocks are full but the last: min(block_size, what is left)."
+hint = (
+    "A block gives one run, and its slots lie side by side.\n"
+    "All blocks are full but the last: min(block_size, what is left)."
+)
 mine = check(my_runs, spec=spec, cases=cases, hint=hint)
 
 runs = mine([3, 1], 6, BLOCK_SIZE)  # the first sequence, read by runs

@@ -131,7 +131,11 @@ def spec(a, lse_a, b, lse_b):
 
 a, b = rng.standard_normal((2, 3)).round(2)
 pairs = [(1.0, 1.0), (2.0, 3.1), (5.0, -np.inf), (800.0, 801.0)]
-hint = "Weights exp(lse - the larger lse); divide by their sum. The lse?"
+hint = (
+    "The part with the larger lse gets the larger weight.\n"
+    "Weights exp(lse - the larger lse), divided by their sum; the new lse "
+    "is the larger one plus the log of that sum."
+)
 cases = [(a, one, b, other) for one, other in pairs]
 mine = check(my_merge, spec=spec, cases=cases, hint=hint)
 

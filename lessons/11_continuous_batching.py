@@ -142,7 +142,10 @@ def spec(behind, budget):
 
 
 cases = [([1, 1, 9], 8), ([9, 1, 1], 8), ([3, 3, 3], 100), ([1] * 5, 3)]
-hint = "Each takes the smaller of `behind` and the budget that is left."
+hint = (
+    "Keep count of what is left of the budget.\n"
+    "Each takes the smaller of `behind` and the budget that is left."
+)
 check(my_plan, spec=spec, cases=cases, hint=hint)
 
 # Now the whole scheduler, in a file of your own: `my_scheduler.py`. It also

@@ -160,7 +160,10 @@ def spec(blocks, ref_count, free):
 
 cases = [([0, 2], [3, 0, 3, 0], [3, 1]), ([0, 3], [3, 0, 2, 1], [1])]
 cases += [([1], [0, 2, 0], [2, 0])]
-hint = "One table less names the old block; one table names the new block."
+hint = (
+    "Afterwards, which tables name the old block, and which the new?\n"
+    "One table less names the old block; one table names the new block."
+)
 check(my_append, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

@@ -120,8 +120,8 @@ break_it(
 
 # ## Exercise
 #
-# The keys of the full blocks of `tokens`. The block before them has the key
-# `parent`. `link(parent, tokens)` makes one key.
+# Give the keys of the full blocks of `tokens`. The block before them has
+# the key `parent`. `link(parent, tokens)` makes one key.
 
 
 def link(parent, tokens):
@@ -138,7 +138,10 @@ def spec(tokens, size, parent=b""):
 
 prompt = [*SYSTEM, *SYSTEM]
 cases = [(prompt, 4), (prompt[:7], 4, b"x"), ([1, 2], 4), (prompt[:8], 2)]
-hint = "Each key is the parent of the next. Only full blocks have a key."
+hint = (
+    "Equal tokens behind different beginnings need different keys.\n"
+    "Each key is the parent of the next. Only full blocks have a key."
+)
 mine = check(my_keys, spec=spec, cases=cases, hint=hint)
 
 with plug_in((prefix_cache, "block_digests"), mine):

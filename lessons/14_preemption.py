@@ -4,7 +4,7 @@ Question: which sequence gives way when no block is free and all grow?
 Time: 20 minutes. Needs lesson 13.
 
 Paging admits sequences by what they need today. So many run together, and
-that is a bet: if all sequences grow, the pool runs out of blocks in the
+that is a risk: if all sequences grow, the pool runs out of blocks in the
 middle of their work. Then a sequence must give way, and lose only time.
 """
 
@@ -147,7 +147,10 @@ def spec(blocks, free, needed):
 
 cases = [([4, 3, 2], 1, 2), ([4, 3, 2, 1], 0, 5), ([2, 9, 1, 1], 1, 3)]
 cases += [([3, 3], 2, 2), ([1, 5, 1], 0, 1)]
-hint = "While too few are free: the last one that runs gives its blocks."
+hint = (
+    "Blocks come back one sequence at a time. Which one arrived last?\n"
+    "While too few are free: the last one that runs gives its blocks."
+)
 check(my_victims, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

@@ -65,7 +65,7 @@ claim("all other pages were loaded", read.bytes_in >= away)
 # scores are known only after the keys are read. But scores have a
 # **bound**: for each block the largest and the smallest value of each
 # channel of its keys are kept. In each channel, no key adds more to the
-# score than the better of these two values.
+# score than the larger of the query's products with these two values.
 
 limited, llm, seen = run(device_blocks=8, host_blocks=60, attend=0.25)
 first = llm.engine.kv.full_layers  # these read everything, always
@@ -125,7 +125,7 @@ break_it(
 
 # ## Exercise
 #
-# The bound of one query [head_size] for one block of keys, of shape
+# Give the bound of one query [head_size] for one block of keys, of shape
 # [tokens, head_size].
 
 
@@ -141,7 +141,10 @@ def spec(query, keys):
 
 draw = rng.standard_normal
 cases = [(draw(8, "f"), draw((4, 8), "f")) for _ in range(4)]
-hint = "np.maximum of query * largest and query * smallest; then the sum."
+hint = (
+    "In each dimension, what is the most that query * key can be?\n"
+    "np.maximum of query * largest and query * smallest; then the sum."
+)
 check(my_bound, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

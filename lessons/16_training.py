@@ -14,7 +14,7 @@ import numpy as np
 from paged_ref.core.model.config import ModelConfig
 from paged_ref.core.device import to_host
 from paged_ref.lesson import break_it, check, claim
-from paged_ref.lesson import predict, show, table, todo
+from paged_ref.lesson import predict, table, todo
 from paged_ref.beyond_device.residency import Residency
 from paged_ref.training.activations import MEMORY, activations_for
 from paged_ref.tuned.copies import CopyStream
@@ -38,7 +38,6 @@ LENGTHS, PAGE = (96, 40, 64), 4096
 sizes = saved_shapes(CONFIG, sum(LENGTHS))
 layer = 4 * sum(int(np.prod(shape)) for shape in sizes.values())  # bytes
 BUDGET = 5 * layer // 2
-show(f"  a layer saves {layer:,} bytes of {sum(LENGTHS)} tokens\n")
 swapped = predict("How many of six layers does `swap` move out?", "layers")
 times = predict("Peak of `keep` over peak of `recompute`?", "times")
 
@@ -77,7 +76,7 @@ swapped.grade(
 )
 times.grade(
     keep.peak / recompute.peak, within=0.15,
-    why=f"{layer:,} bytes over the input's {sum(LENGTHS)} x 32 x 4",
+    why="recompute keeps a small input for each layer, and one layer whole",
 )  # fmt: skip
 
 # All four give the layers the same gradient to the bit: a move changes no

@@ -40,9 +40,10 @@ other = predict("And for Llama 3, against exact?", "times")
 
 # ## Run
 #
-# **Assess.** The real scheduler and managers, always full, on a clock that
-# is computed from shapes and a datasheet. The commands `paged-ref assess`
-# and `paged-ref compare` print the same numbers with every constant.
+# **Assess.** Here the real scheduler and managers run, with requests that
+# always wait; the time of a step is computed from shapes and a datasheet.
+# The commands `paged-ref assess` and `paged-ref compare` print the same
+# numbers with every constant.
 
 traffic = generated("sharegpt")
 rows, found = [], {}
@@ -156,7 +157,10 @@ def spec(memory, weights, kv, length, size):
 
 
 cases = [(1000, 200, 10, 7, 4), (1000, 200, 10, 8, 4), (999, 0, 7, 30, 16)]
-hint = "Whole blocks first: how many there are, how many a sequence takes."
+hint = (
+    "A block belongs to one sequence, so its rest is of no use.\n"
+    "Whole blocks first: how many there are, how many a sequence takes."
+)
 check(my_fit, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

@@ -35,7 +35,7 @@ found = predict(
 # Sixty requests with the mean lengths of the paper's ShareGPT. For each
 # block size, the real manager holds each of them at its full length, then
 # three samples that each write one token, then a second turn of the chat:
-# the first turn, all of it known, and a new question.
+# the first turn, which is in the cache, and a new question.
 
 REQUESTS = generated("sharegpt", 60).requests
 WORDS = np.random.default_rng(0).integers(1, 2000, 9999).tolist()
@@ -140,9 +140,9 @@ claim("our kernel reads an entry for each key, at any size", same)
 
 # ## What must hold
 #
-# The block size is a matter of cost. What is copied, and only that, must be
-# what several tables share and one of them overwrites: a full block is
-# never written again.
+# The block size is a matter of cost. A block is copied only if several
+# tables share it and one of them writes into it: a full block is never
+# written again.
 
 
 def copies_full_blocks(real):
@@ -180,7 +180,7 @@ seen = WORDS[:10]
 cases = [(seen, [*seen, 0, 0], size) for size in (1, 4, 16)]
 cases += [(seen[:8], seen[:8], 4), (seen, [*seen[:5], 0, *seen[6:]], 2)]
 cases += [(seen, [0, *seen[1:]], 1), (seen[:6], seen, 3)]
-hint = "Count equal tokens at the beginning, then cut to full blocks."
+hint = "How many first tokens are equal?\nCut that to full blocks."
 check(my_found, spec=spec, cases=cases, hint=hint)
 
 # ## In production systems

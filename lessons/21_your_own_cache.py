@@ -30,8 +30,8 @@ paged = predict("Steps, if blocks are taken as they are needed?", "steps")
 
 # ## Run
 #
-# With the standard manager. What paging makes of it, your own cache shows
-# below.
+# First with the standard manager. Your own cache, below, shows what paging
+# changes.
 
 
 def serve(manager, requests=REQUESTS, slots=SLOTS):

@@ -2,7 +2,7 @@
 
 The engine asks a KVCacheManager which slots hold which token. It is all
 bookkeeping in ints: K and V are written where `slots` says, and copied
-first where `append` says. Six methods are yours, each a lesson:
+first where `append` says. Five methods are yours, with their lessons:
 
   slots    lesson 5   from a position to a slot, through the table
   admit    lesson 14  whether a sequence may begin

@@ -68,6 +68,20 @@ def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture
     assert f"Go on with: {program()} lesson 2\n" in out
 
 
+def test_the_list_counts_exercises_and_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A lesson with one of two exercises solved is not solved, and comes next; the numbers may have gaps."""
+    source = (folder / "01_one.py").read_text().replace("Lesson 1", "Lesson 4")
+    (folder / "04_four.py").write_text(source + "\ndef both():\n    check()\n    build()\n")
+    for name, solved in (("01_one", ["my_f"]), ("02_two", ["my_f"]), ("04_four", ["my_f"])):
+        Progress().save(name, LessonRecord(part=0, exercises=dict.fromkeys(solved, True)))
+    assert main(["lesson", "--lessons", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2" in out
+    assert f"Go on with: {program()} lesson 4\n" in out
+    assert main(["lesson", "3", "--lessons", str(folder)]) == 2
+    assert "lesson is 3; known are 1 to 2 and 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [

@@ -12,6 +12,7 @@ import pytest
 
 from paged_ref import lesson
 from paged_ref.lesson import grading
+from paged_ref.lesson.calls import wrong_lines
 from paged_ref.lesson.grading import grade
 
 
@@ -120,3 +121,25 @@ def test_of_an_answer_in_steps_the_first_that_differs_is_named() -> None:
     assert (verdict.yours, verdict.spec, verdict.difference) == ("[1, 3]", "[1, 2]", "at [1]: 3 instead of 2")
     del found["second"]
     assert grade(lambda: found, lambda: wanted, [()]).yours == "does not come to this"
+
+
+def test_the_worked_case_of_a_hint() -> None:
+    def release(free: list[int], block: int) -> None:
+        free.append(block)
+
+    assert grading.worked_case("my_double", double, CASES) == "my_double([]) gives []"
+    assert grading.worked_case("my_release", release, [([1], 2)]) == "my_release([1], 2) leaves [1, 2]"
+    assert grading.worked_case("my_f", lambda x: {}[x], [(0,)]) == "my_f(0) raises KeyError: 0"
+    assert grading.worked_case("MyCache", double, ()) == ""
+
+
+def test_an_answer_that_fills_its_arguments_is_not_asked_for_a_return() -> None:
+    def release(free: list[int]) -> None:
+        free.append(2)
+
+    def lines(answer: Callable[..., Any], spec: Callable[..., Any]) -> list[str]:
+        return list(wrong_lines(grade(answer, spec, [([1],)]), ""))
+
+    wrong = lines(lambda free: free.append(3), release)
+    assert wrong == ["call   <lambda>([1])", "first difference: argument 1 is left as [1, 3]; the spec leaves [1, 2]"]
+    assert "It returned None: is there a `return`?" in lines(lambda free: None, double)

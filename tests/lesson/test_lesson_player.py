@@ -85,9 +85,7 @@ def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
     reader.see(f"Go on with: {PROGRAM} lesson 1")
     reader.see("q: leave]")
     reader.type("")
-    assert "how much is twice a number?" in reader.see("1 of 6: What it uses")
-    reader.see("q: leave]")
-    reader.type("")
+    assert "how much is twice a number?" in reader.see("1 of 5: Predict")
     reader.see("a number of euros (Enter: no answer):")
     reader.type("plenty")
     reader.see("'plenty' is not a number")
@@ -105,9 +103,15 @@ def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
     reader.see("q: leave]")
     reader.type("")
     reader.see("my_twice is yours to write: 1 line")
-    reader.see("h: hint   q: leave]")
-    reader.type("h")
-    reader.see("Multiply it.")
+    for typed, sentence in (
+        ("h", "hint for my_twice: Multiply it."),
+        ("H", "for example, my_twice(3) gives 6"),
+        ("h", "return number + number"),
+        ("rr", "'rr' is none of the keys."),
+    ):
+        reader.see("h: hint  e: edit  b: back  q: leave]")
+        reader.type(typed)
+        reader.see(sentence)
     # The reader writes, and each time asks for the part again.
     for code, sentence in (
         ("return number + 2", "spec   6"),
@@ -129,6 +133,7 @@ def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
     reader.see("That was all.")
     reader.see("q: leave]")
     reader.type("")
+    reader.see("Solved. This was the last lesson.")
     assert reader.end() == 0
     assert progress(directory) == {
         "part": 0,
@@ -139,18 +144,15 @@ def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
 
 def test_leaving_and_interrupting_lose_nothing(directory: Path) -> None:
     reader = Reader(directory, "1")
-    reader.see("q: leave]")
-    reader.type("")
     reader.see("a number of euros")
     reader.type("14")
     reader.see("q: leave]")
     reader.interrupt()
-    reader.see(f"Interrupted. What you did is kept: {PROGRAM} lesson 1 goes on from here.")
+    reader.see(f"Interrupted. What you did is kept. {PROGRAM} lesson 1 goes on with part 1.")
     assert reader.end() == 130
-    assert progress(directory)["part"] == 2
+    assert progress(directory)["part"] == 1
 
-    reader = Reader(directory, "1")  # goes on in part 2, and knows the answer
-    reader.see("From part 2 on")
+    reader = Reader(directory, "1")
     reader.see("Enter keeps 14")
     reader.type("")
     reader.see("q: leave]")
@@ -160,7 +162,39 @@ def test_leaving_and_interrupting_lose_nothing(directory: Path) -> None:
     reader.type("q")
     reader.see("Left.")
     assert reader.end() == 0
-    assert progress(directory)["part"] == 3
+    assert progress(directory)["part"] == 2
+
+
+def test_a_reader_goes_back_edits_and_loses_no_progress(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """b shows the parts before, those that ran unseen, too; e opens the editor; a lesson that is done stays done."""
+    monkeypatch.setenv("VISUAL", str(directory / "nano"))
+    (directory / "nano").write_text('#!/bin/sh\necho "nano got $1"\nsed -i "s/return todo.*/return 2 * number/" "$2"\n')
+    (directory / "nano").chmod(0o755)
+    reader = Reader(directory, "1", "--part", "4")
+    reader.see("my_twice is yours to write")
+    for typed, title in (("b", "3 of 5"), ("b", "2 of 5"), ("", "3 of 5"), ("", "4 of 5")):
+        reader.see("q: leave]")
+        reader.type(typed)
+        reader.see(title)
+    line = LESSON[: LESSON.index("def my_twice")].count("\n") + 1
+    reader.see("q: leave]")
+    reader.type("e")
+    reader.see(f"nano got +{line}")
+    reader.see("my_twice is right in all 2 cases")
+    reader.see("q: leave]")
+    reader.type("")
+    reader.see("q: leave]")
+    reader.type("")
+    assert reader.end() == 0
+    assert progress(directory)["part"] == 0
+
+    reader = Reader(directory, "1", "--part", "2")
+    reader.see("q: leave]")
+    os.write(reader.main, b"\x04")  # Ctrl-D
+    reader.see("Left. Lesson 1 stays done.")
+    assert reader.end() == 0
+    assert progress(directory)["part"] == 0
+    assert progress(directory)["exercises"] == {"my_twice": True}
 
 
 def test_what_is_built_gets_a_file_of_its_own(directory: Path) -> None:
@@ -171,7 +205,7 @@ def test_what_is_built_gets_a_file_of_its_own(directory: Path) -> None:
     lesson = LESSON[: LESSON.index("def my_twice")] + 'from paged_ref.lesson import build\nbuild("my_schedule")\n'
     (directory / "01_small.py").write_text(lesson)
     mine = directory / "my_scheduler.py"
-    reader = Reader(directory, "1", "--part", "5")
+    reader = Reader(directory, "1", "--part", "4")
     reader.see("my_scheduler.py is made: write there.")
     assert mine.read_text() == template
     reader.see("my_schedule is yours to write (admit and run): 20 lines, in my_scheduler.py")
@@ -182,6 +216,8 @@ def test_what_is_built_gets_a_file_of_its_own(directory: Path) -> None:
     mine.write_text((course / "solutions" / "my_scheduler.py").read_text())
     reader.see("q: leave]")
     reader.type("r")
+    reader.see("[Enter: what it prints]")
+    reader.type("")
     reader.see("my_schedule is right")
     reader.see("42 steps; the package's scheduler takes 42")
     reader.see("q: leave]")
@@ -193,12 +229,18 @@ def test_what_is_built_gets_a_file_of_its_own(directory: Path) -> None:
 def test_watch_runs_again_at_each_save(directory: Path) -> None:
     reader = Reader(directory, "1", "--watch")
     reader.see("my_twice is yours to write")
-    reader.see("is run again when it is saved")
+    reader.see("runs again when 01_small.py is saved")
     for code, sentence in (("return number +", "SyntaxError"), ("return 2 * number", "right in all 2 cases")):
         answer(directory, code)
         os.utime(directory / "01_small.py", (time.time() + 5, time.time() + 5 + len(code)))
         reader.see(sentence)
-        reader.see("is run again when it is saved")
+        reader.see("runs again when 01_small.py is saved")
+    (directory / "01_small.py").unlink()
+    reader.see("01_small.py cannot be read: No such file or directory")
+    reader.see("runs again when 01_small.py is saved")
+    answer(directory, "return 2 * number")
+    reader.see("right in all 2 cases")
+    reader.see("runs again when 01_small.py is saved")
     reader.interrupt()
     assert reader.end() == 130
     assert progress(directory)["exercises"] == {"my_twice": True}

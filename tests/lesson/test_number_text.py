@@ -16,7 +16,21 @@ def test_numbers_as_people_type_them(typed: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "typed", ["", "many", "2**9999", "1/0", "__import__('os')", "[1]", "True", "(" * 300, "1e999*0j"]
+    "typed",
+    [
+        "",
+        "many",
+        "2**9999",
+        "1/0",
+        "__import__('os')",
+        "[1]",
+        "True",
+        "(" * 300,
+        "1e999*0j",
+        "1e400",
+        "-1e308*10",
+        "1e400*0",
+    ],
 )
 def test_what_is_no_number(typed: str) -> None:
     with pytest.raises(ValueError, match="is not a number"):

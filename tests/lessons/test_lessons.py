@@ -202,7 +202,7 @@ def test_the_names_that_lessons_patch() -> None:
     """The seams: a change of one of these names changes a lesson."""
     assert {path.stem[:2]: names_patched_in(path) for path in PATHS} == {
         "01": {"Engine.prepare_inputs"},
-        "02": {"engine.kv_bytes_per_token"},
+        "02": {"engine.format_bytes_per_token"},
         "03": {"RegionPool.release", "StandardManager.region_size"},
         "04": {"KVCache.apply"},
         "05": {"paged.PagedManager.slots", "paged.slot_of"},

@@ -50,6 +50,7 @@ class Reader:
 
     @property
     def plain(self) -> str:
+        assert "␛" not in self.seen, "an escape sequence is shown as text"
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", self.seen)
 
     def type(self, line: str) -> None:

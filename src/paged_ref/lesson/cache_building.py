@@ -216,12 +216,14 @@ BUILDS = {
             Stage(
                 "a table that grows (lesson 5)",
                 [_case(6, *_begin(0, 9)), _case(6, *_begin(0, 3), _append((0, 1)), _append((0, 1)), _append((0, 7)))],
+                "how many blocks does the new length need?\n"
                 "append: first the length; then blocks while len(table) * block_size is less than the length",
             ),
             Stage(
                 "blocks that come back (lesson 6)",
                 [_case(5, *_begin(0, 9), *_begin(1, 5), _free(0), *_begin(2, 12), _free(1), _free(2), *_begin(3, 20)),
                  _case(5, *_begin(0, 9), Call("clear"), *_begin(1, 17))],
+                "when is a block free?\n"
                 "free: each block of the table has one table less; at zero it is free again",
             ),
             Stage(
@@ -230,6 +232,7 @@ BUILDS = {
                  _case(4, *_begin(0, 4), *_begin(1, 8), _append((0, 4), (1, 1)), _append((0, 4)), _append((1, 1))),
                  _case(4, *_begin(0, 4), _admit(1, 9, 4), _admit(1, 8, 4), _append((1, 8))),
                  _case(4, _admit(0, 16, 8), _append((0, 16)), _free(0), _admit(1, 17))],
+                "a refusal leaves everything as it was before the call\n"
                 "keep copies of tables, lengths, counts and free blocks; put them back where OutOfBlocks is raised",
             ),
             Stage(
@@ -238,12 +241,14 @@ BUILDS = {
                  _case(9, *_begin(0, 8), _fork(0, 1), _append((0, 1), (1, 1)), _free(0), _free(1), *_begin(2, 36)),
                  _case(9, *_begin(0, 10), _fork(0, 1), _fork(0, 2), _append((0, 1), (1, 1), (2, 1)), _free(1)),
                  _case(4, *_begin(0, 6), _fork(0, 1), *_begin(2, 4), _append((0, 1), (1, 1)), _append((2, 1)))],
+                "when does an append write into a block that two tables name?\n"
                 "append: the last block is partly filled and in another table, too: copy it first",
             ),
             Stage(
                 "random operations",
                 [random_case(seed, 8 + 4 * seed, 1 + seed, 150) for seed in range(4)],
-                "the operation that is named is the first that differs: what did the calls before it leave?",
+                "the operation that is named is the first that differs: what did the calls before it leave?\n"
+                "print the tables, ref_count and free_blocks before that operation, and go through it by hand",
             ),
         ],
         _trial(real_cache), _trial, real_cache,

@@ -97,7 +97,7 @@ def claim(text: str, found: Any, expected: Any = True) -> None:
     counted = "" if isinstance(expected, (bool, str)) else f": {number_text(expected)}"
     if isinstance(expected, (list, tuple, set, np.ndarray)) and len(expected) > 8:
         counted = f" (all {len(expected)})"
-    if current().package_stands_in:  # no praise for what the reader has not written
+    if current().to_do:  # no praise for what the reader has not written
         current().say(f"• with the package's own: {text}{counted}")
     else:
         current().say(f"✓ {text}{counted}", "green")
@@ -149,11 +149,9 @@ def check(
         at = f"{relative_path(yours.__code__.co_filename)}, line {yours.__code__.co_firstlineno}"
         open_hole = f"○ {name} is yours to write: {verdict.hole}, in {at}. Until then the package's own is used."
         session.say(open_hole, "cyan")
-        session.package_stands_in = True
         return spec
     if verdict.state == "wrong":
         say_wrong(session, name, verdict, hint, yours.__code__.co_filename)
-        session.package_stands_in = True
         return spec
     whose = "the solution" if session.solutions else "yours"
     session.say(f"✓ {name} is right in all {len(cases)} cases. The lesson goes on with {whose}.", "bold green")
@@ -172,17 +170,19 @@ def say_wrong(session: LessonSession, name: str, verdict: Verdict, hint: str, fi
     session.say(f"✗ {name} is not right yet.", "bold red")
     for text in wrong_lines(verdict, file):
         session.say(text, indent=4)
-    session.say(f"hint: {hint}", indent=4)
+    if not session.interactive:  # else h asks for it
+        session.say("hint: {}".format(hint.partition("\n")[0]), indent=4)
 
 
 def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
     """What is wrong: the error and its place in the file, the call, yours, the spec, the first difference."""
     if verdict.error is not None:
         yield _place_of(verdict.error, file)
+    fills = verdict.yours == verdict.spec == "None"  # it is to change its arguments, and returns nothing
     for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
-        if value:
+        if value and not (fills and label != "call"):
             yield f"{label:<6} {value}".replace("\n", "\n       ")
-    if verdict.yours == "None":
+    if verdict.yours == "None" and not fills:
         yield "It returned None: is there a `return`?"
     if verdict.difference:
         yield f"first difference: {verdict.difference}"
@@ -213,7 +213,7 @@ def break_it(
     """
     session = current()
     session.say(f"Break it: {what}.", "bold")
-    if session.interactive and session.ask("  Enter plants this bug (n: leave it out): ") in ("n", "no", None):
+    if session.interactive and session.ask("  Enter plants this bug (n: leave it out): ").lower() in ("n", "no"):
         return
     right = run()
     by, words = "nothing", ""

@@ -17,8 +17,8 @@ from ..views.common.files import check_folder
 from ..views.common.program import program, short_path
 from . import lesson_script
 from .grade_file import MARKS, grade_file
-from .lesson_player import Leave, LessonPlayer, error_text, watch
-from .lesson_session import LessonSession, relative_path
+from .lesson_player import LessonPlayer, file_problem, watch
+from .lesson_session import Leave, LessonSession, read_line, relative_path
 from .progress import LessonRecord, Progress
 
 _CHECKOUT = Path(__file__).resolve().parents[3] / "lessons"
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace, paths: dict[int, Path], progress: Progress) -
     if args.watch and args.part is not None:
         raise ValueError(f"--part is {args.part}; --watch runs the whole lesson, so give one of the two")
     if number not in paths:
-        raise ValueError(f"lesson is {number}; known are {min(paths)} to {max(paths)}")
+        raise ValueError(f"lesson is {number}; known are {_known(paths)}")
     path = paths[number]
 
     def make_session(asks: bool = False) -> LessonSession:
@@ -98,17 +98,24 @@ def _run(args: argparse.Namespace, paths: dict[int, Path], progress: Progress) -
     try:
         if args.watch:
             watch(path, make_session)
-        return _play(path, make_session(interactive), args.part)
+        following = next((paths[n] for n in paths if n > number), None)
+        return _play(path, make_session(interactive), args.part, following)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What you did is kept: {program()} lesson {number} goes on from here.")
+        print(f"\nInterrupted. What you did is kept. {_goes_on(path, number, progress)}")
         return 130
 
 
-def _play(path: Path, session: LessonSession, part: int | None) -> int:
+def _goes_on(path: Path, number: int, progress: Progress) -> str:
+    part = progress.of(path.stem).part
+    return f"{program()} lesson {number} goes on with part {part}." if part else f"Lesson {number} stays done."
+
+
+def _play(path: Path, session: LessonSession, part: int | None, following: Path | None) -> int:
+    """Play the lesson from this part on (None: where the reader was). At its end, name the following one."""
     try:
         player = LessonPlayer(path, session)
-    except SyntaxError as error:
-        session.say(error_text(error), "red")
+    except (SyntaxError, OSError) as error:
+        session.say(file_problem(path, error), "red")
         return 1
     lesson = player.script
     again = f"{program()} lesson {lesson.number}"
@@ -120,14 +127,26 @@ def _play(path: Path, session: LessonSession, part: int | None) -> int:
         if not player.play(part):
             return 1
     except Leave:
-        session.say(f"Left. {again} goes on from here.", "dim")
+        session.say(f"Left. {_goes_on(path, lesson.number, session.progress)}", "dim")
         return 0
-    if still_open := [exercise for exercise in session.exercises.values() if exercise.verdict.state != "right"]:
-        names = ", ".join(exercise.name for exercise in still_open)
-        files = ", ".join(dict.fromkeys(relative_path(exercise.file) for exercise in still_open))
+    if to_do := session.to_do:
+        names = ", ".join(exercise.name for exercise in to_do)
+        files = ", ".join(dict.fromkeys(relative_path(exercise.file) for exercise in to_do))
         session.say(f"The lesson is at its end. Still to write: {names}, in", "cyan")
         session.say(f"{files}, with {again} --watch beside the editor.", "cyan")
+    elif session.exercises and not session.solutions:
+        session.say(f"Solved. {_following(following)}", "bold green")
     return 1 if any(exercise.verdict.state == "wrong" for exercise in session.exercises.values()) else 0
+
+
+def _following(path: Path | None) -> str:
+    if path is None:
+        return "This was the last lesson."
+    try:
+        lesson = lesson_script.read(path)
+    except (SyntaxError, ValueError, OSError):
+        return ""
+    return f"Next: {program()} lesson {lesson.number}, {lesson.title}."
 
 
 def _directory(given: Path | None) -> Path:
@@ -166,8 +185,9 @@ def _choose(paths: dict[int, Path], progress: Progress, interactive: bool) -> in
     following = None
     for number, path in paths.items():
         record = progress.of(path.stem)
-        drawn.add_row(str(number), *_row(path, record, path.stem in progress.lessons))
-        if following is None and (record.part > 0 or not record.exercises):
+        row = _row(path, record, path.stem in progress.lessons)
+        drawn.add_row(str(number), *row)
+        if following is None and row[2:] != ("to the end", "✓ solved"):
             following = number
     console.print(drawn)
     if any(path.parent == _INSTALLED for path in paths.values()):
@@ -176,22 +196,32 @@ def _choose(paths: dict[int, Path], progress: Progress, interactive: bool) -> in
         console.print(f"All are done. {program()} lesson N runs one again.", soft_wrap=True)
         return None
     console.print(f"Go on with: {program()} lesson {following}", soft_wrap=True)
-    if not interactive:
-        return None
-    try:
-        typed = input("[Enter: go on   a number: that lesson   q: leave] ").strip()
-    except EOFError:
-        return None
-    if typed.isdigit():
-        return int(typed)
-    return None if typed else following
+    while interactive:
+        try:
+            typed = read_line("[Enter: go on   a number: that lesson   q: leave] ")
+        except Leave:
+            break
+        if not typed or (typed.isdecimal() and int(typed) in paths):
+            return int(typed) if typed else following
+        console.print(f"{typed!r} is no lesson; {_known(paths)} are.", style="yellow")
+    return None
+
+
+def _known(paths: dict[int, Path]) -> str:
+    """Which numbers there are: 1 to 19 and 21."""
+    numbers = [*paths]
+    starts = [n for n in numbers if n - 1 not in paths]
+    ends = [n for n in numbers if n + 1 not in paths]
+    return " and ".join(f"{a} to {b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))
 
 
 def _row(path: Path, record: LessonRecord, begun: bool) -> tuple[str, str, str, str]:
     """A lesson of the list: title, minutes, how far it was read, whether its exercise is solved."""
     try:
         lesson = lesson_script.read(path)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, OSError):
         return path.stem, "", "not readable", ""
     reading = "" if not begun else f"part {record.part}" if record.part else "to the end"
-    return lesson.title, str(lesson.minutes), reading, "✓ solved" if record.exercises else ""
+    solved = len(record.exercises)
+    mark = "✓ solved" if solved >= lesson.exercises else f"{solved} of {lesson.exercises}"
+    return lesson.title, str(lesson.minutes), reading, mark if solved else ""

@@ -76,7 +76,7 @@ def _grades_of_lesson(path: Path, lessons: Path) -> list[Grade]:
     with redirect_stdout(printed), running(session):
         player = LessonPlayer(path, session)
         player.namespace["__file__"] = str(lessons / path.name)  # what a lesson reads lies beside it in the course
-        went_well = player.run_code(player.script.parts)
+        went_well = player.run_code()
     grades = [
         _grade(name, exercise.verdict, exercise.verdict.hole, str(path)) for name, exercise in session.exercises.items()
     ]

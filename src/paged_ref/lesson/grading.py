@@ -187,6 +187,21 @@ def _list_difference(found: Sequence[Any], wanted: Sequence[Any], at: str, kinds
     return None if len(found) == len(wanted) else f"{len(found)} entries; the spec has {len(wanted)}"
 
 
+def worked_case(name: str, spec: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> str:
+    """The shortest call of the cases, and what is right for it; "" without cases."""
+    calls = [(f"{name}({', '.join(map(_text, case))})", case) for case in cases]
+    if not calls:
+        return ""
+    call, case = min(calls, key=lambda each: len(each[0]))
+    outcome = _call(spec, case)
+    if outcome.error is not None:
+        return f"{call} {_outcome_text(outcome)}"
+    if outcome.value is not None:
+        return f"{call} gives {_outcome_text(outcome)}"
+    left = [_text(after) for before, after in zip(case, outcome.arguments, strict=True) if isinstance(before, MUTABLE)]
+    return f"{call} leaves {', '.join(left)}"
+
+
 def _outcome_text(outcome: _Outcome) -> str:
     if isinstance(outcome.value, Trail):
         return ""

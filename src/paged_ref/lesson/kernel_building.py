@@ -199,7 +199,9 @@ BUILDS = {
             "my_scores",
             _stages(
                 *_ONE_HEAD,
+                "each thread goes through its keys\n"
                 "for key in range(...): a sum over the elements d of query[d] * keys[slot, d]",
+                "more keys than threads: what does a thread do after its first key?\n"
                 "range() has a step: a thread goes on with the key that is num_threads further",
             ),
             _scores, _trial("keys"), naive.attention_kernel, _draw(OneHead(6, 2, 4), "keys"),
@@ -208,7 +210,9 @@ BUILDS = {
             "my_dense_attention",
             _stages(
                 *_ONE_HEAD,
+                "which thread reads what another one wrote?\n"
                 "a barrier stands after the scores are written, and one before the next tile overwrites them",
+                "what was added up so far belongs to an older highest score\n"
                 "before = highest; then the new highest; then total and sum times exp(before - highest)",
             ),
             _attention, _trial("keys", "values"), naive.attention_kernel, _draw(OneHead(6, 2, 4), "keys", "values"),
@@ -217,8 +221,9 @@ BUILDS = {
             "my_paged_attention",
             _stages(
                 Paged((4,)), Paged((8, 3)), Paged((6, 1, 11)),
+                "only the place of a key changes (lesson 5)\n"
                 "slot = block_tables[seq, key // block_size] * block_size + key % block_size",
-                "each sequence has a length of its own: seq_lens[seq]",
+                "the sequences differ in length\nthis one has seq_lens[seq] keys",
             ),
             _attention, _trial("keys", "values"), paged.attention_kernel,
             _draw(Paged((6, 3)), "keys", "values"),

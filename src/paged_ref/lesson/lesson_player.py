@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import linecache
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout, suppress
-from io import StringIO
+from contextlib import AbstractContextManager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import RenderableType
 from rich.markdown import Markdown
@@ -18,23 +18,31 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
+from ..views.common.streams import OUTPUT, PlainStream
 from . import lesson_script
-from .lesson_script import Part, Passage
-from .lesson_session import ClaimError, LessonSession, python_code, running
+from .editor import edit, line_of
+from .hints import give_hint
+from .lesson_script import Passage
+from .lesson_session import (
+    ClaimError,
+    Exercise,
+    Leave,
+    LessonSession,
+    python_code,
+    read_line,
+    relative_path,
+    running,
+)
 
 PROSE_WIDTH = 88  # columns: longer lines are hard to read
 _HERE = str(Path(__file__).parent)
 
 
-class Leave(Exception):  # noqa: N818  (the reader's wish, not an error)
-    """The reader leaves the lesson, to go on another time."""
-
-
 class CountedOutput:
-    """Standard output that counts its rows. While `held` is a list, text is kept there and not printed."""
+    """What is behind standard output, with its rows counted. While `held` is a list, text is kept there."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self) -> None:
+        self.stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
         self.rows = 0
         self.held: list[str] | None = None
 
@@ -43,33 +51,43 @@ class CountedOutput:
             self.held.append(text)
             return len(text)
         self.rows += text.count("\n")
-        return self._stream.write(text)
+        return self.stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
+
+    def redirected(self) -> AbstractContextManager[Any]:
+        """Standard output goes here, that of print() and that of Rich."""
+        return redirect_stdout(cast(TextIO, PlainStream(cast(TextIO, self), OUTPUT)))
 
 
 class LessonPlayer:
     """One reader in one lesson. Without a terminal nothing is asked and nothing waits."""
 
     def __init__(self, path: Path, session: LessonSession) -> None:
-        """Raises SyntaxError if Python cannot parse the file, ValueError if it is no lesson."""
+        """Raises SyntaxError if Python cannot parse the file, OSError or ValueError if it is no lesson."""
         self.session = session
         self.script = lesson_script.read(path)
         self.namespace: dict[str, Any] = {"__name__": "__main__", "__file__": str(path)}
-        self._output = CountedOutput(sys.stdout)
+        self._output = CountedOutput()
+        self._plain = session.console.is_dumb_terminal or not session.interactive
+        self._number = 0  # the part that is played; 0 is the head
+        self._shown: dict[int, list[str]] = {0: []}  # part -> what was printed for it
+        self._unseen = False  # what is shown is kept, and not printed
 
     def play(self, first: int = 1) -> bool:
         """Play from part `first` on; earlier parts run unseen. False: an error ended the lesson. Raises Leave."""
         session, script = self.session, self.script
-        session.before_ask = self._release
-        with running(session), redirect_stdout(self._output):
+        session.before_ask, session.after_ask = self._release, self._say_running
+        with running(session), self._output.redirected():
             number = first if 1 <= first <= len(script.parts) else 1
             below_title = script.head.partition("\n\n")[2].replace("\nTime:", "  \nTime:")
             heading = Rule(f"Lesson {script.number}: {script.title}", characters="═", align="left")
             self._show(heading, Text(), Markdown(below_title))
+            if not self._run_held(script.imports.passages):
+                return False
             if number > 1:
-                self._run_unseen(number - 1)
+                self._play_unseen(number - 1)
             while number <= len(script.parts):
                 self._save_part(number)
                 went_well = self._play_part(number)
@@ -81,11 +99,11 @@ class LessonPlayer:
         return True
 
     def _save_part(self, number: int) -> None:
-        """Save the part that the reader has reached; 0 is the end. Without a reader nothing is saved."""
+        """Save the farthest part that the reader has reached; 0 is the end. Without a reader nothing is saved."""
         session = self.session
         if session.interactive:
             record = session.progress.of(session.lesson)
-            record.part = number
+            record.part = 0 if 0 in (number, record.part) else max(number, record.part)
             session.progress.save(session.lesson, record)
 
     # --- parts -------------------------------------------------------------------------------------
@@ -94,26 +112,43 @@ class LessonPlayer:
         """Show the part and run it. False: an error, which is shown, ended it."""
         parts = self.script.parts
         part = parts[number - 1]
+        self._number, self._shown[number] = number, []
         self.session.checked.clear()
         self._show(Text(), Rule(f"{number} of {len(parts)}: {part.title}", align="left"))
         for passage in part.passages:
             if passage.kind == "prose":
                 self._show(Text(), Markdown(passage.text))
                 continue
-            code = passage.text.replace("  # fmt: skip", "")  # a word for the formatter, not for the reader
-            self._show(Text(), python_code(code), Text())
-            self._output.held = [] if self.session.interactive else None
-            try:
-                if not self._run(passage):
-                    return False
-            finally:
-                self._release()
-                self._output.held = None
+            self._show(Text(), python_code(code_to_read(passage.text), passage.harness), Text())
+            if not self._run_held([passage]):
+                return False
         return True
+
+    def _run_held(self, passages: Sequence[Passage]) -> bool:
+        """Run the code; a reader sees its output when it has run, or asks. False: an error ended it."""
+        if not (self.session.interactive or self._unseen):
+            return self._run_all(passages)
+        self._say_running()
+        self._output.held = []
+        try:
+            went_well = self._run_all(passages)
+        except BaseException:  # Leave, or Ctrl-C
+            held, self._output.held = self._output.held or [], None
+            self._erase_running()
+            self._output.write("".join(held))
+            raise
+        self._release()
+        self._output.held = None
+        return went_well
+
+    def _run_all(self, passages: Sequence[Passage]) -> bool:
+        return all(self._run(passage) for passage in passages if passage.kind == "code")
 
     def _run(self, passage: Passage) -> bool:
         try:
             lesson_script.execute(passage, self.script.path, self.namespace)
+        except Leave:
+            raise
         except ClaimError as error:
             self.session.say(str(error), "bold red")
         except (Exception, SystemExit) as error:
@@ -122,20 +157,22 @@ class LessonPlayer:
             return True
         return False
 
-    def run_code(self, parts: Sequence[Part]) -> bool:
-        """Run the code of these parts, without showing it. False: an error, which is shown, ended it."""
-        return all(self._run(passage) for part in parts for passage in part.passages if passage.kind == "code")
+    def run_code(self) -> bool:
+        """Run the code of all parts, without showing it. False: an error, which is shown, ended it."""
+        parts = [self.script.imports, *self.script.parts]
+        return all(self._run_all(part.passages) for part in parts)
 
-    def _run_unseen(self, count: int) -> None:
-        """Run the first `count` parts without output: later parts use what their code makes."""
+    def _play_unseen(self, count: int) -> None:
+        """Play the first `count` parts without printing them: later parts use what their code makes."""
         session = self.session
-        session.say(f"From part {count + 1} on. The parts before it run again unseen; --part 1 begins anew.", "dim")
-        session.interactive, interactive = False, session.interactive
+        session.say(f"From part {count + 1} on. The parts before it run again unseen: b goes back to them.", "dim")
+        self._say_running()
+        session.interactive, self._unseen = False, True
         try:
-            with redirect_stdout(StringIO()):
-                went_well = self.run_code(self.script.parts[:count])
+            went_well = all(self._play_part(number) for number in range(1, count + 1))
         finally:
-            session.interactive = interactive
+            session.interactive, self._unseen = True, False
+            self._erase_running()
         if not went_well:
             session.say("One of them stopped at an error: begin with --part 1.", "yellow")
 
@@ -143,19 +180,51 @@ class LessonPlayer:
 
     def _ask_what_next(self, went_well: bool) -> bool:
         """True: the next part. False: the same part again, from the file as it is now. Raises Leave."""
-        exercises = [self.session.exercises[name] for name in self.session.checked]
-        open_ones = [exercise for exercise in exercises if exercise.verdict.state != "right"]
-        keys = "Enter: on   r: this part again, from the file" if went_well else "Enter: this part again"
-        keys += "   h: hint" if open_ones else ""
+        session = self.session
+        to_do = [exercise for exercise in session.to_do if exercise.name in session.checked]
+        keys = "Enter: on  r: run again" if went_well else "Enter: run again"
+        keys += "  h: hint" if to_do else ""
+        keys += "  e: edit  b: back  q: leave"
         while True:
-            typed = self._wait(f"{keys}   q: leave")
-            if typed == "h":
-                for exercise in open_ones:
-                    self.session.say(f"hint for {exercise.name}: {exercise.hint}")
-            elif typed == "" and went_well:
+            typed = self._wait(keys)
+            if typed == "" and went_well:
                 return True
-            elif typed in ("", "r") and self._read_again():
+            if typed == "h" and to_do:
+                give_hint(session, to_do[0])
+            elif typed == "b":
+                self._look_back()
+            elif typed == "e":
+                if self._edit(to_do) and self._read_again():
+                    return False
+            elif typed not in ("", "r"):
+                session.say(f"{typed!r} is none of the keys.", "yellow")
+            elif self._read_again():
                 return False
+
+    def _look_back(self) -> None:
+        """Show the part before, as it was, and others that the reader asks for, until this part comes again."""
+        number = self._number
+        at = number - 1
+        while True:
+            self._output.rows = 0
+            for text in list(self._shown[at]):
+                self._print(text, "more", keep=False)
+            if at == number:
+                return
+            typed = self._wait("Enter: on  b: back  q: leave")
+            at = max(at - 1, 0) if typed == "b" else at + 1
+
+    def _edit(self, to_do: Sequence[Exercise]) -> bool:
+        """Open the editor where the reader writes. True: the file was changed, by an editor that has ended."""
+        path = to_do[0].file if to_do else self.script.path
+        passages = self.script.parts[self._number - 1].passages
+        line = line_of(path, to_do[0].name) if to_do else next((p.line for p in passages if p.kind == "code"), 1)
+        before = saved_at(path)
+        try:
+            edit(path, line)
+        except ValueError as error:
+            self.session.say(f"{error}. The place: {relative_path(path)}, line {line}.", "yellow")
+        return saved_at(path) != before
 
     def _read_again(self) -> bool:
         """Read the file again. False, after an explanation, if the lesson cannot go on with it."""
@@ -163,24 +232,22 @@ class LessonPlayer:
         try:
             again = lesson_script.read(self.script.path)
         except (SyntaxError, ValueError, OSError) as error:
-            self.session.say(error_text(error), "red")
+            self.session.say(file_problem(self.script.path, error), "red")
             return False
         if len(again.parts) != len(self.script.parts):
             self.session.say("The file has other parts now; leave with q and start the lesson again.", "yellow")
             return False
         self.script = again
-        return True
+        return self._run_all(again.imports.passages)
 
     def _wait(self, keys: str) -> str:
         """A line typed by the reader, after which the prompt is erased. Raises Leave at q and at the end of input."""
-        plain = self.session.console.is_dumb_terminal
         _forget_keys()
-        typed = self.session.ask(f"[{keys}] " if plain else f"\x1b[2m[{keys}]\x1b[0m ")
+        typed = read_line(f"[{keys}] " if self._plain else f"\x1b[2m[{keys}]\x1b[0m ")
         self._output.rows = 0
-        if typed is None or typed.lower() in ("q", "quit", "exit"):
-            raise Leave
-        if not plain:
-            sys.stdout.write("\r\x1b[1A\x1b[2K")  # one row up, and empty it
+        if not self._plain:
+            rows = 1 + (len(f"[{keys}] {typed}") - 1) // self.session.console.width
+            self._output.stream.write("\r" + "\x1b[1A\x1b[2K" * rows)  # one row up, and empty it
         return typed.lower()
 
     # --- output ------------------------------------------------------------------------------------
@@ -193,56 +260,101 @@ class LessonPlayer:
                 console.print(picture, width=console.width if wide else min(console.width, PROSE_WIDTH))
         self._print(captured.get(), "more")
 
-    def _print(self, text: str, what: str) -> None:
+    def _print(self, text: str, what: str, keep: bool = True) -> None:
         """Print; where the screen is full, wait for Enter first, so that nothing scrolls away unread."""
+        if keep:
+            self._shown[self._number].append(text)
+        if self._unseen:
+            return
         full = 0 < self._output.rows > self.session.console.height - 2 - text.count("\n")
         if self.session.interactive and full:
             self._wait(f"Enter: {what}")
-        sys.stdout.write(text)
+        self._output.write(text)
 
     def _release(self) -> None:
         """Print the output that a run has held back, before the reader is asked and at the end of the run."""
         held, self._output.held = self._output.held, None
+        self._erase_running()
         if held:
             self._print("".join(held), "what it prints")
         self._output.held = None if held is None else []
 
+    def _say_running(self) -> None:
+        """A word at the place of the output that will come."""
+        if not (self._plain or self._unseen):
+            self._output.stream.write("\x1b[2mrunning ...\x1b[0m")
+            self._output.stream.flush()
+
+    def _erase_running(self) -> None:
+        if not (self._plain or self._unseen):
+            self._output.stream.write("\r\x1b[2K")
+
 
 def watch(path: Path, make_session: Callable[[], LessonSession]) -> None:
-    """Run the lesson again each time its file is saved, without asking; until Ctrl-C."""
-    files, seen = [path], list[float]()
+    """Run the lesson again each time a file of the reader is saved, without asking; until Ctrl-C.
+
+    What the last run said stays on the screen until the next one has ended.
+    """
+    seen: dict[Path, float] = {path: -1.0}
     while True:
-        changed = seen
-        with suppress(OSError):  # some editors remove the file for a moment while they save it
-            changed = [file.stat().st_mtime for file in files]
+        changed = {file: saved_at(file) for file in seen}
         if changed == seen:
             time.sleep(0.2)
             continue
+        if 0.0 in changed.values():  # some editors remove the file for a moment while they save it
+            time.sleep(0.5)
+            changed = {file: saved_at(file) for file in seen}
         linecache.checkcache()
         session = make_session()
+        session.say(f"running {path.name} ...", "dim")
+        output = CountedOutput()
+        output.held = []
+        with output.redirected():
+            run_quietly(path, session)
         session.console.clear()
-        run_quietly(path, session)
-        files = [path, *(file for file in session.files if file.exists())]
-        seen = [file.stat().st_mtime for file in files]
-        session.say(f"{time.strftime('%H:%M:%S')}: {path.name} is run again when it is saved. Ctrl-C ends.", "dim")
+        output.stream.write("".join(output.held))
+        seen = {file: changed.get(file) or saved_at(file) for file in [path, *session.files]}
+        files = " or ".join(file.name for file in seen)
+        session.say(f"{time.strftime('%H:%M:%S')}: runs again when {files} is saved. Ctrl-C ends.", "dim")
+
+
+def saved_at(path: Path) -> float:
+    """When the file was saved; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def run_quietly(path: Path, session: LessonSession) -> bool:
     """Run the lesson without its prose, as `python lessons/NN_name.py` does. False: an error ended it."""
     try:
         player = LessonPlayer(path, session)
-    except (SyntaxError, ValueError) as error:
-        session.say(error_text(error), "red")
+    except (SyntaxError, ValueError, OSError) as error:
+        session.say(file_problem(path, error), "red")
         return False
     with running(session):
-        return player.run_code(player.script.parts)
+        return player.run_code()
+
+
+def code_to_read(code: str) -> str:
+    """The code without what is not for the reader: a word for the formatter, and the hints, which h gives."""
+    without = code.replace("  # fmt: skip", "")
+    hint = r'\bhint ?= ?(\(\n(.*\n)*?\)|".*")'
+    return re.sub(hint, lambda found: re.sub(r'".*"', '"..."', found[0]), without)
+
+
+def file_problem(path: Path, error: Exception) -> str:
+    """Why the file is no lesson."""
+    if isinstance(error, OSError):
+        return f"{relative_path(path)} cannot be read: {error.strerror}"
+    said = "".join(traceback.format_exception_only(error)).rstrip() if isinstance(error, SyntaxError) else str(error)
+    return f"{said}\nMend the line and save. What you did so far is kept."
 
 
 def error_text(error: BaseException) -> str:
     """An error of the lesson's code, without the frames of this room."""
     last = "".join(traceback.format_exception_only(error)).rstrip()
-    if isinstance(error, SyntaxError) or error.__traceback__ is None:
-        return f"{last}\nMend the line and save. What you did so far is kept."
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_HERE)]
     return f"Traceback, the last call at the end:\n{''.join(traceback.format_list(frames[-6:]))}{last}"
 

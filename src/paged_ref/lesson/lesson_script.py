@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .harness import harness_lines
+
 Kind = Literal["prose", "code"]
 Lines = tuple[Kind, int, int]  # what stands there, first line, last line
 
@@ -24,11 +26,12 @@ class Passage:
     kind: Kind
     text: str  # prose: Markdown, without the #
     line: int = 1  # of the file, on which code begins
+    harness: tuple[int, ...] = ()  # lines of the code, from 1, that only prepare or print
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What stands under one `# ## heading`; the imports stand before the first heading."""
+    """What stands under one `# ## heading`."""
 
     title: str
     passages: tuple[Passage, ...]
@@ -44,6 +47,8 @@ class LessonScript:
     question: str
     minutes: int
     head: str  # the docstring, Markdown
+    exercises: int  # calls of check() and build()
+    imports: Part  # what stands before the first heading
     parts: tuple[Part, ...]
 
 
@@ -56,7 +61,10 @@ def read(path: Path) -> LessonScript:
     if not found:
         raise ValueError(f"{path.name} does not begin as a lesson does: 'Lesson N: title', 'Question: ', 'Time: '")
     question = " ".join(found[3].split())
-    return LessonScript(path, int(found[1]), found[2], question, int(found[4]), head, tuple(_parts(source, tree)))
+    called = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    exercises = called.count("check") + called.count("build")
+    imports, *parts = _parts(source, tree)
+    return LessonScript(path, int(found[1]), found[2], question, int(found[4]), head, exercises, imports, tuple(parts))
 
 
 def find(directory: Path) -> list[Path]:
@@ -71,10 +79,11 @@ def execute(passage: Passage, path: Path, namespace: dict[str, Any]) -> None:
 
 
 def _parts(source: str, tree: ast.Module) -> Iterator[Part]:
-    title, passages = "What it uses", list[Passage]()
+    """What stands before the first heading, and then the parts."""
+    title, passages = "", list[Passage]()
     for passage in _passages(source, tree):
         if passage.kind == "prose" and passage.text.startswith("## "):
-            if passages:
+            if passages or not title:
                 yield Part(title, tuple(passages))
             heading, _, text = passage.text.partition("\n")
             title, passages = heading[3:].strip(), []
@@ -82,13 +91,13 @@ def _parts(source: str, tree: ast.Module) -> Iterator[Part]:
                 continue
             passage = Passage("prose", text.strip())
         passages.append(passage)
-    if passages:
+    if passages or not title:
         yield Part(title, tuple(passages))
 
 
 def _passages(source: str, tree: ast.Module) -> Iterator[Passage]:
     """Prose is a paragraph of comment lines with blank lines around it. All else is code."""
-    lines = source.splitlines()
+    lines, harness = source.splitlines(), harness_lines(tree)
     statement_at = {}  # line -> its statement
     for statement in tree.body[1:]:  # the docstring is the head
         decorators = [d.lineno for d in getattr(statement, "decorator_list", [])]
@@ -99,7 +108,8 @@ def _passages(source: str, tree: ast.Module) -> Iterator[Passage]:
         if kind == "prose":
             yield Passage("prose", re.sub(r"^# ?", "", text, flags=re.MULTILINE))
         else:
-            yield Passage("code", text, first)
+            dim = tuple(line - first + 1 for line in range(first, last + 1) if line in harness)
+            yield Passage("code", text, first, dim)
 
 
 def _paragraphs(lines: list[str], statement_at: dict[int, ast.stmt], first: int) -> Iterator[Lines]:

@@ -6,7 +6,7 @@ import inspect
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,17 @@ from typing import Any
 from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.text import Text
+from rich.theme import Theme
 
 from ..views.common.console import Console
 from .grading import Verdict
 from .progress import Progress
+
+_THEME = Theme({"markdown.code": "bold"})  # Rich's is cyan on black, which a light terminal shows as bars
+
+
+class Leave(Exception):  # noqa: N818  (the reader's wish, not an error)
+    """The reader leaves the lesson, to go on another time."""
 
 
 class ClaimError(Exception):
@@ -46,28 +53,32 @@ class LessonSession:
     progress: Progress
     interactive: bool  # a reader can answer
     solutions: bool = False  # every hole is filled from lessons/solutions
-    console: Console = field(default_factory=lambda: Console(highlight=False))
+    console: Console = field(default_factory=lambda: Console(highlight=False, theme=_THEME))
     exercises: dict[str, Exercise] = field(default_factory=dict)
     checked: list[str] = field(default_factory=list)  # exercises of the part that is running
     caught: dict[str, str] = field(default_factory=dict)  # planted bug -> what caught it
-    package_stands_in: bool = False  # for an exercise that is open or wrong: what follows is not the reader's
     workplace: Path = field(default_factory=Path.cwd)  # where the reader's own files are
     makes_files: bool = False  # a reader is there, for whom templates become files
     files: list[Path] = field(default_factory=list)  # of the reader, that the lesson has read
+    hints_given: dict[str, int] = field(default_factory=dict)  # exercise -> how many
     before_ask: Callable[[], None] = lambda: None  # prints what was held back, so that the reader sees it first
+    after_ask: Callable[[], None] = lambda: None  # says that the code runs on
+
+    @property
+    def to_do(self) -> list[Exercise]:
+        """The exercises that are open or wrong. The package's own stands in for them."""
+        return [exercise for exercise in self.exercises.values() if exercise.verdict.state != "right"]
 
     def say(self, text: str, style: str = "", indent: int = 2) -> None:
         padded = Padding(Text(text, style), (0, 0, 0, indent), expand=False)
         self.console.print(padded, width=min(self.console.width, 100))
 
-    def ask(self, prompt: str) -> str | None:
-        """A line typed by the reader; None at the end of input."""
+    def ask(self, prompt: str) -> str:
+        """A line typed by the reader while code runs. Raises Leave at q and at the end of input."""
         self.before_ask()
-        try:
-            return input(prompt).strip()
-        except EOFError:
-            print()
-            return None
+        typed = read_line(prompt)
+        self.after_ask()
+        return typed
 
     def solution(self, name: str) -> tuple[Callable[..., Any], str] | None:
         """The function of this name in lessons/solutions, and its source."""
@@ -78,9 +89,24 @@ class LessonSession:
         return (function, inspect.getsource(function).rstrip()) if function else None
 
 
-def python_code(source: str) -> Padding:
-    """The source with colours, for a Console to print."""
-    return Padding(Syntax(source, "python", theme="ansi_dark", word_wrap=True), (0, 0, 0, 2), expand=False)
+def read_line(prompt: str) -> str:
+    """A line typed by the reader. Raises Leave at q and at the end of input."""
+    try:
+        typed = input(prompt).strip()
+    except EOFError:
+        print()
+        raise Leave from None
+    if typed.lower() in ("q", "quit", "exit"):
+        raise Leave
+    return typed
+
+
+def python_code(source: str, dim: Iterable[int] = ()) -> Padding:
+    """The source with colours, for a Console to print. The lines `dim`, from 1, are less bright."""
+    code = Syntax(source, "python", theme="ansi_dark", word_wrap=True)
+    for line in dim:
+        code.stylize_range("dim", (line, 0), (line + 1, 0))
+    return Padding(code, (0, 0, 0, 2), expand=False)
 
 
 def relative_path(path: str | Path) -> str:
@@ -122,6 +148,8 @@ def _without_traceback(hook: Any) -> Any:
     def shown(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print("\nInterrupted. What you did so far is kept.", file=sys.stderr)
+        elif issubclass(kind, Leave):
+            print("Left. What you did so far is kept.", file=sys.stderr)
         elif issubclass(kind, ClaimError):
             print(f"\n{error}", file=sys.stderr)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ def parse_number(text: str) -> float:
     share = plain.endswith("%")
     try:
         value = _value(ast.parse(plain.rstrip("% "), mode="eval").body)
+        if not math.isfinite(value):
+            raise ValueError
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         raise ValueError(f"{text[:40]!r} is not a number; 27, 2*3*8, 1,000 and 50% are") from None
     return value / 100 if share else value

@@ -131,14 +131,16 @@ BUILDS = {
         [
             Stage(
                 "admit and run", [(RequestTrace(((3, 2),), 16, 4),), (RequestTrace(((3, 2), (4, 3)), 16, 4),)],
-                "first those that run, then those that wait, while the budget lasts: min(behind, budget) tokens each",
+                "first those that run, then those that wait\nwhile the budget lasts, min(behind, budget) tokens each",
             ),
             Stage(
                 "the budget and the width", [(EASY,), (RequestTrace(REQUESTS, 8, 3),), (RequestTrace(REQUESTS, 1, 8),)],
+                "what happens to a prompt that is longer than the budget?\n"
                 "a prompt takes what is left of the budget, and goes on in the next step",
             ),
             Stage(
                 "too few blocks", [(SHORT,), (RequestTrace(REQUESTS[::-1], 8, 8, num_blocks=9),)],
+                "which sequence gives way, and where does it wait?\n"
                 "the last of `running` goes to the front of `waiting`, and begins again: num_computed = 0",
             ),
         ],

@@ -1,4 +1,4 @@
-"""Compiled kernels as files: a machine without a GPU compiles them, and a GPU starts with them at once.
+"""Compiled kernels as files: a machine without a GPU compiles them, and a GPU starts with them immediately.
 
 A tuned kernel takes about six seconds to compile, and its file is some 60 KB. The environment variable
 PAGED_REF_CUBINS names the folder; without it nothing is read or written. `make cubins` fills the folder.

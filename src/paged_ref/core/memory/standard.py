@@ -1,7 +1,7 @@
 """Standard memory management: one contiguous region for each sequence, reserved for its whole life.
 
 What serving systems did before paging. How much is reserved is a choice, and the paper measures three: `max` (the
-longest sequence that the model allows), `pow2` (the prompt and the output rounded up to a power of two) and `exact`
+longest sequence that the model allows), `pow2` (the prompt, and the output rounded up to a power of two) and `exact`
 (an oracle that knows the output's length). Kwon et al. 2023, §6.1.
 """
 

@@ -20,7 +20,7 @@ def ends_in_time() -> Iterator[None]:
     later, the process ends, and its workers with it.
 
     Python sees an interrupt between two of its own instructions. A compiler, or a product of large matrices, can keep
-    it from them for long, and an exception in a finalizer is dropped. The signal's number reaches a pipe at once.
+    it from them for long, and an exception in a finalizer is dropped. The signal's number reaches a pipe immediately.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,8 +39,8 @@ def ends_in_time() -> Iterator[None]:
 
 
 class Interrupts:
-    """Ctrl-C in `with interrupts:` is a KeyboardInterrupt at once, except in a block `with interrupts.whole():`, which
-    comes to its end first and may take its time. A second Ctrl-C interrupts that block, too."""
+    """Ctrl-C in `with interrupts:` is a KeyboardInterrupt immediately, except in a block `with interrupts.whole():`,
+    which comes to its end first and may take its time. A second Ctrl-C interrupts that block, too."""
 
     def __init__(self) -> None:
         self._in_whole = self._pending = False

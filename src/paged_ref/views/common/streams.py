@@ -68,7 +68,7 @@ class _Named:
         return getattr(self.stream, name)
 
 
-class _Plain(_Named):
+class PlainStream(_Named):
     """What `print` writes to. Rich looks for `rich_proxied_file`, and writes to that."""
 
     @property
@@ -97,10 +97,10 @@ def standard_streams() -> Iterator[None]:
             for stream, _ in changed:
                 stream.reconfigure(errors=_ERRORS)
             sys.stdin = sys.stdin or nothing
-            sys.stderr = cast(TextIO, _Plain(sys.stderr or nothing, "standard error"))
+            sys.stderr = cast(TextIO, PlainStream(sys.stderr or nothing, "standard error"))
             if sys.stdout is None:
                 raise OSError(None, "it is closed", OUTPUT)
-            sys.stdout = cast(TextIO, _Plain(sys.stdout, OUTPUT))
+            sys.stdout = cast(TextIO, PlainStream(sys.stdout, OUTPUT))
             yield
         finally:
             sys.stdin, sys.stdout, sys.stderr = before
