@@ -23,8 +23,10 @@ html_css_files = ["book.css"]
 html_js_files = ["book.js"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 pygments_style = "default"
 
+autodoc_mock_imports = ["torch", "transformers"]  # the extra `book` has neither
 default_role = "code"  # docstrings write names between single backticks
 autoclass_content = "both"  # what the arguments mean is in the docstring of __init__
 autodoc_member_order = "bysource"

@@ -223,6 +223,8 @@ def numbers_page() -> str:
     for path in sorted((ROOT / "lessons" / "recorded").glob("*.txt")):
         command, date, machine, *printed = path.read_text(encoding="utf-8").splitlines()
         command = command.rpartition("; ")[2]
+        if "Python" not in machine:  # counted, not timed
+            machine, printed = "No timing", [machine, *printed]
         parts += [f"## `{command}`", f"{date}. {machine}.", "```text\n" + "\n".join(printed).strip("\n") + "\n```"]
     return "\n\n".join(parts) + "\n"
 

@@ -126,6 +126,9 @@ def test_generate_chats(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     argv = ["generate", "--model", str(tmp_path), "--chat", "--system", "Four score and", "--max-tokens", "3"]
     assert main([*argv, "--prompt", "seven years ago"]) == 0
     assert capfd.readouterr().out == "seven years ago\n fathers brought forth\n"
+    argv[2:3] = ["tiny", "--chat-template", str(tmp_path / "chat_template.jinja")]
+    assert main([*argv, "--prompt", "seven years ago"]) == 0
+    assert capfd.readouterr().out == "seven years ago\n fathers brought forth\n"
 
 
 @pytest.mark.parametrize("columns", [50, 80, 160])
@@ -181,6 +184,8 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
             "kv_dtype is 'int8', and backend 'cpu'",
         ),
         (["generate", "--prompt", "a", "--system", "x"], "--system is 'x' without --chat"),
+        (["generate", "--prompt", "a", "--chat-template", "x"], "--chat-template is 'x' without --chat"),
+        (["generate", "--prompt", "a", "--chat", "--replicas", "2"], "--chat does not go with it"),
         (["generate", "--prompt", "a", "--chat"], "tiny has no chat template"),
         (["generate", "--prompt", "a", "--stop", "x<|endoftext|>"], "which contains the special token"),
         (["generate", "--prompt", "a", "--beam-width", "2", "--manager", "standard"], "only the paged manager"),

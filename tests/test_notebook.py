@@ -33,6 +33,7 @@ def test_a_run_and_an_llm_show_themselves() -> None:
     assert "0 waiting, 1 running" in notebook.llm_html(llm)
     assert "0→0&ensp; 1→1" in notebook.llm_html(llm)
     page = notebook.show(events, at=2)._repr_html_()
+    assert "show(events, at=2, frame=1)" in page
     assert page.startswith('<iframe title="paged_ref"')
     with pytest.raises(ValueError, match=r"at is 0; 1 to \d+ is needed"):
         notebook.show(events, at=0)

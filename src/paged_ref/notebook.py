@@ -91,7 +91,7 @@ def show(events: Iterable[Event], at: int = 1, frame: int = 1) -> HtmlPage:
             raise ValueError(f"{name} is {value}; 1 to {most} is needed")
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "page.html")
-        write_page(page, runs, frame - 1, at - 1, None)
+        write_page(page, runs, frame - 1, at - 1, None, made_with=f"show(events, at={at}, frame={frame})")
         return HtmlPage(page.read_text(encoding="utf-8"))
 
 

@@ -62,7 +62,7 @@ def test_json_has_what_generate_returns(tmp_path: Path, capsys: pytest.CaptureFi
         (["--replicas", "1000"], "--replicas is 1000; each needs a prompt, and there are 1"),
         (["--replicas", "0"], "--replicas is 0; at least 1 is needed"),
         (["--tensor-parallel", "0"], "--tensor-parallel is 0; at least 1 is needed"),
-        (["--tensor-parallel", "1000"], "1000 ranks cannot share 4 heads and 2 KV heads evenly; 1, 2, 4 can"),
+        (["--tensor-parallel", "1000"], "1000 ranks cannot share 4 heads and 2 KV heads; 1, 2, 4 can"),
     ],
 )
 def test_what_is_refused_before_a_process_starts(

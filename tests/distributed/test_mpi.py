@@ -186,7 +186,7 @@ def test_ctrl_c_ends_all_ranks() -> None:
 def test_three_ranks_for_four_heads_are_refused() -> None:
     done = subprocess.run(command(*BASE, "--tensor-parallel", "3"), capture_output=True, text=True, env=environment())
     assert done.returncode == 2
-    said = "paged-ref: error: 3 ranks cannot share 4 heads and 2 KV heads evenly; 1, 2, 4 can\n"
+    said = "paged-ref: error: 3 ranks cannot share 4 heads and 2 KV heads; 1, 2, 4 can\n"
     assert done.stderr == said
     assert done.stdout == ""
 

@@ -28,7 +28,12 @@ STAGING_BYTES = (128 if on_gpu else 8) << 20
 @dataclass(frozen=True, slots=True)
 class LongOptions:
     """How to keep contexts longer than the device. A block is of all layers and KV heads, as everywhere; a page is the
-    part of one layer and one KV head."""
+    part of one layer and one KV head.
+
+    `attend`: "all", or how many blocks a query attends to (an int), or which share of them (a float). `evict`: "lru",
+    "sliding" or "relevance"; by default "lru", and "relevance" where `attend` is not "all". The first `full_layers`
+    attend to all blocks in any case (default: one in sixteen, at least one). `staging_pages` are for streaming.
+    """
 
     device_blocks: int
     host_blocks: int
@@ -36,8 +41,8 @@ class LongOptions:
     # quarter of the device, at most STAGING_BYTES.
     staging_pages: int | None = None
     attend: Attend = "all"
-    evict: Eviction | None = None  # default: "relevance" with a budget, else "lru"
-    full_layers: int | None = None  # that attend to all; default: see StreamedKV
+    evict: Eviction | None = None
+    full_layers: int | None = None
 
     def make(
         self, config: ModelConfig, block_size: int, dtype: str, max_batch_tokens: int, backend: str, sanitize: bool,

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..core.engine.outputs import RequestOutput, SequenceOutput
 from ..distributed.group import Group, GroupError
 from ..distributed.plan import follow
 from ..distributed.split import Part
+from ..extras.reading import read_text
 from ..extras.sampling_params import SamplingParams
 from ..extras.token_text import token_text
 from ..interop.checkpoints import load
@@ -57,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                     metavar="K")  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="the prompts are messages to a chat model")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    template = "with --chat: a Jinja template, in place of the checkpoint's"
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help=template)
     memory = parser.add_argument_group("memory")
     options.manager(memory)
     options.block_size(memory)
@@ -82,8 +86,9 @@ def main(args: argparse.Namespace) -> int:
     options.check_text("--bad-word", args.bad_word)
     if args.system is not None:
         options.check_text("--system", [args.system])
-        if not args.chat:
-            raise ValueError(f"--system is {args.system!r} without --chat; only a conversation has a system message")
+    for option, value in (("--system", args.system), ("--chat-template", args.chat_template)):
+        if value is not None and not args.chat:
+            raise ValueError(f"{option} is {str(value)!r} without --chat; it is a part of a conversation")
     if args.replicas is not None:
         if args.replicas > len(args.prompt):
             raise ValueError(f"--replicas is {args.replicas}; each needs a prompt, and there are {len(args.prompt)}")
@@ -128,7 +133,7 @@ def _generate(args: argparse.Namespace, group: Group | None = None) -> int:
         found["steps"] = []
         with recording(args.record) as log:
             llm = LLM(**options_of_llm, log=log, on_step=lambda record: found["steps"].append(record.seconds))
-            prompts = _conversations(llm, texts, args.system) if args.chat else texts
+            prompts = _conversations(llm, texts, args.system, args.chat_template) if args.chat else texts
             outputs = llm.generate(prompts, params) if quiet else _show_in_turn(llm, texts, prompts, params)
     if group is not None:
         found |= {"bytes_said": dict(group.bytes), "seconds_in_communication": group.seconds}
@@ -186,13 +191,15 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _conversations(llm: LLM, prompts: list[str], system: str | None) -> list[list[int]]:
+def _conversations(llm: LLM, prompts: list[str], system: str | None, template: Path | None) -> list[list[int]]:
     """The token ids of a conversation for each prompt, up to where the model answers."""
     tokenizer = llm.get_tokenizer()
     if not isinstance(tokenizer, HFTokenizer):
         raise ValueError("--chat needs the text of tokens, and the checkpoint has no tokenizer.json")
     before = [] if system is None else [{"role": "system", "content": system}]
-    texts = [tokenizer.apply_chat_template([*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+    given = None if template is None else read_text(template)
+    asked = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
+    texts = [tokenizer.apply_chat_template(messages, given) for messages in asked]
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 

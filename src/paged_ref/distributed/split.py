@@ -8,7 +8,7 @@ a layer. The head is split by tokens, and its logits are gathered on rank 0. Nor
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -51,22 +51,15 @@ class Part(UserDict[str, np.ndarray]):
         heads, kv_heads = config.num_heads, config.num_kv_heads
         known = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
         if size not in known:
-            able = str(known)[1:-1]
-            raise ValueError(f"{size} ranks cannot share {heads} heads and {kv_heads} KV heads evenly; {able} can")
+            raise ValueError(f"{size} ranks cannot share {heads} heads and {kv_heads} KV heads; {str(known)[1:-1]} can")
         if getattr(config, "qk_norm", None) == "whole":
             raise ValueError(f"{size} ranks cannot share a model that has a norm over all heads together")
         parts = {name: part_of(getattr(config, name), rank, size) for name in (QUERY, KV, INNER, TOKENS)}
         unit = {QUERY: config.head_size, KV: config.head_size}  # rows of a head
         self.rows = {name: slice(p.start * unit.get(name, 1), p.stop * unit.get(name, 1)) for name, p in parts.items()}
-        heads, kv_heads, inner = (len(parts[name]) for name in (QUERY, KV, INNER))
-        self.kv_heads = parts[KV]
-        self.config = replace(config, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=inner)
+        self.kv_heads = slice(parts[KV].start, parts[KV].stop)
+        self.config = replace(config, **{name: len(parts[name]) for name in (QUERY, KV, INNER)})
         self.data = weights  # type: ignore[assignment]  # read only
-
-    def scales(self, scales: Iterable[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
-        """Of the whole model's scales of K and V, [num_kv_heads] each, those of this rank's heads."""
-        own = slice(self.kv_heads.start, self.kv_heads.stop)
-        return [(keys[own], values[own]) for keys, values in scales]
 
     def __getitem__(self, name: str) -> np.ndarray:
         whole = self.data[name]

@@ -1,4 +1,4 @@
-"""PagedAttention for the models of Hugging Face transformers: an attention to register, and a cache to hand over.
+"""PagedAttention for the models of Hugging Face transformers: an attention to register, and a cache to hand over::
 
     from paged_ref.interop.huggingface import PagedCache, register
 

@@ -2,7 +2,7 @@
 
 Ours is `[num_blocks, block_size, num_kv_heads, head_size]`, one array for K and one for V. It is also what
 flash-attn and FlashInfer (NHD) read, so the way there is often a view: no bytes move. Each function says
-whether it returns views or copies. Arrays are NumPy or CuPy; the answer is of the same kind.
+whether it returns views or copies. Arrays are NumPy or CuPy; the answer is of the same kind::
 
     flash-attn          k_cache, v_cache [num_blocks, page_block_size, nheads_k, headdim]            ours
     FlashInfer NHD      [num_pages, 2, page_size, num_kv_heads, head_dim], or a pair                 pair: ours

@@ -61,9 +61,10 @@ class Words:
 class Page:
     """The page of some runs, as it is made: `begin` a run, `add` each of its moments, and `write` at the end."""
 
-    def __init__(self, words: Words, columns: int, lines: int) -> None:
-        """Each frame has so many columns and lines."""
+    def __init__(self, words: Words, columns: int, lines: int, made_with: str | None = None) -> None:
+        """Each frame has so many columns and lines. `made_with`: the code that made the page; None: this command."""
         self.words, self.columns, self.lines = words, columns, lines
+        self.made_with = made_with or shlex.join([SCRIPT, *sys.argv[1:]])
         self.runs: list[Story] = []
         self.start = {"run": 0, "frame": 0, "position": 0}
         self._seen: dict[Hashable, int] = {}
@@ -117,7 +118,7 @@ class Page:
         packed = gzip.compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), mtime=0)
         parts = {name: Path(__file__).with_name(f"page.{name}").read_text(encoding="utf-8") for name in _FILES}
         return Template(parts["html"]).substitute(
-            title=escape(self.words.title), command=escape(shlex.join([SCRIPT, *sys.argv[1:]])),
+            title=escape(self.words.title), command=escape(self.made_with),
             run_word=escape(self.words.run), moment=escape(self.words.moment), step=escape(self.words.step),
             mark=escape(self.words.mark), style=parts["css"], script=parts["js"],
             notes="\n".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in self.words.notes),

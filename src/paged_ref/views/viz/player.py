@@ -100,7 +100,7 @@ class Player(Viewer):
         if key.isdigit() and 1 <= int(key) <= len(self.frames):
             self.frame, self.scroll = int(key) - 1, 0
         else:
-            self.message = "no such key; ? shows those that there are"
+            self.message = "no such key; ? lists the keys"
 
     # --- what keys do ------------------------------------------------------------------------------
 

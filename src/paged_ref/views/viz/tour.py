@@ -22,7 +22,7 @@ from .frames.screen import FRAMES, SMALLEST, screen
 SPEED = 0.2  # stops in a second: twelve of them take a minute
 HEAD = 3  # lines above the frame
 SMALLEST_TOUR: Size = (SMALLEST[0], SMALLEST[1] + HEAD)
-KEYS = "space: stop here, go on   ← → another stop   q: quit"
+KEYS = "space pause, go on  ←→ another stop  q quit"
 FRAME = {frame.name: number for number, frame in enumerate(FRAMES)}
 
 
@@ -121,7 +121,7 @@ class Tour(Viewer):
         if (small := too_small(width, height, SMALLEST_TOUR)) is not None:
             return small
         stop = self.stops[self.position]
-        message = self.message or f"stop {self.position + 1} of {len(self.stops)}   {KEYS}"
+        message = self.message or f"stop {self.position + 1} of {len(self.stops)}  {KEYS}"
         seen = dict.fromkeys(each.run for each in self.stops[: self.position + 1])
         head = [line((f" {headline([self.runs[run] for run in seen])}", "bold reverse"))]
         head += [line((f" {row}", "bold")) for row in wrap(stop.words, width - 2)]

@@ -18,8 +18,13 @@ MOST = 10_000  # events: two minutes of drawing, and 2 MB
 FEWER = 6  # lines that a frame has fewer than the window of a terminal: title, sentence and keys stand around it
 
 
-def write_page(path: Path, runs: Sequence[History], frame: int, at: int, size: Size | None) -> None:
-    """The page opens at event `at` (from 0) of the first run. Raises ValueError where it cannot be written."""
+def write_page(
+    path: Path, runs: Sequence[History], frame: int, at: int, size: Size | None, made_with: str | None = None
+) -> None:
+    """The page opens at event `at` (from 0) of the first run; `made_with` as in `Page`.
+
+    Raises ValueError where the page cannot be written.
+    """
     if (total := sum(map(len, runs))) > MOST:
         raise ValueError(f"--html: {total:,} events are in the log; at most {MOST:,} fit on a page")
     width, height = size or (100, 30)
@@ -30,7 +35,7 @@ def write_page(path: Path, runs: Sequence[History], frame: int, at: int, size: S
         {mark: what for mark, what in MARKS.items() if mark in used},
         notes=[(sign.split(" ")[0], sign.split(" ", 1)[1]) for _, signs in SIGNS[:-1] for sign in signs],
     )  # fmt: skip
-    page = Page(words, width, height - FEWER)
+    page = Page(words, width, height - FEWER, made_with)
     page.start = {"run": 0, "frame": frame, "position": at}
     for run in runs:
         frames = frames_of(run)

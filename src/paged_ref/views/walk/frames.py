@@ -184,6 +184,8 @@ def _footer(width: int, look: Look) -> Text:
     if width >= 110:
         text = "←→ access  ↑↓ line  t/T thread  n/p round  b/B CUDA block  space play "
         text += "│ k kernel  1 2 3 view  ? help  q quit"
+    elif width < 80:
+        text = "←→ access ↑↓ line t thread n round k kernel ? help q quit"
     return line((fit(text, width), DIM))
 
 

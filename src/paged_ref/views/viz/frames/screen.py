@@ -170,6 +170,8 @@ def _keys(scene: Scene, width: int) -> Text:
     ]  # fmt: skip
     if width < 96:
         keys[2] = ("n/p", "next like this")
+    if width < 80:
+        keys = [keys[0], keys[1], ("n/p", "next"), keys[4], *keys[-2:]]
     row = line(" ")
     for key, what in keys:
         row.append(key, "bold")
