@@ -58,7 +58,7 @@ class Part(UserDict[str, np.ndarray]):
         unit = {QUERY: config.head_size, KV: config.head_size}  # rows of a head
         self.rows = {name: slice(p.start * unit.get(name, 1), p.stop * unit.get(name, 1)) for name, p in parts.items()}
         self.kv_heads = slice(parts[KV].start, parts[KV].stop)
-        self.config = replace(config, **{name: len(parts[name]) for name in (QUERY, KV, INNER)})
+        self.config = replace(config, **{name: len(parts[name]) for name in (QUERY, KV, INNER)})  # type: ignore[arg-type]
         self.data = weights  # type: ignore[assignment]  # read only
 
     def __getitem__(self, name: str) -> np.ndarray:
