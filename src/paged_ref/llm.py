@@ -161,7 +161,8 @@ class LLM(StreamingLLM):
         pool: CachingBlockPool | None = None
         if group is not None:
             weights = part = Part(config, weights, group.rank, group.size)
-            scales = [(keys[part.kv_heads], values[part.kv_heads]) for keys, values in scales]
+            first, end = heads_of_ranks(config, group.size)[1][group.rank]
+            scales = [(keys[first:end], values[first:end]) for keys, values in scales]
             config = part.config
         context = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= (max_model_len if beyond_context else context):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, SamplingParams, cli
-from paged_ref.commands import generate, ranks
+from paged_ref.commands import generate, rank_guard, ranks
 from paged_ref.commands.rank_guard import GUARDED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,23 @@ def test_without_the_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert cli.main([*BASE, "--prompt", "a", "--tensor-parallel", "2"]) == 2
     said = "no-launcher was not found, which starts ranks; the extra `distributed` brings it"
     assert capsys.readouterr().err == f"paged-ref: error: {said}\n"
+
+
+def test_where_standard_output_fails_the_ranks_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(28, "No space left on device")
+
+    class Full:
+        def write(self, text: str) -> int:
+            raise error
+
+    ours, guards = socket.socketpair()
+    failed: list[OSError] = []
+    words = [sys.executable, "-S", "-c", "print('a')"]
+    monkeypatch.setattr(sys, "stdout", Full())
+    with ours, guards, subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        ranks._show(process, [ours], failed)
+        assert guards.recv(9) == rank_guard.KILL
+    assert failed == [error]
 
 
 def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,18 @@ def test_a_prompt_of_standard_input_reaches_rank_0() -> None:
     done = subprocess.run(words, input="Once upon", capture_output=True, text=True, env=environment())
     assert done.stdout.startswith("--- prompt 1\nOnce upon a time"), done.stderr
     assert "\n--- prompt 2\n:" in done.stdout  # a colon alone is for the launcher the end of a command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("output", "status", "said"),
+    [("| head -c 1", 0, ""), ("> /dev/full", 2, "paged-ref: error: standard output: No space left on device\n")],
+)
+def test_an_output_that_fails_is_that_of_one_process(output: str, status: int, said: str) -> None:
+    words = f"set -o pipefail; {shlex.join(command(*BASE, '--tensor-parallel', '2'))} {output}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=environment())
+    assert done.returncode == status
+    assert done.stderr == said
 
 
 @pytest.mark.slow

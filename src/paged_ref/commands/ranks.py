@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
 import math
@@ -43,8 +44,9 @@ def started_ranks() -> int:
 
 def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
     """Run `paged-ref` with these arguments on `size` ranks of this machine, and return the exit status: 1 where a rank
-    was killed. `text` is the standard input of rank 0. Raises ValueError where there is no launcher, and
-    KeyboardInterrupt. However this process ends, no rank is left: rank_guard.py sees to that."""
+    was killed. `text` is the standard input of rank 0. Raises ValueError where there is no launcher, OSError where
+    standard output fails, and KeyboardInterrupt. However this process ends, no rank is left: rank_guard.py sees to
+    that."""
     beside = Path(sys.executable).with_name(LAUNCHER)
     launcher = str(beside) if beside.is_file() else shutil.which(LAUNCHER)
     if launcher is None:
@@ -57,11 +59,19 @@ def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
         server.settimeout(TO_START)
         variables = {**os.environ, rank_guard.PORT: str(server.getsockname()[1])}
         # In a session of its own, the launcher gets no Ctrl-C of the terminal: the guards get it from here.
-        ranks = subprocess.Popen(command, stdin=given, stderr=subprocess.PIPE, env=variables, start_new_session=True)
-        said = threading.Thread(target=_pass_on, args=(ranks,))
-        said.start()
+        pipe = subprocess.PIPE
+        ranks = subprocess.Popen(command, stdin=given, stdout=pipe, stderr=pipe, env=variables, start_new_session=True)
+        lines: list[socket.socket] = []
+        failed: list[OSError] = []
+        threads = [
+            threading.Thread(target=_show, args=(ranks, lines, failed)),
+            threading.Thread(target=_pass_on, args=(ranks,)),
+        ]
+        for thread in threads:
+            thread.start()
         try:
-            lines = [stack.enter_context(server.accept()[0]) for _ in range(size)]
+            while len(lines) < size:
+                lines.append(stack.enter_context(server.accept()[0]))
             _tell(lines, json.dumps(list(arguments)).encode() + b"\n")
             statuses = _statuses(lines)
         except TimeoutError:
@@ -69,7 +79,10 @@ def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
         finally:
             stack.close()  # the guards end now, and then the launcher
             ranks.wait()
-            said.join()
+            for thread in threads:
+                thread.join()
+    if failed:
+        raise failed[0]
     return 1 if 1 in statuses else max(statuses)
 
 
@@ -104,6 +117,20 @@ def _tell(lines: Sequence[socket.socket], word: bytes) -> None:
     for line in lines:
         with suppress(OSError):  # the guard has ended
             line.sendall(word)
+
+
+def _show(ranks: subprocess.Popen[bytes], lines: Sequence[socket.socket], failed: list[OSError]) -> None:
+    """Show what the ranks print. Where that fails, as with `| head`, `failed` has the error, and the ranks end."""
+    assert ranks.stdout is not None
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    while data := os.read(ranks.stdout.fileno(), 1 << 16):
+        try:
+            if not failed:
+                sys.stdout.write(decoder.decode(data))
+                sys.stdout.flush()
+        except OSError as error:
+            failed.append(error)
+            _tell(lines, rank_guard.KILL)
 
 
 def _pass_on(ranks: subprocess.Popen[bytes]) -> None:

@@ -206,6 +206,8 @@ class ShapingEngine(TransactionalEngine):
     def _with_prompt_rows(self, plan: StepPlan, inputs: StepInputs) -> StepInputs:
         """Ask for the logits of the prompts that are scored too, after those of the tokens to come."""
         self._shaped = {i: request for i, request in self._shaped.items() if i in self.requests}
+        if isinstance(self.scheduler, ScoringScheduler):  # an aborted request leaves its prompt unscored
+            self.scheduler.to_score &= {request.to_score for request in self._shaped.values() if request.to_score}
         rows: list[int] = []
         self._scored, first = [], 0
         for seq, num_tokens in plan.chunks:
