@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.ansi import AnsiDecoder
 
 from paged_ref.lesson import lesson_script
-from paged_ref.lesson.lesson_player import error_text
+from paged_ref.lesson.lesson_player import code_to_read, error_text
 from paged_ref.lesson.lesson_session import ClaimError, LessonSession, running
 from paged_ref.lesson.progress import Progress
 from paged_ref.views.common.console import Console
@@ -46,9 +46,9 @@ def page(path: Path) -> str:
     namespace: dict[str, object] = {"__name__": "__main__", "__file__": str(path)}
     parts = [f"(lesson-{script.number:02})=", f"# {script.number}. {capital(script.title)}", *_head(script)]
     with running(session):
-        for part in script.parts:
+        for part in [script.imports, *script.parts]:
             session.checked.clear()
-            parts.append(f"## {part.title}")
+            parts.append(f"## {part.title or 'What it uses'}")
             for passage in part.passages:
                 if passage.kind == "prose":
                     parts.append(passage.text)
@@ -85,7 +85,7 @@ def _run(passage: lesson_script.Passage, path: Path, namespace: dict[str, object
 
 
 def _code(text: str) -> str:
-    return f"```python\n{text.replace('  # fmt: skip', '')}\n```"
+    return f"```python\n{code_to_read(text)}\n```"
 
 
 def _output(printed: str) -> str:

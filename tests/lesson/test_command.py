@@ -42,7 +42,9 @@ def test_an_error_of_the_lesson_is_shown_without_the_runners_frames(
     assert "SyntaxError" in capsys.readouterr().out
 
 
-def test_a_wrong_exercise_is_status_1_in_a_pipe_and_an_open_one_0(folder: Path) -> None:
+def test_a_wrong_exercise_is_status_1_in_a_pipe_and_an_open_one_0(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = (folder / "01_one.py").read_text() + (
         "from paged_ref.lesson import check, todo\n\n\ndef my_f(x):\n    return todo('1 line')\n\n\n"
         "check(my_f, spec=lambda x: 2 * x, cases=[(3,)], hint='twice')\n"
@@ -50,6 +52,7 @@ def test_a_wrong_exercise_is_status_1_in_a_pipe_and_an_open_one_0(folder: Path) 
     for answer, status in (("todo('1 line')", 0), ("3 * x", 1), ("float(2 * x)", 1), ("2 * x", 0)):
         (folder / "01_one.py").write_text(source.replace("todo('1 line')", answer))
         assert main(["lesson", "1", "--lessons", str(folder)]) == status, answer
+    assert capsys.readouterr().out.endswith(f"Solved. Next: {program()} lesson 2, number two.\n")
 
 
 def test_the_list_shows_what_is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

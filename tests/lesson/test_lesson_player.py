@@ -135,6 +135,9 @@ def test_a_reader_goes_through_a_lesson(directory: Path) -> None:
     reader.type("")
     reader.see("Solved. This was the last lesson.")
     assert reader.end() == 0
+    running = reader.raw.split("running ...\x1b[0m")[1:]
+    assert running
+    assert all(after.startswith("\r\x1b[2K") for after in running), "the word does not disappear"
     assert progress(directory) == {
         "part": 0,
         "predictions": {"How much is twice seven?": 15.0},

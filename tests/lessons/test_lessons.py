@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -271,3 +272,10 @@ def test_each_measured_result_is_printed_by_its_lesson() -> None:
         (path,) = (path for path in PATHS if path.name.startswith(f"{int(number):02}_"))
         printed = numbers_in(run(path)[1])
         assert numbers_in(measured) <= printed, what
+
+
+def test_a_lesson_is_a_page_of_the_book() -> None:
+    page = runpy.run_path(str(ROOT / "book" / "lesson_page.py"))["page"](PATHS[5])
+    assert "## What it uses\n\n```python\nfrom paged_ref.lesson import" in page
+    assert 'hint = (\n    "..."' in page
+    assert "<summary>Hint for <code>my_release</code></summary><p>A block can be in several tables." in page

@@ -33,7 +33,12 @@ class Reader:
             preexec_fn=own_terminal, cwd=directory,
         )  # fmt: skip
         os.close(side)
-        self.seen = ""
+        self.seen = self.raw = ""
+
+    def _read(self) -> None:
+        text = os.read(self.main, 65536).decode(errors="replace")
+        self.seen += text
+        self.raw += text  # with its escape sequences, and not forgotten
 
     def see(self, text: str) -> str:
         """Wait until `text` is printed; return and forget what came up to it."""
@@ -42,7 +47,7 @@ class Reader:
             assert time.monotonic() < deadline, f"waited for {text!r}, saw\n{self.plain}"
             if select.select([self.main], [], [], 0.1)[0]:
                 try:
-                    self.seen += os.read(self.main, 65536).decode(errors="replace")
+                    self._read()
                 except OSError:
                     assert text in self.plain, f"waited for {text!r} to the end, saw\n{self.plain}"
         before, _, self.seen = self.plain.partition(text)
@@ -79,7 +84,7 @@ class Reader:
             assert time.monotonic() < deadline, f"not at its end; saw\n{said}{self.plain}"
             if select.select([self.main], [], [], 0.1)[0]:
                 try:
-                    self.seen += os.read(self.main, 65536).decode(errors="replace")
+                    self._read()
                 except OSError:  # the lesson has ended
                     return said + self.plain
             elif self.process.poll() is not None:
