@@ -37,10 +37,10 @@ lesson: .venv/run.stamp  ## the guided course; N=5 runs lesson 5
 
 # A process for each core, and a BLAS thread for each process: more threads than cores wait for each other.
 test: .venv/test.stamp  ## the tests that this machine can run, without the slow ones
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow"
 
 test-all: test .venv/notebook.stamp book  ## `test`, then the slow tests; those of the core, too, on OTHER (python3.13)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m slow
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m slow
 	@if $(OTHER) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-other; \
 	else echo "make test-all: $(OTHER) does not run here; no second run of tests/core, tests/tracer and tests/tuned"; fi
 	@if $(BARE) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-bare; \
