@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, SamplingParams, cli
-from paged_ref.commands import ranks
+from paged_ref.commands import generate, ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["generate", "--max-tokens", "6", "--backend", "reference"]
@@ -99,6 +99,14 @@ def test_an_error_of_a_replica_is_one_sentence() -> None:
     _, error = run.communicate(timeout=120)
     assert run.returncode == 2
     assert error == "paged-ref: error: /nowhere is not a directory; a checkpoint in Hugging Face form is needed\n"
+
+
+def test_what_replicas_generated_is_shown_with_its_log_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = LLM("tiny", backend="reference")
+    generate._show(llm.generate("The cat", SamplingParams(max_tokens=1, logprobs=1)))
+    text, token = capsys.readouterr().out.splitlines()
+    assert text == "The cat was"
+    assert token.startswith("·was -1.142 ")
 
 
 @pytest.mark.slow
