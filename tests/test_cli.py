@@ -258,6 +258,15 @@ def test_a_file_that_cannot_be_written_is_one_sentence(
     assert capsys.readouterr().err == "paged-ref: error: /nowhere/results.json: No such file or directory\n"
 
 
+@pytest.mark.parametrize("command", [["demo"], ["bench", "memory"]])
+def test_the_usage_of_a_command_begins_with_what_is_typed(
+    command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert capfd.readouterr().out.startswith(f"usage: paged-ref {' '.join(command)} [-h]")
+
+
 def test_the_whole_help_is_one_screen_with_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

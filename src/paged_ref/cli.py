@@ -186,7 +186,7 @@ def _parser() -> Parser:
     for title, commands in GROUPS.items():
         described += ["", f"{title}:", *(f"  {name:<9} {command[1]}" for name, command in commands.items())]
     parser = Parser(
-        prog="paged-ref", usage="%(prog)s [--threads N] COMMAND ...", description="\n".join(described),
+        prog="paged-ref", usage="%(prog)s [--help] [--threads N] COMMAND ...", description="\n".join(described),
         epilog="paged-ref COMMAND --help has the options of a command, and examples.",
     )  # fmt: skip
     integer(parser, "--threads", help="threads for the CPU (default: one for each core)")

@@ -129,6 +129,14 @@ def test_an_error_of_a_replica_is_one_sentence() -> None:
     assert error == "paged-ref: error: /nowhere is not a directory; a checkpoint in Hugging Face form is needed\n"
 
 
+def test_what_replicas_generated_is_shown_with_its_log_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = LLM("tiny", backend="reference")
+    generate._show(llm.generate("The cat", SamplingParams(max_tokens=1, logprobs=1)))
+    text, token = capsys.readouterr().out.splitlines()
+    assert text == "The cat was"
+    assert token.startswith("·was -1.142 ")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the replicas in /proc")
 @pytest.mark.parametrize("whom", ["replica", "Ctrl-C"])

@@ -19,7 +19,7 @@ from ..distributed.plan import follow
 from ..distributed.split import Part
 from ..extras.reading import read_text
 from ..extras.sampling_params import SamplingParams
-from ..extras.token_text import token_text
+from ..extras.token_text import visible
 from ..interop.checkpoints import load
 from ..interop.hf_tokenizer import HFTokenizer
 from ..llm import LLM
@@ -172,6 +172,7 @@ def _show(outputs: list[RequestOutput]) -> None:
         for sample in output.outputs:
             _head(request, sample.index + 1, len(outputs), len(output.outputs))
             print(f"{output.prompt}{sample.text}")
+            _show_logprobs(sample)
 
 
 def _head(request: int, sample: int, requests: int, samples: int) -> None:
@@ -203,10 +204,10 @@ def _conversations(llm: LLM, prompts: list[str], system: str | None, template: P
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
-def _show_logprobs(llm: LLM, output: SequenceOutput) -> None:
-    """A line for each token: its log-probability, its rank, and the likeliest other tokens."""
-    for token_id, entries in zip(output.token_ids, output.logprobs or (), strict=True):
-        shown = {i: f"{token_text(llm.tokenizer, i)} {entry.logprob:.3f}" for i, entry in entries.items()}
+def _show_logprobs(output: SequenceOutput) -> None:
+    """If asked for, a line for each token: its log-probability, its rank, and the likeliest other tokens."""
+    for token_id, entries in zip(output.token_ids, output.logprobs or (), strict=output.logprobs is not None):
+        shown = {i: f"{visible(entry.decoded_token or f'<{i}>')} {entry.logprob:.3f}" for i, entry in entries.items()}
         likeliest = sorted((entry.rank, shown[i]) for i, entry in entries.items() if i != token_id)
         others = "".join(f"   {rank}. {text}" for rank, text in likeliest)
         print(f"{shown[token_id]:<24} rank {entries[token_id].rank}{others}")
@@ -238,6 +239,5 @@ def _show_in_turn(
             if token.finish_reason is not None:
                 finished.add(turn)
         print()
-        if params.logprobs is not None:
-            _show_logprobs(llm, outputs[request].outputs[sample])
+        _show_logprobs(outputs[request].outputs[sample])
     return outputs

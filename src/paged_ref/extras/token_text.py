@@ -16,4 +16,9 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
         text = piece.replace("▁", " ")
     else:
         text = tokenizer.inner.decode([token_id], skip_special_tokens=False) or piece
+    return visible(text)
+
+
+def visible(text: str) -> str:
+    """The text in one line, with signs for spaces and what cannot be printed."""
     return "".join(_SHOWN_AS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)

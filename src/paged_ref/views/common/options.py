@@ -222,7 +222,9 @@ def subcommands(
     An example is a command line without the name of the program. `listed=False`: the caller's help names the commands.
     """
     hidden = {} if listed else {"help": argparse.SUPPRESS}
-    subparsers = parser.add_subparsers(dest=dest, required=True, metavar=metavar, parser_class=_Imported, **hidden)
+    subparsers = parser.add_subparsers(
+        dest=dest, required=True, metavar=metavar, parser_class=_Imported, prog=parser.prog, **hidden
+    )
     for name, (module, summary, examples) in commands.items():
         shown = "\n".join(["examples:", *(f"  paged-ref {example}" for example in examples)])
         command = subparsers.add_parser(name, help=summary, description=summary, epilog=shown)
