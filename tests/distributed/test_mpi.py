@@ -162,6 +162,20 @@ def test_no_rank_outlives_the_process_that_waits() -> None:
     gone(ranks)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+def test_a_guard_that_is_killed_ends_the_run_with_a_sentence() -> None:
+    run = started("--tensor-parallel", "2")
+    ranks = ranks_of(run)
+    guard = int(Path(f"/proc/{ranks[1]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(guard, signal.SIGKILL)
+    _, said = run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert said.startswith("paged-ref: ")  # a rank, or where none has noticed, the process that waits
+    assert said.endswith(" has ended in the middle of the run\n")
+    gone(ranks)
+
+
 def gone(ranks: dict[int, int]) -> None:
     """No rank is left, a moment later."""
     deadline = time.monotonic() + 5

@@ -63,9 +63,10 @@ def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
         ranks = subprocess.Popen(command, stdin=given, stdout=pipe, stderr=pipe, env=variables, start_new_session=True)
         lines: list[socket.socket] = []
         failed: list[OSError] = []
+        said: list[bytes] = []
         threads = [
             threading.Thread(target=_show, args=(ranks, lines, failed)),
-            threading.Thread(target=_pass_on, args=(ranks,)),
+            threading.Thread(target=_pass_on, args=(ranks, said)),
         ]
         for thread in threads:
             thread.start()
@@ -73,7 +74,7 @@ def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
             while len(lines) < size:
                 lines.append(stack.enter_context(server.accept()[0]))
             _tell(lines, json.dumps(list(arguments)).encode() + b"\n")
-            statuses = _statuses(lines)
+            statuses = _statuses(lines, said)
         except TimeoutError:
             raise ValueError(f"{LAUNCHER} did not start {size} ranks within {TO_START} seconds") from None
         finally:
@@ -83,11 +84,15 @@ def start(size: int, arguments: Sequence[str], text: bytes = b"") -> int:
                 thread.join()
     if failed:
         raise failed[0]
+    if any(statuses) and not said:
+        print(f"paged-ref: {LAUNCHER} or a process of it has ended in the middle of the run", file=sys.stderr)
+        return 1
     return 1 if 1 in statuses else max(statuses)
 
 
-def _statuses(lines: Sequence[socket.socket]) -> list[int]:
-    """Wait for the exit statuses of all ranks. A rank that ends badly is the end of the others soon after."""
+def _statuses(lines: Sequence[socket.socket], said: list[bytes]) -> list[int]:
+    """Wait for the exit statuses of all ranks. A rank that ends badly is the end of the others soon after; what is told
+    of them is added to `said`."""
     waiting, statuses = list(lines), list[int]()
 
     def collect(until: float) -> None:
@@ -103,7 +108,9 @@ def _statuses(lines: Sequence[socket.socket]) -> list[int]:
         collect(math.inf)
         collect(time.monotonic() + TO_SPEAK)
         if waiting:
-            print(f"paged-ref: a rank has ended, and {len(waiting)} that did not notice were ended", file=sys.stderr)
+            sentence = f"paged-ref: a rank has ended, and {len(waiting)} that did not notice were ended"
+            print(sentence, file=sys.stderr)
+            said.append(sentence.encode())
     except KeyboardInterrupt:
         _tell(waiting, rank_guard.INTERRUPT)
         collect(time.monotonic() + TO_STOP)
@@ -133,11 +140,12 @@ def _show(ranks: subprocess.Popen[bytes], lines: Sequence[socket.socket], failed
             _tell(lines, rank_guard.KILL)
 
 
-def _pass_on(ranks: subprocess.Popen[bytes]) -> None:
-    """Show what the ranks say on standard error."""
+def _pass_on(ranks: subprocess.Popen[bytes], said: list[bytes]) -> None:
+    """Show what the ranks say on standard error, and keep it in `said`."""
     assert ranks.stderr is not None
     for line in ranks.stderr:
         if not _NOISE.match(line):
+            said.append(line)
             sys.stderr.write(line.decode(errors="replace"))
             sys.stderr.flush()
 
@@ -184,7 +192,8 @@ def _as_rank_0(group: Group, error: str) -> int:
 
 def _end(group: Group, status: int, said: str) -> NoReturn:
     """End this rank; on rank 0, the others with it."""
-    print(f"paged-ref: rank {group.rank}: {said}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"paged-ref: rank {group.rank}: {said}\n")  # at once: ranks share the stream
+    sys.stderr.flush()
     sys.stdout.flush()
     if group.rank == 0:
         group.close(said)
