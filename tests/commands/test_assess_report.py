@@ -40,7 +40,8 @@ def test_the_report_fits_the_window(
 
 
 @pytest.mark.parametrize(
-    ("model", "gpu", "context"), [("Llama-3-8B", "A100-80GB", "2048"), ("Llama-3.1-8B", "B200", "16384")]
+    ("model", "gpu", "context"),
+    [("Llama-3-8B", "A100-80GB", "2048"), pytest.param("Llama-3.1-8B", "B200", "16384", marks=pytest.mark.slow)],
 )
 def test_a_narrow_window_cuts_no_number(
     model: str, gpu: str, context: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,7 @@ def test_a_model_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--weights is 1e+30; 1 to 1,000,000,000,000,000 is possible" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_page_of_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "c.html"
     argv = ["compare", "--requests", "40", "--kv-tokens", "4096", "--scale", "0.2", "--jobs", "1"]
