@@ -106,7 +106,8 @@ def lesson_list() -> str:
 
 def stepper(name: str, options: str, up: str) -> str:
     """A page of `viz` or `walk` at the moment that the options name, inside another page."""
-    moment = "&".join(f"{key}={value}" for key, value in re.findall(r"--(\w+) (\S+)", options))
+    words = {"kernel": "run"}  # of an option, where the page's is another
+    moment = "&".join(f"{words.get(key, key)}={value}" for key, value in re.findall(r"--(\w+) (\S+)", options))
     page = f"{up}/steppers/{name}.html#{moment}"
     return (
         f'```{{raw}} html\n<iframe class="stepper" src="{page}&embed" title="paged-ref {name}{options}" '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_a_stepper_inside_a_page_opens_at_its_moment_and_steps(window: Browser) 
     window.run("document.querySelector('button').focus()")
     window.press("right")
     window.wait(f"document.getElementById('where').textContent !== {before!r}")
+
+
+def test_every_stepper_opens_at_a_moment_that_is_there(window: Browser) -> None:
+    found = set()
+    for page in PAGES:
+        found |= set(
+            re.findall(r'<iframe class="stepper" src="(?:\.\./)?(steppers/[^"]*)"', page.read_text(encoding="utf-8"))
+        )
+    assert len(found) > 5
+    for address in sorted(found):
+        window.go(f"{BOOK.as_uri()}/{html.unescape(address)}")
+        window.wait("document.getElementById('picture').textContent")
+        assert window.text("problem") == "", address
 
 
 def test_the_keyboard_alone_opens_an_answer(window: Browser) -> None:

@@ -40,10 +40,9 @@ def write_page(
     for run in runs:
         frames = frames_of(run)
         names, about = [each.name for each in frames], [each.about for each in frames]
-        marks = [(position, mark) for position, mark in run.marks if mark not in "BN"]
         manager = run.moment(0).state.memory.manager
         same = sum(story.name.split()[0] == manager for story in page.runs)  # earlier runs under this manager
-        page.begin(Story(f"{manager} {same + 1}" if same else manager, names, about, run.step_positions, marks))
+        page.begin(Story(f"{manager} {same + 1}" if same else manager, names, about, run.step_positions, run.marks))
         for position in range(len(run)):
             moment = run.moment(position)
             scene = Scene(moment, runs, hints=False)
