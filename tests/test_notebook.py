@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,13 @@ def test_a_command_that_fails_says_why(capsys: pytest.CaptureFixture[str]) -> No
         notebook.command("viz --frame 9")
     assert notebook.command("--version") is None
     assert capsys.readouterr().out.startswith("paged_ref ")
+
+
+def test_a_page_of_a_command_names_no_place_of_this_machine() -> None:
+    page = notebook.command("walk --tokens 1")
+    assert page is not None
+    assert "paged-ref walk --tokens 1 --html page.html" in page.text
+    assert tempfile.gettempdir() not in page.text
 
 
 def test_the_import_alone_starts_no_notebook_code() -> None:

@@ -72,7 +72,8 @@ def command(line: str) -> HtmlPage | None:
         if done.returncode not in (0, 1):  # 1 is a command's own finding
             raise ValueError(done.stderr.strip())
         if page.exists():
-            return HtmlPage(page.read_text(encoding="utf-8"))
+            # The page names the command that made it: without the place that only this call knew.
+            return HtmlPage(page.read_text(encoding="utf-8").replace(f"--html={page}", "--html page.html"))
     print(done.stdout + done.stderr, end="")
     return None
 
