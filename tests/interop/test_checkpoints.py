@@ -137,11 +137,22 @@ def test_shards(directory: Path) -> None:
 
 def test_a_tied_checkpoint_needs_no_head_and_may_keep_one(directory: Path) -> None:
     write_json(directory / "config.json", {**HF, "tie_word_embeddings": True})
-    for weights in (WEIGHTS, {k: v for k, v in WEIGHTS.items() if k != "lm_head.weight"}):
+    tied = {k: v for k, v in WEIGHTS.items() if k != "lm_head.weight"}
+    for weights in (tied, {**tied, "lm_head.weight": WEIGHTS["model.embed_tokens.weight"].copy()}):
         save_file(weights, directory / "model.safetensors")
         checkpoint = load(directory)
         model = build_model(checkpoint.config, checkpoint.weights)
         assert model.head is model.embedding
+
+
+def test_a_tied_checkpoint_with_another_head_is_refused(directory: Path) -> None:
+    write_json(directory / "config.json", {**HF, "tie_word_embeddings": True})
+    said = (
+        "tie_word_embeddings is true, and lm_head.weight is another table than model.embed_tokens.weight; if the model"
+    )
+    assert_refused(directory, said)
+    save_file({**WEIGHTS, "lm_head.weight": WEIGHTS["lm_head.weight"][:3]}, directory / "model.safetensors")
+    assert_refused(directory, said)
 
 
 @pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers", reason="the extra `compare` i
 
 from paged_ref.core.attention.attention import AttentionCall, attend  # noqa: E402
 from paged_ref.core.memory.block_pool import OutOfBlocks  # noqa: E402
+from paged_ref.extras import memory_limit  # noqa: E402
 from paged_ref.interop import kernel_api  # noqa: E402
 from paged_ref.interop.huggingface import PagedCache, attention, register  # noqa: E402
 
@@ -508,6 +509,9 @@ def test_a_pool_serves_one_model() -> None:
         ({}, "needs either num_blocks or the pool"),
         ({"num_blocks": 0}, "num_blocks is 0; at least 1"),
         ({"num_blocks": 4, "block_size": 0}, "block_size is 0; at least 1"),
+        ({"num_blocks": 4, "block_size": 1.5}, "block_size is 1.5; a whole number is needed"),
+        ({"num_blocks": "x"}, "num_blocks is 'x'; a whole number is needed"),
+        ({"num_blocks": 10**12}, "num_blocks is 1000000000000, which needs 64,000.0 GB; this machine has"),
     ],
 )
 def test_a_cache_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
@@ -516,3 +520,11 @@ def test_a_cache_that_cannot_be(arguments: dict[str, Any], message: str) -> None
     for wrong in ({"num_blocks": 4, "pool": cache_of().pool}, {"pool": cache_of()}):
         with pytest.raises(ValueError, match="either num_blocks or the pool of another cache"):
             PagedCache(**wrong)
+
+
+def test_a_pool_that_does_not_fit_is_refused_before_its_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = paged(build("llama")), PagedCache(1000)
+    monkeypatch.setattr(memory_limit, "machine_memory", lambda: 3 * 1000 * 16 * 2 * 8 * 4)
+    message = "num_blocks is 1000, of 16 tokens each, for 2 layers: a KV cache of this size needs 0.0 GB"
+    refused(lambda: generate(model, past_key_values=cache, new=2), message)
+    assert len(cache.pool.layers) == 1

@@ -216,4 +216,12 @@ def _find_weights(config: HFConfig, weights: Weights, directory: Path) -> Weight
     extra = [n for n in weights if n not in stored and n != head and not n.endswith(COMPUTED)]
     if extra:
         raise CheckpointError(f"{directory} has a tensor {extra[0]}; a {config.model_type} model has no place for it")
+    if config.tie_word_embeddings and head in weights:
+        table, other = weights.entries[embedding], weights.entries[head]
+        alike = (other.shape, other.dtype) == (table.shape, table.dtype)
+        if not alike or not np.array_equal(weights[head], weights[embedding]):
+            raise CheckpointError(
+                f"{directory}: tie_word_embeddings is true, and {head} is another table than {embedding}; if the model "
+                "has both, set tie_word_embeddings to false"
+            )
     return Weights(found)

@@ -25,8 +25,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
+from ..extras.memory_limit import require_memory
+from ..extras.sampling_params import whole_number
 from .kernel_api import copy_blocks
 
+BLOCK_BYTES = 64  # that the books keep of a block
 NAME = "paged_ref"  # of the attention, for `attn_implementation`
 
 
@@ -34,6 +37,8 @@ class KVPool:
     """Blocks that several caches of one model can share."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
+        num_blocks, block_size = whole_number("num_blocks", num_blocks), whole_number("block_size", block_size)
+        require_memory(f"num_blocks is {num_blocks}, which", BLOCK_BYTES * num_blocks)
         self.manager = PagedManager(BlockPool(num_blocks), block_size)
         self.num_blocks, self.block_size = num_blocks, block_size
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # K and V, made when the first of them comes
@@ -48,7 +53,15 @@ class KVPool:
         """K and V of a layer, `[num_blocks, block_size, num_kv_heads, head_size]`, with the dtype and device of its
         first `key`. Raises ValueError for the `key` of another model."""
         row = key[0, :, 0]
-        if index not in self.layers:  # NaN: a read of a slot that was never written shows
+        if index not in self.layers:
+            if key.device.type == "cpu":  # of a GPU, torch says it
+                num_layers = len(self.layers) + 1
+                what = (
+                    f"num_blocks is {self.num_blocks}, in blocks of {self.block_size} tokens, for {num_layers} layers"
+                )
+                num_bytes = 2 * num_layers * self.num_blocks * self.block_size * row.nbytes
+                require_memory(f"{what}: a KV cache of this size", num_bytes)
+            # NaN: a read of a slot that was never written shows
             keys = row.new_full((self.num_blocks, self.block_size, *row.shape), torch.nan)
             self.layers[index] = keys, keys.clone()
         held = self.layers[index][0][0, 0]
@@ -292,7 +305,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns, given as a negative number, as transformers does."""
-        if tokens_to_remove > 0:
+        if whole_number("tokens_to_remove", tokens_to_remove) > 0:
             raise ValueError(f"tokens_to_remove is {tokens_to_remove}; a negative number is expected")
         self._keep(max(0, self.columns + tokens_to_remove))
 
