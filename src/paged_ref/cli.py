@@ -19,82 +19,66 @@ if TYPE_CHECKING:
 GROUPS: dict[str, dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "See it": {
         "demo": (
-            "paged_ref.commands.demo",
-            "the same prompts with standard and with paged memory, compared",
+            "paged_ref.commands.demo", "the same prompts with standard and with paged memory, compared",
             ("demo", "demo --block-size 8 --record runs.jsonl"),
         ),
         "lesson": (
-            "paged_ref.lesson.command",
-            "the guided course: lessons that run, ask, measure and check",
+            "paged_ref.lesson.command", "the guided course: lessons that run, ask, measure and check",
             ("lesson", "lesson 5", "lesson 5 --watch", "lesson --grade my_cache.py --json"),
         ),
         "viz": (
-            "paged_ref.commands.viz",
-            "the page table of a real run, step by step, forwards and backwards",
+            "paged_ref.commands.viz", "the page table of a real run, step by step, forwards and backwards",
             ("viz", "viz --tour", "viz run.jsonl", "viz --at C --html run.html"),
         ),
         "walk": (
-            "paged_ref.views.walk.walk",
-            "inside the kernel: which thread reads which slot, access by access",
+            "paged_ref.views.walk.walk", "inside the kernel: which thread reads which slot, access by access",
             ("walk", "walk --heads 4 --kv-heads 2", "walk --mine my_kernel.py", "walk --html walk.html"),
         ),
     },
     "Run it": {
         "generate": (
-            "paged_ref.commands.generate",
-            "continue prompts, streaming the text",
-            (
-                'generate --prompt "Once upon a time" --max-tokens 40',
-                'generate --prompt "The cat" --temperature 0.8 --n 3 --seed 1 --record run.jsonl',
-                'generate --model DIR --prompt "The cat" --beam-width 4',
-                'generate --prompt "The cat" --tensor-parallel 2 --json -',
-            ),
+            "paged_ref.commands.generate", "continue prompts, streaming the text",
+            ('generate --prompt "Once upon a time" --max-tokens 40',
+             'generate --prompt "The cat" --temperature 0.8 --n 3 --seed 1 --record run.jsonl',
+             'generate --model DIR --prompt "The cat" --beam-width 4',
+             'generate --prompt "The cat" --tensor-parallel 2 --json -'),
         ),
         "monitor": (
-            "paged_ref.views.monitor.monitor",
-            "a run while it runs: memory, sequences, speed; JSON, Prometheus",
+            "paged_ref.views.monitor.monitor", "a run while it runs: memory, sequences, speed; JSON, Prometheus",
             ("monitor run.jsonl", "monitor run.jsonl --once"),
         ),
         "long": (
-            "paged_ref.commands.long",
-            "a context longer than the device: exactly, or the pages that matter",
+            "paged_ref.commands.long", "a context longer than the device: exactly, or the pages that matter",
             ("long --tokens 4096", "long --tokens 4096 --evict sliding"),
         ),
         "train": (
-            "paged_ref.commands.train",
-            "a tokenizer and a small Llama from a text file",
+            "paged_ref.commands.train", "a tokenizer and a small Llama from a text file",
             ("train --text FILE --out DIR --steps 500", "train --text FILE --out DIR --memory page --budget 24MiB"),
         ),
     },
     "Decide": {
         "assess": (
-            "paged_ref.commands.assess",
-            "what paging would buy: a model on a GPU in numbers, and the settings",
-            (
-                "assess --model Llama-3-8B --gpu A100-80GB",
-                "assess --model Llama-3-8B --gpu A100-80GB --tpot 0.05 --html report.html",
-            ),
+            "paged_ref.commands.assess", "what paging would buy: a model on a GPU in numbers, and the settings",
+            ("assess --model Llama-3-8B --gpu A100-80GB",
+             "assess --model Llama-3-8B --gpu A100-80GB --tpot 0.05 --html report.html"),
         ),
         "compare": (
-            "paged_ref.commands.compare",
-            "what paging would buy: standard, swapping and paged on real traffic",
+            "paged_ref.commands.compare", "what paging would buy: standard, swapping and paged on real traffic",
             ("compare", "compare --model Llama-3-8B --gpu A100-80GB --trace sharegpt --ttft 1"),
         ),
         "paper": (
-            "paged_ref.commands.paper",
-            "the figures of the PagedAttention paper, measured here, beside its numbers",
+            "paged_ref.commands.paper", "the figures of the PagedAttention paper, measured here, beside its numbers",
             ("paper", "paper 2 12"),
         ),
     },
     "Measure": {
         "bench": (
-            "paged_ref.bench",
-            "benchmarks: kernels, engine, memory, training and more",
+            "paged_ref.bench", "benchmarks: kernels, engine, memory, training and more",
             ("bench kernels", "bench memory --help"),
         ),
         "info": ("paged_ref.commands.info", "device, attention backends, versions", ("info",)),
     },
-}
+}  # fmt: skip
 COMMANDS = {name: command for commands in GROUPS.values() for name, command in commands.items()}
 
 

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None or not FOUND, reason="the extra `distributed` is not installed"
 )
 ROOT = Path(__file__).resolve().parents[2]
-STORIES = Path("/work/shared/models/stories260K")
 BASE = ["generate", "--prompt", "Once upon a time", "--prompt", "The little girl", "--ignore-eos", "--max-tokens", "12"]
 SETTINGS = {
     "paged": [],
@@ -252,11 +251,10 @@ def test_an_output_that_fails_is_that_of_one_process(output: str, status: int, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("model", ["tiny", STORIES])
-def test_ranks_give_the_tokens_of_one_process(name: str, model: str | Path) -> None:
-    if model is STORIES and not STORIES.is_dir():
-        pytest.skip("stories260K is not on this machine")
-    arguments = [*BASE, *SETTINGS[name], "--model", str(model)]
+@pytest.mark.parametrize("model", ["tiny", "stories260k"])
+def test_ranks_give_the_tokens_of_one_process(name: str, model: str, request: pytest.FixtureRequest) -> None:
+    directory = model if model == "tiny" else str(request.getfixturevalue("stories260k"))
+    arguments = [*BASE, *SETTINGS[name], "--model", directory]
     alone = printed(*arguments)["outputs"]
     scores = scores_taken_from(alone)
     for size in ("2", "4"):

@@ -32,7 +32,6 @@ from paged_ref.planner.models import MODELS
 from paged_ref.planner.roofline import Roofline
 from paged_ref.timeline.events import Event, RanksOpened
 
-STORIES = Path("/work/shared/models/stories260K")
 PROMPTS = ["Once upon a time", "Once upon a time there was a dog", "The little girl"]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -74,16 +73,12 @@ def test_ranks_give_the_tokens_of_one_process(name: str, size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in SETTINGS if name != "scales"]
-)  # which are for the tiny model's heads
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {"scales"}))  # the scales are those of the tiny model's heads
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_ranks_give_the_tokens_of_one_process_on_stories(name: str, size: int) -> None:
-    if not STORIES.is_dir():
-        pytest.skip("stories260K is not on this machine")
+def test_ranks_give_the_tokens_of_one_process_on_stories(stories260k: Path, name: str, size: int) -> None:
     options, params = SETTINGS[name]
-    expected = runs(LLM(STORIES, **options), params)
-    with threads(size, lambda group: LLM(STORIES, group=group, **options)) as llms:
+    expected = runs(LLM(stories260k, **options), params)
+    with threads(size, lambda group: LLM(stories260k, group=group, **options)) as llms:
         assert runs(llms[0], params) == expected
 
 

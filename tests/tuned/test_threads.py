@@ -29,6 +29,15 @@ def test_without_a_setting_there_is_a_thread_for_each_core(eight_cores: Path) ->
     assert threads.num_threads() == 8
 
 
+@pytest.mark.parametrize(("named", "processes", "number"), [(None, 3, 2), (None, 16, 1), ("5", 3, 5)])
+def test_processes_share_the_cores_unless_the_caller_names_a_number(
+    eight_cores: Path, monkeypatch: pytest.MonkeyPatch, named: str | None, processes: int, number: int
+) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ, **({} if named is None else {"OMP_NUM_THREADS": named})})
+    threads.share_cores(processes)
+    assert threads.num_threads() == number
+
+
 @pytest.mark.parametrize("name", threads.SETTINGS)
 @pytest.mark.parametrize(("value", "number"), [("3", 3), ("64", 8), ("", 8), ("many", 8), ("0", 1)])
 def test_the_callers_number_counts_up_to_the_cores(

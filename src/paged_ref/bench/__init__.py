@@ -15,62 +15,26 @@ from ..views.common.options import subcommands
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["KMP_BLOCKTIME"] = "0"
 
-BENCHMARKS = {
+# What each measures, and examples beside `bench NAME`.
+_ABOUT: dict[str, tuple[str, ...]] = {
     "kernels": (
-        "paged_ref.bench.kernels",
         "paged against contiguous attention, a streaming read, and torch",
-        ("bench kernels", "bench kernels --minutes 1 --json kernels.json"),
+        "bench kernels --minutes 1 --json kernels.json",
     ),
-    "sass": (
-        "paged_ref.bench.sass",
-        "what the tuned GPU kernels cost, counted from machine code; needs no GPU",
-        ("bench sass",),
-    ),
-    "host": (
-        "paged_ref.bench.host",
-        "what the host does for a layer on a GPU: launches, their time; needs no GPU",
-        ("bench host",),
-    ),
-    "engine": (
-        "paged_ref.bench.engine",
-        "tokens per second of the engine, and of transformers",
-        ("bench engine",),
-    ),
-    "model": (
-        "paged_ref.bench.model",
-        "on a GPU: decoding a whole model against the speed of memory; a CPU's tokens",
-        ("bench model",),
-    ),
-    "formats": (
-        "paged_ref.bench.formats",
-        "K and V in fewer bits: the cost in perplexity, and the blocks saved",
-        ("bench formats",),
-    ),
-    "simulate": (
-        "paged_ref.bench.simulate",
-        "how fast a trace goes through the schedulers and managers",
-        ("bench simulate",),
-    ),
-    "memory": (
-        "paged_ref.bench.memory",
-        "the bookkeeping of scheduler and managers: steps, pools, prefixes",
-        ("bench memory",),
-    ),
-    "training": (
-        "paged_ref.bench.training",
-        "activations kept, swapped, paged, recomputed; a step's time; torch",
-        ("bench training",),
-    ),
-    "distributed": (
-        "paged_ref.bench.distributed",
-        "ranks that share a model (MPI) against one process of threads",
-        ("bench distributed",),
-    ),
-    "long": (
-        "paged_ref.bench.long",
-        "contexts longer than the device: memory, streaming, budgets",
-        ("bench long --contexts 4096 16384",),
-    ),
+    "sass": ("what the tuned GPU kernels cost, counted from machine code; needs no GPU",),
+    "host": ("what the host does for a layer on a GPU: launches, their time; needs no GPU",),
+    "engine": ("tokens per second of the engine, and of transformers",),
+    "model": ("on a GPU: decoding a whole model against the speed of memory; a CPU's tokens",),
+    "formats": ("K and V in fewer bits: the cost in perplexity, and the blocks saved",),
+    "simulate": ("how fast a trace goes through the schedulers and managers",),
+    "memory": ("the bookkeeping of scheduler and managers: steps, pools, prefixes",),
+    "training": ("activations kept, swapped, paged, recomputed; a step's time; torch",),
+    "distributed": ("ranks that share a model (MPI) against one process of threads",),
+    "long": ("contexts longer than the device: memory, streaming, budgets", "bench long --contexts 4096 16384"),
+}
+BENCHMARKS = {
+    name: (f"paged_ref.bench.{name}", summary, (f"bench {name}", *examples))
+    for name, (summary, *examples) in _ABOUT.items()
 }
 
 

@@ -73,18 +73,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(folder: str, args: argparse.Namespace, threads: int, *more: str) -> dict[str, Any]:
     """What one `paged-ref generate` says of its run. Its error, if it has one, is this command's."""
-    command = [
-        sys.executable,
-        "-m",
-        "paged_ref",
-        "--threads",
-        str(threads),
-        "generate",
-        "--model",
-        folder,
-        "--ignore-eos",
-    ]
-    command += ["--max-tokens", str(args.new_tokens), "--json", "-", *more, *["--prompt", PROMPT] * args.batch]
+    command = [sys.executable, "-m", "paged_ref", "--threads", str(threads), "generate", "--model", folder]
+    command += ["--ignore-eos", "--max-tokens", str(args.new_tokens), "--json", "-", *more]
+    command += ["--prompt", PROMPT] * args.batch
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(done.stderr.strip().removeprefix("paged-ref: ").removeprefix("error: "))

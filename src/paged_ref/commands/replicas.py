@@ -6,7 +6,6 @@ A replica takes a prompt before each of its steps, so the one that is ahead take
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from ..core.engine.outputs import RequestOutput
 from ..distributed.group import GroupError
 from ..extras.sampling_params import SamplingParams
 from ..llm import LLM
-from ..tuned.threads import SETTINGS, cores
+from ..tuned.threads import share_cores
 
 Served = dict[int, RequestOutput]  # by the place of the prompt
 _shared: tuple[Any, ...] = ()  # in a replica: its queue and barrier
@@ -27,10 +26,12 @@ _shared: tuple[Any, ...] = ()  # in a replica: its queue and barrier
 def run_replicas(
     number: int, options: dict[str, Any], prompts: Sequence[str], params: SamplingParams
 ) -> tuple[list[RequestOutput], list[int]]:
-    """The outputs of the prompts, in order, and how many of them each of `number` replicas has made. `options` are
-    those of LLM. Raises what a replica raises, and GroupError where one has ended; then the others are ended, too."""
-    if not any(name in os.environ for name in SETTINGS):
-        os.environ[SETTINGS[0]] = str(max(1, cores() // number))  # the replicas inherit it
+    """The outputs of the prompts, in order, and how many of them each of `number` replicas has made.
+
+    `options` are those of LLM. Raises what a replica raises, and GroupError where one has ended; then the others are
+    ended, too.
+    """
+    share_cores(number)
     context = multiprocessing.get_context("spawn")
     queue, ready = context.Queue(), context.Barrier(number)
     for item in [*enumerate(prompts), *[None] * number]:  # the None after the prompts is the end, for one replica

@@ -10,7 +10,6 @@ A GPU's arrays are staged through host memory. NCCL, which sends from GPU to GPU
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import time
@@ -20,7 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..core.device import on_gpu, xp
-from ..tuned.threads import SETTINGS, cores
+from ..tuned.threads import share_cores
 from .group import Group, GroupClosed, GroupError
 
 SPINS = 200  # questions before the first sleep; between them, another process may have the core
@@ -39,8 +38,8 @@ class MPIGroup(Group):
         here = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         if on_gpu:
             xp.cuda.Device(here.rank % xp.cuda.runtime.getDeviceCount()).use()
-        elif not any(name in os.environ for name in SETTINGS):
-            os.environ[SETTINGS[0]] = str(max(1, cores() // here.size))
+        else:
+            share_cores(here.size)
         self._lines: dict[socket.socket, int] = {}  # to rank 0; on rank 0, to each other rank
         self._connect("127.0.0.1" if here.size == self.size else socket.gethostname())
 

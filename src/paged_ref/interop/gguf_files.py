@@ -60,7 +60,7 @@ class GGUFWeights(Mapping[str, np.ndarray]):
     """Tensors under Llama's names, float32, read and dequantized each time they are asked for."""
 
     def __init__(self, tensors: dict[str, Any], heads: dict[str, int]) -> None:
-        """`heads`: of the tensors whose rows are permuted by name, the number of heads."""
+        """`heads`: the number of heads of each tensor whose rows are permuted, by name."""
         self.tensors, self.heads = tensors, heads
 
     def __iter__(self) -> Iterator[str]:

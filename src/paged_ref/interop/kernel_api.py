@@ -115,19 +115,9 @@ def naive_attention(
     variant = Variant(softcap, alibi_slopes, sinks, key_scales, value_scales)
     where = Addresses(seq_lens, query_start_loc, starts=starts)
     return _attention(
-        ("keys", "values"),
-        query,
-        keys,
-        values,
-        where,
-        scale,
-        sliding_window,
-        variant,
-        return_lse,
-        out,
-        backend,
+        ("keys", "values"), query, keys, values, where, scale, sliding_window, variant, return_lse, out, backend,
         validate,
-    )
+    )  # fmt: skip
 
 
 def _attention(

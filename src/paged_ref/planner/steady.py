@@ -35,26 +35,8 @@ LIMITS: dict[Limit, str] = {
 NUM_BATCHES = 20  # of requests, for the interval
 # Student's t for 95 % by degrees of freedom from 1 on: how far the mean of few batches may be off.
 STUDENT = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-    2.13,
-    2.12,
-    2.11,
-    2.10,
-    2.09,
-)
+    12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09,
+)  # fmt: skip
 ALIGNMENT = 16  # slots to which the swapping manager rounds a region up
 
 Array = npt.NDArray[np.float64]

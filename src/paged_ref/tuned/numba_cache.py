@@ -75,17 +75,17 @@ def _is_homeless() -> bool:
 def temporary() -> str | None:
     """A folder in the temporary directory that this user alone may write: what is in it is loaded and run."""
     try:
-        folder = os.path.join(tempfile.gettempdir(), f"paged_ref-{os.getuid()}")
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        found = os.lstat(folder)
-        tempfile.TemporaryFile(dir=folder).close()
+        place = os.path.join(tempfile.gettempdir(), f"paged_ref-{os.getuid()}")
+        os.makedirs(place, mode=0o700, exist_ok=True)
+        found = os.lstat(place)
+        tempfile.TemporaryFile(dir=place).close()
     except OSError:
         return None
-    return folder if stat.S_ISDIR(found.st_mode) and only_mine(found) else None
+    return place if stat.S_ISDIR(found.st_mode) and only_mine(found) else None
 
 
 @cache
-def _say_once(folder: str | None) -> None:
-    where = "are compiled again in each run" if folder is None else f"are kept in {folder}"
+def _say_once(place: str | None) -> None:
+    where = "are compiled again in each run" if place is None else f"are kept in {place}"
     warnings.warn(f"Numba has no place to keep compiled functions beside the package or at home; they {where}",
                   RuntimeWarning, stacklevel=2)  # fmt: skip

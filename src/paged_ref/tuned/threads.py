@@ -35,6 +35,13 @@ def cores() -> int:
     return max(1, min([affinity, *_quotas()]))
 
 
+def share_cores(processes: int) -> None:
+    """Of a machine on which so many processes compute, take a part: this one, and those that it starts. A number that
+    the caller names is kept."""
+    if not any(name in os.environ for name in SETTINGS):
+        os.environ[SETTINGS[0]] = str(max(1, cores() // processes))
+
+
 def _quotas() -> list[int]:
     """The quotas of the control group, in cores, as containers see them: version 2's file, and version 1's pair."""
     quotas = []

@@ -98,9 +98,8 @@ METHODS: dict[type[events.Event], str] = {  # of the manager of the run
     events.RegionSwappedIn: "swap_in",
     events.PagesNamed: "prepare",
 }
-FUNCTIONS: dict[
-    type[events.Event], Function
-] = {  # of the engine, and of the memory for pages; Engine.step for all others
+# Of the engine, and of the memory for pages; Engine.step for all others.
+FUNCTIONS: dict[type[events.Event], Function] = {
     events.RanksOpened: Part.__init__,
     events.RequestArrived: LLM.add_request,
     events.BlockCached: CachingBlockPool.filled,

@@ -28,6 +28,8 @@ FRAME = {frame.name: number for number, frame in enumerate(FRAMES)}
 
 @dataclass(frozen=True, slots=True)
 class Stop:
+    """A moment of a run, in the frame that shows it best."""
+
     run: int
     position: int
     frame: int
