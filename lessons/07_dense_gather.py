@@ -155,7 +155,8 @@ mine = check(my_gather, spec=spec, cases=cases, hint=hint)
 
 def gathered(call, backend):
     at, caches = call.addresses, (call.keys, call.values)
-    dense = [mine(cache, at.block_tables, at.seq_lens) for cache in caches]
+    lens = at.seq_lens.tolist()
+    dense = [mine(cache, at.block_tables, lens) for cache in caches]
     num_seqs, longest = dense[0].shape[:2]
     rows = [each.reshape(-1, *each.shape[2:]) for each in dense]
     sizes = longest * xp.arange(num_seqs), at.seq_lens, at.query_start_loc

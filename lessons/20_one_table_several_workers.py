@@ -12,6 +12,7 @@ answers in one paragraph (Kwon et al. 2023, §4.6). Here is the run to it.
 import numpy as np
 
 from paged_ref import LLM, SamplingParams
+from paged_ref.core.device import to_host
 from paged_ref.distributed import plan
 from paged_ref.distributed.split import heads_of_ranks, part_of
 from paged_ref.lesson import break_it, check, claim
@@ -122,9 +123,9 @@ alone = make()
 alone.add_request(PROMPT, params)
 for _ in range(3):
     alone.step()
-pools = [llm.engine.kv.device[:, :, blocks] for llm in llms]
+pools = [to_host(llm.engine.kv.device)[:, :, blocks] for llm in llms]
 together = np.concatenate(pools, axis=4)
-whole = alone.engine.kv.device[:, :, blocks]
+whole = to_host(alone.engine.kv.device)[:, :, blocks]
 difference = np.nanmax(abs(together - whole))
 claim("the ranks' pools, side by side, are one", difference < 1e-4)
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, SamplingParams
+from paged_ref.commands.rank_guard import GUARDED
 from paged_ref.commands.ranks import LAUNCHER
 from paged_ref.distributed.plan import plan_bytes
 
@@ -132,6 +133,11 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_sentence_on_every_other_rank(
     gone(ranks)
 
 
+def is_guarded(pid: int) -> bool:
+    """A rank that its guard has started, and not the guard."""
+    return f"{GUARDED}=1".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
 def test_a_rank_that_is_killed_before_the_run_begins() -> None:
@@ -139,10 +145,8 @@ def test_a_rank_that_is_killed_before_the_run_begins() -> None:
         command(*BASE, "--tensor-parallel", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(), start_new_session=True,
     )  # fmt: skip
-    while len(ranks := ranks_of(run)) < 2:
+    while len(ranks := ranks_of(run)) < 2 or not all(map(is_guarded, ranks.values())):
         time.sleep(0.01)
-    time.sleep(0.1)  # until the guards have started them
-    ranks = ranks_of(run)
     os.kill(ranks[1], signal.SIGKILL)
     out, said = run.communicate(timeout=30)
     assert run.returncode == 1

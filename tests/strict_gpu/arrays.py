@@ -288,6 +288,9 @@ class ndarray:  # noqa: N801
             out = ndarray(like.shape, dtype, out.data, like.strides)
         return store(out, (self,), lambda: self._a.astype(dtype), "astype")
 
+    def __deepcopy__(self, memo: Any) -> ndarray:
+        return self.copy()
+
     def copy(self, order: str = "C") -> ndarray:
         return store(ndarray(self.shape, self.dtype), (self,), lambda: self._a, "copy")
 

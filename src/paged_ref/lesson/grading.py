@@ -18,6 +18,8 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from ..core.device import to_host, xp
+
 SECONDS = 5.0  # for one call
 CHARACTERS = 20_000  # that an answer may print
 MAX_SHOWN = 400  # characters of a value
@@ -137,6 +139,7 @@ def first_difference(found: Any, wanted: Any, at: str = "", kinds: bool = True) 
 
     With `kinds`, a value of another kind differs, whatever it is worth: 8.0 is no slot, and a list no array.
     """
+    found, wanted = (to_host(value) if isinstance(value, xp.ndarray) else value for value in (found, wanted))
     kind = _kind(wanted)
     if kinds and _kind(found) != kind and (kind, _kind(found)) not in _SERVES:
         return f"{f'at {at}: ' if at else ''}{kind} is expected, not {_kind(found)}"
