@@ -185,7 +185,7 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
         ),
         (["generate", "--prompt", "a", "--system", "x"], "--system is 'x' without --chat"),
         (["generate", "--prompt", "a", "--chat-template", "x"], "--chat-template is 'x' without --chat"),
-        (["generate", "--prompt", "a", "--chat", "--replicas", "2"], "--chat does not go with it"),
+        (["generate", "--prompt", "a", "--chat", "--replicas", "1"], "--chat does not go with it"),
         (["generate", "--prompt", "a", "--chat"], "tiny has no chat template"),
         (["generate", "--prompt", "a", "--stop", "x<|endoftext|>"], "which contains the special token"),
         (["generate", "--prompt", "a", "--beam-width", "2", "--manager", "standard"], "only the paged manager"),

@@ -12,6 +12,7 @@ from paged_ref.cli import main
 from paged_ref.training.corpus import read_stories
 
 
+@pytest.mark.slow
 def test_fewer_bits_save_blocks_and_cost_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "formats.json"
     assert main(["bench", "formats", "--memory-mib", "1", "--json", str(path)]) == 0

@@ -103,7 +103,7 @@ def test_without_a_limit_the_advice_is_where_the_curve_bends() -> None:
     assert bent.rate >= BEND * rates[-1]
 
 
-@pytest.mark.parametrize("tpot", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("tpot", [0.05, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (0.02, 0.1))])
 def test_with_a_limit_the_advice_keeps_it(tpot: float) -> None:
     model = replace(MODELS["Llama-3-8B"], kv_bits=8)
     trace = generated("sharegpt", 200).requests

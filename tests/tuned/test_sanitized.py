@@ -13,6 +13,7 @@ from support.gpu_smoke import Check, run_all
 from paged_ref.core.device import on_gpu
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(on_gpu, reason="a GPU is in use: make gpu runs it")
 def test_the_dozen_variants_run(tmp_path: Path) -> None:
     assert run_all(tmp_path, math.inf, sanitized.checks()) == 0
