@@ -525,6 +525,6 @@ def test_a_cache_that_cannot_be(arguments: dict[str, Any], message: str) -> None
 def test_a_pool_that_does_not_fit_is_refused_before_its_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = paged(build("llama")), PagedCache(1000)
     monkeypatch.setattr(memory_limit, "machine_memory", lambda: 3 * 1000 * 16 * 2 * 8 * 4)
-    message = "num_blocks is 1000, of 16 tokens each, for 2 layers: a KV cache of this size needs 0.0 GB"
+    message = "num_blocks is 1000, in blocks of 16 tokens, for 2 layers: a KV cache of this size needs 0.0 GB"
     refused(lambda: generate(model, past_key_values=cache, new=2), message)
     assert len(cache.pool.layers) == 1
