@@ -192,7 +192,7 @@ def _as_rank_0(group: Group, error: str) -> int:
 
 def _end(group: Group, status: int, said: str) -> NoReturn:
     """End this rank; on rank 0, the others with it."""
-    sys.stderr.write(f"paged-ref: rank {group.rank}: {said}\n")  # at once: ranks share the stream
+    sys.stderr.write(f"paged-ref: rank {group.rank}: {said}\n")  # in one write: ranks share the stream
     sys.stderr.flush()
     sys.stdout.flush()
     if group.rank == 0:

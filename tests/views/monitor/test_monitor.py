@@ -148,7 +148,7 @@ def test_a_finished_run_has_one_state(logs: dict[str, list[Event]]) -> None:
 
 
 def test_every_number_is_of_the_moment() -> None:
-    """A sequence that is admitted after the last step is counted at once."""
+    """A sequence that is admitted after the last step is counted immediately."""
     monitor = monitored(hand_made())
     before = monitor.sequences, monitor.slots
     monitor.take(SequenceFreed(1))
