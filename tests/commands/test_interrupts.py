@@ -121,6 +121,20 @@ def test_compiled_code_that_does_not_come_back_is_left_alone_and_its_workers_end
     assert not started.left
 
 
+IN_A_FINALIZER = (
+    "import os, time, weakref, paged_ref.commands.info as info;"
+    "info.main = lambda args: ("
+    "weakref.finalize(set(), lambda: (print('finalizer', flush=True), time.sleep(60))), time.sleep(60))"
+)
+
+
+def test_an_interrupt_in_a_finalizer_is_not_lost_and_prints_no_traceback(tmp_path: Path) -> None:
+    started = Started(["info"], tmp_path, IN_A_FINALIZER)
+    assert started.process.stdout is not None
+    assert started.process.stdout.readline() == "finalizer\n"
+    assert started.interrupt() == (130, INTERRUPTED)
+
+
 def test_a_fault_of_the_program_shows_its_traceback_and_asks_for_a_report(tmp_path: Path) -> None:
     """No kind of error is mended by catching everything."""
     broken = "import paged_ref.commands.info as info; info.main = lambda args: {}['not foreseen \x1b[8m']"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ def ends_in_time() -> Iterator[None]:
     later, the process ends, and its workers with it.
 
     Python sees an interrupt between two of its own instructions. A compiler, or a product of large matrices, can keep
-    it from them for long, and an exception in a finalizer is dropped. The signal's number reaches a pipe immediately.
+    it from them for long. The signal's number reaches a pipe immediately. An interrupt that comes in a finalizer is
+    dropped by Python; it is raised again a moment later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -30,10 +32,12 @@ def ends_in_time() -> Iterator[None]:
     ended = threading.Event()
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reading, ended), daemon=True).start()
+    hook, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
         yield
     finally:
         ended.set()
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(before)
         os.close(writing)
 
@@ -75,6 +79,14 @@ def _watch(reading: int, ended: threading.Event) -> None:
         if number[0] == signal.SIGINT and not ended.wait(PATIENCE):
             _end()
     os.close(reading)
+
+
+def _raise_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Called inside the finalizer: an interrupt that is raised here and now would be dropped, too."""
+    if dropped.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _end() -> None:
