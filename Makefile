@@ -37,17 +37,17 @@ lesson: .venv/run.stamp  ## the guided course; N=5 runs lesson 5
 
 # A process for each core, and a BLAS thread for each process: more threads than cores wait for each other.
 test: .venv/test.stamp  ## the tests that this machine can run, without the slow ones
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow"
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow"
 
 test-all: test .venv/notebook.stamp book  ## `test`, then the slow tests; those of the core, too, on OTHER (python3.13)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m slow
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow
 	@if $(OTHER) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-other; \
 	else echo "make test-all: $(OTHER) does not run here; no second run of tests/core, tests/tracer and tests/tuned"; fi
 	@if $(BARE) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-bare; \
 	else echo "make test-all: $(BARE) does not run here; no check of a machine with little installed"; fi
 
 test-other: build/other/test.stamp  # a part of `test-all`
-	OPENBLAS_NUM_THREADS=1 build/other/bin/python -m pytest -n auto --maxprocesses 4 tests/core tests/tracer tests/tuned
+	OPENBLAS_NUM_THREADS=1 build/other/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests/core tests/tracer tests/tuned
 
 # No GPU: that the GPU tests are collected, kernels compile, and what `make gpu` runs starts (on tests/strict_gpu).
 test-bare: build/bare/pip.stamp  # a part of `test-all`

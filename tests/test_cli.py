@@ -131,7 +131,7 @@ def test_generate_chats(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr().out == "seven years ago\n fathers brought forth\n"
 
 
-@pytest.mark.parametrize("columns", [50, 80, 160])
+@pytest.mark.parametrize("columns", [50, *(pytest.param(wide, marks=pytest.mark.slow) for wide in (80, 160))])
 def test_the_demo_compares_two_identical_runs(columns: int) -> None:
     done = run("demo", columns=columns)
     assert done.returncode == 0, done.stderr
@@ -204,20 +204,22 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
         (["demo", "--block-size", "0"], "block_size is 0"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(argv: list[str], message: str) -> None:
-    done = run(*argv)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.startswith("paged-ref: error: ")
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_sentence_and_status_2(
+    argv: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    printed = capfd.readouterr().err
+    assert message in printed
+    assert printed.startswith("paged-ref: error: ")
+    assert printed.count("\n") == 1
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("argv", [["generate"], ["nothing"], [], ["demo", "--kv-tokens", "many"]])
-def test_a_wrong_command_line_is_status_2(argv: list[str]) -> None:
-    done = run(*argv)
-    assert done.returncode == 2
-    assert "usage: paged-ref" in done.stderr
+def test_a_wrong_command_line_is_status_2(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(argv)
+    assert "usage: paged-ref" in capfd.readouterr().err
 
 
 def test_an_unknown_device_is_refused() -> None:

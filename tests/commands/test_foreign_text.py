@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.hand_made_log import hand_made
+from support.several_commands import printed_by_each, program
 from support.terminal import Terminal
 
 from paged_ref.cli import main
@@ -67,54 +68,67 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        [NASTY],
-        ["info", NASTY],
-        ["generate", "--prompt", NASTY, "--prompt", "b", "--max-tokens", "3"],
-        ["generate", "--prompt", "a", "--model", NASTY + "no"],
-        ["generate", "--prompt", "a", "--backend", NASTY],
-        ["generate", "--prompt", "a", "--manager", NASTY],
-        ["generate", "--prompt", "a", "--record", f"{NASTY}/nowhere"],
-        ["demo", "--model", NASTY, "--backend", NASTY],
-        ["viz", "log", "--print", "--size", "100x40", "--at", "N"],
-        *(["viz", "log", "--print", "--size", "160x50", "--frame", str(k)] for k in (1, 4)),
-        ["viz", "other.log", "--print", "--size", "100x30", "--frame", "2"],
-        ["viz", "other.log", "--print", "--size", "100x30", "--frame", "5"],
-        ["viz", "--prompt", NASTY, "--max-tokens", "2", "--print"],
-        ["viz", NASTY],
-        ["monitor", "log", "--print"],
-        ["monitor", "log", "--once"],
-        ["monitor", "log", "--prometheus"],
-        ["monitor", "other.log", "--print"],
-        ["monitor", "--run", "generate", "--prompt", "a", "--backend", NASTY],
-        ["walk", "--at", NASTY],
-        pytest.param(["assess", "--model", NASTY], marks=pytest.mark.slow),  # half a minute of simulation
-        ["assess", "--trace", f"{NASTY}.csv"],
-        ["assess", "--gpu", NASTY],
-        ["compare", "--trace", NASTY + "no"],
-        ["paper", NASTY],
-        ["train", "--text", NASTY + "no", "--out", NASTY + "new"],
-        ["train", "--text", f"{NASTY}.txt", "--held-out", "0.1", "--measure", NASTY],
-        ["long", "--model", NASTY, "--recall", "--tokens", "64", "--new-tokens", "2"],
-        ["long", "--text", f"{NASTY}.txt", "--tokens", "99999"],
-        ["lesson", "--lessons", NASTY],
-        ["bench", NASTY],
-        ["bench", "kernels", "--shape", NASTY],
-        ["bench", "sass", "--kernel", NASTY],
-    ],
-    ids=lambda argv: " ".join(word.replace(NASTY, "NASTY") for word in argv),
-)
+RUN = [
+    [NASTY],
+    ["info", NASTY],
+    ["generate", "--prompt", NASTY, "--prompt", "b", "--max-tokens", "3"],
+    ["generate", "--prompt", "a", "--model", NASTY + "no"],
+    ["generate", "--prompt", "a", "--backend", NASTY],
+    ["generate", "--prompt", "a", "--manager", NASTY],
+    ["generate", "--prompt", "a", "--record", f"{NASTY}/nowhere"],
+    ["demo", "--model", NASTY, "--backend", NASTY],
+]
+LOOK = [
+    ["viz", "log", "--print", "--size", "100x40", "--at", "N"],
+    *(["viz", "log", "--print", "--size", "160x50", "--frame", str(k)] for k in (1, 4)),
+    ["viz", "other.log", "--print", "--size", "100x30", "--frame", "2"],
+    ["viz", "other.log", "--print", "--size", "100x30", "--frame", "5"],
+    ["viz", "--prompt", NASTY, "--max-tokens", "2", "--print"],
+    ["viz", NASTY],
+    ["monitor", "log", "--print"],
+    ["monitor", "log", "--once"],
+    ["monitor", "log", "--prometheus"],
+    ["monitor", "other.log", "--print"],
+    ["walk", "--at", NASTY],
+]
+OTHER = [
+    ["assess", "--trace", f"{NASTY}.csv"],
+    ["assess", "--gpu", NASTY],
+    ["compare", "--trace", NASTY + "no"],
+    ["paper", NASTY],
+    ["train", "--text", NASTY + "no", "--out", NASTY + "new"],
+    ["train", "--text", f"{NASTY}.txt", "--held-out", "0.1", "--measure", NASTY],
+    ["long", "--model", NASTY, "--recall", "--tokens", "64", "--new-tokens", "2"],
+    ["long", "--text", f"{NASTY}.txt", "--tokens", "99999"],
+    ["lesson", "--lessons", NASTY],
+    ["bench", NASTY],
+    ["bench", "kernels", "--shape", NASTY],
+    ["bench", "sass", "--kernel", NASTY],
+]
+ASSESS = [["assess", "--model", NASTY]]  # half a minute of simulation
+
+
+@pytest.mark.parametrize("commands", [RUN, LOOK, OTHER, pytest.param(ASSESS, marks=pytest.mark.slow)])
 def test_no_command_lets_foreign_text_drive_the_terminal(
-    argv: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
+    commands: list[list[str]], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    terminal = Terminal(argv[1] if len(argv) > 1 else "", *argv[2:], command=argv[0], size=(120, 40))
+    terminal = Terminal(program=program(commands), size=(120, 40))
     try:
-        if argv[:2] == ["monitor", "--run"]:
-            terminal.see("ended")
-            terminal.press("q")
+        terminal.end()
+    finally:
+        terminal.close()
+    for argv, (raw, _) in zip(commands, printed_by_each(terminal.raw, commands), strict=True):
+        print(argv)
+        assert_harmless(raw)
+
+
+def test_nor_does_a_run_while_it_is_watched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    terminal = Terminal("--run", "generate", "--prompt", "a", "--backend", NASTY, command="monitor", size=(120, 40))
+    try:
+        terminal.see("ended")
+        terminal.press("q")
         terminal.end()
     finally:
         terminal.close()
@@ -136,7 +150,7 @@ def test_nor_does_a_log_while_it_is_watched(command: str, place: Path, monkeypat
         terminal.see("paged manager")
         for key in "\x1b[F123456nnn/A\r?q " if command == "viz" else "   ":
             terminal.press(key)
-            terminal.read(0.1)
+            terminal.read(0.03)
         terminal.press("q")
         terminal.end()
     finally:

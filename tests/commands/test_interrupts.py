@@ -63,20 +63,27 @@ def _default_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.0])
+IMPORTING, RUNNING = 0.3, 1.0  # seconds: what most commands do then, on a machine that is not busy
+
+
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "seconds"),
     [
-        ["generate", *MANY, *LONG, "--ignore-eos", "--kv-tokens", "32768"],
-        ["demo"],
-        ["viz", *MANY, *LONG, "--print"],
-        ["lesson", "17"],
-        ["long", "--tokens", "8192"],
-        ["bench", "memory"],
-        ["monitor", "--once", "--run", "demo"],
-        ["bench", "kernels", "--rounds", "1000"],
+        pytest.param(
+            argv, seconds, id=f"{' '.join(argv[:2])}-{seconds}", marks=[pytest.mark.slow] * (seconds != chosen)
+        )
+        for argv, chosen in (
+            (["generate", *MANY, *LONG, "--ignore-eos", "--kv-tokens", "32768"], RUNNING),
+            (["demo"], IMPORTING),
+            (["viz", *MANY, *LONG, "--print"], RUNNING),
+            (["lesson", "17"], IMPORTING),
+            (["long", "--tokens", "8192"], RUNNING),
+            (["bench", "memory"], IMPORTING),
+            (["monitor", "--once", "--run", "demo"], RUNNING),
+            (["bench", "kernels", "--rounds", "1000"], IMPORTING),
+        )
+        for seconds in (IMPORTING, RUNNING)
     ],
-    ids=lambda argv: " ".join(argv[:2]),
 )
 def test_every_command_ends_in_one_line(argv: list[str], seconds: float, tmp_path: Path) -> None:
     started = Started(argv, tmp_path)

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.hand_made_log import hand_made
+from support.several_commands import printed_by_each, program
 
 from paged_ref.timeline.events import write_events
 
 PAGED_REF = f"{sys.executable} -m paged_ref"
+# Of each way to write one: argparse's, a stream of text, Rich's pictures, its other screen, lines, a lesson.
 COMMANDS = [
     "--help",
-    "info",
     "generate --prompt 'Four score and seven years ago our' --max-tokens 3",
     "viz log --print --frame 2 --size 120x50",
-    "viz log --print --at 3 --size 160x50",
     "monitor log",
-    "monitor log --once",
     "monitor log --prometheus",
+    "lesson 5",
+]
+OTHERS = [
+    "info",
+    "viz log --print --at 3 --size 160x50",
+    "monitor log --once",
     "walk --print --at keys",
     "assess",
-    "lesson 5",
 ]
 MORE = [
     "lesson",
@@ -34,6 +39,9 @@ MORE = [
     "long --tokens 64 --new-tokens 2 --attend all",
     "compare --requests 20 --jobs 1 --block-sizes 16",
 ]
+each_command = pytest.mark.parametrize(
+    "argv", [*COMMANDS, *(pytest.param(argv, marks=pytest.mark.slow) for argv in OTHERS)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +61,14 @@ def shell(line: str, place: Path, **environment: str) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("argv", COMMANDS)
+@each_command
 def test_a_full_disk_behind_the_output_is_one_sentence(argv: str, place: Path) -> None:
     done = shell(f"{PAGED_REF} {argv} > /dev/full", place)
     assert done.stderr.decode() == "paged-ref: error: standard output: No space left on device\n"
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("argv", COMMANDS)
+@each_command
 def test_a_reader_that_leaves_is_no_error(argv: str, place: Path) -> None:
     done = shell(f"{PAGED_REF} {argv} | head -1", place)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -72,7 +80,14 @@ def test_a_closed_output_is_one_sentence_before_the_work(argv: str, place: Path)
     assert (done.returncode, done.stderr) == (2, b"paged-ref: error: standard output: it is closed\n")
 
 
-@pytest.mark.parametrize("argv", ["info", "viz log --at 3", "monitor log", "lesson 5", "lesson"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "viz log --at 3",
+        "lesson 5",
+        *(pytest.param(argv, marks=pytest.mark.slow) for argv in ("info", "monitor log", "lesson")),
+    ],
+)
 def test_a_closed_input_is_an_empty_one(argv: str, place: Path) -> None:
     done = shell(f"{PAGED_REF} {argv} <&-", place)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -96,21 +111,23 @@ LOCALE_C = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE"
 
 
 @pytest.mark.parametrize(
-    ("argv", "environment"),
+    ("lines", "environment"),
     [
-        *((argv, ASCII) for argv in COMMANDS),
-        *((argv, LOCALE_C) for argv in ("viz log --print", "assess")),
-        *(pytest.param(argv, each, marks=pytest.mark.slow) for argv in MORE for each in (ASCII, LOCALE_C)),
+        ([*COMMANDS, *OTHERS], ASCII),
+        (["viz log --print", "generate --prompt a --max-tokens 2"], LOCALE_C),
+        *(pytest.param(MORE, each, marks=pytest.mark.slow) for each in (ASCII, LOCALE_C)),
     ],
 )
-def test_ascii_is_enough(argv: str, environment: dict[str, str], place: Path) -> None:
-    done = shell(f"{PAGED_REF} {argv}", place, **environment)
+def test_ascii_is_enough(lines: list[str], environment: dict[str, str], place: Path) -> None:
+    commands = [shlex.split(line) for line in lines]
+    done = shell(shlex.join([sys.executable, *program(commands)]), place, **environment)
     assert done.returncode == 0, done.stderr
-    printed = done.stdout.decode("ascii")
-    assert printed
     assert "Error" not in done.stderr.decode("ascii")
-    # Lines of pictures keep their length; a sign that has no likeness is a question mark.
-    assert printed.count("?") <= 2 + printed.count("? ") + printed.count("?\n")
+    for argv, (printed, status) in zip(commands, printed_by_each(done.stdout.decode("ascii"), commands), strict=True):
+        assert printed, argv
+        assert status == "0", argv
+        # Lines of pictures keep their length; a sign that has no likeness is a question mark.
+        assert printed.count("?") <= 2 + printed.count("? ") + printed.count("?\n"), argv
 
 
 def test_pictures_in_ascii_show_what_they_show(place: Path) -> None:

@@ -32,10 +32,8 @@ PATHS = lesson_script.find(LESSONS)
 BUILT = {name for _, names in FILES.values() for name in names}  # in files of the reader's own
 HEADINGS = ["Predict", "Run", "What must hold", "Exercise", "In production systems", "Next"]
 
-# One process has all tests of a lesson, so that the lesson runs twice in all: see `run`.
-each_lesson = pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=pytest.mark.xdist_group(path.stem)) for path in PATHS]
-)
+# With this scope, all tests of a lesson come together and in one process, where the lesson runs twice in all: see `run`.
+each_lesson = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem, scope="module")
 
 
 @functools.cache

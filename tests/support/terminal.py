@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyte
@@ -32,11 +32,12 @@ def own_terminal() -> None:
 
 
 class Terminal:
-    """`paged-ref viz LOG`, or another command, on a pseudo terminal of a given size."""
+    """`paged-ref viz LOG`, another command or another `program` of Python's, on a pseudo terminal of a given size."""
 
     def __init__(
-        self, log: Path | str, *argv: str, command: str = "viz", size: tuple[int, int] = (80, 24), **environment: str
-    ) -> None:
+        self, log: Path | str = "", *argv: str, command: str = "viz", size: tuple[int, int] = (80, 24),
+        program: Sequence[str] = (), **environment: str,
+    ) -> None:  # fmt: skip
         self.main, self.side = pty.openpty()
         self.screen = pyte.Screen(*size)
         self.stream = pyte.Stream(self.screen)
@@ -47,7 +48,7 @@ class Terminal:
         env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR")}
         env |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", "PAGED_REF_DEVICE": "cpu", **environment}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "paged_ref", command, str(log), *argv],
+            [sys.executable, *(program or ["-m", "paged_ref", command, str(log), *argv])],
             stdin=self.side,
             stdout=self.side,
             stderr=self.side,
@@ -73,7 +74,7 @@ class Terminal:
             self.stream.feed(text)
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # a test waits so long only to fail, and a machine may be busy
         while not condition():
             assert time.monotonic() < deadline, f"{what}; the screen is\n" + self.text
             self.read()

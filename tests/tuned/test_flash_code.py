@@ -42,6 +42,8 @@ CHOSEN = {
     (9, 0): ["Llama-3-8B 32/8", "- contiguous", "- prefill", "- all features", "Llama-3-70B/8 8/1", "- int8"],
 }
 KERNELS = [pytest.param(name, cc, id=f"{name}-sm_{cc[0]}{cc[1]}") for cc, names in CHOSEN.items() for name in names]
+# With this scope, all tests of a kernel come together and in one process, which compiles it once.
+each_kernel = pytest.mark.parametrize(("name", "capability"), KERNELS, scope="module")
 
 
 @cache
@@ -63,7 +65,7 @@ def loads_for_a_tile(variant: KernelVariant) -> int:
     return 2 * 8 * element.per_word * variant.head_size * element.bits // 8 // (32 * 16)
 
 
-@pytest.mark.parametrize(("name", "capability"), KERNELS)
+@each_kernel
 def test_no_spills_no_stack_no_float64(name: str, capability: tuple[int, int]) -> None:
     code, variant = compiled(name, capability), sass.variants()[name]
     assert (code.stack_bytes, code.spill_stores, code.spill_loads) == (0, 0, 0)
@@ -75,7 +77,7 @@ def test_no_spills_no_stack_no_float64(name: str, capability: tuple[int, int]) -
 
 
 @needs_disassembler
-@pytest.mark.parametrize(("name", "capability"), KERNELS)
+@each_kernel
 def test_the_loop_has_16_byte_loads_and_no_division(name: str, capability: tuple[int, int]) -> None:
     loop, variant = loop_of(name, capability), sass.variants()[name]
     operations = [operation(line) for line in loop]
@@ -92,7 +94,7 @@ def test_the_loop_has_16_byte_loads_and_no_division(name: str, capability: tuple
 
 
 @needs_disassembler
-@pytest.mark.parametrize(("name", "capability"), KERNELS)
+@each_kernel
 def test_the_instruction_budget(name: str, capability: tuple[int, int]) -> None:
     """Warp instructions for each KiB of K and V. 150 would be three quarters of what an H200 can issue."""
     variant = sass.variants()[name]
