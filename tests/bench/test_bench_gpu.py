@@ -51,7 +51,7 @@ class FakeClock(GpuClock):
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shapes.HEADS, TOY, (4, 2, 16))
+    monkeypatch.setitem(shapes.HEADS, TOY, (4, 2, 32))
 
 
 def test_the_shapes_are_all_that_was_asked_for_and_the_targets_come_first() -> None:

@@ -87,7 +87,7 @@ def spreads(draw: st.DrawFn) -> Spread:
     heads = (num_kv_heads * draw(st.sampled_from([1, 2, 4])), num_kv_heads)
     return Spread(
         rng, seqs, draw(st.sampled_from([1, 3, 4, 16])), heads,
-        draw(st.sampled_from([2, 8, 24])), draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])), draw(st.integers(1, 9)),
+        draw(st.sampled_from([2, 8, 40])), draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])), draw(st.integers(1, 9)),
     )  # fmt: skip
 
 

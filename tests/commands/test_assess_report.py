@@ -10,6 +10,7 @@ import pytest
 
 from paged_ref.cli import main
 from paged_ref.core.device import on_gpu
+from paged_ref.planner import sweep
 from paged_ref.planner.models import MODELS
 
 GPU = ["--gpu", "A100-40GB"]
@@ -44,13 +45,13 @@ def test_the_report_fits_the_window(
     [("Llama-3-8B", "A100-80GB", "2048"), pytest.param("Llama-3.1-8B", "B200", "16384", marks=pytest.mark.slow)],
 )
 def test_a_narrow_window_cuts_no_number(
-    model: str, gpu: str, context: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ["assess", "--model", model, "--gpu", gpu, "--context", context]
+    model: str, gpu: str, context: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setenv("COLUMNS", "60")
-    assert main([*command, "--json", "-"]) == 0
-    plans = json.loads(capsys.readouterr().out)["plans"]
-    assert main(command) == 0
+    file = tmp_path / "assess.json"
+    assert main(["assess", "--model", model, "--gpu", gpu, "--context", context, "--json", str(file)]) == 0
+    plans = json.loads(file.read_text(encoding="utf-8"))["plans"]
     printed = capsys.readouterr().out
     assert "\N{HORIZONTAL ELLIPSIS}" not in printed
     rows = [line.split() for line in printed.splitlines()]
@@ -94,7 +95,10 @@ def test_json_alone_or_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "What limits it" in capsys.readouterr().out
 
 
-def test_limits_bound_the_advice_and_give_goodput(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limits_bound_the_advice_and_give_goodput(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "LEAST_REQUESTS", 200)
     table = tmp_path / "a.csv"
     argv = ["assess", "--model", "OPT-13B", *GPU, "--trace", "sharegpt", "--requests", "100", "--tpot", "0.05"]
     assert main([*argv, "--json", "-", "--csv", str(table)]) == 0
@@ -121,11 +125,11 @@ def test_the_default_lengths_show_what_each_reservation_rounds_up(
     assert re.search(rf"^ {advised[1]} .*%", shown, re.MULTILINE)  # in the table, too
 
 
-def test_what_holds_none_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_holds_none_is_null_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "assess.json"
     argv = ["assess", "--model", "Llama-3.1-8B", "--gpu", "rtx 4090", "--max-model-len", "131072"]
-    assert main([*argv, "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out)["gain"]["standard max"] is None
-    assert main(argv) == 0
+    assert main([*argv, "--json", str(file)]) == 0
+    assert json.loads(file.read_text(encoding="utf-8"))["gain"]["standard max"] is None
     assert "standard max holds none" in capsys.readouterr().out
 
 

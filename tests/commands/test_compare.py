@@ -12,6 +12,7 @@ import pytest
 from paged_ref.cli import main
 from paged_ref.commands import compare
 from paged_ref.commands.compare_report import MeasuredCost
+from paged_ref.planner import sweep
 from paged_ref.views.common.plots import Bar, Line, bars_text, lines_text, round_up, svg
 
 COMPARE = ["compare", "--trace", "alpaca", "--requests", "24", "--kv-tokens", "4096", "--block-sizes", "16"]
@@ -27,11 +28,13 @@ ROWS = [
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrow window, and runs of a tenth of the requests."""
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sweep, "LEAST_REQUESTS", 100)
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("narrow_and_short")
 def test_compare_prints_plots_and_tables_and_writes_json_and_svg(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +76,7 @@ def test_compare_prints_plots_and_tables_and_writes_json_and_svg(
     assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == len(ROWS)
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("narrow_and_short")
 def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

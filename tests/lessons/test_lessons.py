@@ -32,7 +32,7 @@ PATHS = lesson_script.find(LESSONS)
 BUILT = {name for _, names in FILES.values() for name in names}  # in files of the reader's own
 HEADINGS = ["Predict", "Run", "What must hold", "Exercise", "In production systems", "Next"]
 
-# With this scope, all tests of a lesson come together and in one process, where the lesson runs twice in all: see `run`.
+# With this scope, all tests of a lesson come together, so that one process runs the lesson, twice in all: see `run`.
 each_lesson = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem, scope="module")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.extras.managers import make_manager
+from paged_ref.planner import sweep
 from paged_ref.planner.assess import BEND, WASTE_LIMIT, Assessment, assess
 from paged_ref.planner.hardware import GPU, GPUS, several
 from paged_ref.planner.metrics import Limits
@@ -31,16 +34,24 @@ def assessed(gpu: GPU, model: ModelSpec, *requests: TraceRequest, **settings: An
 
 
 SHAREGPT = request(161, 338)  # the published means, rounded
-OPT = assessed(GPUS["A100-40GB"], MODELS["OPT-13B"], SHAREGPT)
-AZURE = assessed(GPUS["A100-80GB"], MODELS["Llama-3-8B"], request(1155, 211))
+
+
+@cache
+def opt() -> Assessment:
+    return assessed(GPUS["A100-40GB"], MODELS["OPT-13B"], SHAREGPT)
+
+
+@cache
+def azure() -> Assessment:
+    return assessed(GPUS["A100-80GB"], MODELS["Llama-3-8B"], request(1155, 211))
 
 
 @pytest.mark.parametrize(("plan", "reserve"), [(0, "max"), (1, "pow2"), (2, "exact")])
 def test_as_many_regions_run_as_fit_in_the_standard_manager(plan: int, reserve: Any) -> None:
     manager = make_manager(
         "standard",
-        OPT.num_tokens,
-        max_model_len=OPT.max_model_len,
+        opt().num_tokens,
+        max_model_len=opt().max_model_len,
         reserve=reserve,
         allocator="buddy",
     )
@@ -51,38 +62,38 @@ def test_as_many_regions_run_as_fit_in_the_standard_manager(plan: int, reserve: 
         except OutOfBlocks:
             break
         count += 1
-    steady = OPT.plans[plan].steady
+    steady = opt().plans[plan].steady
     assert steady is not None
     assert steady.outcome.running_peak == count
 
 
 def test_as_many_of_the_longest_fit_in_the_paged_manager() -> None:
-    manager = PagedManager(BlockPool(OPT.num_tokens // OPT.block_size), OPT.block_size)
-    for seq_id in range(OPT.sequences_at_worst):
-        manager.admit(seq_id, [0] * OPT.longest, OPT.longest)
-        manager.append([(seq_id, OPT.longest)])
+    manager = PagedManager(BlockPool(opt().num_tokens // opt().block_size), opt().block_size)
+    for seq_id in range(opt().sequences_at_worst):
+        manager.admit(seq_id, [0] * opt().longest, opt().longest)
+        manager.append([(seq_id, opt().longest)])
     with pytest.raises(OutOfBlocks):
-        manager.admit(-1, [0] * OPT.longest, OPT.longest)
+        manager.admit(-1, [0] * opt().longest, opt().longest)
 
 
 def test_the_paper_s_server_holds_seven_sequences_that_reserve_the_maximum() -> None:
     """Fig. 13: 7.00 batched requests of OPT-13B with Orca (Max). Its pool has 15.7K slots (Table 1)."""
-    assert OPT.plans[0].steady is not None
-    assert OPT.plans[0].steady.outcome.running_mean == pytest.approx(7.0)
-    assert OPT.num_tokens == pytest.approx(15_700, rel=0.01)
-    assert OPT.paged.outcome.shares.occupancy > 0.95  # paged keeps at least 96.3 % of the held slots in tokens there
+    assert opt().plans[0].steady is not None
+    assert opt().plans[0].steady.outcome.running_mean == pytest.approx(7.0)
+    assert opt().num_tokens == pytest.approx(15_700, rel=0.01)
+    assert opt().paged.outcome.shares.occupancy > 0.95  # paged keeps at least 96.3 % of the held slots in tokens there
 
 
 def test_the_gain_is_that_of_the_sustained_rates() -> None:
-    for plan in OPT.plans[:-1]:
+    for plan in opt().plans[:-1]:
         assert plan.steady is not None
-        assert OPT.gain[plan.name] == pytest.approx(OPT.paged.sustained_rate / plan.steady.sustained_rate)
+        assert opt().gain[plan.name] == pytest.approx(opt().paged.sustained_rate / plan.steady.sustained_rate)
 
 
 @pytest.mark.slow
 def test_what_limits_is_where_the_time_goes() -> None:
-    assert (OPT.paged.admission, OPT.paged.step.bound) == ("memory", "bandwidth")
-    assert AZURE.paged.step.bound == "compute"  # prompts five times as long as outputs
+    assert (opt().paged.admission, opt().paged.step.bound) == ("memory", "bandwidth")
+    assert azure().paged.step.bound == "compute"  # prompts five times as long as outputs
     long = assessed(GPUS["A100-80GB"], MODELS["Llama-3-8B"], request(512, 7000))
     assert long.paged.step.bound == "bandwidth"
     assert long.paged.step.kv > long.paged.step.weights
@@ -104,7 +115,8 @@ def test_without_a_limit_the_advice_is_where_the_curve_bends() -> None:
 
 
 @pytest.mark.parametrize("tpot", [0.05, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (0.02, 0.1))])
-def test_with_a_limit_the_advice_keeps_it(tpot: float) -> None:
+def test_with_a_limit_the_advice_keeps_it(tpot: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "LEAST_REQUESTS", 200)
     model = replace(MODELS["Llama-3-8B"], kv_bits=8)
     trace = generated("sharegpt", 200).requests
     found = assessed(GPUS["A100-80GB"], model, *trace, limits=Limits(tpot=tpot), max_batch_seqs=2048)
@@ -122,16 +134,16 @@ def test_a_limit_that_no_number_keeps_is_said() -> None:
     assert found.advised_tpot > 0.001
 
 
-@pytest.mark.parametrize("found", [OPT, AZURE], ids=["OPT", "AZURE"])
-def test_paged_is_never_behind(found: Assessment) -> None:
-    assert all(gain >= 0.99 for gain in found.gain.values())
+@pytest.mark.parametrize("found", [opt, azure])
+def test_paged_is_never_behind(found: Callable[[], Assessment]) -> None:
+    assert all(gain >= 0.99 for gain in found().gain.values())
 
 
 def test_the_block_size_is_the_largest_within_the_limit() -> None:
-    for found in (OPT, AZURE, assessed(GPUS["H100-SXM"], MODELS["Llama-3.1-8B"], request(30000, 2000))):
+    for found in (opt(), azure(), assessed(GPUS["H100-SXM"], MODELS["Llama-3.1-8B"], request(30000, 2000))):
         within = [each.block_size for each in found.block_sizes if each.waste <= WASTE_LIMIT]
         assert found.block_size == (max(within) if within else 16)
-    assert (OPT.block_size, found.block_size) == (16, 256)
+    assert (opt().block_size, found.block_size) == (16, 256)
 
 
 def test_swapping_is_faster_from_the_crossover_on() -> None:
@@ -142,13 +154,12 @@ def test_swapping_is_faster_from_the_crossover_on() -> None:
     assert found.swap_from > found.block_size
     for tokens, faster in ((found.swap_from, True), (found.swap_from - found.block_size, False)):
         assert (roofline.swap_seconds(tokens, found.block_size) < roofline.recompute_seconds(tokens)) == faster
-    never = assessed(replace(gpu, link=1e9), model, request(512, 512))
-    assert never.swap_from is None
+    assert Roofline(replace(gpu, link=1e9), model).swap_from(found.block_size) is None
 
 
 def test_small_blocks_swap_slowly() -> None:
     """The paper's §7.3: many small copies; computing again does not depend on the block size."""
-    roofline = Roofline(OPT.gpu, OPT.model)
+    roofline = Roofline(opt().gpu, opt().model)
     times = [roofline.swap_seconds(512, size) for size in (1, 4, 16, 64)]
     assert times == sorted(times, reverse=True)
     assert times[0] > 3 * times[2]
@@ -185,10 +196,10 @@ def test_bad_lengths_are_refused(requests: list[TraceRequest], max_model_len: in
 
 
 def test_the_settings_say_what_was_found() -> None:
-    vllm, sglang, tensorrt_llm, transformers = servers(OPT)
+    vllm, sglang, tensorrt_llm, transformers = servers(opt())
     assert vllm.command == (
         "vllm serve facebook/opt-13b --gpu-memory-utilization 0.9 --block-size 16 --max-model-len 2048 "
-        f"--max-num-seqs {OPT.advised} --max-num-batched-tokens 2048 --kv-offloading-size 12"
+        f"--max-num-seqs {opt().advised} --max-num-batched-tokens 2048 --kv-offloading-size 12"
     )
     assert dict(sglang.options)["--mem-fraction-static"] == "0.9"
     # These two count from what the weights leave: 12.06 of 40 - 23.94 GiB.
@@ -221,4 +232,4 @@ def test_the_options_of_transformers_exist_where_it_is_installed() -> None:
     if not hasattr(configuration, "ContinuousBatchingConfig"):
         pytest.skip("this transformers has no continuous batching config")
     known = configuration.ContinuousBatchingConfig.__dataclass_fields__
-    assert set(dict(servers(OPT)[3].options)) <= set(known)
+    assert set(dict(servers(opt())[3].options)) <= set(known)

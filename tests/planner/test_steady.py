@@ -221,7 +221,7 @@ def test_with_a_prefix_cache_the_roofline_knows_what_is_shared() -> None:
 
 def test_the_interval_covers_the_rate_of_other_draws() -> None:
     """95 % of the time, so nearly always of these twelve."""
-    truth = steady_state(OPT, generated("sharegpt", 12_000)).roofline
+    truth = Bound(OPT, work_of(OPT, admissible(OPT, generated("sharegpt", 12_000)), 1)).rate
     inside = 0
     for seed in range(12):
         requests = admissible(OPT, generated("sharegpt", 300, seed))

@@ -92,7 +92,6 @@ def cases() -> list[Case]:
         found.append(Case(cache_dtype=cache, query_lens=(3, 1, 20), head_size=28, seq_lens=(3, 1300, 40)))
         found.append(Case(cache_dtype=cache, per_head=("alibi_slopes", "sinks"), query_lens=(2, 5, 1), head_size=32,
                           options={"sliding_window": 20, "softcap": 3.0, "scale": 0.7}))  # fmt: skip
-    found.append(Case(cache_dtype="int8", num_heads=8))  # groups of 4
     found.append(Case(query_dtype="uint16"))
     for layout in ("k_and_v_in_one", "layers_last", "heads_first", "dims_apart"):
         for dtype in ("float32", "float16", *FORMATS):

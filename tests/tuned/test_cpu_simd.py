@@ -18,7 +18,7 @@ from paged_ref.tuned.cpu_machine import LANES
 
 pytestmark = pytest.mark.skipif("cpu-simd" not in backends(), reason="NUMBA_DISABLE_JIT is set")
 
-SHAPE: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_size": 32}
+SHAPE: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32}
 
 
 def queries(problem: Problem, s: int, first: int, end: int) -> np.ndarray:

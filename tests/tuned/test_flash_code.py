@@ -36,12 +36,17 @@ except Exception as error:  # the library itself is a wheel of its own
 
 needs_disassembler = pytest.mark.skipif(disassembler() is None, reason="nvdisasm is not here (extra `ptx`)")
 
+GROUP_OF_8 = "Llama-3-70B/8 8/1"  # differs from groups of 4 in a number alone, and is left to the slow tests
 # What is compiled in a test: each takes seconds. `paged-ref bench sass` has all of them, for both.
 CHOSEN = {
     (8, 0): ["Llama-3-8B 32/8", "- float32", "- float8"],
-    (9, 0): ["Llama-3-8B 32/8", "- contiguous", "- prefill", "- all features", "Llama-3-70B/8 8/1", "- int8"],
+    (9, 0): ["Llama-3-8B 32/8", "- contiguous", "- prefill", "- all features", GROUP_OF_8, "- int8"],
 }
-KERNELS = [pytest.param(name, cc, id=f"{name}-sm_{cc[0]}{cc[1]}") for cc, names in CHOSEN.items() for name in names]
+KERNELS = [
+    pytest.param(name, cc, id=f"{name}-sm_{cc[0]}{cc[1]}", marks=[pytest.mark.slow] * (name == GROUP_OF_8))
+    for cc, names in CHOSEN.items()
+    for name in names
+]
 # With this scope, all tests of a kernel come together and in one process, which compiles it once.
 each_kernel = pytest.mark.parametrize(("name", "capability"), KERNELS, scope="module")
 
@@ -114,9 +119,10 @@ def test_paging_costs_a_tenth_of_the_instructions() -> None:
         assert sum(name in line for line in paged) == sum(name in line for line in contiguous)
 
 
+@pytest.mark.slow
 @needs_disassembler
 def test_a_group_of_8_costs_what_a_group_of_4_does() -> None:
-    assert len(loop_of("Llama-3-70B/8 8/1", (9, 0))) == len(loop_of("Llama-3-8B 32/8", (9, 0)))
+    assert len(loop_of(GROUP_OF_8, (9, 0))) == len(loop_of("Llama-3-8B 32/8", (9, 0)))
 
 
 def test_the_kernel_that_merges_parts() -> None:

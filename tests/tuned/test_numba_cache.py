@@ -16,12 +16,13 @@ from paged_ref.tuned import cpu_code, numba_cache
 
 RUN = "import sys; from paged_ref.cli import main; sys.exit(main(sys.argv[1:]))"
 ARGV = ["generate", "--prompt", "Four score and seven years ago our", "--max-tokens", "2", "--backend", "cpu"]
+# The smallest of the functions of `cpu-simd`; each is kept in the same way.
 CALL = """
 import numpy as np
-from paged_ref.kernels import paged_attention
-kv = np.ones((2, 4, 1, 16), np.float32)
-out = paged_attention(np.ones((1, 1, 16), np.float32), kv, kv, np.array([[0]]), np.array([3]), backend="cpu-simd")
-print(float(out[0, 0, 0]))
+from paged_ref.core.attention.attention import Addresses
+from paged_ref.tuned.cpu_simd import in_bounds
+addresses = Addresses(np.array([3]), np.array([0, 1]), np.array([[0]]), None, np.array([2]))
+print(in_bounds(addresses, 1, 2, 4))
 """
 
 
@@ -60,11 +61,11 @@ def test_the_machine_code_of_the_vector_loop_is_kept_there_too(read_only: Path, 
         return run(read_only, CALL, tmp_path)
 
     done = call()
-    assert (done.returncode, done.stdout) == (0, "1.0\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
     assert done.stderr.count("RuntimeWarning") == 1
     check_that_the_next_run_finds(tmp_path / f"paged_ref-{os.getuid()}", "*.o", call)
     nowhere = run(read_only, f"import tempfile; tempfile.tempdir = '/dev/null/none'\n{CALL}", tmp_path)
-    assert (nowhere.returncode, nowhere.stdout) == (0, "1.0\n"), nowhere.stderr
+    assert (nowhere.returncode, nowhere.stdout) == (0, "True\n"), nowhere.stderr
     assert "they are compiled again in each run" in nowhere.stderr
 
 
