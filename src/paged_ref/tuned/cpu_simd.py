@@ -9,8 +9,6 @@ sequence gets the same bits in any batch.
 
 from __future__ import annotations
 
-import ctypes
-import os
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -22,20 +20,16 @@ from ..core.attention.attention import Addresses, AttentionCall
 from ..extras.formats import BFLOAT16, FLOAT8, decode, encode
 from ..extras.variants import PLAIN, Variant
 from . import cpu_machine as machine
-from .cpu_code import function
+from .cpu_code import address, function, unavailable
 from .cpu_machine import LANES, TILE
 from .threads import in_threads, num_threads
+
+__all__ = ["attend", "unavailable", "unsupported"]
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
 NUM_FIELDS = 9  # of an item: cpu_loop.py names them
 LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
-
-
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine; None where it can."""
-    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")  # asked without importing the compiler
-    return "its loop is for the compiler, and NUMBA_DISABLE_JIT is set" if disabled else None
 
 
 @cache
@@ -64,7 +58,7 @@ def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size
     arrays = (addresses.seq_lens, addresses.query_start_loc, addresses.block_tables)
     seq_lens, loc, table = (np.ascontiguousarray(array, INT) for array in arrays)
     wrong, sizes = np.zeros(1, INT), (len(seq_lens), table.shape[1], num_tokens, num_blocks, block_size)
-    function("bounds")(_at(wrong), _at(seq_lens), _at(loc), _at(table), *sizes)
+    function("bounds")(address(wrong), address(seq_lens), address(loc), address(table), *sizes)
     return not wrong[0]
 
 
@@ -98,13 +92,13 @@ def attend(call: AttentionCall) -> None:
     floats = plan.item_blocks * (num_rows * (size + TILE) + 2 * LANES)
     step = -(-(floats * FLOAT().itemsize + 4 * TILE * INT().itemsize) // LINE) * LINE
     memory = np.empty(LINE + threads * step, np.uint8)
-    counter, scratch = np.zeros(1, INT), -(-_at(memory) // LINE) * LINE
-    sizes, parts_out = plan.sizes(call, not variant.softcap and variant.alibi_slopes is None), _at(parts)
+    counter, scratch = np.zeros(1, INT), -(-address(memory) // LINE) * LINE
+    sizes, parts_out = plan.sizes(call, not variant.softcap and variant.alibi_slopes is None), address(parts)
     given = (
-        _at(counter), plan.items, _at(sizes), variant.softcap or 0.0, _at(query), _at(call.keys), _at(call.values),
-        _at(plan.table), _at(slopes), _at(sinks),
+        address(counter), plan.items, address(sizes), variant.softcap or 0.0, address(query), address(call.keys),
+        address(call.values), address(plan.table), address(slopes), address(sinks),
     )  # fmt: skip
-    results = (_at(out), _at(lse), parts_out, parts_out + part_rows * size * FLOAT().itemsize)
+    results = (address(out), address(lse), parts_out, parts_out + part_rows * size * FLOAT().itemsize)
     loop = function("attend_items", _TYPES[call.keys.dtype], num_rows, num_columns)
 
     # The loop has addresses. After Ctrl-C other threads finish their items, so what lies there must outlive this call.
@@ -149,9 +143,9 @@ class _Plan:
         loc = np.ascontiguousarray(addresses.query_start_loc, INT)
         most_items = int(seq_lens.sum()) // machine.PART_KEYS + num_tokens // queries + 2 * len(seq_lens)
         self._memory = np.empty(3 + most_items * NUM_FIELDS, INT)
-        found = _at(self._memory)
+        found = address(self._memory)
         self.items = found + 3 * self._memory.itemsize
-        function("plan")(found, self.items, _at(seq_lens), _at(loc), len(seq_lens), self.window, queries)
+        function("plan")(found, self.items, address(seq_lens), address(loc), len(seq_lens), self.window, queries)
         # How many items; the rows of partial results; the query-key products of a head
         self.num_items, self.part_tokens, self.products = self._memory[:3].tolist()
 
@@ -225,12 +219,3 @@ def _in_lanes(
     result = np.full((num_kv_heads, blocks * num_rows), absent, FLOAT)
     result[:, :group_size] = numbers.reshape(num_kv_heads, group_size)
     return np.tile(result.reshape(-1, num_rows), LANES // num_rows)
-
-
-def _at(array: Any) -> int:
-    """Where the first element lies. NumPy's own way takes four times as long, and is left to arrays that are read-only,
-    empty or in pieces."""
-    try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
-    except (TypeError, ValueError, BufferError):
-        return int(array.ctypes.data)
