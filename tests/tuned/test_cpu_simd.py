@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.attention_cases import Case, Problem, build, run
 
-from paged_ref.core.attention.attention import AttentionCall
+from paged_ref.core.attention.attention import Addresses, AttentionCall
 from paged_ref.kernels import backends
 from paged_ref.tuned import cpu_machine, cpu_simd
 from paged_ref.tuned.cpu_machine import LANES
@@ -79,9 +79,40 @@ def test_what_other_threads_write_outlives_an_interrupted_call(monkeypatch: pyte
     del out
     gc.collect()
     assert alive() is not None
+    assert cpu_simd._last.step is None  # these threads still write to its memory
     shares.clear()
     gc.collect()
     assert alive() is None
+
+
+def test_the_layers_of_a_step_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[AttentionCall] = []
+
+    class Counted(cpu_simd._Step):
+        def __init__(self, call: AttentionCall) -> None:
+            planned.append(call)
+            super().__init__(call)
+
+    monkeypatch.setattr(cpu_simd, "_Step", Counted)
+    rng = np.random.default_rng(0)
+    layers, query = rng.standard_normal((3, 2, 8, 16, 2, 32), np.float32), rng.standard_normal((2, 8, 32), np.float32)
+
+    def outputs(windows: tuple[int | None, ...], steps: int) -> list[np.ndarray]:
+        results = []
+        for (keys, values), window in zip(layers, windows, strict=True):
+            if not results or steps > 1:
+                table, loc = np.arange(8, dtype=np.int32).reshape(2, 4), np.arange(3, dtype=np.int32)
+                addresses = Addresses(np.array([60, 33], np.int32), loc, table)
+            call = AttentionCall(query, keys, values, addresses, 0.2, window, np.empty_like(query))
+            cpu_simd.attend(call)
+            results.append(call.out)
+        return results
+
+    for windows, times in (((None, None, None), 1), ((None, 8, None), 3)):
+        alone = outputs(windows, steps=3)
+        planned.clear()
+        np.testing.assert_array_equal(outputs(windows, steps=1), alone)
+        assert len(planned) == times
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Machine code of cpu_loop.py: compiled by Numba once, and kept in a file.
+"""Machine code of cpu_loop.py and linear_loop.py: compiled by Numba once, and kept in a file.
 
 Numba keeps compiled code, too, but to find it again Numba must be imported, and that takes longer than all the rest of
 a first call. These functions take numbers and pointers only, so their code needs no part of Numba to run: llvmlite
@@ -24,20 +24,27 @@ from .cpu_machine import cpu_features, cpu_name
 from .numba_cache import folder, only_mine
 
 HERE = Path(__file__).parent
-# The arguments of the functions in cpu_loop.py: i, f: an int64, a float32; I, F: pointers to such; K: a pointer to the
-# numbers of a cache.
+# The arguments of the functions in these two files: i, f: an int64, a float32; I, F: pointers to such; K: a pointer to
+# the numbers of a cache.
 SIGNATURES = {
     "bounds": "IIIIiiiii",
     "plan": "IIIIiii",
     "attend_items": "IIIfFKKIFFFIFFFF",
     "merge": "IiiiFFFF",
+    "multiply": "iiFiiFiIF",
 }
+
+
+def unavailable() -> str | None:
+    """Why compiled code cannot run on this machine; None where it can."""
+    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")  # asked without importing the compiler
+    return "its loop is for the compiler, and NUMBA_DISABLE_JIT is set" if disabled else None
 
 
 @cache
 def function(name: str, cache_type: str = "float32", *fixed: int) -> Callable[..., None]:
-    """The compiled form of cpu_loop's function `name`, for caches of numbers of Numba's type `cache_type`. With
-    `fixed`: of the function that cpu_loop's `name` returns for tuples of these lengths."""
+    """The compiled form of the function `name`, for caches of numbers of Numba's type `cache_type`. With `fixed`: of
+    the function that `name` returns for tuples of these lengths."""
     symbol = "_".join(map(str, (name, cache_type, *fixed)))
     place = folder()
     file = None if place is None else Path(place, f"paged_ref.{symbol}.{_digest()}.o")
@@ -52,7 +59,7 @@ def function(name: str, cache_type: str = "float32", *fixed: int) -> Callable[..
 @cache
 def _digest() -> str:
     digest = hashlib.sha256()
-    for name in ("cpu_loop.py", "cpu_vectors.py", "cpu_machine.py", "cpu_code.py"):
+    for name in ("cpu_loop.py", "linear_loop.py", "cpu_vectors.py", "cpu_machine.py", "cpu_code.py"):
         digest.update((HERE / name).read_bytes())
     parts = (version("numba"), version("llvmlite"), llvm.get_process_triple(), cpu_name(), cpu_features())
     digest.update("\n".join(parts).encode())
@@ -85,12 +92,12 @@ def _compile(name: str, cache_type: str, fixed: tuple[int, ...], symbol: str) ->
     """Object code in which the function is called `symbol`."""
     from numba import njit, types
 
-    from . import cpu_loop
+    from . import cpu_loop, linear_loop
 
     kinds = {"i": types.int64, "f": types.float32}
     kinds |= {"I": types.CPointer(types.int64), "F": types.CPointer(types.float32)}
     kinds["K"] = types.CPointer(getattr(types, cache_type))
-    python = getattr(cpu_loop, name)
+    python = getattr(linear_loop if hasattr(linear_loop, name) else cpu_loop, name)
     if fixed:
         python = python(*(tuple(range(length)) for length in fixed))
     # No wrapper for calls from Python, and no exceptions for divisions: what is left needs nothing but a C library.
@@ -99,6 +106,15 @@ def _compile(name: str, cache_type: str, fixed: tuple[int, ...], symbol: str) ->
     (result,) = compiled.overloads.values()
     instructions = result.library.get_llvm_str().replace(result.fndesc.llvm_func_name, symbol)
     return bytes(_target_machine().emit_object(llvm.parse_assembly(instructions)))
+
+
+def address(array: Any) -> int:
+    """Where the first element lies. NumPy's own way takes four times as long, and is left to arrays that are read-only,
+    empty or in pieces."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError, BufferError):
+        return int(array.ctypes.data)
 
 
 def _load(code: bytes, symbol: str, signature: str) -> Callable[..., None]:

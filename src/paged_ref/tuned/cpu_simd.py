@@ -9,8 +9,7 @@ sequence gets the same bits in any batch.
 
 from __future__ import annotations
 
-import ctypes
-import os
+import threading
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -20,27 +19,18 @@ from llvmlite import binding as llvm
 
 from ..core.attention.attention import Addresses, AttentionCall
 from ..extras.formats import BFLOAT16, FLOAT8, decode, encode
-from ..extras.variants import PLAIN, Variant
+from ..extras.variants import PLAIN
 from . import cpu_machine as machine
-from .cpu_code import function
+from .cpu_code import address, function, unavailable
 from .cpu_machine import LANES, TILE
 from .threads import in_threads, num_threads
+
+__all__ = ["attend", "unavailable", "unsupported"]
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
 NUM_FIELDS = 9  # of an item: cpu_loop.py names them
 LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
-
-
-def unavailable() -> str | None:
-    """Why this backend cannot run on this machine; None where it can."""
-    disabled = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")  # asked without importing the compiler
-    return "its loop is for the compiler, and NUMBA_DISABLE_JIT is set" if disabled else None
-
-
-@cache
-def _converts_halves() -> bool:
-    return llvm.get_host_cpu_features().get("f16c") is not False
 
 
 def unsupported(call: AttentionCall) -> str | None:
@@ -49,13 +39,21 @@ def unsupported(call: AttentionCall) -> str | None:
         array = getattr(call, name)
         if not isinstance(array, np.ndarray):
             return f"{name} is not in host memory"
-        if array.dtype == np.float64:
-            return f"{name} is float64, and this backend computes in float32"
-        halves = {np.dtype(np.float16): "float16", FLOAT8: "float8, which goes by way of float16"}
-        if array.dtype in halves and not _converts_halves():
-            return f"{name} is {halves[array.dtype]}, and this CPU has no conversion from it (F16C)"
+        if (reason := _refused(array.dtype)) is not None:
+            return f"{name} is {reason}"
         if name != "query" and min(array.strides, default=0) < 0:
             return f"{name} has a negative stride"
+    return None
+
+
+@cache
+def _refused(dtype: np.dtype[Any]) -> str | None:
+    """What is said of a type of numbers that this backend, or this CPU, cannot take; None where it can."""
+    if dtype == np.float64:
+        return "float64, and this backend computes in float32"
+    halves = {np.dtype(np.float16): "float16", FLOAT8: "float8, which goes by way of float16"}
+    if dtype in halves and llvm.get_host_cpu_features().get("f16c") is False:
+        return f"{halves[dtype]}, and this CPU has no conversion from it (F16C)"
     return None
 
 
@@ -64,7 +62,7 @@ def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size
     arrays = (addresses.seq_lens, addresses.query_start_loc, addresses.block_tables)
     seq_lens, loc, table = (np.ascontiguousarray(array, INT) for array in arrays)
     wrong, sizes = np.zeros(1, INT), (len(seq_lens), table.shape[1], num_tokens, num_blocks, block_size)
-    function("bounds")(_at(wrong), _at(seq_lens), _at(loc), _at(table), *sizes)
+    function("bounds")(address(wrong), address(seq_lens), address(loc), address(table), *sizes)
     return not wrong[0]
 
 
@@ -77,48 +75,16 @@ def attend(call: AttentionCall) -> None:
         attend(packed)
         call.out[...] = encode(packed.out[:, :, : call.query.shape[2]], call.out.dtype)
         return
-    num_heads, size = call.query.shape[1:]
-    variant, num_kv_heads = call.variant or PLAIN, call.keys.shape[-2]
-    num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
-    plan = _Plan(call, num_rows)
-    # No slope is 0, and no sink is -inf: the loop has no branch for them.
-    slopes = _in_lanes(variant.alibi_slopes, 0.0, num_heads, num_kv_heads, num_rows)
-    sinks = _in_lanes(variant.sinks, -np.inf, num_heads, num_kv_heads, num_rows)
-    query = _query(call, variant, num_rows)
+    step = getattr(_last, "step", None)
+    if step is None or step.key != _key(call):
+        step = _Step(call)
+    _last.step = None  # if this call is interrupted, other threads finish their items: their memory is not used again
     direct = call.out.dtype == FLOAT and call.out.flags.c_contiguous
     out = call.out if direct else np.empty(call.query.shape, FLOAT)
-    lse = np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse
-    part_rows = plan.part_tokens * num_heads
-    parts = np.empty(part_rows * (size + 1), FLOAT)
-
-    threads = 1
-    if plan.products * num_heads * size >= machine.MIN_PARALLEL_WORK:
-        threads = min(num_threads(), plan.num_items)
-    # Of each thread: sums and weights, the highest scores and the sums of the weights; then where rows lie.
-    floats = plan.item_blocks * (num_rows * (size + TILE) + 2 * LANES)
-    step = -(-(floats * FLOAT().itemsize + 4 * TILE * INT().itemsize) // LINE) * LINE
-    memory = np.empty(LINE + threads * step, np.uint8)
-    counter, scratch = np.zeros(1, INT), -(-_at(memory) // LINE) * LINE
-    sizes, parts_out = plan.sizes(call, not variant.softcap and variant.alibi_slopes is None), _at(parts)
-    given = (
-        _at(counter), plan.items, _at(sizes), variant.softcap or 0.0, _at(query), _at(call.keys), _at(call.values),
-        _at(plan.table), _at(slopes), _at(sinks),
-    )  # fmt: skip
-    results = (_at(out), _at(lse), parts_out, parts_out + part_rows * size * FLOAT().itemsize)
-    loop = function("attend_items", _TYPES[call.keys.dtype], num_rows, num_columns)
-
-    # The loop has addresses. After Ctrl-C other threads finish their items, so what lies there must outlive this call.
-    held = (call, plan, slopes, sinks, query, out, lse, parts, memory, counter, sizes)
-
-    def share(mine: int, threads: int, held: object = held) -> None:
-        its = scratch + mine * step
-        loop(*given, its, its + floats * FLOAT().itemsize, *results)
-
-    in_threads(share, threads)
-    if part_rows:
-        function("merge")(plan.items, plan.num_items, num_heads, size, *results[2:], *results[:2])
-    if variant.value_scales is not None:
-        out *= np.repeat(variant.value_scales, num_heads // num_kv_heads)[:, None]
+    step.run(call, out, np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse)
+    _last.step = step
+    if call.variant is not None and call.variant.value_scales is not None:
+        out *= np.repeat(call.variant.value_scales, out.shape[1] // len(call.variant.value_scales))[:, None]
     if not direct:
         call.out[...] = encode(out, call.out.dtype)
 
@@ -130,45 +96,87 @@ _TYPES = {
 }  # fmt: skip
 
 
-class _Plan:
-    """A call's work, cut into items, and its addresses as the loop takes them."""
+_last = threading.local()  # .step: that of the last call
 
-    def __init__(self, call: AttentionCall, num_rows: int) -> None:
-        num_tokens, num_heads, _ = call.query.shape
-        num_kv_heads = call.keys.shape[-2]
-        addresses = call.addresses
+
+def _key(call: AttentionCall) -> tuple[Any, ...]:
+    """Calls with equal keys have a step in common, while its addresses and variant live."""
+    keys, ids = call.keys, (id(call.addresses), id(call.variant))
+    return (*ids, call.window, call.query.shape, keys.dtype, keys.shape, keys.strides, call.values.strides)
+
+
+class _Step:
+    """What calls for the layers of a step have in common: the work, cut into items, and memory for the loop's threads.
+    The first call makes it, and the others find all made but their own arrays."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.key, self._alive = _key(call), (call.addresses, call.variant)  # so that their ids stay theirs
+        num_tokens, num_heads, size = call.query.shape
+        addresses, variant, num_kv_heads = call.addresses, call.variant or PLAIN, call.keys.shape[-2]
+        self.num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
+        self.loop = function("attend_items", _TYPES[call.keys.dtype], self.num_rows, num_columns)
         if addresses.block_tables is not None:
-            self.table, self.block_size = np.ascontiguousarray(addresses.block_tables, INT), call.keys.shape[1]
+            table, block_size = np.ascontiguousarray(addresses.block_tables, INT), call.keys.shape[1]
         else:  # one block for everything, which begins at the region's first slot
-            self.table, self.block_size = np.ascontiguousarray(addresses.starts, INT)[:, None], NO_LIMIT
-        self.window = min(call.window or NO_LIMIT, NO_LIMIT)
-        self.token_blocks = -(-num_heads // num_kv_heads // num_rows)  # of a token and a KV head
-        queries = max(1, machine.ITEM_ROWS // (num_kv_heads * self.token_blocks * num_rows))  # of an item
-        self.item_blocks = num_kv_heads * self.token_blocks * queries
+            table, block_size = np.ascontiguousarray(addresses.starts, INT)[:, None], NO_LIMIT
+        window = min(call.window or NO_LIMIT, NO_LIMIT)
+        token_blocks = -(-num_heads // num_kv_heads // self.num_rows)  # of a token and a KV head
+        queries = max(1, machine.ITEM_ROWS // (num_kv_heads * token_blocks * self.num_rows))  # of an item
+        item_blocks = num_kv_heads * token_blocks * queries
+
         seq_lens = np.ascontiguousarray(addresses.seq_lens, INT)
         loc = np.ascontiguousarray(addresses.query_start_loc, INT)
         most_items = int(seq_lens.sum()) // machine.PART_KEYS + num_tokens // queries + 2 * len(seq_lens)
-        self._memory = np.empty(3 + most_items * NUM_FIELDS, INT)
-        found = _at(self._memory)
-        self.items = found + 3 * self._memory.itemsize
-        function("plan")(found, self.items, _at(seq_lens), _at(loc), len(seq_lens), self.window, queries)
-        # How many items; the rows of partial results; the query-key products of a head
-        self.num_items, self.part_tokens, self.products = self._memory[:3].tolist()
+        found = np.empty(3 + most_items * NUM_FIELDS, INT)
+        self.items = address(found) + 3 * found.itemsize
+        function("plan")(address(found), self.items, address(seq_lens), address(loc), len(seq_lens), window, queries)
+        self.num_items, part_tokens, products = found[:3].tolist()  # products: of queries and keys, for a head
+        enough = products * num_heads * size >= machine.MIN_PARALLEL_WORK
+        self.threads = min(num_threads(), self.num_items) if enough else 1
+        self.part_rows = part_tokens * num_heads
+        parts = np.empty(self.part_rows * (size + 1) + 1, FLOAT)  # and one, for an array without numbers has no address
+        self.parts = address(parts), address(parts) + self.part_rows * size * parts.itemsize
 
-    def sizes(self, call: AttentionCall, plain: bool) -> np.ndarray:
-        """The numbers of the call, in the order of cpu_loop.py."""
-        (_, num_heads, size), num_kv_heads, itemsize = call.query.shape, call.keys.shape[-2], call.keys.itemsize
+        # Of each thread: sums and weights, the highest scores and the sums of the weights; then where rows lie.
+        self.floats = item_blocks * (self.num_rows * (size + TILE) + 2 * LANES)
+        self.share = -(-(self.floats * parts.itemsize + 4 * TILE * found.itemsize) // LINE) * LINE
+        memory = np.empty(LINE + self.threads * self.share, np.uint8)
+        self.scratch = -(-address(memory) // LINE) * LINE
+        # No slope is 0, and no sink is -inf: the loop has no branch for them.
+        slopes = _in_lanes(variant.alibi_slopes, 0.0, num_heads, num_kv_heads, self.num_rows)
+        sinks = _in_lanes(variant.sinks, -np.inf, num_heads, num_kv_heads, self.num_rows)
+        plain, itemsize = not variant.softcap and variant.alibi_slopes is None, call.keys.itemsize
+        passes = machine.passes_of(num_kv_heads * size * itemsize, size * itemsize)
         # From a block, a slot, a head to the next. A contiguous region's slots are its tokens.
         strides = [
             stride // itemsize
             for cache in (call.keys, call.values)
             for stride in (cache.strides[0], *cache.strides[-3:-1])
         ]
-        passes = machine.passes_of(num_kv_heads * size * itemsize, size * itemsize)
-        return np.array(
-            [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, size, self.token_blocks,
-             self.item_blocks, self.window, self.block_size, self.table.shape[1], *passes, plain, *strides], INT,
+        sizes = np.array(
+            [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, size, token_blocks, item_blocks,
+             window, block_size, table.shape[1], *passes, plain, *strides], INT,
         )  # fmt: skip
+        self.counter = np.zeros(1, INT)
+        self.first = address(self.counter), self.items, address(sizes), variant.softcap or 0.0
+        self.last = address(table), address(slopes), address(sinks)
+        self._memory = found, table, parts, memory, slopes, sinks, sizes
+
+    def run(self, call: AttentionCall, out: np.ndarray, lse: np.ndarray) -> None:
+        """Fill `out` and `lse`, float32 in one piece, by this step's threads."""
+        query = _query(call, self.num_rows)
+        given = (*self.first, address(query), address(call.keys), address(call.values), *self.last)
+        results = address(out), address(lse)
+        self.counter[0] = 0
+
+        # The loop has addresses. After Ctrl-C other threads finish their items: what lies there must outlive this call.
+        def share(mine: int, threads: int, alive: object = (self, call, query, out, lse)) -> None:
+            scratch = self.scratch + mine * self.share
+            self.loop(*given, scratch, scratch + self.floats * FLOAT().itemsize, *results, *self.parts)
+
+        in_threads(share, self.threads)
+        if self.part_rows:
+            function("merge")(self.items, self.num_items, *call.query.shape[1:], *self.parts, *results)
 
 
 def _is_in_vectors(call: AttentionCall) -> bool:
@@ -202,15 +210,17 @@ def _packed(call: AttentionCall) -> AttentionCall:
     return replace(call, query=query, keys=keys, values=values, addresses=at_starts, out=np.empty_like(query))
 
 
-def _query(call: AttentionCall, variant: Variant, num_rows: int) -> np.ndarray:
+def _query(call: AttentionCall, num_rows: int) -> np.ndarray:
     """The query, scaled, [num_tokens * num_heads + a block, size]: the last block may be read beyond its heads."""
     num_tokens, num_heads, size = call.query.shape
     array = np.empty((num_tokens * num_heads + num_rows, size), FLOAT)
     array[-num_rows:] = 0
     rows = array[:-num_rows].reshape(call.query.shape)
     np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT, out=rows)
-    if variant.key_scales is not None:  # a head's scale is a factor of all its scores, so the loop needs no scales
-        rows *= np.repeat(variant.key_scales, num_heads // len(variant.key_scales))[:, None]
+    if (
+        call.variant is not None and call.variant.key_scales is not None
+    ):  # a head's scale is a factor of all its scores, so the loop needs no scales
+        rows *= np.repeat(call.variant.key_scales, num_heads // len(call.variant.key_scales))[:, None]
     return array
 
 
@@ -225,12 +235,3 @@ def _in_lanes(
     result = np.full((num_kv_heads, blocks * num_rows), absent, FLOAT)
     result[:, :group_size] = numbers.reshape(num_kv_heads, group_size)
     return np.tile(result.reshape(-1, num_rows), LANES // num_rows)
-
-
-def _at(array: Any) -> int:
-    """Where the first element lies. NumPy's own way takes four times as long, and is left to arrays that are read-only,
-    empty or in pieces."""
-    try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
-    except (TypeError, ValueError, BufferError):
-        return int(array.ctypes.data)

@@ -73,7 +73,7 @@ def _filled(kind, value):
 
 def _pick(builder, a, b, lanes):
     """The vector of these lanes, counted through `a` and on through `b`."""
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
 
 def _splat(builder, x):
@@ -250,6 +250,16 @@ def sum_each(builder, kinds, sums):
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
         vectors = [builder.fadd(_pick(builder, a, b, low), _pick(builder, a, b, high)) for a, b in pairs]
     return vectors[0]
+
+
+@operation(types.void)
+def store_by_row(builder, kinds, data, index, size, x, rows):
+    """From a vector of LANES // R keys with R numbers each: write each row's to data[index + row * size] and on."""
+    num_rows = len(kinds[4])
+    for row in range(num_rows):
+        lanes = _pick(builder, x, x, range(row, LANES, num_rows))
+        at = _place(builder, data, index, builder.mul(size, I64(row)))
+        builder.store(lanes, builder.bitcast(at, lanes.type.as_pointer()), align=4)
 
 
 # --- the softmax of a block: a number for each row in every R-th lane --------------------------------------------

@@ -15,27 +15,23 @@ from ..core.device import Array
 from .threads import in_parts, num_threads
 
 FEW = 16  # rows: for more, BLAS is as fast as the loop
-SMALL = 1 << 18  # weights: up to here, BLAS with the weights first is as fast as the loop, and needs no compiling
-PARALLEL = 1 << 26  # multiplications, a millisecond: for fewer, waking threads costs more than it saves
+WHOLE = 16  # numbers: the loop takes rows of a multiple, of any CPU's vectors
+PARALLEL = 1 << 26  # multiplications, half a millisecond: for fewer, waking threads costs more than it saves
 
 
 def linear(x: Array, weight: Array) -> Array:
     """`x [rows, in]` times `weight [out, in]`: [rows, out]. What is no float32 is left to the arrays."""
-    rows, out = len(x), len(weight)
+    rows, (out, size) = len(x), weight.shape
     if type(x) is not np.ndarray or type(weight) is not np.ndarray or rows == 0:  # a subclass has its own product
         return x @ weight.T
     if not x.dtype == weight.dtype == np.float32:
         return x @ weight.T
-    if 1 < rows <= FEW and weight.size <= SMALL:
-        return np.ascontiguousarray((weight @ x.T).T)
-    parallel = rows * weight.size >= PARALLEL and num_threads() > 1
-    if 1 < rows <= FEW and out > 1 and _loop() is not None:
-        multiply = _loop()
-        spare = -rows % 4  # the loop takes four rows at a time
-        x = np.concatenate([x, np.zeros((spare, x.shape[1]), np.float32)]) if spare else np.ascontiguousarray(x)
-    elif parallel:
-        multiply = _multiply_by_blas
-    else:
+    parallel, multiply = rows * weight.size >= PARALLEL and num_threads() > 1, _multiply_by_blas
+    if rows <= FEW and size % WHOLE == 0 and out >= WHOLE and weight.flags.c_contiguous and _compiled() is not None:
+        multiply = _multiply_few
+        spare = -rows % _block(rows)
+        x = np.concatenate([x, np.zeros((spare, size), np.float32)]) if spare else np.ascontiguousarray(x)
+    elif not parallel:
         return x @ weight.T
     y = np.empty((len(x), out), np.float32)
     if parallel:
@@ -55,18 +51,29 @@ def product(a: Array, b: Array) -> Array:
 
 
 @cache
-def _loop() -> Any:
-    """The loop of few rows, which is compiled when it is first needed; None where NUMBA_DISABLE_JIT is set."""
-    from numba import config
+def _compiled() -> Any:
+    """The module that calls compiled code, imported when that is first needed; None where NUMBA_DISABLE_JIT is set."""
+    from . import cpu_code
 
-    from .numba_cache import anywhere
+    return cpu_code if cpu_code.unavailable() is None else None
 
-    if config.DISABLE_JIT:
-        return None
-    with anywhere():
-        from .linear_loop import multiply_few
 
-    return multiply_few
+def _block(rows: int) -> int:
+    """How many rows the loop takes at a time."""
+    return min(rows, 4) if rows != 3 else 4
+
+
+@cache
+def _places(size: int) -> np.ndarray:
+    """Where the first rows of a matrix of weights lie, `size` apart, counted in numbers."""
+    return np.arange(WHOLE, dtype=np.int64) * size
+
+
+def _multiply_few(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
+    """Columns `first` to `end - 1` of y = x @ weight.T. A number's bits depend on its row and column alone."""
+    loop, at = _compiled().function("multiply", "float32", _block(len(x))), _compiled().address
+    out, size = weight.shape
+    loop(first, end, at(x), len(x), size, at(weight), out, at(_places(size)), at(y))
 
 
 def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:

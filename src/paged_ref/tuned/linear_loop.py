@@ -1,63 +1,33 @@
-"""The compiled loop of linear.py."""
+# mypy: ignore-errors
+"""The loop of linear.py, compiled as cpu_loop.py is and made of the same vectors."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
-ZERO = np.float32(0)
-LINE = 16  # float32s of a cache line
-AHEAD = 768  # numbers that are prefetched at a time: the processor drops requests beyond its capacity
+from .cpu_machine import LANES
+from .cpu_vectors import add_products, no_sums, offset, prefetch, store_by_row, sum_each
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typing_context: Any, array: Any, row: Any, i: Any) -> Any:
-    """Ask for the cache line of array[row, i], without waiting for it; `array` may end before."""
+def multiply(rows):
+    """The function that computes len(rows) rows at a time, and LANES // len(rows) columns of each."""
 
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        struct = context.make_array(signature.args[0])(context, builder, arguments[0])
-        size = cgutils.unpack_tuple(builder, struct.shape)[1]
-        at = builder.add(builder.mul(arguments[1], size), arguments[2])
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        address = builder.bitcast(builder.gep(struct.data, [at]), byte)
-        builder.call(function, [address, i32(0), i32(2), i32(1)])  # to read, into L2, data
-        return context.get_dummy_value()
+    def multiply_few(first, end, x, num_rows, size, weight, out, places, y):
+        """Columns `first` to `end - 1` of y [num_rows, out] = x [num_rows, size] @ weight.T. There are whole blocks of
+        rows, whole vectors of a row, at least LANES columns in all; `places` are those of weight's first LANES rows.
 
-    return types.void(array, types.int64, types.int64), build
+        All rows take their turn before the next columns, so that the weights come from memory once. Those that are
+        needed two turns later are asked for meanwhile, a line for each vector that is used.
+        """
+        columns = LANES // len(rows)
+        for turn in range(first, end, columns):
+            column = max(0, min(turn, end - columns))  # of columns at the end, some are computed twice
+            weights = offset(weight, column * size)
+            for row in range(0, num_rows, len(rows)):
+                sums = no_sums()
+                for d in range(0, size, LANES):
+                    if row == 0:
+                        for i in range(columns):
+                            prefetch(weights, (2 * columns + i) * size + d, 0)
+                    sums = add_products(sums, rows, x, row * size + d, size, weights, places, 0, d)
+                store_by_row(y, row * out + column, out, sum_each(sums), rows)
 
-
-# Additions may be reordered, so that the loop over i runs in vectors: each sum becomes a vector of partial sums.
-@njit(  # type: ignore[untyped-decorator]
-    "void(int64, int64, float32[:, ::1], float32[:, ::1], float32[:, ::1])",
-    nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"},
-)  # fmt: skip
-def multiply_few(first: int, end: int, x: Any, weight: Any, y: Any) -> None:
-    """Columns `first` to `end - 1`, at least two, of y = x @ weight.T, for rows in multiples of four.
-
-    Four rows times two columns: eight sums and what they are made of fit the sixteen registers of AVX2. A number of x
-    is used twice for one load and a weight four times. All rows take their turn before the next two rows of weights, so
-    that the weights come from memory once; those that come next are on their way meanwhile.
-    """
-    rows, size = x.shape
-    for pair in range(first, end, 2):
-        column = min(pair, end - 2)  # of an odd number of columns, one is computed twice
-        for i in range(0, min(2 * size, AHEAD), LINE):
-            prefetch(weight, column + 2, i)
-        for row in range(0, rows, 4):
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = ZERO
-            for i in range(size):
-                a, b = weight[column, i], weight[column + 1, i]
-                x0, x1, x2, x3 = x[row, i], x[row + 1, i], x[row + 2, i], x[row + 3, i]
-                a0, a1, a2, a3 = a0 + a * x0, a1 + a * x1, a2 + a * x2, a3 + a * x3
-                b0, b1, b2, b3 = b0 + b * x0, b1 + b * x1, b2 + b * x2, b3 + b * x3
-            y[row, column], y[row, column + 1] = a0, b0
-            y[row + 1, column], y[row + 1, column + 1] = a1, b1
-            y[row + 2, column], y[row + 2, column + 1] = a2, b2
-            y[row + 3, column], y[row + 3, column + 1] = a3, b3
+    return multiply_few
