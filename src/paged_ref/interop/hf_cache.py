@@ -25,8 +25,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
+from ..extras.arguments import whole_number
 from ..extras.memory_limit import require_memory
-from ..extras.sampling_params import whole_number
 from .kernel_api import copy_blocks
 
 BLOCK_BYTES = 64  # that the books keep of a block
