@@ -287,6 +287,23 @@ def test_params_for_each_prompt_must_match(tiny: LLM) -> None:
         ({"model": 5}, "model is 5; 'tiny' or a directory is needed"),
         ({"log": 5}, "log is 5; a function is needed"),
         ({"on_step": 5}, "on_step is 5; a function is needed"),
+        ({"group": 2}, "group is 2; a Group of distributed/group.py is needed"),
+        ({"reserve": "most"}, "reserve is 'most'; known are max, pow2, exact"),
+        ({"preemption": ""}, "preemption is ''; known are recompute, swap"),
+        (
+            {"kv_cache_bytes": 10**30},
+            "kv_cache_bytes is 1000000000000000000000000000000: a KV cache of this size needs",
+        ),
+        ({"model": ""}, "model is ''; 'tiny' or a directory is needed"),
+        ({"enable_prefix_caching": True}, "LLM has no argument enable_prefix_caching; give prefix_cache"),
+        (
+            {"tensor_parallel_size": 2},
+            "tensor_parallel_size; run `paged-ref generate --tensor-parallel N`, or give group",
+        ),
+        (
+            {"prefix_cach": True},
+            "LLM has no argument prefix_cach; known are model, manager, block_size, kv_cache_tokens,",
+        ),
     ],
 )
 def test_arguments_of_a_wrong_type_are_named(options: dict[str, Any], sentence: str) -> None:

@@ -12,6 +12,7 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -126,4 +127,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # where the reader of a pipe ends, as `| head` does, this program ends, too
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

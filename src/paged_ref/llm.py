@@ -9,8 +9,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Never
 
 from . import timeline
 from .beyond_device.options import LongOptions
@@ -34,20 +35,22 @@ from .core.model.tokenizer import Tokenizer
 from .distributed.group import Group as RankGroup
 from .distributed.plan import Leader
 from .distributed.split import Part, heads_of_ranks, split_products
+from .extras.arguments import refuse_unknown, require_flag, whole_number
 from .extras.beam import BeamRequest
-from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, Scales, read_scales
+from .extras.formats import MAX_VALUE
+from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, Scales, format_of, read_scales
 from .extras.managers import WATERMARK, Allocator, ManagerName, make_manager
 from .extras.memory_limit import require_memory
 from .extras.prefix_cache import CachingBlockPool
-from .extras.sampling_params import SamplingParams, require_flag, whole_number
+from .extras.sampling_params import SamplingParams
 from .extras.sanitizer import SanitizedKV
 from .extras.shaping import ScoringScheduler, ShapedRequest, ShapingEngine, Vocabulary, WholeText
 from .extras.step_records import StepRecord, StepRecords
 from .extras.streams import Params, StreamingLLM
 from .interop.architectures import attention_variants, build_model
-from .interop.chat_template import Message, read_conversations
+from .interop.chat_template import Message
 from .interop.checkpoints import load
-from .interop.hf_tokenizer import HFTokenizer, MissingTokenizer
+from .interop.hf_tokenizer import MissingTokenizer, chat_prompts
 from .interop.model_memory import SAMPLE_BYTES, format_bytes_per_token, require_kv_memory
 from .kernels import why_not
 from .tuned import launching
@@ -60,15 +63,16 @@ if TYPE_CHECKING:
     from .timeline.events import Log
 
 DEFAULT_KV_TOKENS = 4096
+INSTEAD = {  # of vLLM's words
+    "enable_prefix_caching": "give prefix_cache", "kv_cache_dtype": "give kv_dtype",
+    "max_num_batched_tokens": "give max_batch_tokens", "max_num_seqs": "give max_batch_seqs",
+    "gpu_memory_utilization": "give kv_cache_bytes or kv_cache_tokens", "kv_cache_memory_bytes": "give kv_cache_bytes",
+    "num_gpu_blocks_override": "give kv_cache_tokens", "swap_space": "give preemption='swap' and host_kv_tokens",
+    "attention_backend": "give backend", "seed": "SamplingParams has it", "tokenizer": "model has its own",
+    "tensor_parallel_size": "run `paged-ref generate --tensor-parallel N`, or give group",
+    "data_parallel_size": "run `paged-ref generate --replicas N`", "enable_chunked_prefill": "it is always on",
+}  # fmt: skip
 KVScales = Sequence[Any] | Mapping[int, Any]  # a pair for each layer (extras/formatted_kv.py)
-
-
-class Parts(NamedTuple):
-    """What the options make of memory."""
-
-    manager: KVCacheManager
-    kv: KV
-    preemption: Preemption
 
 
 class LLM(StreamingLLM):
@@ -110,6 +114,7 @@ class LLM(StreamingLLM):
         log: Log | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         group: RankGroup | None = None,
+        **unknown: Never,
     ) -> None:
         """`model` is "tiny" (embedded), a Hugging Face directory or NAME.gguf; `dtype`, of its numbers, is "float32" or
         "float16".
@@ -138,6 +143,7 @@ class LLM(StreamingLLM):
         V, and an LLM with the same arguments. Rank 0 takes the requests; `distributed.plan.follow` is the others'.
         `kv_cache_bytes` are those of each rank, and `sanitize` watches the heads of rank 0.
         """
+        refuse_unknown("LLM", unknown, [*signature(LLM).parameters][:-1], INSTEAD)
         _require_types(
             {"log": log, "on_step": on_step},
             {"prefix_cache": prefix_cache, "beyond_context": beyond_context, "sanitize": sanitize},
@@ -151,13 +157,15 @@ class LLM(StreamingLLM):
         if backend != "auto" and (reason := why_not(backend)) is not None:
             raise ValueError(f"backend {backend!r} does not work on this machine: {reason}")
         require_one_of(("float16", "float32"), dtype=dtype)
-        kv_dtype = ALIASES.get(kv_dtype, kv_dtype) if isinstance(kv_dtype, str) else kv_dtype
         require_one_of((dtype, *FORMATS, *ALIASES), kv_dtype=dtype if kv_dtype is None else kv_dtype)
-        if kv_scales is not None and kv_dtype not in ("int8", "float8"):
+        if kv_scales is not None and (kv_dtype is None or format_of(kv_dtype) not in MAX_VALUE):
             raise ValueError(f"kv_scales are given, and kv_dtype is {kv_dtype!r}; only int8 and float8 have scales")
+        if group is not None and not isinstance(group, RankGroup):
+            raise ValueError(f"group is {group!r}; a Group of distributed/group.py is needed")
         checkpoint = load(model)
         config, weights = checkpoint.config, checkpoint.weights
         scales = () if kv_scales is None else read_scales(kv_scales, config.num_layers, config.num_kv_heads)
+        kv: KV
         pool: CachingBlockPool | None = None
         if group is not None:
             weights = part = Part(config, weights, group.rank, group.size)
@@ -181,14 +189,15 @@ class LLM(StreamingLLM):
             if host_blocks is None:
                 host_blocks = -(-(max_model_len or context) // max(1, block_size))
             options = LongOptions(device_blocks, host_blocks, staging_pages, attend, evict, full_layers)
-            long_manager, long_kv = options.make(config, block_size, dtype, max_batch_tokens, backend, sanitize, log)
-            parts = Parts(long_manager, long_kv, "recompute")
+            manager, kv = options.make(config, block_size, dtype, max_batch_tokens, backend, sanitize, log)
+            preemption = "recompute"
         else:
             _refuse_together(
                 "device_blocks is not given", host_blocks=host_blocks, staging_pages=staging_pages, evict=evict,
                 full_layers=full_layers, attend=None if attend == "all" else attend,
             )  # fmt: skip
-            preemption = preemption or ("swap" if manager == "swapping" else "recompute")
+            if preemption is None:
+                preemption = "swap" if manager == "swapping" else "recompute"
             num_slots = _num_slots(config, kv_dtype or dtype, kv_cache_tokens, kv_cache_bytes)
             if host_kv_tokens is None:
                 host_kv_tokens = num_slots if preemption == "swap" else 0
@@ -208,9 +217,8 @@ class LLM(StreamingLLM):
                 pool = manager.pool
             if log:
                 manager = timeline.logged.LoggedManager(manager, log)
-            parts = Parts(manager, kv, preemption)
-        longest = max_model_len or max(1, min(context, parts.manager.num_slots))
-        scheduler = ScoringScheduler(pool, parts.manager, max_batch_tokens, max_batch_seqs, parts.preemption)
+        longest = max_model_len or max(1, min(context, manager.num_slots))
+        scheduler = ScoringScheduler(pool, manager, max_batch_tokens, max_batch_seqs, preemption)
         observers: list[Observer] = [StepRecords(scheduler, on_step)] if on_step else []
         self._log_steps = timeline.logged.LoggedSteps(log, checkpoint.tokenizer, scheduler) if log else None
         if self._log_steps:
@@ -222,7 +230,7 @@ class LLM(StreamingLLM):
         if launching.unavailable() is None and can_fuse(decoder):
             decoder = FusedDecoder(decoder)
         self.vocabulary = Vocabulary(checkpoint.tokenizer, config.vocab_size)
-        engine = ShapingEngine(self.vocabulary, decoder, parts.kv, scheduler, config.eos_token_ids, observers)
+        engine = ShapingEngine(self.vocabulary, decoder, kv, scheduler, config.eos_token_ids, observers)
         self.open(engine, checkpoint.config, checkpoint.tokenizer, longest)
         self.around_step = blas_threads
         if self._log_steps:
@@ -273,20 +281,11 @@ class LLM(StreamingLLM):
         `messages` are dicts with role and content. The form is the checkpoint's chat template, or `chat_template`.
         `continue_final_message` goes on inside the last message. The rest is as in generate().
         """
-        if not isinstance(self.tokenizer, HFTokenizer):
-            raise ValueError("chat needs the text of tokens, and the checkpoint has no tokenizer.json")
-        texts = [
-            self.tokenizer.apply_chat_template(
-                conversation, chat_template, add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message, tools=tools, **(chat_template_kwargs or {}),
-            )
-            for conversation in read_conversations(messages)
-        ]  # fmt: skip
-        # The template writes the special tokens that are needed.
-        outputs = self.generate([self.tokenizer.encode(text, False) for text in texts], params, on_token=on_token)
-        for output, text in zip(outputs, texts, strict=True):
-            output.prompt = text
-        return outputs
+        prompts = chat_prompts(
+            self.tokenizer, messages, chat_template, chat_template_kwargs, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, tools=tools,
+        )  # fmt: skip
+        return self.generate(prompts, params, on_token=on_token)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer: `encode(text)` to token ids, `decode(ids)` to text."""
@@ -321,6 +320,7 @@ def _num_slots(config: ModelConfig, dtype: str, tokens: int | None, size: int | 
         return DEFAULT_KV_TOKENS if tokens is None else tokens
     if tokens is not None:
         raise ValueError("kv_cache_tokens and kv_cache_bytes are both given; give one of them")
+    require_memory(f"kv_cache_bytes is {size}: a KV cache of this size", size, device=True)
     return size // format_bytes_per_token(config, dtype)
 
 

@@ -149,6 +149,15 @@ def test_a_backend_that_cannot_read_the_format_is_refused_when_the_llm_is_made(k
     LLM("tiny", kv_dtype=kv_dtype, backend="reference", manager="standard")
 
 
+def test_a_format_is_named_as_it_was_given() -> None:
+    with pytest.raises(ValueError, match="kv_dtype is 'fp8', and backend 'cpu' cannot run this call"):
+        LLM("tiny", kv_dtype="fp8", backend="cpu")
+    with pytest.raises(ValueError, match="kv_dtype is 'fp8_e4m3', and device_blocks is 4"):
+        LLM("tiny", kv_dtype="fp8_e4m3", device_blocks=4)
+    with pytest.raises(ValueError, match="kv_dtype is 'fp9'; known are float32, bfloat16, int8, float8, fp8, fp8_e4m3"):
+        LLM("tiny", kv_dtype="fp9")
+
+
 def test_scales_by_the_name_of_vllm_measured_once_and_given_again() -> None:
     first = LLM("tiny", kv_dtype="fp8")
     wanted = first.generate(PROMPTS, GREEDY)

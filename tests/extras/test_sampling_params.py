@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,15 @@ from paged_ref.extras.sampling_params import SamplingParams
         ({"beam_width": 2, "top_p": 0.5}, "top_p is 0.5; beam search takes no top_p"),
         ({"beam_width": 2, "stop": "x"}, "beam search takes no stop"),
         ({"length_penalty": float("nan")}, "length_penalty is nan; a finite number"),
+        ({"length_penalty": 1e30}, r"length_penalty is 1e\+30; -10 to 10 is needed"),
+        ({"length_penalty": -1e30}, r"length_penalty is -1e\+30; -10 to 10 is needed"),
+        ({"stop": np.array(3)}, r"stop is array\(3\); a text, or several, are needed"),
+        ({"stop_token_ids": np.array(3)}, r"stop_token_ids is array\(3\); token ids are needed"),
+        ({"best_of": 3}, "SamplingParams has no argument best_of; give n, or beam_width for the best of a search$"),
+        (
+            {"n": 2, "foo": 3},
+            "SamplingParams has no argument foo; known are max_tokens, temperature, top_k, .*bad_words",
+        ),
         ({"min_p": 1.5}, r"min_p is 1\.5; 0 to 1 is needed"),
         ({"min_p": -0.1}, r"min_p is -0\.1; 0 to 1 is needed"),
         ({"presence_penalty": 2.5}, r"presence_penalty is 2\.5; -2 to 2 is needed"),
@@ -83,6 +95,11 @@ from paged_ref.extras.sampling_params import SamplingParams
 def test_params_out_of_bounds(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
+
+
+def test_params_are_copied_and_pickled() -> None:
+    params = SamplingParams(temperature=1.0, n=2, stop="a")
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == replace(params) == params
 
 
 def test_none_is_the_default() -> None:

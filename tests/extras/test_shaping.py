@@ -197,6 +197,17 @@ def test_log_probabilities_are_of_the_models_own_logits() -> None:
     assert text == sample.text
 
 
+def test_streamed_tokens_carry_their_log_probabilities() -> None:
+    llm = LLM("tiny")
+    params = [SamplingParams(max_tokens=3, n=2, temperature=1.0, seed=1, logprobs=2), SamplingParams(max_tokens=2)]
+    tokens = llm.stream(PROMPTS[:2], params)
+    outputs = [llm.output_of(request_id) for request_id in (0, 1)]
+    found = list(tokens)
+    for index, sample in enumerate(outputs[0].outputs):
+        assert [token.logprobs for token in found if (token.request_id, token.index) == (0, index)] == sample.logprobs
+    assert [token.logprobs for token in found if token.request_id == 1] == [None, None]
+
+
 def test_penalties_against_a_hook_in_float64() -> None:
     """Greedy tokens, of one request that is shaped and of one that shapes its logits itself."""
     options: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from tokenizers import processors
 
 from paged_ref import LLM, SamplingParams
 from paged_ref.core.model.loading import TINY
+from paged_ref.interop import chat_template
 from paged_ref.interop.chat_template import read_conversations, render
-from paged_ref.interop.hf_tokenizer import HFTokenizer, read_tokenizer
+from paged_ref.interop.hf_tokenizer import HFTokenizer, chat_prompts, read_tokenizer
 
 CHATML = """{% for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' -}}
@@ -41,6 +43,7 @@ TALK: list[dict[str, Any]] = [
 ]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+FOR, END = "{% for i in range(99) %}", "{% endfor %}"
 
 
 def write_chat(directory: Path, template: Any = CHATML, **more: Any) -> Path:
@@ -93,11 +96,43 @@ def test_a_conversation_in_its_form() -> None:
         ("{% if %}", "for these messages: Expected an expression"),
         ("{{ messages[0].content + None }}", "for these messages: can only concatenate str"),
         ("{{ nothing.at.all }}", "for these messages: 'nothing' is undefined"),
+        (f"{FOR}{FOR}{END}{END}", "for these messages: its loops make more than 256 turns"),
+        (f"{{% macro m() %}}{FOR}{{{{ m() }}}}{END}{{% endmacro %}}{{{{ m() }}}}", "make more than 256 turns"),
     ],
 )
-def test_what_a_template_may_not_do(template: str, message: str) -> None:
+def test_what_a_template_may_not_do(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MOST_TURNS", 256)
     with pytest.raises(ValueError, match=message):
         render(template, [{"role": "judge", "content": "x"}], TOKENS)
+
+
+def test_turns_are_counted_for_each_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MOST_TURNS", 100)
+    for _ in range(3):
+        assert render(f"{FOR}x{END}", TALK, TOKENS) == 99 * "x"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"chat_template_kwargs": 3}, "chat_template_kwargs is 3; a dict of the template's own variables is needed"),
+        ({"chat_template_kwargs": {"messages": 3}}, "chat_template_kwargs is {'messages': 3}; a dict of the"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs is {'tools': []}; a dict of the"),
+        ({"chat_template_kwargs": {1: 3}}, "chat_template_kwargs is {1: 3}; a dict of the"),
+        ({"tools": 3}, "tools is 3; functions, or JSON schemas of them, are needed"),
+        ({"add_generation_prompt": "no"}, "add_generation_prompt is 'no'; True or False is needed"),
+        ({"continue_final_message": 1}, "continue_final_message is 1; True or False is needed"),
+    ],
+)
+def test_options_of_chat_are_refused_by_name(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chat_prompts(
+            read_tokenizer(TINY / "tokenizer.json"),
+            TALK,
+            "{{ messages[0].content }}",
+            how.pop("chat_template_kwargs", None),
+            **how,
+        )
 
 
 def test_a_message_that_the_template_changes_cannot_be_continued() -> None:
@@ -188,7 +223,7 @@ def test_a_template_that_is_no_text_is_refused(tmp_path: Path, template: Any) ->
 
 
 def test_a_checkpoint_without_a_template_says_so() -> None:
-    with pytest.raises(ValueError, match="tiny has no chat template; give one as chat_template, or call generate"):
+    with pytest.raises(ValueError, match="tiny has no chat template; give a template, or a text in place of messages"):
         LLM("tiny").chat(TALK)
 
 

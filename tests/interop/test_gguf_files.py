@@ -123,6 +123,23 @@ def test_text_goes_in_and_out(tmp_path: Path) -> None:
     assert len(output.outputs[0].token_ids) == 3
 
 
+def test_the_chat_templates_inside_are_those_of_chat(tmp_path: Path) -> None:
+    said = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    keys = {"tokenizer__chat_template": said, "tokenizer__chat_template__short": "{{ messages[0].content }}"}
+    write(tmp_path / "m.gguf", "llama", *model("llama"), **keys)
+    llm = LLM(tmp_path / "m.gguf", backend="reference")
+    talk = [{"role": "user", "content": "ab"}]
+    (output,) = llm.chat(talk, SamplingParams(max_tokens=1))
+    assert (output.prompt, output.prompt_token_ids) == ("ab</s>", [6, 2])
+    assert llm.chat(talk, SamplingParams(max_tokens=1), chat_template="short")[0].prompt == "ab"
+    write(tmp_path / "m.gguf", "llama", *model("llama"), tokenizer__chat_template=5)
+    with pytest.raises(CheckpointError, match=r"m\.gguf: tokenizer\.chat_template is 5; a text is needed$"):
+        load(tmp_path / "m.gguf")
+    write(tmp_path / "m.gguf", "llama", *model("llama"))
+    with pytest.raises(ValueError, match=r"m\.gguf has no chat template; give a template"):
+        LLM(tmp_path / "m.gguf").chat(talk)
+
+
 def test_other_tokenizers_are_left_out(tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", "llama", *model("llama"), tokenizer__ggml__pre="tekken")
     with pytest.raises(ValueError, match=r"has no tokenizer\.json; token ids are needed in place of 'ab'"):
@@ -155,7 +172,7 @@ def test_tied_weights_and_scaled_rope(tmp_path: Path) -> None:
     [
         (
             {"leave_out": ("blk.1.attn_k.weight",)},
-            "has no tensor blk.1.attn_k.weight; its sizes want one of shape [16, 32]",
+            "m.gguf: the file has no tensor blk.1.attn_k.weight; the config wants one of shape [16, 32]",
         ),
         ({"leave_out": ("token_embd.weight",)}, "has no tensor token_embd.weight"),
         ({"leave_out": ("block_count",)}, "m.gguf: num_hidden_layers is missing"),
@@ -200,7 +217,7 @@ def test_a_file_of_another_kind_or_cut_short(tmp_path: Path) -> None:
         load(path)
     for size in (0, 3, 200, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=r"m\.gguf is not a whole GGUF file: "):
+        with pytest.raises(CheckpointError, match=r"m\.gguf: this is not a whole GGUF file: "):
             load(path)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"m\.gguf cannot be read: No such file"):

@@ -92,7 +92,7 @@ def test_what_the_library_cannot_do_later_is_an_error_that_says_so(tmp_path: Pat
         json.dumps({**PLAIN, "decoder": {"type": "Strip", "content": "w", "start": 5, "stop": 5}})
     )
     with pytest.raises(ValueError, match=r"the tokenizer cannot decode \[30\]: index out of bounds"):
-        HFTokenizer(inner, path).decode([30])
+        HFTokenizer(inner, path, {}, {}).decode([30])
 
 
 def test_a_tokenizer_that_is_missing_or_broken_is_one_sentence(

@@ -506,7 +506,9 @@ def test_a_pool_serves_one_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "needs either num_blocks or the pool"),
+        ({}, r"needs either num_blocks and block_size \(16\), or pool=other\.pool alone"),
+        ({"block_size": 4}, "needs either num_blocks"),
+        ({"num_blocks": -1}, "num_blocks is -1; at least 1"),
         ({"num_blocks": 0}, "num_blocks is 0; at least 1"),
         ({"num_blocks": 4, "block_size": 0}, "block_size is 0; at least 1"),
         ({"num_blocks": 4, "block_size": 1.5}, "block_size is 1.5; a whole number is needed"),
@@ -517,8 +519,9 @@ def test_a_pool_serves_one_model() -> None:
 def test_a_cache_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PagedCache(**arguments)
-    for wrong in ({"num_blocks": 4, "pool": cache_of().pool}, {"pool": cache_of()}):
-        with pytest.raises(ValueError, match="either num_blocks or the pool of another cache"):
+    pool = cache_of().pool
+    for wrong in ({"num_blocks": 4, "pool": pool}, {"block_size": 4, "pool": pool}, {"pool": cache_of()}):
+        with pytest.raises(ValueError, match=r"or pool=other\.pool alone"):
             PagedCache(**wrong)
 
 

@@ -25,18 +25,24 @@ def caches(shape: tuple[int, ...], dtype: str = "float32") -> tuple[Any, Any]:
     return numbers, -1 - numbers
 
 
-# name -> (there, back, does the way back promise views of K, of V)
+def stacked(axis: int) -> Callable[[Any, Any], Any]:
+    return lambda k, v: xp.stack([k, v], axis=axis)
+
+
+def to_hnd(k: Any, v: Any) -> Any:
+    return xp.ascontiguousarray(stacked(1)(k, v).swapaxes(-3, -2))
+
+
+def to_sglang(k: Any, v: Any) -> tuple[Any, Any]:
+    return k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
+
+
+# name -> (there, back, does the way back promise views of K, of V); expressions as the docstring has them
 ROUND_TRIPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[bool, bool]]] = {
-    "vllm": (L.to_vllm, L.from_vllm, (True, True)),
-    "vllm by blocks": (lambda k, v: L.to_vllm(k, v, axis=1), lambda kv: L.from_vllm(kv, axis=1), (True, True)),
+    "vllm": (stacked(0), lambda kv: (kv[0], kv[1]), (True, True)),
+    "vllm by blocks": (stacked(1), lambda kv: (kv[:, 0], kv[:, 1]), (True, True)),
     "vllm packed": (L.to_vllm_packed, lambda pair: L.from_vllm_packed(*pair), (False, True)),
-    "flashinfer NHD": (L.to_flashinfer, L.from_flashinfer, (True, True)),
-    "flashinfer HND": (
-        lambda k, v: L.to_flashinfer(k, v, "HND"),
-        lambda kv: L.from_flashinfer(kv, "HND"),
-        (True, True),
-    ),
-    "flash-attn": (L.to_flash_attn, lambda pair: L.from_flash_attn(*pair), (True, True)),
+    "flashinfer HND": (to_hnd, lambda kv: (kv.swapaxes(-3, -2)[:, 0], kv.swapaxes(-3, -2)[:, 1]), (True, True)),
 }
 each_trip = pytest.mark.parametrize("trip", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
 
@@ -56,17 +62,6 @@ def test_there_and_back_is_the_same(trip: Any, shape: tuple[int, ...], dtype: st
             assert np.shares_memory(ours, foreign_array)
 
 
-@pytest.mark.parametrize("page_size", [1, 4])
-def test_sglang_sees_slots(page_size: int) -> None:
-    k, v = caches((6, page_size, 2, 8))
-    k_buffer, v_buffer = L.to_sglang(k, v)
-    assert k_buffer.shape == v_buffer.shape == (6 * page_size, 2, 8)
-    for ours, expected, foreign in zip(L.from_sglang(k_buffer, v_buffer, page_size), (k, v), (k_buffer, v_buffer),
-                                       strict=True):  # fmt: skip
-        np.testing.assert_array_equal(to_host(ours), to_host(expected))
-        assert xp is not np or np.shares_memory(foreign, expected)
-
-
 def test_each_element_lies_where_the_shape_says() -> None:
     """The shapes of the documentation, written out as indices."""
     num_blocks, block_size, num_kv_heads, head_size = shape = (3, 4, 2, 16)
@@ -75,17 +70,16 @@ def test_each_element_lies_where_the_shape_says() -> None:
     packed_k, packed_v = L.to_vllm_packed(k, v)
     assert packed_k.shape == (num_blocks, num_kv_heads, head_size // x, block_size, x)
     assert packed_v.shape == (num_blocks, num_kv_heads, head_size, block_size)
-    nhd, hnd = L.to_flashinfer(k, v), L.to_flashinfer(k, v, "HND")
-    stacked = L.to_vllm(k, v)
-    assert all(array.flags.c_contiguous for array in (nhd, hnd, packed_k))
-    slots = L.to_sglang(k, v)
+    nhd, hnd, vllm = np.stack([k, v], axis=1), to_host(to_hnd(xp.asarray(k), xp.asarray(v))), np.stack([k, v])
+    assert packed_k.flags.c_contiguous
+    slots = to_sglang(k, v)
     for b, o, h, d in np.ndindex(shape):
         element, value = k[b, o, h, d], v[b, o, h, d]
         assert packed_k[b, h, d // x, o, d % x] == element
         assert packed_v[b, h, d, o] == value
         assert (nhd[b, 0, o, h, d], nhd[b, 1, o, h, d]) == (element, value)
         assert (hnd[b, 0, h, o, d], hnd[b, 1, h, o, d]) == (element, value)
-        assert (stacked[0, b, o, h, d], stacked[1, b, o, h, d]) == (element, value)
+        assert (vllm[0, b, o, h, d], vllm[1, b, o, h, d]) == (element, value)
         assert slots[0][b * block_size + o, h, d] == element
 
 
@@ -135,12 +129,11 @@ def test_attention_through_the_tables_of_flashinfer_and_sglang() -> None:
     query, k, v, tables, seq_lens = paged_case()
     expected = paged_attention(query, k, v, tables, seq_lens, backend="reference")
     csr = T.to_flashinfer_tables(tables, seq_lens, 4)
-    k2, v2 = L.from_flashinfer(L.to_flashinfer(k, v, "HND"), "HND")
     tables2, lens2 = T.from_flashinfer_tables(*csr, 4)
-    assert (paged_attention(query, k2, v2, tables2, lens2, backend="reference") == expected).all()
+    assert (paged_attention(query, k, v, tables2, lens2, backend="reference") == expected).all()
     slots = T.to_sglang_tables(tables, seq_lens, 4)
     for page_size in (4, 1):  # pages of one token: the row of slots is the block table
-        k3, v3 = L.from_sglang(*L.to_sglang(k, v), page_size)
+        k3, v3 = (buffer.reshape(-1, page_size, *buffer.shape[1:]) for buffer in to_sglang(k, v))
         tables3 = T.from_sglang_tables(slots, seq_lens, page_size)
         assert (paged_attention(query, k3, v3, tables3, seq_lens, backend="reference") == expected).all()
 
@@ -151,9 +144,7 @@ def test_a_batch_of_flash_attn_is_contiguous_regions() -> None:
     rng = np.random.default_rng(1)
     k, v = rng.standard_normal((2, 3, 10, 2, 8)).astype(np.float32)  # [batch, seqlen_cache, nheads_k, headdim]
     query, seq_lens = rng.standard_normal((3, 2, 8)).astype(np.float32), np.array([4, 10, 1], dtype=np.int32)
-    keys, values, starts = L.from_flash_attn_batch(k, v)
-    assert starts.tolist() == [0, 10, 20]
-    assert np.shares_memory(keys, k)
+    keys, values, starts = k.reshape(-1, 2, 8), v.reshape(-1, 2, 8), np.arange(3) * 10
     out = naive_attention(query, keys, values, starts, seq_lens, backend="reference")
     own = np.arange(3, dtype=np.int32)[:, None]  # a row of the batch as one block of 10
     assert (out == paged_attention(query, k, v, own, seq_lens, backend="reference")).all()
@@ -215,16 +206,11 @@ _INT = np.array
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: L.to_vllm(_K, _V[:2]), r"value_cache is float16\[2, 4, 2, 12\]; float16\[4, 4, 2, 12\] is needed"),
-        (lambda: L.to_vllm(_K, _V, axis=2), "axis is 2; 0 or 1"),
-        (lambda: L.to_vllm(_K[0], _V[0]), r"key_cache has shape \[4, 2, 12\]"),
-        (lambda: L.from_vllm(np.zeros((3, 4, 4, 2, 8))), "3 entries along axis 0; 2 are needed"),
+        (lambda: L.to_vllm_packed(_K, _V[:2]), r"value_cache is float16\[2, 4, 2, 12\]; float16\[4, 4, 2, 12\] is"),
+        (lambda: L.to_vllm_packed(_K[0], _V[0]), r"key_cache has shape \[4, 2, 12\]"),
         (lambda: L.to_vllm_packed(_K, _V), "head_size is 12; a multiple of x = 8"),
         (lambda: L.from_vllm_packed(np.zeros((2, 1, 3, 4, 4)), np.zeros((2, 1, 4, 12))), r"\[2, 1, 12, 4\] is needed"),
         (lambda: L.pack_size(3), "itemsize is 3"),
-        (lambda: L.swap_nhd_hnd(np.zeros((2, 2))), "2 axes; at least 3"),
-        (lambda: L.to_flashinfer(_K, _V, "NDH"), "kv_layout is 'NDH'; known are"),  # type: ignore[arg-type]
-        (lambda: L.from_flashinfer(_K), r"kv_cache has shape \[4, 4, 2, 12\]"),
         (lambda: T.to_flashinfer_tables(_TABLES, _INT([9]), 4), r"seq_lens\[0\] is 9; its block table holds 2 blocks"),
         (lambda: T.to_flashinfer_tables(_TABLES, _INT([-1]), 4), r"seq_lens\[0\] is -1; at least 0"),
         (lambda: T.to_flashinfer_tables(_TABLES, _LENS, 0), "block_size is 0; at least 1"),
@@ -235,7 +221,6 @@ _INT = np.array
          r"kv_last_page_len\[0\] is 0; 1 to 4 is needed"),
         (lambda: T.from_flashinfer_tables(_INT([0, 3]), _INT([1, 2]), _INT([1]), 4), "rise from 0 to the 2 entries"),
         (lambda: T.from_flashinfer_tables(_INT([0]), _INT([1]), _INT([1]), 4), "kv_indptr has 1 entries; 2 are needed"),
-        (lambda: L.from_sglang(_K[0], _V[0], 3), "k_buffer has 4 slots; a multiple of page_size = 3"),
         (lambda: T.to_sglang_tables(_TABLES, _INT([9]), 4), r"seq_lens\[0\] is 9; its block table holds 8 tokens"),
         (lambda: T.from_sglang_tables(_INT([[4, 5, 7]]), _INT([3]), 4), r"req_to_token\[0, 2\] is 7; 6 is needed"),
         (lambda: T.from_sglang_tables(_INT([[4, 5]]), _INT([3]), 4), r"row of req_to_token holds 2 tokens"),

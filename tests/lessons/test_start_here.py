@@ -103,6 +103,16 @@ def test_a_pipe_gets_whole_lines_without_colours() -> None:
         assert lines[-1].endswith(f"-m pip install -e '{START_HERE.parents[1]}[compare]'")
 
 
+@pytest.mark.slow
+def test_a_reader_that_ends_ends_the_runner_quietly() -> None:
+    command = [sys.executable, str(START_HERE / "run.py"), "3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as runner:
+        assert runner.stdout is not None
+        assert runner.stderr is not None
+        runner.stdout.close()
+        assert runner.stderr.read() == b""
+
+
 @pytest.mark.skipif(not shutil.which("patch"), reason="the program patch is not installed")
 @pytest.mark.parametrize("step", range(1, 7))
 def test_a_diff_in_a_file_is_a_patch(tmp_path: Path, step: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, SamplingParams
+from paged_ref.commands import ranks as starting
 from paged_ref.commands.rank_guard import GUARDED
 from paged_ref.commands.ranks import LAUNCHER
 from paged_ref.distributed.plan import plan_bytes
@@ -116,6 +117,18 @@ def test_two_ranks_give_the_tokens_of_one_process_and_say_what_they_sent() -> No
         "gathered": 12 * 2 * llm.config.vocab_size * 4,
     }
     assert 0 < found["seconds_in_communication"] < sum(found["steps"])
+
+
+def test_ranks_that_are_silent_at_first_are_explained_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(starting, "TO_WONDER", 0.01)
+    words = "import time; print('Once', end='', flush=True); time.sleep(0.06); print(' upon')"
+    with subprocess.Popen([sys.executable, "-ISc", words], stdout=subprocess.PIPE) as run:
+        starting._show(run, [], [])
+    shown = capsys.readouterr()
+    assert shown.out == "Once upon\n"
+    assert shown.err == "\npaged-ref: the ranks compile, as they do in their first run, or load the model\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")

@@ -91,6 +91,7 @@ OLD_LINES = [
     r'{"event":"PoolOpened","manager":"\u00b7x","num_blocks":7,"block_size":7,"num_host_blocks":7,"free_order":[1,2]}',
     r'{"event":"SequenceAdmitted","seq_id":7,"blocks":[1,2],"length":7}',
     r'{"event":"TokensAppended","seq_id":7,"count":7,"new_blocks":[1,2],"copied":[1,2],"evicted":[1,2]}',
+    r'{"event":"SequenceTruncated","seq_id":7,"length":7}',
     r'{"event":"SequenceForked","parent_id":7,"child_id":7}',
     r'{"event":"BlockCached","block_id":7,"digest":"\u00b7x"}',
     r'{"event":"SwappedOut","seq_ids":[1,2],"blocks":[[1,2],[3,4]]}',

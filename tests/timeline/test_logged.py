@@ -36,6 +36,7 @@ from paged_ref.timeline.events import (
     SequenceFinished,
     SequenceForked,
     SequenceFreed,
+    SequenceTruncated,
     StepPlanned,
     StepTimed,
     SwappedIn,
@@ -97,6 +98,11 @@ class Life:
             some = [rng.choice(list(self.on_host))]
             self.manager.swap_in(some)
             self.on_host.difference_update(some)
+        elif choice < 0.95 and self.manager.paged:
+            seq_id = rng.choice(device)
+            length = rng.randrange(len(self.tokens[seq_id]) + 1)
+            self.manager.truncate(seq_id, length)
+            del self.tokens[seq_id][length:]
         else:
             seq_id = rng.choice(list(self.tokens))
             self.manager.free(seq_id)
@@ -148,7 +154,7 @@ def test_the_log_says_what_the_manager_holds(name: str) -> None:
         kinds |= {type(event) for event in life.events}
     assert refused
     wanted = {PoolOpened, TokensAppended, SequenceFreed, PoolCleared}
-    wanted |= {SequenceAdmitted, SequenceForked} if name.startswith("paged") else {RegionPlaced}
+    wanted |= {SequenceAdmitted, SequenceForked, SequenceTruncated} if name.startswith("paged") else {RegionPlaced}
     wanted |= {BlockCached} if "prefix" in name else set()
     wanted |= {SwappedOut, SwappedIn} if name.endswith(", swap") else set()
     wanted |= {RegionSwappedOut, RegionSwappedIn} if name == "swapping" else set()
@@ -188,6 +194,24 @@ def test_the_events_of_each_operation() -> None:
     manager.append([(0, 1)])
     manager.append([(0, 2)])  # no block is free any more, so the cached one is evicted
     assert logged() == [SequenceFreed(2), TokensAppended(0, 1, (3,)), TokensAppended(0, 2, (0,), (), (0,))]
+
+
+def test_a_truncated_sequence_fills_a_known_block_again() -> None:
+    events: list[Event] = []
+    manager = LoggedManager(PagedManager(CachingBlockPool(4), 2), events.append)
+    manager.admit(0, [1, 2, 3, 4], 6)
+    manager.append([(0, 4)])
+    manager.commit(0, [1, 2, 3, 4], 4)
+    manager.truncate(0, 3)
+    manager.append([(0, 1)])  # the second block was known, and gets another token
+    assert events[-2:] == [SequenceTruncated(0, 3), TokensAppended(0, 1, evicted=(1,))]
+    manager.truncate(0, 0)
+    assert replay(events) == state_of(manager)
+    with pytest.raises(ValueError, match="length is 5; sequence 0 has 0 tokens"):
+        manager.truncate(0, 5)
+    assert events[-1] == SequenceTruncated(0, 0)
+    with pytest.raises(NotImplementedError, match="SwappingManager cannot truncate a sequence"):
+        LoggedManager(SwappingManager(12), print).truncate(0, 0)
 
 
 def test_an_admission_says_what_was_found() -> None:

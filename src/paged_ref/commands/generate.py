@@ -21,7 +21,7 @@ from ..extras.reading import read_text
 from ..extras.sampling_params import SamplingParams
 from ..extras.token_text import visible
 from ..interop.checkpoints import load
-from ..interop.hf_tokenizer import HFTokenizer
+from ..interop.hf_tokenizer import chat_prompts
 from ..llm import LLM
 from ..views.common import options
 from ..views.common.files import recording, write_json
@@ -192,16 +192,11 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _conversations(llm: LLM, prompts: list[str], system: str | None, template: Path | None) -> list[list[int]]:
-    """The token ids of a conversation for each prompt, up to where the model answers."""
-    tokenizer = llm.get_tokenizer()
-    if not isinstance(tokenizer, HFTokenizer):
-        raise ValueError("--chat needs the text of tokens, and the checkpoint has no tokenizer.json")
+def _conversations(llm: LLM, prompts: list[str], system: str | None, template: Path | None) -> list[dict[str, Any]]:
+    """A conversation for each prompt, up to where the model answers."""
     before = [] if system is None else [{"role": "system", "content": system}]
     given = None if template is None else read_text(template)
-    asked = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = [tokenizer.apply_chat_template(messages, given) for messages in asked]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return chat_prompts(llm.tokenizer, [[*before, {"role": "user", "content": prompt}] for prompt in prompts], given)
 
 
 def _show_logprobs(output: SequenceOutput) -> None:
@@ -213,9 +208,7 @@ def _show_logprobs(output: SequenceOutput) -> None:
         print(f"{shown[token_id]:<24} rank {entries[token_id].rank}{others}")
 
 
-def _show_in_turn(
-    llm: LLM, shown: list[str], prompts: Sequence[str | list[int]], params: SamplingParams
-) -> list[RequestOutput]:
+def _show_in_turn(llm: LLM, shown: list[str], prompts: Sequence[Any], params: SamplingParams) -> list[RequestOutput]:
     """All samples run in one batch. The text of the first that is not finished streams; the others' text is kept.
 
     `shown` is printed before the text of each prompt."""

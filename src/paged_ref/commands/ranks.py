@@ -31,6 +31,7 @@ from . import rank_guard
 LAUNCHER = "mpiexec.hydra"  # of MPICH and its kin; the wheel puts it beside Python
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # that an mpiexec sets: of MPICH and its kin, of Open MPI
 TO_START = 30  # seconds until all guards must be there
+TO_WONDER = 5  # seconds without output until a word about it; a first run compiles for several times as long
 TO_SPEAK = 3  # seconds that ranks have to end when one has ended badly
 TO_STOP = 0.55  # seconds that ranks have to end after Ctrl-C
 # What the launcher says of ranks that ended without its leave. The ranks have said why.
@@ -130,7 +131,13 @@ def _show(ranks: subprocess.Popen[bytes], lines: Sequence[socket.socket], failed
     """Show what the ranks print. Where that fails, as with `| head`, `failed` has the error, and the ranks end."""
     assert ranks.stdout is not None
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    while data := os.read(ranks.stdout.fileno(), 1 << 16):
+    patience: float | None = TO_WONDER
+    while True:
+        if not select.select([ranks.stdout], [], [], patience)[0]:
+            print("\npaged-ref: the ranks compile, as they do in their first run, or load the model", file=sys.stderr)
+            patience = None
+        if not (data := os.read(ranks.stdout.fileno(), 1 << 16)):
+            return
         try:
             if not failed:
                 sys.stdout.write(decoder.decode(data))

@@ -17,14 +17,19 @@ from ..core.attention.attention import Addresses
 from ..core.checks import require_one_of
 from ..core.device import Array, to_host, xp
 from ..core.memory.kv import KVCache
-from .formats import BFLOAT16, FLOAT8, FLOAT8_NAN, INT8, choose_scales, encode
+from .formats import BFLOAT16, FLOAT8, FLOAT8_NAN, INT8, MAX_VALUE, choose_scales, encode
 from .variants import PLAIN, Variant
 
 FORMATS: dict[str, np.dtype[Any]] = {"bfloat16": BFLOAT16, "int8": INT8, "float8": FLOAT8}
 ALIASES = {"fp8": "float8", "fp8_e4m3": "float8"}  # vLLM's names
-NANS = {"bfloat16": 0x7FC0, "int8": 0, "float8": FLOAT8_NAN}  # int8 has none
+NANS = {BFLOAT16: 0x7FC0, INT8: 0, FLOAT8: FLOAT8_NAN}  # int8 has none
 Scales = Sequence[tuple[Array, Array]]  # for each layer those of K and of V, [num_kv_heads] float32
 HEADROOM = 1.5  # of a measured scale: how far later numbers may exceed the first ones before they saturate
+
+
+def format_of(kv_dtype: str) -> np.dtype[Any] | None:
+    """The dtype of the arrays that hold this format; None for all other names."""
+    return FORMATS.get(ALIASES.get(kv_dtype, kv_dtype))
 
 
 class FormattedKV(KVCache):
@@ -43,11 +48,12 @@ class FormattedKV(KVCache):
         scales: Scales = (),
     ) -> None:
         """`scales` are by default measured on the tokens of the first step."""
-        require_one_of(tuple(FORMATS), kv_dtype=kv_dtype)
-        self.nan = NANS[kv_dtype]
+        require_one_of((*FORMATS, *ALIASES), kv_dtype=kv_dtype)
+        self.kv_dtype, stored = kv_dtype, FORMATS[ALIASES.get(kv_dtype, kv_dtype)]
+        self.nan = NANS[stored]
         sizes = (num_layers, num_blocks, block_size, num_kv_heads, head_size)
-        super().__init__(*sizes, FORMATS[kv_dtype].name, num_host_blocks, backend)
-        self._measures = kv_dtype != "bfloat16"
+        super().__init__(*sizes, stored.name, num_host_blocks, backend)
+        self._measures = stored in MAX_VALUE
         for layer, (key_scales, value_scales) in enumerate(scales):
             self.variants[layer] = Variant(key_scales=key_scales, value_scales=value_scales)
 
@@ -61,15 +67,14 @@ class FormattedKV(KVCache):
         """Attend once, on one slot of its own, with `num_heads` queries in `dtype`. Raises ValueError where the backend
         cannot read this format."""
         _, _, _, size, num_kv_heads, head_size = self.device.shape
-        name = next(name for name, each in FORMATS.items() if each == self.device.dtype)
-        one = FormattedKV(1, 1, size, num_kv_heads, head_size, name, backend=self.backend)
+        one = FormattedKV(1, 1, size, num_kv_heads, head_size, self.kv_dtype, backend=self.backend)
         query, key = (xp.zeros((1, heads, head_size), dtype) for heads in (num_heads, num_kv_heads))
         numbers = [xp.asarray(np.array(value, dtype=np.int32)) for value in ([1], [0, 1], [[0]], [0])]
         seq_lens, query_start_loc, tables, slots = numbers
         try:
             one.attend(0, query, key, key, Addresses(seq_lens, query_start_loc, tables, None, slots), None)
         except ValueError as error:
-            raise ValueError(f"kv_dtype is {name!r}, and {error}") from None
+            raise ValueError(f"kv_dtype is {self.kv_dtype!r}, and {error}") from None
 
     def _write(self, layer: int, key: Array, value: Array, slot_mapping: Array) -> None:
         keys, values = self.slots[layer]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from ..core.checks import require, require_one_of
 from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.standard import Reserve, StandardManager
+from .arguments import finite_number, items, whole_number
 from .buddy import BuddyPool
 from .host_swap import SwappablePagedManager
 from .memory_limit import require_memory
 from .prefix_cache import CachingBlockPool
-from .sampling_params import finite_number, items, whole_number
 from .swapping import SwappingManager
 
 ManagerName = Literal["paged", "standard", "swapping"]
@@ -44,6 +44,7 @@ def make_manager(
     """
     require_one_of(MANAGERS, manager=name)
     require_one_of(("first fit", "buddy"), allocator=allocator)
+    require_one_of(get_args(Reserve), reserve=reserve)
     if prefix_cache and name != "paged":
         raise ValueError(f"prefix_cache is on; the {name} manager cannot share, only paged can")
     if not 0 <= finite_number("watermark", watermark) < 1:

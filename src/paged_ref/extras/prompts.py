@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..core.engine.llm import Prompt
-from .sampling_params import items, require_characters, whole_number
+from .arguments import items, require_characters, whole_number
+
+Given = Prompt | Mapping[str, Any]
 
 
 def read_prompt(given: Any) -> Prompt:

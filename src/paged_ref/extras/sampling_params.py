@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
-from typing import Any
-
-import numpy as np
+from typing import Any, Self
 
 from ..core.checks import require
 from ..core.engine import sampling
+from .arguments import finite_number, items, refuse_unknown, require_characters, require_flag, whole_number
 
 LEAST = {
     "max_tokens": 1, "n": 1, "seed": -1, "beam_width": 1, "top_k": -1, "min_tokens": 0, "logprobs": -1,
     "prompt_logprobs": -1,
 }  # of the whole numbers  # fmt: skip
-RANGES = {"min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
-NUMBERS = ("temperature", "top_p", "length_penalty", "repetition_penalty", *RANGES)
-FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+RANGES = {  # beyond that of length_penalty, the power of a length is no number
+    "min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "length_penalty": (-10, 10),
+}  # fmt: skip
+NUMBERS = ("temperature", "top_p", "repetition_penalty", *RANGES)
 # What makes a request more than the core's, and what a search over beams, which draws nothing, has no place for.
 SHAPING = (
     "min_p", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
     "allowed_token_ids", "bad_words", "logprobs", "prompt_logprobs", "include_stop_str_in_output",
 )  # fmt: skip
+INSTEAD = {  # of vLLM's words that are not here
+    "best_of": "give n, or beam_width for the best of a search", "use_beam_search": "give beam_width",
+    "logits_processors": "give logits_hook", "guided_decoding": "give logits_hook or allowed_token_ids",
+    "structured_outputs": "give logits_hook or allowed_token_ids", "truncate_prompt_tokens": "cut the prompt itself",
+}  # fmt: skip
 NOT_WITH_BEAMS = ("n", "temperature", "top_k", "top_p", "stop", *SHAPING)
 
 
@@ -58,6 +60,10 @@ class SamplingParams(sampling.SamplingParams):
     skip_special_tokens: bool = True  # in the text
     include_stop_str_in_output: bool = False  # the text ends with the stop text, or with that of the stop token
 
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        refuse_unknown("SamplingParams", given, [field.name for field in fields(cls)], INSTEAD)
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -67,19 +73,12 @@ class SamplingParams(sampling.SamplingParams):
                 value = field.default
             object.__setattr__(self, field.name, value)
         require(temperature=(self.temperature, 0))
-        for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; {low} to {high} is needed")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; above 0 and at most 1 is needed")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; a number above 0 is needed")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}; at most max_tokens = {self.max_tokens} is allowed")
-        for name in ("stop", "bad_words"):
-            if any(not text for text in getattr(self, name)):
-                what = "every output would end before its first token" if name == "stop" else "it forbids nothing"
-                raise ValueError(f"{name} holds an empty string; {what}")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty; at least one token id is needed, or None for all")
         if self.beam_width is not None:
@@ -101,31 +100,46 @@ class SamplingParams(sampling.SamplingParams):
 
 def _checked(name: str, value: Any) -> Any:
     """`value` in the type of the parameter `name`."""
+    if name in ("logprobs", "prompt_logprobs") and isinstance(value, bool):
+        return 1 if value else None  # as in vLLM
     if name in LEAST:
-        if name in ("logprobs", "prompt_logprobs") and isinstance(value, bool):
-            return 1 if value else None  # as in vLLM
         number = whole_number(name, value)
         require(**{name: (number, LEAST[name])})
         # "off" in vLLM's words
         return None if (name == "top_k" and number <= 0) or (name == "seed" and number < 0) else number
     if name in NUMBERS:
-        return finite_number(name, value)
+        return _number(name, value)
     if name in ("stop", "bad_words"):
-        texts = (value,) if isinstance(value, str) else items(name, value, "a text, or several,")
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"{name} holds {text!r}; texts are needed")
-            require_characters(name, text)
-        return texts
+        return _texts(name, value)
     if name in ("stop_token_ids", "allowed_token_ids"):
         return tuple(whole_number(f"a token id in {name}", i) for i in items(name, value, "token ids"))
     if name == "logit_bias":
         return _bias(value)
-    if name in FLAGS:
-        require_flag(name, value)
     if name == "logits_hook" and not callable(value):
         raise ValueError(f"logits_hook is {value!r}; a function is needed")
+    if name != "logits_hook":
+        require_flag(name, value)
     return value
+
+
+def _number(name: str, value: Any) -> float:
+    number = finite_number(name, value)
+    low, high = RANGES.get(name, (number, number))
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {number}; {low} to {high} is needed")
+    return number
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else items(name, value, "a text, or several,")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} holds {text!r}; texts are needed")
+        if not text:
+            what = "every output would end before its first token" if name == "stop" else "it forbids nothing"
+            raise ValueError(f"{name} holds an empty string; {what}")
+        require_characters(name, text)
+    return texts
 
 
 def _bias(value: Any) -> dict[int, float] | None:
@@ -137,44 +151,3 @@ def _bias(value: Any) -> dict[int, float] | None:
         number = int(key) if isinstance(key, str) and key.isdecimal() else key
         biases[whole_number("a token id in logit_bias", number)] = finite_number(f"logit_bias of {key}", bias)
     return biases or None
-
-
-def finite_number(name: str, value: Any) -> float:
-    """`value` as a float. Raises ValueError for what is no finite number."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; a finite number is needed")
-    return float(value)
-
-
-def require_flag(name: str, value: object) -> None:
-    """Raise ValueError for what is neither True nor False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} is {value!r}; True or False is needed")
-
-
-def whole_number(name: str, value: Any) -> int:
-    """`value` as an int, whatever library it is from. Raises ValueError for what is no whole number, True and False
-    among them."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {value!r}; a whole number is needed") from None
-
-
-def require_characters(name: str, text: str) -> None:
-    """Raise ValueError for a text with halves of characters: Python has them for bytes that are no UTF-8, and no
-    tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        bad = text[error.start]
-        raise ValueError(f"{name} holds {bad!r} at place {error.start}, which is no character") from None
-
-
-def items(name: str, value: Any, needed: str) -> tuple[Any, ...]:
-    """What `value` holds, read once. Raises ValueError for one thing in the place of several."""
-    if isinstance(value, (str, bytes, bytearray, Mapping)) or not isinstance(value, Iterable):
-        raise ValueError(f"{name} is {value!r}; {needed} are needed")
-    return tuple(value)

@@ -6,7 +6,7 @@ made from its tokens, so preemption, swaps, forks and an undone step need no car
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -242,8 +242,7 @@ class ShapingEngine(TransactionalEngine):
         shape_logits(logits, rows)
         tokens = super()._sample(plan, logits)
         if untouched is not None:
-            row_of = {key: places.index(place) for key, place in wanted.items()}
-            self._note_logprobs(untouched, row_of, tokens)
+            self._note_logprobs(untouched, {key: places.index(place) for key, place in wanted.items()}, tokens)
         return tokens
 
     def _score_prompts(self, logits: Array) -> None:
@@ -261,18 +260,20 @@ class ShapingEngine(TransactionalEngine):
                     self.scheduler.to_score.discard(request.to_score)
                 request.to_score = None
 
-    def _note_logprobs(self, logits: Array, row_of: dict[tuple[int, int], int], tokens: Sequence[TokenOutput]) -> None:
-        """Add the log-probabilities of the step's new tokens to their samples."""
-        tokens = [token for token in tokens if (token.request_id, token.index) in row_of]
-        if not tokens:
+    def _note_logprobs(self, logits: Array, row_of: dict[tuple[int, int], int], tokens: list[TokenOutput]) -> None:
+        """Add the log-probabilities of the step's new `tokens` to them and to their samples."""
+        places = [i for i, token in enumerate(tokens) if (token.request_id, token.index) in row_of]
+        if not places:
             return
-        requests = [self._shaped[token.request_id] for token in tokens]
+        scored = [tokens[i] for i in places]
+        requests = [self._shaped[token.request_id] for token in scored]
         counts = [request.shaping.logprobs or 0 for request in requests]
-        rows = [row_of[token.request_id, token.index] for token in tokens]
+        rows = [row_of[token.request_id, token.index] for token in scored]
         if rows != list(range(len(logits))):
             logits = logits[xp.asarray(np.array(rows))]
-        found = token_logprobs(logits, [token.token_id for token in tokens], counts, self.vocabulary.text)
-        for token, request, entry in zip(tokens, requests, found, strict=True):
+        found = token_logprobs(logits, [token.token_id for token in scored], counts, self.vocabulary.text)
+        for i, token, request, entry in zip(places, scored, requests, found, strict=True):
+            tokens[i] = replace(token, logprobs=entry)
             output = request.output.outputs[token.index]
             assert output.logprobs is not None
             output.logprobs.append(entry)

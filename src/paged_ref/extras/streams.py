@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
-from ..core.engine.llm import LLM, Prompt
+from ..core.engine.llm import LLM
 from ..core.engine.outputs import RequestOutput, TokenOutput
 from ..core.engine.request import Request
 from ..core.engine.sampling import SamplingParams
-from .prompts import read_prompt, read_prompts
+from .prompts import Given, read_prompt, read_prompts
 from .transaction import Turns
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -26,20 +26,23 @@ class StreamingLLM(LLM):
         self.around_step: Callable[[], AbstractContextManager[object]] = nullcontext  # what a step runs in
         self._loops: dict[int, deque[TokenOutput]] = {}  # by request_id: tokens for the loop that waits for them
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+    def add_request(self, prompt: Given, params: SamplingParams | None = None) -> int:
         if params is not None and not isinstance(params, SamplingParams):
             raise ValueError(f"params is {params!r}; SamplingParams are needed")
         ids = []
         try:
             with self._turns.taken("add_request"):
                 ids.append(self._next_request_id)
-                return super().add_request(read_prompt(prompt), params)
+                request_id = super().add_request(read_prompt(prompt), params)
+                if isinstance(prompt, Mapping):  # whose text may stand beside its token ids
+                    self.output_of(request_id).prompt = prompt.get("prompt")
+                return request_id
         except BaseException:
             for request_id in ids:
                 self.abort(request_id)
             raise
 
-    def queue(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Request]:
+    def queue(self, prompts: Given | Sequence[Given], params: Params) -> list[Request]:
         return super().queue(read_prompts(prompts), params)
 
     def step(self) -> list[TokenOutput]:
@@ -62,7 +65,7 @@ class StreamingLLM(LLM):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Given | Sequence[Given],
         params: Params = None,
         *,
         on_token: Callable[[TokenOutput], None] | None = None,
@@ -83,7 +86,7 @@ class StreamingLLM(LLM):
             self._abort_all(requests)
         return [request.output for request in requests]
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[TokenOutput]:
+    def stream(self, prompts: Given | Sequence[Given], params: Params = None) -> Iterator[TokenOutput]:
         """Like generate(), but yields each token as it comes. Leaving the loop aborts what is unfinished."""
         requests = self.queue(prompts, params)
         try:

@@ -12,10 +12,11 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from ..extras.sampling_params import items, require_characters
+from ..extras.arguments import items, require_characters, require_flag
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 _END_OF_MESSAGE = "END-OF-FINAL-MESSAGE "  # marks where a message that is to be continued ends
+MOST_TURNS = 1 << 20  # of all loops and macros together, while a template is rendered
 
 
 def read_conversations(given: Any) -> list[list[dict[str, Any]]]:
@@ -67,6 +68,10 @@ def render(
     `special_tokens` are the variables bos_token, eos_token and so on; `variables` more of them. With
     `continue_final_message` the text ends inside the last message. Raises ValueError with what the template says.
     """
+    require_flag("add_generation_prompt", add_generation_prompt)
+    require_flag("continue_final_message", continue_final_message)
+    if tools is not None:
+        tools = items("tools", tools, "functions, or JSON schemas of them,")
     if continue_final_message:
         if add_generation_prompt:
             raise ValueError("add_generation_prompt and continue_final_message are both True; give one of them")
@@ -78,7 +83,8 @@ def render(
             messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **known
         )
     except Exception as error:  # whatever the program by others does
-        raise ValueError(f"the chat template cannot be used for these messages: {error}") from None
+        why = str(error) or type(error).__name__
+        raise ValueError(f"the chat template cannot be used for these messages: {why}") from None
     if not continue_final_message:
         return text
     before, mark, after = text.rpartition(_END_OF_MESSAGE.strip())
@@ -90,8 +96,9 @@ def render(
 
 @cache
 def _compiled(template: str) -> Callable[..., str]:
-    """The template's function from variables to text."""
+    """The template's function from variables to text. Every turn of a loop, and every call of a macro, counts."""
     import jinja2
+    from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -114,9 +121,30 @@ def _compiled(template: str) -> Callable[..., str]:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
+    turns = 0
+
+    def count_turn() -> None:
+        nonlocal turns
+        turns += 1
+        if turns > MOST_TURNS:
+            raise jinja2.TemplateError(f"its loops make more than {MOST_TURNS} turns")
+
+    environment.globals["count_turn"] = count_turn
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template).render
+    tree = environment.parse(template)
+    loops: Any = (nodes.For, nodes.Macro)
+    for node in list(tree.find_all(loops)):
+        called = nodes.Call(nodes.Name("count_turn", "load"), [], [], None, None)
+        node.body.insert(0, nodes.ExprStmt(called, lineno=node.lineno))
+    compiled = environment.from_string(tree)
+
+    def run(**variables: Any) -> str:
+        nonlocal turns
+        turns = 0
+        return compiled.render(**variables)
+
+    return run
 
 
 def choose(templates: Mapping[str, str], wanted: str | None, tools: Iterable[Any] | None, where: object) -> str:
@@ -125,5 +153,5 @@ def choose(templates: Mapping[str, str], wanted: str | None, tools: Iterable[Any
         return templates.get(wanted, wanted)
     name = "tool_use" if tools and "tool_use" in templates else "default"
     if name not in templates:
-        raise ValueError(f"{where} has no chat template; give one as chat_template, or call generate with a text")
+        raise ValueError(f"{where} has no chat template; give a template, or a text in place of messages")
     return templates[name]

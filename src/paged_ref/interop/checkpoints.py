@@ -25,7 +25,7 @@ from ..extras.reading import open_file, read_json_object
 from .architectures import num_weights
 from .hf_config import HFConfig, config_from_hf, token_ids
 from .hf_tokenizer import HFTokenizer, MissingTokenizer, read_tokenizer
-from .tensor_names import COMPUTED, name_prefix, stored_tensors, table_name
+from .tensor_names import COMPUTED, name_prefix, require_tensors, stored_tensors, table_name
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # NumPy has no bfloat16: its bits
 
@@ -42,13 +42,15 @@ def load(directory: str | Path) -> Checkpoint:
     bfloat16. Without a tokenizer.json, prompts are token ids. Raises CheckpointError, a ValueError, in one sentence:
     what is missing, broken, too large for this machine, or does not fit.
     """
-    if not isinstance(directory, (str, os.PathLike)):
+    if not isinstance(directory, (str, os.PathLike)) or directory == "":
         raise CheckpointError(f"model is {directory!r}; 'tiny' or a directory is needed")
     directory = TINY if directory == "tiny" else Path(directory)
     if directory.suffix == ".gguf":
         from .gguf_files import load_gguf  # here: few need it
 
         with _refusals():
+            open_file(directory, sys.maxsize).close()
+        with _refusals(f"{directory}: "):
             return load_gguf(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint in Hugging Face form is needed")
@@ -195,32 +197,27 @@ def _find_weights(config: HFConfig, weights: Weights, directory: Path) -> Weight
     if config.tie_word_embeddings and head in weights and embedding not in weights:
         weights.entries[embedding] = weights.entries[head]  # one table, which may be stored under either name
     stored = {name if name == head else prefix + name: tensor for name, tensor in stored_tensors(config).items()}
+    # Old files also keep RoPE's frequencies or masks, and some keep a head that is tied anyway.
+    spare = [name for name in weights if name not in stored and (name == head or name.endswith(COMPUTED))]
+    require_tensors(
+        directory,
+        {name: tensor.shape for name, tensor in stored.items()},
+        {name: entry.shape for name, entry in weights.entries.items() if name not in spare},
+        config.model_type,
+    )
     found: dict[str, TensorEntry] = {}
     for name, tensor in stored.items():
-        entry = weights.entries.get(name)
-        if entry is None:
-            raise CheckpointError(
-                f"{directory} has no tensor {name}; the config wants one of shape {list(tensor.shape)}"
-            )
-        if entry.shape != tensor.shape:
-            raise CheckpointError(
-                f"{entry.path}: {name} has shape {list(entry.shape)}; the config wants {list(tensor.shape)}"
-            )
+        entry, first = weights.entries[name], 0
         if entry.dtype not in _DTYPES:
-            raise CheckpointError(f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
-        first = 0
+            raise ValueError(f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
         for part, rows in tensor.parts.items():
             found[part] = replace(entry, transposed=tensor.transposed, first=first, count=rows)
             first += rows
-    # Old files also keep RoPE's frequencies or masks, and some keep a head that is tied anyway.
-    extra = [n for n in weights if n not in stored and n != head and not n.endswith(COMPUTED)]
-    if extra:
-        raise CheckpointError(f"{directory} has a tensor {extra[0]}; a {config.model_type} model has no place for it")
     if config.tie_word_embeddings and head in weights:
         table, other = weights.entries[embedding], weights.entries[head]
         alike = (other.shape, other.dtype) == (table.shape, table.dtype)
         if not alike or not np.array_equal(weights[head], weights[embedding]):
-            raise CheckpointError(
+            raise ValueError(
                 f"{directory}: tie_word_embeddings is true, and {head} is another table than {embedding}; if the model "
                 "has both, set tie_word_embeddings to false"
             )

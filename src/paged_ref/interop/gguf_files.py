@@ -7,7 +7,6 @@ calls llama (Llama, Mistral, SmolLM and their kind), qwen2 and qwen3.
 from __future__ import annotations
 
 import reprlib
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -21,11 +20,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from ..core.model.loading import Checkpoint
 from ..core.model.tokenizer import Tokenizer
 from ..extras.memory_limit import require_memory
-from ..extras.reading import open_file
 from .architectures import num_weights, weight_shapes
 from .hf_config import HFConfig, config_from_hf
 from .hf_tokenizer import HFTokenizer, MissingTokenizer, read_tokenizer
 from .rope import RopeScaling
+from .tensor_names import require_tensors
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 SIZES = {  # config.json's keys, and GGUF's behind the name of the architecture
@@ -43,6 +42,8 @@ LAYER = {  # Llama's names behind `model.layers.N.`, and GGUF's behind `blk.N.`
 }  # fmt: skip
 REFUSED = {"expert_count": 0, "attention.sliding_window": 0, "rope.scale_linear": 1.0}  # and what means their absence
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling, as a divisor for each pair
+CHAT_TEMPLATE = "tokenizer.chat_template"  # the default one; others have their name behind it
+ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 CONTROL, USER_DEFINED = 3, 4  # types of tokens that are never split
 DIGITS, WORDS = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
 # How a text is cut before byte pairs are joined, by GGUF's name.
@@ -90,23 +91,25 @@ def load_gguf(path: Path) -> Checkpoint:
     """Read a GGUF file. A tokenizer.json beside it is taken before the tokenizer inside; without either, prompts are
     token ids. Raises ValueError, in one sentence."""
     reader = _open(path)
-    config = _config(reader, path)
-    require_memory(f"{path}: a model of this size", 2 * num_weights(config), device=True)
-    weights = _find_weights(config, {tensor.name: tensor for tensor in reader.tensors}, path)
-    beside = path.parent / "tokenizer.json"
-    return Checkpoint(config, weights, read_tokenizer(beside) if beside.exists() else _tokenizer(reader, path))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(reader, tensors)
+    require_memory("a model of this size", 2 * num_weights(config), device=True)
+    beside = path.with_name("tokenizer.json")
+    tokenizer = read_tokenizer(beside) if beside.exists() else _tokenizer(reader, path)
+    if isinstance(tokenizer, HFTokenizer):
+        tokenizer.chat_templates = {**_chat_templates(reader), **tokenizer.chat_templates}
+    return Checkpoint(config, _find_weights(config, tensors), tokenizer)
 
 
 def _open(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ValueError(f"{path} is a GGUF file; the package gguf reads it: pip install gguf") from None
-    open_file(path, sys.maxsize).close()
+        raise ValueError("a GGUF file needs the package gguf: pip install gguf") from None
     try:
         return GGUFReader(path)
     except Exception as error:  # whatever the package trips over
-        raise ValueError(f"{path} is not a whole GGUF file: {str(error) or type(error).__name__}") from None
+        raise ValueError(f"this is not a whole GGUF file: {str(error) or type(error).__name__}") from None
 
 
 def _value(reader: Any, key: str, default: Any = None) -> Any:
@@ -114,42 +117,37 @@ def _value(reader: Any, key: str, default: Any = None) -> Any:
     return default if field is None else field.contents()
 
 
-def _config(reader: Any, path: Path) -> HFConfig:
+def _config(reader: Any, tensors: Mapping[str, Any]) -> HFConfig:
     family = _value(reader, "general.architecture")
     if family not in ARCHITECTURES:
-        raise ValueError(f"{path}: general.architecture is {family!r}; known are {', '.join(ARCHITECTURES)}")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+        raise ValueError(f"general.architecture is {family!r}; known are {', '.join(ARCHITECTURES)}")
     hf = {key: _value(reader, f"{family}.{name}") for key, name in SIZES.items()}
     if "token_embd.weight" not in tensors:
-        raise ValueError(f"{path} has no tensor token_embd.weight")
+        raise ValueError("the file has no tensor token_embd.weight")
     hf |= {"model_type": family, "vocab_size": shape_of(tensors["token_embd.weight"])[0]}
     hf |= {f"{name}_token_id": _value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     hf["tie_word_embeddings"] = "output.weight" not in tensors
     for key, absent in REFUSED.items():
         if _value(reader, f"{family}.{key}", absent) != absent:
-            raise ValueError(f"{path}: {family}.{key} is {_value(reader, f'{family}.{key}')}; not supported")
+            raise ValueError(f"{family}.{key} is {_value(reader, f'{family}.{key}')}; not supported")
     kind = _value(reader, f"{family}.rope.scaling.type", "none")
     if kind == "linear":
         hf["rope_scaling"] = {"rope_type": kind, "factor": _value(reader, f"{family}.rope.scaling.factor")}
     elif kind != "none":
-        raise ValueError(f"{path}: {family}.rope.scaling.type is {kind!r}; known are none, linear")
-    try:
-        config = config_from_hf(hf)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{family}.rope.scaling.type is {kind!r}; known are none, linear")
+    config = config_from_hf(hf)
     turned = _value(reader, f"{family}.rope.dimension_count", config.head_size)
     if turned != config.head_size:
         raise ValueError(
-            f"{path}: {family}.rope.dimension_count is {turned}; RoPE on a part of a head of {config.head_size} is not "
+            f"{family}.rope.dimension_count is {turned}; RoPE on a part of a head of {config.head_size} is not "
             "supported"
         )
     if ROPE_FACTORS in tensors:
         factors = tuple(map(float, tensors[ROPE_FACTORS].data))
         if len(factors) != config.head_size // 2:
-            raise ValueError(f"{path}: {ROPE_FACTORS} has {len(factors)} numbers, not one for each pair of a head")
-        config = replace(
-            config, rope_scaling=RopeScaling("longrope", 1.0, 1, short_factors=factors, long_factors=factors)
-        )
+            raise ValueError(f"{ROPE_FACTORS} has {len(factors)} numbers, not one for each pair of a head")
+        scaling = RopeScaling("longrope", 1.0, 1, short_factors=factors, long_factors=factors)
+        config = replace(config, rope_scaling=scaling)
     return config
 
 
@@ -165,32 +163,35 @@ def _known_format(tensor_type: Any) -> bool:
     return True
 
 
-def _find_weights(config: HFConfig, tensors: dict[str, Any], path: Path) -> GGUFWeights:
+def _find_weights(config: HFConfig, tensors: Mapping[str, Any]) -> GGUFWeights:
     """All tensors of the config, and none left over."""
-    found, heads = {}, {}
-    for name, shape in weight_shapes(config).items():
+    shapes, stored, heads = weight_shapes(config), dict[str, str](), {}
+    for name in shapes:
         base, _, kind = name.rpartition(".")
-        if base in OUTER:
-            stored = f"{OUTER[base]}.{kind}"
-        else:
-            index, _, part = base.removeprefix("model.layers.").partition(".")
-            stored = f"blk.{index}.{LAYER[part]}.{kind}"
-            if config.model_type == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads[name] = config.num_heads if "q_proj" in part else config.num_kv_heads
-        tensor = tensors.pop(stored, None)
-        if tensor is None:
-            raise ValueError(f"{path} has no tensor {stored}; its sizes want one of shape {list(shape)}")
-        if shape_of(tensor) != shape:
-            raise ValueError(f"{path}: {stored} has shape {list(shape_of(tensor))}; its sizes want {list(shape)}")
-        if not _known_format(tensor.tensor_type):
-            raise ValueError(
-                f"{path}: {stored} is in {tensor.tensor_type.name}, which the package gguf does not decode"
-            )
-        found[name] = tensor
-    tensors.pop(ROPE_FACTORS, None)
-    if tensors:
-        raise ValueError(f"{path} has a tensor {next(iter(tensors))}; a {config.model_type} model has no place for it")
-    return GGUFWeights(found, heads)
+        index, _, part = base.removeprefix("model.layers.").partition(".")
+        stored[name] = f"{OUTER[base]}.{kind}" if base in OUTER else f"blk.{index}.{LAYER[part]}.{kind}"
+        if config.model_type == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+            heads[name] = config.num_heads if "q_proj" in part else config.num_kv_heads
+    wanted = {stored[name]: shape for name, shape in shapes.items()}
+    found = {name: shape_of(tensor) for name, tensor in tensors.items() if name != ROPE_FACTORS}
+    require_tensors("the file", wanted, found, config.model_type)
+    for name in wanted:
+        if not _known_format(tensors[name].tensor_type):
+            format_name = tensors[name].tensor_type.name
+            raise ValueError(f"{name} is in {format_name}, which the package gguf does not decode")
+    return GGUFWeights({name: tensors[stored[name]] for name in shapes}, heads)
+
+
+def _chat_templates(reader: Any) -> dict[str, str]:
+    """By name, as tokenizer_config.json would have them."""
+    found = {}
+    for key in reader.fields:
+        if key == CHAT_TEMPLATE or key.startswith(f"{CHAT_TEMPLATE}."):
+            template = _value(reader, key)
+            if not isinstance(template, str):
+                raise ValueError(f"{key} is {reprlib.repr(template)}; a text is needed")
+            found[key.removeprefix(CHAT_TEMPLATE).removeprefix(".") or "default"] = template
+    return found
 
 
 def _tokenizer(reader: Any, path: Path) -> Tokenizer:
@@ -202,7 +203,7 @@ def _tokenizer(reader: Any, path: Path) -> Tokenizer:
     for key in ("tokens", "merges"):
         found = _value(reader, f"tokenizer.ggml.{key}")
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise ValueError(f"{path}: tokenizer.ggml.{key} is {reprlib.repr(found)}; a list of texts is needed")
+            raise ValueError(f"tokenizer.ggml.{key} is {reprlib.repr(found)}; a list of texts is needed")
     try:
         merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
         inner = tokenizers.Tokenizer(models.BPE({text: i for i, text in enumerate(texts)}, merges))
@@ -210,11 +211,14 @@ def _tokenizer(reader: Any, path: Path) -> Tokenizer:
         for text, kind in zip(texts, kinds, strict=False):
             if kind in (CONTROL, USER_DEFINED):
                 inner.add_tokens([tokenizers.AddedToken(text, normalized=False, special=kind == CONTROL)])
-        bos = _value(reader, "tokenizer.ggml.bos_token_id")
-        if bos is not None and _value(reader, "tokenizer.ggml.add_bos_token", cut == "llama-bpe"):
-            inner.post_processor = processors.TemplateProcessing([texts[bos], "$A"], special_tokens=[(texts[bos], bos)])
+        ids = {role: _value(reader, f"tokenizer.ggml.{key}_token_id") for role, key in ROLES.items()}
+        special = {role: texts[token_id] for role, token_id in ids.items() if token_id is not None}
+        if "bos_token" in special and _value(reader, "tokenizer.ggml.add_bos_token", cut == "llama-bpe"):
+            bos = special["bos_token"]
+            pair = [(bos, ids["bos_token"])]
+            inner.post_processor = processors.TemplateProcessing([bos, "$A"], special_tokens=pair)
     except Exception as error:  # whatever of it is missing, and what the library raises: Exception itself
-        raise ValueError(f"{path} has a tokenizer that is not whole: {str(error).partition(chr(10))[0]}") from None
+        raise ValueError(f"the tokenizer is not whole: {str(error).partition(chr(10))[0]}") from None
     inner.pre_tokenizer = pre_tokenizers.Sequence(CUTS[cut])
     inner.decoder = decoders.ByteLevel()
-    return HFTokenizer(inner, path)
+    return HFTokenizer(inner, path, special, {})

@@ -23,10 +23,11 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ..core.checks import require
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
+from ..extras.arguments import whole_number
 from ..extras.memory_limit import require_memory
-from ..extras.sampling_params import whole_number
 from .kernel_api import copy_blocks
 
 BLOCK_BYTES = 64  # that the books keep of a block
@@ -38,6 +39,7 @@ class KVPool:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         num_blocks, block_size = whole_number("num_blocks", num_blocks), whole_number("block_size", block_size)
+        require(num_blocks=(num_blocks, 1), block_size=(block_size, 1))
         require_memory(f"num_blocks is {num_blocks}, which", BLOCK_BYTES * num_blocks)
         self.manager = PagedManager(BlockPool(num_blocks), block_size)
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -209,11 +211,14 @@ class PagedCache(Cache):  # type: ignore[misc]
     when the cache is dropped. Raises OutOfBlocks where the pool is full; the cache then is as before that step.
     """
 
-    def __init__(self, num_blocks: int | None = None, block_size: int = 16, *, pool: KVPool | None = None) -> None:
+    def __init__(
+        self, num_blocks: int | None = None, block_size: int | None = None, *, pool: KVPool | None = None
+    ) -> None:
+        """`block_size` is 16 unless it is given."""
         if pool is None and num_blocks is not None:
-            pool = KVPool(num_blocks, block_size)
-        elif num_blocks is not None or not isinstance(pool, KVPool):
-            raise ValueError("PagedCache needs either num_blocks or the pool of another cache: pool=other.pool")
+            pool = KVPool(num_blocks, 16 if block_size is None else block_size)
+        elif (num_blocks, block_size) != (None, None) or not isinstance(pool, KVPool):
+            raise ValueError("PagedCache needs either num_blocks and block_size (16), or pool=other.pool alone")
         cache: Any = weakref.proxy(self)
         super().__init__(layer_class_to_replicate=functools.partial(PagedLayer, cache))
         self.pool = pool

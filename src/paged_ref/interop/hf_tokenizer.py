@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ _TRIED = "Hello, 12 \N{LATIN SMALL LETTER E WITH ACUTE}\n\N{GRINNING FACE} a"
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer.json of others, with what tokenizer_config.json adds: each failure of the library is a ValueError."""
+    """A tokenizer of others, with its special tokens by their role and its chat templates by name. Each failure of the
+    library is a ValueError."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, path: Path) -> None:
+    def __init__(
+        self, inner: tokenizers.Tokenizer, where: Path, special_tokens: dict[str, str], chat_templates: dict[str, str]
+    ) -> None:
+        """`where` is the checkpoint, for messages."""
         super().__init__(inner)
-        self.path = path
-        self.special_tokens, self.chat_templates = _read_more(path.parent)
+        self.where, self.special_tokens, self.chat_templates = where, special_tokens, chat_templates
         self._bos = ""  # the token that the tokenizer itself puts before every text
         with suppress(Exception):
             self._bos = inner.id_to_token(inner.encode("").ids[0]) or ""
@@ -47,7 +51,7 @@ class HFTokenizer(Tokenizer):
         return ids[1:] if twice else ids
 
     def token_id(self, name: str) -> int | None:
-        """The id of a token of tokenizer_config.json, as "eos_token"; None where there is none."""
+        """The id of a special token, as "eos_token"; None where there is none."""
         text = self.special_tokens.get(name)
         return None if text is None else self.inner.token_to_id(text)
 
@@ -61,9 +65,10 @@ class HFTokenizer(Tokenizer):
         tools: Sequence[Any] | None = None,
         **variables: Any,
     ) -> str:
-        """The text of one conversation, by the checkpoint's template or by `chat_template`. Raises ValueError."""
+        """The text of one conversation, by the checkpoint's template or by `chat_template`, which gets the `variables`.
+        Raises ValueError."""
         (conversation,) = read_conversations([messages])
-        template = choose(self.chat_templates, chat_template, tools, self.path.parent)
+        template = choose(self.chat_templates, chat_template, tools, self.where)
         return render(
             template, conversation, self.special_tokens, add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message, tools=tools, variables=variables,
@@ -77,6 +82,25 @@ class HFTokenizer(Tokenizer):
             if not _is_failure(error):
                 raise
             raise ValueError(f"the tokenizer cannot decode {ids[:8]}: {error}") from None
+
+
+def chat_prompts(
+    tokenizer: Tokenizer, messages: Any, chat_template: str | None = None, variables: Any = None, **how: Any
+) -> list[dict[str, Any]]:
+    """A prompt with text and token ids for each conversation. `how` has options of apply_chat_template, `variables`
+    those of the template alone. Raises ValueError."""
+    if not isinstance(tokenizer, HFTokenizer):
+        raise ValueError("chat needs the text of tokens, and the checkpoint has no tokenizer.json")
+    variables = {} if variables is None else variables
+    own = {*signature(tokenizer.apply_chat_template).parameters, "documents"}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) and name not in own for name in variables):
+        raise ValueError(f"chat_template_kwargs is {variables!r}; a dict of the template's own variables is needed")
+    prompts = []
+    for conversation in read_conversations(messages):
+        text = tokenizer.apply_chat_template(conversation, chat_template, **how, **variables)
+        # The template writes the special tokens that are needed.
+        prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+    return prompts
 
 
 class MissingTokenizer(Tokenizer):
@@ -110,7 +134,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         if not _is_failure(error):
             raise
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
-    return HFTokenizer(inner, path)
+    return HFTokenizer(inner, path.parent, *_read_more(path.parent))
 
 
 def _read_more(directory: Path) -> tuple[dict[str, str], dict[str, str]]:

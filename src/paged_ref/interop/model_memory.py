@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from ..core.device import on_gpu
 from ..core.model.config import ModelConfig, kv_bytes_per_token
+from ..extras.formatted_kv import format_of
 from ..extras.memory_limit import require_memory
 from .architectures import num_weights
 
 SAMPLE_BYTES = 1 << 14  # that a sample takes before its first token: its sequence, output and random generator
-# Formats of K and V that NumPy has no name for, by a dtype of the same size.
-SAME_SIZE = {"bfloat16": "float16", "float8": "int8"}
 
 
 def format_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
-    """Bytes of K and V that one token keeps over all layers, in a dtype or in a format of extras/formats.py."""
-    return kv_bytes_per_token(config, SAME_SIZE.get(kv_dtype, kv_dtype))
+    """Bytes of K and V that one token keeps over all layers, in a dtype or in a format of extras/formatted_kv.py."""
+    return kv_bytes_per_token(config, format_of(kv_dtype) or kv_dtype)
 
 
 def require_kv_memory(

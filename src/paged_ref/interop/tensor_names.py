@@ -33,6 +33,18 @@ class StoredTensor:
     parts: dict[str, int] = field(default_factory=dict)  # Llama's names of what is joined in it, and their rows
 
 
+def require_tensors(where: object, wanted: Shapes, found: Shapes, model_type: str) -> None:
+    """Raise ValueError unless a checkpoint has just the tensors that its config wants, each in its shape."""
+    for name, shape in wanted.items():
+        if name not in found:
+            raise ValueError(f"{where} has no tensor {name}; the config wants one of shape {list(shape)}")
+        if found[name] != shape:
+            raise ValueError(f"{where}: {name} has shape {list(found[name])}; the config wants {list(shape)}")
+    for name in found:
+        if name not in wanted:
+            raise ValueError(f"{where} has a tensor {name}; a {model_type} model has no place for it")
+
+
 def table_name(config: HFConfig) -> str:
     """The embedding, without the prefix."""
     return OUTER.get(config.model_type, {}).get("embed_tokens", "embed_tokens") + ".weight"

@@ -50,13 +50,22 @@ class SequenceAdmitted(Event, frozen=True):
 
 class TokensAppended(Event, frozen=True):
     """`count` more tokens of a sequence have a slot. `copied` is the (source, destination) of a copy on write, made
-    before the new blocks were added. `evicted`: blocks that the prefix cache gave up, and that were taken here."""
+    before the new blocks were added. `evicted`: blocks that the prefix cache gave up, and that were taken here, or that
+    a sequence that was truncated fills again."""
 
     seq_id: int
     count: int
     new_blocks: tuple[int, ...] = ()
     copied: tuple[int, ...] = ()
     evicted: tuple[int, ...] = ()
+
+
+class SequenceTruncated(Event, frozen=True):
+    """A sequence keeps its first `length` tokens, and gives back the blocks that held only others, the last one
+    first."""
+
+    seq_id: int
+    length: int
 
 
 class SequenceForked(Event, frozen=True):

@@ -42,6 +42,7 @@ from .events import (
     SequenceFinished,
     SequenceForked,
     SequenceFreed,
+    SequenceTruncated,
     StepPlanned,
     StepTimed,
     SwappedIn,
@@ -96,7 +97,7 @@ class LoggedManager(KVCacheManager):
         transfers = self._append(appends)
         for seq_id, count in appends:
             used = (self._tables[seq_id].length - count) % self.block_size  # slots of the last block, before
-            if not transfers and 0 < used <= self.block_size - count:  # nearly always
+            if not (transfers or self._evicted) and 0 < used <= self.block_size - count:  # nearly always
                 self.log(TokensAppended(seq_id, count))
             else:
                 self.log(self._appended(seq_id, count, transfers))
@@ -110,8 +111,8 @@ class LoggedManager(KVCacheManager):
         for transfer in transfers:
             if count and before % self.block_size and blocks[first_new - 1] == transfer.destination:
                 copied = (transfer.source, transfer.destination)
-        new_blocks = tuple(blocks[first_new:])
-        evicted = tuple(block_id for block_id in (*copied[1:], *new_blocks) if block_id in self._evicted)
+        new_blocks, written = tuple(blocks[first_new:]), blocks[before // self.block_size :]
+        evicted = tuple(block_id for block_id in written if block_id in self._evicted)
         self._evicted = [block_id for block_id in self._evicted if block_id not in evicted]
         return TokensAppended(seq_id, count, new_blocks, copied, evicted)
 
@@ -125,6 +126,10 @@ class LoggedManager(KVCacheManager):
                 self.log(RegionPlaced(seq_id, region.start, region.size))
             self.log(TokensAppended(seq_id, count))
         return transfers
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        self.manager.truncate(seq_id, length)
+        self.log(SequenceTruncated(seq_id, length))
 
     def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:
         self.manager.commit(seq_id, tokens, num_written)  # the pool calls on_cached

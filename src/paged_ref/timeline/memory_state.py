@@ -131,12 +131,14 @@ class Blocks:
             self.free.append(block_id)
 
     def give_up(self, blocks: Iterable[int]) -> None:
-        """The prefix cache gave up these cached blocks: they are free."""
+        """The prefix cache gave up these blocks. Those that are in no table are free."""
         for block_id in blocks:
-            if block_id not in self.cached:
+            if block_id not in self.known:
                 raise ValueError(f"block {block_id} is not cached, and cannot be given up")
-            del self.cached[block_id], self.known[block_id]
-            self.free.append(block_id)
+            del self.known[block_id]
+            if block_id in self.cached:
+                del self.cached[block_id]
+                self.free.append(block_id)
 
     def check_held(self, block_id: int) -> None:
         """Raise ValueError unless the block is in a table."""

@@ -34,6 +34,7 @@ from .events import (
     SequenceFinished,
     SequenceForked,
     SequenceFreed,
+    SequenceTruncated,
     StepPlanned,
     StepTimed,
     SwappedIn,
@@ -208,6 +209,15 @@ class RunState:
         place.length += event.count
         memory.check_fit(event.seq_id, place)
 
+    def _truncated(self, event: SequenceTruncated) -> None:
+        memory = self.memory
+        place = memory.find(event.seq_id, on_host=False)
+        if not 0 <= event.length <= place.length:
+            raise ValueError(f"sequence {event.seq_id} has {place.length} tokens, and cannot keep {event.length}")
+        place.length = event.length
+        while len(place.blocks) > -(-event.length // memory.block_size):
+            memory.release(place.blocks.pop())
+
     def _forked(self, event: SequenceForked) -> None:
         place, parent = self.memory.find(event.parent_id, on_host=False), self._arrived(event.parent_id)
         self.memory.begin(event.child_id, place.copy())
@@ -375,13 +385,14 @@ class RunState:
         self.totals.evicted += len(evicted)
 
 
-_PLACE_CHANGES = (SequenceFreed, RegionPlaced, RegionSwappedOut, RegionSwappedIn)
+_PLACE_CHANGES = (SequenceFreed, SequenceTruncated, RegionPlaced, RegionSwappedOut, RegionSwappedIn)
 _FOLLOW: dict[type[Event], Callable[[RunState, Any], None]] = {
     PoolOpened: RunState._pool_opened,
     RanksOpened: RunState._ranks_opened,
     RequestArrived: RunState._request_arrived,
     SequenceAdmitted: RunState._admitted,
     TokensAppended: RunState._appended,
+    SequenceTruncated: RunState._truncated,
     SequenceForked: RunState._forked,
     BlockCached: RunState._block_cached,
     SwappedOut: RunState._swapped_out,

@@ -47,3 +47,4 @@ class TokenOutput:
     token_id: int
     text: str
     finish_reason: FinishReason | None
+    logprobs: Any = None  # if asked for: its entry of SequenceOutput.logprobs

@@ -170,7 +170,7 @@ def printed(parser: Options) -> None:
 
 def check_text(option: str, texts: Iterable[str]) -> None:
     """Raise ValueError for a text that the shell passed as bytes which are no UTF-8."""
-    from ...extras.sampling_params import require_characters  # here, so that --help stays quick
+    from ...extras.arguments import require_characters  # here, so that --help stays quick
 
     for text in texts:
         require_characters(option, text)

@@ -141,6 +141,12 @@ def _appended(moment: Moment, event: events.TokensAppended) -> str:
     return text + _gave_up(event.evicted)
 
 
+def _truncated(moment: Moment, event: events.SequenceTruncated) -> str:
+    name, before = moment.history.name(event.seq_id), moment.change.place_before
+    given = 0 if before is None else len(before.blocks) - len(moment.state.memory.sequences[event.seq_id].blocks)
+    return f"{name} keeps its first {count(event.length, 'token')}, and gives back {count(given, 'block')}."
+
+
 def _forked(moment: Moment, event: events.SequenceForked) -> str:
     parent, child = moment.history.name(event.parent_id), moment.history.name(event.child_id)
     blocks = len(moment.state.memory.sequences[event.child_id].blocks)
@@ -294,6 +300,7 @@ _SENTENCES: dict[type[events.Event], Callable[[Moment, Any], str]] = {
     events.RequestArrived: _arrived,
     events.SequenceAdmitted: _admitted,
     events.TokensAppended: _appended,
+    events.SequenceTruncated: _truncated,
     events.SequenceForked: _forked,
     events.BlockCached: _cached,
     events.SwappedOut: _swapped_out,

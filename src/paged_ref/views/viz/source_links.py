@@ -89,6 +89,7 @@ METHODS: dict[type[events.Event], str] = {  # of the manager of the run
     events.SequenceAdmitted: "admit",
     events.RegionPlaced: "admit",
     events.TokensAppended: "append",
+    events.SequenceTruncated: "truncate",
     events.SequenceForked: "fork",
     events.SequenceFreed: "free",
     events.PoolCleared: "clear",
