@@ -22,11 +22,11 @@ from paged_ref.timeline.events import Event, SequenceFreed, TokenNamed
 from paged_ref.timeline.history import History, histories
 from paged_ref.views.common import canvas
 from paged_ref.views.common.bars import PARTS, USAGE
-from paged_ref.views.common.canvas import Scene
 from paged_ref.views.viz import source_links
 from paged_ref.views.viz.frames import screen
 from paged_ref.views.viz.frames.screen import FRAMES, SMALLEST
 from paged_ref.views.viz.narration import narrate
+from paged_ref.views.viz.scene import Scene
 from paged_ref.views.viz.source_links import Place, ended, function_for_event, place_of
 
 PACKAGE = Path(paged_ref.__file__).parent

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from ...timeline.events import sequences_of
-from ...timeline.history import MARKS, History, Moment
-from ..common.canvas import DIM, Scene, filled, line, pack, page, rule
+from ...timeline.history import History, Moment
+from ...timeline.marks import MARKS
+from ..common.canvas import DIM, filled, line, pack, page, rule
 from ..common.viewer import Viewer, help_lines
 from .frames.blocks import EMPTY, UNKNOWN, WRITTEN
 from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
 from .frames.screen import Frame, frames_of, screen
+from .scene import Scene
 
 OPENINGS = "CSXHFA"  # marks of moments worth seeing first, the best first
 HELP = (

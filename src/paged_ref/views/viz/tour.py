@@ -14,10 +14,11 @@ from rich.text import Text
 
 from ...timeline.events import PoolOpened, StepPlanned
 from ...timeline.history import History
-from ..common.canvas import Scene, filled, line, page, too_small, wrap
+from ..common.canvas import filled, line, page, too_small, wrap
 from ..common.printing import Size
 from ..common.viewer import Viewer
 from .frames.screen import FRAMES, SMALLEST, screen
+from .scene import Scene
 
 SPEED = 0.2  # stops in a second: twelve of them take a minute
 HEAD = 3  # lines above the frame

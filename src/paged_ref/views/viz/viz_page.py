@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...timeline.history import MARKS, History
-from ..common.canvas import Scene
+from ...timeline.history import History
+from ...timeline.marks import MARKS
 from ..common.printing import Size
 from ..page.page import Page, Story, Words
 from .frames.screen import frames_of, step_of
 from .narration import address, narrate
 from .player import SIGNS
+from .scene import Scene
 from .source_links import function_for_event, place_of
 
 MOST = 10_000  # events: two minutes of drawing, and 2 MB

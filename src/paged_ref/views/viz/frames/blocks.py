@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, WARM, Lines, Scene, brief, colour, fit, line, owners, rule, window
+from ...common.canvas import DIM, NEW, WARM, Lines, brief, fit, line, rule, window
+from ..scene import Scene, colour, owners
 
 EMPTY = "_"  # a slot that was given out and holds nothing yet
 UNKNOWN = "#"  # a slot that holds a token that the log does not name

@@ -8,7 +8,8 @@ from ....core.memory.usage import MemoryUsage
 from ....timeline.events import PoolOpened
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
-from ...common.canvas import DIM, Lines, Scene, count, filled, line, pack, rule
+from ...common.canvas import DIM, Lines, count, filled, line, pack, rule
+from ..scene import Scene
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:

@@ -13,21 +13,19 @@ from ...common.canvas import (
     NEW,
     WARM,
     Lines,
-    Scene,
     brief,
-    colour,
     count,
     exactly,
     filled,
     fit,
     line,
     listing,
-    owners,
     rule,
     window,
     wrap,
 )
 from ...common.trees import forest
+from ..scene import Scene, colour, owners
 from .blocks import UNKNOWN, mark_of, slots
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, WARM, Lines, Scene, brief, colour, count, fit, line, listing, owners, rule
+from ...common.canvas import DIM, NEW, WARM, Lines, brief, count, fit, line, listing, rule
+from ..scene import Scene, colour, owners
 from .blocks import block_texts, mark_of, pool_rows, pool_title, slots, written_in
 
 NARROWEST = 12  # cells of a column

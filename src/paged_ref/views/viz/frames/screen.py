@@ -8,24 +8,10 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from ....timeline.history import History, Moment
-from ...common.canvas import (
-    DIM,
-    Lines,
-    Scene,
-    beside,
-    colour,
-    filled,
-    fit,
-    in_order,
-    line,
-    page,
-    rule,
-    title_line,
-    too_small,
-    wrap,
-)
+from ...common.canvas import DIM, Lines, beside, filled, fit, line, page, rule, title_line, too_small, wrap
 from ...common.printing import Size
 from ..narration import address, narrate
+from ..scene import Scene, colour, in_order
 from ..source_links import function_for_event, place_of
 from . import attention, memory, prefix, residency, sharing, swap, tables, timeline
 

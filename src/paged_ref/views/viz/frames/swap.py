@@ -5,25 +5,8 @@ from __future__ import annotations
 from rich.text import Text
 
 from ....timeline.events import RegionPlaced, RegionSwappedIn, RegionSwappedOut, SwappedIn, SwappedOut
-from ...common.canvas import (
-    DIM,
-    NEW,
-    Lines,
-    Scene,
-    beside,
-    brief,
-    colour,
-    count,
-    filled,
-    fit,
-    kv_size,
-    line,
-    listing,
-    owners,
-    prose,
-    rule,
-    wrap,
-)
+from ...common.canvas import DIM, NEW, Lines, beside, brief, count, filled, fit, line, listing, rule, wrap
+from ..scene import Scene, colour, kv_size, owners, prose
 from .blocks import block_row, contents, pool_rows, slots
 
 

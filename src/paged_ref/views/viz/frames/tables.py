@@ -8,25 +8,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import (
-    DIM,
-    NEW,
-    WARM,
-    Lines,
-    Scene,
-    beside,
-    colour,
-    count,
-    exactly,
-    filled,
-    fit,
-    in_order,
-    line,
-    listing,
-    owners,
-    rule,
-    window,
-)
+from ...common.canvas import DIM, NEW, WARM, Lines, beside, count, exactly, filled, fit, line, listing, rule, window
+from ..scene import Scene, colour, in_order, owners
 from . import ranks
 from .blocks import WRITTEN, block_row, pool_rows, pool_title
 
