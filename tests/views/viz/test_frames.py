@@ -140,6 +140,13 @@ def test_frames_lose_nothing_silently(runs: list[History], width: int) -> None:
                         assert re.search(rf"^.* {block} (×|free|cached)", text, re.MULTILINE), block
 
 
+def test_where_not_all_runs_fit_the_memory_frame_has_the_run_that_is_looked_at(runs: list[History]) -> None:
+    for number, run in enumerate(runs):
+        rows = draw(runs, 4, 10, SMALLEST, number)
+        assert [row for row in rows if f"▶ {run.moment(10).state.memory.manager}: " in row], rows
+        assert any("2 more runs" in row for row in rows)
+
+
 def test_lines_that_do_not_fit_are_counted() -> None:
     rows = [canvas.line(f"row {i}") for i in range(9)]
     assert [row.plain for row in canvas.filled(rows, 3)] == ["row 0", "row 1", " … 7 more lines"]

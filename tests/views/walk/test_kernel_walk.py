@@ -116,6 +116,18 @@ def test_the_key_that_a_sentence_names_is_the_thread_s_own(each: Walk) -> None:
                 assert known["last"] == known["key"] // run.sizes.block_size
 
 
+def test_only_the_paged_kernel_reads_from_blocks(toy: Walk) -> None:
+    for name, says in (("naive", False), ("paged", True)):
+        run = toy.runs[name]
+        for array in ("keys", "values"):
+            text = sentence(run, first(run, array))
+            assert ("block" in text, "offset" in text) == (says, says), text
+
+
+def test_a_narrow_title_keeps_the_number_of_the_access(toy: Walk) -> None:
+    assert text_of(toy, 67, 60, 20).splitlines()[0].rstrip().endswith("… 68/1488")
+
+
 # ---- walking
 
 

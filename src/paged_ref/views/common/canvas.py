@@ -113,9 +113,10 @@ def wrap(text: str, width: int) -> list[str]:
     return [*rows, row] if row else rows
 
 
-def pack(items: Iterable[str], width: int, gap: str = "   ") -> list[str]:
+def pack(items: Iterable[str], width: int) -> list[str]:
     """Items side by side, in as few lines as hold them whole."""
     rows: list[str] = []
+    gap = "   "
     for item in items:
         if rows and cell_len(rows[-1]) + len(gap) + cell_len(item) <= width:
             rows[-1] += gap + item

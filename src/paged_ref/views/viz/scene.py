@@ -25,6 +25,11 @@ class Scene:
     def history(self) -> History:
         return self.moment.history
 
+    @property
+    def run(self) -> int:
+        """The place of this run among `runs`."""
+        return next((i for i, run in enumerate(self.runs) if run is self.history), 0)
+
 
 def prose(history: History, tokens: Iterable[int]) -> str:
     """The tokens as running text."""

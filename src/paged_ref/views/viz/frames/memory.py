@@ -8,7 +8,7 @@ from ....core.memory.usage import MemoryUsage
 from ....timeline.events import PoolOpened
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
-from ...common.canvas import DIM, Lines, count, filled, line, pack, rule
+from ...common.canvas import DIM, Lines, count, filled, line, pack, rule, window
 from ..scene import Scene
 
 
@@ -16,8 +16,10 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     runs = list(scene.runs) or [scene.history]
     marks = _marks(width)
     room = height - len(marks)
-    shown = runs if 3 * len(runs) <= room else runs[: max(1, (room - 1) // 3)]
-    # Three lines for each; a chart for all where there is room, else for this one.
+    # Three lines for each: all, or as many as fit, this one among them.
+    first, last = window(len(runs), len(runs) if 3 * len(runs) <= room else max(1, (room - 1) // 3), scene.run)
+    shown = runs[first:last]
+    # A chart for all where there is room, else for this one.
     spare = room - 3 * len(shown) - (len(shown) < len(runs))
     rows: Lines = []
     for run in shown:

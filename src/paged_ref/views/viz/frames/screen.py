@@ -96,8 +96,7 @@ def _title(scene: Scene, width: int) -> Text:
     if history.model:
         parts.append(history.model)
     if len(scene.runs) > 1:
-        place = next(i for i, run in enumerate(scene.runs, start=1) if run is history)
-        parts.append(f"run {place}/{len(scene.runs)}")
+        parts.append(f"run {scene.run + 1}/{len(scene.runs)}")
     right = f"  {step_of(moment)}, event {moment.position + 1:,} of {len(history):,} "
     return title_line(parts, right, width)
 
