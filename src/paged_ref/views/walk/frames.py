@@ -153,10 +153,11 @@ def _side_by_side(walk: Walk, position: int, width: int, height: int) -> Lines:
 def _title(walk: Walk, run: KernelRun, position: int, width: int, look: Look) -> Text:
     name = "naive.py and paged.py" if _both(width, look) else run.code.file
     count = f"{position + 1}/{len(walk)}"
-    rest, room = where(run, position), width - len(name) - len(count) - 6
+    rest, room = where(run, position), width - len(name) - len(count) - 5
     if len(rest) > room:
         rest = rest.replace("CUDA block", "block").replace("sequence ", "")
-    return line((f" {name} ", NOW), f" {fit(rest, room)} ", (count, TITLE), " ")
+    gap = " " * max(1, room - len(rest))
+    return line((f" {name} ", NOW), f" {fit(rest, min(len(rest), room))}{gap}", (count, TITLE), " ")
 
 
 def where(run: KernelRun, position: int) -> str:
