@@ -17,7 +17,7 @@ from ..core.memory.usage import MemoryUsage, Snapshot
 from ..extras.reading import open_file
 from . import events
 from .change import Change
-from .events import Event, RanksOpened, StepPlanned
+from .events import Event, PoolOpened, RanksOpened, StepPlanned
 from .marks import marks_of
 from .spans import Spans
 from .state import RunState
@@ -79,12 +79,12 @@ class History:
     names: dict[int, str] = field(default_factory=dict)  # of sequences: A, B, or A1, A2 for samples of a request
     final_lengths: dict[int, int] = field(default_factory=dict)  # the most slots that each sequence came to hold
     steps: list[Room] = field(default_factory=list)  # after the plan of each step
-    step_positions: list[int] = field(default_factory=list)  # of their StepPlanned
+    plans: list[StepPlanned] = field(default_factory=list)  # of the steps
+    step_positions: list[int] = field(default_factory=list)  # of these events
     spans: Spans = field(default_factory=Spans)
     marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS in marks.py)
     ranks: RanksOpened | None = None  # None: one process holds all heads
     caches: bool = False  # a prefix cache is on
-    streams: bool = False  # pages are on the device, on the host, or on both
     interval: int = 256  # events between two checkpoints
     max_checkpoints: int = 128
     num_applied: int = 0  # events, since the beginning: what stepping costs
@@ -111,6 +111,13 @@ class History:
 
     def __len__(self) -> int:
         return len(self.events)
+
+    @property
+    def opened(self) -> PoolOpened:
+        """The first event: which manager the run had, and how much memory."""
+        first = self.events[0]
+        assert isinstance(first, PoolOpened)
+        return first
 
     def moment(self, position: int) -> Moment:
         """The run after the event at `position`, which is cut to what there is."""
@@ -157,7 +164,7 @@ class History:
     # --- the first pass ------------------------------------------------------------------------------
 
     def _take(self, line: int, event: Event) -> None:
-        if not self.events and not isinstance(event, events.PoolOpened):
+        if not self.events and not isinstance(event, PoolOpened):
             raise ValueError(f"line {line}: a run begins with PoolOpened; this is {type(event).__name__}")
         match event:  # three kinds change nothing in a frame, so they are no moments
             case events.TokenNamed():
@@ -200,6 +207,7 @@ class History:
             case StepPlanned():
                 self.spans.plan(event, self._now)
                 self.steps.append(Room.of(self._now))
+                self.plans.append(event)
                 self.step_positions.append(len(self.events))
             case events.SequenceForked():
                 members = self._members.get(self._now.sequences[event.child_id].request_id, [event.child_id])
@@ -214,8 +222,7 @@ class History:
                 self.spans.begin(event.seq_id, len(self.steps) + 1, " ")
             case RanksOpened():
                 self.ranks = event
-            case events.PoolOpened():
-                self.streams = event.manager == "streaming"
+            case PoolOpened():
                 # Far fewer copies of a state with a million blocks than of one with a dozen.
                 size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
                 self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))
@@ -238,7 +245,7 @@ def histories(log: Iterable[Event]) -> list[History]:
     """The runs of a log, one after another: each begins with PoolOpened. Raises ValueError with the line."""
     runs: list[list[NumberedEvent]] = []
     for line, event in enumerate(log, start=1):
-        if isinstance(event, events.PoolOpened) or not runs:
+        if isinstance(event, PoolOpened) or not runs:
             runs.append([])
         runs[-1].append((line, event))
     return [History.of(run) for run in runs]

@@ -261,6 +261,11 @@ class MemoryState(Blocks):
         regions = [PartialAllocation(seq_id, p.length, p.length, p.size) for seq_id, p in on_device.items()]
         return Snapshot(0, regions, external=0, free=sum(size for _, size in self.holes()))
 
+    def pieces(self, on_host: bool = False) -> list[tuple[int, int, int | None]]:
+        """(start, size, sequence) of all regions and holes of one pool, in their order; a hole has no sequence."""
+        regions = [(p.start, p.size, seq_id) for seq_id, p in self.sequences.items() if p.on_host == on_host]
+        return sorted([*regions, *((*hole, None) for hole in self.holes(on_host))], key=lambda piece: piece[:2])
+
     def holes(self, on_host: bool = False) -> list[tuple[int, int]]:
         """(start, size) of the free slots between the regions of one pool."""
         found, position = [], 0

@@ -40,7 +40,7 @@ def write_page(
     page.start = {"run": 0, "frame": frame, "position": at}
     for run in runs:
         frames = frames_of(run)
-        manager = run.moment(0).state.memory.manager
+        manager = run.opened.manager
         same = sum(story.name.split()[0] == manager for story in page.runs)  # earlier runs under this manager
         name = f"{manager} {same + 1}" if same else manager
         of_frames = [StoryFrame(each.name, list(each.about)) for each in frames]

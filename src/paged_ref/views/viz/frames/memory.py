@@ -5,7 +5,6 @@ from __future__ import annotations
 from rich.text import Text
 
 from ....core.memory.usage import MemoryUsage
-from ....timeline.events import PoolOpened
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
 from ...common.canvas import DIM, Lines, count, filled, line, pack, rule, window
@@ -32,8 +31,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
 
 def _run(scene: Scene, run: History, width: int, chart_height: int) -> Lines:
     """One manager: a heading, the pool now as a bar with its numbers, and the run as a chart below."""
-    here, opened = run is scene.history, run.events[0]
-    assert isinstance(opened, PoolOpened)
+    here, opened = run is scene.history, run.opened
     step = min(scene.moment.step, len(run.steps) - 1)
     when = f"step {step}" if step >= 0 else "before step 0"
     if here:

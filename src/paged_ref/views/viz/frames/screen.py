@@ -44,7 +44,7 @@ FRAMES_OF_PAGES = (
 
 
 def frames_of(run: History) -> tuple[Frame, ...]:
-    return FRAMES_OF_PAGES if run.streams else FRAMES
+    return FRAMES_OF_PAGES if run.opened.manager == "streaming" else FRAMES
 
 
 def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
