@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from .own import OwnRun
-from .run import LETTERS, KernelRun
+from .run import KernelRun
+from .sizes import LETTERS
 
 
 def sentence(run: KernelRun, position: int) -> str:

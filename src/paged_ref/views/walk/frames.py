@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from ..common.canvas import DIM, TITLE, Lines, beside, filled, fit, line, page, rule, too_small, wrap
+from .call import Walk
 from .captions import sentence
 from .counts import counters, layouts, thread_line
 from .panels import NOW, caches, cell_width, grid_height, now, source
-from .run import LETTERS, KernelRun, Walk
+from .run import KernelRun
+from .sizes import LETTERS
 
 SMALLEST = (60, 20)
 WIDE = 140  # columns from which both kernels fit side by side

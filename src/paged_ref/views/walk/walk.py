@@ -16,9 +16,10 @@ from ..common.console import Console
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..common.viewer import Viewer
+from .call import KERNELS, Walk, walk
 from .frames import GLOSSARY, KEYS, MARKS, SMALLEST, VIEWS, WIDE, Look, frame
 from .own import own_walk
-from .run import KERNELS, Sizes, Walk, walk
+from .sizes import Sizes
 from .walk_page import write_page
 
 STEPS = ("access", "line", "thread", "round", "block")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..common.printing import Size
 from ..page.page import Labels, Page, Story, StoryFrame
+from .call import KERNELS, Walk
 from .captions import sentence
 from .frames import GLOSSARY, MARKS, VIEWS, Look, picture, where
-from .run import KERNELS, Walk
 
 MOST = 5_000  # accesses: two minutes of drawing, and 1 MB
 
