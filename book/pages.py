@@ -174,7 +174,7 @@ they are best read.
 
 def side_by_side() -> str:
     """Both teaching kernels, line beside line. A line leads to the first moment in which it reads or writes memory."""
-    from paged_ref.views.walk.run import KERNELS, walk
+    from paged_ref.views.walk.call import KERNELS, walk
 
     made = walk()
     columns = []

@@ -13,10 +13,10 @@ from paged_ref.core.model.config import kv_bytes_per_token
 from paged_ref.interop.checkpoints import load
 from paged_ref.timeline.events import PagesAttended, PagesPlaced
 from paged_ref.timeline.history import History, read_histories
-from paged_ref.views.common.canvas import Scene
 from paged_ref.views.viz.frames.screen import FRAMES_OF_PAGES, SMALLEST, screen
 from paged_ref.views.viz.narration import narrate
 from paged_ref.views.viz.player import Player
+from paged_ref.views.viz.scene import Scene
 from paged_ref.views.viz.source_links import function_for_event, place_of
 
 CONFIG = load("tiny").config

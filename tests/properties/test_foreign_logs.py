@@ -13,11 +13,11 @@ import pytest
 from paged_ref import LLM, SamplingParams
 from paged_ref.timeline.events import Event, read_events, to_json
 from paged_ref.timeline.history import histories
-from paged_ref.views.common.canvas import Scene
 from paged_ref.views.monitor.report import as_json, as_prometheus
 from paged_ref.views.monitor.screen import screen as monitor_screen
 from paged_ref.views.monitor.state import Monitor
 from paged_ref.views.viz.frames.screen import frames_of, screen
+from paged_ref.views.viz.scene import Scene
 from paged_ref.views.viz.viz_run import PAPER, record
 
 CASES = 150

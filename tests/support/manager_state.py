@@ -14,7 +14,8 @@ from paged_ref.extras.prefix_cache import CachingBlockPool
 from paged_ref.extras.swapping import SwappingManager
 from paged_ref.timeline.events import Event
 from paged_ref.timeline.logged import LoggedManager
-from paged_ref.timeline.memory_state import Blocks, KnownBlock, MemoryState, PageState, Placement
+from paged_ref.timeline.memory_state import Blocks, KnownBlock, MemoryState, Placement
+from paged_ref.timeline.page_state import PageState
 from paged_ref.timeline.state import RunState
 
 

@@ -18,7 +18,8 @@ from paged_ref.core.memory.usage import MemoryUsage
 from paged_ref.extras import memory_limit
 from paged_ref.extras.step_records import StepRecord
 from paged_ref.timeline.events import Event, ModelOpened, StepTimed, TokenNamed, to_json, write_events
-from paged_ref.timeline.history import MARKS, History, histories, letters, read_histories
+from paged_ref.timeline.history import History, histories, letters, read_histories
+from paged_ref.timeline.marks import MARKS
 from paged_ref.timeline.memory_state import MemoryState
 from paged_ref.timeline.state import RunState
 from paged_ref.views.viz.viz_run import PAPER

@@ -12,27 +12,16 @@ import pytest
 pytest.importorskip("greenlet", reason="greenlet runs the tracer's threads")
 pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra test, cuda12 or cuda13)")
 
-from paged_ref.core.attention.cuda import Launch
+from support.launched import launched, traced
+
 from paged_ref.core.device import to_host, xp
 from paged_ref.core.model.llama import gated, rms_norm, rotate
 from paged_ref.kernels import merge_states
-from paged_ref.tracer.trace import Trace, run
-from paged_ref.tuned.fused import (
-    add_norm_launch,
-    gated_launch,
-    rms_norm_launch,
-    rotate_launch,
-    turn_and_write_launch,
-)
-from paged_ref.tuned.machine_code import bounds_of, compile_kernel, parameters
-from paged_ref.tuned.parts import add_part_launch
+from paged_ref.tuned import fused
+from paged_ref.tuned.parts import add_part
 
 RNG = np.random.default_rng(0)
 CLOSE = {"float32": 3e-6, "float16": 3e-3}  # relative, and absolute: float16 rounds on the way in the array code
-
-
-def traced(launch: Launch) -> Trace:
-    return run(launch.kernel, launch.grid, launch.num_threads, *launch.args)
 
 
 def close(got: np.ndarray, want: np.ndarray) -> None:
@@ -53,8 +42,7 @@ def random(*shape: int, dtype: str = "float32") -> np.ndarray:
 @pytest.mark.parametrize("size", [7, 32, 300])
 def test_rms_norm(dtype: str, size: int) -> None:
     x, weight = random(3, size, dtype=dtype) * np.array([[1], [100], [0]], dtype), random(size, dtype=dtype)
-    out = np.full_like(x, np.nan)
-    trace = traced(rms_norm_launch(out, x, weight, 1e-5))
+    out, trace = traced(fused.rms_norm, x, weight, 1e-5)
     close(out, by_array_code(rms_norm, x, weight, 1e-5))
     assert (trace.counts("out", write=True) == 1).all()
     assert (trace.counts("x") == 2).all()
@@ -66,8 +54,7 @@ def test_rotate(dtype: str) -> None:
     angles = random(3, 1, 10)
     cos, sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
     for part in (qkv[:, :4], qkv[:, 4:6], qkv):
-        out = np.full(part.shape, np.nan, dtype)
-        trace = traced(rotate_launch(out, part, cos, sin))
+        out, trace = traced(fused.rotate, part, cos, sin)
         close(out, by_array_code(rotate, part, cos, sin))
         assert (trace.counts("out", write=True) == 1).all()
         assert trace.counts("x").sum() == part.size
@@ -78,8 +65,7 @@ def test_rotate(dtype: str) -> None:
 def test_add_norm(dtype: str, size: int) -> None:
     x, change, weight = random(3, size, dtype=dtype), random(3, size, dtype=dtype), random(size, dtype=dtype)
     want = x + change
-    out = np.full_like(x, np.nan)
-    trace = traced(add_norm_launch(out, x, change, weight, 1e-5))
+    out, trace = traced(fused.add_norm, x, change, weight, 1e-5)
     np.testing.assert_array_equal(x, want)
     close(out, rms_norm(want, weight, 1e-5))
     assert (trace.counts("out", write=True) == 1).all()
@@ -95,13 +81,13 @@ def test_one_more_part(dtype: str) -> None:
     part = outs[1].astype(dtype)
     want, want_lse = merge_states(np.stack([outs[0], part.astype(np.float32)]), lses)
     out, lse = outs[0].copy(), lses[0].copy()
-    traced(add_part_launch(out, lse, part, lses[1]))
+    assert traced(add_part, out, lse, part, lses[1])[0]
     np.testing.assert_allclose(out, want, rtol=3e-6, atol=3e-6)
     np.testing.assert_allclose(lse, want_lse, rtol=3e-6, atol=3e-6)
     assert np.isnan(out[1, 1]).all()
     np.testing.assert_array_equal(out[0, 1], outs[0, 0, 1])
     nothing, minus = np.zeros((1, 1, 4), np.float32), np.full((1, 1), -np.inf, np.float32)
-    traced(add_part_launch(nothing, minus, random(1, 1, 4), minus.copy()))
+    assert traced(add_part, nothing, minus, random(1, 1, 4), minus.copy())[0]
     assert nothing.tolist() == [[[0] * 4]]
     assert minus.tolist() == [[-np.inf]]
 
@@ -115,8 +101,8 @@ def test_turn_and_write(dtype: str, joined: bool) -> None:
     angles = random(3, 1, 10)
     cos, sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
     caches = [np.full((6, 2, 10), np.nan, dtype) for _ in range(2)]
-    query, slots = np.full((3, 3, 10), np.nan, dtype), np.array([4, -1, 0], np.int32)
-    trace = traced(turn_and_write_launch(query, qk, value, cos, sin, caches[0], caches[1], slots))
+    slots = np.array([4, -1, 0], np.int32)
+    query, trace = traced(fused.turn_and_write, qk, value, cos, sin, caches[0], caches[1], slots)
     turned = rotate(qk, cos, sin)
     close(query, np.ascontiguousarray(turned[:, :3]))
     for cache, new in zip(caches, (turned[:, 3:], value), strict=True):
@@ -128,8 +114,7 @@ def test_turn_and_write(dtype: str, joined: bool) -> None:
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_gate(dtype: str) -> None:
     gate_up = random(2, 2 * 300, dtype=dtype) * 8
-    out = np.full((2, 300), np.nan, dtype)
-    trace = traced(gated_launch(out, gate_up))
+    out, trace = traced(fused.gated, gate_up)
     close(out, by_array_code(gated, gate_up))
     assert (trace.counts("out", write=True) == 1).all()
     assert (trace.counts("gate_up") == 1).all()
@@ -137,9 +122,7 @@ def test_gate(dtype: str) -> None:
 
 def test_gate_of_the_largest_is_no_nan() -> None:
     gate_up = np.array([[-200, 200, 1, 1]], np.float32)
-    out = np.zeros((1, 2), np.float32)
-    traced(gated_launch(out, gate_up))
-    assert out.tolist() == [[0, 200]]
+    assert traced(fused.gated, gate_up)[0].tolist() == [[0, 200]]
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -147,15 +130,16 @@ def test_machine_code(dtype: str) -> None:
     pytest.importorskip("cuda.bindings.nvjitlink", reason="cuda-bindings links PTX to machine code")
     x, cos = random(2, 64, dtype=dtype), random(2, 1, 8, dtype=dtype)
     heads, slots = x.reshape(2, 8, 8), np.zeros(2, np.int32)
-    for launch in (
-        rms_norm_launch(x, x, x[0], 1e-5),
-        rotate_launch(x.reshape(2, 8, 8), x.reshape(2, 8, 8), cos, cos),
-        gated_launch(x[:, :32].copy(), x),
-        add_norm_launch(x.copy(), x, x, x[0], 1e-5),
-        add_part_launch(random(2, 4, 8), random(2, 4), x.reshape(2, 8, 8)[:, :4].copy(), random(2, 4)),
-        turn_and_write_launch(heads[:, :4].copy(), heads[:, :6], heads[:, 6:], cos, cos, heads, heads, slots),
-    ):
-        code = compile_kernel(launch.kernel, parameters(launch.args), bounds_of(launch), (9, 0))
+    with launched(run=False) as launches:
+        fused.rms_norm(x, x[0], 1e-5)
+        fused.rotate(heads, cos, cos)
+        fused.gated(x)
+        fused.add_norm(x.copy(), x, x[0], 1e-5)
+        fused.turn_and_write(heads[:, :6], heads[:, 6:], cos, cos, heads, heads, slots)
+        add_part(random(2, 4, 8), random(2, 4), heads[:, :4].copy(), random(2, 4))
+    assert len(launches) == 6
+    for launch in launches:
+        code = launch.compiled((9, 0))
         assert ".f64" not in code.ptx
         assert ".local" not in code.ptx
         assert not re.search(r"\bcall\b", code.ptx)

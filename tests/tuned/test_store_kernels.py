@@ -11,14 +11,12 @@ import pytest
 pytest.importorskip("greenlet", reason="greenlet runs the tracer's threads")
 pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra test, cuda12 or cuda13)")
 
-from paged_ref.core.attention.cuda import Launch
+from support.launched import Launched, launched, traced
+
 from paged_ref.extras.formats import encode
 from paged_ref.interop import kernel_api
 from paged_ref.kernels import copy_blocks, write_kv
-from paged_ref.tracer.trace import Trace, run
 from paged_ref.tuned import store
-from paged_ref.tuned.machine_code import bounds_of, compile_kernel, parameters
-from paged_ref.tuned.store import copy_launch, write_launches
 from paged_ref.tuned.store_kernels import move_rows_kernel
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,10 +30,6 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Arr
     with np.errstate(over="ignore", invalid="ignore"):
         stored: Array = encode(values, dtype)
     return stored
-
-
-def traced(launch: Launch) -> Trace:
-    return run(launch.kernel, launch.grid, launch.num_threads, *launch.args)
 
 
 @pytest.mark.parametrize("target", FORMATS)
@@ -54,11 +48,10 @@ def test_write_kv_kernels_write_what_the_array_code_writes(source: str, target: 
         want, got = ([np.full(shape, 3, target) for _ in range(2)] for _ in range(2))
         with np.errstate(over="ignore", invalid="ignore"):
             write_kv(key, value, want[0], want[1], slots, key_scales=scales[0], value_scales=scales[1])
-        launches = write_launches(key, value, got[0], got[1], slots, (scales[0], scales[1]))
+        with launched() as launches:
+            assert store.write(key, value, got[0], got[1], slots, (scales[0], scales[1]))
         aligned = row[0] * row[1] * key.itemsize % 16 == 0
-        assert (launches[0].kernel is move_rows_kernel) == (source == target and aligned)
-        for launch in launches:
-            traced(launch)
+        assert (launches[0].launch.kernel is move_rows_kernel) == (source == target and aligned)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=form)  # takes NaN for equal to NaN
 
@@ -68,8 +61,10 @@ def test_every_number_of_a_row_is_read_and_written_once(dtype: str, names: tuple
     """Also where a row is longer than the threads reach with one access each."""
     key, caches = np.ones((3, 4, 300), np.float32), np.zeros((2, 2, 2, 4, 300), dtype)
     scales = [np.ones(4, np.float32)] * 2 if dtype == "uint8" else [None, None]
-    launch = write_launches(key, key, caches[0], caches[1], np.array([3, -2, 0]), (scales[0], scales[1]))[0]
-    trace = traced(launch)
+    with launched() as launches:
+        assert store.write(key, key, caches[0], caches[1], np.array([3, -2, 0]), (scales[0], scales[1]))
+    trace = launches[0].trace
+    assert trace is not None
     reads, writes = trace.counts(names[0]), trace.counts(names[1], write=True)
     assert reads.sum() == writes.sum() == 2 * 1200
     assert reads.max() == writes.max() == 1
@@ -82,9 +77,8 @@ def test_copy_blocks_kernel(planes: int) -> None:
     pairs = np.array([[0, 3], [0, 5], [4, 1]])
     want = cache.copy()
     want[:, [3, 5, 1]] = want[:, [0, 0, 4]]
-    launch = copy_launch(cache, pairs)
-    assert launch is not None
-    trace = traced(launch)
+    done, trace = traced(store.copy, cache, pairs)
+    assert done
     np.testing.assert_array_equal(cache, want)
     writes = trace.counts("cache", write=True)
     assert writes.sum() == planes * 3 * 48
@@ -93,9 +87,11 @@ def test_copy_blocks_kernel(planes: int) -> None:
 
 def test_the_copy_kernel_leaves_alone_what_it_cannot_do() -> None:
     cache = np.zeros((1, 6, 4, 2, 6), np.float32)
-    assert copy_launch(cache, np.array([[0, 1], [1, 2]])) is None  # block 1 must be read before it is written
-    assert copy_launch(cache[..., :5], np.array([[0, 1]])) is None
-    assert copy_launch(np.zeros((1, 6, 1, 1, 3), np.float32), np.array([[0, 1]])) is None  # blocks of 12 bytes
+    with launched() as launches:
+        assert not store.copy(cache, np.array([[0, 1], [1, 2]]))  # block 1 must be read before it is written
+        assert not store.copy(cache[..., :5], np.array([[0, 1]]))
+        assert not store.copy(np.zeros((1, 6, 1, 1, 3), np.float32), np.array([[0, 1]]))  # blocks of 12 bytes
+    assert launches == []
     chain = np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1).repeat(4, axis=3)
     copy_blocks(chain, chain.copy(), [(0, 1), (1, 2)])
     assert chain[:, 0, 0, 0].tolist() == [0, 0, 1, 3, 4, 5]
@@ -104,27 +100,31 @@ def test_the_copy_kernel_leaves_alone_what_it_cannot_do() -> None:
 # ---- machine code
 
 
-def launches() -> dict[str, Launch]:
-    """One of each kernel, as it would be launched."""
-    found = {}
-    for source, target in (("float16", "float16"), ("float32", "float16"), ("float16", "uint16"), ("uint16", "int8"),
-                           ("float32", "uint8"), ("uint8", "uint8")):  # fmt: skip
-        key = np.zeros((3, 2, 7 if source == "uint8" else 8), source)
-        cache = np.zeros((2, 2, *key.shape[1:]), target)
-        scales = [np.ones(2, np.float32)] * 2 if target in ("int8", "uint8") else [None, None]
-        found[f"{source} to {target}"] = write_launches(key, key, cache, cache, np.arange(3), (scales[0], scales[1]))[0]
-    copy = copy_launch(np.zeros((2, 3, 4, 2, 8), np.float16), np.array([[0, 1]]))
-    assert copy is not None
-    return {**found, "copy_blocks": copy}
+KINDS = ["float16 to float16", "float32 to float16", "float16 to uint16", "uint16 to int8", "float32 to uint8",
+         "uint8 to uint8", "copy_blocks"]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", launches())
+def launch_of(kind: str) -> Launched:
+    """The kernel as it would be launched."""
+    with launched(run=False) as found:
+        if kind == "copy_blocks":
+            store.copy(np.zeros((2, 3, 4, 2, 8), np.float16), np.array([[0, 1]]))
+        else:
+            source, target = kind.split(" to ")
+            key = np.zeros((3, 2, 7 if source == "uint8" else 8), source)
+            cache = np.zeros((2, 2, *key.shape[1:]), target)
+            scales = [np.ones(2, np.float32)] * 2 if target in ("int8", "uint8") else [None, None]
+            store.write(key, key, cache, cache, np.arange(3), (scales[0], scales[1]))
+    return found[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_machine_code(name: str) -> None:
     pytest.importorskip("cuda.bindings.nvjitlink", reason="cuda-bindings links PTX to machine code")
-    launch = launches()[name]
+    launch = launch_of(name)
     in_chunks = name in ("float16 to float16", "copy_blocks")
     for capability in ((8, 0), (9, 0)) if in_chunks else ((9, 0),):
-        code = compile_kernel(launch.kernel, parameters(launch.args), bounds_of(launch), capability)
+        code = launch.compiled(capability)
         assert ".f64" not in code.ptx
         assert ".local" not in code.ptx
         assert not re.search(r"\bcall\b", code.ptx)

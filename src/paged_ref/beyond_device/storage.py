@@ -39,14 +39,7 @@ class PageStorage:
 
     def apply(self, transfers: Iterable[Transfer]) -> None:
         """Begin to make these copies, in their order. Call `wait` before computing on their blocks."""
-        self._copies.begin()
-        for transfer in joined(transfers):
-            source = slice(transfer.source, transfer.source + transfer.count)
-            destination = slice(transfer.destination, transfer.destination + transfer.count)
-            if transfer.kind == "swap_out":
-                self._copies.out_planes(self.device[:, source], self.host[:, destination])
-            else:
-                self._copies.back_planes(self.host[:, source], self.device[:, destination])
+        self._copies.swap(joined(transfers), self.device, self.host)
 
     def wait(self) -> None:
         """What is computed from now on sees all copies."""

@@ -13,15 +13,16 @@ from rich.text import Text
 from ..extras.managers import MANAGERS, ManagerName
 from ..extras.sampling_params import SamplingParams
 from ..timeline.events import Event
-from ..timeline.history import MARKS, History, histories, read_histories
+from ..timeline.history import History, histories, read_histories
+from ..timeline.marks import MARKS
 from ..views.common import options
-from ..views.common.canvas import Scene
 from ..views.common.console import Console
 from ..views.common.files import recording
 from ..views.common.loop import play
 from ..views.common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..views.viz.frames.screen import FRAMES, FRAMES_OF_PAGES, SMALLEST, Frame, frames_of, screen
 from ..views.viz.player import Player, opening
+from ..views.viz.scene import Scene
 from ..views.viz.tour import SMALLEST_TOUR, Tour
 from ..views.viz.viz_page import write_page
 from ..views.viz.viz_run import PAPER, Workload, record, workload

@@ -271,8 +271,7 @@ KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclas
 _ENCODER = msgspec.json.Encoder()
 _DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Union[tuple(KINDS.values())])  # noqa: UP007
 _LONG_NUMBER = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
-# The reader of each version. A change that a reader of older logs must know of makes the next version.
-_READERS: dict[int, Callable[[str], Event]] = {1: _DECODER.decode}
+_VERSION = 1  # a change that a reader of older logs must know of makes the next one
 
 
 def to_json(event: Event) -> str:
@@ -285,7 +284,7 @@ def from_json(line: str) -> Event:
     if _LONG_NUMBER.search(line):
         parse_json(line)  # refuses a number of more than 64 bits, which would come back as an integer of any length
     try:
-        event = _READERS[1](line)
+        event = _DECODER.decode(line)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(_what_is_wrong(line) or str(error)) from None
     if isinstance(event, PoolOpened):
@@ -294,9 +293,8 @@ def from_json(line: str) -> Event:
 
 
 def _require_version(version: object) -> None:
-    if type(version) is int and version not in _READERS:
-        known = ", ".join(map(str, _READERS))
-        raise ValueError(f"the log has version {reprlib.repr(version)}; this program reads {known}")
+    if type(version) is int and version != _VERSION:
+        raise ValueError(f"the log has version {reprlib.repr(version)}; this program reads {_VERSION}")
 
 
 def _what_is_wrong(line: str) -> str:

@@ -15,53 +15,14 @@ from pathlib import Path
 
 from ..core.memory.usage import MemoryUsage, Snapshot
 from ..extras.reading import open_file
-from .events import (
-    BeamsReordered,
-    BlockCached,
-    Event,
-    ModelOpened,
-    PagesAttended,
-    PoolOpened,
-    RanksOpened,
-    RegionPlaced,
-    RegionSwappedIn,
-    RegionSwappedOut,
-    RequestArrived,
-    SequenceAdmitted,
-    SequenceFinished,
-    SequenceForked,
-    StepPlanned,
-    StepTimed,
-    SwappedIn,
-    SwappedOut,
-    TokenNamed,
-    TokensAppended,
-    read_events,
-)
-from .state import Change, RunState
+from . import events
+from .change import Change
+from .events import Event, PoolOpened, RanksOpened, StepPlanned
+from .marks import marks_of
+from .spans import Spans
+from .state import RunState
 
 NumberedEvent = tuple[int, Event]  # the line of the log, and its event
-MARKS = {
-    "F": "fork",
-    "C": "copy on write",
-    "H": "prefix hit",
-    "E": "eviction",
-    "S": "swap out",
-    "R": "return",
-    "X": "preempted by recompute",
-    "A": "attention watched",
-    "B": "beams",
-    "N": "end of a sequence",
-}
-_MARK_OF = {
-    SequenceForked: "F",
-    SwappedOut: "S",
-    RegionSwappedOut: "S",
-    RegionSwappedIn: "R",
-    BeamsReordered: "B",
-    SequenceFinished: "N",
-    PagesAttended: "A",
-}
 CHECKPOINT_BUDGET = 4_000_000  # list entries that all checkpoints of a run may hold together, about
 
 
@@ -93,8 +54,8 @@ class Moment:
 
     @property
     def next_event(self) -> Event | None:
-        events = self.history.events
-        return events[self.position + 1] if self.position + 1 < len(events) else None
+        following = self.history.events[self.position + 1 : self.position + 2]
+        return following[0] if following else None
 
     @property
     def step(self) -> int:
@@ -118,16 +79,15 @@ class History:
     names: dict[int, str] = field(default_factory=dict)  # of sequences: A, B, or A1, A2 for samples of a request
     final_lengths: dict[int, int] = field(default_factory=dict)  # the most slots that each sequence came to hold
     steps: list[Room] = field(default_factory=list)  # after the plan of each step
-    step_positions: list[int] = field(default_factory=list)  # of their StepPlanned
-    spans: dict[int, list[tuple[int, str]]] = field(default_factory=dict)  # of sequences: (first step, what it does)
-    marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS): what is worth a look
+    plans: list[StepPlanned] = field(default_factory=list)  # of the steps
+    step_positions: list[int] = field(default_factory=list)  # of these events
+    spans: Spans = field(default_factory=Spans)
+    marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS in marks.py)
     ranks: RanksOpened | None = None  # None: one process holds all heads
     caches: bool = False  # a prefix cache is on
-    streams: bool = False  # pages are on the device, on the host, or on both
     interval: int = 256  # events between two checkpoints
     max_checkpoints: int = 128
     num_applied: int = 0  # events, since the beginning: what stepping costs
-    _lines: list[int] = field(default_factory=list)
     _checkpoints: list[RunState] = field(default_factory=list)  # after every `interval` events, the first after none
     _sizes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # sequence -> (position, region size)
     _members: dict[int, list[int]] = field(default_factory=dict)  # request -> its sequences
@@ -136,11 +96,11 @@ class History:
     _shown: Moment | None = None  # the last one, still good: drawing it again costs nothing
 
     @classmethod
-    def of(cls, events: Iterable[NumberedEvent]) -> History:
+    def of(cls, numbered: Iterable[NumberedEvent]) -> History:
         """The history of these events. Raises ValueError, with the number of the line, where they contradict
         themselves."""
         self = cls()
-        for line, event in events:
+        for line, event in numbered:
             self._take(line, event)
         self._num_in_now = len(self.events)
         for request_id, members in self._members.items():
@@ -151,6 +111,13 @@ class History:
 
     def __len__(self) -> int:
         return len(self.events)
+
+    @property
+    def opened(self) -> PoolOpened:
+        """The first event: which manager the run had, and how much memory."""
+        first = self.events[0]
+        assert isinstance(first, PoolOpened)
+        return first
 
     def moment(self, position: int) -> Moment:
         """The run after the event at `position`, which is cut to what there is."""
@@ -180,13 +147,6 @@ class History:
         snapshot = replace(room.snapshot, external=external, free=room.snapshot.free - external)
         return snapshot.usage(self.final_lengths)
 
-    def code_at(self, seq_id: int, step: int) -> str:
-        """What the sequence does in a step: P prefill, R prefill again, d decode, - nothing, w waits, x preempted
-        by recompute, S by swap, s is swapped out, F has finished, blank before and after."""
-        spans = self.spans.get(seq_id, [])
-        i = bisect_right(spans, (step, "~")) - 1
-        return spans[i][1] if i >= 0 else " "
-
     def text(self, token_id: int) -> str:
         return self.token_texts.get(token_id, f"<{token_id}>")
 
@@ -207,11 +167,11 @@ class History:
         if not self.events and not isinstance(event, PoolOpened):
             raise ValueError(f"line {line}: a run begins with PoolOpened; this is {type(event).__name__}")
         match event:  # three kinds change nothing in a frame, so they are no moments
-            case TokenNamed():
+            case events.TokenNamed():
                 self.token_texts[event.token_id] = event.text
-            case ModelOpened():
+            case events.ModelOpened():
                 self.model, self.bytes_per_token = event.model, event.kv_bytes_per_token
-            case StepTimed():
+            case events.StepTimed():
                 pass
             case _:
                 self._keep_checkpoint()
@@ -222,7 +182,7 @@ class History:
                 for seq_id in change.seq_ids:
                     self.names.setdefault(seq_id, f"#{seq_id}")
                 self._note(event)
-                self.marks += ((len(self.events), mark) for mark in _marks(event, self._now))
+                self.marks += ((len(self.events), mark) for mark in marks_of(event, self._now))
                 self.events.append(event)
 
     def _keep_checkpoint(self) -> None:
@@ -237,77 +197,35 @@ class History:
 
     def _note(self, event: Event) -> None:
         match event:
-            case TokensAppended():
+            case events.TokensAppended():
                 length = self._now.memory.sequences[event.seq_id].length
                 self.final_lengths[event.seq_id] = max(length, self.final_lengths.get(event.seq_id, 0))
-            case RequestArrived():
+            case events.RequestArrived():
                 self._members[event.request_id] = list(event.seq_ids)
                 for seq_id in event.seq_ids:
-                    self._span(seq_id, len(self.steps), "w")
+                    self.spans.begin(seq_id, len(self.steps), "w")
             case StepPlanned():
-                self._note_step(event)
-            case SequenceForked():
+                self.spans.plan(event, self._now)
+                self.steps.append(Room.of(self._now))
+                self.plans.append(event)
+                self.step_positions.append(len(self.events))
+            case events.SequenceForked():
                 members = self._members.get(self._now.sequences[event.child_id].request_id, [event.child_id])
                 if event.child_id not in members:
                     members.append(event.child_id)
-            case RegionPlaced() | RegionSwappedIn():
+            case events.RegionPlaced() | events.RegionSwappedIn():
                 self._sizes.setdefault(event.seq_id, []).append((len(self.events), event.size))
-            case BlockCached():
+            case events.BlockCached():
                 self.caches = True
-            case SequenceFinished():
-                self._span(event.seq_id, len(self.steps), "F")
-                self._span(event.seq_id, len(self.steps) + 1, " ")
+            case events.SequenceFinished():
+                self.spans.begin(event.seq_id, len(self.steps), "F")
+                self.spans.begin(event.seq_id, len(self.steps) + 1, " ")
             case RanksOpened():
                 self.ranks = event
             case PoolOpened():
-                self.streams = event.manager == "streaming"
                 # Far fewer copies of a state with a million blocks than of one with a dozen.
                 size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
                 self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))
-
-    def _note_step(self, event: StepPlanned) -> None:
-        state, step = self._now, len(self.steps)
-        self.steps.append(Room.of(state))
-        self.step_positions.append(len(self.events))
-        for seq_id, count in event.chunks:
-            self._span(seq_id, step, self._code_of_chunk(seq_id, count))
-        for seq_id in event.preempted:
-            swapped = state.sequences[seq_id].status == "swapped"
-            self._span(seq_id, step, "S" if swapped else "x")
-            self._span(seq_id, step + 1, "s" if swapped else "w")
-        for seq_id in set(event.waiting).difference(event.preempted):
-            self._span(seq_id, step, "s" if state.sequences[seq_id].status == "swapped" else "w")
-        on_device = {seq_id for seq_id, place in state.memory.sequences.items() if not place.on_host}
-        for seq_id in on_device.difference(seq_id for seq_id, _ in event.chunks):
-            self._span(seq_id, step, "-")
-
-    def _code_of_chunk(self, seq_id: int, count: int) -> str:
-        """What a sequence does that computes `count` tokens in the step that is planned now: P, R or d."""
-        view, length = self._now.sequences[seq_id], self._now.memory.sequences[seq_id].length
-        if len(view.tokens) <= view.prompt_len:
-            return "P"
-        return "d" if count == 1 and length == len(view.tokens) else "R"
-
-    def _span(self, seq_id: int, step: int, code: str) -> None:
-        """From this step on, until the next span, the sequence has this code."""
-        spans = self.spans.setdefault(seq_id, [])
-        while spans and spans[-1][0] >= step:
-            spans.pop()
-        if not spans or spans[-1][1] != code:
-            spans.append((step, code))
-
-
-def _marks(event: Event, state: RunState) -> str:
-    """The letters of an event that is worth a look."""
-    if isinstance(event, TokensAppended):
-        return "C" * bool(event.copied) + "E" * bool(event.evicted)
-    if isinstance(event, SwappedIn):
-        return "R" + "E" * bool(event.evicted)
-    if isinstance(event, SequenceAdmitted):
-        return "H" * bool(event.blocks)
-    if isinstance(event, StepPlanned):
-        return "X" * any(state.sequences[seq_id].status == "waiting" for seq_id in event.preempted)
-    return _MARK_OF.get(type(event), "")
 
 
 def letters(number: int) -> str:
@@ -323,10 +241,10 @@ def letters(number: int) -> str:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def histories(events: Iterable[Event]) -> list[History]:
+def histories(log: Iterable[Event]) -> list[History]:
     """The runs of a log, one after another: each begins with PoolOpened. Raises ValueError with the line."""
     runs: list[list[NumberedEvent]] = []
-    for line, event in enumerate(events, start=1):
+    for line, event in enumerate(log, start=1):
         if isinstance(event, PoolOpened) or not runs:
             runs.append([])
         runs[-1].append((line, event))
@@ -338,7 +256,7 @@ def read_histories(path: Path) -> list[History]:
     raw = open_file(path)
     try:
         with TextIOWrapper(raw, encoding="utf-8") as file:
-            found = histories(read_events(file))
+            found = histories(events.read_events(file))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a log: byte {error.start} of it is no text") from None
     except ValueError as error:

@@ -27,36 +27,13 @@ from ..extras.plain_text import plain
 from ..extras.prefix_cache import CachingBlockPool
 from ..extras.swapping import SwappingManager
 from ..extras.token_text import token_text
-from .events import (
-    BeamsReordered,
-    BlockCached,
-    Log,
-    ModelOpened,
-    PoolCleared,
-    PoolOpened,
-    RegionPlaced,
-    RegionSwappedIn,
-    RegionSwappedOut,
-    RequestArrived,
-    SequenceAdmitted,
-    SequenceFinished,
-    SequenceForked,
-    SequenceFreed,
-    SequenceTruncated,
-    StepPlanned,
-    StepTimed,
-    SwappedIn,
-    SwappedOut,
-    TokenNamed,
-    TokenSampled,
-    TokensAppended,
-)
+from . import events
 
 
 class LoggedManager(KVCacheManager):
     """`manager` with a log. What the manager refuses is not logged."""
 
-    def __init__(self, manager: KVCacheManager, log: Log) -> None:
+    def __init__(self, manager: KVCacheManager, log: events.Log) -> None:
         """Logs that `manager` opened, which must hold no sequence yet.
 
         Raises ValueError for a manager that keeps neither tables (PagedManager) nor regions (RegionManager).
@@ -72,23 +49,23 @@ class LoggedManager(KVCacheManager):
         if isinstance(manager, PagedManager):
             name, self._tables = "paged", manager.tables
             if isinstance(manager.pool, CachingBlockPool):
-                manager.pool.on_cached = lambda block_id, digest: log(BlockCached(block_id, digest.hex()))
+                manager.pool.on_cached = lambda block_id, digest: log(events.BlockCached(block_id, digest.hex()))
                 manager.pool.on_evicted = lambda block_id: self._evicted.append(block_id)
         elif isinstance(manager, RegionManager):
             name, self._regions = "swapping" if manager.can_swap else "standard", manager.regions
         else:
             raise ValueError(f"{type(manager).__name__} is no PagedManager and no RegionManager; it cannot be logged")
         num_blocks = self.num_slots // self.block_size
-        log(PoolOpened(name, num_blocks, self.block_size, _host_size(manager), _free_order(manager)))
+        log(events.PoolOpened(name, num_blocks, self.block_size, _host_size(manager), _free_order(manager)))
 
     # --- operations that are logged --------------------------------------------------------------------
 
     def admit(self, seq_id: int, tokens: Sequence[int], max_len: int, spare: int = 0) -> int:
         length = self.manager.admit(seq_id, tokens, max_len, spare)
         if self.paged:
-            self.log(SequenceAdmitted(seq_id, tuple(self._tables[seq_id].blocks), length))
+            self.log(events.SequenceAdmitted(seq_id, tuple(self._tables[seq_id].blocks), length))
         else:
-            self.log(RegionPlaced(seq_id, self._regions[seq_id].start, self._regions[seq_id].size))
+            self.log(events.RegionPlaced(seq_id, self._regions[seq_id].start, self._regions[seq_id].size))
         return length
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
@@ -98,12 +75,12 @@ class LoggedManager(KVCacheManager):
         for seq_id, count in appends:
             used = (self._tables[seq_id].length - count) % self.block_size  # slots of the last block, before
             if not (transfers or self._evicted) and 0 < used <= self.block_size - count:  # nearly always
-                self.log(TokensAppended(seq_id, count))
+                self.log(events.TokensAppended(seq_id, count))
             else:
                 self.log(self._appended(seq_id, count, transfers))
         return transfers
 
-    def _appended(self, seq_id: int, count: int, transfers: Sequence[Transfer]) -> TokensAppended:
+    def _appended(self, seq_id: int, count: int, transfers: Sequence[Transfer]) -> events.TokensAppended:
         """What changed in the table, which always has just enough blocks for its tokens."""
         blocks, before = self._tables[seq_id].blocks, self._tables[seq_id].length - count
         first_new = -(-before // self.block_size)
@@ -114,7 +91,7 @@ class LoggedManager(KVCacheManager):
         new_blocks, written = tuple(blocks[first_new:]), blocks[before // self.block_size :]
         evicted = tuple(block_id for block_id in written if block_id in self._evicted)
         self._evicted = [block_id for block_id in self._evicted if block_id not in evicted]
-        return TokensAppended(seq_id, count, new_blocks, copied, evicted)
+        return events.TokensAppended(seq_id, count, new_blocks, copied, evicted)
 
     def _append_to_regions(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
         regions = self._regions
@@ -123,48 +100,48 @@ class LoggedManager(KVCacheManager):
         for (seq_id, count), place in zip(appends, before, strict=True):
             region = regions[seq_id]
             if (region.start, region.size) != place:
-                self.log(RegionPlaced(seq_id, region.start, region.size))
-            self.log(TokensAppended(seq_id, count))
+                self.log(events.RegionPlaced(seq_id, region.start, region.size))
+            self.log(events.TokensAppended(seq_id, count))
         return transfers
 
     def truncate(self, seq_id: int, length: int) -> None:
         self.manager.truncate(seq_id, length)
-        self.log(SequenceTruncated(seq_id, length))
+        self.log(events.SequenceTruncated(seq_id, length))
 
     def commit(self, seq_id: int, tokens: Sequence[int], num_written: int) -> None:
         self.manager.commit(seq_id, tokens, num_written)  # the pool calls on_cached
 
     def free(self, seq_id: int) -> None:
         self.manager.free(seq_id)
-        self.log(SequenceFreed(seq_id))
+        self.log(events.SequenceFreed(seq_id))
 
     def clear(self) -> None:
         self.manager.clear()
         self._evicted.clear()
-        self.log(PoolCleared(_free_order(self.manager)))
+        self.log(events.PoolCleared(_free_order(self.manager)))
 
     def fork(self, parent_id: int, child_id: int) -> None:
         self.manager.fork(parent_id, child_id)
-        self.log(SequenceForked(parent_id, child_id))
+        self.log(events.SequenceForked(parent_id, child_id))
 
     def swap_out(self, seq_ids: Sequence[int]) -> list[Transfer]:
         transfers = self.manager.swap_out(seq_ids)
         if self.paged:
-            self.log(SwappedOut(tuple(seq_ids), _pairs(transfers)))
+            self.log(events.SwappedOut(tuple(seq_ids), _pairs(transfers)))
         elif isinstance(self.manager, SwappingManager):
             for seq_id in seq_ids:
                 region = self.manager.swapped[seq_id]
-                self.log(RegionSwappedOut(seq_id, region.start, region.size))
+                self.log(events.RegionSwappedOut(seq_id, region.start, region.size))
         return transfers
 
     def swap_in(self, seq_ids: Sequence[int], spare: int = 0) -> list[Transfer]:
         transfers = self.manager.swap_in(seq_ids, spare)
         if self.paged:
-            self.log(SwappedIn(tuple(seq_ids), _pairs(transfers), tuple(self._evicted)))
+            self.log(events.SwappedIn(tuple(seq_ids), _pairs(transfers), tuple(self._evicted)))
             self._evicted.clear()
         else:
             for seq_id in seq_ids:
-                self.log(RegionSwappedIn(seq_id, self._regions[seq_id].start, self._regions[seq_id].size))
+                self.log(events.RegionSwappedIn(seq_id, self._regions[seq_id].start, self._regions[seq_id].size))
         return transfers
 
     # --- operations that change nothing ----------------------------------------------------------------
@@ -208,7 +185,7 @@ class LoggedSteps(Observer):
     """Logs requests, steps and tokens of the engine that `scheduler` works for. Token ids are logged with their text,
     so that a log can be read without the model."""
 
-    def __init__(self, log: Log, tokenizer: Tokenizer, scheduler: Scheduler) -> None:
+    def __init__(self, log: events.Log, tokenizer: Tokenizer, scheduler: Scheduler) -> None:
         self.log = log
         self.tokenizer = tokenizer
         self.scheduler = scheduler
@@ -218,18 +195,18 @@ class LoggedSteps(Observer):
 
     def model_opened(self, model: str, kv_bytes_per_token: int) -> None:
         """The name of the model, and the bytes of K and V that a token has over all layers."""
-        self.log(ModelOpened(plain(model), kv_bytes_per_token))
+        self.log(events.ModelOpened(plain(model), kv_bytes_per_token))
 
     def request_added(self, request: Request) -> None:
         prompt = tuple(request.output.prompt_token_ids)
         self._name(prompt)
         seq_ids = tuple(sorted(seq.seq_id for seq in request.unfinished()))
-        self.log(RequestArrived(request.output.request_id, seq_ids, prompt))
+        self.log(events.RequestArrived(request.output.request_id, seq_ids, prompt))
 
     def before_step(self, plan: StepPlan, inputs: StepInputs) -> None:
         self._began = time.perf_counter()
         self.log(
-            StepPlanned(
+            events.StepPlanned(
                 self._num_steps,
                 tuple((seq.seq_id, num_tokens) for seq, num_tokens in plan.chunks),
                 tuple(seq.seq_id for group in plan.preempted for seq in group.seqs),
@@ -239,22 +216,22 @@ class LoggedSteps(Observer):
 
     def beams_reordered(self, chosen: Sequence[tuple[TokenSequence, TokenSequence]]) -> None:
         """Pairs of (beam of the last step, sequence that goes on from it), before the new tokens."""
-        self.log(BeamsReordered(tuple((parent.seq_id, seq.seq_id) for parent, seq in chosen)))
+        self.log(events.BeamsReordered(tuple((parent.seq_id, seq.seq_id) for parent, seq in chosen)))
 
     def token_sampled(self, seq: TokenSequence, token_id: int) -> None:
         self._name([token_id])
-        self.log(TokenSampled(seq.seq_id, token_id))
+        self.log(events.TokenSampled(seq.seq_id, token_id))
 
     def sequence_finished(self, seq: TokenSequence, reason: str) -> None:
-        self.log(SequenceFinished(seq.seq_id, reason))
+        self.log(events.SequenceFinished(seq.seq_id, reason))
 
     def after_step(self, plan: StepPlan, tokens: list[TokenOutput]) -> None:
         synchronize()
-        self.log(StepTimed(self._num_steps, round(1e6 * (time.perf_counter() - self._began))))
+        self.log(events.StepTimed(self._num_steps, round(1e6 * (time.perf_counter() - self._began))))
         self._num_steps += 1
 
     def _name(self, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
             if token_id not in self._named:
                 self._named.add(token_id)
-                self.log(TokenNamed(token_id, token_text(self.tokenizer, token_id)))
+                self.log(events.TokenNamed(token_id, token_text(self.tokenizer, token_id)))

@@ -1,6 +1,6 @@
-"""The memory of one moment, as the log says it: tables, counts, the prefix cache, regions, pages.
+"""The memory of one moment, as the log says it: tables, counts, the prefix cache, regions.
 
-It follows the events and decides nothing. An event that contradicts an earlier one is refused.
+It follows the events and decides nothing. What contradicts an earlier event is refused with a ValueError.
 """
 
 from __future__ import annotations
@@ -9,18 +9,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..core.checks import require
 from ..core.memory.paged import Table, snapshot_of
 from ..core.memory.usage import PartialAllocation, Snapshot
-from .events import (
-    PagesFreed,
-    PagesNamed,
-    PagesPlaced,
-    Pairs,
-    ResidencyOpened,
-)
+from ..extras.memory_limit import require_memory
+from . import events
+from .page_state import PageState
 
 BLOCK_BYTES = 64  # that a state keeps for each block: its place in two lists, and its number
-PageEvent = ResidencyOpened | PagesPlaced | PagesFreed | PagesNamed
 
 
 @dataclass(slots=True)
@@ -43,52 +39,6 @@ class KnownBlock:
     digest: str
     parent: str = field(default="", compare=False)  # this and the tokens are the log's, not the manager's
     tokens: tuple[int, ...] = field(default=(), compare=False)
-
-
-@dataclass(slots=True)
-class PageState:
-    """The pages of sequences that are longer than the device: where each page is, and which sequence has it."""
-
-    num_device_blocks: int = 0
-    num_host_blocks: int = 0
-    places: dict[int, tuple[int, int]] = field(default_factory=dict)  # page -> device block, host block; -1: not there
-    tables: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)  # (sequence, layer, KV head) -> pages
-
-    def copy(self) -> PageState:
-        tables = {key: pages.copy() for key, pages in self.tables.items()}
-        return PageState(self.num_device_blocks, self.num_host_blocks, self.places.copy(), tables)
-
-    def apply(self, event: PageEvent) -> None:
-        match event:
-            case ResidencyOpened():
-                self.num_device_blocks, self.num_host_blocks = event.num_device_blocks, event.num_host_blocks
-            case PagesPlaced():
-                self._place(event)
-            case PagesFreed():
-                for page in event.pages:
-                    del self.places[page]
-            case PagesNamed():
-                self.tables.setdefault((event.seq_id, event.layer, event.head), []).extend(event.pages)
-
-    def _place(self, event: PagesPlaced) -> None:
-        """All pages leave their old places before one comes to its new place."""
-        for page in event.pages:
-            self.places.pop(page, None)
-        new = {page: (d, h) for page, d, h in zip(event.pages, event.device_blocks, event.host_blocks, strict=True)}
-        for side, total in ((0, self.num_device_blocks), (1, self.num_host_blocks)):
-            wanted = [place[side] for place in new.values() if place[side] >= 0]
-            if any(block >= total for block in wanted):
-                raise ValueError(f"block {max(wanted)} is not among the {total}")
-            taken = {place[side] for place in self.places.values()} if wanted else set()
-            twice = [block for i, block in enumerate(wanted) if block in taken or block in wanted[:i]]
-            if twice:
-                raise ValueError(f"{('device', 'host')[side]} block {twice[0]} has two pages")
-        self.places.update(new)
-
-    def end(self, seq_id: int) -> None:
-        """The sequence has no pages any more."""
-        for key in [key for key in self.tables if key[0] == seq_id]:
-            del self.tables[key]
 
 
 @dataclass(slots=True)
@@ -183,6 +133,39 @@ class MemoryState(Blocks):
             pages=self.pages.copy(),
         )
 
+    # --- the whole pool --------------------------------------------------------------------------------
+
+    def open(self, event: events.PoolOpened) -> None:
+        """The manager began, with nothing in it."""
+        if self.manager:
+            raise ValueError("a pool was opened before")
+        require(block_size=(event.block_size, 1), num_blocks=(event.num_blocks, 0))
+        require(num_host_blocks=(event.num_host_blocks, 0))
+        self.manager, self.block_size = event.manager, event.block_size
+        self.num_blocks, self.num_host_blocks = event.num_blocks, event.num_host_blocks
+        if event.free_order:
+            what = f"num_host_blocks is {event.num_host_blocks}: a list of so many"
+            require_memory(what, BLOCK_BYTES * event.num_host_blocks)
+            self._free_all(event.free_order, event.num_blocks)
+
+    def clear(self, free_order: Sequence[int]) -> None:
+        """No sequence is there, and all blocks are free, in this order."""
+        for block_id in range(len(self.ref_count)):
+            self._count_of(block_id)
+        self._free_all(free_order, len(self.ref_count))
+        self.sequences.clear()
+        self.known.clear()
+        self.cached.clear()
+        self.pages.tables.clear()
+
+    def _free_all(self, free_order: Sequence[int], num_blocks: int) -> None:
+        """All blocks are free, in this order; those of the host in the order of their numbers."""
+        if len(free_order) != num_blocks or sorted(free_order) != list(range(num_blocks)):
+            raise ValueError(f"free_order does not name each of the {num_blocks} blocks once")
+        num_host_blocks = self.num_host_blocks if free_order else 0
+        self.ref_count, self.free = [0] * num_blocks, list(reversed(free_order))
+        self.host = Blocks([0] * num_host_blocks, list(reversed(range(num_host_blocks))))
+
     # --- one sequence ----------------------------------------------------------------------------------
 
     def find(self, seq_id: int, on_host: bool) -> Placement:
@@ -203,18 +186,44 @@ class MemoryState(Blocks):
         self.sequences[seq_id] = place
         self.check_fit(seq_id, place)
 
-    def clear(self, free_order: Sequence[int]) -> None:
-        """No sequence is there. All blocks are free, in this order; those of the host in the order of their numbers."""
-        require_each_once(free_order, len(self.ref_count))
-        for block_id in range(len(self.ref_count)):
-            self._count_of(block_id)
-        self.sequences.clear()
-        self.known.clear()
-        self.cached.clear()
-        self.pages.tables.clear()
-        self.ref_count, self.free = [0] * len(free_order), list(reversed(free_order))
-        num_host_blocks = len(self.host.ref_count)
-        self.host = Blocks([0] * num_host_blocks, list(reversed(range(num_host_blocks))))
+    def append(self, event: events.TokensAppended) -> Placement:
+        """The sequence has a slot for `count` more tokens, in the blocks that the event names."""
+        place = self.find(event.seq_id, on_host=False)
+        self.give_up(event.evicted)
+        if event.copied:
+            source, destination = event.copied
+            if (last := place.blocks[-1]) != source:
+                raise ValueError(f"block {source} was copied; the last of sequence {event.seq_id} is {last}")
+            self.take(destination)
+            place.blocks[-1] = destination
+            self.release(source)
+        for block_id in event.new_blocks:
+            self.take(block_id)
+        place.blocks += event.new_blocks
+        place.length += event.count
+        self.check_fit(event.seq_id, place)
+        return place
+
+    def truncate(self, event: events.SequenceTruncated) -> None:
+        """The sequence keeps its first `length` tokens, and the blocks that hold them."""
+        place = self.find(event.seq_id, on_host=False)
+        if not 0 <= event.length <= place.length:
+            raise ValueError(f"sequence {event.seq_id} has {place.length} tokens, and cannot keep {event.length}")
+        place.length = event.length
+        while len(place.blocks) > -(-event.length // self.block_size):
+            self.release(place.blocks.pop())
+
+    def place_region(self, seq_id: int, start: int, size: int, on_host: bool) -> None:
+        """The region of the sequence lies here now, where no other region may lie."""
+        place, stop = self.sequences[seq_id], start + size
+        place.start, place.size, place.on_host = start, size, on_host
+        if start < 0 or stop > (self.num_host_blocks if on_host else self.num_blocks):
+            raise ValueError(f"slots {start} to {stop - 1} are not all in the pool")
+        for other_id, other in self.sequences.items():
+            overlap = other.start < stop and start < other.start + other.size
+            if overlap and other is not place and other.on_host == on_host:
+                raise ValueError(f"sequences {seq_id} and {other_id} lie in the same slots")
+        self.check_fit(seq_id, place)
 
     def check_fit(self, seq_id: int, place: Placement) -> None:
         """A table has just enough blocks, a region has enough slots. Pages come later, layer by layer."""
@@ -226,7 +235,7 @@ class MemoryState(Blocks):
         elif len(place.blocks) != -(-place.length // self.block_size):
             raise ValueError(f"sequence {seq_id} has {place.length} tokens in {len(place.blocks)} blocks")
 
-    def move_tables(self, seq_ids: Sequence[int], moved: Pairs, to_host: bool) -> None:
+    def move_tables(self, seq_ids: Sequence[int], moved: events.Pairs, to_host: bool) -> None:
         """Tables move from one pool to the other. A block that several of the sequences share moves once."""
         source, destination = (self, self.host) if to_host else (self.host, self)
         new_of, taken = dict(moved), set()
@@ -263,6 +272,11 @@ class MemoryState(Blocks):
         regions = [PartialAllocation(seq_id, p.length, p.length, p.size) for seq_id, p in on_device.items()]
         return Snapshot(0, regions, external=0, free=sum(size for _, size in self.holes()))
 
+    def pieces(self, on_host: bool = False) -> list[tuple[int, int, int | None]]:
+        """(start, size, sequence) of all regions and holes of one pool, in their order; a hole has no sequence."""
+        regions = [(p.start, p.size, seq_id) for seq_id, p in self.sequences.items() if p.on_host == on_host]
+        return sorted([*regions, *((*hole, None) for hole in self.holes(on_host))], key=lambda piece: piece[:2])
+
     def holes(self, on_host: bool = False) -> list[tuple[int, int]]:
         """(start, size) of the free slots between the regions of one pool."""
         found, position = [], 0
@@ -272,8 +286,3 @@ class MemoryState(Blocks):
                 found.append((position, start - position))
             position = start + size
         return found
-
-
-def require_each_once(free_order: Sequence[int], num_blocks: int) -> None:
-    if len(free_order) != num_blocks or sorted(free_order) != list(range(num_blocks)):
-        raise ValueError(f"free_order does not name each of the {num_blocks} blocks once")

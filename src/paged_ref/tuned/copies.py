@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ..core.device import Array, module_of, on_gpu, xp
+from ..core.memory.manager import Transfer
 from .flat_views import address_of
 
 MAX_PITCH = 2**31 - 1  # bytes from row to row that cudaMemcpy2D takes (cudaDeviceProp::memPitch)
@@ -60,6 +62,17 @@ class CopyStream:
             np.copyto(device, host)
         else:
             device.set(host, stream=self._stream)
+
+    def swap(self, transfers: Iterable[Transfer], device: Array, host: np.ndarray) -> None:
+        """Begin to make these swaps of blocks, `device, host [num_planes, num_blocks, ...]`, in their order."""
+        self.begin()
+        for transfer in transfers:
+            source = slice(transfer.source, transfer.source + transfer.count)
+            destination = slice(transfer.destination, transfer.destination + transfer.count)
+            if transfer.kind == "swap_out":
+                self.out_planes(device[:, source], host[:, destination])
+            else:
+                self.back_planes(host[:, source], device[:, destination])
 
     def out_planes(self, device: Array, host: np.ndarray) -> None:
         """Copy `device` to `host`, [num_planes, ...] each: every plane is contiguous, and planes may lie apart."""

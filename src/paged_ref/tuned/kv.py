@@ -59,15 +59,7 @@ class TunedKV(KVCache):
         if batch[0].kind not in ("swap_out", "swap_in"):
             super()._apply_batch(batch)
             return
-        device, host = _planes(self.device), _planes(self.host)
-        self.copies.begin()
-        for transfer in batch:
-            first, end = transfer.source, transfer.source + transfer.count
-            to, to_end = transfer.destination, transfer.destination + transfer.count
-            if transfer.kind == "swap_out":
-                self.copies.out_planes(device[:, first:end], host[:, to:to_end])
-            else:
-                self.copies.back_planes(host[:, first:end], device[:, to:to_end])
+        self.copies.swap(batch, _planes(self.device), _planes(self.host))
         self.copies.wait()
 
 

@@ -16,12 +16,8 @@ def add_part(out: Array, lse: Array, part: Array, part_lse: Array) -> bool:
         return False
     if out.dtype != np.float32 or part.dtype.char not in "ef":
         return False
-    launching.start(add_part_launch(out, lse, part, part_lse))
-    return True
-
-
-def add_part_launch(out: Array, lse: Array, part: Array, part_lse: Array) -> Launch:
     from .flash_combine import add_part_kernel
 
     arrays = tuple(array.reshape(-1) for array in (out, lse, part, part_lse))
-    return Launch(add_part_kernel, (lse.size, 1), 128, (*arrays, np.int64(out.shape[-1])))
+    launching.start(Launch(add_part_kernel, (lse.size, 1), 128, (*arrays, np.int64(out.shape[-1]))))
+    return True

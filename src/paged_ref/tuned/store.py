@@ -1,7 +1,4 @@
-"""What moves K and V on a GPU, by the kernels of store_kernels.py: into slots, and from block to block.
-
-The `..._launch` functions say what to launch, for NumPy arrays too, so that the tracer can run it.
-"""
+"""What moves K and V on a GPU, by the kernels of store_kernels.py: into slots, and from block to block."""
 
 from __future__ import annotations
 
@@ -19,37 +16,16 @@ Scales = tuple[Array | None, Array | None]  # of K and of V, [num_kv_heads] each
 def write(
     key: Array, value: Array, key_cache: Array, value_cache: Array, slot_mapping: Array, scales: Scales = (None, None)
 ) -> bool:
-    """Write K and V to their slots; the arguments are those of `write_launches`. False, and nothing is written, where
-    the kernels cannot."""
-    if module_of(key) is np or launching.unavailable() is not None:
+    """Write `key, value [num_tokens, num_kv_heads, head_size]` to their slots; a negative slot is skipped. Caches
+    `[num_blocks, block_size, num_kv_heads, head_size]`, or `[num_slots, ...]`. False, and nothing is written, where the
+    kernels cannot.
+
+    One kernel for both, by chunks of 16 bytes, where rows are stored as they are; otherwise one for each, by numbers.
+    """
+    if not launching.takes(key) or launching.unavailable() is not None:
         return False
     if key.dtype == np.float64 or min(*key.strides, *value.strides, *key_cache.strides, *value_cache.strides) < 0:
         return False
-    for launch in write_launches(key, value, key_cache, value_cache, slot_mapping, scales):
-        launching.start(launch)
-    return True
-
-
-def copy(cache: Array, pairs: np.ndarray) -> bool:
-    """Copy blocks; the arguments are those of `copy_launch`. False, and nothing is copied, where the kernel cannot."""
-    if module_of(cache) is np or launching.unavailable() is not None:
-        return False
-    launch = copy_launch(cache, pairs)
-    if launch is not None:
-        launching.start(launch)
-    return launch is not None
-
-
-def write_launches(
-    key: Array, value: Array, key_cache: Array, value_cache: Array, slot_mapping: Array, scales: Scales = (None, None)
-) -> list[Launch]:
-    """The kernels that write `key, value [num_tokens, num_kv_heads, head_size]` to their slots; a negative slot is
-    skipped.
-
-    One kernel for both, by chunks of 16 bytes, where rows are stored as they are; otherwise one for each, by numbers.
-    Caches `[num_blocks, block_size, num_kv_heads, head_size]`, or `[num_slots, ...]`. No stride may be negative, and
-    the rows are not float64.
-    """
     from . import store_kernels
 
     slots = module_of(key).ascontiguousarray(slot_mapping)
@@ -59,9 +35,9 @@ def write_launches(
     if key.dtype == key_cache.dtype and whole and row_bytes % CHUNK == 0 and all(map(_in_chunks, arrays)):
         sizes = (np.int64(size // 4) for size in (row_bytes, key.strides[0], value.strides[0]))
         args = (*(flat_view(array, np.uint32) for array in arrays), slots, *sizes)
-        return [Launch(store_kernels.move_rows_kernel, (key.shape[0], 2), _threads(row_bytes), args)]
+        launching.start(Launch(store_kernels.move_rows_kernel, (key.shape[0], 2), _threads(row_bytes), args))
+        return True
     kernel = store_kernels.write_rows_kernel(key.dtype.name, key_cache.dtype.name)
-    launches = []
     for new, cache, scale in ((key, key_cache, scales[0]), (value, value_cache, scales[1])):
         if cache.ndim == 3:  # slots are blocks of one
             cache = cache[:, None]
@@ -70,26 +46,30 @@ def write_launches(
         steps = (stride // array.itemsize for array in (new, cache) for stride in array.strides)
         sizes = (np.int64(size) for size in (*key.shape[1:], cache.shape[1], *steps))
         args = (flat_view(new), flat_view(cache), slots, module_of(key).ascontiguousarray(scale), *sizes)
-        launches.append(Launch(kernel, (key.shape[0], 1), 128, args))
-    return launches
+        launching.start(Launch(kernel, (key.shape[0], 1), 128, args))
+    return True
 
 
-def copy_launch(cache: Array, pairs: np.ndarray) -> Launch | None:
-    """The kernel that copies blocks within `cache [num_planes, num_blocks, ...]`; a plane is K or V of one layer.
+def copy(cache: Array, pairs: np.ndarray) -> bool:
+    """Copy blocks within `cache [num_planes, num_blocks, ...]`; a plane is K or V of one layer. `pairs [num_pairs, 2]`:
+    (source, destination) block ids in host memory.
 
-    `pairs [num_pairs, 2]`: (source, destination) block ids in host memory. None where the kernel cannot: where a block
-    is both source and destination (it must be read before it is written), or where blocks are not made of whole
-    16-byte chunks.
+    False, and nothing is copied, where the kernel cannot: where a block is both source and destination (it must be read
+    before it is written), or where blocks are not made of whole 16-byte chunks.
     """
+    if not launching.takes(cache) or launching.unavailable() is not None:
+        return False
+    if not (cache.flags.c_contiguous and _in_chunks(cache[0])) or np.isin(pairs[:, 0], pairs[:, 1]).any():
+        return False
     from . import store_kernels
 
-    if not (cache.flags.c_contiguous and _in_chunks(cache[0])) or np.isin(pairs[:, 0], pairs[:, 1]).any():
-        return None
     block_bytes = cache[0, 0].nbytes
     plane_words = cache.shape[1] * block_bytes // 4
     block_ids = module_of(cache).asarray(pairs.reshape(-1))
     args = (flat_view(cache, np.uint32), block_ids, np.int64(block_bytes // 4), np.int64(plane_words))
-    return Launch(store_kernels.copy_blocks_kernel, (len(pairs), cache.shape[0]), _threads(block_bytes), args)
+    grid = (len(pairs), cache.shape[0])
+    launching.start(Launch(store_kernels.copy_blocks_kernel, grid, _threads(block_bytes), args))
+    return True
 
 
 def _in_chunks(array: Array) -> bool:

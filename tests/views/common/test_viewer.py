@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from paged_ref.views.common.viewer import SPEEDS, Viewer, help_lines
+from paged_ref.views.common.viewer import SPEEDS, Viewer, help_pages
 
 
 class Pages(Viewer):
@@ -54,7 +54,32 @@ def test_speed_help_and_quit() -> None:
 
 
 def test_help_has_a_line_for_each_key() -> None:
-    assert [row.plain for row in help_lines([("q", "quit"), ("space", "play")])] == [
+    (only,) = help_pages([{"Keys": [("q", "quit"), ("space", "play,  pause"), ("1", ["one", "1"])]}], 24, 9)
+    assert [row.plain for row in only] == [
+        "── Keys ────────────────",
         " q         quit",
-        " space     play",
+        " space     play,  pause",
+        " 1         one   1",
     ]
+
+
+def test_help_that_does_not_fit_has_more_pages_and_loses_no_word() -> None:
+    class Wordy(Pages):
+        help = ({"Keys": [("q", "quit, and give the terminal back as it was")]}, {"Words": [("lane", "one thread")]})
+
+        def draw(self, width: int, height: int) -> Text:
+            return self.draw_help(width, height)
+
+    pages, seen = Wordy(speed=2), ""
+    pages.press("?")
+    for number in (1, 2, 3):
+        assert pages.helping == number
+        shown = pages.draw(46, 3).plain
+        assert {len(row) for row in shown.split("\n")} == {46}
+        assert ("any key goes back" in shown) == (number == 3)
+        seen += shown
+        pages.press("h")
+    assert not pages.helping
+    assert "…" not in seen
+    for word in ("quit", "terminal", "back", "lane", "thread"):
+        assert word in seen

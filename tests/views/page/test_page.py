@@ -16,9 +16,10 @@ from support.browser import BROWSER, DRIVER, Browser, browser
 from paged_ref.cli import main
 from paged_ref.timeline.events import Event, write_events
 from paged_ref.timeline.history import read_histories
-from paged_ref.views.common.canvas import Scene, exactly
+from paged_ref.views.common.canvas import exactly
 from paged_ref.views.viz.frames.screen import FRAMES
 from paged_ref.views.viz.narration import narrate
+from paged_ref.views.viz.scene import Scene
 
 LENGTHS = {"paged": 24, "standard": 12}  # events of the runs: up to the first copy on write
 

@@ -22,11 +22,11 @@ from paged_ref.timeline.events import Event, SequenceFreed, TokenNamed
 from paged_ref.timeline.history import History, histories
 from paged_ref.views.common import canvas
 from paged_ref.views.common.bars import PARTS, USAGE
-from paged_ref.views.common.canvas import Scene
 from paged_ref.views.viz import source_links
 from paged_ref.views.viz.frames import screen
 from paged_ref.views.viz.frames.screen import FRAMES, SMALLEST
 from paged_ref.views.viz.narration import narrate
+from paged_ref.views.viz.scene import Scene
 from paged_ref.views.viz.source_links import Place, ended, function_for_event, place_of
 
 PACKAGE = Path(paged_ref.__file__).parent
@@ -138,6 +138,13 @@ def test_frames_lose_nothing_silently(runs: list[History], width: int) -> None:
                 if frame.name == "tables" and moment.state.paged and width >= 80:
                     for block in range(moment.state.memory.num_blocks):
                         assert re.search(rf"^.* {block} (×|free|cached)", text, re.MULTILINE), block
+
+
+def test_where_not_all_runs_fit_the_memory_frame_has_the_run_that_is_looked_at(runs: list[History]) -> None:
+    for number, run in enumerate(runs):
+        rows = draw(runs, 4, 10, SMALLEST, number)
+        assert [row for row in rows if f"▶ {run.moment(10).state.memory.manager}: " in row], rows
+        assert any("2 more runs" in row for row in rows)
 
 
 def test_lines_that_do_not_fit_are_counted() -> None:

@@ -10,9 +10,9 @@ from paged_ref import LLM, SamplingParams
 from paged_ref.lesson.rank_threads import threads
 from paged_ref.timeline.events import Event, PoolOpened, RanksOpened
 from paged_ref.timeline.history import History, histories
-from paged_ref.views.common.canvas import Scene
 from paged_ref.views.viz.frames.screen import screen
 from paged_ref.views.viz.narration import narrate
+from paged_ref.views.viz.scene import Scene
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,12 @@ from support.traces import per_thread
 
 from paged_ref.cli import main
 from paged_ref.kernels import paged_attention, slot_of
+from paged_ref.views.walk.call import KERNELS, Walk, walk
 from paged_ref.views.walk.captions import caption, sentence
 from paged_ref.views.walk.frames import VIEWS, WIDE, Look, frame
-from paged_ref.views.walk.run import KERNELS, KernelRun, Sizes, Walk, walk
+from paged_ref.views.walk.layout_costs import layout_costs
+from paged_ref.views.walk.run import KernelRun
+from paged_ref.views.walk.sizes import Sizes
 from paged_ref.views.walk.walk import STEPS, Walker
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -114,6 +117,18 @@ def test_the_key_that_a_sentence_names_is_the_thread_s_own(each: Walk) -> None:
                 assert known["position"] == known["key"]
             if run.info(position).name == "block_tables":
                 assert known["last"] == known["key"] // run.sizes.block_size
+
+
+def test_only_the_paged_kernel_reads_from_blocks(toy: Walk) -> None:
+    for name, says in (("naive", False), ("paged", True)):
+        run = toy.runs[name]
+        for array in ("keys", "values"):
+            text = sentence(run, first(run, array))
+            assert ("block" in text, "offset" in text) == (says, says), text
+
+
+def test_a_narrow_title_keeps_the_number_of_the_access(toy: Walk) -> None:
+    assert text_of(toy, 67, 60, 20).splitlines()[0].rstrip().endswith("… 68/1488")
 
 
 # ---- walking
@@ -210,7 +225,7 @@ def test_the_sectors_are_the_trace_s(each: Walk) -> None:
         ]
         for position, load in loads[:: max(1, len(loads) // 50)]:
             if run.slot(position) is not None:
-                ours = run.layout_costs(position)[0]
+                ours = layout_costs(run, position)[0]
                 assert (ours.layout, ours.sectors) == ("ours", load.sectors)
                 block = int(run.trace.block[position])
                 accesses = run.trace.select(run.info(position).name, block=block).warp_accesses()
@@ -219,13 +234,13 @@ def test_the_sectors_are_the_trace_s(each: Walk) -> None:
 
 def test_packing_k_halves_the_sectors_of_a_load(toy: Walk) -> None:
     run = toy.runs["paged"]
-    costs = {cost.layout: cost for cost in run.layout_costs(first(run, "keys"))}
+    costs = {cost.layout: cost for cost in layout_costs(run, first(run, "keys"))}
     # 6 lanes, 4 bytes each. Ours: a row of 32 bytes a key. Packed: 16 bytes of a key beside those of the next.
     assert (costs["ours"].sectors, costs["vLLM packed"].sectors) == (6, 3)
     assert (costs["ours"].wide_sectors, costs["vLLM packed"].wide_sectors) == (6, 3)
     assert costs["vLLM packed"].wide_used == 1.0
     assert sorted(costs["vLLM packed"].groups) == [(0, 1), (2, 3), (4, 5)]
-    values = {cost.layout: cost for cost in run.layout_costs(first(run, "values"))}
+    values = {cost.layout: cost for cost in layout_costs(run, first(run, "values"))}
     assert (values["ours"].sectors, values["vLLM packed"].sectors) == (1, 4)
 
 

@@ -12,7 +12,7 @@ import pytest
 from paged_ref.cli import main
 from paged_ref.views.walk.frames import Look, frame
 from paged_ref.views.walk.own import own_walk
-from paged_ref.views.walk.run import Sizes
+from paged_ref.views.walk.sizes import Sizes
 
 LESSONS = Path(__file__).resolve().parents[3] / "lessons"
 SOLUTION = LESSONS / "solutions" / "my_kernel.py"

@@ -7,13 +7,11 @@ are counted in cells of the terminal, since a token may be two cells wide.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from ...extras.plain_text import plain
-from ...timeline.history import History, Moment
 
 Lines = list[Text]
 
@@ -26,23 +24,6 @@ DIM = "dim"
 NEW = "bold reverse"
 TITLE = "bold"
 WARM = "deep_pink3"
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What is to be drawn, and how the viewer looks at it."""
-
-    moment: Moment
-    runs: Sequence[History] = ()  # all that are there to compare; this one among them
-    selected: int | None = None  # a sequence
-    scroll: int = 0  # lines that the list of the frame is moved down
-    hints: bool = True  # show the keys
-    playing: bool = False
-    message: str = ""  # in place of the keys
-
-    @property
-    def history(self) -> History:
-        return self.moment.history
 
 
 def fit(text: str, width: int) -> str:
@@ -132,9 +113,10 @@ def wrap(text: str, width: int) -> list[str]:
     return [*rows, row] if row else rows
 
 
-def pack(items: Iterable[str], width: int, gap: str = "   ") -> list[str]:
+def pack(items: Iterable[str], width: int) -> list[str]:
     """Items side by side, in as few lines as hold them whole."""
     rows: list[str] = []
+    gap = "   "
     for item in items:
         if rows and cell_len(rows[-1]) + len(gap) + cell_len(item) <= width:
             rows[-1] += gap + item
@@ -181,42 +163,6 @@ def size_of(num_bytes: int, least: int = 10) -> str:
         if num_bytes >= least * size:
             return f"{num_bytes / size:,.1f} {unit}"
     return f"{num_bytes:,} bytes"
-
-
-def prose(history: History, tokens: Iterable[int]) -> str:
-    """The tokens as running text."""
-    return "".join(map(history.text, tokens)).replace("·", " ").strip()
-
-
-def kv_size(history: History, tokens: int) -> str:
-    """`, 12,288 bytes`: what so many tokens keep, where the log says it."""
-    return f", {size_of(tokens * history.bytes_per_token)}" if history.bytes_per_token else ""
-
-
-def colour(moment: Moment, seq_id: int) -> str:
-    """The colour of the sequence's request."""
-    view = moment.state.sequences.get(seq_id)
-    number = seq_id if view is None or view.request_id < 0 else view.request_id
-    return COLOURS[number % len(COLOURS)]
-
-
-_ORDER = ("running", "swapped", "waiting", "finished")
-
-
-def in_order(moment: Moment, finished: bool = False) -> list[int]:
-    """The sequences, those that run first; on request the finished ones, too, last."""
-    views = [v for v in moment.state.sequences.values() if finished or v.status != "finished"]
-    return [view.seq_id for view in sorted(views, key=lambda v: (_ORDER.index(v.status), v.seq_id))]
-
-
-def owners(moment: Moment, on_host: bool = False) -> dict[int, list[int]]:
-    """Block to the sequences whose tables have it, in one of the pools."""
-    found: dict[int, list[int]] = {}
-    for seq_id, place in sorted(moment.state.memory.sequences.items()):
-        if place.on_host == on_host:
-            for block_id in place.blocks:
-                found.setdefault(block_id, []).append(seq_id)
-    return found
 
 
 def brief(names: Sequence[str], width: int) -> str:

@@ -6,13 +6,16 @@ A view knows no terminal: loop.py reads the keys and shows the screens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from rich.cells import cell_len
 from rich.text import Text
 
-from .canvas import Lines, line
+from .canvas import DIM, Lines, filled, line, pack, page, rule, wrap
 
+Meanings = Sequence[tuple[str, str | Sequence[str]]]  # a key, mark or word, and what it means: a text, or items
+Topic = Mapping[str, Meanings]  # by their titles
 SPEEDS = (0.2, 0.5, 1, 2, 4, 8, 16, 32, 64)  # positions in a second
 
 
@@ -23,7 +26,7 @@ class Viewer(ABC):
     """
 
     thing: ClassVar[str] = "positions"  # what the positions number
-    help_pages: ClassVar[int] = 1  # `?` turns them over; any other key leaves the help
+    help: ClassVar[Sequence[Topic]] = ()  # `?` turns their pages over; any other key leaves the help
 
     def __init__(self, speed: float) -> None:
         """`speed` is one of SPEEDS."""
@@ -31,6 +34,7 @@ class Viewer(ABC):
         self.playing = False
         self.speed = SPEEDS.index(speed)
         self.helping = 0  # the page of the help that is shown, from 1; 0: none
+        self._last_help = 1  # the last page, in the window as it was drawn
         self.message = ""  # what the last key has to say
 
     @property
@@ -40,6 +44,14 @@ class Viewer(ABC):
     @abstractmethod
     def draw(self, width: int, height: int) -> Text:
         """The screen, in exactly `width` x `height` cells."""
+
+    def draw_help(self, width: int, height: int) -> Text:
+        """The page of the help that is asked for, or the last that there is in this window."""
+        pages = help_pages(self.help, width, height - 1)
+        self._last_help = len(pages)
+        self.helping = min(self.helping, len(pages))
+        keys = "any key goes back" if self.helping == len(pages) else "?: the next page; any other key goes back"
+        return page([*filled(pages[self.helping - 1], height - 1), line((f" {keys}", DIM))], width, height)
 
     def go(self, position: int) -> None:
         """To this position, or to the nearest that there is."""
@@ -55,7 +67,7 @@ class Viewer(ABC):
         """Do what the key means; False: quit. Any key leaves the help."""
         self.message = ""
         if self.helping:
-            self.helping = (self.helping + 1) % (self.help_pages + 1) if key in ("?", "h") else 0
+            self.helping = (self.helping + 1) % (self._last_help + 1) if key in ("?", "h") else 0
         elif key == "q":
             return False
         elif key in self.actions:
@@ -93,8 +105,24 @@ class Viewer(ABC):
     }
 
 
-def help_lines(keys: Iterable[tuple[str, str]]) -> Lines:
-    """A line for each key, or mark, and what it means."""
-    rows = list(keys)
-    room = max(10, 1 + max(len(key) for key, _ in rows))
-    return [line((f" {key:<{room}}", "bold"), meaning) for key, meaning in rows]
+def help_pages(topics: Sequence[Topic], width: int, height: int) -> list[Lines]:
+    """What each page of the help has in a window of this size: a topic that does not fit takes several pages."""
+    found = []
+    for topic in topics:
+        lines = [row for title, meanings in topic.items() for row in (rule(title, width), *_meanings(meanings, width))]
+        found += [lines[first : first + height] for first in range(0, len(lines), max(1, height))]
+    return found
+
+
+def _meanings(meanings: Meanings, width: int) -> Lines:
+    """Keys, marks or words at the left, and what each means at their right."""
+    left = max(10, 1 + max(len(word) for word, _ in meanings))
+    lines = []
+    for word, meaning in meanings:
+        right = max(10, width - left - 1)
+        if isinstance(meaning, str):
+            rows = [meaning] if cell_len(meaning) <= right else wrap(meaning, right)
+        else:
+            rows = pack(meaning, right)
+        lines += [line((f" {word if row is rows[0] else '':<{left}}", "bold"), row) for row in rows]
+    return lines

@@ -7,25 +7,12 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from ..common.bars import bar, chart, legend, numbers
-from ..common.canvas import (
-    DIM,
-    Lines,
-    count,
-    filled,
-    fit,
-    line,
-    owners,
-    page,
-    rule,
-    size_of,
-    title_line,
-    too_small,
-    wrap,
-)
+from ..common.canvas import DIM, Lines, count, filled, fit, line, page, rule, size_of, title_line, too_small, wrap
 from ..common.sparkline import sparkline
 from ..viz.frames.blocks import overview, pool_title
 from ..viz.frames.screen import SMALLEST
 from ..viz.frames.tables import slot_map
+from ..viz.scene import owners
 from .gpu_meter import GPUReading
 from .state import WINDOW, Monitor, StepSample
 

@@ -9,20 +9,10 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from ...timeline.events import (
-    Event,
-    ModelOpened,
-    PoolCleared,
-    PoolOpened,
-    RequestArrived,
-    SequenceFinished,
-    StepPlanned,
-    StepTimed,
-    TokenNamed,
-    TokenSampled,
-)
+from ...timeline import events
+from ...timeline.change import Change
 from ...timeline.history import History, Moment, letters
-from ...timeline.state import Change, RunState, Totals
+from ...timeline.state import RunState, Totals
 
 KEPT = 1024  # samples: more steps than a screen has columns
 WINDOW = 32  # steps over which rates are taken
@@ -51,7 +41,7 @@ class Monitor:
         self.state = RunState()
         self.history = History()  # only the names, by which frames call the sequences
         self.samples: deque[StepSample] = deque(maxlen=KEPT)
-        self.opened: PoolOpened | None = None
+        self.opened: events.PoolOpened | None = None
         self.num_steps = 0
         self.computed = 0  # tokens, since the run began
         self.sampled = 0
@@ -60,39 +50,39 @@ class Monitor:
         self._before_step = (0, 0, 0, 0)  # the first four of these numbers
         self._ended: list[int] = []  # sequences that the step under way ended, which it gives back if it is undone
 
-    def take(self, event: Event) -> None:
-        if isinstance(event, PoolOpened):
+    def take(self, event: events.Event) -> None:
+        if isinstance(event, events.PoolOpened):
             self._begin()
             self.num_runs += 1
             self.opened = event
         self.num_events += 1
-        if isinstance(event, (TokenNamed, ModelOpened)):
-            if isinstance(event, ModelOpened):
+        if isinstance(event, (events.TokenNamed, events.ModelOpened)):
+            if isinstance(event, events.ModelOpened):
                 self.history.model, self.history.bytes_per_token = event.model, event.kv_bytes_per_token
             return
-        is_undone = isinstance(event, PoolCleared) and self.state.in_step
+        is_undone = isinstance(event, events.PoolCleared) and self.state.in_step
         self.state.apply(event, self.num_events)
-        if isinstance(event, RequestArrived):
+        if isinstance(event, events.RequestArrived):
             several = len(event.seq_ids) > 1
             for i, seq_id in enumerate(event.seq_ids, start=1):
                 self.history.names[seq_id] = letters(event.request_id) + (str(i) if several else "")
-        elif isinstance(event, StepPlanned):
+        elif isinstance(event, events.StepPlanned):
             self._sample(event)
-        elif isinstance(event, TokenSampled):
+        elif isinstance(event, events.TokenSampled):
             self.sampled += 1
             if self.samples:
                 self.samples[-1].sampled += 1
-        elif isinstance(event, StepTimed) and self.samples:
+        elif isinstance(event, events.StepTimed) and self.samples:
             self.samples[-1].microseconds = event.microseconds
             self.microseconds += event.microseconds
-        elif isinstance(event, SequenceFinished):
+        elif isinstance(event, events.SequenceFinished):
             self.finished += 1
             self._ended.append(event.seq_id)
         elif is_undone:
             self.num_steps, self.computed, self.sampled, self.finished = self._before_step
             self.samples.pop()
             self._ended.clear()
-        if isinstance(event, StepPlanned) or not self.state.in_step:
+        if isinstance(event, events.StepPlanned) or not self.state.in_step:
             self._drop_ended()
 
     def _drop_ended(self) -> None:
@@ -102,7 +92,7 @@ class Monitor:
             self.history.names.pop(seq_id, None)
         self._ended.clear()
 
-    def _sample(self, event: StepPlanned) -> None:
+    def _sample(self, event: events.StepPlanned) -> None:
         self._before_step = (self.num_steps, self.computed, self.sampled, self.finished)
         computed = sum(count for _, count in event.chunks)
         self.samples.append(StepSample(event.step, self.slots, computed))
@@ -169,4 +159,4 @@ class Monitor:
 
     def moment(self) -> Moment:
         """The state as frames take it, with nothing marked as changed."""
-        return Moment(self.history, 0, self.opened or PoolOpened("", 0, 1, 0, ()), self.state, Change())
+        return Moment(self.history, 0, self.opened or events.PoolOpened("", 0, 1, 0, ()), self.state, Change())

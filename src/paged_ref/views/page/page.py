@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.text import Text
 
@@ -29,23 +29,30 @@ Key = TypeVar("Key", bound=Hashable)
 _CONSOLE = Console(file=sys.stderr)  # Rich asks one for the styles that it knows by name
 
 
-@dataclass(slots=True)
-class Story:
-    """One run: what each moment shows and says."""
+@dataclass
+class StoryFrame:
+    """One frame through a whole run."""
 
     name: str
-    frames: Sequence[str]  # their names
-    about: Sequence[Sequence[str]]  # of each frame: the marks that it is about
+    about: Sequence[str]  # the marks that it is about
+    pictures: list[int] = field(default_factory=list)  # of each moment
+
+
+@dataclass
+class Story:
+    """One run: what each moment shows and says. page.js reads it by these names."""
+
+    name: str
+    frames: Sequence[StoryFrame]
     steps: Sequence[int]  # moments at which a step begins
     marks: Sequence[tuple[int, str]]  # (moment, what happens there)
-    pictures: list[list[int]] = field(default_factory=list)  # of each frame, for each moment
     where: list[str] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class Words:
+class Labels:
     """What the page calls its things."""
 
     title: str
@@ -59,11 +66,12 @@ class Words:
 
 
 class Page:
-    """The page of some runs, as it is made: `begin` a run, `add` each of its moments, and `write` at the end."""
+    """The page of some runs, as it is made: to `runs` a story is appended, `add` gets each of its moments, and `write`
+    comes at the end."""
 
-    def __init__(self, words: Words, columns: int, lines: int, made_with: str | None = None) -> None:
+    def __init__(self, labels: Labels, columns: int, lines: int, made_with: str | None = None) -> None:
         """Each frame has so many columns and lines. `made_with`: the code that made the page; None: this command."""
-        self.words, self.columns, self.lines = words, columns, lines
+        self.labels, self.columns, self.lines = labels, columns, lines
         self.made_with = made_with or shlex.join([SCRIPT, *sys.argv[1:]])
         self.runs: list[Story] = []
         self.start = {"run": 0, "frame": 0, "position": 0}
@@ -72,17 +80,12 @@ class Page:
         self._pictures: dict[tuple[int, ...], int] = {}
         self._sources: dict[tuple[str, str], int] = {}
 
-    def begin(self, story: Story) -> None:
-        story.pictures = [[] for _ in story.frames]
-        self.runs.append(story)
-
     def add(self, frames: Sequence[Lines], where: str, sentence: str, source: tuple[str, str] | None = None) -> None:
-        """A moment of the run that was begun last. `source` is the name of a function and its lines."""
+        """The next moment of the last run: its frames as drawn. `source` is the name of a function and its lines."""
         story = self.runs[-1]
-        for pictures, frame in zip(story.pictures, frames, strict=True):
-            whole = filled(frame, self.lines)
-            rows = tuple(map(self._row, whole))
-            pictures.append(_number(self._pictures, rows))
+        for of_story, frame in zip(story.frames, frames, strict=True):
+            rows = tuple(map(self._row, filled(frame, self.lines)))
+            of_story.pictures.append(_number(self._pictures, rows))
         story.where.append(where)
         story.sentences.append(sentence)
         story.sources.append(-1 if source is None else _number(self._sources, source))
@@ -96,37 +99,21 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Raises ValueError where the file cannot be written."""
-        write_text(path, self.html())
-
-    def html(self) -> str:
-        runs = [
-            {
-                "name": story.name, "steps": story.steps, "marks": story.marks, "where": story.where,
-                "sentences": story.sentences, "sources": story.sources,
-                "frames": [
-                    {"name": name, "about": list(about), "pictures": pictures}
-                    for name, about, pictures in zip(story.frames, story.about, story.pictures, strict=True)
-                ],
-            }
-            for story in self.runs
-        ]  # fmt: skip
-        data: dict[str, Any] = {
-            "moment": self.words.moment, "marks": self.words.marks, "first_step": self.words.first_step,
-            "columns": self.columns, "lines": self.lines, "start": self.start, "runs": runs, "rows": list(self._rows),
+        labels = self.labels
+        data = {
+            "moment": labels.moment, "marks": labels.marks, "first_step": labels.first_step, "columns": self.columns,
+            "lines": self.lines, "start": self.start, "runs": self.runs, "rows": list(self._rows),
             "pictures": list(self._pictures), "sources": list(self._sources),
         }  # fmt: skip
-        packed = gzip.compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), mtime=0)
-        parts = {name: Path(__file__).with_name(f"page.{name}").read_text(encoding="utf-8") for name in _FILES}
-        return Template(parts["html"]).substitute(
-            title=escape(self.words.title), command=escape(self.made_with),
-            run_word=escape(self.words.run), moment=escape(self.words.moment), step=escape(self.words.step),
-            mark=escape(self.words.mark), style=parts["css"], script=parts["js"],
-            notes="\n".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in self.words.notes),
-            data=base64.b64encode(packed).decode(),
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=vars)
+        html, css, js = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+        page = Template(html).substitute(
+            title=escape(labels.title), command=escape(self.made_with), run_word=escape(labels.run),
+            moment=escape(labels.moment), step=escape(labels.step), mark=escape(labels.mark), style=css, script=js,
+            notes="\n".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in labels.notes),
+            data=base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode(),
         )  # fmt: skip
-
-
-_FILES = ("html", "css", "js")
+        write_text(path, page)
 
 
 def _number(known: dict[Key, int], key: Key) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 
 from ...timeline import events
 from ...timeline.history import Moment
-from ..common.canvas import count, in_words, kv_size, prose
+from ..common.canvas import count, in_words
 from .frames.ranks import listed
 from .page_narration import OF_PAGES
+from .scene import kv_size, prose
 from .source_links import ended
 
 _REASONS = {
@@ -240,8 +241,8 @@ def _region_in(moment: Moment, event: events.RegionSwappedIn) -> str:
 
 def _planned(moment: Moment, event: events.StepPlanned) -> str:
     history, step = moment.history, moment.step
-    decode = [history.name(s) for s, _ in event.chunks if history.code_at(s, step) == "d"]
-    prefill = [f"{history.name(s)} ({n})" for s, n in event.chunks if history.code_at(s, step) != "d"]
+    decode = [history.name(s) for s, _ in event.chunks if history.spans.code_at(s, step) == "d"]
+    prefill = [f"{history.name(s)} ({n})" for s, n in event.chunks if history.spans.code_at(s, step) != "d"]
     does = []
     if prefill:
         does.append(f"prefill of {in_words(prefill)}")

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from ...timeline.events import sequences_of
-from ...timeline.history import MARKS, History, Moment
-from ..common.canvas import DIM, Scene, filled, line, pack, page, rule
-from ..common.viewer import Viewer, help_lines
+from ...timeline.history import History, Moment
+from ...timeline.marks import MARKS
+from ..common.viewer import Viewer
 from .frames.blocks import EMPTY, UNKNOWN, WRITTEN
 from .frames.blocks import MARKS as SIGNS_OF_BLOCKS
 from .frames.screen import Frame, frames_of, screen
+from .scene import Scene
 
 OPENINGS = "CSXHFA"  # marks of moments worth seeing first, the best first
 HELP = (
@@ -52,7 +53,7 @@ class Player(Viewer):
     """Where the viewer is, and what each key does."""
 
     thing = "events"
-    help_pages = 2
+    help = ({"Keys": HELP}, {"Signs": SIGNS})
 
     def __init__(self, runs: Sequence[History], frame: int = 0, position: int = 0) -> None:
         super().__init__(speed=2)
@@ -82,7 +83,7 @@ class Player(Viewer):
 
     def draw(self, width: int, height: int) -> Text:
         if self.helping:
-            return _help(width, height, self.helping)
+            return self.draw_help(width, height)
         message = self.message
         if self.typed is not None:
             message = f"find a sequence: {self.typed}▏  (Enter: go, Esc: back)"
@@ -180,14 +181,3 @@ class Player(Viewer):
         "/": _begin_find,
         "escape": _escape,
     }
-
-
-def _help(width: int, height: int, number: int) -> Text:
-    if number == 1:
-        rows = [rule("Keys", width), *help_lines(HELP)]
-        return page([*filled(rows, height - 1), line(("  ?: the signs; any other key: back", DIM))], width, height)
-    rows = [rule("Signs", width)]
-    for where, signs in SIGNS:
-        for i, text in enumerate(pack(signs, width - 18)):
-            rows.append(line((f" {where if i == 0 else '':<17}", "bold"), text))
-    return page([*filled(rows, height - 1), line(("  any key: back", DIM))], width, height)

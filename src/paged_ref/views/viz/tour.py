@@ -12,12 +12,12 @@ from statistics import mean
 
 from rich.text import Text
 
-from ...timeline.events import PoolOpened, StepPlanned
 from ...timeline.history import History
-from ..common.canvas import Scene, filled, line, page, too_small, wrap
+from ..common.canvas import filled, line, page, too_small, wrap
 from ..common.printing import Size
 from ..common.viewer import Viewer
 from .frames.screen import FRAMES, SMALLEST, screen
+from .scene import Scene
 
 SPEED = 0.2  # stops in a second: twelve of them take a minute
 HEAD = 3  # lines above the frame
@@ -64,7 +64,7 @@ def stops(runs: Sequence[History]) -> list[Stop]:
     found = []
     for manager, places in _PLACES.items():
         for number, run in enumerate(runs):
-            if manager_of(run) == manager:
+            if run.opened.manager == manager:
                 for where, frame, words in places:
                     if (position := _position(run, where)) is not None:
                         found.append(Stop(number, position, FRAME[frame], words))
@@ -77,29 +77,18 @@ def _position(run: History, where: str) -> int | None:
     if where == "first":
         return run.step_positions[1] - 1 if len(run.step_positions) > 1 else len(run) - 1
     if where == "crowd":  # the step in which most sequences wait
-        return max(run.step_positions, key=lambda position: len(_plan(run, position).waiting), default=None)
+        crowded = max(range(len(run.plans)), key=lambda step: len(run.plans[step].waiting), default=None)
+        return None if crowded is None else run.step_positions[crowded]
     return next((position for position, mark in run.marks if mark == where), None)
-
-
-def _plan(run: History, position: int) -> StepPlanned:
-    plan = run.events[position]
-    assert isinstance(plan, StepPlanned)
-    return plan
-
-
-def manager_of(run: History) -> str:
-    opened = run.events[0]
-    assert isinstance(opened, PoolOpened)
-    return opened.manager
 
 
 def headline(runs: Sequence[History]) -> str:
     """`standard 36 steps, 1.8 sequences together · swapping 27, 2.4 · paged 25, 2.6`: the steps, and the mean batch."""
     parts: list[str] = []
     for run in runs:
-        together = mean([len(_plan(run, position).chunks) for position in run.step_positions] or [0])
+        together = mean([len(plan.chunks) for plan in run.plans] or [0])
         steps, sequences = ("", "") if parts else (" steps", " sequences together")
-        parts.append(f"{manager_of(run)} {len(run.steps)}{steps}, {together:.1f}{sequences}")
+        parts.append(f"{run.opened.manager} {len(run.steps)}{steps}, {together:.1f}{sequences}")
     return " · ".join(parts)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...timeline.history import MARKS, History
-from ..common.canvas import Scene
+from ...timeline.history import History
+from ...timeline.marks import MARKS
 from ..common.printing import Size
-from ..page.page import Page, Story, Words
+from ..page.page import Labels, Page, Story, StoryFrame
 from .frames.screen import frames_of, step_of
 from .narration import address, narrate
 from .player import SIGNS
+from .scene import Scene
 from .source_links import function_for_event, place_of
 
 MOST = 10_000  # events: two minutes of drawing, and 2 MB
@@ -30,19 +31,20 @@ def write_page(
     width, height = size or (100, 30)
     model = f" of {runs[0].model}" if runs[0].model else ""
     used = {mark for run in runs for _, mark in run.marks}
-    words = Words(
+    labels = Labels(
         f"The memory{model}, event by event", "manager", "event", "step", "highlight",
         {mark: what for mark, what in MARKS.items() if mark in used},
         notes=[(sign.split(" ")[0], sign.split(" ", 1)[1]) for _, signs in SIGNS[:-1] for sign in signs],
     )  # fmt: skip
-    page = Page(words, width, height - FEWER, made_with)
+    page = Page(labels, width, height - FEWER, made_with)
     page.start = {"run": 0, "frame": frame, "position": at}
     for run in runs:
         frames = frames_of(run)
-        names, about = [each.name for each in frames], [each.about for each in frames]
-        manager = run.moment(0).state.memory.manager
+        manager = run.opened.manager
         same = sum(story.name.split()[0] == manager for story in page.runs)  # earlier runs under this manager
-        page.begin(Story(f"{manager} {same + 1}" if same else manager, names, about, run.step_positions, run.marks))
+        name = f"{manager} {same + 1}" if same else manager
+        of_frames = [StoryFrame(each.name, list(each.about)) for each in frames]
+        page.runs.append(Story(name, of_frames, run.step_positions, run.marks))
         for position in range(len(run)):
             moment = run.moment(position)
             scene = Scene(moment, runs, hints=False)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from .own import OwnRun
-from .run import LETTERS, KernelRun
+from .run import KernelRun
+from .sizes import LETTERS
 
 
 def sentence(run: KernelRun, position: int) -> str:
@@ -19,6 +20,8 @@ def sentence(run: KernelRun, position: int) -> str:
     source, array = run.code.text(int(run.line[position])), run.info(position).name
     for (piece, wanted), words in _SENTENCES.items():
         if piece in source and wanted in ("", array):
+            if run.name == "naive":  # a region has slots, and no blocks
+                words = words.replace(f" ({_IN_BLOCK})", "").replace(f": {_IN_BLOCK}", "")
             return words.format(**caption(run, position))
     raise LookupError(f"no sentence for {source.strip()!r} and the array {array}")
 
@@ -42,6 +45,7 @@ def caption(run: KernelRun, position: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_IN_BLOCK = "block {block}, offset {offset}"
 # (piece of the source line, array or "" for any) -> the sentence
 _SENTENCES = {
     ("while query_start_loc", ""): (

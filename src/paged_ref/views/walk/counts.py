@@ -6,8 +6,9 @@ from rich.text import Text
 
 from ...interop.layouts import pack_size
 from ..common.canvas import DIM, TITLE, Lines, exactly, filled, fit, line, rule, window, wrap
+from .layout_costs import LayoutCost, layout_costs
 from .panels import NOW
-from .run import IntArray, KernelRun, LayoutCost
+from .run import IntArray, KernelRun
 
 
 def thread_line(run: KernelRun, position: int, width: int) -> Lines:
@@ -98,7 +99,7 @@ def layouts(run: KernelRun, position: int, width: int, height: int) -> Lines:
     """The warp's load of K or V at this moment (or the nearest one), and what it moves in other layouts."""
     at = run.nearest_load(position)
     info, load = run.info(at), run.load(at)
-    costs = run.layout_costs(at)
+    costs = layout_costs(run, at)
     letter, itemsize = ("K" if info.name == "keys" else "V"), info.dtype.itemsize
     x = pack_size(itemsize)
     which = "this" if at == position else "the last" if at < position else "the next"

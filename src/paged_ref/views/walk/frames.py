@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from ..common.canvas import DIM, TITLE, Lines, beside, filled, fit, line, page, rule, too_small, wrap
-from ..common.viewer import help_lines
+from .call import Walk
 from .captions import sentence
 from .counts import counters, layouts, thread_line
 from .panels import NOW, caches, cell_width, grid_height, now, source
-from .run import LETTERS, KernelRun, Walk
+from .run import KernelRun
+from .sizes import LETTERS
 
 SMALLEST = (60, 20)
 WIDE = 140  # columns from which both kernels fit side by side
@@ -66,7 +67,6 @@ class Look:
 
     kernel: str = "both"  # or naive, paged
     view: str = "walk"
-    help: int = 0  # the page of the help; 0: none
     playing: bool = False
     keys: bool = True  # show the keys; a printed frame has none
 
@@ -77,12 +77,9 @@ def frame(walk: Walk, position: int, width: int, height: int, look: Look | None 
     if (small := too_small(width, height, SMALLEST)) is not None:
         return small
     run = shown_run(walk, look)
-    if look.help:
-        lines = _help(width, look.help)
-    else:
-        runs = list(walk.runs.values()) if _both(width, look) else [run]
-        why = _why(runs, position, width)
-        lines = [*picture(walk, position, width, height - 2 - len(why), look), *why]
+    runs = list(walk.runs.values()) if _both(width, look) else [run]
+    why = _why(runs, position, width)
+    lines = [*picture(walk, position, width, height - 2 - len(why), look), *why]
     head, foot = _title(walk, run, position, width, look), _footer(width, look)
     return page([head, *filled(lines, height - 2), foot], width, height)
 
@@ -158,11 +155,11 @@ def _side_by_side(walk: Walk, position: int, width: int, height: int) -> Lines:
 def _title(walk: Walk, run: KernelRun, position: int, width: int, look: Look) -> Text:
     name = "naive.py and paged.py" if _both(width, look) else run.code.file
     count = f"{position + 1}/{len(walk)}"
-    rest = where(run, position)
-    if len(name) + len(rest) + len(count) + 5 > width:
+    rest, room = where(run, position), width - len(name) - len(count) - 5
+    if len(rest) > room:
         rest = rest.replace("CUDA block", "block").replace("sequence ", "")
-    gap = max(1, width - len(name) - len(rest) - len(count) - 5)
-    return line((f" {name} ", NOW), f" {rest}", " " * gap, (count, TITLE), " ")
+    gap = " " * max(1, room - len(rest))
+    return line((f" {name} ", NOW), f" {fit(rest, min(len(rest), room))}{gap}", (count, TITLE), " ")
 
 
 def where(run: KernelRun, position: int) -> str:
@@ -176,8 +173,6 @@ def where(run: KernelRun, position: int) -> str:
 
 
 def _footer(width: int, look: Look) -> Text:
-    if look.help:
-        return line(("?: the words; any other key goes back" if look.help == 1 else "any key goes back", DIM))
     if look.playing or not look.keys:
         return line(("playing; any key stops" if look.keys else "", DIM))
     text = "←→ access ↑↓ line t thread n round b block │ k kernel 1 2 3 view ? help q quit"
@@ -197,9 +192,3 @@ def _why(runs: list[KernelRun], position: int, width: int) -> Lines:
         texts = [f"{run.name}: {text}" for run, text in zip(runs, texts, strict=True)] if differ else texts[1:]
     rows = [line(" " + row) for text in dict.fromkeys(texts) for row in wrap(text, width - 2)]
     return [rule("why", width), *filled(rows, 3)]
-
-
-def _help(width: int, number: int) -> Lines:
-    if number == 2:
-        return [rule("words", width), *help_lines(GLOSSARY)]
-    return [rule("keys", width), *help_lines(KEYS), rule("marks", width), *help_lines(MARKS)]

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from ...tracer import trace
-from .run import LETTERS, KernelRun, Sizes, Walk, walk
+from .call import Walk, walk
+from .run import KernelRun
+from .sizes import LETTERS, Sizes
 from .source import SourceLines, fold, lines_of_kernel
 
 NAME = "my_paged_attention"

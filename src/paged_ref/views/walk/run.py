@@ -1,74 +1,21 @@
-"""The run behind the kernel walk: a small attention call, run by both teaching kernels in the tracer.
+"""What can be asked of one kernel's run: slot, thread and line of each access, counts, and the loads of the warps.
 
-The two kernels get the same queries, keys and values; the naive kernel finds them in a region for each sequence,
-the paged kernel in blocks. Both make the same accesses in the same order, so one position (the number of an access)
-stands for the same moment in both runs. Nothing here draws.
+Nothing here draws.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ...interop.layouts import LAYOUTS, element_offsets, pack_size
-from ...kernels import naive_attention, paged_attention
-from ...tracer import trace
-from ...tracer.access_record import SECTOR_BYTES, WARP_SIZE, Access, ArrayInfo, Trace
-from .source import SourceLines, compared, lines_of_kernel
+from ...tracer.access_record import WARP_SIZE, Access, ArrayInfo, Trace
+from .sizes import Sizes
+from .source import SourceLines
 
-Array = np.ndarray[Any, Any]
 IntArray = np.ndarray[Any, Any]
-KERNELS = ("naive", "paged")
-MAX_ACCESSES = 400_000  # the tracer needs a few seconds for so many
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """The call to walk through: one query token for each sequence, as in a decode step."""
-
-    tokens: tuple[int, ...] = (6, 3)  # keys of each sequence
-    block_size: int = 4
-    num_heads: int = 2
-    num_kv_heads: int = 1
-    head_size: int = 8
-    num_threads: int = 8
-    dtype: str = "float32"
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises ValueError with the option, its value and the bound."""
-        for option, value, most in (
-            ("--block-size", self.block_size, 64),
-            ("--heads", self.num_heads, 64),
-            ("--kv-heads", self.num_kv_heads, 64),
-            ("--head-size", self.head_size, 256),
-        ):
-            if not 1 <= value <= most:
-                raise ValueError(f"{option} is {value}; 1 to {most} is needed")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"--heads is {self.num_heads}; a multiple of --kv-heads {self.num_kv_heads} is needed")
-        if not 1 <= self.num_threads <= 128 or self.num_threads & (self.num_threads - 1):
-            raise ValueError(f"--threads is {self.num_threads}; a power of two from 1 to 128 is needed")
-        if not 1 <= len(self.tokens) <= len(LETTERS):
-            raise ValueError(f"--tokens names {len(self.tokens)} sequences; 1 to {len(LETTERS)} are needed")
-        for count in self.tokens:
-            if count < 1:
-                raise ValueError(f"--tokens has {count}; at least 1 is needed, the query's own token")
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; at least 0 is needed")
-        # Each element of K costs two accesses (q and K), each of V three (weight, slot and V).
-        expected = 5 * sum(self.tokens) * self.num_heads * self.head_size
-        if expected > MAX_ACCESSES:
-            raise ValueError(
-                f"--tokens {' '.join(map(str, self.tokens))} with {self.num_heads} heads of {self.head_size} make "
-                f"about {expected:,} accesses; at most {MAX_ACCESSES:,} can be walked"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +28,7 @@ class Load:
     sectors: int
 
 
-@dataclass(frozen=True, slots=True)
-class LayoutCost:
-    """What one warp load of K or V moves when the cache has another layout."""
-
-    layout: str
-    sectors: int
-    used: float  # share of the bytes moved that the lanes asked for
-    groups: tuple[tuple[int, ...], ...]  # threads whose element lies in the same sector, by sector
-    wide_sectors: int | None  # sectors when each lane loads 16 bytes; None where that makes no sense
-    wide_used: float | None
-    block_sectors: int  # of all such loads of the CUDA block together
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelRun:
     """One kernel's run: trace, source, and the sequence of each slot."""
 
@@ -117,13 +51,9 @@ class KernelRun:
         return self.trace[position]
 
     @cached_property
-    def _turns(self) -> IntArray:
+    def turns(self) -> IntArray:
+        """For each access, how many times its thread was at the same place before."""
         return self.trace.turns()
-
-    @cached_property
-    def _costs(self) -> dict[int, list[LayoutCost]]:
-        """What `layout_costs` found, by the first access of each load."""
-        return {}
 
     @property
     def num_slots(self) -> int:
@@ -212,7 +142,7 @@ class KernelRun:
     def load(self, position: int) -> Load:
         """The access at `position`, with those of the other lanes of its warp in the same instruction."""
         t = self.trace
-        same = (t.block == t.block[position]) & (t.site == t.site[position]) & (self._turns == self._turns[position])
+        same = (t.block == t.block[position]) & (t.site == t.site[position]) & (self.turns == self.turns[position])
         rows = np.flatnonzero(same & (t.thread // WARP_SIZE == t.thread[position] // WARP_SIZE))
         counted = t.rows(rows).warp_accesses()
         size, sectors = (counted[0].bytes, counted[0].sectors) if counted else (0, 0)  # shared memory has none
@@ -225,115 +155,3 @@ class KernelRun:
         here = np.flatnonzero(cached & (t.block == t.block[position]))
         before = here[here <= position]
         return int(before[-1]) if len(before) else int(here[0])
-
-    def layout_costs(self, position: int) -> list[LayoutCost]:
-        """The warp load at `position` (of K or V) in each layout that has one for this head size."""
-        load, info = self.load(position), self.info(position)
-        if (first := int(load.rows[0])) in self._costs:
-            return self._costs[first]
-        costs = []
-        for layout in LAYOUTS:
-            try:
-                of_keys, of_values = element_offsets(layout, self.shape, info.dtype.itemsize)
-            except ValueError:  # head_size is no multiple of x
-                continue
-            offsets = (of_keys if info.name == "keys" else of_values).ravel()
-            costs.append(self._layout_cost(layout, offsets, load, position))
-        self._costs[first] = costs
-        return costs
-
-    def _layout_cost(self, layout: str, offsets: IntArray, load: Load, position: int) -> LayoutCost:
-        """The cost of a load where element i of the cache lies at byte `offsets[i]`.
-
-        The lanes' elements come from the record. The 16-byte form asks for the x elements around each lane's: what
-        the lane asks for in its next x - 1 turns, too.
-        """
-        t, info = self.trace, self.info(position)
-        itemsize = info.dtype.itemsize
-        elements = t.index[load.rows]
-        sectors = offsets[elements] // SECTOR_BYTES
-        groups = tuple(
-            tuple(thread for thread, sector in zip(load.threads, sectors, strict=True) if sector == shared)
-            for shared in np.unique(sectors)
-        )
-        wide_sectors, wide_used = None, None
-        x = pack_size(itemsize)
-        if info.name == "keys" and self.shape[3] % x == 0:
-            asked = np.unique(offsets[(elements // x * x)[:, None] + np.arange(x)])
-            wide_sectors = len(np.unique(asked // SECTOR_BYTES))
-            wide_used = len(asked) * itemsize / (wide_sectors * SECTOR_BYTES)
-        used = len(np.unique(elements)) * itemsize / (len(groups) * SECTOR_BYTES)
-        block = np.flatnonzero((t.block == t.block[position]) & (t.array == t.array[position]))
-        loads = np.stack([t.thread[block] // WARP_SIZE, t.site[block], self._turns[block]])  # each of one warp
-        block_sectors = np.unique(np.vstack([loads, offsets[t.index[block]] // SECTOR_BYTES]), axis=1).shape[1]
-        return LayoutCost(layout, len(groups), used, groups, wide_sectors, wide_used, block_sectors)
-
-
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """Both runs. `runs["naive"]` and `runs["paged"]` go in step."""
-
-    sizes: Sizes
-    runs: dict[str, KernelRun]
-
-    def __len__(self) -> int:
-        return len(self.runs["paged"])
-
-
-def walk(sizes: Sizes | None = None) -> Walk:
-    """Run both kernels on the same sequences. Raises ValueError where the sizes are out of bounds."""
-    sizes = sizes or Sizes()
-    sizes.check()
-    rng = np.random.default_rng(sizes.seed)
-    block_size = sizes.block_size
-    needed = [-(-count // block_size) for count in sizes.tokens]  # blocks of each sequence
-    region = max(needed)  # standard memory reserves the same for every sequence: here the longest
-    shape = (len(needed) * region, block_size, sizes.num_kv_heads, sizes.head_size)
-
-    free = iter(rng.permutation(shape[0]).tolist())
-    tables = tuple(tuple(next(free) for _ in range(count)) for count in needed)
-    starts = tuple((seq * region * block_size,) for seq in range(len(needed)))
-    kv = [rng.standard_normal((2, count, *shape[2:])).astype(sizes.dtype) for count in sizes.tokens]
-    query = rng.standard_normal((len(needed), sizes.num_heads, sizes.head_size)).astype(sizes.dtype)
-    naive: list[Sequence[int]] = [range(first, first + region * block_size) for (first,) in starts]
-    paged: list[Sequence[int]] = [
-        [block * block_size + i for block in table for i in range(block_size)] for table in tables
-    ]
-    naive_kv, paged_kv = _filled(shape, naive, kv), _filled(shape, paged, kv)
-
-    block_tables = np.full((len(needed), region), -1, dtype=np.int32)  # -1: padding, never followed
-    for seq, table in enumerate(tables):
-        block_tables[seq, : len(table)] = table
-    seq_lens = np.array(sizes.tokens, dtype=np.int32)
-    first_slots = np.array(starts, dtype=np.int32)[:, 0]
-    with trace.recording(sizes.num_threads) as traces:
-        keys, values = naive_kv.reshape(2, -1, *shape[2:])  # [num_slots, num_kv_heads, head_size]
-        naive_attention(query, keys, values, first_slots, seq_lens, backend="trace")
-        paged_attention(query, paged_kv[0], paged_kv[1], block_tables, seq_lens, backend="trace")
-    sources = [inspect.getsourcelines(each.function) for each in traces]
-    runs = {}
-    for i, (name, slots, table) in enumerate(zip(KERNELS, (naive, paged), (starts, tables), strict=True)):
-        code = compared(name, sources[i], sources[1 - i])
-        owner = _owner(slots, sizes.tokens)
-        runs[name] = KernelRun(name, sizes, traces[i], code, owner, table, shape, lines_of_kernel(traces[i]))
-    return Walk(sizes, runs)
-
-
-def _filled(shape: tuple[int, int, int, int], slots: Sequence[Sequence[int]], kv: Sequence[Array]) -> Array:
-    """[2, *shape]: K and V of each sequence in the first of its `slots`; the other slots stay NaN.
-
-    `kv` has [2, num_tokens, num_kv_heads, head_size] for each sequence. A kernel that reads an empty slot computes NaN.
-    """
-    caches = np.full((2, *shape), np.nan, dtype=kv[0].dtype)
-    for of_seq, of_tokens in zip(slots, kv, strict=True):
-        caches.reshape(2, -1, *shape[2:])[:, of_seq[: of_tokens.shape[1]]] = of_tokens
-    return caches
-
-
-def _owner(slots: Sequence[Sequence[int]], lengths: Sequence[int]) -> dict[int, tuple[int, int | None]]:
-    """Slot -> (sequence, position; None: allocated and empty)."""
-    return {
-        slot: (seq, position if position < length else None)
-        for seq, (of_seq, length) in enumerate(zip(slots, lengths, strict=True))
-        for position, slot in enumerate(of_seq)
-    }

@@ -16,9 +16,10 @@ from ..common.console import Console
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames, write_svg
 from ..common.viewer import Viewer
-from .frames import GLOSSARY, SMALLEST, VIEWS, WIDE, Look, frame
+from .call import KERNELS, Walk, walk
+from .frames import GLOSSARY, KEYS, MARKS, SMALLEST, VIEWS, WIDE, Look, frame
 from .own import own_walk
-from .run import KERNELS, Sizes, Walk, walk
+from .sizes import Sizes
 from .walk_page import write_page
 
 STEPS = ("access", "line", "thread", "round", "block")
@@ -29,7 +30,7 @@ class Walker(Viewer):
     """Where the viewer is in the walk, and what each key does."""
 
     thing = "accesses"
-    help_pages = 2
+    help = ({"keys": KEYS, "marks": MARKS}, {"words": GLOSSARY})
 
     def __init__(self, walk: Walk, look: Look | None = None, position: int = 0) -> None:
         super().__init__(speed=4)
@@ -43,8 +44,9 @@ class Walker(Viewer):
 
     def draw(self, width: int, height: int) -> Text:
         self._wide = width >= WIDE
-        look = replace(self.look, playing=self.playing, help=self.helping)
-        return frame(self.walk, self.position, width, height, look)
+        if self.helping:
+            return self.draw_help(width, height)
+        return frame(self.walk, self.position, width, height, replace(self.look, playing=self.playing))
 
     def press(self, key: str) -> bool:
         if self.playing and key not in "+-=":  # any other key only stops

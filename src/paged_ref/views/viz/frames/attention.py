@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ....timeline.events import PagesAttended
 from ....timeline.history import Moment
-from ...common.canvas import DIM, Lines, Scene, colour, fit, line, prose, rule
+from ...common.canvas import DIM, Lines, fit, line, rule
 from ...common.program import program
 from ...common.sparkline import sparkline
+from ..scene import Scene, colour, prose
 from .residency import shown_sequence
 
 

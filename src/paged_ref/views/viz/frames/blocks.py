@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, WARM, Lines, Scene, brief, colour, fit, line, owners, rule, window
+from ...common.canvas import DIM, NEW, WARM, Lines, brief, fit, line, rule, window
+from ..scene import Scene, colour, owners
 
 EMPTY = "_"  # a slot that was given out and holds nothing yet
 UNKNOWN = "#"  # a slot that holds a token that the log does not name
@@ -112,9 +113,9 @@ def names_of(moment: Moment, block_id: int, in_tables: Sequence[int], selected: 
     return brief(linked if len(" ".join(linked)) <= width else names, width)
 
 
-def block_row(moment: Moment, block_id: int, in_tables: Sequence[int], width: int, selected: int | None = None) -> Text:
+def block_row(scene: Scene, block_id: int, in_tables: Sequence[int], width: int) -> Text:
     """`+ 3 ×0→×1 A[2] │·brought│_______│...`: a device block in `width` cells."""
-    memory = moment.state.memory
+    moment, memory = scene.moment, scene.moment.state.memory
     number = len(str(memory.num_blocks - 1))
     mark = mark_of(moment, block_id)
     row = line((mark, NEW if mark != " " else ""), (f"{block_id:>{number + 1}} ", "bold" if mark != " " else ""))
@@ -129,8 +130,8 @@ def block_row(moment: Moment, block_id: int, in_tables: Sequence[int], width: in
     else:
         row.append(f"{count} ", "bold" if before is not None else DIM)
         style = colour(moment, in_tables[0])
-        names = names_of(moment, block_id, in_tables, selected, room - len(count) - 1)
-        row.append(names, f"{style} reverse" if selected in in_tables else style)
+        names = names_of(moment, block_id, in_tables, scene.selected, room - len(count) - 1)
+        row.append(names, f"{style} reverse" if scene.selected in in_tables else style)
         row.append(" " * (room - len(count) - 1 - len(names)))
     texts = block_texts(moment, block_id, in_tables)
     style = colour(moment, in_tables[0]) if in_tables else WARM if cached else DIM
@@ -178,20 +179,21 @@ def _letter(moment: Moment, block_id: int, in_tables: Sequence[int], on_host: bo
     return ("c", WARM) if not on_host and block_id in moment.state.memory.cached else (".", DIM)
 
 
-def pool_rows(
-    scene: Scene, wanted: int, row: Callable[[int], Text], width: int, room: int, on_host: bool = False
-) -> Lines:
-    """`row(block_id)` of each block; where there is no room, a map of all blocks, and the rows around `wanted`."""
-    memory = scene.moment.state.memory
+BlockRow = Callable[[Scene, int, Sequence[int], int], Text]  # (scene, block, sequences that have it, width)
+
+
+def pool_rows(scene: Scene, wanted: int, row: BlockRow, width: int, room: int, on_host: bool = False) -> Lines:
+    """The row of each block; where there is no room, a map of all blocks, and the rows around `wanted`."""
+    memory, owned = scene.moment.state.memory, owners(scene.moment, on_host)
     total = memory.num_host_blocks if on_host else memory.num_blocks
     if total <= room:
-        return [row(block_id) for block_id in range(total)]
+        return [row(scene, block_id, owned.get(block_id, ()), width) for block_id in range(total)]
     height = max(1, min(6, room // 3, -(-total // width)))
     first, last = window(total, room - height - 1, wanted + scene.scroll)
     each = -(-total // (width * height))
     title = f"{'Host blocks' if on_host else 'Blocks'} {first} to {last - 1}"
     return [
-        *overview(scene.moment, owners(scene.moment, on_host), width, height, on_host),
+        *overview(scene.moment, owned, width, height, on_host),
         rule(title, width, "a letter for each block" if each == 1 else f"each mark is {each} blocks"),
-        *map(row, range(first, last)),
+        *(row(scene, block_id, owned.get(block_id, ()), width) for block_id in range(first, last)),
     ]

@@ -5,18 +5,20 @@ from __future__ import annotations
 from rich.text import Text
 
 from ....core.memory.usage import MemoryUsage
-from ....timeline.events import PoolOpened
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
-from ...common.canvas import DIM, Lines, Scene, count, filled, line, pack, rule
+from ...common.canvas import DIM, Lines, count, filled, line, pack, rule, window
+from ..scene import Scene
 
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
     runs = list(scene.runs) or [scene.history]
     marks = _marks(width)
     room = height - len(marks)
-    shown = runs if 3 * len(runs) <= room else runs[: max(1, (room - 1) // 3)]
-    # Three lines for each; a chart for all where there is room, else for this one.
+    # Three lines for each: all, or as many as fit, this one among them.
+    first, last = window(len(runs), len(runs) if 3 * len(runs) <= room else max(1, (room - 1) // 3), scene.run)
+    shown = runs[first:last]
+    # A chart for all where there is room, else for this one.
     spare = room - 3 * len(shown) - (len(shown) < len(runs))
     rows: Lines = []
     for run in shown:
@@ -29,8 +31,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
 
 def _run(scene: Scene, run: History, width: int, chart_height: int) -> Lines:
     """One manager: a heading, the pool now as a bar with its numbers, and the run as a chart below."""
-    here, opened = run is scene.history, run.events[0]
-    assert isinstance(opened, PoolOpened)
+    here, opened = run is scene.history, run.opened
     step = min(scene.moment.step, len(run.steps) - 1)
     when = f"step {step}" if step >= 0 else "before step 0"
     if here:

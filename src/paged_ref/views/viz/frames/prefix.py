@@ -13,21 +13,19 @@ from ...common.canvas import (
     NEW,
     WARM,
     Lines,
-    Scene,
     brief,
-    colour,
     count,
     exactly,
     filled,
     fit,
     line,
     listing,
-    owners,
     rule,
     window,
     wrap,
 )
 from ...common.trees import forest
+from ..scene import Scene, colour, owners
 from .blocks import UNKNOWN, mark_of, slots
 
 
@@ -92,6 +90,7 @@ def _row(
     row.append_text(slots(texts, moment.state.memory.block_size, width - row.cell_len - owners_width - 1, set(), style))
     names = [moment.history.name(s) for s in in_tables]
     state = f"×{len(in_tables)} {brief(names, owners_width - 4)}" if in_tables else f"cached, goes {ordinal(rank)}"
+    state = state if len(state) <= owners_width else f"goes {ordinal(rank)}"
     row.append(" " * max(1, width - owners_width - row.cell_len))
     row.append(fit(state, owners_width), f"{style} bold" if in_tables else style)
     return row

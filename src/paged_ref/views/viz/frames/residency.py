@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, Lines, Scene, brief, colour, fit, line, rule, window
+from ...common.canvas import DIM, NEW, Lines, brief, fit, line, rule, window
+from ..scene import Scene, colour
 
 SIGNS = {"#": "on the device only", "=": "on both", ".": "on the host only"}
 SHADES = " ░▒▓█"

@@ -8,24 +8,10 @@ from dataclasses import dataclass
 from rich.text import Text
 
 from ....timeline.history import History, Moment
-from ...common.canvas import (
-    DIM,
-    Lines,
-    Scene,
-    beside,
-    colour,
-    filled,
-    fit,
-    in_order,
-    line,
-    page,
-    rule,
-    title_line,
-    too_small,
-    wrap,
-)
+from ...common.canvas import DIM, Lines, beside, filled, fit, line, page, rule, title_line, too_small, wrap
 from ...common.printing import Size
 from ..narration import address, narrate
+from ..scene import Scene, colour, in_order
 from ..source_links import function_for_event, place_of
 from . import attention, memory, prefix, residency, sharing, swap, tables, timeline
 
@@ -58,7 +44,7 @@ FRAMES_OF_PAGES = (
 
 
 def frames_of(run: History) -> tuple[Frame, ...]:
-    return FRAMES_OF_PAGES if run.streams else FRAMES
+    return FRAMES_OF_PAGES if run.opened.manager == "streaming" else FRAMES
 
 
 def screen(scene: Scene, frame: int, width: int, height: int) -> Text:
@@ -110,8 +96,7 @@ def _title(scene: Scene, width: int) -> Text:
     if history.model:
         parts.append(history.model)
     if len(scene.runs) > 1:
-        place = next(i for i, run in enumerate(scene.runs, start=1) if run is history)
-        parts.append(f"run {place}/{len(scene.runs)}")
+        parts.append(f"run {scene.run + 1}/{len(scene.runs)}")
     right = f"  {step_of(moment)}, event {moment.position + 1:,} of {len(history):,} "
     return title_line(parts, right, width)
 

@@ -8,26 +8,9 @@ from rich.text import Text
 
 from ....timeline.events import SequenceForked
 from ....timeline.history import Moment
-from ...common.canvas import (
-    DIM,
-    NEW,
-    Lines,
-    Scene,
-    brief,
-    colour,
-    count,
-    exactly,
-    filled,
-    fit,
-    kv_size,
-    line,
-    listing,
-    owners,
-    rule,
-    window,
-    wrap,
-)
+from ...common.canvas import DIM, NEW, Lines, brief, count, exactly, filled, fit, line, listing, rule, window, wrap
 from ...common.trees import forest
+from ..scene import Scene, colour, kv_size, owners
 from .blocks import block_texts, counted, mark_of, slots, written_in
 
 

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.text import Text
 
 from ....timeline.events import RegionPlaced, RegionSwappedIn, RegionSwappedOut, SwappedIn, SwappedOut
-from ...common.canvas import (
-    DIM,
-    NEW,
-    Lines,
-    Scene,
-    beside,
-    brief,
-    colour,
-    count,
-    filled,
-    fit,
-    kv_size,
-    line,
-    listing,
-    owners,
-    prose,
-    rule,
-    wrap,
-)
+from ...common.canvas import DIM, NEW, Lines, beside, brief, count, filled, fit, line, listing, rule, wrap
+from ..scene import Scene, colour, kv_size, owners, prose
 from .blocks import block_row, contents, pool_rows, slots
 
 
@@ -40,14 +25,10 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
 
 
 def _device(scene: Scene, width: int, height: int) -> Lines:
-    moment, memory, owned = scene.moment, scene.moment.state.memory, owners(scene.moment)
+    moment, memory = scene.moment, scene.moment.state.memory
     head = rule("Device", width, f"{memory.num_blocks:,} blocks, {len(memory.free) + len(memory.cached):,} available")
     here = list(_sources_or_targets(scene, device=True)) or sorted(moment.change.before) or [0]
-
-    def row(block_id: int) -> Text:
-        return block_row(moment, block_id, owned.get(block_id, []), width, scene.selected)
-
-    return [head, *pool_rows(scene, here[0], row, width, height - 1)]
+    return [head, *pool_rows(scene, here[0], block_row, width, height - 1)]
 
 
 def _host(scene: Scene, width: int, height: int) -> Lines:
@@ -56,14 +37,10 @@ def _host(scene: Scene, width: int, height: int) -> Lines:
         return [rule("Host", width), line((" no host memory: preemption is", DIM)), line((" by recompute", DIM))]
     head = rule("Host", width, f"{memory.num_host_blocks:,} blocks, {len(memory.host.free):,} free")
     here = list(_sources_or_targets(scene, device=False)) or sorted(owned) or [0]
-
-    def row(block_id: int) -> Text:
-        return _host_row(scene, block_id, owned.get(block_id, []), width)
-
-    return [head, *pool_rows(scene, here[0], row, width, height - 1, on_host=True)]
+    return [head, *pool_rows(scene, here[0], _host_row, width, height - 1, on_host=True)]
 
 
-def _host_row(scene: Scene, block_id: int, in_tables: list[int], width: int) -> Text:
+def _host_row(scene: Scene, block_id: int, in_tables: Sequence[int], width: int) -> Text:
     moment, memory = scene.moment, scene.moment.state.memory
     moved = block_id in _sources_or_targets(scene, device=False)
     mark = ("+" if isinstance(moment.event, SwappedOut) else "-") if moved else " "
@@ -124,13 +101,11 @@ def _regions(scene: Scene, width: int, height: int, on_host: bool) -> Lines:
     name = "Host" if on_host else "Device"
     if not total:
         return [rule(name, width), line((" no host memory: this", DIM)), line((" manager does not swap", DIM))]
-    here = [(p.start, p.size, seq_id) for seq_id, p in memory.sequences.items() if p.on_host == on_host]
-    free = [(start, size, -1) for start, size in memory.holes(on_host)]
-    note = f"{total:,} slots, {sum(size for _, size, _ in free):,} free"
+    note = f"{total:,} slots, {sum(size for _, size in memory.holes(on_host)):,} free"
     rows = [rule(name, width, note)]
-    for start, size, seq_id in sorted(here + free):
+    for start, size, seq_id in memory.pieces(on_host):
         where = f"{start}-{start + size - 1}"
-        if seq_id < 0:
+        if seq_id is None:
             rows.append(line((f"  {where:>9}  free", DIM)))
             continue
         place, view = memory.sequences[seq_id], moment.state.sequences[seq_id]

@@ -8,25 +8,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from ....timeline.history import Moment
-from ...common.canvas import (
-    DIM,
-    NEW,
-    WARM,
-    Lines,
-    Scene,
-    beside,
-    colour,
-    count,
-    exactly,
-    filled,
-    fit,
-    in_order,
-    line,
-    listing,
-    owners,
-    rule,
-    window,
-)
+from ...common.canvas import DIM, NEW, WARM, Lines, beside, count, exactly, filled, fit, line, listing, rule, window
+from ..scene import Scene, colour, in_order
 from . import ranks
 from .blocks import WRITTEN, block_row, pool_rows, pool_title
 
@@ -117,7 +100,7 @@ def _entries(
 
 
 def _pool(scene: Scene, width: int, height: int) -> Lines:
-    moment, memory, owned = scene.moment, scene.moment.state.memory, owners(scene.moment)
+    moment, memory = scene.moment, scene.moment.state.memory
     used = memory.num_blocks - len(memory.free) - len(memory.cached)
     cached = f"{len(memory.cached):,} cached, " if memory.known else ""
     head = rule(pool_title(moment), width, f"{used:,} used, {cached}{len(memory.free):,} free")
@@ -128,11 +111,7 @@ def _pool(scene: Scene, width: int, height: int) -> Lines:
     concerned = [*moment.change.copied[1:], *moment.change.before, *moment.change.known]
     if not concerned and scene.selected in memory.sequences and not memory.sequences[scene.selected].on_host:
         concerned = memory.sequences[scene.selected].blocks
-
-    def row(block_id: int) -> Text:
-        return block_row(moment, block_id, owned.get(block_id, []), width, scene.selected)
-
-    return [head, *pool_rows(scene, min(concerned, default=0), row, width, height - 1 - len(tail)), *tail]
+    return [head, *pool_rows(scene, min(concerned, default=0), block_row, width, height - 1 - len(tail)), *tail]
 
 
 # --- managers without blocks ------------------------------------------------------------------------------
@@ -142,11 +121,7 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
     """Regions and holes in the order of their place, with their tokens; below them the slots as a map."""
     moment = scene.moment
     memory = moment.state.memory
-    pieces: list[tuple[int, int, int | None]] = [
-        (place.start, place.size, seq_id) for seq_id, place in memory.sequences.items() if not place.on_host
-    ]
-    pieces += [(start, size, None) for start, size in memory.holes()]
-    pieces.sort()
+    pieces = memory.pieces()
     note = f"{count(len(pieces), 'piece')}, one for each sequence, in one array"
     head = rule(f"{memory.manager.capitalize()} manager: {memory.num_blocks:,} slots", width, note)
     waiting = [v for v in moment.state.sequences.values() if v.status in ("waiting", "swapped")]

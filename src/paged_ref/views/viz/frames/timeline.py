@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from ...common.canvas import DIM, Lines, Scene, colour, count, filled, fit, line, pack, prose, rule, window
+from ...common.canvas import DIM, Lines, count, filled, fit, line, pack, rule, window
+from ..scene import Scene, colour, prose
 
 CODES = {
     "P": "prefill",
@@ -73,7 +74,7 @@ def _row(scene: Scene, seq_id: int, label: int, wide: int, first: int, last: int
     row = line((pointer, "bold"), (name, f"{style} bold"), (fit(text, label - 6) + " ", style if view else DIM))
     row.append("│", DIM)
     for step in range(first, last):
-        code = history.code_at(seq_id, step)
+        code = history.spans.code_at(seq_id, step)
         future = step > moment.step
         shown = fit(_SHOWN.get(code, code), wide)
         row.append(shown, DIM if future else _STYLES.get(code, style))
@@ -92,7 +93,7 @@ def _batch(scene: Scene, width: int, height: int) -> Lines:
     ]
     for seq_id, n in plan.chunks[: height - 1]:
         view = moment.state.sequences[seq_id]
-        code = moment.history.code_at(seq_id, moment.step)
+        code = moment.history.spans.code_at(seq_id, moment.step)
         style = colour(moment, seq_id)
         text = prose(moment.history, view.tokens)
         head = f" {moment.history.name(seq_id):<4}{CODES.get(code, '')} {n}: "
@@ -105,6 +106,6 @@ def _batch(scene: Scene, width: int, height: int) -> Lines:
 
 
 def _legend(scene: Scene, width: int) -> Lines:
-    used = {code for spans in scene.history.spans.values() for _, code in spans}
+    used = scene.history.spans.codes()
     shown = [f"{_SHOWN.get(code, code)} {what}" for code, what in CODES.items() if code in used]
     return [line((f" {row}", DIM)) for row in pack(shown, width - 2)]
