@@ -72,7 +72,7 @@ def test_lengths_from_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["assess", "--model", "OPT-13B", *GPU, "--trace", str(trace)]) == 0
     words = " ".join(capsys.readouterr().out.split())
     assert "two.csv: 3 requests, mean 766.7 tokens in, 29.7 out, no times." in words
-    assert "Cut there: 1 output." in words
+    assert "Cut at the context of 2,048: 1 output." in words
     assert main(["assess", "--model", "OPT-13B", *GPU, "--trace", "sharegpt", "--json", "-"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["requests"].startswith("sharegpt: 1000 requests, ")

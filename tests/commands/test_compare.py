@@ -87,12 +87,15 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
     trace.write_text("prompt,output\n" + "30,20\n40,5000\n9000,3\n" * 4, encoding="utf-8")
     argv = ["compare", "--trace", str(trace), "--block-sizes", "32", "--kv-tokens", "4096", "--jobs", "1"]
     argv += ["--max-model-len", "256"]
-    assert main([*argv, "--scale", "0.9", "--latency", "0.5", "--ttft", "5", "--share", "90"]) == 0
-    words = " ".join(capsys.readouterr().out.split())
+    limits = ["--latency", "0.5", "--ttft", "5", "--share", "90"]
+    assert main([*argv, "--scale", "0.9", *limits, "--price-per-hour", "2.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown  # with the columns of goodput and price
+    words = " ".join(shown.split())
     assert "lengths x 0.9" in words
-    assert "4 requests were refused; the first: the prompt has 8100 tokens" in words
-    assert "4 outputs were cut at the context of 256" in words
-    assert "first token within 5 s, mean of a token 0.5 s, for 0.9 of the requests" in words
+    assert "Refused, since they could never fit: 4 requests; the first: the prompt has 8100 tokens" in words
+    assert "Cut at the context of 256: 4 outputs." in words
+    assert "first token within 5 s, mean of a token 0.5 s, for 90 % of the requests" in words
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,11 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
         (["compare", "--max-batch-seqs", "0"], "max_batch_seqs is 0"),
         (["compare", "--json", "no/such/place.json"], "--json no/such/place.json cannot be written"),
         (["compare", "--svg", "no/such/place.svg"], "--svg no/such/place.svg cannot be written"),
+        (["compare", "--html", "-"], "--html is -; a file is needed, this cannot go to standard output"),
+        (["paper", "--csv", "-"], "--csv is -; a file is needed"),
+        (["paper", "--json", "a.out", "--csv", "./a.out"], "--csv a.out is the file of --json, too"),
+        (["assess", "--trace", __file__, "--csv", __file__], "test_compare.py is the file of --trace, too"),
+        (["demo", "--record", __file__, "--record", "-"], "--record is -"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
@@ -129,6 +137,18 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert printed.err.startswith("paged-ref: error: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_devices_may_be_named_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["assess", "--list", "--csv", "/dev/null", "--svg", "/dev/null"]) == 0
+
+
+def test_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "_measure", lambda *given: ([], {}, []))
+    monkeypatch.setattr(compare, "results", lambda *given: ["a paragraph"])
+    monkeypatch.setattr(compare, "as_json", lambda *given: {"rows": []})
+    assert main([*COMPARE, "--json", "-"]) == 0
+    assert capsys.readouterr().out == '{\n "rows": []\n}\n'
 
 
 # --- plots ---------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 
 from paged_ref.cli import main
 from paged_ref.commands import html_report
+from paged_ref.commands.report_text import Code
+from paged_ref.planner.paper import PAGED
 
 ASSESS = ["assess", "--gpu", "A100-40GB", "--model", "OPT-13B"]
 
@@ -77,13 +79,13 @@ def test_the_page_of_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*argv, "--price-per-hour", "2", "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert text.count("<svg") == 2
-    assert "price of 10^6" in text
+    assert "price 10^6" in text
     assert "price of an hour" in text
     assert "Price: of 10^6 output tokens" in capsys.readouterr().out
 
 
 def test_words_of_a_page_cannot_turn_or_hide_what_follows() -> None:
-    shown = html_report.page("a\u202eb", [html_report.paragraph("c\x1b[2Jd<b>"), html_report.code("e\u200bf")])
+    shown = html_report.page("a\u202eb", PAGED, ["c\x1b[2Jd<b>", Code("e\u200bf")])
     assert "a\N{REPLACEMENT CHARACTER}b" in shown
     assert "c\N{SYMBOL FOR ESCAPE}[2Jd&lt;b&gt;" in shown
     assert "e\N{REPLACEMENT CHARACTER}f" in shown

@@ -29,7 +29,7 @@ def request(prompt: int, output: int) -> TraceRequest:
 
 
 def assessed(gpu: GPU, model: ModelSpec, *requests: TraceRequest, **settings: Any) -> Assessment:
-    limits = settings.pop("limits", None)
+    limits = settings.pop("limits", Limits())
     return assess(Setup("paged", gpu, model, **settings), RequestTrace("t", requests, timed=False), limits)
 
 
@@ -119,7 +119,7 @@ def test_with_a_limit_the_advice_keeps_it(tpot: float, monkeypatch: pytest.Monke
     monkeypatch.setattr(sweep, "LEAST_REQUESTS", 200)
     model = replace(MODELS["Llama-3-8B"], kv_bits=8)
     trace = generated("sharegpt", 200).requests
-    found = assessed(GPUS["A100-80GB"], model, *trace, limits=Limits(tpot=tpot), max_batch_seqs=2048)
+    found = assessed(GPUS["A100-80GB"], model, *trace, limits=Limits(tpot=tpot), max_batch_seqs=512)
     assert found.advised_tpot <= tpot
     assert 10 < found.advised < found.fit
     for plan in found.plans:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -15,10 +14,10 @@ from ..planner.models import DEFAULT_MODEL
 from ..planner.settings import servers
 from ..planner.traces import RequestTrace, TraceRequest, with_prefixes
 from ..views.common import options
-from ..views.common.console import Console
 from . import planner_options as shared
-from .assess_report import html, picture, print_known, print_report
-from .report_text import wide_console
+from .assess_report import PAGE_WIDTH, picture, print_known, results, title_of
+from .html_report import page
+from .report_text import print_parts, print_title
 
 SHARING = 50  # requests of a group with the same beginning
 # Of a sequence. The reservations differ for it: the buddy allocator gives `exact` 1,024 slots, and `pow2`, which rounds
@@ -38,31 +37,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.integer(lengths, "--prefix-tokens", None, text)
     options.integer(lengths, "--prefix-groups", None, "such groups, to which the requests belong in turn (default 1)")
     shared.limit_options(parser)
-    shared.file_options(parser, stdout=True)
+    shared.file_options(parser)
     parser.add_argument("--list", action="store_true", help="the known models and GPUs, and nothing else")
 
 
 def main(args: argparse.Namespace) -> int:
-    console = Console(highlight=False)
+    console = shared.report_console(args, least=0)
     if args.list:
-        print_known(wide_console())
+        print_known(shared.report_console(args))
         return 0
     model = shared.model_of(args, DEFAULT_MODEL)
     gpu = shared.gpu_of(args, model, "auto" if device.on_gpu else DEFAULT_GPU)
     trace, source = _requests(args, model)
     limits = shared.limits_of(args)
     found = assess(shared.setup_of(args, gpu, model, trace), trace, limits)
+    title = title_of(found)
+    print_title(console, title)
+    print_parts(console, results(found, trace, source, limits, console.width))
     shared.write_files(
         args,
         lambda: as_json(found, source),
         [plan.to_json() for plan in found.plans],
         lambda: picture(found),
-        lambda: html(found, trace, source, limits),
+        lambda: page(title, found.setup, results(found, trace, source, limits, PAGE_WIDTH)),
     )
-    if str(args.json) == "-":
-        print(json.dumps(as_json(found, source), indent=1))
-    else:
-        print_report(console, found, source, limits)
     return 0
 
 

@@ -1,103 +1,100 @@
-"""What `paged-ref assess` prints: an assessment in words and tables."""
+"""What `paged-ref assess` reports: an assessment in words and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
-from ..extras.plain_text import plain
 from ..planner.assess import BEND, PAGED, WASTE_LIMIT, Assessment
 from ..planner.hardware import GIB, GPUS
 from ..planner.metrics import Limits
 from ..planner.models import MODELS
 from ..planner.settings import servers
-from ..planner.sweep import SHOWN, memory_over_time
+from ..planner.sweep import SHOWN
 from ..planner.traces import RequestTrace
-from ..views.common.canvas import count, size_of
+from ..views.common.canvas import size_of
 from ..views.common.console import Console
 from ..views.common.plots import Line, round_up, svg
-from . import html_report
 from .compare_plots import bars_of
+from .html_report import memory_over_time_picture
 from .report_text import (
-    PRICE,
+    Code,
+    Heading,
+    OnPage,
+    Part,
+    constants_table,
+    goodput_words,
+    left_out_words,
     limit_words,
     model_words,
     number_table,
+    price_sentence,
     price_words,
-    print_constants,
-    print_heading,
-    print_paragraph,
-    print_rows,
+    rows_table,
 )
 
-WIDE = 200  # columns of a table that is no terminal's
+PAGE_WIDTH = 200  # columns of a table that is no terminal's
 MODEL_COLUMNS = ("params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes")
 GPU_COLUMNS = ("memory", "bandwidth", "fp16,\ndense", "link,\none way")
 
 
-def print_report(console: Console, found: Assessment, source: str, limits: Limits) -> None:
+def title_of(found: Assessment) -> str:
+    return f"{found.model.name} on {found.gpu.name}: what paging brings"
+
+
+def results(found: Assessment, trace: RequestTrace, source: str, limits: Limits, width: int) -> Iterator[Part]:
+    """`width`: columns of the tables."""
     gpu, model = found.gpu, found.model
-    console.print(Text.assemble((plain(model.name), "bold"), " on ", (gpu.name, "bold"), f": {plain(source)}."))
-    print_paragraph(
-        console, f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
-    )
-    if found.paged.num_refused:
-        refused = f"Left out: {count(found.paged.num_refused, 'request')} that could never fit"
-        print_paragraph(console, f"{refused}; the first: {found.paged.refusal}.")
-    if found.paged.num_cut:
-        print_paragraph(console, f"Cut there: {count(found.paged.num_cut, 'output')}.")
-    print_heading(console, "Memory")
+    yield f"{source}."
+    yield f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
+    yield from left_out_words(found.paged)
+    yield Heading("Memory")
     share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
-    rows = [
-        ("K, V a token", model.kv_arithmetic),
-        (f"of {found.longest:,} tokens", _size(model.kept(found.longest))),
-        ("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}"),
-        ("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens"),
-    ]
-    print_rows(console, rows)
-    for sentence in model_words(found.setup):
-        print_paragraph(console, sentence)
-    print_heading(console, "How many requests are served")
-    console.print(_plans(found, console.width))
-    print_paragraph(
-        console,
+    yield rows_table(
+        [
+            ("K, V a token", model.kv_arithmetic),
+            (f"of {found.longest:,} tokens", _size(model.kept(found.longest))),
+            ("weights", f"{model.num_parameters:,} x {model.weight_bits} bits = {_size(model.weight_bytes)}"),
+            ("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens"),
+        ]
+    )
+    yield from model_words(found.setup)
+    yield Heading("How many requests are served")
+    yield _plans(found, bool(limits), width)
+    yield (
         "Sustained: requests per second with one always waiting, by the real scheduler and manager, as in paged-ref "
         f"compare; 95 of 100 times within ±. At most {found.setup.max_batch_seqs} sequences run, and a step computes "
-        f"at most {found.setup.max_batch_tokens:,} tokens. Roofline: at most so many, in any order.",
+        f"at most {found.setup.max_batch_tokens:,} tokens. Roofline: at most so many, in any order."
     )
-    if limits:
-        print_paragraph(console, f"Goodput: as many as meet the limits: {limits.describe()}.")
-    if gpu.price_per_hour is not None:
-        print_paragraph(console, PRICE)
-    print_paragraph(console, _gain(found))
-    print_heading(console, "What limits it")
-    print_paragraph(console, f"Paged: {limit_words(found.paged)}")
-    print_heading(console, f"How many sequences: {found.advised:,}")
-    console.print(_batches(found))
-    print_paragraph(console, _sequence_advice(found, limits))
-    print_heading(console, f"Block size: {found.block_size}, and swap or compute again")
-    console.print(_block_sizes(found))
-    print_paragraph(console, _block_advice(found))
-    print_paragraph(console, _swap_advice(found))
-    print_heading(console, "The same elsewhere")
+    yield from goodput_words(limits)
+    yield from price_sentence(found.setup)
+    yield _gain(found)
+    yield OnPage(lambda: picture(found))
+    served = [plan.served for plan in found.plans if plan.served]
+    yield memory_over_time_picture(served, trace, SHOWN * found.paged.sustained_rate)
+    yield Heading("What limits it")
+    yield f"Paged: {limit_words(found.paged)}"
+    yield Heading(f"How many sequences: {found.advised:,}")
+    yield _batches(found)
+    yield _sequence_advice(found, limits)
+    yield Heading(f"Block size: {found.block_size}, and swap or compute again")
+    yield _block_sizes(found)
+    yield _block_advice(found)
+    yield _swap_advice(found)
+    yield Heading("The same elsewhere")
     for server in servers(found):
-        console.print(Text.assemble((f" {server.name}", "bold"), f" ({server.version}, looked up {server.looked_up})"))
-        console.print(f"   {server.command}", soft_wrap=True)  # one line, to be copied
-        for sentence in server.supports:
-            console.print(Padding(f"- {sentence}", (0, 0, 0, 3)))
-    print_heading(console, "Assumed, beside the datasheet")
-    print_constants(console, found.constants)
-    print_paragraph(
-        console, "paged-ref compare runs the real managers over real arrivals: waiting, holes, preemptions."
-    )
+        yield f"{server.name} ({server.version}, looked up {server.looked_up})"
+        yield Code(server.command)
+        yield from (f"- {sentence}" for sentence in server.supports)
+    yield Heading("Assumed, beside the datasheet")
+    yield constants_table(found.constants)
+    yield "paged-ref compare runs the real managers over real arrivals: waiting, holes, preemptions."
 
 
-def _plans(found: Assessment, width: int) -> Table:
+def _plans(found: Assessment, limited: bool, width: int) -> Table:
     """Numbers are never cut: in a narrow window the columns stand closer, and only a name may wrap."""
-    limited = found.plans[-1].goodput is not None
     columns = (
         "",
         "slots",
@@ -112,10 +109,10 @@ def _plans(found: Assessment, width: int) -> Table:
     )
     table = number_table(*columns, wrap_names=True, padding=(0, 1) if width >= 80 else 0)
     for plan in found.plans:
-        steady = plan.steady
-        if steady is None:
+        if plan.served is None:
             table.add_row(plan.name, *["-"] * (len(columns) - 1))
             continue
+        steady = plan.served.steady
         table.add_row(
             plan.name,
             f"{steady.slots:,.0f}",
@@ -126,7 +123,7 @@ def _plans(found: Assessment, width: int) -> Table:
             f"{steady.half_width:.2g}",
             *([f"{plan.rate:.3g}"] if limited else []),
             f"{steady.roofline:.3g}",
-            *([price_words(plan.price)] if found.gpu.price_per_hour is not None else []),
+            *([price_words(plan.served.price)] if found.gpu.price_per_hour is not None else []),
         )
     return table
 
@@ -162,18 +159,20 @@ def _batches(found: Assessment) -> Table:
 
 
 def _sequence_advice(found: Assessment, limits: Limits) -> str:
-    tpot = f"{1000 * found.advised_tpot:.0f} ms"
+    tpot, share = f"{1000 * found.advised_tpot:.0f} ms", f"{100 * limits.share:.6g} %"
     if limits.tpot is None:
         return (
             f"By the roofline; memory has room for {found.fit:,}. {found.advised:,} sequences give {BEND:.0%} of the "
-            f"most: there the curve bends, and more sequences lengthen the step more than they help. So, 99 of "
-            f"100 requests get a token in {tpot} (simulated); a limit (--tpot) chooses the number by that."
+            f"most: there the curve bends, and more sequences lengthen the step more than they help. So, {share} of "
+            f"the requests get a token in {tpot} (simulated); a limit (--tpot) chooses the number by that."
         )
     if found.advised_tpot > limits.tpot:
-        return f"Not even {found.advised:,} keeps --tpot {limits.tpot:g} for 99 of 100 requests: {tpot} (simulated)."
+        return (
+            f"Not even {found.advised:,} keeps --tpot {limits.tpot:g} for {share} of the requests: {tpot} (simulated)."
+        )
     return (
-        f"By the roofline; memory has room for {found.fit:,}. {found.advised:,} keep --tpot {limits.tpot:g}: 99 of "
-        f"100 requests get a token in {tpot} (simulated)."
+        f"By the roofline; memory has room for {found.fit:,}. {found.advised:,} keep --tpot {limits.tpot:g}: {share} "
+        f"of the requests get a token in {tpot} (simulated)."
     )
 
 
@@ -221,35 +220,6 @@ def picture(found: Assessment) -> str:
     line = Line("paged, by the roofline", [(each.rate, each.step_seconds) for each in found.batches])
     y_most = round_up(max(y for _, y in line.points))
     return svg(title, bars, [line], y_most, "requests per second, at most", "seconds of a step", None)
-
-
-def html(found: Assessment, trace: RequestTrace, source: str, limits: Limits) -> str:
-    """The report on one page, with the memory over time."""
-    rate = SHOWN * found.paged.sustained_rate
-    lines = [Line(plan.name, memory_over_time(plan.steady.setup, trace, rate)) for plan in found.plans if plan.steady]
-    parts = [
-        html_report.paragraph(f"{source}."),
-        *map(html_report.paragraph, model_words(found.setup)),
-        html_report.heading("Requests per second"),
-        html_report.table(_plans(found, WIDE)),
-        *([html_report.paragraph(f"Goodput under: {limits.describe()}.")] if limits else []),
-        html_report.paragraph(_gain(found)),
-        html_report.paragraph(f"Paged: {limit_words(found.paged)}"),
-        html_report.heading(f"How many sequences: {found.advised:,}"),
-        html_report.table(_batches(found)),
-        html_report.paragraph(_sequence_advice(found, limits)),
-        picture(found),
-        html_report.heading("Memory over time"),
-        html_report.memory_picture(lines, rate),
-        html_report.heading(f"Block size: {found.block_size}"),
-        html_report.table(_block_sizes(found)),
-        html_report.heading("The same elsewhere"),
-    ]
-    for server in servers(found):
-        parts += [html_report.paragraph(f"{server.name} ({server.version}, looked up {server.looked_up})")]
-        parts += [html_report.code(server.command)]
-    parts += [html_report.heading("Every number that this rests on"), html_report.sources(found.setup)]
-    return html_report.page(f"{found.model.name} on {found.gpu.name}: what paging brings", parts)
 
 
 def print_known(console: Console) -> None:

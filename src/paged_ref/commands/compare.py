@@ -16,20 +16,21 @@ from ..bench.batch import Batch
 from ..bench.shapes import Shape
 from ..extras.managers import ManagerName
 from ..kernels import why_not
-from ..planner.comparison import Checked, ComparisonRow, check, row_of, setups, small
+from ..planner.comparison import Checked, check, setups, small
 from ..planner.metrics import Limits
 from ..planner.roofline import explain
 from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
-from ..planner.sweep import curves_of, num_runs
+from ..planner.sweep import Curve, curves_of, num_runs
 from ..planner.traces import RequestTrace, scaled
 from ..views.common import options
 from ..views.common.console import Console
 from ..views.common.files import recording
 from . import planner_options as shared
 from .compare_plots import picture
-from .compare_report import MeasuredCost, html, print_checked, print_report, print_setting
-from .report_text import wide_console
+from .compare_report import MeasuredCost, results, setting, title_of, with_the_model
+from .html_report import page
+from .report_text import print_parts, print_title
 
 TECHNIQUES: tuple[ManagerName, ...] = ("standard", "swapping", "paged")  # in the order of the article
 DEFAULT_MODEL, DEFAULT_GPU = "OPT-13B", "A100-40GB"  # the paper's
@@ -62,34 +63,34 @@ def main(args: argparse.Namespace) -> int:
     rows = setups(base, args.block_sizes)
     for row in rows:
         row.make_scheduler(row.make_manager())  # refuses an impossible setup before anything runs
-    console = wide_console()
+    console, title = shared.report_console(args), title_of(base)
     limits = shared.limits_of(args)
-    print_setting(console, base, trace)
+    print_title(console, title)
+    print_parts(console, setting(base, trace))
     found, cost, checked = _measure(args, rows, trace, limits)
-    print_report(console, found, cost, trace)
+    print_parts(console, results(found, cost, trace))
     if args.run:
-        print_checked(console, small(trace), checked)
+        print_parts(console, with_the_model(small(trace), checked))
     shared.write_files(
         args,
         lambda: as_json(base, trace, limits, found, cost, checked),
         [row.to_json() for row in found],
         lambda: picture(found),
-        lambda: html(base, found, cost, trace),
+        lambda: page(title, base, [*setting(base, trace), *results(found, cost, trace)]),
     )
     return 0 if all(each.same for each in checked) else 1
 
 
 def _measure(
     args: argparse.Namespace, rows: list[Setup], trace: RequestTrace, limits: Limits
-) -> tuple[list[ComparisonRow], MeasuredCost, list[Checked]]:
+) -> tuple[list[Curve], MeasuredCost, list[Checked]]:
     """The rows, simulated; the cost, timed; and with --run the embedded model on the first requests, shortened."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     checked: list[Checked] = []
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
     with recording(args.record) as log, bars as progress:
         task = progress.add_task("simulating", total=num_runs(len(rows), limits))
-        curves = curves_of(rows, trace, limits, workers=shared.workers_of(args), on_run=lambda: progress.advance(task))
-        found = [row_of(curve) for curve in curves]
+        found = curves_of(rows, trace, limits, workers=shared.workers_of(args), on_run=lambda: progress.advance(task))
         task = progress.add_task("timing bookkeeping and kernels", total=2)
         cost = _cost(lambda: progress.advance(task))
         if args.run:
@@ -128,7 +129,7 @@ def as_json(
     base: Setup,
     trace: RequestTrace,
     limits: Limits,
-    rows: list[ComparisonRow],
+    rows: list[Curve],
     cost: MeasuredCost,
     checked: list[Checked],
 ) -> dict[str, Any]:

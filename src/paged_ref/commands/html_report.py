@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import date
 from html import escape
 
@@ -14,8 +14,11 @@ from rich.text import Text
 from ..extras.plain_text import plain
 from ..planner.roofline import explain
 from ..planner.setup import Setup
+from ..planner.sweep import Served, memory_over_time
+from ..planner.traces import RequestTrace
 from ..views.common.plots import Line, svg
 from ..views.common.program import SCRIPT
+from .report_text import Code, Heading, OnPage, Part
 
 _STYLE = """
 body { font: 15px/1.45 ui-sans-serif, system-ui, sans-serif; color: #24292f; max-width: 60em; margin: 2em auto; }
@@ -32,27 +35,38 @@ def _text(words: str) -> str:
     return escape(plain(words))
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """The whole page. `parts` are HTML, as the functions below make it."""
+def page(title: str, base: Setup, parts: Iterable[Part]) -> str:
+    """The whole page, with every number that it rests on."""
     head = f'<meta charset="utf-8">\n<title>{_text(title)}</title>\n<style>{_STYLE}</style>'
-    again = [heading("The command that makes this page again"), code(shlex.join([SCRIPT, *sys.argv[1:]]))]
-    body = "\n".join([f"<h1>{_text(title)}</h1>", paragraph(f"Made on {date.today()}."), *parts, *again])
+    every: list[Part] = [
+        f"Made on {date.today()}.",
+        *parts,
+        Heading("Every number that this rests on"),
+        sources(base),
+        Heading("The command that makes this page again"),
+        Code(shlex.join([SCRIPT, *sys.argv[1:]])),
+    ]
+    body = "\n".join([f"<h1>{_text(title)}</h1>", *map(_html, every)])
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
-def heading(words: str) -> str:
-    return f"<h2>{_text(words)}</h2>"
+def _html(part: Part) -> str:
+    match part:
+        case str():
+            return f"<p>{_text(part)}</p>"
+        case Heading(words):
+            return f"<h2>{_text(words)}</h2>"
+        case Code(text):
+            return f"<pre>{_text(text)}</pre>"
+        case OnPage(make):
+            return make()
+        case Table():
+            return _table(part)
+        case _:
+            return ""
 
 
-def paragraph(words: str) -> str:
-    return f"<p>{_text(words)}</p>"
-
-
-def code(text: str) -> str:
-    return f"<pre>{_text(text)}</pre>"
-
-
-def table(printed: Table) -> str:
+def _table(printed: Table) -> str:
     """A printed table: the same cells."""
 
     def row(cells: Iterable[object], tag: str) -> str:
@@ -63,18 +77,23 @@ def table(printed: Table) -> str:
             parts.append(f"<{tag}{' class=left' if column.justify == 'left' else ''}>{words}</{tag}>")
         return f"<tr>{''.join(parts)}</tr>"
 
-    head = row([column.header for column in printed.columns], "th")
+    head = row([column.header for column in printed.columns], "th") if printed.show_header else ""
     body = [row(cells, "td") for cells in zip(*(column.cells for column in printed.columns), strict=True)]
     return "\n".join(["<table>", head, *body, "</table>"])
 
 
-def memory_picture(lines: Sequence[Line], rate: float) -> str:
-    """The share of the memory that holds tokens, over time."""
-    title = f"Memory over time, {rate:.3g} requests per second"
-    return svg(title, [], lines, 1.0, "seconds", "share of the memory for K and V that holds tokens", None)
+def memory_over_time_picture(served: Iterable[Served], trace: RequestTrace, rate: float) -> OnPage:
+    """The share of the memory that holds tokens, over time, at this rate."""
+
+    def make() -> str:
+        lines = [Line(each.setup.label, memory_over_time(each.setup, trace, rate)) for each in served]
+        title = f"Memory over time, {rate:.3g} requests per second"
+        return svg(title, [], lines, 1.0, "seconds", "share of the memory for K and V that holds tokens", None)
+
+    return OnPage(make)
 
 
-def sources(base: Setup) -> str:
+def sources(base: Setup) -> Table:
     """Every number that the results rest on, and where it comes from."""
     gpu, model = base.gpu, base.model
     found = Table()
@@ -96,4 +115,4 @@ def sources(base: Setup) -> str:
         rows.append((f"price of an hour{of_all}", f"{gpu.price_per_hour:g}", "the command line"))
     for each in rows:
         found.add_row(*each)
-    return table(found)
+    return found

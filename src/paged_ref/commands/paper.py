@@ -13,8 +13,8 @@ from ..planner.paper import FIGURES
 from ..planner.workers import Workers
 from ..views.common.console import Console
 from ..views.common.plots import Range, ranges_svg
-from .planner_options import file_options, worker_options, workers_of, write_files
-from .report_text import number_table, print_heading, print_paragraph, wide_console
+from .planner_options import file_options, report_console, worker_options, workers_of, write_files
+from .report_text import Heading, Part, number_table, print_parts, print_title
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +28,13 @@ def main(args: argparse.Namespace) -> int:
     for key in args.figures:
         if key not in FIGURES:
             raise ValueError(f"figure is {key!r}; known are {', '.join(FIGURES)}")
-    console = wide_console()
-    console.print(
-        "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023."
+    console = report_console(args)
+    print_title(
+        console, "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023"
     )
     figures = []
     for figure in _figures(args.figures or list(FIGURES), workers_of(args)):
-        show(console, figure)
+        print_parts(console, parts_of(figure))
         figures.append(figure)
     judged = [finding for figure in figures for finding in figure.findings if finding.met is not None]
     outside = [finding.what for finding in judged if not finding.met]
@@ -82,16 +82,15 @@ def picture(figures: list[Figure]) -> str:
     return ranges_svg("Ours, and the band around the paper's number", groups, "ours, times the paper's")
 
 
-def show(console: Console, figure: Figure) -> None:
-    print_heading(console, heading(figure))
-    print_paragraph(console, figure.setting)
+def parts_of(figure: Figure) -> Iterator[Part]:
+    yield Heading(heading(figure))
+    yield figure.setting
     table = number_table("", "ours", "paper", "band", "in it")
     for finding in figure.findings:
         met = {True: "yes", False: "NO", None: ""}[finding.met]
         table.add_row(finding.what, _value(finding.ours, finding), _value(finding.paper, finding), _band(finding), met)
-    console.print(table)
-    for sentence in figure.why:
-        print_paragraph(console, f"- {sentence}")
+    yield table
+    yield from (f"- {sentence}" for sentence in figure.why)
 
 
 def _value(value: float | str, finding: Finding) -> str:

@@ -4,6 +4,7 @@ workers, and the files that they write."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,10 @@ from ..planner.trace_files import FORMS, trace_named
 from ..planner.traces import DRAWN, RequestTrace
 from ..planner.workers import Workers
 from ..views.common import options
+from ..views.common.console import Console
 from ..views.common.files import write_json, write_text
 from ..views.common.program import program
-from .report_text import write_csv
+from .report_text import NARROWEST, write_csv
 
 
 def trace_options(parser: options.Options, default: str | None, help: str) -> None:
@@ -87,14 +89,17 @@ def setup_of(args: argparse.Namespace, gpu: GPU, model: ModelSpec, trace: Reques
     )  # fmt: skip
 
 
-def file_options(parser: options.Options, *, page: bool = True, stdout: bool = False) -> None:
-    """`stdout`: `--json -` prints the numbers."""
-    text = "write all numbers here" + "; -: print only them" * stdout
-    options.json_output(parser, text, stdout=stdout)
+def file_options(parser: options.Options, *, page: bool = True) -> None:
+    options.json_output(parser, "write all numbers here; -: print only them", stdout=True)
     options.output(parser, "--csv", "write the rows of the tables here")
     options.svg_output(parser)
     if page:
         options.output(parser, "--html", "write a report on one page here, which needs no other file")
+
+
+def report_console(args: argparse.Namespace, least: int = NARROWEST) -> Console:
+    """Where the report goes: at least so wide that no number is cut, and nowhere with `--json -`."""
+    return Console(highlight=False, width=max(Console().width, least), quiet=str(args.json) == "-")
 
 
 def write_files(
@@ -104,8 +109,11 @@ def write_files(
     svg: Callable[[], str],
     html: Callable[[], str] = str,
 ) -> None:
-    """Each file that the command line asks for. Raises ValueError where one cannot be written."""
-    if args.json and str(args.json) != "-":
+    """Each file that the command line asks for; with `--json -` the numbers on standard output. Raises ValueError where
+    one cannot be written."""
+    if str(args.json) == "-":
+        print(json.dumps(numbers(), indent=1))
+    elif args.json:
         write_json(args.json, numbers())
     if args.csv:
         write_csv(args.csv, rows)

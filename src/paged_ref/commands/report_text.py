@@ -1,21 +1,26 @@
-"""The parts of a printed report: headings, paragraphs, tables."""
+"""A report as its parts, how they are printed, and the words and tables that several reports have."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..planner.metrics import Limits
 from ..planner.roofline import Bound, Constants, explain
 from ..planner.setup import Setup
 from ..planner.steady import LIMITS, Steady
+from ..planner.sweep import MOST_LOAD
+from ..views.common.canvas import count
 from ..views.common.console import Console
 from ..views.common.files import write_text
 from ..views.common.program import SCRIPT, program
@@ -30,31 +35,96 @@ LEAST_SHARE = 0.05  # of the time: a limit that is named
 NARROWEST = 78  # columns: a narrower terminal wraps the lines, so that no number is cut
 
 
-def wide_console() -> Console:
-    """At least NARROWEST wide."""
-    return Console(highlight=False, width=max(Console().width, NARROWEST))
+# --- parts ---------------------------------------------------------------------------------------------
 
 
-def print_heading(console: Console, title: str) -> None:
-    console.print()
-    console.rule(Text(title, "bold"), align="left", characters="─")
+@dataclass(frozen=True, slots=True)
+class Heading:
+    words: str
 
 
-def print_paragraph(console: Console, text: str) -> None:
-    """`text` in lines as wide as the console, one space from the left. Commands in it can be pasted."""
-    console.print(Padding(text.replace(f"{SCRIPT} ", f"{program()} "), (0, 0, 0, 1)))
+@dataclass(frozen=True, slots=True)
+class Code:
+    """One line that can be copied."""
+
+    text: str
 
 
-def print_rows(console: Console, rows: Iterable[tuple[str, ...]]) -> None:
+@dataclass(frozen=True, slots=True)
+class OnScreen:
+    """What only a screen shows; `make` takes the columns."""
+
+    make: Callable[[int], RenderableType]
+
+
+@dataclass(frozen=True, slots=True)
+class OnPage:
+    """A picture that only a page shows, as SVG."""
+
+    make: Callable[[], str]
+
+
+Part = str | Table | Heading | Code | OnScreen | OnPage  # a str is a paragraph
+
+
+def print_title(console: Console, title: str) -> None:
+    console.print(Text(title, "bold"))
+
+
+def print_parts(console: Console, parts: Iterable[Part]) -> None:
+    """A paragraph is in lines as wide as the console, one space from the left; commands in it can be pasted."""
+    for part in parts:
+        match part:
+            case str():
+                console.print(Padding(part.replace(f"{SCRIPT} ", f"{program()} "), (0, 0, 0, 1)))
+            case Heading(words):
+                console.print()
+                console.rule(Text(words, "bold"), align="left", characters="─")
+            case Code(text):
+                console.print(f"   {text}", soft_wrap=True)
+            case OnScreen(make):
+                console.print(make(console.width), no_wrap=True)
+            case Table(show_header=False):
+                console.print(Padding(part, (0, 0, 0, 1)))
+            case Table():
+                console.print(part)
+
+
+def rows_table(rows: Iterable[tuple[str, ...]]) -> Table:
     """Aligned cells without rules."""
     grid = Table.grid(padding=(0, 2))
     for row in rows:
         grid.add_row(*row)
-    console.print(Padding(grid, (0, 0, 0, 1)))
+    return grid
 
 
-def print_constants(console: Console, constants: Constants) -> None:
-    print_rows(console, [(name, f"{value:g}", why) for name, value, why in explain(constants)])
+def constants_table(constants: Constants) -> OnScreen:
+    """A page has them among its sources."""
+    rows = rows_table((name, f"{value:g}", why) for name, value, why in explain(constants))
+    return OnScreen(lambda columns: Padding(rows, (0, 0, 0, 1)))
+
+
+# --- words ---------------------------------------------------------------------------------------------
+
+
+def left_out_words(steady: Steady) -> list[str]:
+    """Requests that are refused, and outputs that are cut."""
+    sentences = []
+    if steady.num_refused:
+        refused = f"Refused, since they could never fit: {count(steady.num_refused, 'request')}"
+        sentences.append(f"{refused}; the first: {steady.refusal}.")
+    if steady.num_cut:
+        sentences.append(f"Cut at the context of {steady.setup.longest:,}: {count(steady.num_cut, 'output')}.")
+    return sentences
+
+
+def goodput_words(limits: Limits) -> list[str]:
+    if not limits:
+        return []
+    return [
+        f"Goodput: the highest rate at which the limits are met: {limits.describe()}. It is sought up to "
+        f"{MOST_LOAD:.0%} of the sustained rate: nearer to that, a queue grows for longer than a run lasts."
+    ]
 
 
 def limit_words(steady: Steady) -> str:
@@ -75,7 +145,10 @@ def limit_words(steady: Steady) -> str:
     return f"{kept} {times} Twice of one of these would raise the roofline to: {twice}."
 
 
-PRICE = "Price: of 10^6 output tokens at this rate, with the GPUs always in use."
+def price_sentence(setup: Setup) -> list[str]:
+    if setup.gpu.price_per_hour is None:
+        return []
+    return ["Price: of 10^6 output tokens at this rate, with the GPUs always in use."]
 
 
 def price_words(price: float | None) -> str:

@@ -17,7 +17,7 @@ from .model_config import ModelSpec
 from .roofline import Constants, Roofline
 from .setup import Setup
 from .steady import Bound, Steady, Work, admissible, held_slots, mean_length, steady_state, work_of
-from .sweep import Goodput, goodput
+from .sweep import Served, goodput
 from .traces import RequestTrace, TraceRequest
 
 # The sizes for which servers have fast kernels. Below 16 the paper's kernel loses time (Kwon et al. 2023, §7.2).
@@ -34,28 +34,20 @@ class Plan:
     """One way to manage the memory, always full."""
 
     name: str
-    steady: Steady | None  # None: it holds not one sequence
-    goodput: Goodput | None = None  # with limits
+    served: Served | None  # None: it holds not one sequence
+
+    @property
+    def steady(self) -> Steady | None:
+        return self.served.steady if self.served else None
 
     @property
     def rate(self) -> float:
         """The headline: goodput where limits are given, else the sustained rate."""
-        if self.steady is None:
-            return 0.0
-        return self.goodput.rate if self.goodput else self.steady.sustained_rate
-
-    @property
-    def price(self) -> float | None:
-        """Of 10**6 output tokens at this rate."""
-        if self.steady is None:
-            return None
-        each = self.steady.outcome.output_tokens / self.steady.outcome.finished
-        return price_of_million(self.steady.setup.gpu, self.rate * each)
+        return self.served.rate if self.served else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        found = self.steady.to_json() if self.steady else {"sustained_rate": 0.0}
-        goodput = self.goodput.to_json() if self.goodput else {"goodput": None}
-        return {"name": self.name, **found, **goodput, "price_of_million_tokens": self.price}
+        nothing = {"sustained_rate": 0.0, "goodput": None, "price_of_million_tokens": None}
+        return {"name": self.name, **(self.served.to_json() if self.served else nothing)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +88,7 @@ class Assessment:
     fit: int  # sequences for which paged memory has room
     batches: tuple[Batch, ...]  # by sequences, up to `fit`; `advised` is one of them
     advised: int  # sequences
-    advised_tpot: float  # seconds for each token that 99 of 100 requests do not exceed, with so many sequences
+    advised_tpot: float  # seconds for each token that the share of the limits does not exceed, with so many sequences
     sequences_at_worst: int  # paged, every sequence as long as the longest
     block_sizes: tuple[BlockSize, ...]
     recompute_seconds: float  # of a sequence at its mean length
@@ -136,7 +128,7 @@ class Assessment:
         return {each.name: paged / each.rate if each.rate else float("inf") for each in self.plans[:PAGED]}
 
 
-def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> Assessment:
+def assess(base: Setup, trace: RequestTrace, limits: Limits = Limits()) -> Assessment:  # noqa: B008  (it is frozen)
     """Assess what `base` has in common (GPU, model, limits of the scheduler) for such requests. Its `max_model_len`
     (default: the model's context, or the memory if that is smaller) is what the reservation `max` reserves; outputs are
     cut there. Raises ValueError if no request is accepted, a length is out of bounds, or the weights do not fit.
@@ -162,7 +154,7 @@ def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> As
     paged = replace(base, label=f"paged {block_size}", block_size=block_size)
     fit = max(1, int(paged.num_slots / held_slots(served, block_size)))
     work = work_of(paged, served, 1)
-    advised, tpot = _advice(paged, trace, work, fit, limits.tpot if limits else None)
+    advised, tpot = _advice(paged, trace, work, fit, limits)
     longest = max(each.num_tokens for each in served)
     settings = [*(replace(base, **each) for each in STANDARD), paged]
     if any(each.hash_ids for each in served):
@@ -188,12 +180,12 @@ def assess(base: Setup, trace: RequestTrace, limits: Limits | None = None) -> As
     )
 
 
-def _plan(setup: Setup, trace: RequestTrace, limits: Limits | None) -> Plan:
+def _plan(setup: Setup, trace: RequestTrace, limits: Limits) -> Plan:
     reserved = setup.longest if (setup.manager, setup.reserve) == ("standard", "max") else 0
     if reserved > setup.num_slots or not admissible(setup, trace):  # one sequence takes more than the pool
         return Plan(setup.label, None)
     steady = steady_state(setup, trace)
-    return Plan(setup.label, steady, goodput(steady, trace, limits) if limits else None)
+    return Plan(setup.label, Served(steady, goodput(steady, trace, limits) if limits else None))
 
 
 def _doubling(most: int) -> set[int]:
@@ -208,19 +200,24 @@ def _batch(paged: Setup, work: Work, sequences: int) -> Batch:
     return Batch(sequences, sequences / (bound.rate * outputs), bound.rate, price)
 
 
-def _advice(paged: Setup, trace: RequestTrace, work: Work, fit: int, tpot: float | None) -> tuple[int, float]:
-    """How many sequences to run, and the time for each token that follows (p99, simulated).
+def _advice(paged: Setup, trace: RequestTrace, work: Work, fit: int, limits: Limits) -> tuple[int, float]:
+    """How many sequences to run, and the time for each token that follows for the share of the limits, simulated.
 
     Without a limit: as few as give BEND of the rate that all of them give. With one: as many as keep it; 1 if none do.
     """
+
+    def simulated(count: int) -> float:
+        return limits.tpot_met(steady_state(replace(paged, max_batch_seqs=count), trace).latencies)
+
+    tpot = limits.tpot
     if tpot is None:
         most = _batch(paged, work, fit).rate
         count = _first(fit, lambda count: _batch(paged, work, count).rate >= BEND * most)
-        return count, steady_state(replace(paged, max_batch_seqs=count), trace).outcome.each_token.p99
+        return count, simulated(count)
     count = max(1, _first(fit, lambda count: _batch(paged, work, count).step_seconds > tpot) - 1)
     count = fit if _batch(paged, work, fit).step_seconds <= tpot else count
     for _ in range(TRIES):
-        found = steady_state(replace(paged, max_batch_seqs=count), trace).outcome.each_token.p99
+        found = simulated(count)
         if found <= tpot or count == 1:
             break
         count = max(1, min(count - 1, int(count * tpot / found)))

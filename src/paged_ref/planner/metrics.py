@@ -67,7 +67,12 @@ class Spread:
         ordered = sorted(values)
         if not ordered:
             return cls(0.0, 0.0, 0.0, 0.0)
-        return cls(fmean(ordered), *(ordered[-(len(ordered) * (100 - share) // 100) - 1] for share in (50, 90, 99)))
+        return cls(fmean(ordered), *(_not_exceeded(ordered, share) for share in (0.5, 0.9, 0.99)))
+
+
+def _not_exceeded(ordered: Sequence[float], share: float) -> float:
+    """The least of these values that this share of them does not exceed."""
+    return ordered[-int(len(ordered) * (1 - share) + 1e-9) - 1]  # what floats add to a whole number is less
 
 
 class Latency(NamedTuple):
@@ -95,6 +100,11 @@ class Limits:
         pairs = (request.first_token, self.ttft), (request.each_token, self.tpot), (request.normalised, self.latency)
         return all(bound is None or value is None or value <= bound for value, bound in pairs)
 
+    def tpot_met(self, requests: Iterable[Latency]) -> float:
+        """The limit on TPOT that the share of the requests meets; 0 where each has one token."""
+        ordered = sorted(each.each_token for each in requests if each.each_token is not None)
+        return _not_exceeded(ordered, self.share) if ordered else 0.0
+
     def share_met(self, requests: Sequence[Latency]) -> float:
         return sum(map(self.met_by, requests)) / len(requests) if requests else 0.0
 
@@ -102,7 +112,7 @@ class Limits:
         """The bounds in words."""
         bounds = ("first token within", self.ttft), ("each further token", self.tpot), ("mean of a token", self.latency)
         words = ", ".join(f"{words} {bound:g} s" for words, bound in bounds if bound is not None)
-        return f"{words}, for {self.share:.4g} of the requests"
+        return f"{words}, for {100 * self.share:.6g} % of the requests"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,6 +161,11 @@ class Outcome(Counts):
     @property
     def requests_per_second(self) -> float:
         return _ratio(self.finished, self.seconds)
+
+    @property
+    def moved_per_token(self) -> float:
+        """Bytes of K and V moved on the device or over the link, for each generated token."""
+        return _ratio(self.bytes_moved + self.bytes_swapped, self.output_tokens)
 
     @property
     def hit_rate(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from ..core.engine.scheduler import Preemption, Scheduler
@@ -77,6 +78,11 @@ class Setup:
             watermark=self.watermark,
             prefix_cache=self.prefix_cache,
         )
+
+    def longest_request(self) -> int:
+        """Tokens of the longest request that an empty pool holds, up to the model's context."""
+        manager, lengths = self.make_manager(), range(1, self.model.max_context + 1)
+        return bisect_right(lengths, manager.num_slots, key=lambda length: manager.max_slots_needed(1, length - 1))
 
     def make_scheduler(self, manager: KVCacheManager) -> PartScheduler:
         return PartScheduler(manager, self.max_batch_tokens, self.max_batch_seqs, self.preemption)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .metrics import Admission, Outcome
+from .metrics import Admission, Latency, Outcome
 from .roofline import StepTime
 from .setup import Setup
 from .simulate import GENERATIONS, MEASURED_GENERATIONS, Saturation, Simulation, simulated
@@ -228,6 +228,7 @@ class Steady:
     roofline: float  # requests per second at most, however the memory is managed beyond what this reservation takes
     slots: float  # that a running sequence holds, mean over its time
     doubled: dict[Limit, float]  # by which factor the roofline grows with twice of each
+    latencies: list[Latency]  # of the measured time
 
     @property
     def step(self) -> StepTime:
@@ -303,6 +304,7 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
         roofline=bound.rate,
         slots=float(bound.work.slots.sum() / bound.work.outputs.sum()),
         doubled=bound.doubled(),
+        latencies=simulation.tally.latencies,
     )
 
 

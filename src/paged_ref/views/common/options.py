@@ -42,6 +42,10 @@ class _Checked(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _Output(_Checked):
+    """A file that the command writes."""
+
+
 def _number(
     parser: Options, option: str, default: Any = None, help: str = "", *, accepts: Callable[[Any], bool], needed: str,
     **settings: Any,
@@ -136,10 +140,12 @@ def output(parser: Options, option: str, help: str, *, stdout: bool = False) -> 
     """A file that the command writes. A place that cannot be written is refused now; with `stdout`, "-" is allowed."""
 
     def check(option: str, path: Path) -> None:
-        if not (stdout and str(path) == "-"):
+        if str(path) != "-":
             check_writable(path, option)
+        elif not stdout:
+            raise ValueError(f"{option} is -; a file is needed, this cannot go to standard output")
 
-    parser.add_argument(option, action=_Checked, check=check, type=Path, metavar="FILE", help=help)
+    parser.add_argument(option, action=_Output, check=check, type=Path, metavar="FILE", help=help)
 
 
 def folder(parser: Options, option: str, help: str) -> None:
@@ -210,7 +216,23 @@ class _Imported(Parser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.add_all()
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        self._check_files(found)
+        return found, rest
+
+    def _check_files(self, found: argparse.Namespace) -> None:
+        """Raise ValueError where a file that the command writes is also one that it reads or writes."""
+        seen: dict[str, str] = {}
+        for action in sorted(self._actions, key=lambda action: isinstance(action, _Output)):  # what it reads, first
+            value = getattr(found, action.dest, None)
+            if not isinstance(value, (str, Path)) or str(value) == "-":
+                continue
+            path, written = os.path.realpath(value), isinstance(action, _Output)
+            name = action.option_strings[0] if action.option_strings else str(action.metavar)
+            if written and path in seen:
+                raise ValueError(f"{name} {value} is the file of {seen[path]}, too; a file of its own is needed")
+            if os.path.isfile(path) or (written and not os.path.exists(path)):  # a device may be named twice
+                seen[path] = name
 
 
 def subcommands(
