@@ -35,19 +35,22 @@ demo: .venv/run.stamp  ## the main job: standard and paged memory, side by side 
 lesson: .venv/run.stamp  ## the guided course; N=5 runs lesson 5
 	@$(BIN)/paged-ref lesson $(N)
 
-# A process for each core, and a BLAS thread for each process: more threads than cores wait for each other.
+# A process for each core, and a BLAS thread for each process: more threads than cores wait for each other. Compiled
+# modules are kept even where the environment says otherwise: the tests start hundreds of processes.
+TESTS := PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 test: .venv/test.stamp  ## the tests that this machine can run, without the slow ones
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow"
+	$(TESTS) $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: test .venv/notebook.stamp book  ## `test`, then the slow tests; those of the core, too, on OTHER (python3.13)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow
+	$(TESTS) $(BIN)/python -m pytest $(PARALLEL) -m slow
 	@if $(OTHER) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-other; \
 	else echo "make test-all: $(OTHER) does not run here; no second run of tests/core, tests/tracer and tests/tuned"; fi
 	@if $(BARE) -c "" 2>/dev/null; then $(MAKE) --no-print-directory test-bare; \
 	else echo "make test-all: $(BARE) does not run here; no check of a machine with little installed"; fi
 
 test-other: build/other/test.stamp  # a part of `test-all`
-	OPENBLAS_NUM_THREADS=1 build/other/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests/core tests/tracer tests/tuned
+	$(TESTS) build/other/bin/python -m pytest $(PARALLEL) tests/core tests/tracer tests/tuned
 
 # No GPU: that the GPU tests are collected, kernels compile, and what `make gpu` runs starts (on tests/strict_gpu).
 test-bare: build/bare/pip.stamp  # a part of `test-all`
@@ -65,7 +68,7 @@ lint: .venv/test.stamp .venv/lint.stamp  ## ruff format and check, mypy strict
 	$(BIN)/mypy
 
 compare: .venv/test.stamp .venv/compare.stamp  ## the tests against PyTorch and transformers (installs both)
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m compare
+	$(TESTS) $(BIN)/python -m pytest -m compare
 
 pictures: .venv/run.stamp  ## lessons/pictures: frames as *.svg, whole runs as *.html, from real runs
 	@mkdir -p lessons/pictures build

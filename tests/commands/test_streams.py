@@ -56,7 +56,7 @@ def shell(line: str, place: Path, **environment: str) -> subprocess.CompletedPro
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON") or name == "PYTHONPATH"}
     environment = kept | {"PAGED_REF_DEVICE": "cpu", "XDG_STATE_HOME": str(place)} | environment
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, env=environment, cwd=place, timeout=300,
+        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, env=environment, cwd=place, timeout=900,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
 

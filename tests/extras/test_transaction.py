@@ -233,7 +233,7 @@ class Raising(Observer):
 EVENTS = ("request_added", "before_step", "token_sampled", "sequence_finished", "after_step")
 
 
-@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("method", ["before_step", "token_sampled", "sequence_finished", "after_step"])
 @pytest.mark.parametrize("name", SETUPS)
 def test_an_observer_that_raises_ends_no_request(name: str, method: str, after: int) -> None:

@@ -10,7 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from paged_ref.lesson.grading import grade
 from paged_ref.lesson.lesson_player import run_quietly
 from paged_ref.lesson.lesson_session import LessonSession
 from paged_ref.lesson.progress import Progress
+from paged_ref.planner import assess, steady
+from paged_ref.planner.setup import Setup
 from paged_ref.views.common.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +36,17 @@ HEADINGS = ["Predict", "Run", "What must hold", "Exercise", "In production syste
 
 # With this scope, all tests of a lesson come together, so that one process runs the lesson, twice in all: see `run`.
 each_lesson = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_simulation_runs_once() -> Iterator[None]:
+    """A lesson runs twice, and simulates the same both times, unless it has patched what makes the manager."""
+    real = steady.steady_state
+    remembered = functools.cache(lambda setup, trace, make_manager: real(setup, trace))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (steady, assess):
+            patch.setattr(module, "steady_state", lambda setup, trace: remembered(setup, trace, Setup.make_manager))
+        yield
 
 
 @functools.cache

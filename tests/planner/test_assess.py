@@ -12,7 +12,6 @@ import pytest
 from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.extras.managers import make_manager
-from paged_ref.planner import sweep
 from paged_ref.planner.assess import BEND, WASTE_LIMIT, Assessment, assess
 from paged_ref.planner.hardware import GPU, GPUS, several
 from paged_ref.planner.metrics import Limits
@@ -78,8 +77,9 @@ def test_as_many_of_the_longest_fit_in_the_paged_manager() -> None:
 
 def test_the_paper_s_server_holds_seven_sequences_that_reserve_the_maximum() -> None:
     """Fig. 13: 7.00 batched requests of OPT-13B with Orca (Max). Its pool has 15.7K slots (Table 1)."""
-    assert opt().plans[0].steady is not None
-    assert opt().plans[0].steady.outcome.running_mean == pytest.approx(7.0)
+    steady = opt().plans[0].steady
+    assert steady is not None
+    assert steady.outcome.running_mean == pytest.approx(7.0)
     assert opt().num_tokens == pytest.approx(15_700, rel=0.01)
     assert opt().paged.outcome.shares.occupancy > 0.95  # paged keeps at least 96.3 % of the held slots in tokens there
 
@@ -114,9 +114,9 @@ def test_without_a_limit_the_advice_is_where_the_curve_bends() -> None:
     assert bent.rate >= BEND * rates[-1]
 
 
-@pytest.mark.parametrize("tpot", [0.05, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (0.02, 0.1))])
-def test_with_a_limit_the_advice_keeps_it(tpot: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "LEAST_REQUESTS", 200)
+@pytest.mark.slow  # commands/test_assess_report.py has a limit with fewer sequences
+@pytest.mark.parametrize("tpot", [0.02, 0.05, 0.1])
+def test_with_a_limit_the_advice_keeps_it(tpot: float) -> None:
     model = replace(MODELS["Llama-3-8B"], kv_bits=8)
     trace = generated("sharegpt", 200).requests
     found = assessed(GPUS["A100-80GB"], model, *trace, limits=Limits(tpot=tpot), max_batch_seqs=512)

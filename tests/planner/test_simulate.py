@@ -54,7 +54,7 @@ def busy(seed: int, count: int = 30, longest: int = 140) -> RequestTrace:
 def test_every_step_is_the_engines(way: str) -> None:
     """Which sequences run, for how many tokens, which are preempted, what moves, and each part of the memory."""
     setup = replace(TINY, **WAYS[way])
-    trace = busy(1)
+    trace = busy(1, 20)
     simulated, arrived = simulated_steps(setup, trace)
     ran = engine_steps(setup, trace, arrived, backend="reference")
     assert len(ran) == len(simulated)
@@ -67,7 +67,7 @@ def test_these_ways_exercise_the_scheduler() -> None:
     """Or the equality above would say little."""
     steps: dict[str, list[StepDecisions]] = {}
     for way, changes in WAYS.items():
-        steps[way], _ = simulated_steps(replace(TINY, **changes), busy(1))
+        steps[way], _ = simulated_steps(replace(TINY, **changes), busy(1, 20))
         assert any(step.num_waiting for step in steps[way]), way
     kinds = {transfer.kind for each in steps.values() for step in each for transfer in step.transfers}
     assert kinds == {"move", "swap_out", "swap_in"}  # a copy comes with forks only

@@ -118,8 +118,15 @@ def test_a_roofline_bounds_any_window_of_a_run(name: str) -> None:
 # --- on real traces ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setup", [OPT, LLAMA, LARGE], ids=lambda setup: setup.model.name)
-@pytest.mark.parametrize("name", TRACES)
+SETUPS = (OPT, LLAMA, LARGE)
+PAIRS = [  # each trace and each setup once; the slow tests have all pairs
+    pytest.param(name, setup, id=f"{name}-{setup.model.name}", marks=[pytest.mark.slow] * (i != j))
+    for i, name in enumerate(TRACES)
+    for j, setup in enumerate(SETUPS)
+]
+
+
+@pytest.mark.parametrize(("name", "setup"), PAIRS)
 def test_no_rate_is_above_the_roofline_and_the_number_of_requests_does_not_matter(name: str, setup: Setup) -> None:
     rows = [each for each in setups(setup, [16]) if each.label in ("standard max", "paged 16")]
     for row in rows:

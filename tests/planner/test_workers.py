@@ -78,7 +78,7 @@ def test_ctrl_c_ends_command_and_workers_with_one_line(command: list[str], tmp_p
     time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)
     try:
-        _, said = process.communicate(timeout=30)  # a busy machine is slow to end processes; a hang is for good
+        _, said = process.communicate(timeout=120)  # a busy machine is slow to end processes; a hang is for good
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

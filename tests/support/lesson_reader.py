@@ -69,7 +69,7 @@ class Reader:
             time.sleep(0.5)
             os.write(self.main, CTRL_C)
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=10)
+                self.process.wait(timeout=60)
 
     def end(self) -> int:
         code = self.process.wait(timeout=60)

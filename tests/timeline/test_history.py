@@ -152,11 +152,11 @@ def busy_log(num_events: int, num_blocks: int = 1000) -> list[Event]:
 
 
 def test_a_step_in_a_long_log_applies_few_events() -> None:
-    run = History.of(enumerate(busy_log(100_000), start=1))
-    assert len(run) == 100_000
+    run = History.of(enumerate(busy_log(40_000), start=1))
+    assert len(run) == 40_000
     assert len(run._checkpoints) <= run.max_checkpoints
     rng = random.Random(1)
-    for position in [0, 99_999, 99_998, 50_000, *(rng.randrange(100_000) for _ in range(40))]:
+    for position in [0, 39_999, 39_998, 20_000, *(rng.randrange(40_000) for _ in range(40))]:
         before = run.num_applied
         run.moment(position)
         assert run.num_applied - before <= run.interval + 1
@@ -313,8 +313,8 @@ def test_files_that_are_no_logs(tmp_path: Path) -> None:
 
 def test_any_line_may_be_missing_or_doubled(logs: dict[str, list[Event]]) -> None:
     """A log that lost a line is read as far as it makes sense, or refused with a ValueError: never a crash."""
-    for events in logs.values():
-        for i in range(len(events)):
+    for name, events in logs.items():
+        for i in range(0, len(events), 1 if name == "paged" else 4):
             for broken in ([*events[:i], *events[i + 1 :]], [*events[: i + 1], *events[i:]]):
                 with contextlib.suppress(ValueError):
                     histories(broken)[0].moment(i)

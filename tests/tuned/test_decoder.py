@@ -32,7 +32,7 @@ QWEN = HFConfig(
     **{name: getattr(LLAMA, name) for name in LLAMA.__slots__}, qkv_bias=True, qk_norm="head",
     rope_scaling=RopeScaling("dynamic", 4.0, 4),
 )  # fmt: skip
-PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [7], [1, 2, 3]]
+PROMPTS = [[3, 14, 15, 9, 2], [7], [1, 2]]
 NEXT = [[8], [], [9]]
 LAYER = ["turn_and_write_kernel", "flash_attention", "add_norm_kernel", "gated_kernel", "add_norm_kernel"]
 

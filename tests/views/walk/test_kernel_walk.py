@@ -419,7 +419,7 @@ class Session:
         os.write(self.main, keys)
 
     def end(self) -> int:
-        status = self.process.wait(timeout=20)
+        status = self.process.wait(timeout=120)
         while select.select([self.main], [], [], 0.1)[0]:
             self.raw += os.read(self.main, 65536)
         return status
