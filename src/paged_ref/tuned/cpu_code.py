@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,7 @@ def _load(code: bytes, symbol: str, signature: str) -> Callable[..., None]:
     arguments = [ctypes.c_void_p, ctypes.c_void_p, *(c_types.get(kind, ctypes.c_void_p) for kind in signature)]
     native = ctypes.CFUNCTYPE(ctypes.c_int32, *arguments)(engine.get_function_address(symbol))
     unused = ctypes.create_string_buffer(16)
-    place = ctypes.addressof(unused)
-
-    def call(*arguments: Any, _keep_alive: Any = (engine, unused)) -> None:
-        native(place, place, *arguments)  # ctypes releases the interpreter meanwhile: several threads run this
-
+    # ctypes releases the interpreter during a call: several threads run this.
+    call = partial(native, ctypes.addressof(unused), ctypes.addressof(unused))
+    vars(call)["alive"] = engine, unused
     return call

@@ -6,6 +6,7 @@ first, which costs more than the products of a few rows. Here the weights are re
 
 from __future__ import annotations
 
+from ctypes import addressof, c_char
 from functools import cache
 from typing import Any
 
@@ -26,18 +27,25 @@ def linear(x: Array, weight: Array) -> Array:
         return x @ weight.T
     if not x.dtype == weight.dtype == np.float32:
         return x @ weight.T
-    parallel, multiply = rows * weight.size >= PARALLEL and num_threads() > 1, _multiply_by_blas
-    if rows <= FEW and size % WHOLE == 0 and out >= WHOLE and weight.flags.c_contiguous and _compiled() is not None:
-        multiply = _multiply_few
-        spare = -rows % _block(rows)
-        x = np.concatenate([x, np.zeros((spare, size), np.float32)]) if spare else np.ascontiguousarray(x)
-    elif not parallel:
-        return x @ weight.T
+    parallel = rows * weight.size >= PARALLEL and num_threads() > 1
+    whole = size % WHOLE == 0 and out >= WHOLE and weight.flags.carray
+    if rows > FEW or not whole or (code := _compiled()) is None:
+        if not parallel:
+            return x @ weight.T
+        y = np.empty((rows, out), np.float32)
+        in_parts(_multiply_by_blas, out, x, weight, y)
+        return y
+
+    # Here, not in functions of their own: of a small model's step, each Python call is a measurable part.
+    block = rows if rows <= 2 else 4  # rows that the loop takes at a time
+    x = np.concatenate([x, np.zeros((-rows % block, size), np.float32)]) if rows % block else np.ascontiguousarray(x)
     y = np.empty((len(x), out), np.float32)
+    x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (x, weight, _places(size), y)))
+    multiply, given = code.function("multiply", "float32", block), (x_at, len(x), size, weight_at, out, places_at, y_at)
     if parallel:
-        in_parts(multiply, out, x, weight, y)
+        in_parts(lambda first, end, *alive: multiply(first, end, *given), out, x, weight, y)
     else:
-        multiply(0, out, x, weight, y)
+        multiply(0, out, *given)
     return y[:rows]
 
 
@@ -58,22 +66,10 @@ def _compiled() -> Any:
     return cpu_code if cpu_code.unavailable() is None else None
 
 
-def _block(rows: int) -> int:
-    """How many rows the loop takes at a time."""
-    return min(rows, 4) if rows != 3 else 4
-
-
 @cache
 def _places(size: int) -> np.ndarray:
     """Where the first rows of a matrix of weights lie, `size` apart, counted in numbers."""
     return np.arange(WHOLE, dtype=np.int64) * size
-
-
-def _multiply_few(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
-    """Columns `first` to `end - 1` of y = x @ weight.T. A number's bits depend on its row and column alone."""
-    loop, at = _compiled().function("multiply", "float32", _block(len(x))), _compiled().address
-    out, size = weight.shape
-    loop(first, end, at(x), len(x), size, at(weight), out, at(_places(size)), at(y))
 
 
 def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
