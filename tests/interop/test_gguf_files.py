@@ -125,7 +125,10 @@ def test_text_goes_in_and_out(tmp_path: Path) -> None:
 
 def test_the_chat_templates_inside_are_those_of_chat(tmp_path: Path) -> None:
     said = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    keys: dict[str, Any] = {"tokenizer__chat_template": said, "tokenizer__chat_template__short": "{{ messages[0].content }}"}
+    keys: dict[str, Any] = {
+        "tokenizer__chat_template": said,
+        "tokenizer__chat_template__short": "{{ messages[0].content }}",
+    }
     write(tmp_path / "m.gguf", "llama", *model("llama"), **keys)
     llm = LLM(tmp_path / "m.gguf", backend="reference")
     talk = [{"role": "user", "content": "ab"}]

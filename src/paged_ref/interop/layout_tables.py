@@ -13,7 +13,7 @@ import numpy as np
 from ..core.attention.addressing import slot_of
 from ..core.checks import require
 from ..core.device import Array, module_of
-from .layouts import require_shape
+from .array_checks import require_shape
 
 
 def to_flashinfer_tables(block_tables: Array, seq_lens: Array, block_size: int) -> tuple[Array, Array, Array]:
@@ -48,7 +48,7 @@ def from_flashinfer_tables(
     """(block_tables [num_seqs, max_blocks], seq_lens [num_seqs]), int32, padded with -1: copies."""
     require(block_size=(block_size, 1))
     for array, name in ((kv_indptr, "kv_indptr"), (kv_indices, "kv_indices"), (kv_last_page_len, "kv_last_page_len")):
-        require_shape(array, name, 1, "one axis")
+        require_shape(array.ndim == 1, name, array, "one axis")
     if len(kv_indptr) != len(kv_last_page_len) + 1:
         raise ValueError(f"kv_indptr has {len(kv_indptr)} entries; {len(kv_last_page_len) + 1} are needed, one more "
                          "than kv_last_page_len")  # fmt: skip
@@ -120,7 +120,7 @@ def _check_tables(
     tables: Array, seq_lens: Array, block_size: int, name: str = "block_tables", size_name: str = "block_size"
 ) -> tuple[Array, Array]:
     require(**{size_name: (block_size, 1)})
-    require_shape(tables, name, 2, "[num_seqs, ...]")
+    require_shape(tables.ndim == 2, name, tables, "[num_seqs, ...]")
     if tuple(seq_lens.shape) != tables.shape[:1]:
         raise ValueError(f"seq_lens has shape {list(seq_lens.shape)}; [{tables.shape[0]}] is needed, as {name} has")
     if seq_lens.size and int(seq_lens.min()) < 0:

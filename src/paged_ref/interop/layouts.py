@@ -32,6 +32,7 @@ import numpy as np
 
 from ..core.checks import require_one_of
 from ..core.device import Array, module_of
+from .array_checks import require_shape
 
 PACK_BYTES = 16  # what one thread of the first kernel of vLLM loaded with one instruction
 
@@ -45,7 +46,7 @@ def to_vllm_packed(key_cache: Array, value_cache: Array, x: int | None = None) -
 
     `x` defaults to 16 bytes of elements (8 for float16). head_size must be a multiple of it.
     """
-    require_shape(key_cache, "key_cache", 4, "[num_blocks, block_size, num_kv_heads, head_size]")
+    require_shape(key_cache.ndim == 4, "key_cache", key_cache, "[num_blocks, block_size, num_kv_heads, head_size]")
     if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
         raise ValueError(
             f"value_cache is {value_cache.dtype}{list(value_cache.shape)}; "
@@ -63,7 +64,7 @@ def to_vllm_packed(key_cache: Array, value_cache: Array, x: int | None = None) -
 
 def from_vllm_packed(key_cache: Array, value_cache: Array) -> tuple[Array, Array]:
     """K and V, each [num_blocks, block_size, num_kv_heads, head_size]: K a copy, V a (transposed) view."""
-    require_shape(key_cache, "key_cache", 5, "[num_blocks, num_kv_heads, head_size/x, block_size, x]")
+    require_shape(key_cache.ndim == 5, "key_cache", key_cache, "[num_blocks, num_kv_heads, head_size/x, block_size, x]")
     num_blocks, num_kv_heads, groups, block_size, x = key_cache.shape
     expected = (num_blocks, num_kv_heads, groups * x, block_size)
     if tuple(value_cache.shape) != expected:
@@ -104,8 +105,3 @@ def element_offsets(layout: str, shape: tuple[int, int, int, int], itemsize: int
     for array in made if isinstance(made, tuple) else (made,):
         offsets[array.ravel()] = np.arange(array.size) * itemsize
     return offsets[:size].reshape(shape), offsets[size:].reshape(shape)
-
-
-def require_shape(array: Array, name: str, ndim: int, shape: str) -> None:
-    if array.ndim != ndim:
-        raise ValueError(f"{name} has shape {list(array.shape)}; {shape} is needed")
