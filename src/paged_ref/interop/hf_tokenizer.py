@@ -21,7 +21,6 @@ from ..core.model.tokenizer import Tokenizer
 from ..extras.reading import JSON_LIMIT, read_json_object, read_text
 from .chat_template import Message, choose, read_conversations, render
 
-MOST_PADDING = 1 << 24  # tokens; no context is as long
 _TRIED = "Hello, 12 \N{LATIN SMALL LETTER E WITH ACUTE}\n\N{GRINNING FACE} a"
 
 
@@ -128,7 +127,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         with _without_reports():
             inner = tokenizers.Tokenizer.from_str(text)
-            _ignore_padding_and_truncation(inner)
+            inner.no_padding()
+            inner.no_truncation()
             _try_out(inner)
     except BaseException as error:
         if not _is_failure(error):
@@ -158,15 +158,6 @@ def _read_more(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
     if template_path.exists():
         templates["default"] = read_text(template_path, JSON_LIMIT)
     return tokens, templates
-
-
-def _ignore_padding_and_truncation(inner: tokenizers.Tokenizer) -> None:
-    padding = inner.padding or {}
-    for name in ("length", "pad_to_multiple_of"):
-        if (padding.get(name) or 0) > MOST_PADDING:
-            raise ValueError(f"it pads to {padding[name]} tokens; at most {MOST_PADDING} are allowed")
-    inner.no_padding()
-    inner.no_truncation()
 
 
 def _try_out(inner: tokenizers.Tokenizer) -> None:

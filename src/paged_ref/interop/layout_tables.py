@@ -26,15 +26,9 @@ def to_flashinfer_tables(block_tables: Array, seq_lens: Array, block_size: int) 
     A sequence without tokens gets no page and a last page of 0 tokens; FlashInfer's documentation asks for 1
     at least, so leave such a sequence out of a call.
     """
-    tables, lens = _check_tables(block_tables, seq_lens, block_size)
+    tables, lens = _check_tables("block_tables", block_tables, seq_lens, block_size, block_size=block_size)
     module = module_of(tables)
     pages = -(-lens // block_size)
-    if pages.size and int(pages.max()) > tables.shape[1]:
-        s = int(pages.argmax())
-        raise ValueError(
-            f"seq_lens[{s}] is {int(lens[s])}; its block table holds {tables.shape[1]} blocks of {block_size} = "
-            f"{tables.shape[1] * block_size} tokens"
-        )
     indptr = module.zeros(len(lens) + 1, dtype=np.int64)
     indptr[1:] = module.cumsum(pages)
     used = module.arange(tables.shape[1]) < pages[:, None]  # [num_seqs, max_blocks]
@@ -73,13 +67,11 @@ def to_sglang_tables(block_tables: Array, seq_lens: Array, block_size: int) -> A
     One row for each sequence, as SGLang's ReqToTokenPool keeps them; max_context_len is what the tables hold. Raises
     ValueError for a slot that int32 does not hold.
     """
-    tables, lens = _check_tables(block_tables, seq_lens, block_size)
+    tables, lens = _check_tables("block_tables", block_tables, seq_lens, block_size, block_size=block_size)
     module = module_of(tables)
     positions = module.arange(tables.shape[1] * block_size)
     slots = module.zeros((len(lens), len(positions)), dtype=np.int64)
     for s, length in enumerate(lens.tolist()):
-        if length > len(positions):
-            raise ValueError(f"seq_lens[{s}] is {length}; its block table holds {len(positions)} tokens")
         slots[s, :length] = slot_of(tables[s].astype(np.int64), positions[:length], block_size)
     return _as_int32("req_to_token", slots)
 
@@ -90,12 +82,10 @@ def from_sglang_tables(req_to_token: Array, seq_lens: Array, page_size: int = 1)
     With pages of one token this is req_to_token itself. Raises ValueError where the tokens of a page do not
     lie next to one another in order.
     """
-    slots, lens = _check_tables(req_to_token, seq_lens, page_size, "req_to_token", "page_size")
+    slots, lens = _check_tables("req_to_token", req_to_token, seq_lens, 1, page_size=page_size)
     module = module_of(slots)
     tables = module.full((len(lens), -(-slots.shape[1] // page_size)), -1, dtype=np.int32)
     for s, length in enumerate(lens.tolist()):
-        if length > slots.shape[1]:
-            raise ValueError(f"seq_lens[{s}] is {length}; its row of req_to_token holds {slots.shape[1]} tokens")
         pages = slots[s, :length:page_size] // page_size
         positions = module.arange(length)
         wrong = slots[s, :length] != slot_of(pages, positions, page_size)
@@ -116,14 +106,16 @@ def _as_int32(name: str, numbers: Array) -> Array:
     return numbers.astype(np.int32)
 
 
-def _check_tables(
-    tables: Array, seq_lens: Array, block_size: int, name: str = "block_tables", size_name: str = "block_size"
-) -> tuple[Array, Array]:
-    require(**{size_name: (block_size, 1)})
+def _check_tables(name: str, tables: Array, seq_lens: Array, unit: int, **size: int) -> tuple[Array, Array]:
+    """`tables`, and `seq_lens` as int64. `unit`: tokens of an entry of `tables`; `size`: of a block, by its name."""
+    require(**{size_name: (value, 1) for size_name, value in size.items()})
     require_shape(tables.ndim == 2, name, tables, "[num_seqs, ...]")
     if tuple(seq_lens.shape) != tables.shape[:1]:
         raise ValueError(f"seq_lens has shape {list(seq_lens.shape)}; [{tables.shape[0]}] is needed, as {name} has")
     if seq_lens.size and int(seq_lens.min()) < 0:
         s = int(seq_lens.argmin())
         raise ValueError(f"seq_lens[{s}] is {int(seq_lens[s])}; at least 0 is needed")
+    if seq_lens.size and int(seq_lens.max()) > (room := tables.shape[1] * unit):
+        s = int(seq_lens.argmax())
+        raise ValueError(f"seq_lens[{s}] is {int(seq_lens[s])}; its row of {name} holds {room} tokens")
     return tables, seq_lens.astype(np.int64)
