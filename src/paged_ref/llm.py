@@ -35,7 +35,8 @@ from .core.model.tokenizer import Tokenizer
 from .distributed.group import Group as RankGroup
 from .distributed.plan import Leader
 from .distributed.split import Part, heads_of_ranks, split_products
-from .extras.arguments import refuse_unknown, require_flag, whole_number
+from .extras import streams
+from .extras.arguments import refuse_unknown, require_flag, shown, whole_number
 from .extras.beam import BeamRequest
 from .extras.formats import MAX_VALUE
 from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, Scales, format_of, read_scales
@@ -161,7 +162,7 @@ class LLM(StreamingLLM):
         if kv_scales is not None and (kv_dtype is None or format_of(kv_dtype) not in MAX_VALUE):
             raise ValueError(f"kv_scales are given, and kv_dtype is {kv_dtype!r}; only int8 and float8 have scales")
         if group is not None and not isinstance(group, RankGroup):
-            raise ValueError(f"group is {group!r}; a Group of distributed/group.py is needed")
+            raise ValueError(f"group is {shown(group)}; a Group of distributed/group.py is needed")
         checkpoint = load(model)
         config, weights = checkpoint.config, checkpoint.weights
         scales = () if kv_scales is None else read_scales(kv_scales, config.num_layers, config.num_kv_heads)
@@ -275,12 +276,14 @@ class LLM(StreamingLLM):
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         on_token: Callable[[TokenOutput], None] | None = None,
+        **unknown: Never,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written in the form that the model was trained on.
 
         `messages` are dicts with role and content. The form is the checkpoint's chat template, or `chat_template`.
         `continue_final_message` goes on inside the last message. The rest is as in generate().
         """
+        refuse_unknown("chat", unknown, [*signature(self.chat).parameters][:-1], streams.INSTEAD)
         prompts = chat_prompts(
             self.tokenizer, messages, chat_template, chat_template_kwargs, add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message, tools=tools,
@@ -360,7 +363,7 @@ def _require_types(functions: Mapping[str, object], flags: Mapping[str, object],
             whole_number(name, value)
     for name, value in functions.items():
         if value is not None and not callable(value):
-            raise ValueError(f"{name} is {value!r}; a function is needed")
+            raise ValueError(f"{name} is {shown(value)}; a function is needed")
     for name, value in flags.items():
         require_flag(name, value)
 
@@ -369,4 +372,4 @@ def _refuse_together(why: str, **given: object) -> None:
     """Raise ValueError for the first argument that was given although it does not go with another."""
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name} is {value!r}, and {why}; the two do not go together")
+            raise ValueError(f"{name} is {shown(value)}, and {why}; the two do not go together")

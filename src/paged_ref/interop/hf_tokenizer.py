@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import models
 
 from ..core.model.tokenizer import Tokenizer
+from ..extras.arguments import shown
 from ..extras.reading import JSON_LIMIT, read_json_object, read_text
 from .chat_template import Message, choose, read_conversations, render
 
@@ -93,7 +94,9 @@ def chat_prompts(
     variables = {} if variables is None else variables
     own = {*signature(tokenizer.apply_chat_template).parameters, "documents"}
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) and name not in own for name in variables):
-        raise ValueError(f"chat_template_kwargs is {variables!r}; a dict of the template's own variables is needed")
+        raise ValueError(
+            f"chat_template_kwargs is {shown(variables)}; a dict of the template's own variables is needed"
+        )
     prompts = []
     for conversation in read_conversations(messages):
         text = tokenizer.apply_chat_template(conversation, chat_template, **how, **variables)
