@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import update_wrapper
 from typing import Any, Self
 
 from ..core.checks import require
@@ -96,6 +97,9 @@ class SamplingParams(sampling.SamplingParams):
     def shapes(self) -> bool:
         """Is more asked for than what the core's requests do?"""
         return any(getattr(self, each.name) != each.default for each in fields(self) if each.name in SHAPING)
+
+
+update_wrapper(SamplingParams.__new__, SamplingParams.__init__, (), ())  # help() shows the parameters
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -230,7 +230,7 @@ class ShapingEngine(TransactionalEngine):
         logits = logits[:num_rows]
         ready = [seq for seq, _ in plan.chunks if seq.num_uncomputed == 0]
         rows: list[Row] = []
-        wanted: dict[tuple[int, int], int] = {}  # (request, sample) -> its row, of those that want log-probabilities
+        scored: dict[tuple[int, int], int] = {}  # (request, sample) -> its row, of those that want log-probabilities
         for place, seq in enumerate(ready):
             request = self._shaped.get(self.request_of[seq.seq_id].output.request_id)
             if request is None:
@@ -238,13 +238,11 @@ class ShapingEngine(TransactionalEngine):
             rows.append(request.row(place, seq))
             if request.params.logprobs is not None:  # type: ignore[attr-defined]
                 for sample in (request.samples[seq.seq_id], *request.to_fork):
-                    wanted[request.output.request_id, sample.output.index] = place
-        places = sorted(set(wanted.values()))
-        untouched = logits[xp.asarray(np.array(places))] if places else None
+                    scored[request.output.request_id, sample.output.index] = place
+        untouched = logits[xp.asarray(np.array([*scored.values()], dtype=np.int64))]
         shape_logits(logits, rows)
         tokens = super()._sample(plan, logits)
-        if untouched is not None:
-            self._note_logprobs(untouched, {key: places.index(place) for key, place in wanted.items()}, tokens)
+        self._note_logprobs(untouched, {key: row for row, key in enumerate(scored)}, tokens)
         return tokens
 
     def _score_prompts(self, logits: Array) -> None:
