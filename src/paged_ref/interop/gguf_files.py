@@ -113,7 +113,8 @@ def _config(reader: Any, tensors: Mapping[str, Any]) -> HFConfig:
     if "token_embd.weight" not in tensors:
         raise ValueError("the file has no tensor token_embd.weight")
     hf |= {"model_type": family, "vocab_size": shape_of(tensors["token_embd.weight"])[0]}
-    hf |= {f"{name}_token_id": _value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    bos, *ends = (_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot"))
+    hf |= {"bos_token_id": bos, "eos_token_id": [end for end in ends if end is not None]}  # eot: of a chat's turn
     hf["tie_word_embeddings"] = "output.weight" not in tensors
     for key, absent in REFUSED.items():
         if _value(reader, f"{family}.{key}", absent) != absent:

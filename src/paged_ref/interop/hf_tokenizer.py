@@ -67,6 +67,8 @@ class HFTokenizer(Tokenizer):
     ) -> str:
         """The text of one conversation, by the checkpoint's template or by `chat_template`, which gets the `variables`.
         Raises ValueError."""
+        if variables.pop("tokenize", False):  # as transformers does where it is not told otherwise
+            raise ValueError("tokenize is True; encode(text, add_special_tokens=False) makes token ids of the text")
         (conversation,) = read_conversations([messages])
         template = choose(self.chat_templates, chat_template, tools, self.where)
         return render(
