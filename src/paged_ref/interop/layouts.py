@@ -16,7 +16,16 @@ FlashInfer (NHD) read. Most others are one expression away, with `xp` NumPy or C
     SGLang              [num_slots, num_kv_heads, head_size]: .reshape(-1, *shape[2:]); back, with pages of page_size,
                         .reshape(-1, page_size, *shape[1:]). It never gives out page 0: leave block 0 unused
 
-The tables differ too: see `layout_tables.py`.
+vLLM and flash-attn take `block_tables [num_seqs, max_blocks]` as they are, in int32. The others, with
+`pages = -(-seq_lens // block_size)`::
+
+    FlashInfer          used = xp.arange(max_blocks) < pages[:, None]
+                        kv_indptr = xp.append(0, xp.cumsum(pages)), kv_indices = block_tables[used]
+                        kv_last_page_len = seq_lens - (pages - 1) * block_size, of sequences that have tokens
+                        back: pages = xp.diff(kv_indptr), tables = xp.full((num_seqs, max_blocks), -1), and
+                        tables[used] = kv_indices; seq_lens = (pages - 1) * page_size + kv_last_page_len
+    SGLang              req_to_token = (block_tables[..., None] * block_size + xp.arange(block_size)).reshape(num_seqs,
+                        -1), the slot of each token; back: req_to_token[:, ::page_size] // page_size
 
 Sources: vLLM `csrc/cache_kernels.cu` (reshape_and_cache) and the backends' `get_kv_cache_shape`; FlashInfer's
 documentation, "KV-Cache Layout in FlashInfer"; flash-attn `flash_attn_with_kvcache`; SGLang
