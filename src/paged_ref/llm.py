@@ -144,15 +144,8 @@ class LLM(StreamingLLM):
         V, and an LLM with the same arguments. Rank 0 takes the requests; `distributed.plan.follow` is the others'.
         `kv_cache_bytes` are those of each rank, and `sanitize` watches the heads of rank 0.
         """
+        _require_types(locals())
         refuse_unknown("LLM", unknown, [*signature(LLM).parameters][:-1], INSTEAD)
-        _require_types(
-            {"log": log, "on_step": on_step},
-            {"prefix_cache": prefix_cache, "beyond_context": beyond_context, "sanitize": sanitize},
-            block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
-            host_kv_tokens=host_kv_tokens, max_model_len=max_model_len, max_batch_tokens=max_batch_tokens,
-            max_batch_seqs=max_batch_seqs, device_blocks=device_blocks, host_blocks=host_blocks,
-            staging_pages=staging_pages, full_layers=full_layers,
-        )  # fmt: skip
         if not isinstance(backend, str):
             raise ValueError(f"backend is {backend!r}; a name is needed")
         if backend != "auto" and (reason := why_not(backend)) is not None:
@@ -355,17 +348,19 @@ def _make_kv(
     return SanitizedKV(manager, kv) if sanitize else kv
 
 
-def _require_types(functions: Mapping[str, object], flags: Mapping[str, object], **sizes: object) -> None:
-    """Raise ValueError for the first size that is no whole number, a function that cannot be called, a flag that is
-    neither True nor False."""
-    for name, value in sizes.items():
-        if value is not None or name in ("block_size", "max_batch_tokens", "max_batch_seqs"):
+def _require_types(given: Mapping[str, object]) -> None:
+    """Raise ValueError for the first argument of LLM that is not of the type in the signature: a whole number, True or
+    False, a function."""
+    for name, kind in LLM.__init__.__annotations__.items():
+        value = given.get(name)
+        if value is None and kind.endswith("None"):
+            continue
+        if kind.startswith("int"):
             whole_number(name, value)
-    for name, value in functions.items():
-        if value is not None and not callable(value):
+        elif kind == "bool":
+            require_flag(name, value)
+        elif kind.startswith(("Log", "Callable")) and not callable(value):
             raise ValueError(f"{name} is {shown(value)}; a function is needed")
-    for name, value in flags.items():
-        require_flag(name, value)
 
 
 def _refuse_together(why: str, **given: object) -> None:

@@ -12,7 +12,8 @@ FlashInfer (NHD) read. Most others are one expression away, with `xp` NumPy or C
     vLLM, stacked       [2, num_blocks, ...] or [num_blocks, 2, ...]: xp.stack([keys, values], axis=0 or 1); back,
                         without a copy, kv[0], kv[1] or kv[:, 0], kv[:, 1]
     vLLM, packed        K [num_blocks, num_kv_heads, head_size/x, block_size, x], x = 16 bytes of elements
-                        V [num_blocks, num_kv_heads, head_size, block_size]: `to_vllm_packed`, `from_vllm_packed`
+                        V [num_blocks, num_kv_heads, head_size, block_size]: `to_vllm_packed`; back, V without a copy,
+                        K.transpose(0, 3, 1, 2, 4).reshape(ours), V.transpose(0, 3, 1, 2)
     SGLang              [num_slots, num_kv_heads, head_size]: .reshape(-1, *shape[2:]); back, with pages of page_size,
                         .reshape(-1, page_size, *shape[1:]). It never gives out page 0: leave block 0 unused
 
@@ -69,17 +70,6 @@ def to_vllm_packed(key_cache: Array, value_cache: Array, x: int | None = None) -
     grouped = key_cache.reshape(num_blocks, block_size, num_kv_heads, head_size // x, x)
     keys = module.ascontiguousarray(grouped.transpose(0, 2, 3, 1, 4))
     return keys, module.ascontiguousarray(value_cache.transpose(0, 2, 3, 1))
-
-
-def from_vllm_packed(key_cache: Array, value_cache: Array) -> tuple[Array, Array]:
-    """K and V, each [num_blocks, block_size, num_kv_heads, head_size]: K a copy, V a (transposed) view."""
-    require_shape(key_cache.ndim == 5, "key_cache", key_cache, "[num_blocks, num_kv_heads, head_size/x, block_size, x]")
-    num_blocks, num_kv_heads, groups, block_size, x = key_cache.shape
-    expected = (num_blocks, num_kv_heads, groups * x, block_size)
-    if tuple(value_cache.shape) != expected:
-        raise ValueError(f"value_cache has shape {list(value_cache.shape)}; {list(expected)} is needed, as K has")
-    keys = key_cache.transpose(0, 3, 1, 2, 4).reshape(num_blocks, block_size, num_kv_heads, groups * x)
-    return keys, value_cache.transpose(0, 3, 1, 2)
 
 
 def pack_size(itemsize: int) -> int:
