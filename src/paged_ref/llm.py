@@ -35,7 +35,8 @@ from .core.model.tokenizer import Tokenizer
 from .distributed.group import Group as RankGroup
 from .distributed.plan import Leader
 from .distributed.split import Part, heads_of_ranks, split_products
-from .extras.arguments import refuse_unknown, require_flag, whole_number
+from .extras import streams
+from .extras.arguments import refuse_unknown, require_flag, shown, whole_number
 from .extras.beam import BeamRequest
 from .extras.formats import MAX_VALUE
 from .extras.formatted_kv import ALIASES, FORMATS, FormattedKV, Scales, format_of, read_scales
@@ -143,15 +144,8 @@ class LLM(StreamingLLM):
         V, and an LLM with the same arguments. Rank 0 takes the requests; `distributed.plan.follow` is the others'.
         `kv_cache_bytes` are those of each rank, and `sanitize` watches the heads of rank 0.
         """
+        _require_types(locals())
         refuse_unknown("LLM", unknown, [*signature(LLM).parameters][:-1], INSTEAD)
-        _require_types(
-            {"log": log, "on_step": on_step},
-            {"prefix_cache": prefix_cache, "beyond_context": beyond_context, "sanitize": sanitize},
-            block_size=block_size, kv_cache_tokens=kv_cache_tokens, kv_cache_bytes=kv_cache_bytes,
-            host_kv_tokens=host_kv_tokens, max_model_len=max_model_len, max_batch_tokens=max_batch_tokens,
-            max_batch_seqs=max_batch_seqs, device_blocks=device_blocks, host_blocks=host_blocks,
-            staging_pages=staging_pages, full_layers=full_layers,
-        )  # fmt: skip
         if not isinstance(backend, str):
             raise ValueError(f"backend is {backend!r}; a name is needed")
         if backend != "auto" and (reason := why_not(backend)) is not None:
@@ -161,7 +155,7 @@ class LLM(StreamingLLM):
         if kv_scales is not None and (kv_dtype is None or format_of(kv_dtype) not in MAX_VALUE):
             raise ValueError(f"kv_scales are given, and kv_dtype is {kv_dtype!r}; only int8 and float8 have scales")
         if group is not None and not isinstance(group, RankGroup):
-            raise ValueError(f"group is {group!r}; a Group of distributed/group.py is needed")
+            raise ValueError(f"group is {shown(group)}; a Group of distributed/group.py is needed")
         checkpoint = load(model)
         config, weights = checkpoint.config, checkpoint.weights
         scales = () if kv_scales is None else read_scales(kv_scales, config.num_layers, config.num_kv_heads)
@@ -275,12 +269,14 @@ class LLM(StreamingLLM):
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         on_token: Callable[[TokenOutput], None] | None = None,
+        **unknown: Never,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written in the form that the model was trained on.
 
         `messages` are dicts with role and content. The form is the checkpoint's chat template, or `chat_template`.
         `continue_final_message` goes on inside the last message. The rest is as in generate().
         """
+        refuse_unknown("chat", unknown, [*signature(self.chat).parameters][:-1], streams.INSTEAD)
         prompts = chat_prompts(
             self.tokenizer, messages, chat_template, chat_template_kwargs, add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message, tools=tools,
@@ -352,21 +348,23 @@ def _make_kv(
     return SanitizedKV(manager, kv) if sanitize else kv
 
 
-def _require_types(functions: Mapping[str, object], flags: Mapping[str, object], **sizes: object) -> None:
-    """Raise ValueError for the first size that is no whole number, a function that cannot be called, a flag that is
-    neither True nor False."""
-    for name, value in sizes.items():
-        if value is not None or name in ("block_size", "max_batch_tokens", "max_batch_seqs"):
+def _require_types(given: Mapping[str, object]) -> None:
+    """Raise ValueError for the first argument of LLM that is not of the type in the signature: a whole number, True or
+    False, a function."""
+    for name, kind in LLM.__init__.__annotations__.items():
+        value = given.get(name)
+        if value is None and kind.endswith("None"):
+            continue
+        if kind.startswith("int"):
             whole_number(name, value)
-    for name, value in functions.items():
-        if value is not None and not callable(value):
-            raise ValueError(f"{name} is {value!r}; a function is needed")
-    for name, value in flags.items():
-        require_flag(name, value)
+        elif kind == "bool":
+            require_flag(name, value)
+        elif kind.startswith(("Log", "Callable")) and not callable(value):
+            raise ValueError(f"{name} is {shown(value)}; a function is needed")
 
 
 def _refuse_together(why: str, **given: object) -> None:
     """Raise ValueError for the first argument that was given although it does not go with another."""
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name} is {value!r}, and {why}; the two do not go together")
+            raise ValueError(f"{name} is {shown(value)}, and {why}; the two do not go together")

@@ -486,6 +486,9 @@ def test_the_trace_is_the_one_that_was_measured(mooncake: list[list[int]]) -> No
     assert len({key for keys in mooncake for key in keys}) == 182_790
 
 
+LRU_CURVE = (1_000, 4.45), (5_000, 11.04), (30_000, 32.57), (50_000, 35.46)
+
+
 def test_a_cache_that_never_evicts_hits_36_64_percent_of_the_conversations(mooncake: list[list[int]]) -> None:
     hits = hits_of(mooncake, 182_790)
     assert hits == 105_710
@@ -493,7 +496,8 @@ def test_a_cache_that_never_evicts_hits_36_64_percent_of_the_conversations(moonc
 
 
 @pytest.mark.parametrize(
-    ("capacity", "percent"), [(1_000, 4.45), (5_000, 11.04), (10_000, 21.12), (30_000, 32.57), (50_000, 35.46)]
+    ("capacity", "percent"),
+    [(10_000, 21.12), *(pytest.param(*point, marks=pytest.mark.slow) for point in LRU_CURVE)],
 )
 def test_the_lru_curve_of_the_conversations(mooncake: list[list[int]], capacity: int, percent: float) -> None:
     assert round(100 * hits_of(mooncake, capacity) / 288_500, 2) == percent

@@ -93,6 +93,26 @@ def test_params_of_another_kind(params: Any) -> None:
         LLM("tiny").generate("Once", params)
 
 
+def test_words_of_vllm_for_what_has_another_name_here() -> None:
+    llm = LLM("tiny")
+    for call, name, instead in (
+        ("generate", "sampling_params", "give params"), ("generate", "use_tqdm", "give on_token"),
+        ("stream", "sampling_params", "give params"), ("chat", "sampling_params", "give params"),
+        ("generate", "foo", "known are prompts, params, on_token"),
+        ("chat", "foo", "known are messages, params, chat_template, add_generation_prompt, continue_final_message, "
+         "tools, chat_template_kwargs, on_token"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{call} has no argument {name}; {instead}$"):
+            getattr(llm, call)(["a"], **{name: None})
+
+
+def test_a_sentence_shows_what_is_given_in_one_line_and_not_all_of_it() -> None:
+    with pytest.raises(ValueError, match=r"^max_tokens is array\(\[\[0, 0\], \[0, 0\]\]\); a whole number is needed$"):
+        SamplingParams(max_tokens=np.zeros((2, 2), int))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^n is \[1, 1, 1, 1, 1, 1, \.\.\.\]; a whole number is needed$"):
+        SamplingParams(n=[1] * 10**5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "bloat", None, 5])
 def test_another_dtype(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"dtype is .*; known are float16, float32"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,9 @@ def test_params_out_of_bounds(options: dict[str, Any], message: str) -> None:
         SamplingParams(**options)
 
 
-def test_params_are_copied_and_pickled() -> None:
+def test_params_are_shown_copied_and_pickled() -> None:
     params = SamplingParams(temperature=1.0, n=2, stop="a")
+    assert [*inspect.signature(SamplingParams).parameters] == [field.name for field in fields(SamplingParams)]
     assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == replace(params) == params
 
 

@@ -20,7 +20,7 @@ from paged_ref.core.memory.paged import PagedManager
 from paged_ref.core.memory.standard import StandardManager
 from paged_ref.extras.host_swap import SwappablePagedManager
 from paged_ref.extras.prefix_cache import CachingBlockPool
-from paged_ref.extras.sanitizer import KVSanitizer, SanitizedKV, SanitizerError, check_numbers
+from paged_ref.extras.sanitizer import SanitizedKV, SanitizerError, check_numbers
 
 TOKENS = [11, 12, 13, 14, 15, 16, 17, 18]
 
@@ -32,7 +32,7 @@ class Watched:
         self.manager = manager
         unit = 4 if manager.paged else 1
         self.kv = KVCache(2, manager.num_slots // unit, unit, 1, 2, dtype, num_host_blocks)
-        self.sanitizer = KVSanitizer(manager, self.kv)
+        self.sanitizer = SanitizedKV(manager, self.kv)
         self.unit = unit
         self.written = 0.0
 
@@ -291,7 +291,7 @@ def test_freed_slots_are_nan_and_held_ones_are_not() -> None:
 
 def test_a_request_that_ended_or_was_aborted_leaves_nothing() -> None:
     llm = sanitized(LLM("tiny", block_size=4, kv_cache_tokens=64, backend="reference"))
-    sanitizer = llm.engine.kv.sanitizer  # type: ignore[attr-defined]
+    sanitizer: Any = llm.engine.kv
 
     def kept() -> tuple[int, int]:
         rows = sanitizer._history.values()

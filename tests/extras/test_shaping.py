@@ -128,15 +128,6 @@ def test_the_prefix_cache_is_used_again_once_a_prompt_is_scored() -> None:
         assert len(output.prompt_logprobs or ()) == (0 if count is None else 21)
 
 
-def test_an_aborted_request_leaves_no_prompt_to_score() -> None:
-    llm = LLM("tiny", backend="reference")
-    scored = SamplingParams(max_tokens=2, prompt_logprobs=0)
-    llm.abort(llm.add_request(PAPER, scored))
-    llm.generate("The cat", scored)
-    assert isinstance(llm.engine.scheduler, shaping.ScoringScheduler)
-    assert not llm.engine.scheduler.to_score
-
-
 def test_the_prefix_cache_is_reset_between_requests() -> None:
     llm = LLM("tiny", block_size=4, prefix_cache=True)
     prompt = list(range(5, 26))

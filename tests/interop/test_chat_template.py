@@ -121,6 +121,7 @@ def test_turns_are_counted_for_each_conversation(monkeypatch: pytest.MonkeyPatch
         ({"chat_template_kwargs": {1: 3}}, "chat_template_kwargs is {1: 3}; a dict of the"),
         ({"tools": 3}, "tools is 3; functions, or JSON schemas of them, are needed"),
         ({"add_generation_prompt": "no"}, "add_generation_prompt is 'no'; True or False is needed"),
+        ({"tokenize": True}, "tokenize is True; encode(text, add_special_tokens=False) makes token ids of the text"),
         ({"continue_final_message": 1}, "continue_final_message is 1; True or False is needed"),
     ],
 )

@@ -125,8 +125,12 @@ def test_text_goes_in_and_out(tmp_path: Path) -> None:
 
 def test_the_chat_templates_inside_are_those_of_chat(tmp_path: Path) -> None:
     said = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    keys = {"tokenizer__chat_template": said, "tokenizer__chat_template__short": "{{ messages[0].content }}"}
-    write(tmp_path / "m.gguf", "llama", *model("llama"), **keys)
+    keys: dict[str, Any] = {
+        "tokenizer__chat_template": said,
+        "tokenizer__chat_template__short": "{{ messages[0].content }}",
+    }
+    write(tmp_path / "m.gguf", "llama", *model("llama"), **keys, tokenizer__ggml__eot_token_id=5)
+    assert load(tmp_path / "m.gguf").config.eos_token_ids == (2, 5)  # the end of a text, and of a turn
     llm = LLM(tmp_path / "m.gguf", backend="reference")
     talk = [{"role": "user", "content": "ab"}]
     (output,) = llm.chat(talk, SamplingParams(max_tokens=1))

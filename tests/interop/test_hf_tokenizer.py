@@ -39,21 +39,14 @@ def assert_refused(path: Path, message: str, capfd: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     "keys",
     [{"truncation": TRUNCATION}, {"padding": {**PADDING, "strategy": {"Fixed": 40}}},
-     {"truncation": {**TRUNCATION, "stride": 10}}],
+     {"truncation": {**TRUNCATION, "stride": 10}},
+     # would fill the memory
+     {"padding": {**PADDING, "strategy": {"Fixed": 10**10}}},
+     {"padding": {**PADDING, "strategy": "BatchLongest", "pad_to_multiple_of": 10**10}}],
 )  # fmt: skip
 def test_truncation_and_padding_are_ignored(tmp_path: Path, keys: dict[str, Any]) -> None:
     path = write(tmp_path, **keys)
     assert read_tokenizer(path).encode(TEXT) == list(range(18))
-
-
-@pytest.mark.parametrize(
-    "keys", [{"strategy": {"Fixed": 10**10}}, {"strategy": "BatchLongest", "pad_to_multiple_of": 10**10}]
-)
-def test_padding_that_would_end_the_process_is_refused(
-    tmp_path: Path, keys: dict[str, Any], capfd: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path, padding={**PADDING, **keys})
-    assert_refused(path, "is not a tokenizer: it pads to 10000000000 tokens; at most 16777216 are allowed", capfd)
 
 
 @pytest.mark.parametrize(

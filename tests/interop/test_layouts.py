@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from paged_ref.core.device import to_host, xp
-from paged_ref.interop import layout_tables as T  # noqa: N812
 from paged_ref.interop import layouts as L  # noqa: N812
 from paged_ref.kernels import paged_attention, slot_of
 
@@ -33,6 +32,11 @@ def to_hnd(k: Any, v: Any) -> Any:
     return xp.ascontiguousarray(stacked(1)(k, v).swapaxes(-3, -2))
 
 
+def from_packed(pair: Any) -> tuple[Any, Any]:
+    v = pair[1].transpose(0, 3, 1, 2)
+    return pair[0].transpose(0, 3, 1, 2, 4).reshape(v.shape), v
+
+
 def to_sglang(k: Any, v: Any) -> tuple[Any, Any]:
     return k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
 
@@ -41,7 +45,7 @@ def to_sglang(k: Any, v: Any) -> tuple[Any, Any]:
 ROUND_TRIPS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[bool, bool]]] = {
     "vllm": (stacked(0), lambda kv: (kv[0], kv[1]), (True, True)),
     "vllm by blocks": (stacked(1), lambda kv: (kv[:, 0], kv[:, 1]), (True, True)),
-    "vllm packed": (L.to_vllm_packed, lambda pair: L.from_vllm_packed(*pair), (False, True)),
+    "vllm packed": (L.to_vllm_packed, from_packed, (False, True)),
     "flashinfer HND": (to_hnd, lambda kv: (kv.swapaxes(-3, -2)[:, 0], kv.swapaxes(-3, -2)[:, 1]), (True, True)),
 }
 each_trip = pytest.mark.parametrize("trip", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
@@ -128,13 +132,21 @@ def test_attention_is_the_same_through_each_layout(trip: Any) -> None:
 def test_attention_through_the_tables_of_flashinfer_and_sglang() -> None:
     query, k, v, tables, seq_lens = paged_case()
     expected = paged_attention(query, k, v, tables, seq_lens, backend="reference")
-    csr = T.to_flashinfer_tables(tables, seq_lens, 4)
-    tables2, lens2 = T.from_flashinfer_tables(*csr, 4)
-    assert (paged_attention(query, k, v, tables2, lens2, backend="reference") == expected).all()
-    slots = T.to_sglang_tables(tables, seq_lens, 4)
+    pages = -(-seq_lens // 4)
+    used = np.arange(3) < pages[:, None]
+    indptr, indices, last = np.append(0, np.cumsum(pages)), tables[used], seq_lens - (pages - 1) * 4
+    assert (indptr.tolist(), indices.tolist(), last.tolist()) == ([0, 2, 3, 6], [5, 1, 3, 7, 2, 4], [2, 1, 1])
+    tables2 = np.full((3, 3), -1)
+    tables2[np.arange(3) < np.diff(indptr)[:, None]] = indices
+    assert (tables2 == tables).all()
+    assert ((np.diff(indptr) - 1) * 4 + last == seq_lens).all()
+    slots = (tables[..., None] * 4 + np.arange(4)).reshape(3, -1)
+    assert [slots[s, p] for s in range(3) for p in range(seq_lens[s])] == [
+        slot_of(tables[s], p, 4) for s in range(3) for p in range(seq_lens[s])
+    ]
     for page_size in (4, 1):  # pages of one token: the row of slots is the block table
         k3, v3 = (buffer.reshape(-1, page_size, *buffer.shape[1:]) for buffer in to_sglang(k, v))
-        tables3 = T.from_sglang_tables(slots, seq_lens, page_size)
+        tables3 = slots[:, ::page_size] // page_size
         assert (paged_attention(query, k3, v3, tables3, seq_lens, backend="reference") == expected).all()
 
 
@@ -150,57 +162,9 @@ def test_a_batch_of_flash_attn_is_contiguous_regions() -> None:
     assert (out == paged_attention(query, k, v, own, seq_lens, backend="reference")).all()
 
 
-# ---- tables
-
-
-def test_the_csr_form() -> None:
-    tables, lens = xp.asarray([[5, 1, -1], [3, -1, -1], [-1, -1, -1], [7, 2, 4]]), xp.asarray([6, 4, 0, 9])
-    indptr, indices, last = T.to_flashinfer_tables(tables, lens, 4)
-    assert [a.dtype.name for a in (indptr, indices, last)] == ["int32"] * 3
-    assert (indptr.tolist(), indices.tolist(), last.tolist()) == ([0, 2, 3, 3, 6], [5, 1, 3, 7, 2, 4], [2, 4, 0, 1])
-    tables2, lens2 = T.from_flashinfer_tables(indptr, indices, last, 4)
-    assert (tables2.tolist(), lens2.tolist()) == (tables.tolist(), lens.tolist())
-
-
-def test_the_slot_of_every_token() -> None:
-    tables, lens = xp.asarray([[5, 1], [3, -1]]), xp.asarray([6, 3])
-    rows = T.to_sglang_tables(tables, lens, 4)
-    assert rows.tolist() == [[20, 21, 22, 23, 4, 5, 0, 0], [12, 13, 14, 0, 0, 0, 0, 0]]
-    assert T.from_sglang_tables(rows, lens, 4).tolist() == tables.tolist()
-    assert T.from_sglang_tables(rows, lens).tolist()[1][:4] == [12, 13, 14, -1]
-
-
-def test_tables_of_no_sequence() -> None:
-    none, empty = xp.zeros(0, dtype=np.int32), xp.zeros((0, 3), dtype=np.int32)
-    assert [a.tolist() for a in T.to_flashinfer_tables(empty, none, 4)] == [[0], [], []]
-    assert T.from_flashinfer_tables(xp.zeros(1, dtype=np.int32), none, none, 4)[0].shape == (0, 0)
-    assert T.to_sglang_tables(empty, none, 4).shape == (0, 12)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_tables_survive_any_sizes(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    block_size, lens = int(rng.integers(1, 6)), rng.integers(0, 20, size=4)
-    pages = -(-lens // block_size)
-    tables = np.full((4, max(1, int(pages.max()))), -1)
-    ids = list(rng.permutation(int(pages.sum())))
-    for s, count in enumerate(pages):
-        tables[s, :count] = [ids.pop() for _ in range(count)]
-    tables2, lens2 = T.from_flashinfer_tables(*T.to_flashinfer_tables(tables, lens, block_size), block_size)
-    assert (lens2 == lens).all()
-    slots = T.to_sglang_tables(tables, lens, block_size)
-    tables3 = T.from_sglang_tables(slots, lens, block_size)
-    for s, count in enumerate(pages):
-        assert tables2[s, :count].tolist() == tables3[s, :count].tolist() == tables[s, :count].tolist()
-        for p in range(lens[s]):
-            assert slots[s, p] == slot_of(tables[s], p, block_size)
-
-
 # ---- refusals
 
 _K, _V = np.zeros((4, 4, 2, 12), dtype=np.float16), np.zeros((4, 4, 2, 12), dtype=np.float16)
-_TABLES, _LENS = np.array([[0, 1]]), np.array([6])
-_INT = np.array
 
 
 @pytest.mark.parametrize(
@@ -209,34 +173,10 @@ _INT = np.array
         (lambda: L.to_vllm_packed(_K, _V[:2]), r"value_cache is float16\[2, 4, 2, 12\]; float16\[4, 4, 2, 12\] is"),
         (lambda: L.to_vllm_packed(_K[0], _V[0]), r"key_cache has shape \[4, 2, 12\]"),
         (lambda: L.to_vllm_packed(_K, _V), "head_size is 12; a multiple of x = 8"),
-        (lambda: L.from_vllm_packed(np.zeros((2, 1, 3, 4, 4)), np.zeros((2, 1, 4, 12))), r"\[2, 1, 12, 4\] is needed"),
         (lambda: L.pack_size(3), "itemsize is 3"),
-        (lambda: T.to_flashinfer_tables(_TABLES, _INT([9]), 4), r"seq_lens\[0\] is 9; its block table holds 2 blocks"),
-        (lambda: T.to_flashinfer_tables(_TABLES, _INT([-1]), 4), r"seq_lens\[0\] is -1; at least 0"),
-        (lambda: T.to_flashinfer_tables(_TABLES, _LENS, 0), "block_size is 0; at least 1"),
-        (lambda: T.to_flashinfer_tables(_TABLES, _INT([1, 2]), 4), r"seq_lens has shape \[2\]; \[1\] is needed"),
-        (lambda: T.from_flashinfer_tables(_INT([0, 2]), _INT([1, 2]), _INT([5]), 4),
-         r"kv_last_page_len\[0\] is 5; 1 to 4 is needed"),
-        (lambda: T.from_flashinfer_tables(_INT([0, 2]), _INT([1, 2]), _INT([0]), 4),
-         r"kv_last_page_len\[0\] is 0; 1 to 4 is needed"),
-        (lambda: T.from_flashinfer_tables(_INT([0, 3]), _INT([1, 2]), _INT([1]), 4), "rise from 0 to the 2 entries"),
-        (lambda: T.from_flashinfer_tables(_INT([0]), _INT([1]), _INT([1]), 4), "kv_indptr has 1 entries; 2 are needed"),
-        (lambda: T.to_sglang_tables(_TABLES, _INT([9]), 4), r"seq_lens\[0\] is 9; its block table holds 8 tokens"),
-        (lambda: T.from_sglang_tables(_INT([[4, 5, 7]]), _INT([3]), 4), r"req_to_token\[0, 2\] is 7; 6 is needed"),
-        (lambda: T.from_sglang_tables(_INT([[4, 5]]), _INT([3]), 4), r"row of req_to_token holds 2 tokens"),
         (lambda: L.element_offsets("mine", (1, 1, 1, 4), 4), "layout is 'mine'; known are ours"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_slots_and_pages_that_int32_does_not_hold_are_refused() -> None:
-    tables = np.array([[2**27 - 1], [2**27]], dtype=np.int32)
-    lens = np.array([16, 1], dtype=np.int32)
-    with pytest.raises(ValueError, match="req_to_token holds 2147483648; 2147483647 is the most that int32 holds"):
-        T.to_sglang_tables(tables, lens, 16)
-    assert T.to_sglang_tables(tables[:1], lens[:1], 16).max() == 2**31 - 1
-    with pytest.raises(ValueError, match="kv_indices holds 2147483648; 2147483647 is the most"):
-        T.to_flashinfer_tables(np.array([[2**31]]), np.array([4]), 4)

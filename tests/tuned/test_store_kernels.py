@@ -14,7 +14,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda compiles the kernels (extra
 from support.launched import Launched, launched, traced
 
 from paged_ref.extras.formats import encode
-from paged_ref.interop import kernel_api
+from paged_ref.interop import cache_api
 from paged_ref.kernels import copy_blocks, write_kv
 from paged_ref.tuned import store
 from paged_ref.tuned.store_kernels import move_rows_kernel
@@ -158,7 +158,7 @@ def test_what_a_mover_has_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch
             return True
 
     mover = Mover()
-    monkeypatch.setattr(kernel_api, "store", mover)
+    monkeypatch.setattr(cache_api, "store", mover)
     key, cache = np.ones((1, 1, 4), np.float32), np.zeros((3, 1, 1, 4), np.float32)
     write_kv(key, key, cache, cache.copy(), np.array([2]))
     copy_blocks(cache, cache.copy(), [(0, 1)])

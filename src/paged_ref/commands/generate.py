@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.number(penalties, "--repetition-penalty", 1.0, "above 1: fewer tokens of prompt and output", metavar="X")
     options.number(penalties, "--presence-penalty", 0.0, "taken from the logit of a token in the output", metavar="X")
     options.number(penalties, "--frequency-penalty", 0.0, "the same, each time that it is there", metavar="X")
-    penalties.add_argument("--bad-word", action="append", default=[], metavar="TEXT", help="text that is not generated")
+    penalties.add_argument(
+        "--bad-word", dest="bad_words", action="append", default=[], metavar="TEXT", help="text that is not generated"
+    )
     options.integer(parser, "--logprobs", help="print each token's log-probability, and of the K likeliest", least=None,
                     metavar="K")  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="the prompts are messages to a chat model")
@@ -83,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     options.check_text("--prompt", args.prompt)
     options.check_text("--stop", args.stop)
-    options.check_text("--bad-word", args.bad_word)
+    options.check_text("--bad-word", args.bad_words)
     if args.system is not None:
         options.check_text("--system", [args.system])
     for option, value in (("--system", args.system), ("--chat-template", args.chat_template)):
@@ -156,14 +158,9 @@ def _generate(args: argparse.Namespace, group: Group | None = None) -> int:
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:
+    given = {field.name: getattr(args, field.name) for field in fields(SamplingParams) if hasattr(args, field.name)}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # which the last line of a run says
-        return SamplingParams(
-            max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            min_p=args.min_p, seed=args.seed, n=args.n, stop=tuple(args.stop), ignore_eos=args.ignore_eos,
-            min_tokens=args.min_tokens, beam_width=args.beam_width, length_penalty=args.length_penalty,
-            repetition_penalty=args.repetition_penalty, presence_penalty=args.presence_penalty,
-            frequency_penalty=args.frequency_penalty, bad_words=tuple(args.bad_word), logprobs=args.logprobs,
-        )  # fmt: skip
+        return SamplingParams(**given)
 
 
 def _show(outputs: list[RequestOutput]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import update_wrapper
 from typing import Any, Self
 
 from ..core.checks import require
 from ..core.engine import sampling
-from .arguments import finite_number, items, refuse_unknown, require_characters, require_flag, whole_number
+from .arguments import finite_number, items, refuse_unknown, require_characters, require_flag, shown, whole_number
 
 LEAST = {
     "max_tokens": 1, "n": 1, "seed": -1, "beam_width": 1, "top_k": -1, "min_tokens": 0, "logprobs": -1,
@@ -98,6 +99,9 @@ class SamplingParams(sampling.SamplingParams):
         return any(getattr(self, each.name) != each.default for each in fields(self) if each.name in SHAPING)
 
 
+update_wrapper(SamplingParams.__new__, SamplingParams.__init__, (), ())  # help() shows the parameters
+
+
 def _checked(name: str, value: Any) -> Any:
     """`value` in the type of the parameter `name`."""
     if name in ("logprobs", "prompt_logprobs") and isinstance(value, bool):
@@ -116,7 +120,7 @@ def _checked(name: str, value: Any) -> Any:
     if name == "logit_bias":
         return _bias(value)
     if name == "logits_hook" and not callable(value):
-        raise ValueError(f"logits_hook is {value!r}; a function is needed")
+        raise ValueError(f"logits_hook is {shown(value)}; a function is needed")
     if name != "logits_hook":
         require_flag(name, value)
     return value
@@ -134,7 +138,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else items(name, value, "a text, or several,")
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{name} holds {text!r}; texts are needed")
+            raise ValueError(f"{name} holds {shown(text)}; texts are needed")
         if not text:
             what = "every output would end before its first token" if name == "stop" else "it forbids nothing"
             raise ValueError(f"{name} holds an empty string; {what}")
@@ -145,7 +149,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 def _bias(value: Any) -> dict[int, float] | None:
     """Token id -> bias; OpenAI's JSON has the ids as text."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"logit_bias is {value!r}; a dict from token id to bias is needed")
+        raise ValueError(f"logit_bias is {shown(value)}; a dict from token id to bias is needed")
     biases = {}
     for key, bias in value.items():
         number = int(key) if isinstance(key, str) and key.isdecimal() else key

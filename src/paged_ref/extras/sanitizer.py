@@ -88,17 +88,24 @@ def check_numbers(seq_id: int, layer: int, query: Array, key: Array, value: Arra
 
 
 class SanitizedKV:
-    """A KV around another one, whose reads and writes it checks."""
+    """A KV around another one, whose reads and writes it checks: it watches the manager and the slots. Raises
+    SanitizerError with the block, the reader and the owner."""
 
     def __init__(self, manager: KVCacheManager, kv: KVCache) -> None:
         self.inner = kv
-        self.sanitizer = KVSanitizer(manager, kv)
+        self._manager = manager
+        self._unit = kv.block_size  # slots in a row: the block size, or 1
+        self._device = _owners(kv.device.shape[2] * self._unit)
+        self._host = _owners(kv.host.shape[2] * self._unit)
+        self._fingerprints = Fingerprints()
+        self._history: dict[int, deque[str]] = {}  # of each row: what happened to it last
         self._chunks: list[tuple[int, int]] = []  # (sequence, tokens computed in this step)
+        self._written = np.zeros(0, dtype=np.int64)  # slots that the step under way writes
 
     def begin_step(self, plan: StepPlan, inputs: StepInputs) -> None:
         self.inner.begin_step(plan, inputs)
         chunks = [(seq.seq_id, seq.tokens, seq.num_computed, count) for seq, count in plan.chunks]
-        self.sanitizer.before_step(plan.transfers, chunks, inputs.addresses)
+        self.before_step(plan.transfers, chunks, inputs.addresses)
         self._chunks = [(seq.seq_id, count) for seq, count in plan.chunks]
 
     def attend(
@@ -111,22 +118,8 @@ class SanitizedKV:
             check_numbers(seq_id, layer, query[rows], key[rows], value[rows], mixed[rows])
             first += count
         if layer == len(self.inner.layers) - 1:
-            self.sanitizer.after_step()
+            self.after_step()
         return mixed
-
-
-class KVSanitizer:
-    """Watches one manager and its KV cache. Raises SanitizerError with the block, the reader and the owner."""
-
-    def __init__(self, manager: KVCacheManager, kv: KVCache) -> None:
-        self._manager = manager
-        self._kv = kv
-        self._unit = kv.block_size  # slots in a row: the block size, or 1
-        self._device = _owners(kv.device.shape[2] * self._unit)
-        self._host = _owners(kv.host.shape[2] * self._unit)
-        self._fingerprints = Fingerprints()
-        self._history: dict[int, deque[str]] = {}  # of each row: what happened to it last
-        self._written = np.zeros(0, dtype=np.int64)  # slots that the step under way writes
 
     def before_step(
         self,
@@ -195,9 +188,9 @@ class KVSanitizer:
         stale = np.flatnonzero((self._device["writer"] != _UNWRITTEN) & ~used)
         if not stale.size:
             return
-        for layer in self._kv.slots:
+        for layer in self.inner.slots:
             for cache in layer:
-                cache[xp.asarray(stale)] = self._kv.nan
+                cache[xp.asarray(stale)] = self.inner.nan
         self._device["writer"][stale] = self._device["position"][stale] = _UNWRITTEN
         for row in dict.fromkeys((stale // self._unit).tolist()):
             self._note(row, "slots freed, and filled with NaN")
@@ -214,7 +207,7 @@ class KVSanitizer:
 
     def _checksums(self, slots: np.ndarray) -> np.ndarray:
         rows = xp.asarray(slots)
-        kv = np.stack([to_host(cache[rows]) for layer in self._kv.slots for cache in layer], axis=1)
+        kv = np.stack([to_host(cache[rows]) for layer in self.inner.slots for cache in layer], axis=1)
         return checksums(kv)
 
     def _check_contents(self, seq_id: int, length: int) -> None:

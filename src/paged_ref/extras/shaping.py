@@ -6,7 +6,7 @@ made from its tokens, so preemption, swaps, forks and an undone step need no car
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -173,10 +173,10 @@ class ScoringScheduler(Scheduler):
     def __init__(self, pool: CachingBlockPool | None, *parts: Any) -> None:
         super().__init__(*parts)
         self.pool = pool
-        self.to_score: set[TokenSequence] = set()
+        self.is_scored: Callable[[TokenSequence], bool] = lambda seq: False
 
     def _admit(self, group: Group, plan: StepPlan) -> None:
-        with self.pool.unread() if self.pool and group.leader in self.to_score else nullcontext():
+        with self.pool.unread() if self.pool and self.is_scored(group.leader) else nullcontext():
             super()._admit(group, plan)
 
 
@@ -188,13 +188,17 @@ class ShapingEngine(TransactionalEngine):
         self.vocabulary = vocabulary
         self._shaped: dict[int, ShapedRequest] = {}  # by request_id
         self._scored: list[tuple[ShapedRequest, int]] = []  # a row of prompt logits for each place of a prompt
+        if isinstance(self.scheduler, ScoringScheduler):
+            self.scheduler.is_scored = self._is_scored
 
     def add(self, request: Request) -> None:
         super().add(request)
         if isinstance(request, ShapedRequest):
             self._shaped[request.output.request_id] = request
-            if request.to_score and isinstance(self.scheduler, ScoringScheduler):
-                self.scheduler.to_score.add(request.to_score)
+
+    def _is_scored(self, seq: TokenSequence) -> bool:
+        request = self.request_of[seq.seq_id]
+        return isinstance(request, ShapedRequest) and request.to_score is seq
 
     def prepare_inputs(self, plan: StepPlan) -> StepInputs:
         inputs = super().prepare_inputs(plan)
@@ -206,8 +210,6 @@ class ShapingEngine(TransactionalEngine):
     def _with_prompt_rows(self, plan: StepPlan, inputs: StepInputs) -> StepInputs:
         """Ask for the logits of the prompts that are scored too, after those of the tokens to come."""
         self._shaped = {i: request for i, request in self._shaped.items() if i in self.requests}
-        if isinstance(self.scheduler, ScoringScheduler):  # an aborted request leaves its prompt unscored
-            self.scheduler.to_score &= {request.to_score for request in self._shaped.values() if request.to_score}
         rows: list[int] = []
         self._scored, first = [], 0
         for seq, num_tokens in plan.chunks:
@@ -228,7 +230,7 @@ class ShapingEngine(TransactionalEngine):
         logits = logits[:num_rows]
         ready = [seq for seq, _ in plan.chunks if seq.num_uncomputed == 0]
         rows: list[Row] = []
-        wanted: dict[tuple[int, int], int] = {}  # (request, sample) -> its row, of those that want log-probabilities
+        scored: dict[tuple[int, int], int] = {}  # (request, sample) -> its row, of those that want log-probabilities
         for place, seq in enumerate(ready):
             request = self._shaped.get(self.request_of[seq.seq_id].output.request_id)
             if request is None:
@@ -236,13 +238,11 @@ class ShapingEngine(TransactionalEngine):
             rows.append(request.row(place, seq))
             if request.params.logprobs is not None:  # type: ignore[attr-defined]
                 for sample in (request.samples[seq.seq_id], *request.to_fork):
-                    wanted[request.output.request_id, sample.output.index] = place
-        places = sorted(set(wanted.values()))
-        untouched = logits[xp.asarray(np.array(places))] if places else None
+                    scored[request.output.request_id, sample.output.index] = place
+        untouched = logits[xp.asarray(np.array([*scored.values()], dtype=np.int64))]
         shape_logits(logits, rows)
         tokens = super()._sample(plan, logits)
-        if untouched is not None:
-            self._note_logprobs(untouched, {key: places.index(place) for key, place in wanted.items()}, tokens)
+        self._note_logprobs(untouched, {key: row for row, key in enumerate(scored)}, tokens)
         return tokens
 
     def _score_prompts(self, logits: Array) -> None:
@@ -255,9 +255,7 @@ class ShapingEngine(TransactionalEngine):
         for (request, place), entry in zip(self._scored, found, strict=True):
             assert request.output.prompt_logprobs is not None
             request.output.prompt_logprobs.append(entry)
-            if place == len(request.output.prompt_token_ids) - 1 and request.to_score:
-                if isinstance(self.scheduler, ScoringScheduler):
-                    self.scheduler.to_score.discard(request.to_score)
+            if place == len(request.output.prompt_token_ids) - 1:
                 request.to_score = None
 
     def _note_logprobs(self, logits: Array, row_of: dict[tuple[int, int], int], tokens: list[TokenOutput]) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any
+from typing import Any, Never
 
 from ..core.engine.llm import LLM
 from ..core.engine.outputs import RequestOutput, TokenOutput
 from ..core.engine.request import Request
 from ..core.engine.sampling import SamplingParams
+from .arguments import refuse_unknown, shown
 from .prompts import Given, read_prompt, read_prompts
 from .transaction import Turns
 
+# Of vLLM's words for what generate and chat take.
+INSTEAD = {"sampling_params": "give params", "use_tqdm": "give on_token", "messages": "call chat"}
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -28,7 +31,7 @@ class StreamingLLM(LLM):
 
     def add_request(self, prompt: Given, params: SamplingParams | None = None) -> int:
         if params is not None and not isinstance(params, SamplingParams):
-            raise ValueError(f"params is {params!r}; SamplingParams are needed")
+            raise ValueError(f"params is {shown(params)}; SamplingParams are needed")
         ids = []
         try:
             with self._turns.taken("add_request"):
@@ -69,12 +72,14 @@ class StreamingLLM(LLM):
         params: Params = None,
         *,
         on_token: Callable[[TokenOutput], None] | None = None,
+        **unknown: Never,
     ) -> list[RequestOutput]:
         """Run the prompts to their end; one RequestOutput for each, in order.
 
         `params` is one for all, or one for each. `on_token` is called with each new token. If it or a hook raises,
         these requests are aborted and nothing stays behind.
         """
+        refuse_unknown("generate", unknown, ("prompts", "params", "on_token"), INSTEAD)
         requests = self.queue(prompts, params)
         try:
             with closing(self._run(requests)) as tokens:
@@ -86,8 +91,11 @@ class StreamingLLM(LLM):
             self._abort_all(requests)
         return [request.output for request in requests]
 
-    def stream(self, prompts: Given | Sequence[Given], params: Params = None) -> Iterator[TokenOutput]:
+    def stream(
+        self, prompts: Given | Sequence[Given], params: Params = None, **unknown: Never
+    ) -> Iterator[TokenOutput]:
         """Like generate(), but yields each token as it comes. Leaving the loop aborts what is unfinished."""
+        refuse_unknown("stream", unknown, ("prompts", "params"), INSTEAD)
         requests = self.queue(prompts, params)
         try:
             tokens = self._run(requests)

@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from ..extras.arguments import items, require_characters, require_flag
+from ..extras.arguments import items, require_characters, require_flag, shown
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 _END_OF_MESSAGE = "END-OF-FINAL-MESSAGE "  # marks where a message that is to be continued ends
@@ -35,13 +35,13 @@ def _read_messages(given: Any) -> list[dict[str, Any]]:
 
 def _read_message(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
-        raise ValueError(f"a message is {given!r}; a dict with role and content is needed")
+        raise ValueError(f"a message is {shown(given)}; a dict with role and content is needed")
     message = {key: value for key, value in given.items() if value is not None}
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         message["content"] = content = "\n".join(map(_text_of_part, content))
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"the content of a message is {content!r}; a text is needed")
+        raise ValueError(f"the content of a message is {shown(content)}; a text is needed")
     require_characters("a message", content or "")
     plain: dict[str, Any] = json.loads(json.dumps(message, default=repr))  # a template gets no objects with methods
     return plain
@@ -50,7 +50,7 @@ def _read_message(given: Any) -> dict[str, Any]:
 def _text_of_part(part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise ValueError(f"the content of a message has the part {part!r}; known are parts of type text")
+    raise ValueError(f"the content of a message has the part {shown(part)}; known are parts of type text")
 
 
 def render(

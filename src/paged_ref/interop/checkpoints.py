@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..extras.reading import open_file, read_json_object
 from .architectures import num_weights
 from .hf_config import HFConfig, config_from_hf, token_ids
 from .hf_tokenizer import HFTokenizer, MissingTokenizer, read_tokenizer
-from .tensor_names import COMPUTED, name_prefix, require_tensors, stored_tensors, table_name
+from .tensor_names import COMPUTED, StoredWeights, name_prefix, require_tensors, stored_tensors, table_name
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # NumPy has no bfloat16: its bits
 
@@ -58,7 +58,7 @@ def load(directory: str | Path) -> Checkpoint:
     with _refusals():
         # float16 is the smallest form of the weights that the model is computed with
         require_memory(f"{directory / 'config.json'}: a model of this size", 2 * num_weights(config), device=True)
-        weights = _find_weights(config, _read_weights(directory), directory)
+        weights = _find_weights(config, _read_headers(directory), directory)
         path = directory / "tokenizer.json"
         tokenizer = read_tokenizer(path) if path.exists() else MissingTokenizer(directory)
         return Checkpoint(_with_eos(config, tokenizer), weights, tokenizer)
@@ -88,28 +88,13 @@ class TensorEntry:
     count: int | None = None  # of rows; None: all
 
 
-class Weights(Mapping[str, np.ndarray]):
-    """Tensors of one or many safetensors files, read from disk each time they are asked for.
-
-    float32 and float16 are views of the mapped file; bfloat16 becomes float32.
-    """
-
-    def __init__(self, entries: dict[str, TensorEntry]) -> None:
-        self.entries = entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        entry = self.entries[name]
-        mapped = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
-        array = np.asarray(mapped)  # each part of a memmap costs more than one of a plain array
-        end = None if entry.count is None else entry.first + entry.count
-        part: np.ndarray = (array.T if entry.transposed else array)[entry.first : end]
-        return part if entry.dtype != "BF16" else from_bfloat16(part)
+def read_tensor(entry: TensorEntry) -> np.ndarray:
+    """float32 and float16 are views of the mapped file; bfloat16 becomes float32."""
+    mapped = np.memmap(entry.path, _DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=entry.shape)
+    array = np.asarray(mapped)  # each part of a memmap costs more than one of a plain array
+    end = None if entry.count is None else entry.first + entry.count
+    part: np.ndarray = (array.T if entry.transposed else array)[entry.first : end]
+    return part if entry.dtype != "BF16" else from_bfloat16(part)
 
 
 def read_config(directory: Path) -> HFConfig:
@@ -137,11 +122,11 @@ def _with_eos(config: HFConfig, tokenizer: Tokenizer) -> HFConfig:
     return replace(config, eos_token_ids=(*config.eos_token_ids, token_id))
 
 
-def _read_weights(directory: Path) -> Weights:
-    """The headers of all weight files."""
+def _read_headers(directory: Path) -> dict[str, TensorEntry]:
+    """Of all weight files."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
-        return Weights(_read_header(single))
+        return _read_header(single)
     if not index.exists():
         pickled = sorted(p.name for suffix in ("bin", "pt", "pth") for p in directory.glob(f"*.{suffix}"))
         hint = f"; {pickled[0]} is pickled, which is not read: save it as safetensors" if pickled else ""
@@ -152,7 +137,7 @@ def _read_weights(directory: Path) -> Weights:
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         entries |= _read_header(_shard(directory, shard, index.name))
-    return Weights(entries)
+    return entries
 
 
 def _shard(directory: Path, name: str, index: str) -> Path:
@@ -189,36 +174,33 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     }
 
 
-def _find_weights(config: HFConfig, weights: Weights, directory: Path) -> Weights:
+def _find_weights(config: HFConfig, entries: dict[str, TensorEntry], directory: Path) -> StoredWeights:
     """The same tensors under Llama's names. Every tensor of the config is there, in its shape, in a known dtype; and
     none is left over."""
-    prefix = name_prefix(config, weights)
+    prefix = name_prefix(config, entries)
     head, embedding = "lm_head.weight", prefix + table_name(config)
-    if config.tie_word_embeddings and head in weights and embedding not in weights:
-        weights.entries[embedding] = weights.entries[head]  # one table, which may be stored under either name
+    if config.tie_word_embeddings and head in entries and embedding not in entries:
+        entries[embedding] = entries[head]  # one table, which may be stored under either name
     stored = {name if name == head else prefix + name: tensor for name, tensor in stored_tensors(config).items()}
     # Old files also keep RoPE's frequencies or masks, and some keep a head that is tied anyway.
-    spare = [name for name in weights if name not in stored and (name == head or name.endswith(COMPUTED))]
-    require_tensors(
-        directory,
-        {name: tensor.shape for name, tensor in stored.items()},
-        {name: entry.shape for name, entry in weights.entries.items() if name not in spare},
-        config.model_type,
-    )
+    spare = [name for name in entries if name not in stored and (name == head or name.endswith(COMPUTED))]
+    wanted = {name: tensor.shape for name, tensor in stored.items()}
+    there = {name: entry.shape for name, entry in entries.items() if name not in spare}
+    require_tensors(directory, wanted, there, config.model_type)
     found: dict[str, TensorEntry] = {}
     for name, tensor in stored.items():
-        entry, first = weights.entries[name], 0
+        entry, first = entries[name], 0
         if entry.dtype not in _DTYPES:
-            raise ValueError(f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
+            raise CheckpointError(f"{entry.path}: {name} has dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
         for part, rows in tensor.parts.items():
             found[part] = replace(entry, transposed=tensor.transposed, first=first, count=rows)
             first += rows
-    if config.tie_word_embeddings and head in weights:
-        table, other = weights.entries[embedding], weights.entries[head]
+    if config.tie_word_embeddings and head in entries:
+        table, other = entries[embedding], entries[head]
         alike = (other.shape, other.dtype) == (table.shape, table.dtype)
-        if not alike or not np.array_equal(weights[head], weights[embedding]):
-            raise ValueError(
+        if not alike or not np.array_equal(read_tensor(other), read_tensor(table)):
+            raise CheckpointError(
                 f"{directory}: tie_word_embeddings is true, and {head} is another table than {embedding}; if the model "
                 "has both, set tie_word_embeddings to false"
             )
-    return Weights(found)
+    return StoredWeights(found, read_tensor)

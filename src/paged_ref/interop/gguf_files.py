@@ -7,7 +7,7 @@ calls llama (Llama, Mistral, SmolLM and their kind), qwen2 and qwen3.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from .architectures import num_weights, weight_shapes
 from .hf_config import HFConfig, config_from_hf
 from .hf_tokenizer import HFTokenizer, MissingTokenizer, read_tokenizer
 from .rope import RopeScaling
-from .tensor_names import require_tensors
+from .tensor_names import StoredWeights, require_tensors
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 SIZES = {  # config.json's keys, and GGUF's behind the name of the architecture
@@ -57,29 +57,17 @@ for _name, _digits in (("llama-bpe", "{1,3}"), ("qwen2", "")):
     CUTS[_name] = [_cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
 
 
-class GGUFWeights(Mapping[str, np.ndarray]):
-    """Tensors under Llama's names, float32, read and dequantized each time they are asked for."""
+def read_tensor(stored: tuple[Any, int]) -> np.ndarray:
+    """float32, from a tensor and, where its rows are permuted, the number of its heads, else 0."""
+    from gguf.quants import dequantize
 
-    def __init__(self, tensors: dict[str, Any], heads: dict[str, int]) -> None:
-        """`heads`: the number of heads of each tensor whose rows are permuted, by name."""
-        self.tensors, self.heads = tensors, heads
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        from gguf.quants import dequantize
-
-        tensor = self.tensors[name]
-        numbers: np.ndarray = dequantize(tensor.data, tensor.tensor_type).reshape(shape_of(tensor))
-        if name not in self.heads:
-            return numbers
-        # llama.cpp turns neighbours, as Meta's files do: row 2i + j of a head is row i + j * head_size // 2 here.
-        pairs = numbers.reshape(self.heads[name], -1, 2, *numbers.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(numbers.shape)
+    tensor, heads = stored
+    numbers: np.ndarray = dequantize(tensor.data, tensor.tensor_type).reshape(shape_of(tensor))
+    if not heads:
+        return numbers
+    # llama.cpp turns neighbours, as Meta's files do: row 2i + j of a head is row i + j * head_size // 2 here.
+    pairs = numbers.reshape(heads, -1, 2, *numbers.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(numbers.shape)
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
@@ -125,7 +113,8 @@ def _config(reader: Any, tensors: Mapping[str, Any]) -> HFConfig:
     if "token_embd.weight" not in tensors:
         raise ValueError("the file has no tensor token_embd.weight")
     hf |= {"model_type": family, "vocab_size": shape_of(tensors["token_embd.weight"])[0]}
-    hf |= {f"{name}_token_id": _value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    bos, *ends = (_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot"))
+    hf |= {"bos_token_id": bos, "eos_token_id": [end for end in ends if end is not None]}  # eot: of a chat's turn
     hf["tie_word_embeddings"] = "output.weight" not in tensors
     for key, absent in REFUSED.items():
         if _value(reader, f"{family}.{key}", absent) != absent:
@@ -163,9 +152,9 @@ def _known_format(tensor_type: Any) -> bool:
     return True
 
 
-def _find_weights(config: HFConfig, tensors: Mapping[str, Any]) -> GGUFWeights:
+def _find_weights(config: HFConfig, tensors: Mapping[str, Any]) -> StoredWeights:
     """All tensors of the config, and none left over."""
-    shapes, stored, heads = weight_shapes(config), dict[str, str](), {}
+    shapes, stored, heads = weight_shapes(config), dict[str, str](), dict[str, int]()
     for name in shapes:
         base, _, kind = name.rpartition(".")
         index, _, part = base.removeprefix("model.layers.").partition(".")
@@ -179,7 +168,7 @@ def _find_weights(config: HFConfig, tensors: Mapping[str, Any]) -> GGUFWeights:
         if not _known_format(tensors[name].tensor_type):
             format_name = tensors[name].tensor_type.name
             raise ValueError(f"{name} is in {format_name}, which the package gguf does not decode")
-    return GGUFWeights({name: tensors[stored[name]] for name in shapes}, heads)
+    return StoredWeights({name: (tensors[stored[name]], heads.get(name, 0)) for name in shapes}, read_tensor)
 
 
 def _chat_templates(reader: Any) -> dict[str, str]:

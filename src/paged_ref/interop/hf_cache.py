@@ -28,7 +28,7 @@ from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
 from ..extras.arguments import whole_number
 from ..extras.memory_limit import require_memory
-from .kernel_api import copy_blocks
+from .cache_api import copy_blocks
 
 BLOCK_BYTES = 64  # that the books keep of a block
 NAME = "paged_ref"  # of the attention, for `attn_implementation`

@@ -18,10 +18,10 @@ import tokenizers
 from tokenizers import models
 
 from ..core.model.tokenizer import Tokenizer
+from ..extras.arguments import shown
 from ..extras.reading import JSON_LIMIT, read_json_object, read_text
 from .chat_template import Message, choose, read_conversations, render
 
-MOST_PADDING = 1 << 24  # tokens; no context is as long
 _TRIED = "Hello, 12 \N{LATIN SMALL LETTER E WITH ACUTE}\n\N{GRINNING FACE} a"
 
 
@@ -67,6 +67,8 @@ class HFTokenizer(Tokenizer):
     ) -> str:
         """The text of one conversation, by the checkpoint's template or by `chat_template`, which gets the `variables`.
         Raises ValueError."""
+        if variables.pop("tokenize", False):  # as transformers does where it is not told otherwise
+            raise ValueError("tokenize is True; encode(text, add_special_tokens=False) makes token ids of the text")
         (conversation,) = read_conversations([messages])
         template = choose(self.chat_templates, chat_template, tools, self.where)
         return render(
@@ -94,7 +96,9 @@ def chat_prompts(
     variables = {} if variables is None else variables
     own = {*signature(tokenizer.apply_chat_template).parameters, "documents"}
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) and name not in own for name in variables):
-        raise ValueError(f"chat_template_kwargs is {variables!r}; a dict of the template's own variables is needed")
+        raise ValueError(
+            f"chat_template_kwargs is {shown(variables)}; a dict of the template's own variables is needed"
+        )
     prompts = []
     for conversation in read_conversations(messages):
         text = tokenizer.apply_chat_template(conversation, chat_template, **how, **variables)
@@ -128,7 +132,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         with _without_reports():
             inner = tokenizers.Tokenizer.from_str(text)
-            _ignore_padding_and_truncation(inner)
+            inner.no_padding()
+            inner.no_truncation()
             _try_out(inner)
     except BaseException as error:
         if not _is_failure(error):
@@ -158,15 +163,6 @@ def _read_more(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
     if template_path.exists():
         templates["default"] = read_text(template_path, JSON_LIMIT)
     return tokens, templates
-
-
-def _ignore_padding_and_truncation(inner: tokenizers.Tokenizer) -> None:
-    padding = inner.padding or {}
-    for name in ("length", "pad_to_multiple_of"):
-        if (padding.get(name) or 0) > MOST_PADDING:
-            raise ValueError(f"it pads to {padding[name]} tokens; at most {MOST_PADDING} are allowed")
-    inner.no_padding()
-    inner.no_truncation()
 
 
 def _try_out(inner: tokenizers.Tokenizer) -> None:

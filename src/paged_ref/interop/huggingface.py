@@ -31,8 +31,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from .cache_api import write_kv
 from .hf_cache import NAME, KVPool, NewKV, Packing, PagedCache, Sealed
-from .kernel_api import naive_attention, paged_attention, write_kv
+from .kernel_api import naive_attention, paged_attention
 
 __all__ = ["KVPool", "PagedCache", "register"]
 

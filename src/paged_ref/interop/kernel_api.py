@@ -1,7 +1,7 @@
-"""The kernels as public functions: arrays of any library in, every argument checked, the same kind of array out.
+"""Attention as public functions: arrays of any library in, every argument checked, the same kind of array out.
 
-`paged_ref.kernels` is the door to them. The engine does not come this way: what is fixed for its steps is checked once
-for a step (core/attention/attention.py).
+`paged_ref.kernels` is the door to them, and to those of cache_api.py. The engine does not come this way: what is fixed
+for its steps is checked once for a step (core/attention/attention.py).
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from ..core.attention.attention import Addresses, AttentionCall, attend, by_slot
-from ..core.attention.cuda import slots_follow
+from ..core.attention.attention import Addresses, AttentionCall, attend
 from ..core.device import Array, module_of, to_host
-from ..extras.formats import BFLOAT16, FLOAT8, INT8, MAX_VALUE, decode, encode, format_name
+from ..extras.formats import decode, encode
 from ..extras.variants import Variant
-from ..tuned import store
+from .array_checks import (
+    CACHES,
+    FLOATS,
+    INTEGERS,
+    check_scales,
+    described,
+    per_head,
+    require_dtype,
+    require_shape,
+    scales_of,
+)  # fmt: skip
 from .dlpack import adopt, like_caller
 
-FLOATS = (*(np.dtype(name) for name in ("float16", "float32", "float64")), BFLOAT16)
-CACHES = (*FLOATS, INT8, FLOAT8)
-INTEGERS = tuple(np.dtype(name) for name in ("int32", "int64"))
 MAX_HEAD_SIZE = 256
-
-
-# --- attention -----------------------------------------------------------------------------------------------
 
 
 def paged_attention(
@@ -149,8 +152,8 @@ def _attention(
 
 
 def _check_query(query: Array) -> None:
-    _require_shape(query.ndim == 3, "query", query, "[num_tokens, num_heads, head_size]")
-    _require_dtype(query, "query", FLOATS)
+    require_shape(query.ndim == 3, "query", query, "[num_tokens, num_heads, head_size]")
+    require_dtype(query, "query", FLOATS)
     if not 1 <= query.shape[2] <= MAX_HEAD_SIZE:
         raise ValueError(f"query has head_size {query.shape[2]}; 1 to {MAX_HEAD_SIZE} is supported")
 
@@ -159,14 +162,12 @@ def _check_caches(keys: Array, values: Array, names: tuple[str, str], paged: boo
     num_heads, head_size = query.shape[1:]
     layout = f"[{'num_blocks, block_size' if paged else 'num_slots'}, num_kv_heads, head_size]"
     for array, name in ((keys, names[0]), (values, names[1])):
-        _require_shape(array.ndim == (4 if paged else 3), name, array, layout)
-        _require_dtype(array, name, CACHES)
+        require_shape(array.ndim == (4 if paged else 3), name, array, layout)
+        require_dtype(array, name, CACHES)
         if array.shape[-1] != head_size:
             raise ValueError(f"{name} has head_size {array.shape[-1]}; query has {head_size}")
     if keys.shape != values.shape or keys.dtype != values.dtype:
-        raise ValueError(
-            f"{names[1]} is {_described(values)}; {names[0]} is {_described(keys)}, and the two must agree"
-        )
+        raise ValueError(f"{names[1]} is {described(values)}; {names[0]} is {described(keys)}, and the two must agree")
     num_kv_heads = keys.shape[-2]
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query has {num_heads} heads; a multiple of the {num_kv_heads} KV heads is needed")
@@ -195,8 +196,8 @@ def _indices(given: Any, name: str, shape: str, *sizes: int | None) -> Array:
     """`given` as integers of these sizes; None is any size."""
     array = adopt(given, name)
     fits = array.ndim == len(sizes) and all(size in (None, n) for size, n in zip(sizes, array.shape, strict=True))
-    _require_shape(fits, name, array, shape)
-    _require_dtype(array, name, INTEGERS)
+    require_shape(fits, name, array, shape)
+    require_dtype(array, name, INTEGERS)
     return array
 
 
@@ -204,16 +205,16 @@ def _variant(variant: Variant, keys: Array, name: str, num_heads: int) -> Varian
     """The variant with checked arrays; None where attention is plain."""
     if variant.softcap is not None and not variant.softcap > 0:
         raise ValueError(f"softcap is {variant.softcap}; a positive number is needed")
-    slopes = _per_head(variant.alibi_slopes, "alibi_slopes", num_heads)
-    sinks = _per_head(variant.sinks, "sinks", num_heads)
-    scales = _scales_of(keys.dtype, name, keys.shape[-2], variant.key_scales, variant.value_scales)
+    slopes = per_head(variant.alibi_slopes, "alibi_slopes", num_heads)
+    sinks = per_head(variant.sinks, "sinks", num_heads)
+    scales = scales_of(keys.dtype, name, keys.shape[-2], variant.key_scales, variant.value_scales)
     checked = Variant(variant.softcap, slopes, sinks, *scales)
     return checked if str(checked) else None
 
 
 def _checked_out(out: Array, query: Array) -> Array:
     if out.shape != query.shape or out.dtype != query.dtype:
-        raise ValueError(f"out is {_described(out)}; {_described(query)} is needed, as query is")
+        raise ValueError(f"out is {described(out)}; {described(query)} is needed, as query is")
     if module_of(out) is np and not out.flags.writeable:
         raise ValueError("out is read-only")
     return out
@@ -235,7 +236,7 @@ def _check_values(call: AttentionCall, backend: str) -> None:
     """Bounds of what the kernels will follow: lengths, starts, query counts, block ids, scales."""
     where = call.addresses
     if call.variant is not None:
-        _check_scales(call.variant.key_scales, call.variant.value_scales)
+        check_scales(call.variant.key_scales, call.variant.value_scales)
     if where.block_tables is not None and module_of(call.query) is np and backend in ("auto", "cpu-simd"):
         from ..tuned import cpu_simd  # compiled code: loaded when it is needed
 
@@ -245,114 +246,6 @@ def _check_values(call: AttentionCall, backend: str) -> None:
     on_host = Addresses(*(None if array is None else to_host(array) for array in arrays))
     num_blocks, block_size = (call.keys.shape[0], call.keys.shape[1] if where.starts is None else 1)
     on_host.check(call.query.shape[0], num_blocks, block_size)
-
-
-# --- writing and copying -------------------------------------------------------------------------------------
-
-
-def write_kv(
-    key: Any,
-    value: Any,
-    key_cache: Any,
-    value_cache: Any,
-    slot_mapping: Any,
-    *,
-    key_scales: Any = None,
-    value_scales: Any = None,
-    validate: bool | None = None,
-) -> None:
-    """Write this step's K and V into their slots.
-
-    `key, value [num_tokens, num_kv_heads, head_size]`; `slot_mapping [num_tokens]`, a negative slot is skipped; caches
-    `[num_blocks, block_size, num_kv_heads, head_size]`, or `[num_slots, ...]` without blocks. Numbers are rounded to
-    the cache's format, int8 and float8 with `key_scales` and `value_scales [num_kv_heads]` (extras/formats.py). Raises
-    ValueError for a slot outside the cache (checked in host memory, and on a GPU with `validate=True`). vLLM calls this
-    reshape_and_cache.
-
-    >>> import numpy as np
-    >>> caches = np.zeros((2, 2, 4, 1, 1), np.float32)  # K and V: 2 blocks of 4 slots
-    >>> write_kv(np.ones((2, 1, 1), np.float32), np.ones((2, 1, 1), np.float32), *caches, np.array([5, -1]))
-    >>> caches[0, :, :, 0, 0]
-    array([[0., 0., 0., 0.],
-           [0., 1., 0., 0.]], dtype=float32)
-    """
-    key, value = adopt(key, "key"), adopt(value, "value")
-    key_cache, value_cache = adopt(key_cache, "key_cache"), adopt(value_cache, "value_cache")
-    slots = adopt(slot_mapping, "slot_mapping")
-    _check_written(key, value, key_cache, value_cache)
-    scales = _scales_of(key_cache.dtype, "key_cache", key_cache.shape[-2], key_scales, value_scales)
-    if slots.shape != key.shape[:1] or slots.dtype.kind != "i":
-        raise ValueError(f"slot_mapping is {slots.dtype}{list(slots.shape)}; [{key.shape[0]}] integers are needed")
-    if validate or (validate is None and module_of(key) is np):
-        _check_scales(*scales)
-        num_slots = int(np.prod(key_cache.shape[:-2]))
-        if slots.size and slots.max() >= num_slots:
-            raise ValueError(f"slot_mapping holds {int(slots.max())}; the cache has slots 0 to {num_slots - 1}")
-    if key.size and key_cache.size:
-        _store(key, value, key_cache, value_cache, slots, scales)
-
-
-def _check_written(key: Array, value: Array, key_cache: Array, value_cache: Array) -> None:
-    row = tuple(key_cache.shape[-2:])
-    if key.ndim != 3 or key.shape != value.shape or tuple(key.shape[1:]) != row:
-        raise ValueError(
-            f"key is {list(key.shape)} and value {list(value.shape)}; [num_tokens, {row[0]}, {row[1]}] is needed"
-        )
-    if key.dtype != value.dtype:
-        raise ValueError(f"key is {format_name(key.dtype)} and value {format_name(value.dtype)}; both must be alike")
-    same = key_cache.shape == value_cache.shape and key_cache.dtype == value_cache.dtype
-    if not same or key_cache.ndim not in (3, 4):
-        raise ValueError(
-            f"key_cache is {_described(key_cache)} and value_cache {_described(value_cache)}; both must be alike, "
-            "[num_blocks, block_size, num_kv_heads, head_size] or [num_slots, num_kv_heads, head_size]"
-        )
-    for array, name, known in ((key, "key", FLOATS), (value, "value", FLOATS), (key_cache, "key_cache", CACHES)):
-        _require_dtype(array, name, known)
-
-
-def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots: Array, scales: Any) -> None:
-    """Write what is checked."""
-    if store.write(key, value, key_cache, value_cache, slots, scales):
-        return
-    if slots.min() < 0:
-        written = slots >= 0
-        key, value, slots = key[written], value[written], slots[written]
-    for new, cache, scale in ((key, key_cache, scales[0]), (value, value_cache, scales[1])):
-        rows = encode(new, cache.dtype, scale)
-        if slots_follow(cache):
-            by_slot(cache)[slots] = rows
-        else:  # blocks from elsewhere, which do not follow one another in memory
-            cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
-
-
-def copy_blocks(key_cache: Any, value_cache: Any, block_mapping: Any) -> None:
-    """Copy whole blocks: `block_mapping [num_pairs, 2]` of (source, destination) block ids.
-
-    All sources are read before a destination is written, so a block may be both. Raises ValueError for a block id
-    outside the cache and for a destination named twice. What copy on write does.
-
-    >>> import numpy as np
-    >>> caches = np.arange(3.0).reshape(1, 3, 1, 1, 1) * np.ones((2, 1, 1, 1, 1))  # K and V: 3 blocks of 1 slot
-    >>> copy_blocks(*caches, [(0, 1), (1, 2)])
-    >>> caches[0].ravel()
-    array([0., 0., 1.])
-    """
-    key_cache, value_cache = adopt(key_cache, "key_cache"), adopt(value_cache, "value_cache")
-    pairs = np.asarray(to_host(block_mapping) if hasattr(block_mapping, "shape") else block_mapping, dtype=np.int64)
-    if pairs.size == 0:
-        return
-    if pairs.ndim != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"block_mapping has shape {list(pairs.shape)}; [num_pairs, 2] is needed")
-    num_blocks = key_cache.shape[0]
-    if pairs.min() < 0 or pairs.max() >= num_blocks:
-        bad = int(pairs.min() if pairs.min() < 0 else pairs.max())
-        raise ValueError(f"block_mapping holds block {bad}; the cache has blocks 0 to {num_blocks - 1}")
-    if np.unique(pairs[:, 1]).size != len(pairs):
-        raise ValueError(f"block_mapping names a destination twice: {pairs[:, 1].tolist()}")
-    for cache in (key_cache, value_cache):
-        if not store.copy(cache[None], pairs):
-            sources, destinations = module_of(cache).asarray(pairs).T
-            cache[destinations] = cache[sources]
 
 
 def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
@@ -390,58 +283,3 @@ def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:
     with np.errstate(divide="ignore"):
         lse = xp.log(total) + shift
     return like_caller(output, caller), like_caller(lse, caller)
-
-
-# --- what the checks share -----------------------------------------------------------------------------------
-
-
-def _scales_of(
-    dtype: np.dtype[Any], name: str, num_kv_heads: int, key_scales: Any, value_scales: Any
-) -> tuple[Array | None, Array | None]:
-    """The scales of K and V as float32 [num_kv_heads], for the caches that need them, and None for the others."""
-    scales = {"key_scales": key_scales, "value_scales": value_scales}
-    for scales_name, given in scales.items():
-        if dtype in MAX_VALUE and given is None:
-            raise ValueError(
-                f"{name} is {format_name(dtype)}; {scales_name} [{num_kv_heads}] is needed, one for each KV head"
-            )
-        if dtype not in MAX_VALUE and given is not None:
-            raise ValueError(
-                f"{scales_name} is given; {name} is {format_name(dtype)}, and only int8 and float8 have scales"
-            )
-    key, value = (_per_head(given, name, num_kv_heads, "KV head") for name, given in scales.items())
-    return key, value
-
-
-def _check_scales(key_scales: Array | None, value_scales: Array | None) -> None:
-    """Looks at values: not for arrays on a GPU, unless asked to."""
-    for scales, name in ((key_scales, "key_scales"), (value_scales, "value_scales")):
-        scales = None if scales is None else to_host(scales)
-        if scales is not None and not (np.isfinite(scales) & (scales > 0)).all():
-            head = int(np.argmin(np.isfinite(scales) & (scales > 0)))
-            raise ValueError(f"{name}[{head}] is {scales[head]}; a positive number is needed")
-
-
-def _per_head(values: Any, name: str, num_heads: int, what: str = "head") -> Array | None:
-    if values is None:
-        return None
-    values = adopt(values, name)
-    _require_shape(values.shape == (num_heads,), name, values, f"[{num_heads}], one for each {what}")
-    return values.astype(np.float32, copy=False)
-
-
-def _described(array: Array) -> str:
-    return f"{format_name(array.dtype)}{list(array.shape)}"
-
-
-def _require_shape(ok: bool, name: str, array: Array, shape: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} has shape {list(array.shape)}; {shape} is needed")
-
-
-def _require_dtype(array: Array, name: str, known: tuple[np.dtype[Any], ...]) -> None:
-    if array.dtype not in known:
-        words = (
-            f"{dtype} ({format_name(dtype)})" if format_name(dtype) != dtype.name else dtype.name for dtype in known
-        )
-        raise ValueError(f"{name} is {array.dtype}; known are {', '.join(words)}")

@@ -12,11 +12,21 @@ FlashInfer (NHD) read. Most others are one expression away, with `xp` NumPy or C
     vLLM, stacked       [2, num_blocks, ...] or [num_blocks, 2, ...]: xp.stack([keys, values], axis=0 or 1); back,
                         without a copy, kv[0], kv[1] or kv[:, 0], kv[:, 1]
     vLLM, packed        K [num_blocks, num_kv_heads, head_size/x, block_size, x], x = 16 bytes of elements
-                        V [num_blocks, num_kv_heads, head_size, block_size]: `to_vllm_packed`, `from_vllm_packed`
+                        V [num_blocks, num_kv_heads, head_size, block_size]: `to_vllm_packed`; back, V without a copy,
+                        K.transpose(0, 3, 1, 2, 4).reshape(ours), V.transpose(0, 3, 1, 2)
     SGLang              [num_slots, num_kv_heads, head_size]: .reshape(-1, *shape[2:]); back, with pages of page_size,
                         .reshape(-1, page_size, *shape[1:]). It never gives out page 0: leave block 0 unused
 
-The tables differ too: see `layout_tables.py`.
+vLLM and flash-attn take `block_tables [num_seqs, max_blocks]` as they are, in int32. The others, with
+`pages = -(-seq_lens // block_size)`::
+
+    FlashInfer          used = xp.arange(max_blocks) < pages[:, None]
+                        kv_indptr = xp.append(0, xp.cumsum(pages)), kv_indices = block_tables[used]
+                        kv_last_page_len = seq_lens - (pages - 1) * block_size, of sequences that have tokens
+                        back: pages = xp.diff(kv_indptr), tables = xp.full((num_seqs, max_blocks), -1), and
+                        tables[used] = kv_indices; seq_lens = (pages - 1) * page_size + kv_last_page_len
+    SGLang              req_to_token = (block_tables[..., None] * block_size + xp.arange(block_size)).reshape(num_seqs,
+                        -1), the slot of each token; back: req_to_token[:, ::page_size] // page_size
 
 Sources: vLLM `csrc/cache_kernels.cu` (reshape_and_cache) and the backends' `get_kv_cache_shape`; FlashInfer's
 documentation, "KV-Cache Layout in FlashInfer"; flash-attn `flash_attn_with_kvcache`; SGLang
@@ -32,6 +42,7 @@ import numpy as np
 
 from ..core.checks import require_one_of
 from ..core.device import Array, module_of
+from .array_checks import require_shape
 
 PACK_BYTES = 16  # what one thread of the first kernel of vLLM loaded with one instruction
 
@@ -45,7 +56,7 @@ def to_vllm_packed(key_cache: Array, value_cache: Array, x: int | None = None) -
 
     `x` defaults to 16 bytes of elements (8 for float16). head_size must be a multiple of it.
     """
-    require_shape(key_cache, "key_cache", 4, "[num_blocks, block_size, num_kv_heads, head_size]")
+    require_shape(key_cache.ndim == 4, "key_cache", key_cache, "[num_blocks, block_size, num_kv_heads, head_size]")
     if key_cache.shape != value_cache.shape or key_cache.dtype != value_cache.dtype:
         raise ValueError(
             f"value_cache is {value_cache.dtype}{list(value_cache.shape)}; "
@@ -59,17 +70,6 @@ def to_vllm_packed(key_cache: Array, value_cache: Array, x: int | None = None) -
     grouped = key_cache.reshape(num_blocks, block_size, num_kv_heads, head_size // x, x)
     keys = module.ascontiguousarray(grouped.transpose(0, 2, 3, 1, 4))
     return keys, module.ascontiguousarray(value_cache.transpose(0, 2, 3, 1))
-
-
-def from_vllm_packed(key_cache: Array, value_cache: Array) -> tuple[Array, Array]:
-    """K and V, each [num_blocks, block_size, num_kv_heads, head_size]: K a copy, V a (transposed) view."""
-    require_shape(key_cache, "key_cache", 5, "[num_blocks, num_kv_heads, head_size/x, block_size, x]")
-    num_blocks, num_kv_heads, groups, block_size, x = key_cache.shape
-    expected = (num_blocks, num_kv_heads, groups * x, block_size)
-    if tuple(value_cache.shape) != expected:
-        raise ValueError(f"value_cache has shape {list(value_cache.shape)}; {list(expected)} is needed, as K has")
-    keys = key_cache.transpose(0, 3, 1, 2, 4).reshape(num_blocks, block_size, num_kv_heads, groups * x)
-    return keys, value_cache.transpose(0, 3, 1, 2)
 
 
 def pack_size(itemsize: int) -> int:
@@ -104,8 +104,3 @@ def element_offsets(layout: str, shape: tuple[int, int, int, int], itemsize: int
     for array in made if isinstance(made, tuple) else (made,):
         offsets[array.ravel()] = np.arange(array.size) * itemsize
     return offsets[:size].reshape(shape), offsets[size:].reshape(shape)
-
-
-def require_shape(array: Array, name: str, ndim: int, shape: str) -> None:
-    if array.ndim != ndim:
-        raise ValueError(f"{name} has shape {list(array.shape)}; {shape} is needed")

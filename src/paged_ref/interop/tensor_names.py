@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from .architectures import Shapes, layer_tensors, outer_shapes
 from .hf_config import HFConfig
@@ -22,6 +25,22 @@ OUTER = {"gpt2": {"embed_tokens": "wte", "position_embeddings": "wpe", "norm": "
 PREFIXES = {"gpt2": "transformer."}  # of all names but the head's; else "model."
 LAYERS = {"gpt2": "h."}  # else "layers."
 TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # GPT-2's matrices are [in, out]
+
+
+class StoredWeights(Mapping[str, np.ndarray]):
+    """Tensors by Llama's names, read each time they are asked for: what `read` makes of the `places` of each."""
+
+    def __init__(self, places: dict[str, Any], read: Callable[[Any], np.ndarray]) -> None:
+        self.places, self.read = places, read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.read(self.places[name])
 
 
 @dataclass(slots=True)
