@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...timeline import events
 from ...timeline.change import Change
-from ...timeline.history import History, Moment, letters
+from ...timeline.history import History, Moment, names_of
 from ...timeline.state import RunState, Totals
 
 KEPT = 1024  # samples: more steps than a screen has columns
@@ -63,9 +63,7 @@ class Monitor:
         is_undone = isinstance(event, events.PoolCleared) and self.state.in_step
         self.state.apply(event, self.num_events)
         if isinstance(event, events.RequestArrived):
-            several = len(event.seq_ids) > 1
-            for i, seq_id in enumerate(event.seq_ids, start=1):
-                self.history.names[seq_id] = letters(event.request_id) + (str(i) if several else "")
+            self.history.names |= names_of(event.request_id, event.seq_ids)
         elif isinstance(event, events.StepPlanned):
             self._sample(event)
         elif isinstance(event, events.TokenSampled):

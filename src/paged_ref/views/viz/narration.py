@@ -9,9 +9,9 @@ from ...timeline import events
 from ...timeline.history import Moment
 from ..common.canvas import count, in_words
 from .frames.ranks import listed
-from .page_narration import OF_PAGES
 from .scene import kv_size, prose
 from .source_links import ended
+from .streaming_narration import OF_PAGES
 
 _REASONS = {
     "length": "it has the number of tokens that was asked for",
