@@ -38,7 +38,7 @@ class SlotUse:
     def of(cls, state: RunState) -> SlotUse:
         order = state.plan.waiting if state.plan else ()
         queue = (s for s in (*order, *state.sequences) if state.sequences[s].status in ("waiting", "swapped"))
-        holes = () if state.paged else tuple(size for _, size in state.memory.holes())
+        holes = () if state.memory.paged else tuple(size for _, size in state.memory.holes())
         return cls(state.memory.snapshot(), holes, next(queue, None))
 
 

@@ -65,10 +65,6 @@ class RunState:
     in_step: bool = False  # a step is planned, and not over
     undoable: list[events.Event] = field(default_factory=list)  # tokens, new beams and ends, by the step under way
 
-    @property
-    def paged(self) -> bool:
-        return self.memory.paged
-
     def copy(self) -> RunState:
         """A state of its own. Finished sequences never change, and are shared."""
         views = {seq_id: v if v.status == "finished" else v.copy() for seq_id, v in self.sequences.items()}

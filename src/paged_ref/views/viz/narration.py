@@ -182,7 +182,7 @@ def _swapped_in(moment: Moment, event: events.SwappedIn) -> str:
 def _freed(moment: Moment, event: events.SequenceFreed) -> str:
     name, before = moment.history.name(event.seq_id), moment.change.place_before
     held = 0 if before is None else len(before.blocks)
-    if not moment.state.paged:
+    if not moment.state.memory.paged:
         size = 0 if before is None else before.size
         return f"{name} gives its region back: {count(size, 'slot')} become a hole, joined with the holes next to it."
     freed = sum(1 for block in moment.change.before if not moment.state.memory.ref_count[block])
@@ -256,7 +256,7 @@ def _planned(moment: Moment, event: events.StepPlanned) -> str:
 
 def _room(moment: Moment) -> str:
     memory = moment.state.memory
-    if moment.state.paged:
+    if moment.state.memory.paged:
         cached = f" and {len(memory.cached)} cached" if memory.cached else ""
         return f": {len(memory.free)} free{cached} blocks are too few"
     largest = max((size for _, size in memory.holes()), default=0)
