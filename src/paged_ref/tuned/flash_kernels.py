@@ -109,7 +109,7 @@ def tile_loop(layout: Layout):
 
 @cache
 def attention_kernel(variant: KernelVariant):
-    """The kernel of this variant. Launch it with NUM_THREADS threads; see `flash.launches` for the grid."""
+    """The kernel of this variant. Launch it with NUM_THREADS threads; flash.py has the grid."""
     layout = Layout(variant)
     HEAD_SIZE, GROUP, PAGED, QUANTIZED = variant.head_size, variant.group_size, layout.paged, layout.quantized
     SOFTCAP, ALIBI, FACTOR = variant.softcap, variant.alibi, float32(layout.element.factor)
