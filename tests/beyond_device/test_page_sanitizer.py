@@ -24,8 +24,8 @@ GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
 def forgets_a_copy_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     right = PageStorage.apply
 
-    def apply(self: PageStorage, transfers: Any) -> None:
-        right(self, [t for t in transfers if t.kind != "swap_out" or t.destination != 3])
+    def apply(self: PageStorage, transfers: Any) -> tuple[int, int]:
+        return right(self, [t for t in transfers if t.kind != "swap_out" or t.destination != 3])
 
     monkeypatch.setattr(PageStorage, "apply", apply)
 

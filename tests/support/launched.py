@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
+from paged_ref.core.attention.attention import AttentionCall
 from paged_ref.core.attention.cuda import Launch
 from paged_ref.tracer import trace
-from paged_ref.tuned import launching
+from paged_ref.tuned import flash, launching
 from paged_ref.tuned.machine_code import Code, bounds_of, compile_kernel, parameters
 
 
@@ -36,6 +38,14 @@ def launched(run: bool = True) -> Iterator[list[Launched]]:
 
     with launching.on_host(start_of):
         yield found
+
+
+def flash_launches(call: AttentionCall, num_splits: int = 1) -> list[Launch]:
+    """What the tuned attention launches for this call, with each sequence split in so many parts."""
+    splits = patch.object(flash, "number_of_splits", lambda *_: num_splits)
+    with splits, patch.dict(flash._plans, clear=True), launched(run=False) as found:
+        flash.attend(call)
+    return [each.launch for each in found]
 
 
 def traced(function: Any, *args: Any) -> tuple[Any, trace.Trace]:

@@ -199,7 +199,7 @@ def test_each_access_falls_in_a_slot_of_its_own_sequence() -> None:
     sequence_of = {token: (s, count) for s, token, count in visible(case)}
     rows = traces[0].select("keys")
     for block, slot in zip(rows.block, rows.slots("keys"), strict=True):
-        s, count = sequence_of[rows.block_index(int(block))[0]]
+        s, count = sequence_of[rows.grid.place(int(block))[0]]
         assert slot in case.own_slots(s)[:count]
 
 

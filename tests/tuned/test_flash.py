@@ -16,6 +16,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda makes the kernels (extra te
 
 from support.attention_calls import call_of
 from support.attention_cases import Case, Problem, build, tolerance, true_options
+from support.launched import flash_launches
 
 from paged_ref.core.attention.cuda import Launch
 from paged_ref.extras.formats import decode, from_float8
@@ -37,7 +38,7 @@ def run(problem: Problem, form: str, num_splits: int = 1) -> tuple[Array, Array,
     """Output, lse, and the record of each kernel."""
     call = call_of(problem, form)
     assert flash.unsupported_by_kernels(call) is None
-    traces = [traced(launch) for launch in flash.launches(call, num_splits)]
+    traces = [traced(launch) for launch in flash_launches(call, num_splits)]
     assert call.lse is not None
     return call.out, call.lse, traces
 
@@ -138,7 +139,7 @@ def test_the_twin_reads_no_table() -> None:
 def test_parts_merge_as_merge_states_does() -> None:
     problem = build(DECODE)
     call = call_of(problem, "paged")
-    attention, combine = flash.launches(call, 3)
+    attention, combine = flash_launches(call, 3)
     traced(attention)
     outputs = attention.args[0].reshape(3, 2, 3, 32).transpose(2, 0, 1, 3)  # [parts, tokens, heads, head_size]
     lses = attention.args[1].reshape(3, 2, 3).transpose(2, 0, 1)

@@ -137,6 +137,7 @@ def test_types_are_those_that_the_launch_passes() -> None:
     """The table above is of the kernels that run."""
     from support.attention_calls import call_of
     from support.attention_cases import Case, build
+    from support.launched import flash_launches
 
     from paged_ref.tuned import flash
     from paged_ref.tuned.machine_code import parameters
@@ -146,7 +147,7 @@ def test_types_are_those_that_the_launch_passes() -> None:
             call = call_of(build(case), form)
             for num_splits in (1, 2):
                 variant = replace(flash.kernel_variant_of(call), split=num_splits > 1)
-                assert parameters(flash.launches(call, num_splits)[0].args) == sass.types_of(variant)
+                assert parameters(flash_launches(call, num_splits)[0].args) == sass.types_of(variant)
 
 
 @needs_disassembler

@@ -85,7 +85,7 @@ def variants() -> dict[str, KernelVariant]:
 
 
 def types_of(variant: KernelVariant) -> tuple[str, ...]:
-    """The kernel's parameters, as `flash.launches` passes them, with tables and lengths in int32."""
+    """The kernel's parameters, as flash.py passes them, with tables and lengths in int32."""
     query = "float32*" if variant.query == "float32" else "uint16*"
     return (
         "float32*" if variant.split else query, "float32*", "uint32*" if variant.exact else query,

@@ -23,7 +23,7 @@ from ..core.model.config import ModelConfig
 from ..core.model.llama import StepInputs
 from .attention import Check, TwoCaches, streamed_attention
 from .observation import HeadPages, Observation, attention_mass
-from .relevance import Attend, Extremes, budget_of, check_attend, choose, shares
+from .relevance import Attend, Extremes, budget_of, choose, shares
 from .storage import PageStorage
 from .streaming import StreamingManager
 
@@ -69,25 +69,16 @@ class StreamedKV:
     """The keys and values of all layers, partly on the device; what the model and the engine ask of memory."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        manager: StreamingManager,
-        storage: PageStorage,
-        *,
-        num_staging: int,
-        attend: Attend = "all",
-        full_layers: int | None = None,
-        backend: str = "auto",
-        log: Log | None = None,
-    ) -> None:
+        self, config: ModelConfig, manager: StreamingManager, storage: PageStorage, *, num_staging: int,
+        attend: Attend, full_layers: int | None, backend: str, log: Log | None,
+    ) -> None:  # fmt: skip
         """The last `num_staging` device blocks of `storage` are for streaming; 0: tiles (CPU only).
 
-        `attend` is "all", a budget in blocks, or a share of a sequence's blocks, for each layer and KV head. The budget
-        holds for steps of one token. The first `full_layers` attend to all (default: one in sixteen, at least one):
-        their attention is spread so wide that no choice is a good one. Prompts, and layers with a sliding window,
-        attend to all that they see. `log` receives a PagesAttended for the layer and query head of `watch`.
+        `attend` and `full_layers` are those of LongOptions. A budget is for each layer and KV head, and holds for steps
+        of one token: prompts, and layers with a sliding window, attend to all that they see. The first layers spread
+        their attention so wide that no choice is a good one. `log` receives a PagesAttended for the layer and query
+        head of `watch`.
         """
-        check_attend(attend)
         self.config, self.manager, self.storage = config, manager, storage
         self.budget = attend
         self.full_layers = max(1, config.num_layers // 16) if full_layers is None else full_layers
@@ -197,11 +188,10 @@ class StreamedKV:
     def _apply(self, transfers: Sequence[Transfer]) -> None:
         if not transfers:
             return
-        self.storage.apply(transfers)
+        bytes_out, bytes_in = self.storage.apply(transfers)
         self.storage.wait()
-        num_out = sum(transfer.kind == "swap_out" for transfer in transfers)
-        self.counters.bytes_out += num_out * self.page_bytes
-        self.counters.bytes_in += (len(transfers) - num_out) * self.page_bytes
+        self.counters.bytes_out += bytes_out
+        self.counters.bytes_in += bytes_in
 
     # --- choosing ------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -37,9 +37,13 @@ class PageStorage:
     def page_bytes(self) -> int:
         return int(self.device[:, :1].nbytes)
 
-    def apply(self, transfers: Iterable[Transfer]) -> None:
-        """Begin to make these copies, in their order. Call `wait` before computing on their blocks."""
+    def apply(self, transfers: Sequence[Transfer]) -> tuple[int, int]:
+        """Begin to make these copies, in their order. Call `wait` before computing on their blocks. Returns how many
+        bytes go out to the host, and how many come in."""
         self._copies.swap(joined(transfers), self.device, self.host)
+        num_out = sum(transfer.count for transfer in transfers if transfer.kind == "swap_out")
+        num_in = sum(transfer.count for transfer in transfers) - num_out
+        return num_out * self.page_bytes, num_in * self.page_bytes
 
     def wait(self) -> None:
         """What is computed from now on sees all copies."""

@@ -8,7 +8,7 @@ more than `max_checkpoints` checkpoints, so memory is bounded, and never more th
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -27,7 +27,7 @@ CHECKPOINT_BUDGET = 4_000_000  # list entries that all checkpoints of a run may 
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class SlotUse:
     """Where the slots were at one moment, as far as the log says it up to there."""
 
     snapshot: Snapshot
@@ -35,10 +35,10 @@ class Room:
     head: int | None  # the sequence that is first in the queue for a region
 
     @classmethod
-    def of(cls, state: RunState) -> Room:
+    def of(cls, state: RunState) -> SlotUse:
         order = state.plan.waiting if state.plan else ()
         queue = (s for s in (*order, *state.sequences) if state.sequences[s].status in ("waiting", "swapped"))
-        holes = () if state.paged else tuple(size for _, size in state.memory.holes())
+        holes = () if state.memory.paged else tuple(size for _, size in state.memory.holes())
         return cls(state.memory.snapshot(), holes, next(queue, None))
 
 
@@ -65,7 +65,7 @@ class Moment:
     @property
     def usage(self) -> MemoryUsage:
         """Where the slots are now, given the final length of each sequence."""
-        return self.history.usage(self.position, Room.of(self.state))
+        return self.history.usage(self.position, SlotUse.of(self.state))
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class History:
     token_texts: dict[int, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)  # of sequences: A, B, or A1, A2 for samples of a request
     final_lengths: dict[int, int] = field(default_factory=dict)  # the most slots that each sequence came to hold
-    steps: list[Room] = field(default_factory=list)  # after the plan of each step
+    steps: list[SlotUse] = field(default_factory=list)  # after the plan of each step
     plans: list[StepPlanned] = field(default_factory=list)  # of the steps
     step_positions: list[int] = field(default_factory=list)  # of these events
     spans: Spans = field(default_factory=Spans)
@@ -104,8 +104,7 @@ class History:
             self._take(line, event)
         self._num_in_now = len(self.events)
         for request_id, members in self._members.items():
-            for i, seq_id in enumerate(members, start=1):
-                self.names[seq_id] = letters(request_id) + (str(i) if len(members) > 1 else "")
+            self.names |= names_of(request_id, members)
         self.names = dict(sorted(self.names.items()))
         return self
 
@@ -138,13 +137,13 @@ class History:
     def usage_of_step(self, step: int) -> MemoryUsage:
         return self.usage(self.step_positions[step], self.steps[step])
 
-    def usage(self, position: int, room: Room) -> MemoryUsage:
+    def usage(self, position: int, used: SlotUse) -> MemoryUsage:
         """The parts of memory after the event at `position`. Which holes are too small is said later in the log: it
         depends on the size of the region that the head of the queue gets next."""
-        sizes = self._sizes.get(room.head, []) if room.head is not None else []
+        sizes = self._sizes.get(used.head, []) if used.head is not None else []
         i = bisect_left(sizes, (position + 1, 0))
-        external = sum(size for size in room.holes if size < sizes[i][1]) if i < len(sizes) else 0
-        snapshot = replace(room.snapshot, external=external, free=room.snapshot.free - external)
+        external = sum(size for size in used.holes if size < sizes[i][1]) if i < len(sizes) else 0
+        snapshot = replace(used.snapshot, external=external, free=used.snapshot.free - external)
         return snapshot.usage(self.final_lengths)
 
     def text(self, token_id: int) -> str:
@@ -206,7 +205,7 @@ class History:
                     self.spans.begin(seq_id, len(self.steps), "w")
             case StepPlanned():
                 self.spans.plan(event, self._now)
-                self.steps.append(Room.of(self._now))
+                self.steps.append(SlotUse.of(self._now))
                 self.plans.append(event)
                 self.step_positions.append(len(self.events))
             case events.SequenceForked():
@@ -226,6 +225,12 @@ class History:
                 # Far fewer copies of a state with a million blocks than of one with a dozen.
                 size = 6 * (event.num_blocks if event.free_order else 1) + 2 * event.num_host_blocks
                 self.max_checkpoints = max(16, min(128, CHECKPOINT_BUDGET // size))
+
+
+def names_of(request_id: int, seq_ids: Sequence[int]) -> dict[int, str]:
+    """The names of a request's sequences: A, or A1, A2 ... for several."""
+    numbers = range(1, len(seq_ids) + 1) if len(seq_ids) > 1 else [""]
+    return {seq_id: f"{letters(request_id)}{number}" for seq_id, number in zip(seq_ids, numbers, strict=True)}
 
 
 def letters(number: int) -> str:

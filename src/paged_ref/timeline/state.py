@@ -63,18 +63,20 @@ class RunState:
     attended: dict[int, events.PagesAttended] = field(default_factory=dict)  # by sequence: what was watched last
     totals: Totals = field(default_factory=Totals)
     in_step: bool = False  # a step is planned, and not over
-    got: list[events.Event] = field(default_factory=list)  # tokens, new beams and ends, by the step under way
-
-    @property
-    def paged(self) -> bool:
-        return self.memory.paged
+    undoable: list[events.Event] = field(default_factory=list)  # tokens, new beams and ends, by the step under way
 
     def copy(self) -> RunState:
         """A state of its own. Finished sequences never change, and are shared."""
         views = {seq_id: v if v.status == "finished" else v.copy() for seq_id, v in self.sequences.items()}
-        totals = replace(self.totals)
-        attended, got = self.attended.copy(), self.got.copy()
-        return RunState(self.memory.copy(), views, self.writer.copy(), self.plan, attended, totals, self.in_step, got)
+        return replace(
+            self,
+            memory=self.memory.copy(),
+            sequences=views,
+            writer=self.writer.copy(),
+            attended=self.attended.copy(),
+            totals=replace(self.totals),
+            undoable=self.undoable.copy(),
+        )
 
     def apply(self, event: events.Event, number: int = 0) -> Change:
         """Move the state by one event. Raises ValueError, with `number` as the event's place in the log, where the
@@ -170,7 +172,7 @@ class RunState:
             self._now_waits(seq_id)
         self.memory.clear(event.free_order)
         self.writer.clear()
-        for undone in reversed(self.got):
+        for undone in reversed(self.undoable):
             if isinstance(undone, events.SequenceForked):
                 self.sequences.pop(undone.child_id, None)
             elif isinstance(undone, (events.TokenSampled, events.SequenceFinished)) and undone.seq_id in self.sequences:
@@ -239,11 +241,11 @@ class RunState:
     def _keep(self, event: events.Event) -> None:
         """The event is undone if the step is. A request that is aborted between steps ends for good."""
         if self.in_step:
-            self.got.append(event)
+            self.undoable.append(event)
 
     def _end_step(self) -> None:
         self.in_step = False
-        self.got.clear()
+        self.undoable.clear()
 
     def _set_status(self, seq_id: int, status: Status) -> SequenceView:
         """The sequence, made where no engine was logged, with this status from now on."""

@@ -99,16 +99,12 @@ class Trace:
     def __getitem__(self, row: int) -> Access:
         info = self.arrays[self.array[row]]
         index = tuple(int(i) for i in np.unravel_index(int(self.index[row]), info.shape))
-        block = self.block_index(int(self.block[row]))
+        block = self.grid.place(int(self.block[row]))
         thread, line, done = int(self.thread[row]), int(self.line[row]), int(self.round[row])
         return Access(block, done, thread, line, info.name, index, bool(self.write[row]))
 
     def __iter__(self) -> Iterator[Access]:
         return (self[row] for row in range(len(self)))
-
-    def block_index(self, block: int) -> Dim3:
-        """`blockIdx` of the CUDA block with this number."""
-        return self.grid.place(block)
 
     def info(self, name: str) -> ArrayInfo:
         """The array of this name. Raises KeyError with the names there are."""

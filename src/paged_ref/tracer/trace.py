@@ -12,17 +12,15 @@ GPU fuses `a * b + c` into one rounding, and its exp and log are approximations.
 from __future__ import annotations
 
 import contextvars
-import dis
 import importlib.util
 import math
 import sys
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from linecache import getline
 from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from ..core.attention import cuda as launcher
 from ..core.attention.attention import AttentionCall
 from ..core.device import module_of
 from .access_record import WARP_SIZE, Access, ArrayInfo, Dim3, Trace, WarpAccess
+from .sites import Sites
 from .traced_cuda import Cuda, Integer, Rebuilder, WaitPoint
 from .traced_memory import Fault, LocalGuard, SharedGuard, TracedArray
 
@@ -129,8 +128,8 @@ class _Machine:
         self.log = array("i")  # five numbers for each access: see traced_memory.Machine
         # (length of the log, number of the CUDA block, its barriers) at the beginning of each round
         self.rounds: list[tuple[int, int, int]] = []
-        self.codes: list[CodeType] = []  # of each function
-        self.sites: dict[int, list[int]] = {}  # by id(code): the site of every two bytes of it
+        self.sites = Sites()
+        self.site_of = self.sites.of  # called at each access
         self.arrays: list[ArrayInfo] = []
         self.array_at: dict[int, int] = {}  # site to the number of the shared or local array made there
         self.shared: dict[int, Any] = {}  # the CUDA block's shared arrays by site
@@ -217,7 +216,7 @@ class _Machine:
             if other.waiting is None:
                 where = "has returned"
             elif other.waiting[:2] != wanted[:2]:
-                where = f"waits in cuda.{other.waiting.kind} at line {self._line(other.waiting.site)}"
+                where = f"waits in cuda.{other.waiting.kind} at line {self.sites.line(other.waiting.site)}"
             elif other.waiting.mask != wanted.mask:
                 where = f"names the mask {other.waiting.mask:#x}, not {wanted.mask:#x}"
             else:
@@ -250,7 +249,7 @@ class _Machine:
     def _error(self, what: str, thread: _Thread) -> KernelError:
         """An error of a thread that waits."""
         assert thread.waiting is not None
-        file, line = self.codes[thread.waiting.site >> 20].co_filename, self._line(thread.waiting.site)
+        file, line = self.sites.file(thread.waiting.site), self.sites.line(thread.waiting.site)
         return KernelError(what, self.kernel, self.cuda.blockIdx, thread.index, file, line)
 
     def _located(self, what: str, traceback: TracebackType | None) -> KernelError:
@@ -273,48 +272,33 @@ class _Machine:
 
     def shared_array(self, shape: Any, dtype: Any, alignment: int | None = None) -> TracedArray:
         """One for each CUDA block and each place in the kernel. `alignment` has no meaning here."""
-        frame = sys._getframe(1)
-        site = self.site_of(frame)
+        site = self.site_of(sys._getframe(1))
         if site not in self.shared:
-            self.shared[site] = self._own_array(frame, "shared", shape, dtype)
+            self.shared[site] = self._own_array(site, "shared", shape, dtype)
         made: TracedArray = self.shared[site]
         return made
 
     def local_array(self, shape: Any, dtype: Any, alignment: int | None = None) -> TracedArray:
-        return self._own_array(sys._getframe(1), "local", shape, dtype)
+        return self._own_array(self.site_of(sys._getframe(1)), "local", shape, dtype)
 
-    def _own_array(self, frame: FrameType, space: str, shape: Any, dtype: Any) -> TracedArray:
+    def _own_array(self, site: int, space: str, shape: Any, dtype: Any) -> TracedArray:
         data = np.zeros(shape, dtype=dtype.dtype if isinstance(dtype, Integer) else dtype)
         if not data.size:
             raise Fault(f"an array of shape {shape}: the tracer has no dynamic shared memory")
-        site = self.site_of(frame)
         if site not in self.array_at:
             self.array_at[site] = len(self.arrays)
-            name = _name_assigned(frame.f_code, site & 0xFFFFF)
-            self.arrays.append(ArrayInfo(name, space, data.shape, data.strides, data.dtype))
+            self.arrays.append(ArrayInfo(self.sites.variable(site), space, data.shape, data.strides, data.dtype))
         number = self.array_at[site]
         guard: Any = SharedGuard(data.size, self) if space == "shared" else LocalGuard(data.size)
         return TracedArray(self, number, self.arrays[number], data, guard)
 
     # ---- the record
 
-    def site_of(self, frame: FrameType) -> int:
-        """The place in the kernel where `frame` stands, as a number; `_line` finds its line later."""
-        sites = self.sites.get(id(frame.f_code))
-        if sites is None:
-            self.codes.append(frame.f_code)
-            first = len(self.codes) - 1 << 20
-            sites = self.sites[id(frame.f_code)] = [first | place for place in _places(frame.f_code)]
-        return sites[frame.f_lasti // 2]
-
-    def _line(self, site: int) -> int:
-        return _lines(self.codes[site >> 20])[(site & 0xFFFFF) // 2]
-
     def _trace(self) -> Trace:
         rows = np.array(self.log, dtype=np.int32).reshape(-1, 5)
         site, thread, number, index, write = (np.ascontiguousarray(column) for column in rows.T)
         sites, place = np.unique(site, return_inverse=True)
-        line = np.array([self._line(int(s)) for s in sites], dtype=np.int32)[place]
+        line = np.array([self.sites.line(int(s)) for s in sites], dtype=np.int32)[place]
         begin, block, barriers = np.array(self.rounds, dtype=np.int32).reshape(-1, 3).T
         length = np.diff(np.append(begin, len(self.log))) // 5
         return Trace(
@@ -323,39 +307,3 @@ class _Machine:
             block=np.repeat(block, length), round=np.repeat(barriers, length),
             thread=thread, line=line, site=site, array=number, index=index, write=write.astype(bool),
         )  # fmt: skip
-
-
-@cache
-def _lines(code: CodeType) -> list[int]:
-    """The source line of each instruction."""
-    return [position[0] or 0 for position in code.co_positions()]
-
-
-@cache
-def _places(code: CodeType) -> list[int]:
-    """For each two bytes of the code, the offset that stands for their place in the source.
-
-    A frame's own offset is not enough: once Python has specialised an instruction, the frame may stand at
-    its end, and the compiler may have copied one call of the source into two branches.
-    """
-    steps = {step.offset: step for step in dis.get_instructions(code)}
-    places: list[int] = []
-    first: dict[Any, int] = {}
-    for offset in range(0, len(code.co_code), 2):
-        step = steps.get(offset)
-        if step is None:  # inside an instruction
-            places.append(places[-1])
-        elif step.positions is None or step.positions.col_offset is None:  # Python runs without columns
-            places.append(offset)
-        else:
-            places.append(first.setdefault((step.opname, step.positions), offset))
-    return places
-
-
-@cache
-def _name_assigned(code: CodeType, at: int) -> str:
-    """The variable in which the result of the call at `at` is stored."""
-    for step in dis.get_instructions(code):
-        if step.offset > at and step.opname.startswith("STORE"):
-            return step.argval[0] if isinstance(step.argval, tuple) else str(step.argval)
-    return "array"

@@ -271,10 +271,9 @@ class Paged:
         return xp.asarray([self.residency.device_of[page] for page in pages])  # [len(pages)]
 
     def _move(self, transfers: Sequence[Transfer]) -> None:
-        self._storage.apply(transfers)
-        num_out = sum(transfer.kind == "swap_out" for transfer in transfers)
-        self.counts.moved_out += num_out * self._storage.page_bytes
-        self.counts.moved_in += (len(transfers) - num_out) * self._storage.page_bytes
+        bytes_out, bytes_in = self._storage.apply(transfers)
+        self.counts.moved_out += bytes_out
+        self.counts.moved_in += bytes_in
         self._count()
 
     def _count(self) -> None:

@@ -12,6 +12,7 @@ Fragments of `mma` (PTX ISA, "Matrix Fragments for mma.m16n8k16"): lane 4·g + t
 from __future__ import annotations
 
 import inspect
+import math
 
 import numpy as np
 from llvmlite import ir
@@ -24,6 +25,10 @@ from ..extras.formats import upper_half
 
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 WORDS = types.CPointer(uint32)
+
+# Numbers of device code. A Python float would make all arithmetic float64.
+MINUS_INFINITY, ZERO, ONE = float32(-math.inf), float32(0), float32(1)
+TO_BASE_2, TO_BASE_E = float32(math.log2(math.e)), float32(math.log(2))
 
 device = cuda.jit(device=True, inline="always")  # of all device functions
 

@@ -154,17 +154,7 @@ _plans: dict[Any, Plan] = {}  # by `_shapes_of`
 MAX_PLANS = 4096  # block tables grow with their sequences, and each width is a shape of its own
 
 
-def launches(call: AttentionCall, num_splits: int | None = None, processors: int = 1) -> list[Launch]:
-    """What to launch for this call, whose `out` must be contiguous. Also runs in the tracer, on NumPy arrays.
-
-    `num_splits=None` chooses for a GPU with so many multiprocessors. Prefill is never split.
-    """
-    if call.query.shape[0] == 0 or len(call.addresses.seq_lens) == 0:
-        return []
-    return _filled(_plan(call, num_splits, processors), call)
-
-
-def _plan(call: AttentionCall, num_splits: int | None, processors: int) -> Plan:
+def _plan(call: AttentionCall) -> Plan:
     from .flash_combine import combine_kernel
     from .flash_kernels import attention_kernel
     from .flash_variant import MAX_SPLIT_QUERIES
@@ -172,11 +162,10 @@ def _plan(call: AttentionCall, num_splits: int | None, processors: int) -> Plan:
     variant = kernel_variant_of(call)
     num_tokens, num_heads, head_size = call.query.shape
     num_seqs, num_kv_heads = len(call.addresses.seq_lens), call.keys.shape[-2]
-    if num_splits is None:
-        blocks = min(num_tokens, num_seqs) * num_kv_heads * -(-variant.group_size // variant.rows_per_block)
-        places = processors * variant.blocks_per_multiprocessor
-        num_splits = number_of_splits(blocks, _longest(call), places)
-    variant = replace(variant, split=num_splits > 1)
+    blocks = min(num_tokens, num_seqs) * num_kv_heads * -(-variant.group_size // variant.rows_per_block)
+    places = launching.processors() * variant.blocks_per_multiprocessor
+    num_splits = number_of_splits(blocks, _longest(call), places)
+    variant = replace(variant, split=num_splits > 1)  # a prefill never is
     kernels = []
     if variant.mixed:
         prefill = replace(variant, prefill=True, split=False)
@@ -277,7 +266,7 @@ def attend(call: AttentionCall) -> None:
     if plan is None:
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
-        plan = _plans[shapes] = _plan(call, None, launching.processors())
+        plan = _plans[shapes] = _plan(call)
     filled = _filled(plan, call)
     if not plan.types:
         plan.types.extend(parameters(launch.args) for launch in filled)

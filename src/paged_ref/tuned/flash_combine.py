@@ -8,7 +8,7 @@ from functools import cache
 from numba import cuda
 from numba.types import float32, int64, uint32
 
-from .cuda_intrinsics import exp2
+from .cuda_intrinsics import MINUS_INFINITY, ONE, TO_BASE_2, TO_BASE_E, ZERO, exp2
 from .flash_variant import MAX_SPLIT_QUERIES, NUM_THREADS, TO
 
 
@@ -16,8 +16,6 @@ from .flash_variant import MAX_SPLIT_QUERIES, NUM_THREADS, TO
 def combine_kernel(query: str, head_size: int, with_sinks: bool, mixed: bool):
     """The kernel for outputs of the kind `query`. Launch it with NUM_THREADS threads for each item and head."""
     to_out, HEAD_SIZE, SINKS, MIXED = TO[query], head_size, with_sinks, mixed
-    MINUS_INFINITY, ZERO, ONE = float32(-math.inf), float32(0), float32(1)
-    TO_BASE_2, TO_BASE_E = float32(math.log2(math.e)), float32(math.log(2))
 
     @cuda.jit(launch_bounds=(NUM_THREADS, 8))
     def flash_combine(out, lse, part_out, part_lse, query_start_loc, num_heads, num_splits, sinks):

@@ -2,8 +2,7 @@
 
 `attention_kernel` is a factory: a `KernelVariant` says what is fixed when the kernel is compiled (kind of numbers, head
 size, group size, block size, features). Without a block size the kernel is the contiguous twin: the same lines without
-the table lookup. flash_stages.py has the stages, from the rows of a CUDA block to the output, and flash_layout.py the
-sizes.
+the table lookup. flash_rows.py, flash_stages.py and flash_output.py have the stages, and flash_layout.py the sizes.
 
 The work of a warp. A *row* is one query of one head. The query heads of a group read the same K and V, so a warp
 takes eight rows of a group at a time, and tiles of 16 keys (8 in float32):
@@ -40,9 +39,10 @@ from numba import cuda
 from numba.types import float32, int32, int64, uint32
 
 from . import flash_stages as stages
-from .cuda_intrinsics import device
+from .cuda_intrinsics import MINUS_INFINITY, ONE, TO_BASE_2, ZERO, device
 from .flash_layout import Layout
-from .flash_stages import MINUS_INFINITY, ONE, TO_BASE_2, ZERO
+from .flash_output import outputs
+from .flash_rows import rows_of_block, tiles_of_warp
 from .flash_variant import EVERY_LANE, NUM_THREADS, KernelVariant
 
 
@@ -109,15 +109,15 @@ def tile_loop(layout: Layout):
 
 @cache
 def attention_kernel(variant: KernelVariant):
-    """The kernel of this variant. Launch it with NUM_THREADS threads; see `flash.launches` for the grid."""
+    """The kernel of this variant. Launch it with NUM_THREADS threads; flash.py has the grid."""
     layout = Layout(variant)
     HEAD_SIZE, GROUP, PAGED, QUANTIZED = variant.head_size, variant.group_size, layout.paged, layout.quantized
     SOFTCAP, ALIBI, FACTOR = variant.softcap, variant.alibi, float32(layout.element.factor)
     Q_WORDS, O_SIZE, SHARED_ROWS = layout.q_words, layout.o_size, layout.shared_rows
     SHARED_SIZE = layout.shared_rows * layout.stride
-    rows, tiles, load_query = stages.rows_of_block(layout), stages.tiles_of_warp(layout), stages.query_loads(layout)
+    rows, tiles, load_query = rows_of_block(layout), tiles_of_warp(layout), stages.query_loads(layout)
     attend_tiles = tile_loop(layout)
-    store_shared, write_rows = stages.outputs(layout)
+    store_shared, write_rows = outputs(layout)
 
     @cuda.jit(launch_bounds=(NUM_THREADS, variant.blocks_per_multiprocessor))
     def flash_attention(

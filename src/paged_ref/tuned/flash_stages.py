@@ -1,7 +1,8 @@
-"""The stages of the tuned kernel: device functions, which the functions of this file make for one variant.
+"""The stages of a tile in the tuned kernel: loads, scores, softmax, values. Device functions, made for one variant.
 
-What is fixed when a kernel is compiled is written in capitals, as in flash_kernels.py. Numba inlines all stages, so
-that the arrays of a thread stay in registers.
+flash_rows.py has the stage before the tiles, flash_output.py the stage after them. What is fixed when a kernel is
+compiled is written in capitals, as in flash_kernels.py. Numba inlines all stages, so that the arrays of a thread stay
+in registers.
 """
 
 from __future__ import annotations
@@ -9,119 +10,13 @@ from __future__ import annotations
 import math
 
 from numba import cuda
-from numba.types import float32, int32, int64, uint32
+from numba.types import float32, int32, uint32
 
-from .cuda_intrinsics import device, exp2, load16
+from .cuda_intrinsics import MINUS_INFINITY, ZERO, device, exp2, load16
 from .flash_layout import Layout
-from .flash_variant import EVERY_LANE, FROM, MAX_SPLIT_QUERIES, NUM_THREADS, ROWS, TO
+from .flash_variant import EVERY_LANE, FROM
 
-MINUS_INFINITY, ZERO, ONE = float32(-math.inf), float32(0), float32(1)
-TO_BASE_2, TO_BASE_E = float32(math.log2(math.e)), float32(math.log(2))
 NO_WORDS = (uint32(0),) * 4
-
-
-# ---- the rows of a CUDA block
-
-
-def last_sequence(first_of):
-    """Makes `search`: by halving, the last sequence whose `first_of(query_start_loc, seq)` is at most `number`."""
-
-    @device
-    def search(query_start_loc, num_seqs, number):
-        low, high = int64(0), int64(num_seqs - 1)
-        while low < high:
-            middle = (low + high + 1) >> 1
-            if first_of(query_start_loc, middle) <= number:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
-    return search
-
-
-@device
-def first_token_of(query_start_loc, seq):
-    return query_start_loc[seq]
-
-
-search_token = last_sequence(first_token_of)
-
-
-@device
-def sequence_of_token(query_start_loc, num_seqs, token):
-    """The sequence of a token: a search, unless each sequence has one token."""
-    if token < num_seqs and query_start_loc[token] == token and query_start_loc[token + 1] == token + 1:
-        return int64(token)
-    return search_token(query_start_loc, num_seqs, token)
-
-
-def rows_of_block(layout: Layout):
-    """Makes `rows`, which finds the rows of a CUDA block."""
-    GROUP, PREFILL, MIXED = layout.variant.group_size, layout.variant.prefill, layout.variant.mixed
-    BLOCKS_PER_ITEM, ROWS_PER_BLOCK = layout.variant.blocks_per_item, layout.variant.rows_per_block
-
-    @device
-    def first_block_of(query_start_loc, seq):
-        """The first CUDA block of a sequence in a prefill, without a sum over those before it: each sequence gets as
-        many blocks as its rows fill, or one more."""
-        return query_start_loc[seq] * GROUP // ROWS_PER_BLOCK + seq
-
-    sequence_of_block = last_sequence(first_block_of)
-
-    @device
-    def rows(query_start_loc, num_seqs, block, num_blocks, warp):
-        """(sequence, first row of the CUDA block, first row of the warp, first token, number of rows).
-
-        Row r is head r % GROUP of the group, of query `first_token + r // GROUP`. No rows: another kernel has the
-        sequence.
-        """
-        if PREFILL:
-            block = int32(num_blocks - 1 - block)  # the last queries, which see most, begin first
-            seq = sequence_of_block(query_start_loc, num_seqs, block)
-            first_row = (block - first_block_of(query_start_loc, seq)) * ROWS_PER_BLOCK
-            warp_row = first_row + ROWS * warp
-        else:
-            seq = int64(block // BLOCKS_PER_ITEM)
-            if not MIXED:
-                seq = sequence_of_token(query_start_loc, num_seqs, seq)
-            first_row = block % BLOCKS_PER_ITEM * ROWS
-            warp_row = first_row
-        first_token, num_queries = int32(query_start_loc[seq]), query_start_loc[seq + 1] - query_start_loc[seq]
-        if MIXED and (num_queries <= MAX_SPLIT_QUERIES) == PREFILL:
-            num_queries = 0
-        if not PREFILL and not MIXED:  # a token for each CUDA block
-            first_token, num_queries = int32(block // BLOCKS_PER_ITEM), 1
-        return seq, first_row, warp_row, first_token, num_queries * GROUP
-
-    return rows
-
-
-def tiles_of_warp(layout: Layout):
-    """Makes `tiles`, which finds the keys that some row of a warp sees, and the tiles that hold these keys."""
-    GROUP, TILE, WINDOW = layout.variant.group_size, layout.tile, layout.variant.window
-    PREFILL, SPLIT = layout.variant.prefill, layout.variant.split
-
-    @device
-    def tiles(warp, warp_row, first_token, num_rows, to_position, window, num_splits, split_number):
-        """(first key, key past the last, first tile of this warp, tile past the last)."""
-        high = int32(first_token + (min(warp_row + ROWS, num_rows) - 1) // GROUP + to_position + 1)
-        low = int32(0)
-        if WINDOW:
-            low = int32(max(0, first_token + warp_row // GROUP + to_position - window + 1))
-        tile, end = int32(low // TILE), int32((high + TILE - 1) // TILE)
-        if PREFILL:
-            if warp_row >= num_rows:
-                end = tile
-        else:
-            if SPLIT:
-                part = int32(uint32(max(0, end - tile + num_splits - 1)) // uint32(num_splits))
-                tile = int32(tile + part * split_number)
-                end = int32(min(end, tile + part))
-            tile = int32(tile + warp)
-        return low, high, tile, end
-
-    return tiles
 
 
 def query_loads(layout: Layout):
@@ -332,80 +227,3 @@ def online_softmax(layout: Layout):
         return new_highest, total
 
     return softmax
-
-
-def outputs(layout: Layout):
-    """Makes `store_shared`, by which warps hand over their results, and `write_rows`, which merges and writes them."""
-    to_out, HEAD_SIZE, GROUP = TO[layout.variant.query], layout.variant.head_size, layout.variant.group_size
-    SPLIT, MIXED, ROWS_PER_BLOCK = layout.variant.split, layout.variant.mixed, layout.variant.rows_per_block
-    SINKS, QUANTIZED, PARTS = layout.variant.sinks and not layout.variant.split, layout.quantized, layout.parts
-    PER_CHUNK, STRIDE, FACTOR, O_SIZE = layout.per_chunk, layout.stride, float32(layout.element.factor), layout.o_size
-
-    @device
-    def store_shared(shared_o, shared_highest, shared_total, o, highest, total, warp, g, t):
-        """Write row `8 * warp + g` of each array, and wait for all warps."""
-        total += cuda.shfl_xor_sync(EVERY_LANE, total, 1)
-        total += cuda.shfl_xor_sync(EVERY_LANE, total, 2)
-        for i in range(O_SIZE // 2):  # number i of a chunk of rows 2t and 2t + 1
-            shared_o[(ROWS * warp + 2 * t) * STRIDE + 8 * i + g] = o[2 * i]
-            shared_o[(ROWS * warp + 2 * t + 1) * STRIDE + 8 * i + g] = o[2 * i + 1]
-        if t == 0:
-            shared_highest[ROWS * warp + g] = highest
-            shared_total[ROWS * warp + g] = total
-        cuda.syncthreads()
-
-    @device
-    def merge(shared_o, shared_highest, shared_total, r, number, head, kv_head, sinks, value_scales):
-        """The number of row r, normalised; and the row's log-sum-exp to base 2."""
-        # Where the warps put this number: lane g had chunks g, g + 8, ...
-        load, chunk = number // (8 * PER_CHUNK), number // PER_CHUNK % 8
-        at = 8 * (load * PER_CHUNK + number % PER_CHUNK) + chunk
-        highest = MINUS_INFINITY
-        if SINKS:
-            highest = sinks[head] * TO_BASE_2
-        for w in range(PARTS):
-            highest = max(highest, shared_highest[ROWS * w + r])
-        shift = highest if highest > MINUS_INFINITY else ZERO
-        total, mixed = ZERO, ZERO
-        for w in range(PARTS):
-            weight = exp2(shared_highest[ROWS * w + r] - shift)
-            total += weight * shared_total[ROWS * w + r]
-            mixed += weight * shared_o[(ROWS * w + r) * STRIDE + at]
-        if SINKS:
-            total += exp2(sinks[head] * TO_BASE_2 - shift)
-        norm = ZERO
-        if total > ZERO or total != total:
-            norm = ONE / total
-        if QUANTIZED:
-            norm = norm * value_scales[kv_head] * FACTOR
-        logarithm = MINUS_INFINITY
-        if total > ZERO or total != total:
-            logarithm = highest + math.log2(total)
-        return mixed * norm, logarithm
-
-    @device
-    def write_rows(
-        out, lse, shared_o, shared_highest, shared_total, thread, seq, first_row, first_token, num_rows,
-        kv_head, num_kv_heads, num_splits, split_number, sinks, value_scales,
-    ):  # fmt: skip
-        """A thread for each number of the output."""
-        for i in range(thread, min(ROWS_PER_BLOCK, num_rows - first_row) * HEAD_SIZE, NUM_THREADS):
-            r, number = i // HEAD_SIZE, i % HEAD_SIZE
-            token, head = first_token + (first_row + r) // GROUP, kv_head * GROUP + (first_row + r) % GROUP
-            value, logarithm = merge(
-                shared_o, shared_highest, shared_total, r, number, head, kv_head, sinks, value_scales
-            )
-            here = token * (num_kv_heads * GROUP) + head
-            if SPLIT and MIXED:
-                here = (seq * MAX_SPLIT_QUERIES + token - first_token) * (num_kv_heads * GROUP) + head
-            if SPLIT:
-                here = here * num_splits + split_number
-                out[here * HEAD_SIZE + number] = value
-                if number == 0:
-                    lse[here] = logarithm
-            else:
-                out[here * HEAD_SIZE + number] = to_out(value)
-                if number == 0:
-                    lse[here] = logarithm * TO_BASE_E
-
-    return store_shared, write_rows

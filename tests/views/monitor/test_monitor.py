@@ -124,12 +124,12 @@ def test_it_knows_what_the_timeline_knows(logs: dict[str, list[Event]]) -> None:
         (run,) = histories(events)
         end = run.moment(len(run)).state
         assert monitor.state.memory == end.memory
-        assert monitor.totals == end.totals
+        assert monitor.state.totals == end.totals
         assert monitor.finished == sum(view.status == "finished" for view in end.sequences.values())
         assert monitor.num_steps == len(run.steps)
         assert not monitor.history.names  # all have finished
-    assert monitor.totals.preemptions > 0
-    assert monitor.totals.forks > 0
+    assert monitor.state.totals.preemptions > 0
+    assert monitor.state.totals.forks > 0
 
 
 def test_a_finished_run_has_one_state(logs: dict[str, list[Event]]) -> None:
@@ -144,7 +144,7 @@ def test_a_finished_run_has_one_state(logs: dict[str, list[Event]]) -> None:
         shown = screen(monitor, 100, 30).plain
         assert "0 running, 0 waiting, 0 swapped, 6 finished  " in shown
         assert "█ 0 % tokens" in shown
-        assert not monitor.state.paged or " 0 used, " in shown
+        assert not monitor.state.memory.paged or " 0 used, " in shown
 
 
 def test_every_number_is_of_the_moment() -> None:
@@ -158,7 +158,7 @@ def test_every_number_is_of_the_moment() -> None:
 
 def test_a_second_run_begins_anew() -> None:
     monitor = monitored([*hand_made(), *hand_made("standard")])
-    assert (monitor.num_runs, monitor.state.memory.manager, monitor.totals.rows_out) == (2, "standard", 0)
+    assert (monitor.num_runs, monitor.state.memory.manager, monitor.state.totals.rows_out) == (2, "standard", 0)
     alone = as_json(monitored(hand_made("standard")), None)
     assert as_json(monitor, None) == alone | {"run": 2, "events": monitor.num_events}
 

@@ -135,7 +135,7 @@ def test_frames_lose_nothing_silently(runs: list[History], width: int) -> None:
                     lost = [name for name in live if not re.search(rf"\b{name}\b", text)]
                     more = sum(map(int, re.findall(r"… (\d+) more", text)))
                     assert len(lost) <= more or re.search(r"sequences \d+-\d+ of", text), (frame.name, lost)
-                if frame.name == "tables" and moment.state.paged and width >= 80:
+                if frame.name == "tables" and moment.state.memory.paged and width >= 80:
                     for block in range(moment.state.memory.num_blocks):
                         assert re.search(rf"^.* {block} (×|free|cached)", text, re.MULTILINE), block
 

@@ -31,8 +31,8 @@ from paged_ref.kernels import paged_attention, slot_of
 from paged_ref.views.walk.call import KERNELS, Walk, walk
 from paged_ref.views.walk.captions import caption, sentence
 from paged_ref.views.walk.frames import VIEWS, WIDE, Look, frame
+from paged_ref.views.walk.kernel_run import KernelRun
 from paged_ref.views.walk.layout_costs import layout_costs
-from paged_ref.views.walk.run import KernelRun
 from paged_ref.views.walk.sizes import Sizes
 from paged_ref.views.walk.walk import STEPS, Walker
 

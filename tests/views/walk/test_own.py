@@ -11,7 +11,7 @@ import pytest
 
 from paged_ref.cli import main
 from paged_ref.views.walk.frames import Look, frame
-from paged_ref.views.walk.own import own_walk
+from paged_ref.views.walk.own_kernel import own_walk
 from paged_ref.views.walk.sizes import Sizes
 
 LESSONS = Path(__file__).resolve().parents[3] / "lessons"

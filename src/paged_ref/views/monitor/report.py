@@ -17,7 +17,7 @@ from .state import WINDOW, Monitor
 
 def as_json(monitor: Monitor, gpu: GPUReading | None, complete: bool = True) -> dict[str, Any]:
     """The run after the last event. null: the log does not say. `complete`: the log's last line is whole."""
-    memory, totals, moved = monitor.state.memory, monitor.totals, monitor.moved
+    memory, totals, moved = monitor.state.memory, monitor.state.totals, monitor.moved
     times = [sample.microseconds / 1e6 for sample in monitor.timed()]
     slot_bytes = monitor.history.bytes_per_token
     return {

@@ -62,7 +62,7 @@ def _title(monitor: Monitor, width: int, status: str) -> Text:
 
 def _pool_rule(monitor: Monitor, width: int) -> Text:
     memory = monitor.state.memory
-    if not monitor.state.paged:
+    if not monitor.state.memory.paged:
         return rule(f"Pool: {memory.num_blocks:,} slots", width, "a letter holds a token, ░ is allocated and empty")
     used = memory.num_blocks - len(memory.free) - len(memory.cached)
     cached = f"{len(memory.cached):,} cached, " if memory.cached else ""
@@ -73,7 +73,7 @@ def _pool_rule(monitor: Monitor, width: int) -> Text:
 def _map(monitor: Monitor, width: int, height: int) -> Lines:
     moment = monitor.moment()
     height = max(1, min(height, -(-monitor.state.memory.num_blocks // width)))
-    if monitor.state.paged:
+    if monitor.state.memory.paged:
         return overview(moment, owners(moment), width, height)
     return slot_map(moment, width, height)
 
@@ -122,7 +122,7 @@ def _speed(monitor: Monitor, width: int) -> tuple[str, str]:
 
 
 def _traffic(monitor: Monitor) -> tuple[str, str]:
-    totals, moved = monitor.totals, monitor.moved
+    totals, moved = monitor.state.totals, monitor.moved
     num_bytes = (moved["out"] + moved["in"]) * monitor.history.bytes_per_token
     size = f" ({size_of(num_bytes)})" if num_bytes else ""
     parts = [f"{count(moved['out'], 'slot')} out, {moved['in']:,} in{size}", f"{totals.preemptions:,} preempted"]
@@ -134,7 +134,7 @@ def _traffic(monitor: Monitor) -> tuple[str, str]:
 
 
 def _prefix(monitor: Monitor) -> tuple[str, str]:
-    totals, rate = monitor.totals, monitor.hit_rate
+    totals, rate = monitor.state.totals, monitor.hit_rate
     known = monitor.state.memory.known
     if rate is None or not (totals.hits or totals.evicted or known):
         return "prefix", "nothing found: no prefix cache, or no two prompts that begin alike"

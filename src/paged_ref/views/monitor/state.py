@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from ...timeline import events
 from ...timeline.change import Change
-from ...timeline.history import History, Moment, letters
-from ...timeline.state import RunState, Totals
+from ...timeline.history import History, Moment, names_of
+from ...timeline.state import RunState
 
 KEPT = 1024  # samples: more steps than a screen has columns
 WINDOW = 32  # steps over which rates are taken
@@ -63,9 +63,7 @@ class Monitor:
         is_undone = isinstance(event, events.PoolCleared) and self.state.in_step
         self.state.apply(event, self.num_events)
         if isinstance(event, events.RequestArrived):
-            several = len(event.seq_ids) > 1
-            for i, seq_id in enumerate(event.seq_ids, start=1):
-                self.history.names[seq_id] = letters(event.request_id) + (str(i) if several else "")
+            self.history.names |= names_of(event.request_id, event.seq_ids)
         elif isinstance(event, events.StepPlanned):
             self._sample(event)
         elif isinstance(event, events.TokenSampled):
@@ -106,10 +104,6 @@ class Monitor:
         return self.samples[-1] if self.samples else None
 
     @property
-    def totals(self) -> Totals:
-        return self.state.totals
-
-    @property
     def num_slots(self) -> int:
         return self.state.memory.num_blocks * self.state.memory.block_size
 
@@ -139,7 +133,7 @@ class Monitor:
     @property
     def moved(self) -> dict[str, int]:
         """Slots that were copied: out to the host, in from the host, and within the device."""
-        size, totals = self.state.memory.block_size, self.totals
+        size, totals = self.state.memory.block_size, self.state.totals
         return {"out": size * totals.rows_out, "in": size * totals.rows_in, "within": size * totals.rows_moved}
 
     def timed(self) -> list[StepSample]:
@@ -155,7 +149,8 @@ class Monitor:
     @property
     def hit_rate(self) -> float | None:
         """Share of the admitted tokens that the prefix cache found; None where nothing was asked."""
-        return self.totals.hits / self.totals.asked if self.totals.asked and self.state.paged else None
+        totals = self.state.totals
+        return totals.hits / totals.asked if totals.asked and self.state.memory.paged else None
 
     def moment(self) -> Moment:
         """The state as frames take it, with nothing marked as changed."""

@@ -9,9 +9,9 @@ from ...timeline import events
 from ...timeline.history import Moment
 from ..common.canvas import count, in_words
 from .frames.ranks import listed
-from .page_narration import OF_PAGES
 from .scene import kv_size, prose
 from .source_links import ended
+from .streaming_narration import OF_PAGES
 
 _REASONS = {
     "length": "it has the number of tokens that was asked for",
@@ -188,7 +188,7 @@ def _swapped_in(moment: Moment, event: events.SwappedIn) -> str:
 def _freed(moment: Moment, event: events.SequenceFreed) -> str:
     name, before = moment.history.name(event.seq_id), moment.change.place_before
     held = 0 if before is None else len(before.blocks)
-    if not moment.state.paged:
+    if not moment.state.memory.paged:
         size = 0 if before is None else before.size
         return f"{name} gives its region back: {count(size, 'slot')} become a hole, joined with the holes next to it."
     freed = sum(1 for block in moment.change.before if not moment.state.memory.ref_count[block])
@@ -262,7 +262,7 @@ def _planned(moment: Moment, event: events.StepPlanned) -> str:
 
 def _room(moment: Moment) -> str:
     memory = moment.state.memory
-    if moment.state.paged:
+    if moment.state.memory.paged:
         cached = f" and {len(memory.cached)} cached" if memory.cached else ""
         return f": {len(memory.free)} free{cached} blocks are too few"
     largest = max((size for _, size in memory.holes()), default=0)

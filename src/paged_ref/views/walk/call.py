@@ -16,7 +16,7 @@ import numpy as np
 
 from ...kernels import naive_attention, paged_attention
 from ...tracer import trace
-from .run import KernelRun
+from .kernel_run import KernelRun
 from .sizes import Sizes
 from .source import compared, lines_of_kernel
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .own import OwnRun
-from .run import KernelRun
+from .kernel_run import KernelRun
+from .own_kernel import OwnRun
 from .sizes import LETTERS
 
 

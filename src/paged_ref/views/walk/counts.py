@@ -6,9 +6,9 @@ from rich.text import Text
 
 from ...interop.layouts import pack_size
 from ..common.canvas import DIM, TITLE, Lines, exactly, filled, fit, line, rule, window, wrap
+from .kernel_run import IntArray, KernelRun
 from .layout_costs import LayoutCost, layout_costs
 from .panels import NOW
-from .run import IntArray, KernelRun
 
 
 def thread_line(run: KernelRun, position: int, width: int) -> Lines:

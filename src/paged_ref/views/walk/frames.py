@@ -14,8 +14,8 @@ from ..common.canvas import DIM, TITLE, Lines, beside, filled, fit, line, page, 
 from .call import Walk
 from .captions import sentence
 from .counts import counters, layouts, thread_line
+from .kernel_run import KernelRun
 from .panels import NOW, caches, cell_width, grid_height, now, source
-from .run import KernelRun
 from .sizes import LETTERS
 
 SMALLEST = (60, 20)

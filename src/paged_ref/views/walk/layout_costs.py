@@ -9,7 +9,7 @@ import numpy as np
 
 from ...interop.layouts import LAYOUTS, element_offsets, pack_size
 from ...tracer.access_record import SECTOR_BYTES, WARP_SIZE
-from .run import IntArray, KernelRun, Load
+from .kernel_run import IntArray, KernelRun, Load
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.text import Text
 
 from ..common.canvas import COLOURS, DIM, TITLE, Lines, exactly, fit, line, rule, window
-from .run import IntArray, KernelRun
+from .kernel_run import IntArray, KernelRun
 from .sizes import LETTERS
 from .source import SourceLines
 

@@ -18,7 +18,7 @@ from ..common.printing import Size, is_terminal, parse_size, print_frames, write
 from ..common.viewer import Viewer
 from .call import KERNELS, Walk, walk
 from .frames import GLOSSARY, KEYS, MARKS, SMALLEST, VIEWS, WIDE, Look, frame
-from .own import own_walk
+from .own_kernel import own_walk
 from .sizes import Sizes
 from .walk_page import write_page
 

@@ -13,7 +13,7 @@ from ..scene import Scene
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
     runs = list(scene.runs) or [scene.history]
-    marks = _marks(width)
+    marks = [rule("Marks", width), *(line(" ", row) for row in pack(legend(USAGE), width - 2))]
     room = height - len(marks)
     # Three lines for each: all, or as many as fit, this one among them.
     first, last = window(len(runs), len(runs) if 3 * len(runs) <= room else max(1, (room - 1) // 3), scene.run)
@@ -74,7 +74,3 @@ def _chart(run: History, now: int, width: int, height: int) -> Lines:
     here = max(0, now) // per_cell * wide
     rows.append(line((" " + " " * here + "▲" * wide, "bold"), (f" step {now}" if now >= 0 else " before step 0", DIM)))
     return rows
-
-
-def _marks(width: int) -> Lines:
-    return [rule("Marks", width), *(line(" ", row) for row in pack(legend(USAGE), width - 2))]

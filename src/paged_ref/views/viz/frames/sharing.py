@@ -25,7 +25,7 @@ class Node:
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
-    if not moment.state.paged:
+    if not moment.state.memory.paged:
         return _cannot_share(scene, width)
     below = _event(scene, width)
     owned = owners(moment)

@@ -16,7 +16,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     below = _moved(scene, width)
     left = (width - 2) // 2
     room = height - len(below)
-    if scene.moment.state.paged:
+    if scene.moment.state.memory.paged:
         device, host = _device(scene, left, room), _host(scene, width - 2 - left, room)
     else:
         device, host = _regions(scene, left, room, False), _regions(scene, width - 2 - left, room, True)
@@ -69,7 +69,7 @@ def _sources_or_targets(scene: Scene, device: bool) -> set[int]:
 def _moved(scene: Scene, width: int) -> Lines:
     """What went which way in this event, and in all."""
     moment, event, totals = scene.moment, scene.moment.event, scene.moment.state.totals
-    row = "block" if moment.state.paged else "slot"
+    row = "block" if moment.state.memory.paged else "slot"
 
     def cost(rows: int) -> str:
         return count(rows, row) + (kv_size(moment.history, rows * moment.state.memory.block_size) if rows else "")

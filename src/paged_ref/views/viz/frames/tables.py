@@ -16,7 +16,7 @@ from .blocks import WRITTEN, block_row, pool_rows, pool_title
 
 def draw(scene: Scene, width: int, height: int) -> Lines:
     """Tables on the left, the pool on the right, as in Figure 6 of the paper."""
-    if not scene.moment.state.paged:
+    if not scene.moment.state.memory.paged:
         return _regions(scene, width, height)
     left = max(20, min(44, width // 3))
     right = width - left - 2

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...tracer import trace
 from .call import Walk, walk
-from .run import KernelRun
+from .kernel_run import KernelRun
 from .sizes import LETTERS, Sizes
 from .source import SourceLines, fold, lines_of_kernel
 
