@@ -47,10 +47,14 @@ def test_a_row_has_the_same_bits_among_any_few_rows(num_threads: int) -> None:
         np.testing.assert_array_equal(linear.linear(x[:rows], weight), whole[:rows])
 
 
-def test_rows_that_lie_apart_and_other_dtypes(num_threads: int) -> None:
+def test_arrays_in_pieces_or_read_only_and_other_dtypes(num_threads: int) -> None:
     rng = np.random.default_rng(0)
-    x, weight = rng.standard_normal((4, 64), np.float32), rng.standard_normal((10, 32), np.float32)
+    x, weight = rng.standard_normal((4, 64), np.float32), rng.standard_normal((20, 32), np.float32)
     np.testing.assert_allclose(linear.linear(x[:, ::2], weight), x[:, ::2] @ weight.T, atol=1e-5)
+    whole = x[:, ::2].copy()
+    for array in (whole, weight):
+        array.flags.writeable = False
+        np.testing.assert_allclose(linear.linear(whole, weight), whole @ weight.T, atol=1e-5)
     for dtype in (np.float16, np.float64):
         assert linear.linear(x[:, ::2].astype(dtype), weight.astype(dtype)).dtype == dtype
 

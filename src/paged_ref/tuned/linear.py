@@ -38,7 +38,10 @@ def linear(x: Array, weight: Array) -> Array:
 
     # Here, not in functions of their own: of a small model's step, each Python call is a measurable part.
     block = rows if rows <= 2 else 4  # rows that the loop takes at a time
-    x = np.concatenate([x, np.zeros((-rows % block, size), np.float32)]) if rows % block else np.ascontiguousarray(x)
+    if rows % block:
+        x = np.concatenate([x, np.zeros((-rows % block, size), np.float32)])
+    elif not x.flags.carray:  # in pieces, or read-only: its place could not be asked for
+        x = x.copy()
     y = np.empty((len(x), out), np.float32)
     x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (x, weight, _places(size), y)))
     multiply, given = code.function("multiply", "float32", block), (x_at, len(x), size, weight_at, out, places_at, y_at)
