@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
     trace = trace_of(args)
     model = shared.model_of(args, DEFAULT_MODEL)
     base = shared.setup_of(args, shared.gpu_of(args, model, DEFAULT_GPU), model, trace)
-    rows = setups(base, args.block_sizes)
+    rows = setups(base, list(dict.fromkeys(args.block_sizes)))
     for row in rows:
         row.make_scheduler(row.make_manager())  # refuses an impossible setup before anything runs
     console, title = shared.report_console(args), title_of(base)

@@ -29,6 +29,7 @@ from .report_text import (
     number_table,
     price_sentence,
     price_words,
+    rate_words,
 )
 
 GIB = 2**30
@@ -156,10 +157,10 @@ def _scalability(rows: Sequence[Curve]) -> Table:
         steady = row.steady
         table.add_row(
             row.setup.label,
-            f"{_rate(steady.sustained_rate)} ±{steady.half_width:{'.2f' if steady.sustained_rate >= 0.1 else '.2g'}}",
-            *([_rate(row.rate) if row.rate else "none"] if limited else []),
+            f"{rate_words(steady.sustained_rate)} ±{rate_words(steady.half_width, steady.sustained_rate)}",
+            *([rate_words(row.rate) if row.rate else "none"] if limited else []),
             f"{row.rate / most:.2f}" if most else "",
-            _rate(steady.roofline),
+            rate_words(steady.roofline),
             f"{steady.outcome.running_mean:.1f}",
             steady.admission,
             f"{steady.num_refused:,}",
@@ -178,17 +179,12 @@ def _latency(rows: Sequence[Curve]) -> Table:
         first, each = point.outcome.first_token, point.outcome.each_token
         table.add_row(
             row.setup.label,
-            _rate(point.rate),
+            rate_words(point.rate),
             *(f"{seconds:.3g}" for seconds in (first.p50, first.p90, first.p99)),
             *(f"{1000 * seconds:.0f}" for seconds in (each.p50, each.p90, each.p99)),
             WAITS[row.steady.step.bound],
         )
     return table
-
-
-def _rate(value: float) -> str:
-    """Two decimals, or three digits of a small number."""
-    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.3g}"
 
 
 def _complexity(rows: Sequence[Curve], cost: MeasuredCost) -> Table:
