@@ -147,7 +147,8 @@ def _utilization(rows: Sequence[Curve]) -> Table:
 
 
 def _scalability(rows: Sequence[Curve]) -> Table:
-    most, limited = rows[0].rate, rows[0].goodput is not None
+    most = rows[0].rate if rows[0].setup.label == "standard max" else 0.0  # it may be left out
+    limited = rows[0].goodput is not None
     priced = rows[0].setup.gpu.price_per_hour is not None
     table = _table(
         "", "sustained", *(["good-\nput"] if limited else []), "x max", "roof-\nline", "run-\nning", "limit",
@@ -210,6 +211,8 @@ def _article(rows: Sequence[Curve], cost: MeasuredCost) -> Table:
         table.add_column(column, no_wrap=column == "technique")
     for manager, (used, scale, effort) in ARTICLE.items():
         of_manager = [row for row in rows if row.setup.manager == manager]
+        if not of_manager:
+            continue
         occupancy = [100 * row.steady.outcome.shares.occupancy for row in of_manager]
         lines = [sum(lines_of(row.setup)) for row in of_manager]
         table.add_row(
@@ -229,11 +232,11 @@ def _range(values: Sequence[float], form: str) -> str:
 
 def _gains(rows: Sequence[Curve], paged: Curve) -> str:
     """The rate of the paged row against those of the others."""
-    by_label = {row.setup.label: row for row in rows}
+    others = ("standard max", "standard exact", "exact, first fit", "swapping")
     gains = [
-        f"{paged.rate / by_label[label].rate:.2f}x {label}"
-        for label in ("standard max", "standard exact", "exact, first fit", "swapping")
-        if by_label[label].rate and paged.rate
+        f"{paged.rate / row.rate:.2f}x {row.setup.label}"
+        for row in rows
+        if row.setup.label in others and row.rate and paged.rate
     ]
     if not gains:
         return "No rate meets these limits: longer ones (--ttft, --tpot, --latency) compare more."

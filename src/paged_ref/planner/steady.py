@@ -279,7 +279,7 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
     served = admissible(setup, trace)
     refusal = _refusal(setup, trace) if len(served) < len(trace.requests) else ""
     if not served:
-        raise ValueError(f"{setup.label}: none of the requests can be served. {refusal}")
+        raise ValueError(none_served(setup, trace))
     accepted = replace(trace, requests=tuple(served))
     bound = Bound(setup, work_of(setup, served, trace.hash_block))
     most = int(min(setup.max_batch_seqs, setup.num_slots // bound.work.least_slots.min()))  # that can run together
@@ -311,6 +311,10 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
         doubled=bound.doubled(),
         latencies=simulation.tally.latencies,
     )
+
+
+def none_served(setup: Setup, trace: RequestTrace) -> str:
+    return f"{setup.label}: none of the requests can be served. {_refusal(setup, trace)}"
 
 
 def _refusal(setup: Setup, trace: RequestTrace) -> str:
