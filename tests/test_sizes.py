@@ -30,7 +30,7 @@ def memory_of_16_gb(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"kv_cache_tokens": 9999999999}, f"kv_cache_tokens is 9999999999: {KV} 25,600.0 GB; {HERE}"),
         ({"kv_cache_tokens": 10000000}, f"kv_cache_tokens is 10000000: {KV} 25.6 GB; {HERE}"),
-        ({"kv_cache_bytes": 10**11}, f"kv_cache_tokens is 39062500: {KV} 100.0 GB; {HERE}"),
+        ({"kv_cache_bytes": 10**11}, f"kv_cache_bytes is 100000000000: a KV cache of this size needs 100.0 GB; {HERE}"),
         ({"kv_cache_tokens": 10**11, "kv_dtype": "int8"}, f"kv_cache_tokens is 100000000000: {KV} 64,000.0 GB"),
         ({"kv_cache_tokens": 10**11, "manager": "standard"}, f"kv_cache_tokens is 100000000000: {KV}"),
         ({"kv_cache_tokens": 10**11, "manager": "swapping"}, f"kv_cache_tokens is 100000000000: {KV}"),

@@ -12,6 +12,7 @@ import pytest
 from paged_ref.cli import main
 from paged_ref.commands import compare
 from paged_ref.commands.compare_report import MeasuredCost
+from paged_ref.commands.report_text import rate_words
 from paged_ref.planner import sweep
 from paged_ref.views.common.plots import Bar, Line, bars_text, lines_text, round_up, svg
 
@@ -137,6 +138,13 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert printed.err.startswith("paged-ref: error: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_rates_have_as_many_digits_as_they_need() -> None:
+    assert [rate_words(rate) for rate in (0.0, 0.0123, 1.234, 99.5, 791.66, 1351.2)] == [
+        "0.00", "0.0123", "1.23", "99.50", "792", "1,351",
+    ]  # fmt: skip
+    assert [rate_words(0.1234, of) for of in (0.05, 0.5, 500.0)] == ["0.12", "0.12", "0"]
 
 
 def test_devices_may_be_named_twice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import SHARED
 
 from paged_ref.planner import sweep
-from paged_ref.planner.comparison import check, setups, small
+from paged_ref.planner.comparison import able, check, setups, small
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.metrics import Latency, Limits, Spread
 from paged_ref.planner.models import model_named
@@ -173,6 +173,16 @@ def test_the_rows_and_what_they_can_hold() -> None:
     assert longest["paged 128"] == 31 * 128 + 1
 
 
+def test_what_can_serve_no_request_is_left_out_and_said() -> None:
+    """A pool of 40,000 tokens has no region of 65,536, which the buddy allocator would give to each sequence."""
+    rows = setups(replace(PAGED, model=model_named("Llama-3.1-8B"), kv_tokens=40_000), [16])
+    found, (sentence,) = able(rows, generated("sharegpt", 5))
+    assert [row.label for row in found] == [row.label for row in rows if row.label != "standard max"]
+    assert sentence.startswith("Left out: standard max: none of the requests can be served. a prompt of length ")
+    with pytest.raises(ValueError, match="paged 16: none of the requests can be served"):
+        able(rows, RequestTrace("t", (TraceRequest(0.0, 50_000, 5),), timed=False))
+
+
 def test_a_row_in_json() -> None:
     trace = generated("alpaca", 60)
     (curve,) = curves_of([replace(PAGED, kv_tokens=2048)], trace, Limits(ttft=0.5), workers=HERE)
@@ -182,7 +192,7 @@ def test_a_row_in_json() -> None:
     assert 0.5 < row["measured"]["tokens_of_used"] < 1
     assert len(row["points"]) == len(curve.points)
     assert set(row["measured"]["each_token"]) == {"mean", "p50", "p90", "p99"}
-    (curve,) = curves_of([PAGED], trace, workers=HERE)
+    (curve,) = curves_of([replace(PAGED, kv_tokens=2048)], trace, workers=HERE)
     assert curve.to_json()["goodput"] is None
 
 

@@ -42,6 +42,14 @@ def recorded(name: str, count: int) -> RequestTrace:
     return trace_named(str(path), count)
 
 
+@pytest.mark.parametrize("output", [1, 3, 5])
+def test_the_memory_of_short_requests_is_looked_at(output: int) -> None:
+    """In fewer steps than lay between two samples, every share was 0, also that of free memory."""
+    shares = steady_state(replace(LLAMA, max_batch_seqs=32), alike(50, output)).outcome.shares
+    assert shares.used + shares.cached + shares.free == pytest.approx(1.0)
+    assert 0 < shares.tokens < 32 * 55 / LLAMA.num_slots
+
+
 # --- against calculations made apart -------------------------------------------------------------------
 
 

@@ -179,6 +179,18 @@ def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "unused"),
+    [
+        ('{"time": 1, "prompt_tokens": 5, "output_tokens": 2, "user": 7}\n', "user"),
+        ('{"timestamp": 1, "input_length": 5, "output_length": 2, "id": 7}\n', "id"),
+        ("time,prompt_tokens,output_tokens,prefix_tokens\n0,5,2,4\n", "prefix_tokens"),  # of no group
+    ],
+)
+def test_what_is_not_used_is_named(tmp_path: Path, text: str, unused: str) -> None:
+    assert read_trace(write(tmp_path / "a", text)).notes == (f"columns that are not used: {unused}",)
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("1.5,2.5\n", "line 1: prompt_tokens is '1.5'; a whole number from 1 to 1,000,000,000 is needed"),
@@ -187,6 +199,7 @@ def test_bad_rows_stop_or_are_left_out_and_counted(tmp_path: Path) -> None:
         (OWN + "1,100,1,a,200\n", "line 2: prefix_tokens is 200; the prompt has 100 tokens"),
         (OWN + "1,100,1,a,\n", "line 2: prefix_tokens is ''; a whole number"),
         ('{"time": 1, "prompt_tokens": 5}\n', "line 1 has no output_tokens"),
+        ("time,Time,prompt_tokens,output_tokens\n1,2,3,4\n", "line 1 has 2 columns time; one is needed"),
         ("time,length\n1,2,3\n", "line 2 has 3 columns; 2 are needed"),
         ("a,b,c\n1,2,3\n", "line 1 begins none of the known forms"),
     ],

@@ -32,6 +32,7 @@ from .report_text import (
     number_table,
     price_sentence,
     price_words,
+    rate_words,
     rows_table,
 )
 
@@ -119,10 +120,10 @@ def _plans(found: Assessment, limited: bool, width: int) -> Table:
             f"{steady.outcome.shares.occupancy:.1%}",
             f"{steady.outcome.running_mean:,.1f}",
             f"{1000 * steady.step_seconds:.1f}",
-            f"{steady.sustained_rate:.3g}",
-            f"{steady.half_width:.2g}",
-            *([f"{plan.rate:.3g}"] if limited else []),
-            f"{steady.roofline:.3g}",
+            rate_words(steady.sustained_rate),
+            rate_words(steady.half_width, steady.sustained_rate),
+            *([rate_words(plan.rate) if plan.rate else "none"] if limited else []),
+            rate_words(steady.roofline),
             *([price_words(plan.served.price)] if found.gpu.price_per_hour is not None else []),
         )
     return table
@@ -152,7 +153,7 @@ def _batches(found: Assessment) -> Table:
     place = next(n for n, each in enumerate(found.batches) if each.sequences == found.advised)
     around = found.batches[max(0, place - 4) : place + 4]
     for each in around if most in around else (*around, most):
-        cells = (f"{1000 * each.step_seconds:.1f}", f"{each.rate:.3g}", f"{each.rate / most.rate:.0%}")
+        cells = (f"{1000 * each.step_seconds:.1f}", rate_words(each.rate), f"{each.rate / most.rate:.0%}")
         price = [price_words(each.price)] if priced else []
         table.add_row(f"{each.sequences:,}", *cells, *price, style="bold" if each.sequences == found.advised else "")
     return table

@@ -16,7 +16,7 @@ from ..bench.batch import Batch
 from ..bench.shapes import Shape
 from ..extras.managers import ManagerName
 from ..kernels import why_not
-from ..planner.comparison import Checked, check, setups, small
+from ..planner.comparison import Checked, able, check, setups, small
 from ..planner.metrics import Limits
 from ..planner.roofline import explain
 from ..planner.setup import Setup
@@ -60,23 +60,25 @@ def main(args: argparse.Namespace) -> int:
     trace = trace_of(args)
     model = shared.model_of(args, DEFAULT_MODEL)
     base = shared.setup_of(args, shared.gpu_of(args, model, DEFAULT_GPU), model, trace)
-    rows = setups(base, args.block_sizes)
+    rows = setups(base, list(dict.fromkeys(args.block_sizes)))
     for row in rows:
         row.make_scheduler(row.make_manager())  # refuses an impossible setup before anything runs
+    rows, left_out = able(rows, trace)
     console, title = shared.report_console(args), title_of(base)
     limits = shared.limits_of(args)
     print_title(console, title)
-    print_parts(console, setting(base, trace))
+    before = [*setting(base, trace), *left_out]
+    print_parts(console, before)
     found, cost, checked = _measure(args, rows, trace, limits)
     print_parts(console, results(found, cost, trace))
     if args.run:
         print_parts(console, with_the_model(small(trace), checked))
     shared.write_files(
         args,
-        lambda: as_json(base, trace, limits, found, cost, checked),
+        lambda: as_json(base, trace, limits, found, cost, checked) | {"left_out": left_out},
         [row.to_json() for row in found],
         lambda: picture(found),
-        lambda: page(title, base, [*setting(base, trace), *results(found, cost, trace)]),
+        lambda: page(title, base, [*before, *results(found, cost, trace)]),
     )
     return 0 if all(each.same for each in checked) else 1
 

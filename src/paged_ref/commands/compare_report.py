@@ -29,6 +29,7 @@ from .report_text import (
     number_table,
     price_sentence,
     price_words,
+    rate_words,
 )
 
 GIB = 2**30
@@ -146,7 +147,8 @@ def _utilization(rows: Sequence[Curve]) -> Table:
 
 
 def _scalability(rows: Sequence[Curve]) -> Table:
-    most, limited = rows[0].rate, rows[0].goodput is not None
+    most = rows[0].rate if rows[0].setup.label == "standard max" else 0.0  # it may be left out
+    limited = rows[0].goodput is not None
     priced = rows[0].setup.gpu.price_per_hour is not None
     table = _table(
         "", "sustained", *(["good-\nput"] if limited else []), "x max", "roof-\nline", "run-\nning", "limit",
@@ -156,10 +158,10 @@ def _scalability(rows: Sequence[Curve]) -> Table:
         steady = row.steady
         table.add_row(
             row.setup.label,
-            f"{_rate(steady.sustained_rate)} ±{steady.half_width:{'.2f' if steady.sustained_rate >= 0.1 else '.2g'}}",
-            *([_rate(row.rate) if row.rate else "none"] if limited else []),
+            f"{rate_words(steady.sustained_rate)} ±{rate_words(steady.half_width, steady.sustained_rate)}",
+            *([rate_words(row.rate) if row.rate else "none"] if limited else []),
             f"{row.rate / most:.2f}" if most else "",
-            _rate(steady.roofline),
+            rate_words(steady.roofline),
             f"{steady.outcome.running_mean:.1f}",
             steady.admission,
             f"{steady.num_refused:,}",
@@ -178,17 +180,12 @@ def _latency(rows: Sequence[Curve]) -> Table:
         first, each = point.outcome.first_token, point.outcome.each_token
         table.add_row(
             row.setup.label,
-            _rate(point.rate),
+            rate_words(point.rate),
             *(f"{seconds:.3g}" for seconds in (first.p50, first.p90, first.p99)),
             *(f"{1000 * seconds:.0f}" for seconds in (each.p50, each.p90, each.p99)),
             WAITS[row.steady.step.bound],
         )
     return table
-
-
-def _rate(value: float) -> str:
-    """Two decimals, or three digits of a small number."""
-    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.3g}"
 
 
 def _complexity(rows: Sequence[Curve], cost: MeasuredCost) -> Table:
@@ -214,6 +211,8 @@ def _article(rows: Sequence[Curve], cost: MeasuredCost) -> Table:
         table.add_column(column, no_wrap=column == "technique")
     for manager, (used, scale, effort) in ARTICLE.items():
         of_manager = [row for row in rows if row.setup.manager == manager]
+        if not of_manager:
+            continue
         occupancy = [100 * row.steady.outcome.shares.occupancy for row in of_manager]
         lines = [sum(lines_of(row.setup)) for row in of_manager]
         table.add_row(
@@ -233,11 +232,11 @@ def _range(values: Sequence[float], form: str) -> str:
 
 def _gains(rows: Sequence[Curve], paged: Curve) -> str:
     """The rate of the paged row against those of the others."""
-    by_label = {row.setup.label: row for row in rows}
+    others = ("standard max", "standard exact", "exact, first fit", "swapping")
     gains = [
-        f"{paged.rate / by_label[label].rate:.2f}x {label}"
-        for label in ("standard max", "standard exact", "exact, first fit", "swapping")
-        if by_label[label].rate and paged.rate
+        f"{paged.rate / row.rate:.2f}x {row.setup.label}"
+        for row in rows
+        if row.setup.label in others and row.rate and paged.rate
     ]
     if not gains:
         return "No rate meets these limits: longer ones (--ttft, --tpot, --latency) compare more."

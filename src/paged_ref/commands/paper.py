@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
         console, "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023"
     )
     figures = []
-    for figure in _figures(args.figures or list(FIGURES), workers_of(args)):
+    for figure in _figures(list(dict.fromkeys(args.figures or FIGURES)), workers_of(args)):
         print_parts(console, parts_of(figure))
         figures.append(figure)
     judged = [finding for figure in figures for finding in figure.findings if finding.met is not None]

@@ -66,7 +66,7 @@ def model_of(args: argparse.Namespace, default: str) -> ModelSpec:
     if args.model is None and by_hand:
         model = by_hand.model()
     else:
-        model = by_hand.change(model_named(args.model or default))
+        model = by_hand.change(model_named(default if args.model is None else args.model))
     if args.max_model_len is not None and not 2 <= args.max_model_len <= model.max_context:
         needed = f"2 to the {model.max_context} of {model.name}'s context is allowed"
         raise ValueError(f"--max-model-len is {args.max_model_len}; {needed}")
@@ -77,7 +77,7 @@ def gpu_of(args: argparse.Namespace, model: ModelSpec, default: str) -> GPU:
     """The GPUs of these options. Raises ValueError."""
     if args.num_gpus < 1 or model.num_heads % args.num_gpus:
         raise ValueError(f"--num-gpus is {args.num_gpus}; a divisor of the {model.num_heads} heads is needed")
-    gpu = replace(gpu_named(args.gpu or default), price_per_hour=args.price_per_hour)
+    gpu = replace(gpu_named(default if args.gpu is None else args.gpu), price_per_hour=args.price_per_hour)
     return several(gpu, args.num_gpus)
 
 

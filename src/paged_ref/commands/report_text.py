@@ -151,6 +151,15 @@ def price_sentence(setup: Setup) -> list[str]:
     return ["Price: of 10^6 output tokens at this rate, with the GPUs always in use."]
 
 
+def rate_words(value: float, of: float | None = None) -> str:
+    """Two decimals, of large numbers none, of small ones two or three digits: as many as `of` has, by default as many
+    as the number itself."""
+    size = value if of is None else of
+    if size >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if size >= 0.1 or not size else f"{value:.{3 if of is None else 2}g}"
+
+
 def price_words(price: float | None) -> str:
     return "-" if price is None else f"{price:.3g}"
 

@@ -12,6 +12,7 @@ from .hardware import gpu_named
 from .metrics import Shares
 from .models import model_named
 from .setup import Setup
+from .steady import admissible, none_served
 from .traces import RequestTrace, at_rate, clipped, first, scaled
 
 RUN_REQUESTS = 30  # of a run with the embedded model
@@ -35,6 +36,16 @@ def setups(base: Setup, block_sizes: Sequence[int]) -> list[Setup]:
     rows += [replace(base, label=f"paged {size}", block_size=size) for size in block_sizes]
     rows.append(replace(base, label=f"paged {base.block_size} + prefix", prefix_cache=True))
     return rows
+
+
+def able(rows: Sequence[Setup], trace: RequestTrace) -> tuple[list[Setup], list[str]]:
+    """The rows that can serve some of the requests, and a sentence for each of the others. Raises ValueError where
+    paged memory can serve none."""
+    found = [row for row in rows if admissible(row, trace)]
+    why = {row.label: none_served(row, trace) for row in rows if row not in found}
+    if not any(row.manager == "paged" and not row.prefix_cache for row in found):
+        raise ValueError(next(sentence for label, sentence in why.items() if label.startswith("paged")))
+    return found, [f"Left out: {sentence}." for sentence in why.values()]
 
 
 # --- the embedded model, for real ----------------------------------------------------------------------

@@ -72,7 +72,8 @@ class Spread:
 
 def _not_exceeded(ordered: Sequence[float], share: float) -> float:
     """The least of these values that this share of them does not exceed."""
-    return ordered[-int(len(ordered) * (1 - share) + 1e-9) - 1]  # what floats add to a whole number is less
+    above = int(len(ordered) * (1 - share) + 1e-9)  # what floats take from a whole number is less
+    return ordered[max(0, len(ordered) - 1 - above)]
 
 
 class Latency(NamedTuple):

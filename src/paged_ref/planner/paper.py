@@ -43,7 +43,7 @@ def requests(name: str) -> RequestTrace:
 
 def within(ours: float, paper: float, points: float) -> dict[str, float]:
     """A band around the paper's number."""
-    return {"ours": ours, "paper": paper, "low": paper - points, "high": paper + points}
+    return {"ours": ours, "paper": paper, "low": max(0.0, paper - points), "high": paper + points}
 
 
 # --- memory --------------------------------------------------------------------------------------------

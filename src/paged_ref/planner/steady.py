@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .metrics import Admission, Latency, Outcome
 from .roofline import StepTime
 from .setup import Setup
-from .simulate import GENERATIONS, MEASURED_GENERATIONS, Saturation, Simulation, simulated
+from .simulate import GENERATIONS, MEASURED_GENERATIONS, SAMPLE_EVERY, Saturation, Simulation, simulated
 from .traces import RequestTrace, TraceRequest, repeated
 
 Limit = Literal["sequences", "tokens", "memory", "bandwidth", "arithmetic", "link"]
@@ -33,6 +33,7 @@ LIMITS: dict[Limit, str] = {
     "link": "the traffic between the GPUs",
 }
 NUM_BATCHES = 20  # of requests, for the interval
+LEAST_SAMPLES = 20  # of the memory, in about the shortest time that is measured
 # Student's t for 95 % by degrees of freedom from 1 on: how far the mean of few batches may be off.
 STUDENT = (
     12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09,
@@ -278,14 +279,18 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
     served = admissible(setup, trace)
     refusal = _refusal(setup, trace) if len(served) < len(trace.requests) else ""
     if not served:
-        raise ValueError(f"{setup.label}: none of the requests can be served. {refusal}")
+        raise ValueError(none_served(setup, trace))
     accepted = replace(trace, requests=tuple(served))
     bound = Bound(setup, work_of(setup, served, trace.hash_block))
     most = int(min(setup.max_batch_seqs, setup.num_slots // bound.work.least_slots.min()))  # that can run together
     begun = (GENERATIONS + MEASURED_GENERATIONS + 3) * most + len(served)
     passes = repeated(accepted, -(-begun // len(served)) + 1)
+    least_steps = MEASURED_GENERATIONS * float(bound.work.outputs.mean())
+    sample_every = max(1, min(SAMPLE_EVERY, int(least_steps / LEAST_SAMPLES)))
     simulation, outcome = simulated(
-        setup, accepted, lambda each: Simulation(each, passes, saturation=Saturation(len(served)))
+        setup,
+        accepted,
+        lambda each: Simulation(each, passes, saturation=Saturation(len(served)), sample_every=sample_every),
     )
     saturation = simulation.saturation
     assert saturation
@@ -306,6 +311,10 @@ def steady_state(setup: Setup, trace: RequestTrace) -> Steady:
         doubled=bound.doubled(),
         latencies=simulation.tally.latencies,
     )
+
+
+def none_served(setup: Setup, trace: RequestTrace) -> str:
+    return f"{setup.label}: none of the requests can be served. {_refusal(setup, trace)}"
 
 
 def _refusal(setup: Setup, trace: RequestTrace) -> str:

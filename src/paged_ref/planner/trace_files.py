@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ TABLES = (
     ("request tokens", "response tokens", "timestamp"),  # BurstGPT
     ("num_prefill_tokens", "num_decode_tokens", "arrived_at"),  # ShareGPT, as Sarathi-Serve and Vidur have it
 )
+MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")  # JSON lines
 FORMS = (
     "a file, plain or gzip: CSV or JSON lines with time (seconds, or a date), prompt_tokens, output_tokens and, where "
     "requests begin with the same tokens, prefix_group and prefix_tokens, as in "
@@ -90,7 +91,7 @@ def _read(lines: list[Line], skip_bad_rows: bool) -> tuple[list[Row], bool, list
         raise ValueError("it is empty")
     parse: Parser
     if lines[0][1].startswith("{"):
-        parse, timed, has_header, notes = _json_row, True, False, list[str]()
+        parse, timed, has_header, notes = _json_row, True, False, _unused_keys(lines[0][1])
     else:
         parse, timed, has_header, notes = _table(*lines[0])
     rows: list[Row] = []
@@ -142,8 +143,11 @@ def _table(number: int, first: str) -> tuple[Parser, bool, bool, list[str]]:
             f"line {number} begins none of the known forms: columns {TIME}, {PROMPT} and {OUTPUT}, those of Azure, "
             "BurstGPT or ShareGPT, Mooncake JSON, or two columns of prompt and output tokens"
         )
-    unused = [name for name, plain in zip(names, header, strict=True) if plain not in known]
-    notes = [f"columns that are not used: {', '.join(unused)}"] if unused else []
+    for name in known:
+        if header.count(name) > 1:
+            raise ValueError(f"line {number} has {header.count(name)} columns {name}; one is needed")
+    used = known if GROUP in header else known[:3]  # without a group, no beginnings are shared
+    notes = _note_unused(name for name, plain in zip(names, header, strict=True) if plain not in used)
     places = {key: header.index(name) for key, name in zip(TABLES[0], known, strict=False) if name in header}
     named = {key: names[place] for key, place in places.items()}
 
@@ -154,6 +158,11 @@ def _table(number: int, first: str) -> tuple[Parser, bool, bool, list[str]]:
         return _row(number, {key: cells[place] for key, place in places.items()}, named)
 
     return parse, TIME in places, has_header, notes
+
+
+def _note_unused(names: Iterable[str]) -> list[str]:
+    words = ", ".join(names)
+    return [f"columns that are not used: {words}"] if words else []
 
 
 def _is_number(cell: str) -> bool:
@@ -203,6 +212,16 @@ def _seconds(number: int, column: str, cell: Any) -> float:
 # --- JSON lines ----------------------------------------------------------------------------------------
 
 
+def _unused_keys(text: str) -> list[str]:
+    """What is to be said about the keys of the first line."""
+    try:
+        row = parse_json(text)
+    except ValueError:
+        return []  # the line itself says why
+    used = TABLES[0] if PROMPT in row or OUTPUT in row else MOONCAKE
+    return _note_unused(key for key in row if key not in used)
+
+
 def _json_row(number: int, text: str) -> Row:
     try:
         row = parse_json(text)
@@ -215,7 +234,7 @@ def _json_row(number: int, text: str) -> Row:
             if key not in row:
                 raise ValueError(f"line {number} has no {key}")
         return _row(number, row, {key: key for key in TABLES[0]})
-    for key, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
+    for key, least in zip(MOONCAKE[:3], (0, 1, 1), strict=True):
         if type(row.get(key)) is not int or not least <= row[key] <= (10**15 if key == "timestamp" else MOST_TOKENS):
             raise ValueError(f"line {number}: {key} is {row.get(key)!r}; a whole number of at least {least} is needed")
     ids = row.get("hash_ids", [])
