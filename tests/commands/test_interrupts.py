@@ -39,7 +39,7 @@ class Started:
         assert self.process.poll() is None, self.errors.read_text(encoding="utf-8")
         (os.killpg if group else os.kill)(self.process.pid, signal.SIGINT)
         try:
-            self.process.communicate(timeout=60)
+            self.process.communicate(timeout=120)
         finally:
             self.left = self._left()
             with suppress(ProcessLookupError):

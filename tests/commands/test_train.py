@@ -86,7 +86,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_weights(text: Path,
     assert process.stdout is not None
     assert "step 20/400" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     made = load_state(out).step
     assert 20 <= made < 400

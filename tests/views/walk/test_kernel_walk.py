@@ -401,7 +401,7 @@ class Session:
             start_new_session=True,
         )  # fmt: skip
 
-    def read_until(self, text: str, seconds: float = 30) -> str:
+    def read_until(self, text: str, seconds: float = 300) -> str:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if select.select([self.main], [], [], 0.1)[0]:
