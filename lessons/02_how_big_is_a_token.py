@@ -83,7 +83,8 @@ claim("whole sequences of 2,048 tokens", tokens // 2048, 7)
 
 # ## What must hold
 #
-# The size of a token times the slots must be the bytes of the arrays. Here
+# A slot is the room for K and V of one token. The size of a token times
+# the number of slots must be the bytes of the arrays. Here
 # is the cache of a running engine, given a budget in bytes.
 
 BUDGET = 1_000_000

@@ -76,7 +76,7 @@ share.grade(
     why="three prompts of 7 tokens, each with half an output: 3 x 13 slots",
 )  # fmt: skip
 
-# The first moment of each: a letter is two slots with a prompt, a point two
+# The first moment of each: a letter is two slots with a prompt, a dot two
 # slots that are reserved, a blank two slots of no region.
 
 

@@ -28,7 +28,7 @@ moved = predict("How many slots are copied until then?", "slots")
 
 # ## Run
 #
-# First the bookkeeping alone. A letter is a slot with a token, a point an
+# First the bookkeeping alone. A letter is a slot with a token, a dot an
 # empty slot of a region, and a blank a slot of no region.
 
 

@@ -22,7 +22,8 @@ from paged_ref.core.memory import paged
 # tokens. A **slot** is the room of one token. Slots are numbered from the
 # first block to the last, so the slots of block 2 follow those of block 1.
 # The **block table** of a sequence lists its blocks in order, wherever they
-# are.
+# are: an entry is the physical number of a block, and the place of the
+# entry in the list is the block's logical number.
 #
 # The example is the paper's (Kwon et al. 2023, Fig. 6). Blocks have four
 # slots, and the free ones are handed out in the order below. Each word of

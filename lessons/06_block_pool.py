@@ -8,6 +8,8 @@ That makes the allocator of a paged cache as simple as can be: a stack of
 block numbers, and for each block a count of the tables that point to it.
 """
 
+from copy import deepcopy
+
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, table, todo
 from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
@@ -62,14 +64,15 @@ table("The pool", columns, rows)
 # answers gets two sequences with the same blocks (see lesson 12). A block
 # is free when no table points to it any more.
 
-manager.fork(2, 3)
-counts = [manager.pool.ref_count[b] for b in manager.placement(2)]
+trial = deepcopy(manager)  # so that the next parts have C as it is
+trial.fork(2, 3)
+counts = [trial.pool.ref_count[b] for b in trial.placement(2)]
 claim("tables that point to the blocks of C", counts, [2, 2])
-before = manager.pool.num_free
-manager.free(2)
-claim("blocks that its end frees", manager.pool.num_free - before, 0)
-manager.free(3)
-claim("and the end of its copy", manager.pool.num_free - before, 2)
+before = trial.pool.num_free
+trial.free(2)
+claim("blocks that the end of C frees", trial.pool.num_free - before, 0)
+trial.free(3)
+claim("and the end of its copy, too", trial.pool.num_free - before, 2)
 
 # ## What must hold
 #
@@ -84,10 +87,11 @@ claim("free and held blocks", manager.pool.num_free + len(held), 6)
 # wait, or free some blocks, and ask again.
 
 try:
-    manager.append([(1, 99)])
+    manager.append([(1, 99), (2, 99)])
 except OutOfBlocks as error:
     print(f"  {error}")
-claim("tokens of B, as before", manager.length(1), 9)
+lengths = [manager.length(1), manager.length(2)]
+claim("tokens of B and of C, as before", lengths, [9, 6])
 
 # What if the first `release` frees a block to which another table points?
 # The next sequence gets the block, and writes its K and V over those of the
@@ -120,8 +124,8 @@ break_it(
 # ## Exercise
 #
 # A sequence ends: its table is `blocks`. Take its blocks back, the last one
-# first. `ref_count[block]` is the number of tables that name a block, and
-# the end of `free` is handed out next.
+# first. `ref_count[block]` is the number of tables that name a block.
+# `free` lists the free blocks, and the last of the list is handed out next.
 
 
 def my_release(blocks, ref_count, free):

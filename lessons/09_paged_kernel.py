@@ -23,10 +23,11 @@ from paged_ref.lesson import predict, show, table, todo
 # ## Predict
 #
 # For each sequence the kernel gets a block table in place of the slot where
-# its region begins. Two sequences, of six and of three keys; two heads.
+# its region begins. Two sequences, of six and of three keys; two heads. All
+# threads together: how often do they read an entry of a block table?
 
 changed = predict("How many lines of the kernel's code change?", "lines")
-extra = predict("How many entries of block tables are read?", "entries")
+extra = predict("How many reads of block table entries?", "reads")
 
 # ## Run
 #

@@ -22,8 +22,8 @@ from paged_ref.lesson import predict, table, todo
 #
 # The way out: a worker takes the softmax over its own keys only, and hands
 # on its output with the **log-sum-exp** (lse) of its scores: the logarithm
-# of the sum of their exponentials. The lse is the weight of the part. An
-# output with its lse is an attention state.
+# of the sum of their exponentials. The weight of the part is exp(lse), the
+# sum itself. An output with its lse is an attention state.
 
 HEAD_SIZE = 16
 share = predict("Lse of A: 2, of B: 2 + ln 3. Share of B?", "percent")
@@ -120,6 +120,7 @@ break_it(
 
 
 def my_merge(a, lse_a, b, lse_b):
+    """The state of both together: (output, lse)"""
     return todo("4 lines, with max, exp and log")
 
 
@@ -132,7 +133,7 @@ def spec(a, lse_a, b, lse_b):
 a, b = rng.standard_normal((2, 3)).round(2)
 pairs = [(1.0, 1.0), (2.0, 3.1), (5.0, -np.inf), (800.0, 801.0)]
 hint = (
-    "The part with the larger lse gets the larger weight.\n"
+    "exp(800) overflows; exp(lse - the larger of both lse) is at most 1.\n"
     "Weights exp(lse - the larger lse), divided by their sum; the new lse "
     "is the larger one plus the log of that sum."
 )

@@ -29,6 +29,8 @@ day Lily and Tom went to the park to play. In the park there was a big tree.
 The ball flew up into the tree. Lily was sad, and Tom wanted to help. A boy
 came and saw that she was sad. He took the ball out of the tree. Lily"""
 NEW = 8
+tokens = LLM("tiny", backend="reference").tokenizer.encode(STORY)
+show(f"  The story has {len(tokens)} tokens.")
 moved = predict("How much of K and V moves for each token?", "percent")
 
 # ## Run
@@ -63,9 +65,9 @@ claim("all other pages were loaded", read.bytes_in >= away)
 # Each group of pages gives attention over its own keys, and the states are
 # joined as in lesson 10: exact, and slow. So, which pages matter? The
 # scores are known only after the keys are read. But scores have a
-# **bound**: for each block the largest and the smallest value of each
-# channel of its keys are kept. In each channel, no key adds more to the
-# score than the larger of the query's products with these two values.
+# **bound**. Of the keys of a block, the largest and the smallest value of
+# each channel (element of a key) are kept. In each channel, no key adds
+# more to the score than the larger of the query's products with the two.
 
 limited, llm, seen = run(device_blocks=8, host_blocks=60, attend=0.25)
 first = llm.engine.kv.full_layers  # these read everything, always
@@ -81,7 +83,7 @@ for choice in seen:
 
 bounds, best, recent, by_lot = np.mean(found, axis=0)
 rows = [("by bounds", f"{bounds:.0%}"), ("the best", f"{best:.0%}")]
-rows += [("the last", f"{recent:.0%}"), ("by lot", f"{by_lot:.0%}")]
+rows += [("the last", f"{recent:.0%}"), ("at random", f"{by_lot:.0%}")]
 table("Attention in a quarter of the blocks", ("chosen", "share"), rows)
 claim("the bounds beat chance, not the truth", by_lot < bounds < best)
 
@@ -156,6 +158,7 @@ check(my_bound, spec=spec, cases=cases, hint=hint)
 
 # ## Next
 #
-# See it move: `paged-ref long --record long.jsonl`, then `viz long.jsonl`.
+# See it move: `paged-ref long --record long.jsonl`, then `paged-ref viz
+# long.jsonl`.
 #
 # Lesson 16: pages for other data than K and V: training.

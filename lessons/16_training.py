@@ -14,7 +14,7 @@ import numpy as np
 from paged_ref.core.model.config import ModelConfig
 from paged_ref.core.device import to_host
 from paged_ref.lesson import break_it, check, claim
-from paged_ref.lesson import predict, table, todo
+from paged_ref.lesson import predict, show, table, todo
 from paged_ref.beyond_device.residency import Residency
 from paged_ref.training.activations import MEMORY, activations_for
 from paged_ref.tuned.copies import CopyStream
@@ -38,6 +38,8 @@ LENGTHS, PAGE = (96, 40, 64), 4096
 sizes = saved_shapes(CONFIG, sum(LENGTHS))
 layer = 4 * sum(int(np.prod(shape)) for shape in sizes.values())  # bytes
 BUDGET = 5 * layer // 2
+each, inputs = layer // 4 // sum(LENGTHS), CONFIG.hidden_size
+show(f"  A layer saves {each} numbers for a token; {inputs} are its input.")
 swapped = predict("How many of six layers does `swap` move out?", "layers")
 times = predict("Peak of `keep` over peak of `recompute`?", "times")
 
@@ -76,7 +78,7 @@ swapped.grade(
 )
 times.grade(
     keep.peak / recompute.peak, within=0.15,
-    why="recompute keeps a small input for each layer, and one layer whole",
+    why=f"`recompute` holds only the input of a layer: {each} / {inputs}",
 )  # fmt: skip
 
 # All four give the layers the same gradient to the bit: a move changes no
@@ -92,7 +94,8 @@ claim(
 # The backward pass needs the layers from the last to the first, and this
 # order is known beforehand. So the first layers are moved out, since they
 # are needed last, and only what does not fit is moved (Belady's rule).
-# `swap` cannot use the half layer of room; pages can, and win no more:
+# `swap` cannot use the half layer of room. Pages can, and this is all that
+# they gain:
 
 missing = -(-layer // PAGE) * 6 - BUDGET // PAGE
 left = page.moved_out // PAGE
@@ -158,6 +161,7 @@ check(my_moved_out, spec=spec, cases=cases, hint=hint)
 
 # ## Next
 #
-# See it at work: `paged-ref train --memory page`.
+# See it at work, with any text as FILE: `paged-ref train --text FILE --out
+# DIR --steps 20 --memory page --budget 24MiB`.
 #
 # Lesson 17: what would you gain by paging, and how would you see it?

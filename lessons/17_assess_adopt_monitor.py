@@ -72,7 +72,8 @@ other.grade(
 # Where a request waits for memory, and a step for bandwidth, because the
 # weights are read for few sequences, more sequences would cost little more
 # time. There paging pays. Where most of what is read is K and V, or
-# arithmetic takes the time, more sequences help less.
+# arithmetic takes the time, more sequences help less. With Llama 3, 256
+# sequences run, and no more may: the next request waits until one ends.
 #
 # **Select.** The same decision as options of a server that pages:
 

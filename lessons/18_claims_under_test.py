@@ -25,31 +25,33 @@ from paged_ref.planner import hardware, models, setup, steady, traces
 
 # ## Predict
 #
-# A verdict is "true" (1), "true, if" (2: on a condition) or "false" (3).
-# What is yours? Below, each verdict has the command that tests the claim at
-# length, our measurement, and the reason.
+# The article compares three ways to manage K and V: standard memory, which
+# reserves (lesson 3), swapping (lesson 4), and paging. "It" is paging. A
+# verdict is "true" (1), "true, if" (2: true on a condition) or "false" (3).
+# What is yours? Below, each verdict has a reason, our measurement, and the
+# command that tests the claim at length.
 
 CLAIMS = {
-    "memory": "memory use is poor, moderate, high",
-    "scale": "paging scales best of the three",
-    "compute": "computing becomes more efficient",
-    "long": "long sequences gain most",
-    "moves": "pages are moved in and out as needed",
-    "relevant": "only the most relevant is read",
-    "training": "it manages memory in training",
-    "adopt": "models can be moved to it, with some work",
+    "memory": "In this order, memory use is poor, moderate, high",
+    "scale": "Paging scales best of the three",
+    "compute": "Computing becomes more efficient",
+    "long": "Long sequences gain most",
+    "moves": "Pages are moved in and out as needed",
+    "relevant": "Only the most relevant is read",
+    "training": "It manages memory in training",
+    "adopt": "Models can be moved to it, with some work",
 }
 VERDICTS = {"true": 1, "true, if": 2, "false": 3}
 guesses = {
-    name: predict(f"{said[0].upper()}{said[1:]}. 1 true, 2 if, 3 false?")
+    name: predict(f"{said}. 1 true, 2 if, 3 false?", among=(1, 2, 3))
     for name, said in CLAIMS.items()
 }
 
 
 def verdict(word, name, command, found, holds, why):
-    test = f"Test: paged-ref {command}. Here: {found}."
-    claim(f"{word.upper()}: {CLAIMS[name]}.\n  {test}", holds)
-    guesses[name].grade(VERDICTS[word], why=f"{word}: {why}")
+    claim(f"{word.upper()}. {CLAIMS[name]}", holds)
+    here = f"Here: {found}. At length: paged-ref {command}"
+    guesses[name].grade(VERDICTS[word], why=f"{why}. {here}")
 
 
 # ## Run
@@ -99,8 +101,8 @@ short, mean = gain(traces.generated("alpaca")), gain(MIXED)
 verdict("true, if", "long", "paper 12",
     f"{short} times for short ones, {mean} for longer, against exact",
     short < mean and long[2] / long[0] < rate[2] / rate[0],
-    "as the paper says, memory is shorter for long ones; but if all have "
-    f"the length that is reserved, little is wasted: {long} requests/s")
+    "as the paper says, memory limits long ones more; but if all have the "
+    f"length that is reserved, little is wasted: {long} requests/s")
 
 # ## What moves, what is read, what trains
 #
@@ -129,7 +131,7 @@ batch = network.PackedBatch.of([np.arange(33)])
 network.loss_and_gradient(weights, gradient, batch, saved)
 shapes = network.saved_shapes(config, 32).values()
 planned = 4 * config.num_layers * sum(int(np.prod(s)) for s in shapes)
-verdict("false", "training", "train --memory page",
+verdict("false", "training", "lesson 16",
     f"{planned:,} bytes, as planned", saved.counts.peak == planned,
     "sizes are known, no cache grows; lesson 16 pages other data")
 
@@ -158,9 +160,9 @@ break_it(
 
 # ## Exercise
 #
-# Test the fourth claim yourself. Sequences of these lengths are held at the
-# same time: how many times as many slots do they hold if each reserves
-# `longest` slots, as if they take blocks of `size`?
+# Test the fourth claim yourself. Sequences of these `lengths` are in memory
+# together. Divide the slots that they hold if each reserves `longest` slots
+# by the slots that they hold in blocks of `size` slots.
 
 
 def my_ratio(lengths, longest, size):

@@ -102,9 +102,9 @@ claim("blocks of 128 that 1,000 tokens fill", thousand // 128, 7)
 
 # ## In the kernel
 #
-# A sequence of two hundred keys, its blocks in any order. `entries` are
-# those that the table has. `in a run` is how many keys lie side by side,
-# and can be fetched without another look into the table.
+# A sequence of two hundred keys, its blocks in any order. The table counts
+# the entries of the block table, how often our kernel reads one, and how
+# many keys lie side by side in a run, for which one look is enough.
 
 KEYS, HEAD_SIZE = 200, 8
 
@@ -192,8 +192,9 @@ check(my_found, spec=spec, cases=cases, hint=hint)
 
 # ## Next
 #
-# See it move: `paged-ref viz --block-size 2`, and 8.
+# See it move: `paged-ref viz --block-size 2 --blocks 24`, and then the same
+# memory with `--block-size 8 --blocks 6`.
 #
 # What it does to a server: `paged-ref compare --block-sizes 1 4 16 128`.
 #
-# Lesson 21: a cache that you write.
+# Lesson 20: one block table for several workers.

@@ -3,10 +3,10 @@
 Question: what must each of several workers be told of where tokens lie?
 Time: 20 minutes. Needs lesson 12.
 
-A model that is too large for one GPU is cut in parts, and each part is
+A model that is too large for one GPU is cut into parts, and each part is
 computed by a worker of its own. Each worker then has a KV cache, too. Does
 each need a scheduler, a block pool and block tables of its own? The paper
-answers in one paragraph (Kwon et al. 2023, §4.6). Here is the run to it.
+answers in one paragraph (Kwon et al. 2023, §4.6). This lesson runs it.
 """
 
 import numpy as np
@@ -24,7 +24,8 @@ from paged_ref.lesson.rank_threads import threads
 # The embedded model on two workers, which are called ranks. A layer is cut
 # by heads: each rank has the weights of its heads, and their K and V.
 # Rank 0 has the requests, the scheduler and the tables. Before a step, rank
-# 0 sends its **plan**: token ids, positions, slots, block tables, and which
+# 0 sends its **plan**: five counts; for each token its id, position and
+# slot; for each sequence its block table and four numbers more; and which
 # blocks to copy. All are integers of 4 bytes.
 #
 # In each layer each rank has a part of two sums: that of the heads, and
@@ -145,8 +146,8 @@ break_it(
 #
 # The product after attention reads the heads: `x [rows, in]` times
 # `weight [out, in]`. A rank has only its columns of `x`, so the product is
-# cut by inputs. Give the ranks' parts, whose sum is the product. Each rank
-# has as many of the inputs as the next.
+# cut by inputs. Give the parts of `size` ranks, in a list: their sum is the
+# product. Rank 0 has the first inputs, and all ranks have equally many.
 
 
 def my_parts(x, weight, size):

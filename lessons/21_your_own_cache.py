@@ -64,8 +64,8 @@ two.grade(
 # The manager decides where K and V lie, and how many sequences run. It may
 # change no token: what was written here is what your cache must write.
 
-# A table that is kept after its blocks are free is the classic mistake of a
-# cache: the next sequence gets the blocks, and both write into them.
+# A block that is given back twice is the classic mistake of a cache: two
+# sequences get the block, and both write into it.
 
 
 def frees_and_keeps(real):
@@ -97,8 +97,7 @@ MyCache = build("MyCache")
 # each step, from the first step to the end.
 
 mine = serve(MyCache(SLOTS // BLOCK_SIZE, BLOCK_SIZE))
-rows.append(("paged", *mine[1:]))
-table("The sixteen requests", columns, rows)
+table("The sixteen requests", columns, [*rows, ("paged", *mine[1:])])
 paged.grade(
     mine[2], within=0.2,
     why="all run together, so the longest output decides",

@@ -10,7 +10,7 @@ block, `cuda.blockDim.x` the number of threads, `cuda.blockIdx.x` the
 number of the CUDA block. `float32(0)` begins a sum in float32.
 
 Grade: paged-ref lesson --grade my_kernel.py
-Look:  paged-ref walk --mine my_kernel.py
+Look:  paged-ref walk --mine my_kernel.py, when step 3 is written
 """
 
 import math
@@ -32,7 +32,8 @@ def my_scores(scores, query, keys, start, num_keys):
     keys   [num_slots, head_size] key i of the sequence is in slot start + i
 
     There may be more keys than threads: thread t takes the keys t,
-    t + num_threads, and so on. No key is read twice.
+    t + num_threads, and so on. No key is read twice, and each score is
+    written once: a sum of many terms grows in a variable of the thread.
     """
     thread, num_threads = cuda.threadIdx.x, cuda.blockDim.x
     todo("5 lines")

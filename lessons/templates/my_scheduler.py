@@ -25,7 +25,7 @@ def my_schedule(running, waiting, manager, budget, most):
     plan is computed after the call: num_computed grows by itself.
 
     The manager is the paged one:
-      manager.admit(seq.seq_id, seq.tokens, seq.max_slots)  begins it
+      manager.admit(seq.seq_id, seq.tokens, seq.max_slots)  begins it, empty
       manager.append([(seq.seq_id, count)])                 makes room
       manager.free(seq.seq_id)                              takes all back
     The first two raise OutOfBlocks, and change nothing, without room.

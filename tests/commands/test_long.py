@@ -84,7 +84,7 @@ def test_it_says_what_the_model_was_trained_for(capsys: pytest.CaptureFixture[st
 def test_beyond_the_context(stories260k: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--model", str(stories260k), "--tokens", "560", "--new-tokens", "2", "--attend", "all"]
     assert main(["long", *argv]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "The model was trained for 512 tokens and has 570 here: what it says beyond 512 is not" in out
     assert "whether the same model, with less memory, says the same" in out
 
@@ -101,7 +101,7 @@ def test_a_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file = tmp_path / "text.txt"
     file.write_text("Once upon a time there was a cat. " * 30, encoding="utf-8")
     assert main(["long", "--text", str(file), "--tokens", "100", "--new-tokens", "2", "--attend", "0.5"]) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "100 tokens of text, then 2 new ones, timed, and 8 more, observed: all 10 are compared" in printed
 
 

@@ -19,6 +19,19 @@ def session(tmp_path: Path) -> LessonSession:
     return LessonSession("01_small", tmp_path, Progress(tmp_path / "lessons.json"), False)
 
 
+def test_a_number_may_come_with_its_unit_and_must_be_one_of_those_asked_for(
+    session: LessonSession, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["800 KiB", "1 Block", "30 %", "40 percent", "30", "2"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    session.interactive = True
+    asked: tuple[tuple[str, tuple[int, ...]], ...] = (("KiB", ()), ("blocks", ()), ("percent", ()), ("percent", ()))
+    with running(session):
+        found = [lesson.predict(unit, unit, among).value for unit, among in (*asked, ("", (1, 2, 3)))]
+    assert found == [800, 1, 30, 40, 2]
+    assert "30 is none of 1, 2, 3" in capsys.readouterr().out
+
+
 class Books:
     def total(self) -> int:
         return 3

@@ -43,6 +43,19 @@ def test_a_wrong_answer_shows_the_call_both_values_and_the_first_difference() ->
     assert verdict.difference == "at [1]: 2 instead of 4"
 
 
+@pytest.mark.parametrize(
+    ("found", "wanted", "difference"),
+    [
+        ((8, 70, 8), None, "None is expected, not a tuple"),
+        (None, (8, 70, 8), "a tuple is expected, not None"),
+        ([1], [], "1 entry; the spec has 0"),
+        ([b"\x01\xab" * 8], [b"\x02\xcd" * 8], "at [0]: 01ab01.. instead of 02cd02.."),
+    ],
+)
+def test_a_difference_names_what_is_there(found: Any, wanted: Any, difference: str) -> None:
+    assert grading.first_difference(found, wanted) == difference
+
+
 def test_an_answer_that_raises_prints_loops_or_exits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "SECONDS", 0.2)
 

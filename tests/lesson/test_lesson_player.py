@@ -198,6 +198,30 @@ def test_a_reader_goes_back_edits_and_loses_no_progress(directory: Path, monkeyp
     assert progress(directory)["exercises"] == {"my_twice": True}
 
 
+def test_a_reader_runs_an_earlier_part_again(directory: Path) -> None:
+    """After an Enter too many: b, then r, runs the exercise as it is now; and no key is taken for another."""
+    lesson = LESSON.replace("# ## Next", 'claim("so far", 1, 1)\n\n# ## Next')
+    (directory / "01_small.py").write_text(lesson)
+    reader = Reader(directory, "1", "--part", "4")
+    reader.see("with the package's own: so far")
+    for typed, sentence in (
+        ("", "5 of 5"), ("b", "4 of 5"), ("h", "'h' is none of the keys."), ("e", "'e' is none of the keys."),
+    ):  # fmt: skip
+        reader.see("q: leave]")
+        reader.type(typed)
+        reader.see(sentence)
+    (directory / "01_small.py").write_text(lesson.replace('return todo("1 line")', "return 2 * number"))
+    reader.see("r: run again from here  b: back  q: leave]")
+    reader.type("r")
+    reader.see("my_twice is right in all 2 cases")
+    reader.see("✓ so far: 1")  # and not "with the package's own", which the run before has said
+    for title in ("5 of 5", "Solved."):
+        reader.see("q: leave]")
+        reader.type("")
+        reader.see(title)
+    assert reader.end() == 0
+
+
 def test_what_is_built_gets_a_file_of_its_own(directory: Path) -> None:
     course = Path(__file__).resolve().parents[2] / "lessons"
     (directory / "templates").mkdir()
@@ -217,6 +241,9 @@ def test_what_is_built_gets_a_file_of_its_own(directory: Path) -> None:
     mine.write_text((course / "solutions" / "my_scheduler.py").read_text())
     reader.see("q: leave]")
     reader.type("r")
+    reader.see("[Enter: what it prints]")
+    reader.type("r")
+    reader.see("'r' is none of the keys.")
     reader.see("[Enter: what it prints]")
     reader.type("")
     reader.see("my_schedule is right")

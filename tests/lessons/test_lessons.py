@@ -8,6 +8,7 @@ import io
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from paged_ref.cli import main
 from paged_ref.lesson import lesson_script
 from paged_ref.lesson.building import FILES
 from paged_ref.lesson.grading import grade
 from paged_ref.lesson.lesson_player import run_quietly
-from paged_ref.lesson.lesson_session import LessonSession
+from paged_ref.lesson.lesson_session import LessonSession, running
 from paged_ref.lesson.progress import Progress
 from paged_ref.planner import assess, steady
 from paged_ref.planner.setup import Setup
@@ -77,6 +79,46 @@ def test_it_runs_to_its_end_with_every_exercise_open(path: Path) -> None:
     assert session.exercises
     assert {e.name: e.verdict.state for e in session.exercises.values()} == dict.fromkeys(session.exercises, "pending")
     assert session.caught, "no bug was planted and caught"
+
+
+@pytest.mark.slow  # each lesson three times more
+@each_lesson
+def test_each_part_runs_again_and_says_the_same(path: Path) -> None:
+    """The key r: a part leaves what the parts before it have made as it was."""
+    out = io.StringIO()
+    progress, console = Progress(Path(os.devnull) / "nowhere"), Console(file=out, width=100)
+    session = LessonSession(path.stem, path.parent, progress, False, True, console, workplace=Path(os.devnull))
+    lesson = lesson_script.read(path)
+    namespace: dict[str, Any] = {"__name__": "__main__", "__file__": str(path)}
+    with redirect_stdout(out), running(session):
+        for part in (lesson.imports, *lesson.parts):
+            texts = []
+            for _ in range(2):
+                out.truncate(out.seek(0))
+                session.exercises.clear()
+                for passage in part.passages:
+                    if passage.kind == "code":
+                        lesson_script.execute(passage, path, namespace)
+                texts.append(out.getvalue())
+            assert texts[0] == texts[1], part.title
+
+
+@pytest.mark.slow  # some seconds for each command
+@each_lesson
+def test_the_pictures_that_it_names_can_be_seen(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "long.jsonl").symlink_to(tmp_path / "run.jsonl")
+    assert main(["generate", "--prompt", "The cat", "--max-tokens", "4", "--record", "run.jsonl"]) == 0
+    (next_part,) = (part for part in lesson_script.read(path).parts if part.title == "Next")
+    named = re.findall(r"`paged-ref ([^`]+)`", "\n".join(passage.text for passage in next_part.passages))
+    assert named
+    for command in named:
+        argv = shlex.split(command.replace("FILE", str(ROOT / "README.md")).replace("--steps 20", "--steps 1"))
+        if argv[0] in ("viz", "walk", "train"):
+            assert main([*argv, *(["--every", "block"] if argv[0] == "walk" else [])]) == 0, command
+            capsys.readouterr()
 
 
 @each_lesson
@@ -300,6 +342,6 @@ def test_each_measured_result_is_printed_by_its_lesson(path: Path) -> None:
 
 def test_a_lesson_is_a_page_of_the_book() -> None:
     page = runpy.run_path(str(ROOT / "book" / "lesson_page.py"))["page"](PATHS[5])
-    assert "## What it uses\n\n```python\nfrom paged_ref.lesson import" in page
+    assert "## What it uses\n\n```python\nfrom copy import deepcopy\n\nfrom paged_ref.lesson import" in page
     assert 'hint = (\n    "..."' in page
     assert "<summary>Hint for <code>my_release</code></summary><p>A block can be in several tables." in page

@@ -145,8 +145,8 @@ def _show(console: Console, args: argparse.Namespace, runs: Sequence[LongRun], d
     figures = [_figures(run, runs[0], args.new_tokens) for run in runs]
     for label in figures[0]:
         table.add_row(label, *(each[label] for each in figures))
-    console.print(table)
-    console.print(_about_context(runs[0].llm.config.max_position_embeddings, _length(args)))
+    console.print(table, soft_wrap=False)
+    console.print(_about_context(runs[0].llm.config.max_position_embeddings, _length(args)), soft_wrap=False)
 
 
 def _figures(run: LongRun, exact: LongRun, new_tokens: int) -> dict[str, str]:
@@ -168,7 +168,7 @@ def _about_context(context: int, length: int) -> str:
     if length <= context:
         return f"The model was trained for {context} tokens; all of this lies within."
     return (
-        f"The model was trained for {context} tokens and has {length} here: what it says beyond {context} is not\n"
+        f"The model was trained for {context} tokens and has {length} here: what it says beyond {context} is not "
         "to be taken for language. Measured is whether the same model, with less memory, says the same."
     )
 

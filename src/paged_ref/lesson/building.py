@@ -55,6 +55,12 @@ def build_named(name: str) -> Build:
     return builds[name]
 
 
+def solution_in(file: str, place: str) -> str:
+    """Where the solution is, and that it is no place to look around in before the other steps are done."""
+    steps = len(FILES[file][1]) if file in FILES else 1
+    return f"{place}, which has all {steps} steps" if steps > 1 else place
+
+
 def build(name: str) -> Any:
     """Grade what the reader has built under this name in their file. Returns it if it is right, else the package's.
 
@@ -100,7 +106,7 @@ def _say_right(session: LessonSession, task: Build, path: Path) -> None:
     session.say(f"✓ {task.name} is right: {stages}. The lesson goes on with {whose}.", "bold green")
     solution = session.directory / "solutions" / path.name
     if solution.is_file() and solution != path:
-        session.say(f"One way to write it: {relative_path(solution)}", indent=4)
+        session.say(f"One way to write it: {solution_in(path.name, relative_path(solution))}", indent=4)
     task.draw(load(path)[task.name])
     if not session.solutions:
         record = session.progress.of(session.lesson)

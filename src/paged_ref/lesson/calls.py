@@ -60,10 +60,11 @@ class Guess:
             say(f"{why}.", indent=4)
 
 
-def predict(question: str, unit: str = "") -> Guess:
+def predict(question: str, unit: str = "", among: Sequence[float] = ()) -> Guess:
     """Ask for a number before the run shows it; `guess.grade(measured)` comes after. Without a reader: no answer.
 
-    The reader may type 2*3*8, 1,000, 50% or 2.5e6. Enter alone keeps an earlier answer, or gives none.
+    The reader may type 2*3*8, 1,000, 50% or 2.5e6, with the unit or without it; where `among` is given, one of these.
+    Enter alone keeps an earlier answer, or gives none.
     """
     session = current()
     record = session.progress.of(session.lesson)
@@ -78,15 +79,25 @@ def predict(question: str, unit: str = "") -> Guess:
         if not typed:
             return Guess(question, unit, earlier)
         try:
-            value = parse_number(typed.rstrip("% ") if unit == "percent" else typed)
+            value = parse_number(_without_unit(typed, unit))
             if unit == "percent" and not 0 <= value <= 100:
                 raise ValueError(f"{number_text(value)} percent; a share is 0 to 100 percent")
+            if among and value not in among:
+                raise ValueError(f"{number_text(value)} is none of {', '.join(map(number_text, among))}")
         except ValueError as error:
             session.say(f"{error}", "yellow")
         else:
             record.predictions[question] = value
             session.progress.save(session.lesson, record)
             return Guess(question, unit, value)
+
+
+def _without_unit(typed: str, unit: str) -> str:
+    """What was typed, without the unit behind the number: 800 KiB, 1 block and 30 % where these are asked for."""
+    for word in (unit, unit.removesuffix("s"), "%" if unit == "percent" else ""):
+        if word and typed.casefold().endswith(word.casefold()):
+            return typed[: -len(word)].rstrip()
+    return typed
 
 
 def claim(text: str, found: Any, expected: Any = True) -> None:

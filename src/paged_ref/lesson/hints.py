@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .building import solution_in
 from .calls import show
 from .grading import worked_case
 from .lesson_session import Exercise, LessonSession, python_code, relative_path
@@ -29,6 +30,6 @@ def _show_solution(session: LessonSession, exercise: Exercise) -> None:
         session.say(f"One way to write {exercise.name}:")
         show(python_code(solution[1]))
     elif path.is_file():
-        session.say(f"One way to write {exercise.name}: {relative_path(path)}")
+        session.say(f"One way to write {exercise.name}: {solution_in(path.name, relative_path(path))}")
     else:
         session.say(f"There is no further hint for {exercise.name}.")

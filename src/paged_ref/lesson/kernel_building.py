@@ -183,11 +183,17 @@ def _draw(case: Any, *caches: str) -> Callable[[Any], None]:
     return draw
 
 
+_LAST_TILE = (
+    "the last tile has more threads than keys: what does a thread without a key do?\n"
+    "neither read nor add what lies behind the last key: it may be NaN, and 0 times NaN is NaN (lesson 7)"
+)
+
+
 def _stages(few: Any, many: Any, uneven: Any, hint: str, hint_tiles: str) -> list[Stage]:
     return [
         Stage("as many keys as threads", [(few,)], hint),
         Stage("more keys than threads", [(many,)], hint_tiles),
-        Stage("a last tile that is not full", [(uneven,)], hint_tiles),
+        Stage("a last tile that is not full", [(uneven,)], _LAST_TILE),
     ]
 
 

@@ -73,6 +73,7 @@ class LessonPlayer:
         self._plain = session.console.is_dumb_terminal or not session.interactive
         self._number = 0  # the part that is played; 0 is the head
         self._shown: dict[int, list[str]] = {0: []}  # part -> what was printed for it
+        self._exercises: dict[int, list[str]] = {}  # part -> its exercises
         self._unseen = False  # what is shown is kept, and not printed
 
     def play(self, first: int = 1) -> bool:
@@ -93,8 +94,7 @@ class LessonPlayer:
                 went_well = self._play_part(number)
                 if not (went_well or session.interactive):
                     return False
-                if not session.interactive or self._ask_what_next(went_well):
-                    number += 1
+                number = self._ask_what_next(went_well) if session.interactive else number + 1
             self._save_part(0)
         return True
 
@@ -113,7 +113,10 @@ class LessonPlayer:
         parts = self.script.parts
         part = parts[number - 1]
         self._number, self._shown[number] = number, []
-        self.session.checked.clear()
+        for later in [each for each in self._exercises if each >= number]:  # their verdicts are those of an earlier run
+            for name in self._exercises.pop(later):
+                self.session.exercises.pop(name, None)
+        self.session.checked = self._exercises[number] = []
         self._show(Text(), Rule(f"{number} of {len(parts)}: {part.title}", align="left"))
         for passage in part.passages:
             if passage.kind == "prose":
@@ -178,9 +181,9 @@ class LessonPlayer:
 
     # --- the reader --------------------------------------------------------------------------------
 
-    def _ask_what_next(self, went_well: bool) -> bool:
-        """True: the next part. False: the same part again, from the file as it is now. Raises Leave."""
-        session = self.session
+    def _ask_what_next(self, went_well: bool) -> int:
+        """The part to play next: the following one, or this or an earlier one from the file as it is. Raises Leave."""
+        session, number = self.session, self._number
         to_do = [exercise for exercise in session.to_do if exercise.name in session.checked]
         keys = "Enter: on  r: run again" if went_well else "Enter: run again"
         keys += "  h: hint" if to_do else ""
@@ -188,30 +191,35 @@ class LessonPlayer:
         while True:
             typed = self._wait(keys)
             if typed == "" and went_well:
-                return True
+                return number + 1
             if typed == "h" and to_do:
                 give_hint(session, to_do[0])
             elif typed == "b":
-                self._look_back()
+                if (earlier := self._look_back()) < number:
+                    return earlier
             elif typed == "e":
                 if self._edit(to_do) and self._read_again():
-                    return False
+                    return number
             elif typed not in ("", "r"):
                 session.say(f"{typed!r} is none of the keys.", "yellow")
             elif self._read_again():
-                return False
+                return number
 
-    def _look_back(self) -> None:
-        """Show the part before, as it was, and others that the reader asks for, until this part comes again."""
-        number = self._number
-        at = number - 1
+    def _look_back(self) -> int:
+        """Show the parts before, as they were. The part that the reader runs again, or the one that is played."""
+        at = self._number - 1
         while True:
             self._output.rows = 0
             for text in list(self._shown[at]):
                 self._print(text, "more", keep=False)
-            if at == number:
-                return
-            typed = self._wait("Enter: on  b: back  q: leave")
+            if at == self._number:
+                return at
+            runs = "  r: run again from here" if at else ""
+            while (typed := self._wait(f"Enter: on{runs}  b: back  q: leave")) not in ("", "b"):
+                if typed != "r" or not at:
+                    self.session.say(f"{typed!r} is none of the keys.", "yellow")
+                elif self._read_again():
+                    return at
             at = max(at - 1, 0) if typed == "b" else at + 1
 
     def _edit(self, to_do: Sequence[Exercise]) -> bool:
@@ -267,8 +275,8 @@ class LessonPlayer:
         if self._unseen:
             return
         full = 0 < self._output.rows > self.session.console.height - 2 - text.count("\n")
-        if self.session.interactive and full:
-            self._wait(f"Enter: {what}")
+        while self.session.interactive and full and (typed := self._wait(f"Enter: {what}")):
+            self.session.say(f"{typed!r} is none of the keys.", "yellow")
         self._output.write(text)
 
     def _release(self) -> None:

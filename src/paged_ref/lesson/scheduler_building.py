@@ -141,7 +141,8 @@ BUILDS = {
             Stage(
                 "too few blocks", [(SHORT,), (RequestTrace(REQUESTS[::-1], 8, 8, num_blocks=9),)],
                 "which sequence gives way, and where does it wait?\n"
-                "the last of `running` goes to the front of `waiting`, and begins again: num_computed = 0",
+                "the last of `running` goes to the front of `waiting`, and begins again: num_computed = 0\n"
+                "where it is the very sequence that you plan, stop there: it has no table any more, and no chunk",
             ),
         ],
         lambda case: _trail(_real_steps(case)), _trial, Scheduler, _draw,

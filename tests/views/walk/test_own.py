@@ -54,6 +54,12 @@ def test_a_mistake_is_one_sentence(
     assert sentence in capsys.readouterr().err
 
 
+def test_a_kernel_that_is_not_written_yet_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    template = SOLUTION.parents[1] / "templates" / "my_kernel.py"
+    assert main(["walk", "--mine", str(template)]) == 2
+    assert "its my_paged_attention, which is shown here, is still to be written" in capsys.readouterr().err
+
+
 def test_the_page_of_a_readers_kernel_has_one_run(tmp_path: Path) -> None:
     page = tmp_path / "mine.html"
     assert main(["walk", "--mine", str(SOLUTION), "--tokens", "1", "--html", str(page)]) == 0

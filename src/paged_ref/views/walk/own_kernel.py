@@ -69,6 +69,8 @@ def own_walk(path: Path, sizes: Sizes) -> Walk:
     try:
         made = trace.run(kernel, query.shape[:2], sizes.num_threads, *args)
     except trace.KernelError as error:
+        if type(error.__cause__).__name__ == "Pending":  # of a todo() of the lesson
+            raise ValueError(f"--mine is {path}; its {NAME}, which is shown here, is still to be written") from None
         raise ValueError(f"--mine is {path}; line {error.line}, thread {error.thread.x}: {error.what}") from None
     known = {info.name for info in made.arrays}  # the counters have a row for each argument of the real kernel
     missing = [info for info in real.trace.arrays if info.space == "global" and info.name not in known]
