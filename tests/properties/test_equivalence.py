@@ -358,7 +358,7 @@ def entries() -> Iterator[Any]:
                 yield pytest.param(row, setting, backend, id=f"{row.varies}: {setting.name}-{backend}", marks=marks)
 
 
-@pytest.mark.parametrize(("row", "setting", "backend"), entries())
+@pytest.mark.parametrize(("row", "setting", "backend"), list(entries()))
 def test_tokens_are_identical_and_logits_within_their_bound(
     model: str, row: Row, setting: Setting, backend: str
 ) -> None:
