@@ -11,11 +11,12 @@ from support.manager_state import state_of
 
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.extras.managers import make_manager
+from paged_ref.planner.decoding import slack
 from paged_ref.planner.engine_run import StepDecisions, engine_steps, shares_of, simulated_steps
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.models import model_named
 from paged_ref.planner.setup import Setup
-from paged_ref.planner.simulate import Simulation, slack
+from paged_ref.planner.simulate import Simulation
 from paged_ref.planner.traces import RequestTrace, TraceRequest, at_rate, generated
 
 TINY = Setup("tiny", gpu_named("T4"), model_named("tiny"), kv_tokens=256, max_model_len=128, max_batch_tokens=64)

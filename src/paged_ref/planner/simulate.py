@@ -8,21 +8,15 @@ is asked about the others, and a step costs as much as what changes in it.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import inf
-from operator import attrgetter
 from typing import cast
 
 from ..core.engine.scheduler import StepPlan
 from ..core.engine.sequence import Group, Sequence, Status
-from ..core.memory.block_pool import OutOfBlocks
-from ..core.memory.manager import KVCacheManager, Transfer
-from ..core.memory.paged import PagedManager
-from ..core.memory.standard import StandardManager
 from ..core.memory.usage import MemoryUsage
-from ..extras.swapping import SwappingManager
+from .decoding import Decoding, SimulatedRequest
 from .metrics import Admission, Outcome, Tally
 from .roofline import chunk_pairs
 from .setup import Setup
@@ -30,19 +24,6 @@ from .traces import RequestTrace, TraceRequest
 
 SAMPLE_EVERY = 64  # steps between two samples of the memory's usage
 GENERATIONS, MEASURED_GENERATIONS = 3, 10  # of a saturated system: warm-up, and the least that is measured
-
-
-@dataclass(eq=False, slots=True)
-class SimulatedRequest:
-    """One unfinished request."""
-
-    request: TraceRequest
-    group: Group
-    seq: Sequence
-    filler: int  # the token id that stands for each generated token
-    begun: bool = False  # a first token was computed
-    first_token: float | None = None  # time at which the first new token came out
-    furthest: int = 0  # tokens that were computed before a preemption took them
 
 
 @dataclass(slots=True)
@@ -116,7 +97,13 @@ class Simulation:
         self.saturation = saturation
         self._final_slots: dict[int, int] = {}  # seq_id -> the most slots that the sequence will hold
         self._longest = setup.longest
-        self._decoding = Decoding(self, skip and on_step is None)
+        self._decoding = Decoding(
+            self.scheduler,
+            self.manager,
+            self.unfinished,
+            prefix_cache=setup.prefix_cache,
+            enabled=skip and on_step is None,
+        )
         self._on_step, self._on_sample = on_step, on_sample
 
     def run(self) -> Outcome:
@@ -130,7 +117,7 @@ class Simulation:
                     self.now = max(self.now, self.requests[self.num_arrived].arrival)  # idle until then
             self.arrive()
             if scheduler.running or scheduler.waiting:
-                self._decoding.coast()
+                self._coast()
                 self._step()
         return self.tally.outcome(self.setup.label, saturation.seconds if saturation else self.now)
 
@@ -184,11 +171,29 @@ class Simulation:
         first = self.now if simulated.first_token is None else simulated.first_token
         self.tally.finish(seq_id, simulated.request.arrival, first, self.now, seq.max_len - seq.prompt_len)
 
-    # --- one step, as the engine makes it ----------------------------------------------------------
+    # --- steps -------------------------------------------------------------------------------------
+
+    def _coast(self) -> None:
+        """Take steps for as long as all running sequences decode and nothing is to be decided, sampled or moved."""
+        decoding, clock, counts = self._decoding, self.clock, self.tally.counts
+        running, count = self.scheduler.running, decoding.count
+        while count and count == len(running) and self.settled:
+            if (counts.steps + 1) % self.sample_every == 0 or not decoding.advance():
+                return
+            kv_tokens = decoding.kv_tokens
+            seconds = clock.seconds(count, kv_tokens, kv_tokens, count)
+            self.now += seconds
+            counts.steps += 1
+            self.tally.computed(count, kv_tokens, kv_tokens, count)
+            self.tally.step(seconds, count, self.waits_for)
+            self.arrive()
 
     def _step(self) -> None:
+        """One step, as the engine makes it."""
         scheduler, decoding = self.scheduler, self._decoding
         transfers = decoding.grow()
+        if transfers and decoding.moves and scheduler.waiting:
+            self.settled = False
         plan = self._plan(decoding.count)
         self._note_lost_tokens(plan.preempted)
         num_tokens, compute_seconds, caught_up = self._compute(plan)
@@ -212,7 +217,8 @@ class Simulation:
         # just computed for another.
         tried = num_tokens < scheduler.max_batch_tokens and not plan.preempted
         self.settled = not scheduler.waiting or (tried and not (self.setup.prefix_cache and plan.chunks))
-        decoding.finish()
+        for seq in decoding.take_ended():
+            self.finish(seq.seq_id)
         self._sample_tokens(caught_up)
         decoding.join()
 
@@ -321,139 +327,3 @@ def simulated(setup: Setup, trace: RequestTrace, make: Callable[[Setup], Simulat
             return without, replace(outcome, label=setup.label)
     simulation = make(setup)
     return simulation, simulation.run()
-
-
-# --- sequences that only decode ------------------------------------------------------------------------------
-
-
-class Decoding:
-    """The first of the running sequences: those that decode. Each gets one token in each step, and whether there is
-    memory for it is all that has to be asked.
-
-    Most have room for the token in what they hold, so the append is postponed until the memory is sampled or the
-    sequence ends; only a sequence that needs memory is appended in its step. So the cost of a step is that of the
-    blocks that it takes. Where there is no memory, all go back to the scheduler, which preempts.
-    """
-
-    def __init__(self, simulation: Simulation, enabled: bool) -> None:
-        self._simulation = simulation
-        self._enabled = enabled
-        self._moves = isinstance(simulation.manager, SwappingManager)  # growth may move a region, which leaves a hole
-        self.count = 0
-        self.kv_tokens = 0  # read by the latest step
-        self._clear()
-
-    def _clear(self) -> None:
-        self.count = self.kv_tokens = self._num_steps = 0
-        self._appended: dict[int, int] = {}  # seq_id -> steps whose token manager and sequence have
-        self._full: defaultdict[int, list[Sequence]] = defaultdict(list)  # by the steps after which no slot is left
-        self._ending: defaultdict[int, list[Sequence]] = defaultdict(list)  # by the step that is their last
-
-    def join(self) -> None:
-        """Take the running sequences that decode from now on, as long as they follow each other."""
-        running = self._simulation.scheduler.running
-        most = min(len(running), self._simulation.scheduler.max_batch_tokens) if self._enabled else 0
-        while self.count < most:
-            seq = running[self.count].leader
-            simulated = self._simulation.unfinished[seq.seq_id]
-            if seq.num_uncomputed != 1 or simulated.first_token is None:
-                return
-            self._appended[seq.seq_id] = self._num_steps
-            self._full[self._num_steps + slack(self._simulation.manager, seq.seq_id)].append(seq)
-            self._ending[self._num_steps + seq.max_len - len(seq.tokens)].append(seq)
-            self.kv_tokens += seq.num_computed
-            self.count += 1
-
-    def coast(self) -> None:
-        """Take steps for as long as all running sequences decode and nothing is to be decided, sampled or moved."""
-        simulation, count = self._simulation, self.count
-        running, counts, clock = simulation.scheduler.running, simulation.tally.counts, simulation.clock
-        while count and count == len(running) and simulation.settled:
-            if self._num_steps + 1 in self._ending or (counts.steps + 1) % simulation.sample_every == 0:
-                return
-            if self._num_steps in self._full and (self._moves or self._append_full() is None):
-                return
-            self._num_steps += 1
-            self.kv_tokens += count
-            seconds = clock.seconds(count, self.kv_tokens, self.kv_tokens, count)
-            simulation.now += seconds
-            counts.steps += 1
-            simulation.tally.computed(count, self.kv_tokens, self.kv_tokens, count)
-            simulation.tally.step(seconds, count, simulation.waits_for)
-            simulation.arrive()
-
-    def grow(self) -> list[Transfer]:
-        """The tokens of the next step. Where there is no memory for them, all sequences go back to the scheduler."""
-        transfers: list[Transfer] = []
-        if self._num_steps in self._full:
-            found = self._append_full()
-            if found is None:
-                self.append_all()
-                self._clear()
-                return []
-            transfers = found
-            if self._moves and self._simulation.scheduler.waiting:
-                self._simulation.settled = False
-        self._num_steps += 1
-        self.kv_tokens += self.count
-        return transfers
-
-    def finish(self) -> None:
-        """End the sequences whose last step this was."""
-        ending = self._ending.pop(self._num_steps, None)
-        if not ending:
-            return
-        ending.sort(key=attrgetter("seq_id"))
-        self._append(ending, self._num_steps)
-        for seq in ending:
-            self.kv_tokens -= seq.num_computed
-            self.count -= 1
-            del self._appended[seq.seq_id]
-            self._simulation.finish(seq.seq_id)
-
-    def append_all(self) -> None:
-        """Give manager and sequences every token that was postponed."""
-        running = self._simulation.scheduler.running
-        self._append([group.leader for group in running[: self.count]], self._num_steps)
-
-    def _append_full(self) -> list[Transfer] | None:
-        """Append the next token of the sequences that have no slot left for it. None, and nothing changes, where there
-        is no memory for them."""
-        full = [seq for seq in self._full[self._num_steps] if seq.seq_id in self._appended]
-        full.sort(key=attrgetter("seq_id"))  # in order of arrival
-        if self._moves:
-            self._append(full, self._num_steps)  # a region moves with all tokens that it has
-        upto = self._num_steps + 1
-        try:
-            transfers = self._append(full, upto)
-        except OutOfBlocks:
-            return None
-        del self._full[self._num_steps]
-        for seq in full:
-            self._full[upto + slack(self._simulation.manager, seq.seq_id)].append(seq)
-        return transfers
-
-    def _append(self, seqs: list[Sequence], upto: int) -> list[Transfer]:
-        """Give manager and sequences the tokens of the steps up to `upto`. Raises OutOfBlocks, and changes nothing."""
-        simulation, appended = self._simulation, self._appended
-        appends = [(seq.seq_id, upto - appended[seq.seq_id]) for seq in seqs]
-        transfers = simulation.manager.append(appends)
-        for seq, (seq_id, count) in zip(seqs, appends, strict=True):
-            seq.num_computed += count
-            seq.tokens.extend([simulation.unfinished[seq_id].filler] * count)
-            appended[seq_id] = upto
-            if simulation.setup.prefix_cache:
-                simulation.manager.commit(seq_id, seq.tokens, seq.num_computed)
-        return transfers
-
-
-def slack(manager: KVCacheManager, seq_id: int) -> int:
-    """Tokens that fit into what the sequence holds: for these, `append` takes nothing from the pool."""
-    if isinstance(manager, PagedManager):
-        table = manager.tables[seq_id]
-        if table.length % manager.block_size and manager.pool.ref_count[table.blocks[-1]] > 1:
-            return 0  # the last block is shared, and the next token copies it
-        return len(table.blocks) * manager.block_size - table.length
-    assert isinstance(manager, (StandardManager, SwappingManager))
-    region = manager.regions[seq_id]
-    return region.size - region.length
