@@ -70,10 +70,10 @@ def staging() -> None:
 
 # The file whose call is taken away, the method of CopyStream, and what runs then.
 MUTANTS: dict[str, tuple[str, str, Callable[[], Any]]] = {
-    "a swap does not wait for what was computed before": ("tuned/kv.py", "begin", swaps),
+    "a swap does not wait for what was computed before": ("tuned/copies.py", "begin", swaps),
     "what is computed does not wait for the swap": ("tuned/kv.py", "wait", swaps),
     "the host reads its pool without a wait": ("tuned/kv.py", "synchronize", swaps),
-    "a page moves while it is computed on": ("beyond_device/storage.py", "begin", pages),
+    "a page moves while it is computed on": ("tuned/copies.py", "begin", pages),
     "a page is read before it arrives": ("beyond_device/storage.py", "wait", pages),
     "the host reads a page without a wait": ("beyond_device/storage.py", "synchronize", pages),
     "a half is written while it is read": ("beyond_device/attention.py", "begin", staging),
