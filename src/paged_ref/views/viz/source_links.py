@@ -61,12 +61,11 @@ def function_for_event(moment: Moment) -> Function:
         return Scheduler.schedule  # it preempted the sequence
     if isinstance(event, (events.TokensAppended, events.SwappedIn)) and event.evicted:
         return CachingBlockPool.allocate
-    name = METHODS.get(type(event))
+    done_by = DONE_BY.get(type(event), Engine.step)
     if isinstance(event, events.RegionPlaced) and moment.change.place_before is not None:
-        name = "append"  # the region grew
-    if name is None:
-        return FUNCTIONS.get(type(event), Engine.step)
-    function: Function = getattr(MANAGERS.get(moment.state.memory.manager, SwappablePagedManager), name)
+        done_by = "append"  # the region grew
+    manager = MANAGERS.get(moment.state.memory.manager, SwappablePagedManager)
+    function: Function = getattr(manager, done_by) if isinstance(done_by, str) else done_by
     return function
 
 
@@ -84,7 +83,7 @@ MANAGERS: dict[str, type[KVCacheManager]] = {
     "swapping": SwappingManager,
     "streaming": StreamingManager,
 }
-METHODS: dict[type[events.Event], str] = {  # of the manager of the run
+DONE_BY: dict[type[events.Event], Function | str] = {  # a name: the method of the run's manager
     events.PoolOpened: "__init__",
     events.SequenceAdmitted: "admit",
     events.RegionPlaced: "admit",
@@ -98,9 +97,6 @@ METHODS: dict[type[events.Event], str] = {  # of the manager of the run
     events.RegionSwappedOut: "swap_out",
     events.RegionSwappedIn: "swap_in",
     events.PagesNamed: "prepare",
-}
-# Of the engine, and of the memory for pages; Engine.step for all others.
-FUNCTIONS: dict[type[events.Event], Function] = {
     events.RanksOpened: Part.__init__,
     events.RequestArrived: LLM.add_request,
     events.BlockCached: CachingBlockPool.filled,
