@@ -34,7 +34,7 @@ def test_vectors_follow_the_features(features: str, chosen: Vectors) -> None:
         (2, 32, 16, (2, 2)),
         (3, 64, 8, (4, 2)),  # one row in four is empty
         (4, 128, 8, (4, 2)),
-        (4, 128, 16, (4, 2)),
+        (4, 128, 16, (4, 4)),
         (4, 16, 16, (4, 1)),
         (5, 64, 8, (1, 8)),
         (6, 64, 8, (2, 4)),

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 # the numbers of a cache.
 SIGNATURES = {
     "bounds": "IIIIiiiii",
-    "plan": "IIIIiii",
+    "plan": "IIIIiiiii",
     "attend_items": "IIIfFKKIFFFIFFFF",
     "merge": "IiiiFFFF",
     "multiply": "iiFiiFiIF",

@@ -32,9 +32,10 @@ LOWEST = FLOAT(-3.0e38)  # stands for -inf, since -inf - -inf would be NaN
 part = njit(inline="always")  # written into its caller before anything is compiled: LLVM sees one function, once
 
 # One piece of work: `count` queries of sequence `seq` from row `query` on, the first at `position` in its sequence,
-# over the keys from `begin` to before `end`. Where a query's keys are split, this is part `part` of `parts`, and its
-# result goes to the rows from `to` on of the partial results; else to the queries' own rows.
-SEQ, QUERY, COUNT, POSITION, BEGIN, END, PART, PARTS, TO, FIELDS = range(10)  # FIELDS: how many
+# over the keys from `begin` to before `end`, in the KV heads from `head` to before `end_head`. Where a query's keys are
+# split, this is part `part` of `parts`, and its result goes to the rows from `to` on of the partial results; else to
+# the queries' own rows.
+SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, END_HEAD, PART, PARTS, TO, FIELDS = range(12)  # FIELDS: how many
 # The numbers of a call. Strides are in elements: of a block, a slot, a head.
 (
     NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, TOKEN_BLOCKS, ITEM_BLOCKS, WINDOW, BLOCK_SIZE,
@@ -49,16 +50,19 @@ SEQ, QUERY, COUNT, POSITION, BEGIN, END, PART, PARTS, TO, FIELDS = range(10)  # 
 def slots(key_at, value_at, table, first, last, sizes):
     """Where the rows of the tile at key `first` begin: slot_of, times the strides. Past the end, the last key is
     repeated: a short tile then needs no loops of its own, and reads only its keys."""
-    block, slot = first // sizes[BLOCK_SIZE], first % sizes[BLOCK_SIZE]
-    for t in range(TILE):
-        if first + t < last:
-            key_at[t] = table[block] * sizes[KEY_BLOCK] + slot * sizes[KEY_SLOT]
-            value_at[t] = table[block] * sizes[VALUE_BLOCK] + slot * sizes[VALUE_SLOT]
-            slot += 1
-            if slot == sizes[BLOCK_SIZE]:
-                block, slot = block + 1, 0
-        else:
-            key_at[t], value_at[t] = key_at[t - 1], value_at[t - 1]
+    block_size, key_slot, value_slot = sizes[BLOCK_SIZE], sizes[KEY_SLOT], sizes[VALUE_SLOT]
+    block, slot, t, count = first // block_size, first % block_size, 0, min(TILE, last - first)
+    while t < count:
+        key, value = (
+            table[block] * sizes[KEY_BLOCK] + slot * key_slot,
+            table[block] * sizes[VALUE_BLOCK] + slot * value_slot,
+        )
+        for _ in range(min(count - t, block_size - slot)):
+            key_at[t], value_at[t] = key, value
+            key, value, t = key + key_slot, value + value_slot, t + 1
+        block, slot = block + 1, 0
+    for t in range(count, TILE):
+        key_at[t], value_at[t] = key_at[count - 1], value_at[count - 1]
 
 
 @part
@@ -136,12 +140,18 @@ def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
 
 
 @part
+def block_number(item, sizes, head, token):
+    """The number of the first block of the KV head's rows, for the token-th query of the item."""
+    return ((head - item[HEAD]) * item[COUNT] + token) * sizes[TOKEN_BLOCKS]
+
+
+@part
 def begin(item, sizes, sinks, state, rows):
     """Before the first key: only sinks are seen. A sink is a key without a value."""
     mixed, _, highest, total = state
-    for head in range(sizes[NUM_KV_HEADS]):
+    for head in range(item[HEAD], item[END_HEAD]):
         for i in range(item[COUNT] * sizes[TOKEN_BLOCKS]):
-            b = head * item[COUNT] * sizes[TOKEN_BLOCKS] + i
+            b = block_number(item, sizes, head, 0) + i
             sink = splat(FLOAT(-np.inf))
             if item[PART] == 0:
                 sink = load(sinks, (head * sizes[TOKEN_BLOCKS] + i % sizes[TOKEN_BLOCKS]) * LANES)
@@ -156,12 +166,12 @@ def score(item, sizes, since, query, keys, key_at, values, value_at, weights, ro
     """The products of the item's queries from number `since` on with the tile's keys. The values are prefetched."""
     size, keys_now = sizes[HEAD_SIZE], max(sizes[PASS_KEYS], LANES // len(rows))
     for t in range(0, TILE, keys_now):
-        for head in range(sizes[NUM_KV_HEADS]):
+        for head in range(item[HEAD], item[END_HEAD]):
             if t + keys_now < TILE:
                 prefetch_rows(keys, key_at, t + keys_now, keys_now, head, sizes[LINES])
             else:
                 prefetch_rows(values, value_at, 0, sizes[PASS_KEYS], head, sizes[LINES])
-            b = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
+            b = block_number(item, sizes, head, since)
             for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
                 row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE]
                 for _ in range(sizes[TOKEN_BLOCKS]):
@@ -174,8 +184,8 @@ def score(item, sizes, since, query, keys, key_at, values, value_at, weights, ro
 def weigh(item, sizes, since, first, softcap, slopes, state, rows):
     """From products to weights, for the whole tile at key `first`."""
     mixed, weights, highest, total = state
-    for head in range(sizes[NUM_KV_HEADS]):
-        b = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
+    for head in range(item[HEAD], item[END_HEAD]):
+        b = block_number(item, sizes, head, since)
         for position in range(item[POSITION] + since, item[POSITION] + item[COUNT]):
             all_seen = first + TILE <= min(item[END], position + 1) and first > position - sizes[WINDOW]
             for i in range(sizes[TOKEN_BLOCKS]):
@@ -193,13 +203,12 @@ def gather(item, sizes, since, values, value_at, keys, next_key_at, more, state,
     mixed, weights, _, _ = state
     size, keys_now = sizes[HEAD_SIZE], sizes[PASS_KEYS]
     for t in range(0, TILE, keys_now):
-        for head in range(sizes[NUM_KV_HEADS]):
+        for head in range(item[HEAD], item[END_HEAD]):
             if t + keys_now < TILE:
                 prefetch_rows(values, value_at, t + keys_now, keys_now, head, sizes[LINES])
             elif more:
                 prefetch_rows(keys, next_key_at, 0, max(keys_now, LANES // len(rows)), head, sizes[LINES])
-            first = (head * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
-            for b in range(first, (head + 1) * item[COUNT] * sizes[TOKEN_BLOCKS]):
+            for b in range(block_number(item, sizes, head, since), block_number(item, sizes, head + 1, 0)):
                 sums, of_keys = offset(mixed, b * len(rows) * size), offset(weights, b * len(rows) * TILE)
                 mix(sums, size, of_keys, values, value_at, head * sizes[VALUE_HEAD], t, t + keys_now, rows, columns)
 
@@ -209,10 +218,10 @@ def finish(item, sizes, state, out, lse, rows):
     """Divide by the sums of the weights, and write the results."""
     mixed, _, highest, total = state
     size = sizes[HEAD_SIZE]
-    for head in range(sizes[NUM_KV_HEADS]):
+    for head in range(item[HEAD], item[END_HEAD]):
         for i in range(item[COUNT]):
             for r in range(sizes[GROUP_SIZE]):
-                block, lane = (head * item[COUNT] + i) * sizes[TOKEN_BLOCKS] + r // len(rows), r % len(rows)
+                block, lane = block_number(item, sizes, head, i) + r // len(rows), r % len(rows)
                 row = (item[TO] + i) * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE] + r
                 norm = total[block * LANES + lane]
                 # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
@@ -266,27 +275,34 @@ def attend_items(rows, columns):
     return attend
 
 
-def plan(found, items, seq_lens, query_start_loc, num_seqs, window, most_queries):
-    """Fill `items`. found [3] = how many there are, the rows of partial results, and the query-key products."""
+def plan(found, items, seq_lens, query_start_loc, num_seqs, num_kv_heads, window, most_queries, most_of_a_head):
+    """Fill `items`. found [3] = how many there are, the rows of partial results, and the query-key products.
+
+    An item has all KV heads, and up to `most_queries`: K and V are read in the order in which they lie. A sequence with
+    more queries has items of one head, and up to `most_of_a_head`, so that K and V are read fewer times.
+    """
     count, split_rows, products = 0, 0, 0
     for s in range(num_seqs):
         query_len = query_start_loc[s + 1] - query_start_loc[s]
-        for first in range(0, query_len, most_queries):
-            queries = min(most_queries, query_len - first)
+        most, heads = (most_queries, num_kv_heads) if query_len <= most_queries else (most_of_a_head, 1)
+        for first in range(0, query_len, most):
+            queries = min(most, query_len - first)
             position = seq_lens[s] - query_len + first
             begin, end = max(0, position - window + 1), max(0, position + queries)
             parts = max(1, -(-(end - begin) // PART_KEYS)) if query_len <= most_queries else 1
             products += queries * max(0, end - begin)
-            for part in range(parts):
-                item = offset(items, count * FIELDS)
-                item[SEQ], item[QUERY], item[COUNT] = s, query_start_loc[s] + first, queries
-                item[POSITION], item[BEGIN] = position, begin + part * PART_KEYS
-                item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
-                item[PART], item[PARTS], item[TO] = part, parts, item[QUERY]
-                count += 1
-                if parts > 1:
-                    item[TO] = split_rows
-                    split_rows += queries
+            for head in range(0, num_kv_heads, heads):
+                for part in range(parts):
+                    item = offset(items, count * FIELDS)
+                    item[SEQ], item[QUERY], item[COUNT] = s, query_start_loc[s] + first, queries
+                    item[POSITION], item[BEGIN] = position, begin + part * PART_KEYS
+                    item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
+                    item[HEAD], item[END_HEAD] = head, head + heads
+                    item[PART], item[PARTS], item[TO] = part, parts, item[QUERY]
+                    count += 1
+                    if parts > 1:
+                        item[TO] = split_rows
+                        split_rows += queries
     found[0], found[1], found[2] = count, split_rows, products
 
 

@@ -67,11 +67,12 @@ def block_of(group_size: int, head_size: int, lanes: int = LANES) -> tuple[int, 
     """The rows of a block, and how many vectors of each row are summed together.
 
     Rows share each K and V that is loaded, so as many as fit: 4, 2 or 1, with at most one row in four left empty.
-    8 sums hide the time that a sum takes and leave room in AVX2's 16 registers.
+    At most as many sums as a vector has lanes: 8 hide the time that a sum takes and leave room in AVX2's 16 registers,
+    and AVX-512 has 32.
     """
     rows = next(rows for rows in (4, 2, 1) if -group_size % rows <= rows // 4)
     vectors = -(-head_size // lanes)  # of a row, filled up with zeros
-    return rows, next(columns for columns in (8, 4, 2, 1) if columns * rows <= 8 and vectors % columns == 0)
+    return rows, next(columns for columns in (8, 4, 2, 1) if columns * rows <= lanes and vectors % columns == 0)
 
 
 def passes_of(row_bytes: int, head_bytes: int) -> tuple[int, int]:

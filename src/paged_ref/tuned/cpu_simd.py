@@ -29,7 +29,7 @@ __all__ = ["attend", "unavailable", "unsupported"]
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
-NUM_FIELDS = 9  # of an item: cpu_loop.py names them
+NUM_FIELDS = 11  # of an item: cpu_loop.py names them
 LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
 
 
@@ -121,15 +121,17 @@ class _Step:
             table, block_size = np.ascontiguousarray(addresses.starts, INT)[:, None], NO_LIMIT
         window = min(call.window or NO_LIMIT, NO_LIMIT)
         token_blocks = -(-num_heads // num_kv_heads // self.num_rows)  # of a token and a KV head
-        queries = max(1, machine.ITEM_ROWS // (num_kv_heads * token_blocks * self.num_rows))  # of an item
-        item_blocks = num_kv_heads * token_blocks * queries
+        queries = max(1, machine.ITEM_ROWS // (num_kv_heads * token_blocks * self.num_rows))  # of an item of all heads
+        head_queries = max(1, machine.ITEM_ROWS // (token_blocks * self.num_rows))  # of an item of one
+        item_blocks = token_blocks * max(num_kv_heads * queries, head_queries)
 
         seq_lens = np.ascontiguousarray(addresses.seq_lens, INT)
         loc = np.ascontiguousarray(addresses.query_start_loc, INT)
-        most_items = int(seq_lens.sum()) // machine.PART_KEYS + num_tokens // queries + 2 * len(seq_lens)
+        most_items = int(seq_lens.sum()) // machine.PART_KEYS + num_tokens // queries + (2 + num_kv_heads) * len(loc)
         found = np.empty(3 + most_items * NUM_FIELDS, INT)
         self.items = address(found) + 3 * found.itemsize
-        function("plan")(address(found), self.items, address(seq_lens), address(loc), len(seq_lens), window, queries)
+        places = address(found), self.items, address(seq_lens), address(loc)
+        function("plan")(*places, len(seq_lens), num_kv_heads, window, queries, head_queries)
         self.num_items, part_tokens, products = found[:3].tolist()  # products: of queries and keys, for a head
         enough = products * num_heads * size >= machine.MIN_PARALLEL_WORK
         self.threads = min(num_threads(), self.num_items) if enough else 1
