@@ -37,7 +37,7 @@ def test_readme_lessons_assess_compare_and_paper_give_the_same_figure(
     for number, pattern in (("17", r"It is ([\d.]+) times"), ("18", r"\[([\d.]+), [\d.]+, ([\d.]+)\] requests/s")):
         capsys.readouterr()
         main(["lesson", number])
-        found = re.search(pattern, capsys.readouterr().out)
+        found = re.search(pattern, " ".join(capsys.readouterr().out.split()))
         assert found, number
         figures[f"lesson {number}"] = float(found[1]) if number == "17" else float(found[2]) / float(found[1])
     table = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
