@@ -200,9 +200,12 @@ def test_a_reader_goes_back_edits_and_loses_no_progress(directory: Path, monkeyp
 
 def test_a_reader_runs_an_earlier_part_again(directory: Path) -> None:
     """After an Enter too many: b, then r, runs the exercise as it is now; and no key is taken for another."""
-    lesson = LESSON.replace("# ## Next", 'claim("so far", 1, 1)\n\n# ## Next')
+    more = 'claim("so far", 1, 1)\ncheck(lambda: todo("2 lines"), spec=int, cases=[()], hint="")\n\n'
+    lesson = LESSON.replace("# ## Next", f"{more}# ## Next")
     (directory / "01_small.py").write_text(lesson)
     reader = Reader(directory, "1", "--part", "4")
+    reader.see("[Enter: what it prints]")
+    reader.type("")
     reader.see("with the package's own: so far")
     for typed, sentence in (
         ("", "5 of 5"), ("b", "4 of 5"), ("h", "'h' is none of the keys."), ("e", "'e' is none of the keys."),
@@ -210,12 +213,12 @@ def test_a_reader_runs_an_earlier_part_again(directory: Path) -> None:
         reader.see("q: leave]")
         reader.type(typed)
         reader.see(sentence)
-    (directory / "01_small.py").write_text(lesson.replace('return todo("1 line")', "return 2 * number"))
+    (directory / "01_small.py").write_text(lesson.replace('return todo("1 line")', "return 2 * number", 1))
     reader.see("r: run again from here  b: back  q: leave]")
     reader.type("r")
     reader.see("my_twice is right in all 2 cases")
-    reader.see("✓ so far: 1")  # and not "with the package's own", which the run before has said
-    for title in ("5 of 5", "Solved."):
+    reader.see("✓ so far: 1")  # the second exercise, open in the run before, comes after it
+    for title in ("5 of 5", "Still to write: <lambda>"):
         reader.see("q: leave]")
         reader.type("")
         reader.see(title)
