@@ -313,8 +313,8 @@ def test_files_that_are_no_logs(tmp_path: Path) -> None:
 
 def test_any_line_may_be_missing_or_doubled(logs: dict[str, list[Event]]) -> None:
     """A log that lost a line is read as far as it makes sense, or refused with a ValueError: never a crash."""
-    for name, events in logs.items():
-        for i in range(0, len(events), 1 if name == "paged" else 4):
+    for number, events in enumerate(logs.values()):
+        for i in range(number, len(events), 3):  # every third line: others in each log
             for broken in ([*events[:i], *events[i + 1 :]], [*events[: i + 1], *events[i:]]):
                 with contextlib.suppress(ValueError):
                     histories(broken)[0].moment(i)
