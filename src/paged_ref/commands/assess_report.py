@@ -52,7 +52,7 @@ def results(found: Assessment, trace: RequestTrace, source: str, limits: Limits,
     yield f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
     yield from left_out_words(found.paged)
     yield Heading("Memory")
-    share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
+    share = f"{found.setup.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
     yield rows_table(
         [
             ("K, V a token", model.kv_arithmetic),
@@ -90,7 +90,7 @@ def results(found: Assessment, trace: RequestTrace, source: str, limits: Limits,
         yield Code(server.command)
         yield from (f"- {sentence}" for sentence in server.supports)
     yield Heading("Assumed, beside the datasheet")
-    yield constants_table(found.constants)
+    yield constants_table(found.setup.constants)
     yield "paged-ref compare runs the real managers over real arrivals: waiting, holes, preemptions."
 
 
