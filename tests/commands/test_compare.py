@@ -156,7 +156,7 @@ def test_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(compare, "results", lambda *given: ["a paragraph"])
     monkeypatch.setattr(compare, "as_json", lambda *given: {"rows": []})
     assert main([*COMPARE, "--json", "-"]) == 0
-    assert capsys.readouterr().out == '{\n "rows": [],\n "left_out": []\n}\n'
+    assert json.loads(capsys.readouterr().out) == {"rows": [], "left_out": []}
 
 
 # --- plots ---------------------------------------------------------------------------------------------

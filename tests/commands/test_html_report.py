@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,6 +30,9 @@ def test_the_page_of_assess_needs_no_other_file(
     assert "<script" not in text
     assert "src=" not in text
     assert text.count("<svg") == 2  # the curve with the bars, and the memory over time
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids)) == 2  # of one id, the second picture was cut where the first one ends
+    assert set(ids) == set(re.findall(r"url\(#([^)]+)\)", text))
     assert f"paged-ref assess --gpu A100-40GB --model OPT-13B --context 400 --html {page}" in text
     assert "NVIDIA A100 datasheet, 2021: NVLink 600 GB/s, 2026-11-29" in text
     assert "40 layers x 40 KV heads x 128 x 2 bytes = 819,200 bytes" in text

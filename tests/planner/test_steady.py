@@ -230,7 +230,7 @@ def test_with_a_prefix_cache_the_roofline_knows_what_is_shared() -> None:
     assert cached.sustained_rate > 1.5 * plain.sustained_rate
     assert plain.sustained_rate <= plain.roofline
     assert cached.sustained_rate <= cached.roofline
-    known = steady_module._known_tokens(list(shared.requests), 1)
+    known = steady_module._known_tokens(list(shared.requests), shared.hash_block)
     assert known == [0.0] + [320.0] * 49
 
 

@@ -6,11 +6,9 @@ Each manager takes the whole trace in turn. CPU time is counted, so that a busy 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import process_time
-
-from rich import box
-from rich.table import Table
+from typing import Any
 
 from ..planner.hardware import gpu_named
 from ..planner.models import model_named
@@ -20,24 +18,10 @@ from ..planner.trace_files import trace_named
 from ..planner.traces import DRAWN, at_rate
 from ..views.common import options
 from ..views.common.console import Console
-from ..views.common.files import write_json
 from ..views.common.versions import describe_device
+from .results import table_of, write_results
 
 RATE = 2.0  # requests per second, where the trace has no times
-
-
-@dataclass(frozen=True)
-class SimulationTiming:
-    """One manager's run."""
-
-    name: str
-    seconds: float
-    steps: int
-    output_tokens: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.output_tokens / self.seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,23 +44,21 @@ def main(args: argparse.Namespace) -> int:
         replace(paged, label="standard exact", manager="standard", reserve="exact"),
         replace(paged, label="swapping", manager="swapping", preemption="swap"),
     ]
-    results = []
+    results: list[dict[str, Any]] = []
     for setup in setups:
         for skip in (True, False) if args.plain else (True,):
             began = process_time()
             outcome = Simulation(setup, trace, skip=skip).run()
+            seconds, tokens = process_time() - began, outcome.output_tokens
             name = setup.label if skip else f"{setup.label}, every step"
-            results.append(SimulationTiming(name, process_time() - began, outcome.steps, outcome.output_tokens))
+            numbers = {"seconds": seconds, "steps": outcome.steps, "output_tokens": tokens}
+            results.append({"name": name, **numbers, "tokens_per_second": tokens / seconds})
     console = Console(highlight=False)
     console.print(f"{trace.describe()}; {describe_device()}")
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("", "CPU seconds", "steps", "output tokens/s"):
-        table.add_column(column, justify="right" if column else "left")
-    for result in results:
-        table.add_row(result.name, f"{result.seconds:.2f}", f"{result.steps:,}", f"{result.tokens_per_second:,.0f}")
-    console.print(table)
-    if args.json:
-        rows = [{**result.__dict__, "tokens_per_second": result.tokens_per_second} for result in results]
-        numbers = {"trace": trace.describe(), "results": rows}
-        write_json(args.json, numbers)
+    rows = (
+        (each["name"], f"{each['seconds']:.2f}", f"{each['steps']:,}", f"{each['tokens_per_second']:,.0f}")
+        for each in results
+    )
+    console.print(table_of(("", "CPU seconds", "steps", "output tokens/s"), rows))
+    write_results(args.json, trace=trace.describe(), results=results)
     return 0

@@ -110,7 +110,7 @@ def as_json(found: Assessment, source: str) -> dict[str, Any]:
     return {
         "gpu": asdict(found.gpu),
         "model": asdict(model) | {"weight_bytes": model.weight_bytes, "kv_bytes_per_token": model.kv_bytes_per_token},
-        "constants": asdict(found.constants),
+        "constants": asdict(found.setup.constants),
         "requests": source,
         "max_batch_seqs": setup.max_batch_seqs,
         "max_batch_tokens": setup.max_batch_tokens,

@@ -17,24 +17,9 @@ from ..planner.traces import RequestTrace
 from ..views.common.canvas import size_of
 from ..views.common.console import Console
 from ..views.common.plots import Line, round_up, svg
+from . import report_text as report
 from .compare_plots import bars_of
 from .html_report import memory_over_time_picture
-from .report_text import (
-    Code,
-    Heading,
-    OnPage,
-    Part,
-    constants_table,
-    goodput_words,
-    left_out_words,
-    limit_words,
-    model_words,
-    number_table,
-    price_sentence,
-    price_words,
-    rate_words,
-    rows_table,
-)
 
 PAGE_WIDTH = 200  # columns of a table that is no terminal's
 MODEL_COLUMNS = ("params\n(10^9)", "layers", "heads", "KV\nheads", "context", "K, V\nbytes")
@@ -45,15 +30,15 @@ def title_of(found: Assessment) -> str:
     return f"{found.model.name} on {found.gpu.name}: what paging brings"
 
 
-def results(found: Assessment, trace: RequestTrace, source: str, limits: Limits, width: int) -> Iterator[Part]:
+def results(found: Assessment, trace: RequestTrace, source: str, limits: Limits, width: int) -> Iterator[report.Part]:
     """`width`: columns of the tables."""
     gpu, model = found.gpu, found.model
     yield f"{source}."
     yield f"A sequence may have {found.max_model_len:,} tokens; `standard max` reserves this for each."
-    yield from left_out_words(found.paged)
-    yield Heading("Memory")
-    share = f"{found.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
-    yield rows_table(
+    yield from report.left_out_words(found.paged)
+    yield report.Heading("Memory")
+    share = f"{found.setup.constants.memory_share:.0%} of {_size(gpu.memory_bytes)}, less the weights"
+    yield report.rows_table(
         [
             ("K, V a token", model.kv_arithmetic),
             (f"of {found.longest:,} tokens", _size(model.kept(found.longest))),
@@ -61,36 +46,36 @@ def results(found: Assessment, trace: RequestTrace, source: str, limits: Limits,
             ("left for K, V", f"{share} = {_size(found.kv_bytes)} = {found.num_tokens:,} tokens"),
         ]
     )
-    yield from model_words(found.setup)
-    yield Heading("How many requests are served")
+    yield from report.model_words(found.setup)
+    yield report.Heading("How many requests are served")
     yield _plans(found, bool(limits), width)
     yield (
         "Sustained: requests per second with one always waiting, by the real scheduler and manager, as in paged-ref "
         f"compare; 95 of 100 times within ±. At most {found.setup.max_batch_seqs} sequences run, and a step computes "
         f"at most {found.setup.max_batch_tokens:,} tokens. Roofline: at most so many, in any order."
     )
-    yield from goodput_words(limits)
-    yield from price_sentence(found.setup)
+    yield from report.goodput_words(limits)
+    yield from report.price_sentence(found.setup)
     yield _gain(found)
-    yield OnPage(lambda: picture(found))
+    yield report.OnPage(lambda: picture(found))
     served = [plan.served for plan in found.plans if plan.served]
     yield memory_over_time_picture(served, trace, SHOWN * found.paged.sustained_rate)
-    yield Heading("What limits it")
-    yield f"Paged: {limit_words(found.paged)}"
-    yield Heading(f"How many sequences: {found.advised:,}")
+    yield report.Heading("What limits it")
+    yield f"Paged: {report.limit_words(found.paged)}"
+    yield report.Heading(f"How many sequences: {found.advised:,}")
     yield _batches(found)
     yield _sequence_advice(found, limits)
-    yield Heading(f"Block size: {found.block_size}, and swap or compute again")
+    yield report.Heading(f"Block size: {found.block_size}, and swap or compute again")
     yield _block_sizes(found)
     yield _block_advice(found)
     yield _swap_advice(found)
-    yield Heading("The same elsewhere")
+    yield report.Heading("The same elsewhere")
     for server in servers(found):
         yield f"{server.name} ({server.version}, looked up {server.looked_up})"
-        yield Code(server.command)
+        yield report.Code(server.command)
         yield from (f"- {sentence}" for sentence in server.supports)
-    yield Heading("Assumed, beside the datasheet")
-    yield constants_table(found.constants)
+    yield report.Heading("Assumed, beside the datasheet")
+    yield report.constants_table(found.setup.constants)
     yield "paged-ref compare runs the real managers over real arrivals: waiting, holes, preemptions."
 
 
@@ -108,7 +93,7 @@ def _plans(found: Assessment, limited: bool, width: int) -> Table:
         "roof-\nline",
         *(["price\n10^6"] if found.gpu.price_per_hour is not None else []),
     )
-    table = number_table(*columns, wrap_names=True, padding=(0, 1) if width >= 80 else 0)
+    table = report.number_table(*columns, wrap_names=True, padding=(0, 1) if width >= 80 else 0)
     for plan in found.plans:
         if plan.served is None:
             table.add_row(plan.name, *["-"] * (len(columns) - 1))
@@ -120,11 +105,11 @@ def _plans(found: Assessment, limited: bool, width: int) -> Table:
             f"{steady.outcome.shares.occupancy:.1%}",
             f"{steady.outcome.running_mean:,.1f}",
             f"{1000 * steady.step_seconds:.1f}",
-            rate_words(steady.sustained_rate),
-            rate_words(steady.half_width, steady.sustained_rate),
-            *([rate_words(plan.rate) if plan.rate else "none"] if limited else []),
-            rate_words(steady.roofline),
-            *([price_words(plan.served.price)] if found.gpu.price_per_hour is not None else []),
+            report.rate_words(steady.sustained_rate),
+            report.rate_words(steady.half_width, steady.sustained_rate),
+            *([report.rate_words(plan.rate) if plan.rate else "none"] if limited else []),
+            report.rate_words(steady.roofline),
+            *([report.price_words(plan.served.price)] if found.gpu.price_per_hour is not None else []),
         )
     return table
 
@@ -148,13 +133,13 @@ def _batches(found: Assessment) -> Table:
     """Where the curve of the rate bends."""
     priced = found.gpu.price_per_hour is not None
     price = ["price\n10^6"] if priced else []
-    table = number_table("sequences", "a step, ms", "requests/s\nat most", "of the\nmost", *price)
+    table = report.number_table("sequences", "a step, ms", "requests/s\nat most", "of the\nmost", *price)
     most = found.batches[-1]
     place = next(n for n, each in enumerate(found.batches) if each.sequences == found.advised)
     around = found.batches[max(0, place - 4) : place + 4]
     for each in around if most in around else (*around, most):
-        cells = (f"{1000 * each.step_seconds:.1f}", rate_words(each.rate), f"{each.rate / most.rate:.0%}")
-        price = [price_words(each.price)] if priced else []
+        cells = (f"{1000 * each.step_seconds:.1f}", report.rate_words(each.rate), f"{each.rate / most.rate:.0%}")
+        price = [report.price_words(each.price)] if priced else []
         table.add_row(f"{each.sequences:,}", *cells, *price, style="bold" if each.sequences == found.advised else "")
     return table
 
@@ -178,7 +163,7 @@ def _sequence_advice(found: Assessment, limits: Limits) -> str:
 
 
 def _block_sizes(found: Assessment) -> Table:
-    table = number_table("block\nsize", "slots\nempty", "table", "K in one\npiece", "swap\nout, in")
+    table = report.number_table("block\nsize", "slots\nempty", "table", "K in one\npiece", "swap\nout, in")
     for each in found.block_sizes:
         sizes = _size(each.table_bytes), _size(each.run_bytes)
         cells = (f"{each.block_size:>5}", f"{each.waste:.1%}", *sizes, f"{1000 * each.swap_seconds:.1f} ms")
@@ -227,13 +212,13 @@ def print_known(console: Console) -> None:
     """The tables of models and GPUs. In a narrow window the columns stand closer."""
     wide = console.width >= 80
     style: dict[str, Any] = {"padding": (0, 1) if wide else 0, "show_edge": wide}
-    table = number_table("", *MODEL_COLUMNS, title="Known models", **style)
+    table = report.number_table("", *MODEL_COLUMNS, title="Known models", **style)
     for model in MODELS.values():
         sizes = (model.num_layers, model.num_heads, model.num_kv_heads, model.max_context)
         cells = f"{model.num_parameters / 1e9:.2f}", *map(str, sizes), f"{model.kv_bytes_per_token:,}"
         table.add_row(model.name, *cells)
     console.print(table)
-    table = number_table("", *GPU_COLUMNS, title="Known GPUs, as published", **style)
+    table = report.number_table("", *GPU_COLUMNS, title="Known GPUs, as published", **style)
     for gpu in GPUS.values():
         rates = f"{gpu.bandwidth / 1e9:,.0f} GB/s", f"{gpu.flops / 1e12:,.1f} TFLOPS", f"{gpu.link / 1e9:.0f} GB/s"
         table.add_row(gpu.name, f"{gpu.memory_bytes // GIB} GiB", *rates)

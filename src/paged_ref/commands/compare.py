@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.record is not None and not args.run:
         raise ValueError(f"--record {args.record} writes runs of the embedded model; --run makes them")
-    trace = trace_of(args)
+    trace = shared.trace_of_options(args)
+    if args.scale != 1.0:
+        trace = scaled(trace, args.scale)
     model = shared.model_of(args, DEFAULT_MODEL)
     base = shared.setup_of(args, shared.gpu_of(args, model, DEFAULT_GPU), model, trace)
     rows = setups(base, list(dict.fromkeys(args.block_sizes)))
@@ -99,11 +101,6 @@ def _measure(
             task = progress.add_task("running the embedded model", total=len(rows))
             checked = check(rows, small(trace), on_run=lambda _: progress.advance(task), log=log)
     return found, cost, checked
-
-
-def trace_of(args: argparse.Namespace) -> RequestTrace:
-    trace = shared.trace_of_options(args)
-    return trace if args.scale == 1.0 else scaled(trace, args.scale)
 
 
 def _cost(done: Callable[[], object]) -> MeasuredCost:

@@ -13,24 +13,9 @@ from ..planner.setup import Setup
 from ..planner.source_lines import lines_of
 from ..planner.sweep import SHOWN, Curve
 from ..planner.traces import RequestTrace
+from . import report_text as report
 from .compare_plots import latency_plot, memory_plot, picture
 from .html_report import memory_over_time_picture
-from .report_text import (
-    WAITS,
-    Heading,
-    OnPage,
-    OnScreen,
-    Part,
-    constants_table,
-    goodput_words,
-    left_out_words,
-    limit_words,
-    model_words,
-    number_table,
-    price_sentence,
-    price_words,
-    rate_words,
-)
 
 GIB = 2**30
 UTILIZATION = (
@@ -67,7 +52,7 @@ def title_of(base: Setup) -> str:
     return f"{base.model.name} on {base.gpu.name}: memory managers compared"
 
 
-def setting(base: Setup, trace: RequestTrace) -> Iterator[Part]:
+def setting(base: Setup, trace: RequestTrace) -> Iterator[report.Part]:
     """What is known before anything runs."""
     kv = base.num_slots * base.model.kv_bytes_per_token / GIB
     yield f"K and V of {base.num_slots:,} tokens in {kv:.1f} GiB: {base.model.kv_arithmetic}."
@@ -78,34 +63,34 @@ def setting(base: Setup, trace: RequestTrace) -> Iterator[Part]:
         "tokens in a step at most. The real schedulers and managers decide; the time of a step is computed from the "
         "datasheet and assumptions:"
     )
-    yield constants_table(base.constants)
-    yield from model_words(base)
+    yield report.constants_table(base.constants)
+    yield from report.model_words(base)
 
 
-def results(rows: Sequence[Curve], cost: MeasuredCost, trace: RequestTrace) -> Iterator[Part]:
+def results(rows: Sequence[Curve], cost: MeasuredCost, trace: RequestTrace) -> Iterator[report.Part]:
     goodput, paged = rows[0].goodput, _paged(rows)
-    yield Heading("Where the K/V memory is, while requests wait")
-    yield OnScreen(lambda columns: memory_plot(rows, columns))
-    yield OnPage(lambda: picture(rows))
-    yield Heading("Utilization")
+    yield report.Heading("Where the K/V memory is, while requests wait")
+    yield report.OnScreen(lambda columns: memory_plot(rows, columns))
+    yield report.OnPage(lambda: picture(rows))
+    yield report.Heading("Utilization")
     yield _utilization(rows)
     yield UTILIZATION
     in_time = [row for row in rows if row is paged or row.setup.label in IN_TIME]
     yield memory_over_time_picture(in_time, trace, SHOWN * paged.steady.sustained_rate)
-    yield Heading("Scalability")
+    yield report.Heading("Scalability")
     yield _scalability(rows)
     yield SCALABILITY
     if goodput:
-        yield from goodput_words(goodput.limits)
+        yield from report.goodput_words(goodput.limits)
         yield "X max compares goodput."
-    yield Heading("Latency" if goodput else f"Latency, at {SHOWN:.0%} of the sustained rate")
+    yield report.Heading("Latency" if goodput else f"Latency, at {SHOWN:.0%} of the sustained rate")
     yield _latency(rows)
     yield (
         "Seconds to the first token (TTFT), and milliseconds for each token after it (TPOT), that 50, 90 and 99 of 100 "
         f"accepted requests do not exceed; {'at the goodput' if goodput else 'with a limit (--ttft) at the goodput'}."
     )
-    yield OnScreen(lambda columns: latency_plot(rows, columns))
-    yield Heading("Complexity")
+    yield report.OnScreen(lambda columns: latency_plot(rows, columns))
+    yield report.Heading("Complexity")
     yield _complexity(rows, cost)
     yield (
         f"Lines: of code, counted from this package. Step: the bookkeeping of {cost.num_seqs} decoding sequences, "
@@ -113,18 +98,18 @@ def results(rows: Sequence[Curve], cost: MeasuredCost, trace: RequestTrace) -> I
         "timed now. Moved: K and V copied on the device or over the link, for each generated token. Preempted: for "
         "each 100 requests."
     )
-    yield Heading("The article's table, measured")
+    yield report.Heading("The article's table, measured")
     yield _article(rows, cost)
-    yield from price_sentence(paged.setup)
+    yield from report.price_sentence(paged.setup)
     yield _gains(rows, paged)
-    yield f"{paged.setup.label}: {limit_words(paged.steady)}"
+    yield f"{paged.setup.label}: {report.limit_words(paged.steady)}"
     yield from _arrival(paged, trace)
-    yield from left_out_words(paged.steady)
+    yield from report.left_out_words(paged.steady)
     yield _longest(rows)
-    cached = next(row for row in rows if row.setup.prefix_cache).steady.outcome
-    found = f"knew {cached.hit_rate:.1%} of the prompts' tokens."
-    nothing = "found nothing: no two of these requests begin with the same tokens, as far as is known."
-    yield f"The prefix cache {found if cached.known_tokens else nothing}"
+    for cached in (row.steady.outcome for row in rows if row.setup.prefix_cache):
+        found = f"knew {cached.hit_rate:.1%} of the prompts' tokens."
+        nothing = "found nothing: no two of these requests begin with the same tokens, as far as is known."
+        yield f"The prefix cache {found if cached.known_tokens else nothing}"
 
 
 def _paged(rows: Sequence[Curve]) -> Curve:
@@ -134,7 +119,7 @@ def _paged(rows: Sequence[Curve]) -> Curve:
 
 
 def _table(*columns: str) -> Table:
-    return number_table(*columns, wrap_names=True, padding=(0, 0, 0, 1), pad_edge=False)
+    return report.number_table(*columns, wrap_names=True, padding=(0, 0, 0, 1), pad_edge=False)
 
 
 def _utilization(rows: Sequence[Curve]) -> Table:
@@ -155,17 +140,17 @@ def _scalability(rows: Sequence[Curve]) -> Table:
         "re-\nfused", *(["price\n10^6"] if priced else []),
     )  # fmt: skip
     for row in rows:
-        steady = row.steady
+        steady, rate = row.steady, row.steady.sustained_rate
         table.add_row(
             row.setup.label,
-            f"{rate_words(steady.sustained_rate)} ±{rate_words(steady.half_width, steady.sustained_rate)}",
-            *([rate_words(row.rate) if row.rate else "none"] if limited else []),
+            f"{report.rate_words(rate)} ±{report.rate_words(steady.half_width, rate)}",
+            *([report.rate_words(row.rate) if row.rate else "none"] if limited else []),
             f"{row.rate / most:.2f}" if most else "",
-            rate_words(steady.roofline),
+            report.rate_words(steady.roofline),
             f"{steady.outcome.running_mean:.1f}",
             steady.admission,
             f"{steady.num_refused:,}",
-            *([price_words(row.price)] if priced else []),
+            *([report.price_words(row.price)] if priced else []),
         )
     return table
 
@@ -180,10 +165,10 @@ def _latency(rows: Sequence[Curve]) -> Table:
         first, each = point.outcome.first_token, point.outcome.each_token
         table.add_row(
             row.setup.label,
-            rate_words(point.rate),
+            report.rate_words(point.rate),
             *(f"{seconds:.3g}" for seconds in (first.p50, first.p90, first.p99)),
             *(f"{1000 * seconds:.0f}" for seconds in (each.p50, each.p90, each.p99)),
-            WAITS[row.steady.step.bound],
+            report.WAITS[row.steady.step.bound],
         )
     return table
 
@@ -271,8 +256,8 @@ def _longest(rows: Sequence[Curve]) -> str:
 # --- the embedded model --------------------------------------------------------------------------------
 
 
-def with_the_model(trace: RequestTrace, checked: Sequence[Checked]) -> Iterator[Part]:
-    yield Heading("The embedded model, for real")
+def with_the_model(trace: RequestTrace, checked: Sequence[Checked]) -> Iterator[report.Part]:
+    yield report.Heading("The embedded model, for real")
     yield f"{trace.describe()}; {'; '.join(trace.notes)}."
     table = _table("", "occupancy, simulated", "run", "steps", "each step the same")
     for each in checked:

@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"figure is {key!r}; known are {', '.join(FIGURES)}")
     console = report_console(args)
     print_title(
-        console, "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023"
+        console, "Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023."
     )
     figures = []
     for figure in _figures(list(dict.fromkeys(args.figures or FIGURES)), workers_of(args)):

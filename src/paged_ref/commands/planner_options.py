@@ -62,6 +62,8 @@ def server_options(parser: options.Options, model: str, gpu: str) -> None:
 
 def model_of(args: argparse.Namespace, default: str) -> ModelSpec:
     """The model of these options. Raises ValueError."""
+    if args.kv_bits is not None and args.kv_bytes_per_token is not None:
+        raise ValueError(f"--kv-bits is {args.kv_bits}; --kv-bytes-per-token {args.kv_bytes_per_token} says the size")
     by_hand = ByHand(args.kv_bytes_per_token, args.weights, args.active_weights, args.layers)
     if args.model is None and by_hand:
         model = by_hand.model()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import RenderableType
@@ -38,27 +37,23 @@ NARROWEST = 78  # columns: a narrower terminal wraps the lines, so that no numbe
 # --- parts ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Heading:
+class Heading(NamedTuple):
     words: str
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
+class Code(NamedTuple):
     """One line that can be copied."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class OnScreen:
+class OnScreen(NamedTuple):
     """What only a screen shows; `make` takes the columns."""
 
     make: Callable[[int], RenderableType]
 
 
-@dataclass(frozen=True, slots=True)
-class OnPage:
+class OnPage(NamedTuple):
     """A picture that only a page shows, as SVG."""
 
     make: Callable[[], str]

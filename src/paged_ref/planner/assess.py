@@ -6,6 +6,7 @@ datasheets.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from .comparison import STANDARD
 from .hardware import GPU, price_of_million
 from .metrics import Limits
 from .model_config import ModelSpec
-from .roofline import Constants, Roofline
+from .roofline import Roofline
 from .setup import Setup
 from .steady import Bound, Steady, Work, admissible, held_slots, mean_length, steady_state, work_of
 from .sweep import Served, goodput
@@ -101,10 +102,6 @@ class Assessment:
     @property
     def model(self) -> ModelSpec:
         return self.setup.model
-
-    @property
-    def constants(self) -> Constants:
-        return self.setup.constants
 
     @property
     def block_size(self) -> int:
@@ -212,25 +209,15 @@ def _advice(paged: Setup, trace: RequestTrace, work: Work, fit: int, limits: Lim
     tpot = limits.tpot
     if tpot is None:
         most = _batch(paged, work, fit).rate
-        count = _first(fit, lambda count: _batch(paged, work, count).rate >= BEND * most)
+        count = 1 + bisect_left(range(1, fit), BEND * most, key=lambda count: _batch(paged, work, count).rate)
         return count, simulated(count)
-    count = max(1, _first(fit, lambda count: _batch(paged, work, count).step_seconds > tpot) - 1)
-    count = fit if _batch(paged, work, fit).step_seconds <= tpot else count
+    count = max(1, bisect_right(range(1, fit + 1), tpot, key=lambda count: _batch(paged, work, count).step_seconds))
     for _ in range(TRIES):
         found = simulated(count)
         if found <= tpot or count == 1:
             break
         count = max(1, min(count - 1, int(count * tpot / found)))
     return count, found
-
-
-def _first(most: int, holds: Any) -> int:
-    """The first of 1 to `most` for which `holds` is true, given that it stays true; `most` if it never is."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
 
 
 def _block_size(roofline: Roofline, requests: Sequence[TraceRequest], block_size: int) -> BlockSize:

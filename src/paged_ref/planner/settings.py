@@ -49,7 +49,7 @@ def servers(found: Assessment) -> tuple[Server, ...]:
         "max_model_len": found.max_model_len,
         "sequences": found.advised,
         "batch_tokens": found.setup.max_batch_tokens,
-        "memory_share": found.constants.memory_share,
+        "memory_share": found.setup.constants.memory_share,
         "share_of_free_memory": found.kv_bytes / (found.gpu.memory_bytes - found.model.weight_bytes),
         "kv_bytes": found.kv_bytes,
         "host_gib": host_gib,

@@ -188,12 +188,8 @@ def with_prefix(trace: RequestTrace, length: int) -> RequestTrace:
     """`length` more tokens before each prompt, the same for all. The hash ids of the prompts are dropped."""
     if length < 1:
         raise ValueError(f"the shared prefix has {length} tokens; at least 1 is needed")
-    ids = tuple(range(length))
-    requests = tuple(
-        TraceRequest(each.arrival, length + each.prompt_len, each.output_len, ids) for each in trace.requests
-    )
-    note = f"the same {length} tokens before each prompt"
-    return replace(trace, requests=requests, notes=(*trace.notes, note), hash_block=1)
+    longer = tuple(replace(each, prompt_len=length + each.prompt_len, hash_ids=()) for each in trace.requests)
+    return with_prefixes(replace(trace, requests=longer), length)
 
 
 # --- drawn traces --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from math import floor, log2, log10
+from zlib import crc32
 
 import numpy as np
 from rich.text import Text
@@ -251,8 +252,9 @@ def _lines_svg(
     def place(x: float, y: float) -> tuple[float, float]:
         return left + x / x_most * width, bottom - y / y_most * height
 
+    clip = f"plot-{crc32(y_label.encode()):x}"  # a page may have several pictures, and an id counts in the whole page
     parts = [
-        f'<clipPath id="plot"><rect x="{left}" y="{top + 30}" width="{width}" height="{height}"/></clipPath>',
+        f'<clipPath id="{clip}"><rect x="{left}" y="{top + 30}" width="{width}" height="{height}"/></clipPath>',
         f'<path d="M{left} {top + 30}V{bottom}H{left + width}" fill="none" stroke="#57606a"/>',
         _label(left, top + 20, y_label),
         _label(left + width / 2, bottom + 38, x_label, anchor="middle"),
@@ -269,7 +271,7 @@ def _lines_svg(
         colour = PALETTE[number % len(PALETTE)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line.points))
         parts.append(
-            f'<polyline points="{path}" clip-path="url(#plot)" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'<polyline points="{path}" clip-path="url(#{clip})" fill="none" stroke="{colour}" stroke-width="2"/>'
         )
         x, y = 20 + 245 * (number % 3), bottom + 66 + 20 * (number // 3)
         parts += [f'<rect x="{x}" y="{y - 9}" width="14" height="4" fill="{colour}"/>', _label(x + 20, y, line.label)]
