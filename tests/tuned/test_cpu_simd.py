@@ -98,7 +98,7 @@ def test_the_layers_of_a_step_are_planned_once(monkeypatch: pytest.MonkeyPatch) 
     layers, query = rng.standard_normal((3, 2, 8, 16, 2, 32), np.float32), rng.standard_normal((2, 8, 32), np.float32)
 
     def outputs(windows: tuple[int | None, ...], steps: int) -> list[np.ndarray]:
-        results = []
+        results: list[np.ndarray] = []
         for (keys, values), window in zip(layers, windows, strict=True):
             if not results or steps > 1:
                 table, loc = np.arange(8, dtype=np.int32).reshape(2, 4), np.arange(3, dtype=np.int32)
