@@ -1,7 +1,8 @@
 # mypy: ignore-errors
 """The loop of the backend `cpu-simd`, compiled by Numba. Its order, from the outside in, and why:
 
-    item   a few queries of one sequence, with the keys that they may see. Threads share the items.
+    item   a few queries of one sequence in all heads, or more of them in one KV head, with the keys that they may see.
+           Threads share the items.
      tile    32 keys. Their slots are looked up once, and this is all that paging costs.
       keys     4 or 8 keys at a time, in all heads: memory is read in the order in which it lies, which the hardware
                follows with its own prefetches.

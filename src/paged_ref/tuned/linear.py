@@ -15,7 +15,7 @@ import numpy as np
 from ..core.device import Array
 from .threads import in_parts, num_threads
 
-FEW = 16  # rows: for more, BLAS is as fast as the loop
+FEW = 32  # rows: from 64 on, BLAS is as fast as the loop
 WHOLE = 16  # numbers: the loop takes rows of a multiple, of any CPU's vectors
 PARALLEL = 1 << 26  # multiplications, half a millisecond: for fewer, waking threads costs more than it saves
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from .cpu_machine import LANES
 from .cpu_vectors import add_products, no_sums, offset, prefetch, store_by_row, sum_each
 
+LINE = 16  # float32 numbers of a cache line
+
 
 def multiply(rows):
     """The function that computes len(rows) rows at a time, and LANES // len(rows) columns of each."""
@@ -15,7 +17,7 @@ def multiply(rows):
         rows, whole vectors of a row, at least LANES columns in all; `places` are those of weight's first LANES rows.
 
         All rows take their turn before the next columns, so that the weights come from memory once. Those that are
-        needed two turns later are asked for meanwhile, a line for each vector that is used.
+        needed two turns later are asked for meanwhile.
         """
         columns = LANES // len(rows)
         for turn in range(first, end, columns):
@@ -24,7 +26,7 @@ def multiply(rows):
             for row in range(0, num_rows, len(rows)):
                 sums = no_sums()
                 for d in range(0, size, LANES):
-                    if row == 0:
+                    if row == 0 and (LANES == LINE or d % LINE == 0):
                         for i in range(columns):
                             prefetch(weights, (2 * columns + i) * size + d, 0)
                     sums = add_products(sums, rows, x, row * size + d, size, weights, places, 0, d)
