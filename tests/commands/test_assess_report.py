@@ -167,7 +167,7 @@ def test_the_lists_name_all(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         (["--num-gpus", "3"], "--num-gpus is 3; a divisor of the 32 heads"),
         (["--num-gpus", "0"], "--num-gpus is 0; a divisor"),
         (["--kv-bits", "8", "--kv-bytes-per-token", "9"], "--kv-bits is 8; --kv-bytes-per-token 9 says the size"),
-        (["--model", ""], "config.json cannot be read"),
+        (["--model", ""], "model is ''; a Hugging Face directory or one of tiny, OPT-13B"),
         (["--model", "Llama-3-70B"], "131.4 GiB of weights; A100-80GB has 72.0 GiB for them"),
         (["--trace", "nowhere.csv"], "trace nowhere.csv cannot be read: No such file"),
         (["--trace", "sharegpt", "--context", "5"], "--context is 5; --trace sharegpt says the lengths"),

@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "Hugging Face directory, or NAME.gguf (default: random weights)"
-    parser.add_argument("--model", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--model", metavar="DIR", help=text)
     options.integer(parser, "--batch", [8], "sequences in a batch; several numbers: one batch after another", nargs="+")
     options.integer(parser, "--prompt-tokens", 32)
     options.integer(parser, "--new-tokens", 64)
@@ -49,14 +49,14 @@ def main(args: argparse.Namespace) -> int:
     console = Console()
     require_prompt_memory(max(args.batch), args.prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:
-        managers: tuple[ManagerName, ...] = ("paged",) if args.model else ("paged", "standard")
-        if not args.model:
+        managers: tuple[ManagerName, ...] = ("paged", "standard") if args.model is None else ("paged",)
+        if args.model is None:
             save_checkpoint(Path(folder), CONFIG, random_weights(CONFIG))
-        model = args.model or Path(folder)
+        model = folder if args.model is None else args.model
         llms = {manager: _llm(model, manager, args) for manager in managers}
         runs: dict[str, Run] = {manager: _ours(llm, args) for manager, llm in llms.items()}
         if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
-            runs[TRANSFORMERS] = _transformers(model, args)
+            runs[TRANSFORMERS] = _transformers(Path(model), args)
         vocab_size = llms["paged"].config.vocab_size
         results = [row for batch in args.batch for row in _compared(runs, batch, vocab_size, args)]
 
@@ -94,7 +94,7 @@ def _compared(runs: dict[str, Run], batch: int, vocab_size: int, args: argparse.
     ]
 
 
-def _llm(model: Path, manager: ManagerName, args: argparse.Namespace) -> LLM:
+def _llm(model: str, manager: ManagerName, args: argparse.Namespace) -> LLM:
     length = args.prompt_tokens + args.new_tokens
     return LLM(model, manager=manager, max_model_len=length, kv_cache_tokens=max(args.batch) * (length + 16))
 

@@ -40,7 +40,7 @@ def model_named(name: str | Path) -> ModelSpec:
         if text.casefold() in (spec.name.casefold(), spec.hub.casefold()):
             return spec
     directory = Path(name)
-    if directory.is_dir():
+    if text and directory.is_dir():
         return _of_directory(directory)
     raise ValueError(f"model is {text!r}; a Hugging Face directory or one of tiny, {', '.join(MODELS)} is needed")
 
