@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,26 +15,43 @@ CACHES = (*FLOATS, INT8, FLOAT8)
 INTEGERS = tuple(np.dtype(name) for name in ("int32", "int64"))
 
 
-def scales_of(
-    dtype: np.dtype[Any], name: str, num_kv_heads: int, key_scales: Any, value_scales: Any
-) -> tuple[Array | None, Array | None]:
-    """The scales of K and V as float32 [num_kv_heads], for the caches that need them, and None for the others."""
-    scales = {"key_scales": key_scales, "value_scales": value_scales}
+class Kind(NamedTuple):
+    """What is checked of an array before its values: it can be hashed, so what was found right can be remembered.
+    The functions below take a kind or an array, unless they say otherwise."""
+
+    library: Any  # NumPy or CuPy
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+def scales_of(cache: Array, name: str, key_scales: Any, value_scales: Any) -> tuple[Array | None, Array | None]:
+    """The scales of K and V, checked, as float32 [num_kv_heads]; None where the cache has none. Takes arrays."""
+    key = None if key_scales is None else adopt(key_scales, "key_scales")
+    value = None if value_scales is None else adopt(value_scales, "value_scales")
+    require_scales(cache, name, key, value)
+    return as_float32(key), as_float32(value)
+
+
+def require_scales(
+    cache: Array | Kind, name: str, key_scales: Array | Kind | None, value_scales: Array | Kind | None
+) -> None:
+    """Caches of int8 and float8 need scales [num_kv_heads]; the others have none."""
+    scales, num_kv_heads = {"key_scales": key_scales, "value_scales": value_scales}, cache.shape[-2]
     for scales_name, given in scales.items():
-        if dtype in MAX_VALUE and given is None:
+        if cache.dtype in MAX_VALUE and given is None:
             raise ValueError(
-                f"{name} is {format_name(dtype)}; {scales_name} [{num_kv_heads}] is needed, one for each KV head"
+                f"{name} is {format_name(cache.dtype)}; {scales_name} [{num_kv_heads}] is needed, one for each KV head"
             )
-        if dtype not in MAX_VALUE and given is not None:
+        if cache.dtype not in MAX_VALUE and given is not None:
             raise ValueError(
-                f"{scales_name} is given; {name} is {format_name(dtype)}, and only int8 and float8 have scales"
+                f"{scales_name} is given; {name} is {format_name(cache.dtype)}, and only int8 and float8 have scales"
             )
-    key, value = (per_head(given, name, num_kv_heads, "KV head") for name, given in scales.items())
-    return key, value
+    for scales_name, given in scales.items():
+        require_per_head(given, scales_name, num_kv_heads, "KV head")
 
 
 def check_scales(key_scales: Array | None, value_scales: Array | None) -> None:
-    """Looks at values: not for arrays on a GPU, unless asked to."""
+    """Looks at values of arrays: not for arrays on a GPU, unless asked to."""
     for scales, name in ((key_scales, "key_scales"), (value_scales, "value_scales")):
         scales = None if scales is None else to_host(scales)
         if scales is not None and not (np.isfinite(scales) & (scales > 0)).all():
@@ -42,12 +59,13 @@ def check_scales(key_scales: Array | None, value_scales: Array | None) -> None:
             raise ValueError(f"{name}[{head}] is {scales[head]}; a positive number is needed")
 
 
-def per_head(values: Any, name: str, num_heads: int, what: str = "head") -> Array | None:
-    if values is None:
-        return None
-    values = adopt(values, name)
-    require_shape(values.shape == (num_heads,), name, values, f"[{num_heads}], one for each {what}")
-    return values.astype(np.float32, copy=False)
+def as_float32(numbers: Array | None) -> Array | None:
+    return None if numbers is None else numbers.astype(np.float32, copy=False)
+
+
+def require_per_head(values: Array | Kind | None, name: str, num_heads: int, what: str = "head") -> None:
+    if values is not None:
+        require_shape(values.shape == (num_heads,), name, values, f"[{num_heads}], one for each {what}")
 
 
 def described(array: Array) -> str:

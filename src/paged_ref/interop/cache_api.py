@@ -45,7 +45,7 @@ def write_kv(
     key_cache, value_cache = adopt(key_cache, "key_cache"), adopt(value_cache, "value_cache")
     slots = adopt(slot_mapping, "slot_mapping")
     _check_written(key, value, key_cache, value_cache)
-    scales = scales_of(key_cache.dtype, "key_cache", key_cache.shape[-2], key_scales, value_scales)
+    scales = scales_of(key_cache, "key_cache", key_scales, value_scales)
     if slots.shape != key.shape[:1] or slots.dtype.kind != "i":
         raise ValueError(f"slot_mapping is {slots.dtype}{list(slots.shape)}; [{key.shape[0]}] integers are needed")
     if validate or (validate is None and module_of(key) is np):

@@ -26,6 +26,8 @@ def adopt(array: Any, name: str) -> Array:
 
     torch, JAX and ml_dtypes arrays of bfloat16 and float8_e4m3fn come as uint16 and uint8, without a copy.
     """
+    if type(array) is np.ndarray and array.dtype.isbuiltin == 1:  # so are most, and there is nothing more to ask
+        return array
     if (bits := _bits_of(array)) is not None:
         array = array.view(getattr(_library(array), bits, bits))
     module = module_of(array)

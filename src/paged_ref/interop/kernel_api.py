@@ -7,6 +7,7 @@ for its steps is checked once for a step (core/attention/attention.py).
 from __future__ import annotations
 
 import math
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,21 @@ from .array_checks import (
     CACHES,
     FLOATS,
     INTEGERS,
+    Kind,
+    as_float32,
     check_scales,
     described,
-    per_head,
     require_dtype,
+    require_per_head,
+    require_scales,
     require_shape,
-    scales_of,
 )  # fmt: skip
 from .dlpack import adopt, like_caller
 
 MAX_HEAD_SIZE = 256
+OPTIONAL = ("query_start_loc", "alibi_slopes", "sinks", "key_scales", "value_scales", "out")
+PAGED = ("query", "key_cache", "value_cache", "block_tables", "seq_lens", *OPTIONAL)  # what arrays are called
+CONTIGUOUS = ("query", "keys", "values", "starts", "seq_lens", *OPTIONAL)
 
 
 def paged_attention(
@@ -77,12 +83,11 @@ def paged_attention(
     >>> paged_attention(query, values, values, np.array([[2, 0]]), np.array([3]))[0, 0]  # blocks 2 and 0: 4, 5, then 0
     array([3., 3., 3., 3.], dtype=float32)
     """
-    variant = Variant(softcap, alibi_slopes, sinks, key_scales, value_scales)
-    where = Addresses(seq_lens, query_start_loc, block_tables)
-    return _attention(
-        ("key_cache", "value_cache"), query, key_cache, value_cache, where, scale, sliding_window, variant, return_lse,
-        out, backend, validate,
+    arrays = (
+        query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, alibi_slopes, sinks, key_scales,
+        value_scales, out,
     )  # fmt: skip
+    return _attention(PAGED, arrays, scale, sliding_window, softcap, return_lse, backend, validate)
 
 
 def naive_attention(
@@ -115,121 +120,128 @@ def naive_attention(
     >>> naive_attention(query, values, values, starts=np.array([1]), seq_lens=np.array([3])).shape
     (1, 2, 4)
     """
-    variant = Variant(softcap, alibi_slopes, sinks, key_scales, value_scales)
-    where = Addresses(seq_lens, query_start_loc, starts=starts)
-    return _attention(
-        ("keys", "values"), query, keys, values, where, scale, sliding_window, variant, return_lse, out, backend,
-        validate,
+    arrays = (
+        query, keys, values, starts, seq_lens, query_start_loc, alibi_slopes, sinks, key_scales, value_scales, out,
     )  # fmt: skip
+    return _attention(CONTIGUOUS, arrays, scale, sliding_window, softcap, return_lse, backend, validate)
 
 
 def _attention(
-    names: tuple[str, str], query: Any, keys: Any, values: Any, where: Addresses, scale: float | None,
-    window: int | None, variant: Variant, return_lse: bool, out: Any, backend: str, validate: bool | None,
+    names: tuple[str, ...], given: tuple[Any, ...], scale: float | None, window: int | None, softcap: float | None,
+    return_lse: bool, backend: str, validate: bool | None,
 ) -> Any:  # fmt: skip
-    """Check everything, fill in what the caller left out, and run it. `names` are the caller's words for K and V."""
-    caller, given_out = query, out
-    query, keys, values = adopt(query, "query"), adopt(keys, names[0]), adopt(values, names[1])
+    """Check everything, fill in what the caller left out, and run it. `names` are the caller's, of the arrays given."""
+    arrays = [
+        None if array is None and name in OPTIONAL else adopt(array, name)
+        for name, array in zip(names, given, strict=True)
+    ]
+    _check_kinds(
+        names, tuple([None if array is None else (module_of(array), array.dtype, array.shape) for array in arrays])
+    )
+    query, keys, values, where, seq_lens, loc, *per_head, out = arrays
     xp = module_of(query)
-    _check_query(query)
-    _check_caches(keys, values, names, paged=where.starts is None, query=query)
-    addresses = _addresses(query, where)
     if window is not None and window < 1:
         raise ValueError(f"sliding_window is {window}; at least 1 is needed (the token itself)")
-    checked = _variant(variant, keys, names[0], query.shape[1])
-    out = xp.empty(query.shape, dtype=query.dtype) if out is None else _checked_out(adopt(out, "out"), query)
-    lse = xp.empty(query.shape[:2], dtype=np.float32) if return_lse else None
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; a positive number is needed")
+    if out is None:
+        out = xp.empty(query.shape, query.dtype)
+    elif xp is np and not out.flags.writeable:
+        raise ValueError("out is read-only")
+    lse = xp.empty(query.shape[:2], np.float32) if return_lse else None
+    loc = xp.arange(len(seq_lens) + 1, dtype=np.int32) if loc is None else loc
+    addresses = Addresses(seq_lens, loc, where) if names is PAGED else Addresses(seq_lens, loc, starts=where)
     call = AttentionCall(
         query, keys, values, addresses, 1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale), window,
-        out, lse, checked,
+        out, lse, _variant(softcap, per_head),
     )  # fmt: skip
-    _check_devices(call, names)
     if validate or (validate is None and xp is np):
         _check_values(call, backend)
     attend(call, backend)
-    result = like_caller(out, caller) if given_out is None else given_out
-    return (result, like_caller(lse, caller)) if return_lse else result
+    result = like_caller(out, given[0]) if given[-1] is None else given[-1]
+    return (result, like_caller(lse, given[0])) if return_lse else result
 
 
-def _check_query(query: Array) -> None:
-    require_shape(query.ndim == 3, "query", query, "[num_tokens, num_heads, head_size]")
+def _variant(softcap: float | None, per_head: list[Array | None]) -> Variant | None:
+    """What the call adds to plain attention, in float32; None where that is nothing."""
+    if softcap is None and all(numbers is None for numbers in per_head):
+        return None
+    return Variant(softcap, *map(as_float32, per_head))
+
+
+@lru_cache
+def _check_kinds(names: tuple[str, ...], kinds: tuple[tuple[Any, ...] | None, ...]) -> None:
+    """Check what depends on the kinds of the arrays alone. A call like an earlier one finds here that all was right: an
+    error is not kept."""
+    given = {name: Kind(*kind) for name, kind in zip(names, kinds, strict=True) if kind is not None}
+    query, keys = given["query"], given[names[1]]
+    _check_query(query)
+    _check_caches(query, keys, given[names[2]], names)
+    _check_addresses(query, given, names[3])
+    for name in ("alibi_slopes", "sinks"):
+        require_per_head(given.get(name), name, query.shape[1])
+    require_scales(keys, names[1], given.get("key_scales"), given.get("value_scales"))
+    out = given.get("out", query)
+    if out.shape != query.shape or out.dtype != query.dtype:
+        raise ValueError(f"out is {described(out)}; {described(query)} is needed, as query is")
+    for name, kind in given.items():
+        if kind.library is not query.library:
+            raise ValueError(f"{name} is a {kind.library.__name__} array; query is a {query.library.__name__} array")
+
+
+def _check_query(query: Kind) -> None:
+    require_shape(len(query.shape) == 3, "query", query, "[num_tokens, num_heads, head_size]")
     require_dtype(query, "query", FLOATS)
     if not 1 <= query.shape[2] <= MAX_HEAD_SIZE:
         raise ValueError(f"query has head_size {query.shape[2]}; 1 to {MAX_HEAD_SIZE} is supported")
 
 
-def _check_caches(keys: Array, values: Array, names: tuple[str, str], paged: bool, query: Array) -> None:
+def _check_caches(query: Kind, keys: Kind, values: Kind, names: tuple[str, ...]) -> None:
     num_heads, head_size = query.shape[1:]
+    paged = names is PAGED
     layout = f"[{'num_blocks, block_size' if paged else 'num_slots'}, num_kv_heads, head_size]"
-    for array, name in ((keys, names[0]), (values, names[1])):
-        require_shape(array.ndim == (4 if paged else 3), name, array, layout)
+    for array, name in ((keys, names[1]), (values, names[2])):
+        require_shape(len(array.shape) == (4 if paged else 3), name, array, layout)
         require_dtype(array, name, CACHES)
         if array.shape[-1] != head_size:
             raise ValueError(f"{name} has head_size {array.shape[-1]}; query has {head_size}")
     if keys.shape != values.shape or keys.dtype != values.dtype:
-        raise ValueError(f"{names[1]} is {described(values)}; {names[0]} is {described(keys)}, and the two must agree")
+        raise ValueError(f"{names[2]} is {described(values)}; {names[1]} is {described(keys)}, and the two must agree")
     num_kv_heads = keys.shape[-2]
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query has {num_heads} heads; a multiple of the {num_kv_heads} KV heads is needed")
     if paged and keys.shape[1] < 1:
-        raise ValueError(f"{names[0]} has block_size {keys.shape[1]}; at least 1 is needed")
+        raise ValueError(f"{names[1]} has block_size {keys.shape[1]}; at least 1 is needed")
 
 
-def _addresses(query: Array, where: Addresses) -> Addresses:
-    """The addresses of a call, with the right shapes and dtypes."""
-    seq_lens, loc = _indices(where.seq_lens, "seq_lens", "[num_seqs]", None), where.query_start_loc
-    num_tokens, num_seqs = query.shape[0], len(seq_lens)
-    if loc is None:
-        if num_tokens != num_seqs:
-            raise ValueError(
-                f"query has {num_tokens} tokens for {num_seqs} sequences; without query_start_loc each has one"
-            )
-        loc = module_of(query).arange(num_seqs + 1, dtype=np.int32)
-    loc = _indices(loc, "query_start_loc", f"[{num_seqs + 1}]", num_seqs + 1)
-    if where.starts is not None:
-        return Addresses(seq_lens, loc, starts=_indices(where.starts, "starts", f"[{num_seqs}]", num_seqs))
-    shape = f"[{num_seqs}, max_blocks]"
-    return Addresses(seq_lens, loc, _indices(where.block_tables, "block_tables", shape, num_seqs, None))
+def _check_addresses(query: Kind, given: dict[str, Kind], where: str) -> None:
+    _check_indices(given["seq_lens"], "seq_lens", "[num_seqs]", None)
+    num_tokens, num_seqs = query.shape[0], given["seq_lens"].shape[0]
+    if "query_start_loc" in given:
+        _check_indices(given["query_start_loc"], "query_start_loc", f"[{num_seqs + 1}]", num_seqs + 1)
+    elif num_tokens != num_seqs:
+        raise ValueError(
+            f"query has {num_tokens} tokens for {num_seqs} sequences; without query_start_loc each has one"
+        )
+    if where == "starts":
+        _check_indices(given[where], where, f"[{num_seqs}]", num_seqs)
+    else:
+        _check_indices(given[where], where, f"[{num_seqs}, max_blocks]", num_seqs, None)
 
 
-def _indices(given: Any, name: str, shape: str, *sizes: int | None) -> Array:
-    """`given` as integers of these sizes; None is any size."""
-    array = adopt(given, name)
-    fits = array.ndim == len(sizes) and all(size in (None, n) for size, n in zip(sizes, array.shape, strict=True))
+def _check_indices(array: Kind, name: str, shape: str, *sizes: int | None) -> None:
+    """That these are integers of these sizes; None is any size."""
+    fits = len(array.shape) == len(sizes) and all(size in (None, n) for size, n in zip(sizes, array.shape, strict=True))
     require_shape(fits, name, array, shape)
     require_dtype(array, name, INTEGERS)
-    return array
 
 
-def _variant(variant: Variant, keys: Array, name: str, num_heads: int) -> Variant | None:
-    """The variant with checked arrays; None where attention is plain."""
-    if variant.softcap is not None and not variant.softcap > 0:
-        raise ValueError(f"softcap is {variant.softcap}; a positive number is needed")
-    slopes = per_head(variant.alibi_slopes, "alibi_slopes", num_heads)
-    sinks = per_head(variant.sinks, "sinks", num_heads)
-    scales = scales_of(keys.dtype, name, keys.shape[-2], variant.key_scales, variant.value_scales)
-    checked = Variant(variant.softcap, slopes, sinks, *scales)
-    return checked if str(checked) else None
+@cache
+def _compiled_checks() -> Any:
+    """The module with a compiled check of addresses; None where compiled code cannot run."""
+    from ..tuned import cpu_simd  # loaded when it is needed
 
-
-def _checked_out(out: Array, query: Array) -> Array:
-    if out.shape != query.shape or out.dtype != query.dtype:
-        raise ValueError(f"out is {described(out)}; {described(query)} is needed, as query is")
-    if module_of(out) is np and not out.flags.writeable:
-        raise ValueError("out is read-only")
-    return out
-
-
-def _check_devices(call: AttentionCall, names: tuple[str, str]) -> None:
-    """All arrays must be of the query's library."""
-    xp = module_of(call.query)
-    arrays: dict[str, Array | None] = {name: getattr(call.addresses, name) for name in call.addresses.__slots__}
-    arrays |= {names[0]: call.keys, names[1]: call.values, "out": call.out}
-    if call.variant is not None:
-        arrays |= {name: getattr(call.variant, name) for name in call.variant.__slots__ if name != "softcap"}
-    for name, array in arrays.items():
-        if array is not None and module_of(array) is not xp:
-            raise ValueError(f"{name} is a {module_of(array).__name__} array; query is a {xp.__name__} array")
+    return cpu_simd if cpu_simd.unavailable() is None else None
 
 
 def _check_values(call: AttentionCall, backend: str) -> None:
@@ -238,9 +250,8 @@ def _check_values(call: AttentionCall, backend: str) -> None:
     if call.variant is not None:
         check_scales(call.variant.key_scales, call.variant.value_scales)
     if where.block_tables is not None and module_of(call.query) is np and backend in ("auto", "cpu-simd"):
-        from ..tuned import cpu_simd  # compiled code: loaded when it is needed
-
-        if cpu_simd.unavailable() is None and cpu_simd.in_bounds(where, call.query.shape[0], *call.keys.shape[:2]):
+        compiled = _compiled_checks()
+        if compiled is not None and compiled.in_bounds(where, call.query.shape[0], *call.keys.shape[:2]):
             return
     arrays = (where.seq_lens, where.query_start_loc, where.block_tables, where.starts)
     on_host = Addresses(*(None if array is None else to_host(array) for array in arrays))
