@@ -17,7 +17,7 @@ from interop import test_huggingface as models
 
 from paged_ref.core.attention import attention
 from paged_ref.core.attention.attention import AttentionCall
-from paged_ref.interop import array_checks, cache_api, hf_cache, kernel_api
+from paged_ref.interop import cache_api, hf_cache, kernel_api
 from paged_ref.interop.huggingface import register
 
 MADE: dict[int, Any] = {}  # by address: the pool's arrays on the device
@@ -53,7 +53,7 @@ def attend(call: AttentionCall, backend: str) -> None:
 
 
 def main() -> None:
-    replaced: list[tuple[Any, Any]] = [(owner, adopt) for owner in (array_checks, cache_api, kernel_api)]
+    replaced: list[tuple[Any, Any]] = [(owner, adopt) for owner in (cache_api, kernel_api)]
     replaced += [(kernel_api, like_caller), (kernel_api, attend), (hf_cache.KVPool, layer)]
     for owner, mine in replaced:
         setattr(owner, mine.__name__, mine)

@@ -11,7 +11,7 @@ from ..core.attention.cuda import slots_follow
 from ..core.device import Array, module_of, to_host
 from ..extras.formats import encode, format_name
 from ..tuned import store
-from .array_checks import CACHES, FLOATS, check_scales, described, require_dtype, scales_of
+from .array_checks import CACHES, FLOATS, check_scales, described, require_dtype, require_scales
 from .dlpack import adopt
 
 
@@ -45,7 +45,7 @@ def write_kv(
     key_cache, value_cache = adopt(key_cache, "key_cache"), adopt(value_cache, "value_cache")
     slots = adopt(slot_mapping, "slot_mapping")
     _check_written(key, value, key_cache, value_cache)
-    scales = scales_of(key_cache, "key_cache", key_scales, value_scales)
+    scales = _scales(key_cache, {"key_scales": key_scales, "value_scales": value_scales})
     if slots.shape != key.shape[:1] or slots.dtype.kind != "i":
         raise ValueError(f"slot_mapping is {slots.dtype}{list(slots.shape)}; [{key.shape[0]}] integers are needed")
     if validate or (validate is None and module_of(key) is np):
@@ -73,6 +73,13 @@ def _check_written(key: Array, value: Array, key_cache: Array, value_cache: Arra
         )
     for array, name, known in ((key, "key", FLOATS), (value, "value", FLOATS), (key_cache, "key_cache", CACHES)):
         require_dtype(array, name, known)
+
+
+def _scales(key_cache: Array, given: dict[str, Any]) -> list[Array | None]:
+    """The scales of K and V as float32 [num_kv_heads], for the caches that need them, and None for the others."""
+    scales = {name: adopt(array, name) for name, array in given.items() if array is not None}
+    require_scales(key_cache, "key_cache", scales)
+    return [scales[name].astype(np.float32, copy=False) if name in scales else None for name in given]
 
 
 def _store(key: Array, value: Array, key_cache: Array, value_cache: Array, slots: Array, scales: Any) -> None:

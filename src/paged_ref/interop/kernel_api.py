@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.attention.attention import Addresses, AttentionCall, attend
-from ..core.device import Array, module_of, to_host
+from ..core.device import module_of, to_host
 from ..extras.formats import decode, encode
 from ..extras.variants import Variant
 from .array_checks import (
@@ -21,7 +21,6 @@ from .array_checks import (
     FLOATS,
     INTEGERS,
     Kind,
-    as_float32,
     check_scales,
     described,
     require_dtype,
@@ -32,9 +31,8 @@ from .array_checks import (
 from .dlpack import adopt, like_caller
 
 MAX_HEAD_SIZE = 256
-OPTIONAL = ("query_start_loc", "alibi_slopes", "sinks", "key_scales", "value_scales", "out")
-PAGED = ("query", "key_cache", "value_cache", "block_tables", "seq_lens", *OPTIONAL)  # what arrays are called
-CONTIGUOUS = ("query", "keys", "values", "starts", "seq_lens", *OPTIONAL)
+PER_HEAD = ("alibi_slopes", "sinks", "key_scales", "value_scales")
+OPTIONAL = ("query_start_loc", *PER_HEAD, "out")
 
 
 def paged_attention(
@@ -83,11 +81,12 @@ def paged_attention(
     >>> paged_attention(query, values, values, np.array([[2, 0]]), np.array([3]))[0, 0]  # blocks 2 and 0: 4, 5, then 0
     array([3., 3., 3., 3.], dtype=float32)
     """
-    arrays = (
-        query, key_cache, value_cache, block_tables, seq_lens, query_start_loc, alibi_slopes, sinks, key_scales,
-        value_scales, out,
-    )  # fmt: skip
-    return _attention(PAGED, arrays, scale, sliding_window, softcap, return_lse, backend, validate)
+    given = {
+        "query": query, "key_cache": key_cache, "value_cache": value_cache, "block_tables": block_tables,
+        "seq_lens": seq_lens, "query_start_loc": query_start_loc, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "key_scales": key_scales, "value_scales": value_scales, "out": out,
+    }  # fmt: skip
+    return _attention(given, scale, sliding_window, softcap, return_lse, backend, validate)
 
 
 def naive_attention(
@@ -120,73 +119,75 @@ def naive_attention(
     >>> naive_attention(query, values, values, starts=np.array([1]), seq_lens=np.array([3])).shape
     (1, 2, 4)
     """
-    arrays = (
-        query, keys, values, starts, seq_lens, query_start_loc, alibi_slopes, sinks, key_scales, value_scales, out,
-    )  # fmt: skip
-    return _attention(CONTIGUOUS, arrays, scale, sliding_window, softcap, return_lse, backend, validate)
+    given = {
+        "query": query, "keys": keys, "values": values, "starts": starts,
+        "seq_lens": seq_lens, "query_start_loc": query_start_loc, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "key_scales": key_scales, "value_scales": value_scales, "out": out,
+    }  # fmt: skip
+    return _attention(given, scale, sliding_window, softcap, return_lse, backend, validate)
 
 
 def _attention(
-    names: tuple[str, ...], given: tuple[Any, ...], scale: float | None, window: int | None, softcap: float | None,
-    return_lse: bool, backend: str, validate: bool | None,
+    given: dict[str, Any], scale: float | None, window: int | None, softcap: float | None, return_lse: bool,
+    backend: str, validate: bool | None,
 ) -> Any:  # fmt: skip
-    """Check everything, fill in what the caller left out, and run it. `names` are the caller's, of the arrays given."""
-    arrays = [
-        None if array is None and name in OPTIONAL else adopt(array, name)
-        for name, array in zip(names, given, strict=True)
-    ]
-    _check_kinds(
-        names, tuple([None if array is None else (module_of(array), array.dtype, array.shape) for array in arrays])
-    )
-    query, keys, values, where, seq_lens, loc, *per_head, out = arrays
+    """Check everything, fill in what the caller left out, and run it. `given` are the arrays, in the order above."""
+    arrays = {name: adopt(array, name) for name, array in given.items() if array is not None or name not in OPTIONAL}
+    _check_kinds(tuple([(name, type(array), array.dtype, array.shape) for name, array in arrays.items()]))
+    query, keys, values, where, seq_lens, *_ = arrays.values()
     xp = module_of(query)
     if window is not None and window < 1:
         raise ValueError(f"sliding_window is {window}; at least 1 is needed (the token itself)")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; a positive number is needed")
+    out, loc = arrays.get("out"), arrays.get("query_start_loc")
     if out is None:
         out = xp.empty(query.shape, query.dtype)
     elif xp is np and not out.flags.writeable:
         raise ValueError("out is read-only")
     lse = xp.empty(query.shape[:2], np.float32) if return_lse else None
     loc = xp.arange(len(seq_lens) + 1, dtype=np.int32) if loc is None else loc
-    addresses = Addresses(seq_lens, loc, where) if names is PAGED else Addresses(seq_lens, loc, starts=where)
+    addresses = Addresses(seq_lens, loc, starts=where) if "starts" in arrays else Addresses(seq_lens, loc, where)
+    per_head = {name: arrays[name].astype(np.float32, copy=False) for name in PER_HEAD if name in arrays}
     call = AttentionCall(
         query, keys, values, addresses, 1.0 / math.sqrt(query.shape[2]) if scale is None else float(scale), window,
-        out, lse, _variant(softcap, per_head),
+        out, lse, Variant(softcap, **per_head) if per_head or softcap is not None else None,
     )  # fmt: skip
     if validate or (validate is None and xp is np):
         _check_values(call, backend)
     attend(call, backend)
-    result = like_caller(out, given[0]) if given[-1] is None else given[-1]
-    return (result, like_caller(lse, given[0])) if return_lse else result
-
-
-def _variant(softcap: float | None, per_head: list[Array | None]) -> Variant | None:
-    """What the call adds to plain attention, in float32; None where that is nothing."""
-    if softcap is None and all(numbers is None for numbers in per_head):
-        return None
-    return Variant(softcap, *map(as_float32, per_head))
+    result = like_caller(out, given["query"]) if given["out"] is None else given["out"]
+    return (result, like_caller(lse, given["query"])) if return_lse else result
 
 
 @lru_cache
-def _check_kinds(names: tuple[str, ...], kinds: tuple[tuple[Any, ...] | None, ...]) -> None:
-    """Check what depends on the kinds of the arrays alone. A call like an earlier one finds here that all was right: an
-    error is not kept."""
-    given = {name: Kind(*kind) for name, kind in zip(names, kinds, strict=True) if kind is not None}
-    query, keys = given["query"], given[names[1]]
+def _check_kinds(kinds: tuple[tuple[Any, ...], ...]) -> None:
+    """Check what the kinds of the arrays decide. A call like an earlier one is not checked again: all was right (an
+    error is not kept)."""
+    given = {name: Kind(name, *kind) for name, *kind in kinds}
+    query, keys, values, where, seq_lens, *_ = given.values()
     _check_query(query)
-    _check_caches(query, keys, given[names[2]], names)
-    _check_addresses(query, given, names[3])
+    _check_caches(query, keys, values, paged=where.name != "starts")
+    num_tokens, num_seqs = query.shape[0], _check_indices(seq_lens, "[num_seqs]", None)
+    if "query_start_loc" in given:
+        _check_indices(given["query_start_loc"], f"[{num_seqs + 1}]", num_seqs + 1)
+    elif num_tokens != num_seqs:
+        raise ValueError(
+            f"query has {num_tokens} tokens for {num_seqs} sequences; without query_start_loc each has one"
+        )
+    if where.name == "starts":
+        _check_indices(where, f"[{num_seqs}]", num_seqs)
+    else:
+        _check_indices(where, f"[{num_seqs}, max_blocks]", num_seqs, None)
     for name in ("alibi_slopes", "sinks"):
-        require_per_head(given.get(name), name, query.shape[1])
-    require_scales(keys, names[1], given.get("key_scales"), given.get("value_scales"))
+        require_per_head(given, name, query.shape[1], "head")
+    require_scales(keys, keys.name, given)
     out = given.get("out", query)
     if out.shape != query.shape or out.dtype != query.dtype:
         raise ValueError(f"out is {described(out)}; {described(query)} is needed, as query is")
     for name, kind in given.items():
-        if kind.library is not query.library:
-            raise ValueError(f"{name} is a {kind.library.__name__} array; query is a {query.library.__name__} array")
+        if kind.library != query.library:
+            raise ValueError(f"{name} is a {kind.library} array; query is a {query.library} array")
 
 
 def _check_query(query: Kind) -> None:
@@ -196,44 +197,31 @@ def _check_query(query: Kind) -> None:
         raise ValueError(f"query has head_size {query.shape[2]}; 1 to {MAX_HEAD_SIZE} is supported")
 
 
-def _check_caches(query: Kind, keys: Kind, values: Kind, names: tuple[str, ...]) -> None:
+def _check_caches(query: Kind, keys: Kind, values: Kind, paged: bool) -> None:
     num_heads, head_size = query.shape[1:]
-    paged = names is PAGED
     layout = f"[{'num_blocks, block_size' if paged else 'num_slots'}, num_kv_heads, head_size]"
-    for array, name in ((keys, names[1]), (values, names[2])):
-        require_shape(len(array.shape) == (4 if paged else 3), name, array, layout)
-        require_dtype(array, name, CACHES)
+    for array in (keys, values):
+        require_shape(len(array.shape) == (4 if paged else 3), array.name, array, layout)
+        require_dtype(array, array.name, CACHES)
         if array.shape[-1] != head_size:
-            raise ValueError(f"{name} has head_size {array.shape[-1]}; query has {head_size}")
+            raise ValueError(f"{array.name} has head_size {array.shape[-1]}; query has {head_size}")
     if keys.shape != values.shape or keys.dtype != values.dtype:
-        raise ValueError(f"{names[2]} is {described(values)}; {names[1]} is {described(keys)}, and the two must agree")
+        raise ValueError(
+            f"{values.name} is {described(values)}; {keys.name} is {described(keys)}, and the two must agree"
+        )
     num_kv_heads = keys.shape[-2]
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query has {num_heads} heads; a multiple of the {num_kv_heads} KV heads is needed")
     if paged and keys.shape[1] < 1:
-        raise ValueError(f"{names[1]} has block_size {keys.shape[1]}; at least 1 is needed")
+        raise ValueError(f"{keys.name} has block_size {keys.shape[1]}; at least 1 is needed")
 
 
-def _check_addresses(query: Kind, given: dict[str, Kind], where: str) -> None:
-    _check_indices(given["seq_lens"], "seq_lens", "[num_seqs]", None)
-    num_tokens, num_seqs = query.shape[0], given["seq_lens"].shape[0]
-    if "query_start_loc" in given:
-        _check_indices(given["query_start_loc"], "query_start_loc", f"[{num_seqs + 1}]", num_seqs + 1)
-    elif num_tokens != num_seqs:
-        raise ValueError(
-            f"query has {num_tokens} tokens for {num_seqs} sequences; without query_start_loc each has one"
-        )
-    if where == "starts":
-        _check_indices(given[where], where, f"[{num_seqs}]", num_seqs)
-    else:
-        _check_indices(given[where], where, f"[{num_seqs}, max_blocks]", num_seqs, None)
-
-
-def _check_indices(array: Kind, name: str, shape: str, *sizes: int | None) -> None:
-    """That these are integers of these sizes; None is any size."""
+def _check_indices(array: Kind, shape: str, *sizes: int | None) -> int:
+    """Whether these are integers of these sizes; None is any size. Returns the first size."""
     fits = len(array.shape) == len(sizes) and all(size in (None, n) for size, n in zip(sizes, array.shape, strict=True))
-    require_shape(fits, name, array, shape)
-    require_dtype(array, name, INTEGERS)
+    require_shape(fits, array.name, array, shape)
+    require_dtype(array, array.name, INTEGERS)
+    return array.shape[0]
 
 
 @cache

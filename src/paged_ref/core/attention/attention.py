@@ -158,17 +158,16 @@ def _automatic() -> tuple[str, ...]:
 
 def attend(call: AttentionCall, backend: str = "auto") -> None:
     """Fill `call.out`, and `call.lse` if there is one. Raises ValueError where `backend` cannot run the call."""
-    if backend == "auto":
-        able = (found for found, why in map(_load, _automatic()) if why is None and found.unsupported(call) is None)
-        module: Any = next(able, None)
-        reason = "none of the fast ones supports it" if module is None else None
-    else:
-        module, reason = _load(backend)
+    for name in _automatic() if backend == "auto" else (backend,):
+        module, reason = _load(name)
         reason = reason or module.unsupported(call)
-    if reason is not None:
-        others = [name for name in backends() if _load(name)[0].unsupported(call) is None]
-        raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(others) or 'none'} can")
-    module.attend(call)
+        if reason is None:
+            module.attend(call)
+            return
+    if backend == "auto":
+        reason = "none of the fast ones supports it"
+    others = [name for name in backends() if _load(name)[0].unsupported(call) is None]
+    raise ValueError(f"backend {backend!r} cannot run this call: {reason}; {', '.join(others) or 'none'} can")
 
 
 register("cuda", "the teaching kernels on a GPU: naive.py and paged.py", "paged_ref.core.attention.cuda", rank=10)
