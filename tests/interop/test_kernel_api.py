@@ -6,7 +6,9 @@ Each message names the argument, the value and the bound.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paged_ref.interop import kernel_api
 from paged_ref.kernels import backends, copy_blocks, merge_states, naive_attention, paged_attention, write_kv
 
 F32, I32 = np.float32, np.int32
@@ -160,9 +163,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"out": np.ones((2, 4, 8), np.float16)}, "out is float16[2, 4, 8]; float32[2, 4, 8] is needed"),
     ({"out": np.broadcast_to(F32(0), (2, 4, 8))}, "out is read-only"),
     ({"backend": "gpu"}, "backend is 'gpu'; known are auto, "),
+    ({"block_tables": None}, "block_tables is a NoneType; an array is expected"),
 ]  # fmt: skip
 
 WRONG_CONTIGUOUS: list[tuple[dict[str, Any], str]] = [
+    ({"starts": None}, "starts is a NoneType; an array is expected"),
     ({"keys": np.ones((6, 4, 2, 8), F32)}, "keys has shape [6, 4, 2, 8]; [num_slots, num_kv_heads, "),
     ({"values": np.ones((23, 2, 8), F32)}, "values is float32[23, 2, 8]; keys is float32[24, 2, 8]"),
     ({"starts": np.array([0], I32)}, "starts has shape [1]; [2] is needed"),
@@ -175,16 +180,74 @@ WRONG_CONTIGUOUS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG, ids=lambda value: value[:40] if isinstance(value, str) else "")
 def test_paged_attention_refuses(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        paged_attention(**{**good(), **wrong})
+    for _ in range(2):
+        paged_attention(**good())  # says nothing of the next call
+        with pytest.raises(ValueError, match=re.escape(message)):
+            paged_attention(**{**good(), **wrong})
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"), WRONG_CONTIGUOUS, ids=lambda value: value[:40] if isinstance(value, str) else ""
 )
 def test_naive_attention_refuses(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        naive_attention(**{**good_contiguous(), **wrong})
+    for _ in range(2):
+        naive_attention(**good_contiguous())  # says nothing of the next call
+        with pytest.raises(ValueError, match=re.escape(message)):
+            naive_attention(**{**good_contiguous(), **wrong})
+
+
+SCALES = {"key_scales": np.ones(2, F32), "value_scales": np.ones(2, F32)}
+LIKE_AN_EARLIER_ONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"query": np.ones((2, 4, 8), ">f4")}, "query is >f4; known are float16, float32, float64"),
+    ({}, {"seq_lens": np.array([5, 12], np.uint32)}, "seq_lens is uint32; known are int32, int64"),
+    ({}, {"key_cache": np.ones((6, 4, 2, 8), np.float16)}, "value_cache is float32[6, 4, 2, 8]; key_cache is float16"),
+    ({"query": np.ones((1, 4, 8), F32), "query_start_loc": np.array([0, 1, 1], I32)},
+     {"query": np.ones((1, 4, 8), F32)}, "query has 1 tokens for 2 sequences; without query_start_loc each has one"),
+    ({}, {"key_scales": np.ones(2, F32)}, "key_scales is given; key_cache is float32, and only int8 and float8 have"),
+    ({"query": np.ones((2, 2, 8), F32), "sinks": np.ones(2, F32)},
+     {"query": np.ones((2, 2, 8), F32), "value_scales": np.ones(2, F32)}, "value_scales is given; key_cache is"),
+    (int8_caches(**SCALES), int8_caches(key_scales=np.ones(2, F32)), "key_cache is int8; value_scales [2] is needed"),
+    (int8_caches(**SCALES), SCALES, "key_scales is given; key_cache is float32, and only int8 and float8 have scales"),
+    (int8_caches(**SCALES), int8_caches(**SCALES | {"key_scales": -np.ones(2, F32)}), "key_scales[0] is -1.0; a posi"),
+    ({"sinks": np.ones(4, F32)}, {"sinks": [1.0] * 4}, "sinks is a list; an array is expected"),
+    ({"softcap": 2.0}, {"softcap": -2.0}, "softcap is -2.0; a positive number is needed"),
+    ({"sliding_window": 1}, {"sliding_window": 0}, "sliding_window is 0; at least 1 is needed"),
+    ({"out": np.ones((2, 4, 8), F32)}, {"out": np.broadcast_to(F32(0), (2, 4, 8))}, "out is read-only"),
+    ({"out": np.ones((2, 4, 8), F32)}, {"out": np.ones((2, 4, 8))}, "out is float64[2, 4, 8]; float32[2, 4, 8] is nee"),
+    ({"block_tables": np.zeros((2, 3), I32)}, {"block_tables": np.full((2, 3), 6, I32)}, "block_tables[0, 0] is 6; "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "wrong", "message"), LIKE_AN_EARLIER_ONE)
+def test_a_call_like_an_earlier_one_is_refused(right: dict[str, Any], wrong: dict[str, Any], message: str) -> None:
+    """What was found right of the earlier call hides no error of this one, and the earlier one stays right."""
+    for _ in range(2):
+        paged_attention(**{**good(), **right})
+        with pytest.raises(ValueError, match=re.escape(message)):
+            paged_attention(**{**good(), **wrong})
+
+
+def test_an_array_of_another_library_is_refused_after_one_that_is_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        dtype, shape = np.dtype(F32), (6, 4, 2, 8)
+
+    cupy: Any = ModuleType("cupy")
+    cupy.ndarray = OnDevice
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    paged_attention(**good())
+    with pytest.raises(ValueError, match="value_cache is a cupy array; query is a numpy array"):
+        paged_attention(**{**good(), "value_cache": OnDevice()})
+
+
+def test_kinds_are_checked_once() -> None:
+    """Other arrays of the same kinds, whatever their values and strides, find the checks done."""
+    paged_attention(**good())
+    before = kernel_api._check_kinds.cache_info()
+    other = good() | {"query": np.zeros((8, 4, 2), F32).T, "seq_lens": np.array([1, 0], I32), "softcap": 1.0}
+    for call in (good(), other):
+        paged_attention(**call)
+    after = kernel_api._check_kinds.cache_info()
+    assert (after.hits - before.hits, after.misses - before.misses) == (2, 0)
 
 
 def test_padding_of_a_table_may_hold_anything() -> None:
