@@ -202,7 +202,7 @@ LIKE_AN_EARLIER_ONE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"seq_lens": np.array([5, 12], np.uint32)}, "seq_lens is uint32; known are int32, int64"),
     ({}, {"key_cache": np.ones((6, 4, 2, 8), np.float16)}, "value_cache is float32[6, 4, 2, 8]; key_cache is float16"),
     ({"query": np.ones((1, 4, 8), F32), "query_start_loc": np.array([0, 1, 1], I32)},
-     {"query": np.ones((1, 4, 8), F32)}, "query has 1 tokens for 2 sequences; without query_start_loc each has one"),
+     {"query": np.ones((1, 4, 8), F32)}, "query_start_loc"),
     ({}, {"key_scales": np.ones(2, F32)}, "key_scales is given; key_cache is float32, and only int8 and float8 have"),
     ({"query": np.ones((2, 2, 8), F32), "sinks": np.ones(2, F32)},
      {"query": np.ones((2, 2, 8), F32), "value_scales": np.ones(2, F32)}, "value_scales is given; key_cache is"),

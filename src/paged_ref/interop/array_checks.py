@@ -16,7 +16,7 @@ INTEGERS = tuple(np.dtype(name) for name in ("int32", "int64"))
 
 
 class Kind(NamedTuple):
-    """What is known of an array without its values. Kinds can be hashed, so what was found of one can be kept.
+    """What is known of an array without its values. Kinds can be hashed, so what was found of one can be remembered.
 
     The functions below take a kind in place of an array, unless they look at values.
     """

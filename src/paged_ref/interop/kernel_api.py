@@ -162,8 +162,8 @@ def _attention(
 
 @lru_cache
 def _check_kinds(kinds: tuple[tuple[Any, ...], ...]) -> None:
-    """Check what the kinds of the arrays decide. A call like an earlier one is not checked again: all was right (an
-    error is not kept)."""
+    """Check all that the kinds of the arrays decide. What was right is remembered, so that a call like an earlier one
+    costs one look-up; an error is not remembered."""
     given = {name: Kind(name, *kind) for name, *kind in kinds}
     query, keys, values, where, seq_lens, *_ = given.values()
     _check_query(query)
@@ -217,7 +217,7 @@ def _check_caches(query: Kind, keys: Kind, values: Kind, paged: bool) -> None:
 
 
 def _check_indices(array: Kind, shape: str, *sizes: int | None) -> int:
-    """Whether these are integers of these sizes; None is any size. Returns the first size."""
+    """Check that these are integers of these sizes; None is any size. Return the first size."""
     fits = len(array.shape) == len(sizes) and all(size in (None, n) for size, n in zip(sizes, array.shape, strict=True))
     require_shape(fits, array.name, array, shape)
     require_dtype(array, array.name, INTEGERS)
