@@ -43,7 +43,7 @@ class Addresses:
         if seq_lens.size and seq_lens.min() < 0:
             s = int(seq_lens.argmin())
             raise ValueError(f"seq_lens[{s}] is {seq_lens[s]}; at least 0 is needed")
-        if loc[0] != 0 or loc[-1] != num_tokens or (np.diff(loc) < 0).any():
+        if loc[0] != 0 or loc[-1] != num_tokens or (loc[1:] < loc[:-1]).any():
             shown = ", ".join(map(str, loc[:8])) + (", ..." if loc.size > 8 else "")
             raise ValueError(f"query_start_loc must rise from 0 to the {num_tokens} tokens of query; it is [{shown}]")
         if self.block_tables is not None:
