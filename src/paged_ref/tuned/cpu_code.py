@@ -29,7 +29,8 @@ HERE = Path(__file__).parent
 SIGNATURES = {
     "bounds": "IIIIiiiii",
     "plan": "IIIIiiiii",
-    "attend_items": "IIIfFKKIFFFIFFFF",
+    "attend_in_place": "IIIfFKKIFFFIFFFF",
+    "attend_copied": "IIIfFKKIFFFIFFFF",
     "merge": "IiiiFFFF",
     "multiply": "iiFiiFiIF",
 }

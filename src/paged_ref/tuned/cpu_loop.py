@@ -35,8 +35,8 @@ part = njit(inline="always")  # written into its caller before anything is compi
 # One piece of work: `count` queries of sequence `seq` from row `query` on, the first at `position` in its sequence,
 # over the keys from `begin` to before `end`, in the KV heads from `head` to before `end_head`. Where a query's keys are
 # split, this is part `part` of `parts`, and its result goes to the rows from `to` on of the partial results; else to
-# the queries' own rows.
-SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, END_HEAD, PART, PARTS, TO, FIELDS = range(12)  # FIELDS: how many
+# the queries' own rows. `copied`: of one KV head, whose tiles are copied first.
+SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, END_HEAD, PART, PARTS, TO, COPIED, FIELDS = range(13)  # FIELDS: how many
 # The numbers of a call. Strides are in elements: of a block, a slot, a head.
 (
     NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, TOKEN_BLOCKS, ITEM_BLOCKS, WINDOW, BLOCK_SIZE,
@@ -182,19 +182,27 @@ def score(item, sizes, since, query, keys, key_at, values, value_at, weights, ro
 
 
 @part
-def weigh(item, sizes, since, first, softcap, slopes, state, rows):
-    """From products to weights, for the whole tile at key `first`."""
-    mixed, weights, highest, total = state
+def weigh(item, sizes, token, head_block, first, softcap, slopes, scores, b, state, rows):
+    """From products to weights, for the tile at key `first` and block b: of the token-th query, and of all heads' blocks
+    number `head_block`."""
+    mixed, _, highest, total = state
+    position, sums = item[POSITION] + token, offset(mixed, b * len(rows) * sizes[HEAD_SIZE])
+    all_seen = first + TILE <= min(item[END], position + 1) and first > position - sizes[WINDOW]
+    if not all_seen or sizes[PLAIN] == 0:
+        slope = load(slopes, head_block * LANES)
+        adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
+    softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, sizes[HEAD_SIZE], rows)
+
+
+@part
+def weigh_all(item, sizes, since, first, softcap, slopes, state, rows):
+    """`weigh` for all blocks, of the item's queries from number `since` on."""
     for head in range(item[HEAD], item[END_HEAD]):
         b = block_number(item, sizes, head, since)
-        for position in range(item[POSITION] + since, item[POSITION] + item[COUNT]):
-            all_seen = first + TILE <= min(item[END], position + 1) and first > position - sizes[WINDOW]
+        for token in range(since, item[COUNT]):
             for i in range(sizes[TOKEN_BLOCKS]):
-                scores, sums = offset(weights, b * len(rows) * TILE), offset(mixed, b * len(rows) * sizes[HEAD_SIZE])
-                if not all_seen or sizes[PLAIN] == 0:
-                    slope = load(slopes, (head * sizes[TOKEN_BLOCKS] + i) * LANES)
-                    adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
-                softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, sizes[HEAD_SIZE], rows)
+                scores, head_block = offset(state[1], b * len(rows) * TILE), head * sizes[TOKEN_BLOCKS] + i
+                weigh(item, sizes, token, head_block, first, softcap, slopes, scores, b, state, rows)
                 b += 1
 
 
@@ -233,56 +241,122 @@ def finish(item, sizes, state, out, lse, rows):
                 lse[row] = highest[block * LANES + lane] + math.log(norm) if norm != 0 else -np.inf
 
 
+# --- an item of one KV head: its tiles are copied first ------------------------------------------------------------
+
+
+@part
+def copy_tile(rows_at, cache, at, head, size):
+    """Copy one head of the tile's rows, as float32. Side by side, they lie in L1 together, for all of the item."""
+    for t in range(TILE):
+        for d in range(0, size, LANES):
+            store(rows_at, t * size + d, load(cache, at[t] + head + d))
+
+
+@part
+def attend_tile(item, sizes, since, first, softcap, slopes, query, keys, values, places, state, rows, columns):
+    """Block by block, all that score, weigh_all and gather do in turn for all blocks; in the same order of additions."""
+    size, head, b = sizes[HEAD_SIZE], item[HEAD], since * sizes[TOKEN_BLOCKS]
+    for token in range(since, item[COUNT]):
+        row = (item[QUERY] + token) * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE]
+        for i in range(sizes[TOKEN_BLOCKS]):
+            scores, head_block = state[1], head * sizes[TOKEN_BLOCKS] + i
+            dots(scores, offset(query, row * size), size, keys, places, 0, 0, TILE, rows)
+            weigh(item, sizes, token, head_block, first, softcap, slopes, scores, b, state, rows)
+            mix(offset(state[0], b * len(rows) * size), size, scores, values, places, 0, 0, TILE, rows, columns)
+            row, b = row + len(rows), b + 1
+
+
 # --- what cpu_code.py compiles ------------------------------------------------------------------------------------
 
 
-def attend_items(rows, columns):
-    """The function that computes items in blocks of len(rows) rows, and len(columns) vectors of each row at a time."""
+@part
+def state_of(scratch, sizes, rows):
+    """A thread's memory: sums [blocks, R, size], weights [blocks, TILE, R], the highest scores and the sums of the
+    weights [blocks, LANES]. After them, a tile's K and V [TILE, size]."""
+    blocks = sizes[ITEM_BLOCKS]
+    weights = offset(scratch, blocks * len(rows) * sizes[HEAD_SIZE])
+    highest = offset(weights, blocks * len(rows) * TILE)
+    return scratch, weights, highest, offset(highest, blocks * LANES)
+
+
+def attend_in_place(rows, columns):
+    """The function that computes items in blocks of len(rows) rows, and len(columns) vectors of each row at a time, and
+    reads K and V where they lie."""
 
     def attend(
         counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, at, out, lse, parts_out,
         parts_lse,
     ):  # fmt: skip
         """Compute the items that no other thread has begun. An item's result does not depend on the thread."""
-        blocks = sizes[ITEM_BLOCKS]
-        weights = offset(scratch, blocks * len(rows) * sizes[HEAD_SIZE])
-        highest = offset(weights, blocks * len(rows) * TILE)
-        # [blocks, R, size], [blocks, TILE, R], [blocks, LANES], [blocks, LANES]
-        state = scratch, weights, highest, offset(highest, blocks * LANES)
+        state = state_of(scratch, sizes, rows)
         key_at, value_at, next_key_at, next_value_at = at, offset(at, TILE), offset(at, 2 * TILE), offset(at, 3 * TILE)
         number = take_next(counter)
         while number < sizes[NUM_ITEMS]:
             item = offset(items, number * FIELDS)
-            item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
-            begin(item, sizes, sinks, state, rows)
-            if item[BEGIN] < item[END]:
-                slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
-            for first in range(item[BEGIN], item[END], TILE):
-                key_at, next_key_at = next_key_at, key_at
-                value_at, next_value_at = next_value_at, value_at
-                more = first + TILE < item[END]
-                if more:
-                    slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
-                since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
-                score(item, sizes, since, query, keys, key_at, values, value_at, weights, rows)
-                weigh(item, sizes, since, first, softcap, slopes, state, rows)
-                gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns)
-            if item[PARTS] == 1:
+            if item[COPIED] == 0:
+                item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
+                begin(item, sizes, sinks, state, rows)
+                if item[BEGIN] < item[END]:
+                    slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
+                for first in range(item[BEGIN], item[END], TILE):
+                    key_at, next_key_at = next_key_at, key_at
+                    value_at, next_value_at = next_value_at, value_at
+                    more = first + TILE < item[END]
+                    if more:
+                        slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
+                    since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
+                    score(item, sizes, since, query, keys, key_at, values, value_at, state[1], rows)
+                    weigh_all(item, sizes, since, first, softcap, slopes, state, rows)
+                    gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns)
+                if item[PARTS] == 1:
+                    finish(item, sizes, state, out, lse, rows)
+                else:
+                    finish(item, sizes, state, parts_out, parts_lse, rows)
+            number = take_next(counter)
+
+    return attend
+
+
+def attend_copied(rows, columns):
+    """As attend_in_place, for the items whose tiles are copied first."""
+
+    def attend(
+        counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, at, out, lse, parts_out,
+        parts_lse,
+    ):  # fmt: skip
+        """Compute the items that no other thread has begun. Same arguments, though items have no parts here."""
+        size, state = sizes[HEAD_SIZE], state_of(scratch, sizes, rows)
+        tile_keys = offset(state[3], sizes[ITEM_BLOCKS] * LANES)
+        tile_values, key_at, value_at, places = offset(tile_keys, TILE * size), at, offset(at, TILE), offset(at, 2 * TILE)
+        for t in range(TILE):
+            places[t] = t * size
+        number = take_next(counter)
+        while number < sizes[NUM_ITEMS]:
+            item = offset(items, number * FIELDS)
+            if item[COPIED] == 1:
+                begin(item, sizes, sinks, state, rows)
+                for first in range(item[BEGIN], item[END], TILE):
+                    slots(key_at, value_at, offset(table, item[SEQ] * sizes[MAX_BLOCKS]), first, item[END], sizes)
+                    copy_tile(tile_keys, keys, key_at, item[HEAD] * sizes[KEY_HEAD], size)
+                    copy_tile(tile_values, values, value_at, item[HEAD] * sizes[VALUE_HEAD], size)
+                    attend_tile(
+                        item, sizes, max(0, first - item[POSITION]), first, softcap, slopes, query, tile_keys,
+                        tile_values, places, state, rows, columns,
+                    )  # fmt: skip
                 finish(item, sizes, state, out, lse, rows)
-            else:
-                finish(item, sizes, state, parts_out, parts_lse, rows)
             number = take_next(counter)
 
     return attend
 
 
 def plan(found, items, seq_lens, query_start_loc, num_seqs, num_kv_heads, window, most_queries, most_of_a_head):
-    """Fill `items`. found [3] = how many there are, the rows of partial results, and the query-key products.
+    """Fill `items`. found [4] = how many there are, the rows of partial results, the query-key products, and how many
+    items are `copied`.
 
     An item has all KV heads, and up to `most_queries`: K and V are read in the order in which they lie. A sequence with
     more queries has items of one head, and up to `most_of_a_head`, so that K and V are read fewer times.
     """
-    count, split_rows, products = 0, 0, 0
+    count, split_rows, products, copied = 0, 0, 0, 0
     for s in range(num_seqs):
         query_len = query_start_loc[s + 1] - query_start_loc[s]
         most, heads = (most_queries, num_kv_heads) if query_len <= most_queries else (most_of_a_head, 1)
@@ -300,11 +374,12 @@ def plan(found, items, seq_lens, query_start_loc, num_seqs, num_kv_heads, window
                     item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
                     item[HEAD], item[END_HEAD] = head, head + heads
                     item[PART], item[PARTS], item[TO] = part, parts, item[QUERY]
-                    count += 1
+                    item[COPIED] = 0 if query_len <= most_queries else 1
+                    count, copied = count + 1, copied + item[COPIED]
                     if parts > 1:
                         item[TO] = split_rows
                         split_rows += queries
-    found[0], found[1], found[2] = count, split_rows, products
+    found[0], found[1], found[2], found[3] = count, split_rows, products, copied
 
 
 def merge(items, num_items, num_heads, size, parts_out, parts_lse, out, lse):

@@ -29,7 +29,7 @@ __all__ = ["attend", "unavailable", "unsupported"]
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
-NUM_FIELDS = 11  # of an item: cpu_loop.py names them
+NUM_FIELDS = 12  # of an item: cpu_loop.py names them
 LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
 
 
@@ -114,7 +114,6 @@ class _Step:
         num_tokens, num_heads, size = call.query.shape
         addresses, variant, num_kv_heads = call.addresses, call.variant or PLAIN, call.keys.shape[-2]
         self.num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
-        self.loop = function("attend_items", _TYPES[call.keys.dtype], self.num_rows, num_columns)
         if addresses.block_tables is not None:
             table, block_size = np.ascontiguousarray(addresses.block_tables, INT), call.keys.shape[1]
         else:  # one block for everything, which begins at the region's first slot
@@ -128,19 +127,22 @@ class _Step:
         seq_lens = np.ascontiguousarray(addresses.seq_lens, INT)
         loc = np.ascontiguousarray(addresses.query_start_loc, INT)
         most_items = int(seq_lens.sum()) // machine.PART_KEYS + num_tokens // queries + (2 + num_kv_heads) * len(loc)
-        found = np.empty(3 + most_items * NUM_FIELDS, INT)
-        self.items = address(found) + 3 * found.itemsize
+        found = np.empty(4 + most_items * NUM_FIELDS, INT)
+        self.items = address(found) + 4 * found.itemsize
         places = address(found), self.items, address(seq_lens), address(loc)
         function("plan")(*places, len(seq_lens), num_kv_heads, window, queries, head_queries)
-        self.num_items, part_tokens, products = found[:3].tolist()  # products: of queries and keys, for a head
+        self.num_items, part_tokens, products, copied = found[:4].tolist()  # products: of queries and keys, for a head
+        needed = (("attend_in_place", self.num_items - copied), ("attend_copied", copied))
+        kind = _TYPES[call.keys.dtype], self.num_rows, num_columns
+        self.loops = [function(name, *kind) for name, count in needed if count]
         enough = products * num_heads * size >= machine.MIN_PARALLEL_WORK
         self.threads = min(num_threads(), self.num_items) if enough else 1
         self.part_rows = part_tokens * num_heads
         parts = np.empty(self.part_rows * (size + 1) + 1, FLOAT)  # and one, for an array without numbers has no address
         self.parts = address(parts), address(parts) + self.part_rows * size * parts.itemsize
 
-        # Of each thread: sums and weights, the highest scores and the sums of the weights; then where rows lie.
-        self.floats = item_blocks * (self.num_rows * (size + TILE) + 2 * LANES)
+        # Of each thread: cpu_loop.state_of, a tile's K and V, and where rows lie.
+        self.floats = item_blocks * (self.num_rows * (size + TILE) + 2 * LANES) + 2 * TILE * size
         self.share = -(-(self.floats * parts.itemsize + 4 * TILE * found.itemsize) // LINE) * LINE
         memory = np.empty(LINE + self.threads * self.share, np.uint8)
         self.scratch = -(-address(memory) // LINE) * LINE
@@ -159,8 +161,8 @@ class _Step:
             [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, size, token_blocks, item_blocks,
              window, block_size, table.shape[1], *passes, plain, *strides], INT,
         )  # fmt: skip
-        self.counter = np.zeros(1, INT)
-        self.first = address(self.counter), self.items, address(sizes), variant.softcap or 0.0
+        self.counters = np.zeros(len(self.loops), INT)
+        self.first = self.items, address(sizes), variant.softcap or 0.0
         self.last = address(table), address(slopes), address(sinks)
         self._memory = found, table, parts, memory, slopes, sinks, sizes
 
@@ -169,12 +171,14 @@ class _Step:
         query = _query(call, self.num_rows)
         given = (*self.first, address(query), address(call.keys), address(call.values), *self.last)
         results = address(out), address(lse)
-        self.counter[0] = 0
+        self.counters[:] = 0
 
         # The loop has addresses. After Ctrl-C other threads finish their items: what lies there must outlive this call.
         def share(mine: int, threads: int, alive: object = (self, call, query, out, lse)) -> None:
             scratch = self.scratch + mine * self.share
-            self.loop(*given, scratch, scratch + self.floats * FLOAT().itemsize, *results, *self.parts)
+            for number, loop in enumerate(self.loops):
+                counter = address(self.counters) + number * self.counters.itemsize
+                loop(counter, *given, scratch, scratch + self.floats * FLOAT().itemsize, *results, *self.parts)
 
         in_threads(share, self.threads)
         if self.part_rows:
