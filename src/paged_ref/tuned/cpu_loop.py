@@ -24,8 +24,8 @@ from numba import njit
 
 from .cpu_machine import LANES, PART_KEYS, TILE
 from .cpu_vectors import (
-    add, add_products, add_weighted, any_greater, exp, fold_maximum, fold_sum, hide, key_numbers, load, load_rows,
-    maximum, multiply, no_sums, offset, prefetch, splat, store, store_rows, subtract, sum_each, take_next,
+    add, add_products, add_weighted, any_greater, exp, fold_maximum, fold_sum, hide, key_numbers, keys_together,
+    load, load_rows, maximum, multiply, no_sums, offset, prefetch, splat, store, store_rows, subtract, sum_each, take_next,
 )  # fmt: skip
 
 FLOAT = np.float32
@@ -132,9 +132,9 @@ def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
     """R rows of `mixed` += weights * values, for the tile's keys from `first` to before `last`, key by key."""
     for d in range(0, size, len(columns) * LANES):
         sums = load_rows(mixed, d, size, rows, columns)
-        for t in range(first, last):
-            sums = add_weighted(sums, rows, weights, t * len(rows), values, at[t] + head + d)
-        store_rows(mixed, d, size, rows, sums)
+        for t in range(first, last, keys_together(rows, columns)):
+            sums = add_weighted(sums, rows, columns, weights, values, at, t, head + d)
+        store_rows(mixed, d, size, rows, columns, sums)
 
 
 # --- an item: its blocks are those of (KV head, token, rows), in this order ---------------------------------------
@@ -183,8 +183,8 @@ def score(item, sizes, since, query, keys, key_at, values, value_at, weights, ro
 
 @part
 def weigh(item, sizes, token, head_block, first, softcap, slopes, scores, b, state, rows):
-    """From products to weights, for the tile at key `first` and block b: of the token-th query, and of all heads' blocks
-    number `head_block`."""
+    """From products to weights, for the tile at key `first` and block b, which is of the token-th query, and has number
+    `head_block` of all heads' blocks."""
     mixed, _, highest, total = state
     position, sums = item[POSITION] + token, offset(mixed, b * len(rows) * sizes[HEAD_SIZE])
     all_seen = first + TILE <= min(item[END], position + 1) and first > position - sizes[WINDOW]
@@ -254,7 +254,7 @@ def copy_tile(rows_at, cache, at, head, size):
 
 @part
 def attend_tile(item, sizes, since, first, softcap, slopes, query, keys, values, places, state, rows, columns):
-    """Block by block, all that score, weigh_all and gather do in turn for all blocks; in the same order of additions."""
+    """For each block, what score, weigh_all and gather do in turn for all blocks. The order of additions is the same."""
     size, head, b = sizes[HEAD_SIZE], item[HEAD], since * sizes[TOKEN_BLOCKS]
     for token in range(since, item[COUNT]):
         row = (item[QUERY] + token) * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE]
@@ -327,7 +327,12 @@ def attend_copied(rows, columns):
         """Compute the items that no other thread has begun. Same arguments, though items have no parts here."""
         size, state = sizes[HEAD_SIZE], state_of(scratch, sizes, rows)
         tile_keys = offset(state[3], sizes[ITEM_BLOCKS] * LANES)
-        tile_values, key_at, value_at, places = offset(tile_keys, TILE * size), at, offset(at, TILE), offset(at, 2 * TILE)
+        tile_values, key_at, value_at, places = (
+            offset(tile_keys, TILE * size),
+            at,
+            offset(at, TILE),
+            offset(at, 2 * TILE),
+        )
         for t in range(TILE):
             places[t] = t * size
         number = take_next(counter)
