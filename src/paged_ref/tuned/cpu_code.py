@@ -1,4 +1,4 @@
-"""Machine code of cpu_loop.py and linear_loop.py: compiled by Numba once, and kept in a file.
+"""Machine code of cpu_items.py, cpu_loop.py and linear_loop.py: compiled by Numba once, and kept in a file.
 
 Numba keeps compiled code, too, but to find it again Numba must be imported, and that takes longer than all the rest of
 a first call. These functions take numbers and pointers only, so their code needs no part of Numba to run: llvmlite
@@ -24,13 +24,13 @@ from .cpu_machine import cpu_features, cpu_name
 from .numba_cache import folder, only_mine
 
 HERE = Path(__file__).parent
-# The arguments of the functions in these two files: i, f: an int64, a float32; I, F: pointers to such; K: a pointer to
+# The arguments of the functions in these files: i, f: an int64, a float32; I, F: pointers to such; K: a pointer to
 # the numbers of a cache.
 SIGNATURES = {
-    "bounds": "IIIIiiiii",
-    "plan": "IIIIiiiii",
-    "attend_in_place": "IIIfFKKIFFFIFFFF",
-    "attend_copied": "IIIfFKKIFFFIFFFF",
+    "read_addresses": "IIIiIiIiiiiiii",
+    "plan": "IIIiiiii",
+    "attend_in_place": "IIIffFKKIFFFFIFFFF",
+    "attend_copied": "IIIffFKKIFFFFIFFFF",
     "merge": "IiiiFFFF",
     "multiply": "iiFiiFiIF",
 }
@@ -60,7 +60,7 @@ def function(name: str, cache_type: str = "float32", *fixed: int) -> Callable[..
 @cache
 def _digest() -> str:
     digest = hashlib.sha256()
-    for name in ("cpu_loop.py", "linear_loop.py", "cpu_vectors.py", "cpu_machine.py", "cpu_code.py"):
+    for name in ("cpu_items.py", "cpu_loop.py", "linear_loop.py", "cpu_vectors.py", "cpu_machine.py", "cpu_code.py"):
         digest.update((HERE / name).read_bytes())
     parts = (version("numba"), version("llvmlite"), llvm.get_process_triple(), cpu_name(), cpu_features())
     digest.update("\n".join(parts).encode())
@@ -93,12 +93,12 @@ def _compile(name: str, cache_type: str, fixed: tuple[int, ...], symbol: str) ->
     """Object code in which the function is called `symbol`."""
     from numba import njit, types
 
-    from . import cpu_loop, linear_loop
+    from . import cpu_items, cpu_loop, linear_loop
 
     kinds = {"i": types.int64, "f": types.float32}
     kinds |= {"I": types.CPointer(types.int64), "F": types.CPointer(types.float32)}
     kinds["K"] = types.CPointer(getattr(types, cache_type))
-    python = getattr(linear_loop if hasattr(linear_loop, name) else cpu_loop, name)
+    python = next(getattr(module, name) for module in (cpu_items, cpu_loop, linear_loop) if hasattr(module, name))
     if fixed:
         python = python(*(tuple(range(length)) for length in fixed))
     # No wrapper for calls from Python, and no exceptions for divisions: what is left needs nothing but a C library.

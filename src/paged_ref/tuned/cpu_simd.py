@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding as llvm
@@ -60,10 +60,7 @@ def _refused(dtype: np.dtype[Any]) -> str | None:
 
 def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> bool:
     """Whether Addresses.check with these arguments would find nothing. For paged memory; one walk, in compiled code."""
-    seq_lens, loc, table = _whole(addresses)
-    wrong, sizes = np.zeros(1, INT), (len(seq_lens), table.shape[1], num_tokens, num_blocks, block_size)
-    function("bounds")(address(wrong), address(seq_lens), address(loc), address(table), *sizes)
-    return not wrong[0]
+    return _read(addresses, num_tokens, num_blocks, block_size).in_bounds
 
 
 def attend(call: AttentionCall) -> None:
@@ -99,19 +96,41 @@ _TYPES = {
 }  # fmt: skip
 
 
-_last = threading.local()  # .step, .whole: those of the last call
+_last = threading.local()  # .step, .read: those of the last call
 
 
-def _whole(addresses: Addresses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`seq_lens`, `query_start_loc` and the table as the compiled code reads them: int64, in one piece."""
-    known, arrays = getattr(_last, "whole", (None, None))
-    if known is not addresses or arrays is None:
-        # A contiguous region is one block for everything, which begins at the region's first slot.
-        table = addresses.starts[:, None] if addresses.block_tables is None else addresses.block_tables  # type: ignore[index]
-        given = addresses.seq_lens, addresses.query_start_loc, table
-        arrays = tuple(np.ascontiguousarray(array, INT) for array in given)
-        _last.whole = addresses, arrays
-    return arrays
+class _Read(NamedTuple):
+    """The addresses of a step, as the compiled code has them."""
+
+    addresses: Addresses
+    whole: np.ndarray  # int64: cpu_loop.read_addresses says how
+    in_bounds: bool
+    num_keys: int  # the sum of the sequences' lengths
+
+
+def _read(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> _Read:
+    read: _Read | None = getattr(_last, "read", None)
+    if read is None or read.addresses is not addresses:
+        num_seqs, table = len(addresses.seq_lens), addresses.block_tables
+        if table is None:  # a contiguous region is one block for everything, which begins at the region's first slot
+            assert addresses.starts is not None
+            table, max_blocks = addresses.starts, 1
+        else:
+            max_blocks = table.shape[1]
+        given = [_plain_integers(array) for array in (addresses.seq_lens, addresses.query_start_loc, table)]
+        found, whole = np.empty(2, INT), np.empty(2 * num_seqs + 1 + num_seqs * max_blocks, INT)
+        places = [number for array in given for number in (address(array), array.itemsize)]
+        sizes = given[2].strides[0] // given[2].itemsize, num_seqs, max_blocks, num_tokens, num_blocks, block_size
+        function("read_addresses")(address(found), address(whole), *places, *sizes)
+        wrong, num_keys = found.tolist()
+        read = _last.read = _Read(addresses, whole, not wrong, num_keys)
+    return read
+
+
+def _plain_integers(array: np.ndarray) -> np.ndarray:
+    """The array as the compiled code can read it: int32 or int64, a row in one piece."""
+    plain = array.dtype.kind == "i" and array.itemsize in (4, 8) and array.strides[-1] == array.itemsize
+    return array if plain else np.ascontiguousarray(array, INT)
 
 
 class _Shape:
@@ -131,20 +150,19 @@ class _Shape:
         self.head_queries = max(1, machine.ITEM_ROWS // (token_blocks * num_rows))
         item_blocks = token_blocks * max(num_kv_heads * self.queries, self.head_queries)
         # Of each thread: cpu_loop.state_of with a tile's K and V, and where rows lie.
-        self.floats = item_blocks * (num_rows * (size + TILE) + 2 * LANES) + 2 * TILE * size
+        self.floats = item_blocks * (num_rows * (2 * size + TILE) + 2 * LANES) + 2 * TILE * size
         self.share = _lines(self.floats * FLOAT().itemsize + 4 * TILE * INT().itemsize)
-        # No slope is 0, and no sink is -inf: the loop has no branch for them.
+        # No scale is 1, no slope is 0, and no sink is -inf: the loop has no branch for them.
+        self.no_scales = np.ones(num_kv_heads, FLOAT)
         self.no_slopes, self.no_sinks = (
             _in_lanes(None, absent, num_heads, num_kv_heads, num_rows) for absent in (0.0, -np.inf)
         )
         passes = machine.passes_of(num_kv_heads * size * itemsize, size * itemsize, num_rows * num_columns)
-        block_size = NO_LIMIT if len(cache_shape) == 2 else cache_shape[0]
+        self.block_size = NO_LIMIT if len(cache_shape) == 2 else cache_shape[0]
         # From a block, a slot, a head to the next. A contiguous region's slots are its tokens.
         steps = [stride // itemsize for of_cache in strides for stride in (of_cache[0], *of_cache[-3:-1])]
-        self.sizes = np.array(
-            [0, num_heads, num_kv_heads, num_heads // num_kv_heads, size, token_blocks, item_blocks, 0, block_size, 0,
-             *passes, 0, *steps], INT,
-        )  # fmt: skip
+        first = 0, num_heads, num_kv_heads, num_heads // num_kv_heads, size, token_blocks, item_blocks, 0
+        self.sizes = np.array([*first, self.block_size, 0, *passes, 0, *steps], INT)  # _Step replaces the zeros
 
 
 _make_shape = lru_cache(maxsize=64)(_Shape)
@@ -164,62 +182,52 @@ class _Step:
         self.key, self._alive = key, (call.addresses, call.variant)  # so that their ids stay theirs
         self.shape, variant = shape, call.variant or PLAIN
         num_tokens, num_heads, size = call.query.shape
-        num_kv_heads, window = call.keys.shape[-2], min(call.window or NO_LIMIT, NO_LIMIT)
-        seq_lens, loc, table = _whole(call.addresses)
-        most_parts, most_blocks = int(seq_lens.sum()) // machine.PART_KEYS, num_tokens // shape.queries
-        found = np.empty(4 + (most_parts + most_blocks + (2 + num_kv_heads) * len(loc)) * NUM_FIELDS, INT)
+        num_kv_heads, num_seqs = call.keys.shape[-2], len(call.addresses.seq_lens)
+        window = min(call.window or NO_LIMIT, NO_LIMIT)
+        read = _read(call.addresses, num_tokens, len(call.keys), shape.block_size)
+        most = read.num_keys // machine.PART_KEYS + num_tokens // shape.queries + (2 + num_kv_heads) * (num_seqs + 1)
+        found = np.empty(4 + most * NUM_FIELDS, INT)
         self.items = address(found) + 4 * found.itemsize
-        places = address(found), self.items, address(seq_lens), address(loc)
-        function("plan")(*places, len(seq_lens), num_kv_heads, window, shape.queries, shape.head_queries)
+        sizes = num_seqs, num_kv_heads, window, shape.queries, shape.head_queries
+        function("plan")(address(found), self.items, address(read.whole), *sizes)
         self.num_items, part_tokens, products, copied = found[:4].tolist()  # products: of queries and keys, for a head
         needed = (("attend_in_place", self.num_items - copied), ("attend_copied", copied))
         self.loops = [function(name, *shape.kind) for name, count in needed if count]
         enough = products * num_heads * size >= machine.MIN_PARALLEL_WORK
         self.threads = min(num_threads(), self.num_items) if enough else 1
 
-        # The query, scaled, with a block more, for the last one may be read beyond its heads; partial results; threads.
-        self.part_rows, query_rows = part_tokens * num_heads, num_tokens * num_heads + shape.num_rows
-        of_query, of_parts = (_lines(4 * numbers) for numbers in (query_rows * size, self.part_rows * (size + 1)))
-        needed_bytes = LINE + of_query + of_parts + self.threads * shape.share
-        self.memory = np.empty(needed_bytes, np.uint8) if memory is None or len(memory) < needed_bytes else memory
-        self.query = -(-address(self.memory) // LINE) * LINE
-        first = self.query - address(self.memory)
-        query = self.memory[first : first + query_rows * size * 4].view(FLOAT)
-        query[num_tokens * num_heads * size :] = 0
-        self.scaled = query[: num_tokens * num_heads * size].reshape(call.query.shape)
-        parts = self.query + of_query
-        self.parts = parts, parts + self.part_rows * size * 4
-        self.scratch = parts + of_parts
+        self.part_rows = part_tokens * num_heads
+        of_parts = _lines(self.part_rows * (size + 1) * 4)
+        num_bytes = LINE + of_parts + self.threads * shape.share
+        self.memory = np.empty(num_bytes, np.uint8) if memory is None or len(memory) < num_bytes else memory
+        parts = -(-address(self.memory) // LINE) * LINE
+        self.parts, self.scratch = (parts, parts + self.part_rows * size * 4), parts + of_parts
 
         heads = num_heads, num_kv_heads, shape.num_rows
-        plain = variant.alibi_slopes is None
-        slopes = shape.no_slopes if plain else _in_lanes(variant.alibi_slopes, 0.0, *heads)
+        slopes = shape.no_slopes if variant.alibi_slopes is None else _in_lanes(variant.alibi_slopes, 0.0, *heads)
         sinks = shape.no_sinks if variant.sinks is None else _in_lanes(variant.sinks, -np.inf, *heads)
-        sizes = shape.sizes.copy()
+        scales = shape.no_scales if variant.key_scales is None else np.ascontiguousarray(variant.key_scales, FLOAT)
+        max_blocks = 1 if call.addresses.block_tables is None else call.addresses.block_tables.shape[1]
+        self._sizes = shape.sizes.copy()
         for field, value in (
-            (0, self.num_items),
-            (7, window),
-            (9, table.shape[1]),
-            (12, plain and not variant.softcap),
-        ):
-            sizes[field] = value  # cpu_loop.py names them
+            (0, self.num_items), (7, window), (9, max_blocks), (12, slopes is shape.no_slopes and not variant.softcap),
+        ):  # fmt: skip
+            self._sizes[field] = value  # cpu_loop.py names them
         self.counters = np.zeros(2, INT)
-        self.first = self.items, address(sizes), variant.softcap or 0.0, self.query
-        self.last = address(table), address(slopes), address(sinks)
-        self._kept = found, table, slopes, sinks, sizes
+        self.first = self.items, address(self._sizes), variant.softcap or 0.0
+        table = address(read.whole) + (2 * num_seqs + 1) * read.whole.itemsize
+        self.last = table, address(scales), address(slopes), address(sinks)
+        self._kept = found, read, scales, slopes, sinks
 
     def run(self, call: AttentionCall, out: np.ndarray, lse: np.ndarray) -> None:
         """Fill `out` and `lse`, float32 in one piece, by this step's threads."""
-        np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT, out=self.scaled)
-        if call.variant is not None and call.variant.key_scales is not None:  # factors of all of a head's scores
-            group_size = call.query.shape[1] // len(call.variant.key_scales)
-            self.scaled *= np.repeat(call.variant.key_scales, group_size)[:, None]
-        given = (*self.first, address(call.keys), address(call.values), *self.last)
+        query = np.ascontiguousarray(decode(call.query), FLOAT)
+        given = (*self.first, call.scale, address(query), address(call.keys), address(call.values), *self.last)
         results = address(out), address(lse)
         counters, self.counters[:] = address(self.counters), 0
 
         # The loop has addresses. After Ctrl-C other threads finish their items: what lies there must outlive this call.
-        def share(mine: int, threads: int, alive: object = (self, call, out, lse)) -> None:
+        def share(mine: int, threads: int, alive: object = (self, call, query, out, lse)) -> None:
             scratch = self.scratch + mine * self.shape.share
             of_thread = scratch, scratch + self.shape.floats * 4
             for number, loop in enumerate(self.loops):

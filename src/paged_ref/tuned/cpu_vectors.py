@@ -336,7 +336,8 @@ def add_weighted(builder, kinds, sums, rows, columns, weights, values, places, t
     for key in range(_keys_together(num_rows, num_columns)):
         at, first = builder.load(_place(builder, places, t, key)), key * num_rows * num_columns
         value = [
-            _load(builder, _place(builder, values, at, d, column * LANES), kinds[4].dtype) for column in range(num_columns)
+            _load(builder, _place(builder, values, at, d, column * LANES), kinds[4].dtype)
+            for column in range(num_columns)
         ]
         for row in range(num_rows):
             weight = _place(builder, weights, builder.mul(t, I64(num_rows)), key * num_rows + row)
@@ -365,3 +366,21 @@ def prefetch(builder, kinds, data, index, line):
 def take_next(builder, kinds, counter):
     """counter[0], and counter[0] += 1, as one step between which no other thread can come."""
     return builder.atomic_rmw("add", counter, I64(1), "monotonic")
+
+
+@operation(types.int64)
+def integer(builder, kinds, data, index, size):
+    """Integer number `index` of those from `data` on, which have `size` bytes: 4 or 8."""
+    short = ir.IntType(32).as_pointer()
+    is_short = builder.icmp_unsigned("==", size, I64(4))
+    with builder.if_else(is_short) as (then, otherwise):
+        with then:
+            wide = builder.sext(builder.load(builder.gep(builder.bitcast(data, short), [index])), I64)
+            from_short = builder.block
+        with otherwise:
+            long = builder.load(_place(builder, data, index))
+            from_long = builder.block
+    value = builder.phi(I64)
+    value.add_incoming(wide, from_short)
+    value.add_incoming(long, from_long)
+    return value
