@@ -51,12 +51,13 @@ def read_addresses(
     found[0], found[1] = wrong, total
 
 
-def plan(found, items, whole, num_seqs, num_kv_heads, window, most_queries, most_of_a_head):
+def plan(found, items, whole, num_seqs, num_kv_heads, window, most_queries, most_of_a_head, copied_from):
     """Fill `items`. found [4] = how many there are, the rows of partial results, the query-key products, and how many
     items are `copied`. `whole`: what read_addresses wrote.
 
     An item has all KV heads, and up to `most_queries`: K and V are read in the order in which they lie. A sequence with
-    more queries has items of one head, and up to `most_of_a_head`, so that K and V are read fewer times.
+    more queries has items of one head, and up to `most_of_a_head`, so that K and V are read fewer times; they are
+    `copied` if it has `copied_from` query-key products.
     """
     seq_lens, query_start_loc = whole, offset(whole, num_seqs)
     count, split_rows, products, copied = 0, 0, 0, 0
@@ -77,7 +78,7 @@ def plan(found, items, whole, num_seqs, num_kv_heads, window, most_queries, most
                     item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
                     item[HEAD], item[END_HEAD] = head, head + heads
                     item[PART], item[PARTS], item[TO] = part, parts, item[QUERY]
-                    item[COPIED] = 0 if query_len <= most_queries else 1
+                    item[COPIED] = 1 if query_len > most_queries and query_len * seq_lens[s] >= copied_from else 0
                     count, copied = count + 1, copied + item[COPIED]
                     if parts > 1:
                         item[TO] = split_rows

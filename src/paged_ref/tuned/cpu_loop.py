@@ -34,11 +34,12 @@ from .cpu_vectors import (
 FLOAT = np.float32
 part = njit(inline="always")  # written into its caller before anything is compiled: LLVM sees one function, once
 
-# The numbers of a call. Strides are in elements: of a block, a slot, a head.
+# The numbers of a call: of a step first, then of all calls with the same shapes. Strides are in elements: of a block, a
+# slot, a head.
 (
-    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, TOKEN_BLOCKS, ITEM_BLOCKS, WINDOW, BLOCK_SIZE,
-    MAX_BLOCKS, PASS_KEYS, LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD,
-) = range(19)  # fmt: skip
+    NUM_ITEMS, WINDOW, MAX_BLOCKS, PLAIN, NUM_HEADS, GROUP_SIZE, HEAD_SIZE, TOKEN_BLOCKS, ITEM_BLOCKS, BLOCK_SIZE,
+    PASS_KEYS, LINES, KEY_BLOCK, KEY_SLOT, KEY_HEAD, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD,
+) = range(18)  # fmt: skip
 
 
 # --- a tile's places ----------------------------------------------------------------------------------------------

@@ -21,6 +21,10 @@ ITEM_ROWS = 256  # query rows of an item: for size 128 they and their sums (256 
 # does a quarter to all of this.
 MIN_PARALLEL_WORK = 1 << 20
 
+# The same for a sequence: for more, its tiles are copied, which takes a third off a long prompt's time, and code of its
+# own, which takes 3 s to compile. Its results have the same bits.
+MIN_COPIED_WORK = 1 << 26
+
 
 class Vectors(NamedTuple):
     """How the loop is compiled for a kind of CPU."""

@@ -29,7 +29,7 @@ __all__ = ["attend", "unavailable", "unsupported"]
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
-NUM_FIELDS = 12  # of an item: cpu_loop.py names them
+NUM_FIELDS = 12  # of an item: cpu_items.py names them
 MOST_KEPT = 1 << 25  # bytes of memory that a thread keeps for its next call
 LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
 
@@ -60,6 +60,7 @@ def _refused(dtype: np.dtype[Any]) -> str | None:
 
 def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> bool:
     """Whether Addresses.check with these arguments would find nothing. For paged memory; one walk, in compiled code."""
+    _last.read = None  # which may be of other sizes
     return _read(addresses, num_tokens, num_blocks, block_size).in_bounds
 
 
@@ -103,7 +104,7 @@ class _Read(NamedTuple):
     """The addresses of a step, as the compiled code has them."""
 
     addresses: Addresses
-    whole: np.ndarray  # int64: cpu_loop.read_addresses says how
+    whole: np.ndarray  # int64: cpu_items.read_addresses says how
     in_bounds: bool
     num_keys: int  # the sum of the sequences' lengths
 
@@ -161,8 +162,8 @@ class _Shape:
         self.block_size = NO_LIMIT if len(cache_shape) == 2 else cache_shape[0]
         # From a block, a slot, a head to the next. A contiguous region's slots are its tokens.
         steps = [stride // itemsize for of_cache in strides for stride in (of_cache[0], *of_cache[-3:-1])]
-        first = 0, num_heads, num_kv_heads, num_heads // num_kv_heads, size, token_blocks, item_blocks, 0
-        self.sizes = np.array([*first, self.block_size, 0, *passes, 0, *steps], INT)  # _Step replaces the zeros
+        heads = num_heads, num_heads // num_kv_heads, size
+        self.sizes = *heads, token_blocks, item_blocks, self.block_size, *passes, *steps  # cpu_loop.py names them
 
 
 _make_shape = lru_cache(maxsize=64)(_Shape)
@@ -188,7 +189,8 @@ class _Step:
         most = read.num_keys // machine.PART_KEYS + num_tokens // shape.queries + (2 + num_kv_heads) * (num_seqs + 1)
         found = np.empty(4 + most * NUM_FIELDS, INT)
         self.items = address(found) + 4 * found.itemsize
-        sizes = num_seqs, num_kv_heads, window, shape.queries, shape.head_queries
+        copied_from = machine.MIN_COPIED_WORK // (num_heads * size)
+        sizes = num_seqs, num_kv_heads, window, shape.queries, shape.head_queries, copied_from
         function("plan")(address(found), self.items, address(read.whole), *sizes)
         self.num_items, part_tokens, products, copied = found[:4].tolist()  # products: of queries and keys, for a head
         needed = (("attend_in_place", self.num_items - copied), ("attend_copied", copied))
@@ -208,11 +210,8 @@ class _Step:
         sinks = shape.no_sinks if variant.sinks is None else _in_lanes(variant.sinks, -np.inf, *heads)
         scales = shape.no_scales if variant.key_scales is None else np.ascontiguousarray(variant.key_scales, FLOAT)
         max_blocks = 1 if call.addresses.block_tables is None else call.addresses.block_tables.shape[1]
-        self._sizes = shape.sizes.copy()
-        for field, value in (
-            (0, self.num_items), (7, window), (9, max_blocks), (12, slopes is shape.no_slopes and not variant.softcap),
-        ):  # fmt: skip
-            self._sizes[field] = value  # cpu_loop.py names them
+        plain = variant.alibi_slopes is None and not variant.softcap
+        self._sizes = np.array((self.num_items, window, max_blocks, plain, *shape.sizes), INT)
         self.counters = np.zeros(2, INT)
         self.first = self.items, address(self._sizes), variant.softcap or 0.0
         table = address(read.whole) + (2 * num_seqs + 1) * read.whole.itemsize
@@ -222,7 +221,7 @@ class _Step:
     def run(self, call: AttentionCall, out: np.ndarray, lse: np.ndarray) -> None:
         """Fill `out` and `lse`, float32 in one piece, by this step's threads."""
         query = np.ascontiguousarray(decode(call.query), FLOAT)
-        given = (*self.first, call.scale, address(query), address(call.keys), address(call.values), *self.last)
+        given = (*self.first, float(call.scale), address(query), address(call.keys), address(call.values), *self.last)
         results = address(out), address(lse)
         counters, self.counters[:] = address(self.counters), 0
 
