@@ -35,7 +35,8 @@ def queries(problem: Problem, s: int, first: int, end: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_bits_depend_on_no_company_and_on_no_chunks(dtype: str) -> None:
+def test_bits_depend_on_no_company_and_on_no_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_machine, "MIN_COPIED_WORK", 4096 * 128)  # of the whole prompt tiles are copied, of no chunk
     problem = build(Case(seq_lens=(300, 40, 90), query_lens=(300, 1, 33), cache_dtype=dtype, **SHAPE))
     together = np.split(run(problem, "cpu-simd", "paged"), np.cumsum(problem.query_lens)[:-1])
     for s, cuts in enumerate([(0, 1, 8, 108, 300), (0, 1), (0, 31, 33)]):
@@ -89,9 +90,9 @@ def test_the_layers_of_a_step_are_planned_once(monkeypatch: pytest.MonkeyPatch) 
     planned: list[AttentionCall] = []
 
     class Counted(cpu_simd._Step):
-        def __init__(self, call: AttentionCall) -> None:
+        def __init__(self, call: AttentionCall, *others: Any) -> None:
             planned.append(call)
-            super().__init__(call)
+            super().__init__(call, *others)
 
     monkeypatch.setattr(cpu_simd, "_Step", Counted)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Machine code of cpu_loop.py and linear_loop.py: compiled by Numba once, and kept in a file.
+"""Machine code of cpu_items.py, cpu_loop.py and linear_loop.py: compiled by Numba once, and kept in a file.
 
 Numba keeps compiled code, too, but to find it again Numba must be imported, and that takes longer than all the rest of
 a first call. These functions take numbers and pointers only, so their code needs no part of Numba to run: llvmlite
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from .cpu_machine import cpu_features, cpu_name
 from .numba_cache import folder, only_mine
 
 HERE = Path(__file__).parent
-# The arguments of the functions in these two files: i, f: an int64, a float32; I, F: pointers to such; K: a pointer to
-# the numbers of a cache.
-SIGNATURES = {
-    "bounds": "IIIIiiiii",
-    "plan": "IIIIiiiii",
-    "attend_items": "IIIfFKKIFFFIFFFF",
-    "merge": "IiiiFFFF",
-    "multiply": "iiFiiFiIF",
+# Where each function is, and its arguments. i, f: an int64, a float32; I, F: pointers to such; K: a pointer to the
+# numbers of a cache.
+FUNCTIONS = {
+    "read_addresses": ("cpu_items", "IIIiIiIiiiiiii"),
+    "plan": ("cpu_items", "IIIiiiiii"),
+    "merge": ("cpu_items", "IiiiFFFF"),
+    "attend_in_place": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),
+    "attend_copied": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),
+    "multiply": ("linear_loop", "iiFiiFiIF"),
 }
 
 
@@ -53,14 +55,14 @@ def function(name: str, cache_type: str = "float32", *fixed: int) -> Callable[..
         code = _compile(name, cache_type, fixed, symbol)
         if file is not None:
             _keep(file, code)
-    return _load(code, symbol, SIGNATURES[name])
+    return _load(code, symbol, FUNCTIONS[name][1])
 
 
 @cache
 def _digest() -> str:
     digest = hashlib.sha256()
-    for name in ("cpu_loop.py", "linear_loop.py", "cpu_vectors.py", "cpu_machine.py", "cpu_code.py"):
-        digest.update((HERE / name).read_bytes())
+    for name in sorted({module for module, _ in FUNCTIONS.values()} | {"cpu_vectors", "cpu_machine", "cpu_code"}):
+        digest.update((HERE / f"{name}.py").read_bytes())
     parts = (version("numba"), version("llvmlite"), llvm.get_process_triple(), cpu_name(), cpu_features())
     digest.update("\n".join(parts).encode())
     return digest.hexdigest()[:16]
@@ -92,17 +94,16 @@ def _compile(name: str, cache_type: str, fixed: tuple[int, ...], symbol: str) ->
     """Object code in which the function is called `symbol`."""
     from numba import njit, types
 
-    from . import cpu_loop, linear_loop
-
     kinds = {"i": types.int64, "f": types.float32}
     kinds |= {"I": types.CPointer(types.int64), "F": types.CPointer(types.float32)}
     kinds["K"] = types.CPointer(getattr(types, cache_type))
-    python = getattr(linear_loop if hasattr(linear_loop, name) else cpu_loop, name)
+    module, signature = FUNCTIONS[name]
+    python = getattr(import_module(f".{module}", __package__), name)
     if fixed:
         python = python(*(tuple(range(length)) for length in fixed))
     # No wrapper for calls from Python, and no exceptions for divisions: what is left needs nothing but a C library.
     compiled = njit(python, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-    compiled.compile(tuple(kinds[kind] for kind in SIGNATURES[name]))
+    compiled.compile(tuple(kinds[kind] for kind in signature))
     (result,) = compiled.overloads.values()
     instructions = result.library.get_llvm_str().replace(result.fndesc.llvm_func_name, symbol)
     return bytes(_target_machine().emit_object(llvm.parse_assembly(instructions)))

@@ -22,26 +22,24 @@ import math
 import numpy as np
 from numba import njit
 
-from .cpu_machine import LANES, PART_KEYS, TILE
+from .cpu_items import (
+    BEGIN, COPIED, COUNT, END, END_HEAD, FIELDS, HEAD, LOWEST, PART, PARTS, POSITION, QUERY, SEQ, TO,
+)  # fmt: skip
+from .cpu_machine import LANES, TILE
 from .cpu_vectors import (
-    add, add_products, add_weighted, any_greater, exp, fold_maximum, fold_sum, hide, key_numbers, load, load_rows,
-    maximum, multiply, no_sums, offset, prefetch, splat, store, store_rows, subtract, sum_each, take_next,
+    add, add_products, add_weighted, any_greater, exp, fold_maximum, fold_sum, hide, key_numbers, keys_together, load,
+    load_rows, maximum, multiply, no_sums, offset, prefetch, splat, store, store_rows, subtract, sum_each, take_next,
 )  # fmt: skip
 
 FLOAT = np.float32
-LOWEST = FLOAT(-3.0e38)  # stands for -inf, since -inf - -inf would be NaN
 part = njit(inline="always")  # written into its caller before anything is compiled: LLVM sees one function, once
 
-# One piece of work: `count` queries of sequence `seq` from row `query` on, the first at `position` in its sequence,
-# over the keys from `begin` to before `end`, in the KV heads from `head` to before `end_head`. Where a query's keys are
-# split, this is part `part` of `parts`, and its result goes to the rows from `to` on of the partial results; else to
-# the queries' own rows.
-SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, END_HEAD, PART, PARTS, TO, FIELDS = range(12)  # FIELDS: how many
-# The numbers of a call. Strides are in elements: of a block, a slot, a head.
+# The numbers of a call: of a step first, then of all calls with the same shapes. Strides are in elements: of a block, a
+# slot, a head.
 (
-    NUM_ITEMS, NUM_HEADS, NUM_KV_HEADS, GROUP_SIZE, HEAD_SIZE, TOKEN_BLOCKS, ITEM_BLOCKS, WINDOW, BLOCK_SIZE,
-    MAX_BLOCKS, PASS_KEYS, LINES, PLAIN, KEY_BLOCK, KEY_SLOT, KEY_HEAD, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD,
-) = range(19)  # fmt: skip
+    NUM_ITEMS, WINDOW, MAX_BLOCKS, PLAIN, NUM_HEADS, GROUP_SIZE, HEAD_SIZE, TOKEN_BLOCKS, ITEM_BLOCKS, BLOCK_SIZE,
+    PASS_KEYS, LINES, KEY_BLOCK, KEY_SLOT, KEY_HEAD, VALUE_BLOCK, VALUE_SLOT, VALUE_HEAD,
+) = range(18)  # fmt: skip
 
 
 # --- a tile's places ----------------------------------------------------------------------------------------------
@@ -132,9 +130,9 @@ def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
     """R rows of `mixed` += weights * values, for the tile's keys from `first` to before `last`, key by key."""
     for d in range(0, size, len(columns) * LANES):
         sums = load_rows(mixed, d, size, rows, columns)
-        for t in range(first, last):
-            sums = add_weighted(sums, rows, weights, t * len(rows), values, at[t] + head + d)
-        store_rows(mixed, d, size, rows, sums)
+        for t in range(first, last, keys_together(rows, columns)):
+            sums = add_weighted(sums, rows, columns, weights, values, at, t, head + d)
+        store_rows(mixed, d, size, rows, columns, sums)
 
 
 # --- an item: its blocks are those of (KV head, token, rows), in this order ---------------------------------------
@@ -147,24 +145,34 @@ def block_number(item, sizes, head, token):
 
 
 @part
-def begin(item, sizes, sinks, state, rows):
-    """Before the first key: only sinks are seen. A sink is a key without a value."""
-    mixed, _, highest, total = state
+def begin(item, sizes, scale, query, key_scales, sinks, state, rows):
+    """Before the first key: queries are copied and scaled, and only sinks are seen. A sink is a key without a value."""
+    queries, mixed, _, highest, total = state
+    size, b = sizes[HEAD_SIZE], 0
     for head in range(item[HEAD], item[END_HEAD]):
-        for i in range(item[COUNT] * sizes[TOKEN_BLOCKS]):
-            b = block_number(item, sizes, head, 0) + i
-            sink = splat(FLOAT(-np.inf))
-            if item[PART] == 0:
-                sink = load(sinks, (head * sizes[TOKEN_BLOCKS] + i % sizes[TOKEN_BLOCKS]) * LANES)
-            store(highest, b * LANES, sink)
-            store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
-            for d in range(0, len(rows) * sizes[HEAD_SIZE], LANES):
-                store(mixed, b * len(rows) * sizes[HEAD_SIZE] + d, splat(FLOAT(0)))
+        for token in range(item[QUERY], item[QUERY] + item[COUNT]):
+            for i in range(sizes[TOKEN_BLOCKS]):
+                for r in range(len(rows)):
+                    in_group, to = i * len(rows) + r, (b * len(rows) + r) * size
+                    row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE] + in_group
+                    for d in range(0, size, LANES):
+                        x = splat(FLOAT(0))  # a row that the group lacks
+                        if in_group < sizes[GROUP_SIZE]:
+                            x = multiply(multiply(load(query, row * size + d), splat(scale)), splat(key_scales[head]))
+                        store(queries, to + d, x)
+                        store(mixed, to + d, splat(FLOAT(0)))
+                sink = splat(FLOAT(-np.inf))
+                if item[PART] == 0:
+                    sink = load(sinks, (head * sizes[TOKEN_BLOCKS] + i) * LANES)
+                store(highest, b * LANES, sink)
+                store(total, b * LANES, exp(subtract(sink, maximum(sink, splat(LOWEST)))))
+                b += 1
 
 
 @part
-def score(item, sizes, since, query, keys, key_at, values, value_at, weights, rows):
+def score(item, sizes, since, keys, key_at, values, value_at, state, rows):
     """The products of the item's queries from number `since` on with the tile's keys. The values are prefetched."""
+    queries, _, weights, _, _ = state
     size, keys_now = sizes[HEAD_SIZE], max(sizes[PASS_KEYS], LANES // len(rows))
     for t in range(0, TILE, keys_now):
         for head in range(item[HEAD], item[END_HEAD]):
@@ -172,36 +180,40 @@ def score(item, sizes, since, query, keys, key_at, values, value_at, weights, ro
                 prefetch_rows(keys, key_at, t + keys_now, keys_now, head, sizes[LINES])
             else:
                 prefetch_rows(values, value_at, 0, sizes[PASS_KEYS], head, sizes[LINES])
-            b = block_number(item, sizes, head, since)
-            for token in range(item[QUERY] + since, item[QUERY] + item[COUNT]):
-                row = token * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE]
-                for _ in range(sizes[TOKEN_BLOCKS]):
-                    scores, rows_at = offset(weights, b * len(rows) * TILE), offset(query, row * size)
-                    dots(scores, rows_at, size, keys, key_at, head * sizes[KEY_HEAD], t, t + keys_now, rows)
-                    row, b = row + len(rows), b + 1
+            for b in range(block_number(item, sizes, head, since), block_number(item, sizes, head + 1, 0)):
+                of_block, scores = offset(queries, b * len(rows) * size), offset(weights, b * len(rows) * TILE)
+                dots(scores, of_block, size, keys, key_at, head * sizes[KEY_HEAD], t, t + keys_now, rows)
 
 
 @part
-def weigh(item, sizes, since, first, softcap, slopes, state, rows):
-    """From products to weights, for the whole tile at key `first`."""
-    mixed, weights, highest, total = state
+def weigh(item, sizes, token, head_block, first, softcap, slopes, scores, b, state, rows):
+    """From products to weights, for the tile at key `first` and block b, which is of the token-th query, and has number
+    `head_block` of all heads' blocks."""
+    _, mixed, _, highest, total = state
+    position, sums = item[POSITION] + token, offset(mixed, b * len(rows) * sizes[HEAD_SIZE])
+    all_seen = first + TILE <= min(item[END], position + 1) and first > position - sizes[WINDOW]
+    if not all_seen or sizes[PLAIN] == 0:
+        slope = load(slopes, head_block * LANES)
+        adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
+    softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, sizes[HEAD_SIZE], rows)
+
+
+@part
+def weigh_all(item, sizes, since, first, softcap, slopes, state, rows):
+    """`weigh` for all blocks, of the item's queries from number `since` on."""
     for head in range(item[HEAD], item[END_HEAD]):
         b = block_number(item, sizes, head, since)
-        for position in range(item[POSITION] + since, item[POSITION] + item[COUNT]):
-            all_seen = first + TILE <= min(item[END], position + 1) and first > position - sizes[WINDOW]
+        for token in range(since, item[COUNT]):
             for i in range(sizes[TOKEN_BLOCKS]):
-                scores, sums = offset(weights, b * len(rows) * TILE), offset(mixed, b * len(rows) * sizes[HEAD_SIZE])
-                if not all_seen or sizes[PLAIN] == 0:
-                    slope = load(slopes, (head * sizes[TOKEN_BLOCKS] + i) * LANES)
-                    adjust(scores, position, first, item[END], sizes[WINDOW], softcap, slope, rows)
-                softmax(scores, offset(highest, b * LANES), offset(total, b * LANES), sums, sizes[HEAD_SIZE], rows)
+                scores, head_block = offset(state[2], b * len(rows) * TILE), head * sizes[TOKEN_BLOCKS] + i
+                weigh(item, sizes, token, head_block, first, softcap, slopes, scores, b, state, rows)
                 b += 1
 
 
 @part
 def gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns):
     """Add the weighted values. The next tile's first keys are prefetched, if there are more."""
-    mixed, weights, _, _ = state
+    _, mixed, weights, _, _ = state
     size, keys_now = sizes[HEAD_SIZE], sizes[PASS_KEYS]
     for t in range(0, TILE, keys_now):
         for head in range(item[HEAD], item[END_HEAD]):
@@ -217,7 +229,7 @@ def gather(item, sizes, since, values, value_at, keys, next_key_at, more, state,
 @part
 def finish(item, sizes, state, out, lse, rows):
     """Divide by the sums of the weights, and write the results."""
-    mixed, _, highest, total = state
+    _, mixed, _, highest, total = state
     size = sizes[HEAD_SIZE]
     for head in range(item[HEAD], item[END_HEAD]):
         for i in range(item[COUNT]):
@@ -233,114 +245,115 @@ def finish(item, sizes, state, out, lse, rows):
                 lse[row] = highest[block * LANES + lane] + math.log(norm) if norm != 0 else -np.inf
 
 
+# --- an item of one KV head: its tiles are copied first ------------------------------------------------------------
+
+
+@part
+def copy_tile(rows_at, cache, at, head, size):
+    """Copy one head of the tile's rows, as float32. Side by side, they lie in L1 together, for all of the item."""
+    for t in range(TILE):
+        for d in range(0, size, LANES):
+            store(rows_at, t * size + d, load(cache, at[t] + head + d))
+
+
+@part
+def attend_tile(item, sizes, since, first, softcap, slopes, keys, values, places, state, rows, columns):
+    """For each block, what score, weigh_all and gather do in turn for all. The order of additions is the same."""
+    queries, mixed, scores, _, _ = state
+    size, b = sizes[HEAD_SIZE], since * sizes[TOKEN_BLOCKS]
+    for token in range(since, item[COUNT]):
+        for i in range(sizes[TOKEN_BLOCKS]):
+            head_block = item[HEAD] * sizes[TOKEN_BLOCKS] + i
+            dots(scores, offset(queries, b * len(rows) * size), size, keys, places, 0, 0, TILE, rows)
+            weigh(item, sizes, token, head_block, first, softcap, slopes, scores, b, state, rows)
+            mix(offset(mixed, b * len(rows) * size), size, scores, values, places, 0, 0, TILE, rows, columns)
+            b += 1
+
+
 # --- what cpu_code.py compiles ------------------------------------------------------------------------------------
 
 
-def attend_items(rows, columns):
-    """The function that computes items in blocks of len(rows) rows, and len(columns) vectors of each row at a time."""
+@part
+def state_of(scratch, sizes, rows):
+    """A thread's memory: queries and sums [blocks, R, size], weights [blocks, TILE, R], the highest scores and the sums
+    of the weights [blocks, LANES]. After them, a tile's K and V [TILE, size]."""
+    blocks = sizes[ITEM_BLOCKS]
+    mixed = offset(scratch, blocks * len(rows) * sizes[HEAD_SIZE])
+    weights = offset(mixed, blocks * len(rows) * sizes[HEAD_SIZE])
+    highest = offset(weights, blocks * len(rows) * TILE)
+    return scratch, mixed, weights, highest, offset(highest, blocks * LANES)
+
+
+def attend_in_place(rows, columns):
+    """The function that computes items in blocks of len(rows) rows, and len(columns) vectors of each row at a time, and
+    reads K and V where they lie."""
 
     def attend(
-        counter, items, sizes, softcap, query, keys, values, table, slopes, sinks, scratch, at, out, lse, parts_out,
-        parts_lse,
+        counter, items, sizes, softcap, scale, query, keys, values, table, key_scales, slopes, sinks, scratch, at, out,
+        lse, parts_out, parts_lse,
     ):  # fmt: skip
         """Compute the items that no other thread has begun. An item's result does not depend on the thread."""
-        blocks = sizes[ITEM_BLOCKS]
-        weights = offset(scratch, blocks * len(rows) * sizes[HEAD_SIZE])
-        highest = offset(weights, blocks * len(rows) * TILE)
-        # [blocks, R, size], [blocks, TILE, R], [blocks, LANES], [blocks, LANES]
-        state = scratch, weights, highest, offset(highest, blocks * LANES)
+        state = state_of(scratch, sizes, rows)
         key_at, value_at, next_key_at, next_value_at = at, offset(at, TILE), offset(at, 2 * TILE), offset(at, 3 * TILE)
         number = take_next(counter)
         while number < sizes[NUM_ITEMS]:
             item = offset(items, number * FIELDS)
-            item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
-            begin(item, sizes, sinks, state, rows)
-            if item[BEGIN] < item[END]:
-                slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
-            for first in range(item[BEGIN], item[END], TILE):
-                key_at, next_key_at = next_key_at, key_at
-                value_at, next_value_at = next_value_at, value_at
-                more = first + TILE < item[END]
-                if more:
-                    slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
-                since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
-                score(item, sizes, since, query, keys, key_at, values, value_at, weights, rows)
-                weigh(item, sizes, since, first, softcap, slopes, state, rows)
-                gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns)
-            if item[PARTS] == 1:
-                finish(item, sizes, state, out, lse, rows)
-            else:
-                finish(item, sizes, state, parts_out, parts_lse, rows)
+            if item[COPIED] == 0:
+                item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
+                begin(item, sizes, scale, query, key_scales, sinks, state, rows)
+                if item[BEGIN] < item[END]:
+                    slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
+                for first in range(item[BEGIN], item[END], TILE):
+                    key_at, next_key_at = next_key_at, key_at
+                    value_at, next_value_at = next_value_at, value_at
+                    more = first + TILE < item[END]
+                    if more:
+                        slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
+                    since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
+                    score(item, sizes, since, keys, key_at, values, value_at, state, rows)
+                    weigh_all(item, sizes, since, first, softcap, slopes, state, rows)
+                    gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns)
+                if item[PARTS] == 1:
+                    finish(item, sizes, state, out, lse, rows)
+                else:
+                    finish(item, sizes, state, parts_out, parts_lse, rows)
             number = take_next(counter)
 
     return attend
 
 
-def plan(found, items, seq_lens, query_start_loc, num_seqs, num_kv_heads, window, most_queries, most_of_a_head):
-    """Fill `items`. found [3] = how many there are, the rows of partial results, and the query-key products.
+def attend_copied(rows, columns):
+    """As attend_in_place, for the items whose tiles are copied first."""
 
-    An item has all KV heads, and up to `most_queries`: K and V are read in the order in which they lie. A sequence with
-    more queries has items of one head, and up to `most_of_a_head`, so that K and V are read fewer times.
-    """
-    count, split_rows, products = 0, 0, 0
-    for s in range(num_seqs):
-        query_len = query_start_loc[s + 1] - query_start_loc[s]
-        most, heads = (most_queries, num_kv_heads) if query_len <= most_queries else (most_of_a_head, 1)
-        for first in range(0, query_len, most):
-            queries = min(most, query_len - first)
-            position = seq_lens[s] - query_len + first
-            begin, end = max(0, position - window + 1), max(0, position + queries)
-            parts = max(1, -(-(end - begin) // PART_KEYS)) if query_len <= most_queries else 1
-            products += queries * max(0, end - begin)
-            for head in range(0, num_kv_heads, heads):
-                for part in range(parts):
-                    item = offset(items, count * FIELDS)
-                    item[SEQ], item[QUERY], item[COUNT] = s, query_start_loc[s] + first, queries
-                    item[POSITION], item[BEGIN] = position, begin + part * PART_KEYS
-                    item[END] = min(end, item[BEGIN] + PART_KEYS) if parts > 1 else end
-                    item[HEAD], item[END_HEAD] = head, head + heads
-                    item[PART], item[PARTS], item[TO] = part, parts, item[QUERY]
-                    count += 1
-                    if parts > 1:
-                        item[TO] = split_rows
-                        split_rows += queries
-    found[0], found[1], found[2] = count, split_rows, products
+    def attend(
+        counter, items, sizes, softcap, scale, query, keys, values, table, key_scales, slopes, sinks, scratch, at, out,
+        lse, parts_out, parts_lse,
+    ):  # fmt: skip
+        """Compute the items that no other thread has begun. Same arguments, though items have no parts here."""
+        size, state = sizes[HEAD_SIZE], state_of(scratch, sizes, rows)
+        tile_keys = offset(state[4], sizes[ITEM_BLOCKS] * LANES)
+        tile_values, key_at, value_at, places = (
+            offset(tile_keys, TILE * size),
+            at,
+            offset(at, TILE),
+            offset(at, 2 * TILE),
+        )
+        for t in range(TILE):
+            places[t] = t * size
+        number = take_next(counter)
+        while number < sizes[NUM_ITEMS]:
+            item = offset(items, number * FIELDS)
+            if item[COPIED] == 1:
+                begin(item, sizes, scale, query, key_scales, sinks, state, rows)
+                for first in range(item[BEGIN], item[END], TILE):
+                    slots(key_at, value_at, offset(table, item[SEQ] * sizes[MAX_BLOCKS]), first, item[END], sizes)
+                    copy_tile(tile_keys, keys, key_at, item[HEAD] * sizes[KEY_HEAD], size)
+                    copy_tile(tile_values, values, value_at, item[HEAD] * sizes[VALUE_HEAD], size)
+                    attend_tile(
+                        item, sizes, max(0, first - item[POSITION]), first, softcap, slopes, tile_keys, tile_values,
+                        places, state, rows, columns,
+                    )  # fmt: skip
+                finish(item, sizes, state, out, lse, rows)
+            number = take_next(counter)
 
-
-def merge(items, num_items, num_heads, size, parts_out, parts_lse, out, lse):
-    """Join the parts of each split query, as merge_states does: a part weighs e**lse."""
-    for i in range(num_items):
-        item = offset(items, i * FIELDS)
-        if item[PART] == 0 and item[PARTS] > 1:
-            rows = item[COUNT] * num_heads  # of a part; the next part begins as many rows further
-            for r in range(rows):
-                first, target = item[TO] * num_heads + r, (item[QUERY] * num_heads + r) * size
-                after = first + item[PARTS] * rows
-                top, total = LOWEST, FLOAT(0)
-                for row in range(first, after, rows):
-                    top = max(top, parts_lse[row])
-                for d in range(size):
-                    out[target + d] = FLOAT(0)
-                for row in range(first, after, rows):
-                    weight = FLOAT(math.exp(parts_lse[row] - top))
-                    total += weight
-                    for d in range(size):
-                        out[target + d] += weight * parts_out[row * size + d]
-                if total != 0:  # else no key was seen
-                    for d in range(size):
-                        out[target + d] /= total
-                lse[target // size] = top + math.log(total) if total != 0 else FLOAT(-np.inf)
-
-
-def bounds(wrong, seq_lens, query_start_loc, table, num_seqs, max_blocks, num_tokens, num_blocks, block_size):
-    """wrong[0] = 1 if a length, a query count or a block id is out of bounds."""
-    if query_start_loc[0] != 0 or query_start_loc[num_seqs] != num_tokens:
-        wrong[0] = 1
-    for s in range(num_seqs):
-        needed = (seq_lens[s] + block_size - 1) // block_size
-        if seq_lens[s] < 0 or query_start_loc[s + 1] < query_start_loc[s] or needed > max_blocks:
-            wrong[0] = 1
-        else:
-            for b in range(s * max_blocks, s * max_blocks + needed):
-                if table[b] < 0 or table[b] >= num_blocks:
-                    wrong[0] = 1
+    return attend

@@ -21,6 +21,10 @@ ITEM_ROWS = 256  # query rows of an item: for size 128 they and their sums (256 
 # does a quarter to all of this.
 MIN_PARALLEL_WORK = 1 << 20
 
+# The same for a sequence: for more, its tiles are copied, which takes a third off a long prompt's time, and code of its
+# own, which takes 3 s to compile. Its results have the same bits.
+MIN_COPIED_WORK = 1 << 26
+
 
 class Vectors(NamedTuple):
     """How the loop is compiled for a kind of CPU."""
@@ -75,10 +79,12 @@ def block_of(group_size: int, head_size: int, lanes: int = LANES) -> tuple[int, 
     return rows, next(columns for columns in (8, 4, 2, 1) if columns * rows <= lanes and vectors % columns == 0)
 
 
-def passes_of(row_bytes: int, head_bytes: int) -> tuple[int, int]:
+def passes_of(row_bytes: int, head_bytes: int, sums: int) -> tuple[int, int]:
     """How many keys all heads go through together, and how many cache lines of the next keys each head prefetches.
 
-    `row_bytes`: a token's K of all heads, `head_bytes`: of one. Where rows are short, the whole tile: sums then stay in
-    registers throughout, and the hardware's own prefetches are enough.
+    `row_bytes`: a token's K of all heads, `head_bytes`: of one; `sums`: those of a block that are added up together.
+    Where rows are short, the whole tile: sums then stay in registers throughout, and the hardware's own prefetches are
+    enough. With fewer than 8 sums the whole tile, too: several keys then have sums of their own, added up in the end.
     """
-    return (KEYS, min(PREFETCH_LINES, -(-head_bytes // 64))) if row_bytes > 256 else (TILE, 0)
+    lines = min(PREFETCH_LINES, -(-head_bytes // 64))
+    return (KEYS, lines) if row_bytes > 256 and sums >= 8 else (TILE, 0)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding as llvm
@@ -29,7 +29,8 @@ __all__ = ["attend", "unavailable", "unsupported"]
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
-NUM_FIELDS = 11  # of an item: cpu_loop.py names them
+NUM_FIELDS = 12  # of an item: cpu_items.py names them
+MOST_KEPT = 1 << 25  # bytes of memory that a thread keeps for its next call
 LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
 
 
@@ -59,30 +60,30 @@ def _refused(dtype: np.dtype[Any]) -> str | None:
 
 def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> bool:
     """Whether Addresses.check with these arguments would find nothing. For paged memory; one walk, in compiled code."""
-    arrays = (addresses.seq_lens, addresses.query_start_loc, addresses.block_tables)
-    seq_lens, loc, table = (np.ascontiguousarray(array, INT) for array in arrays)
-    wrong, sizes = np.zeros(1, INT), (len(seq_lens), table.shape[1], num_tokens, num_blocks, block_size)
-    function("bounds")(address(wrong), address(seq_lens), address(loc), address(table), *sizes)
-    return not wrong[0]
+    _last.read = None  # which may be of other sizes
+    return _read(addresses, num_tokens, num_blocks, block_size).in_bounds
 
 
 def attend(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`."""
     if call.query.size == 0:
         return
-    if not _is_in_vectors(call):
+    shape = _shape_of(call)
+    if not shape.in_vectors:
         packed = _packed(call)
         attend(packed)
         call.out[...] = encode(packed.out[:, :, : call.query.shape[2]], call.out.dtype)
         return
     step = getattr(_last, "step", None)
-    if step is None or step.key != _key(call):
-        step = _Step(call)
     _last.step = None  # if this call is interrupted, other threads finish their items: their memory is not used again
+    key = shape, id(call.addresses), id(call.variant), call.window, len(call.query)
+    if step is None or step.key != key:
+        step = _Step(call, shape, key, None if step is None else step.memory)
     direct = call.out.dtype == FLOAT and call.out.flags.c_contiguous
     out = call.out if direct else np.empty(call.query.shape, FLOAT)
     step.run(call, out, np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse)
-    _last.step = step
+    if len(step.memory) <= MOST_KEPT:
+        _last.step = step
     if call.variant is not None and call.variant.value_scales is not None:
         out *= np.repeat(call.variant.value_scales, out.shape[1] // len(call.variant.value_scales))[:, None]
     if not direct:
@@ -96,96 +97,149 @@ _TYPES = {
 }  # fmt: skip
 
 
-_last = threading.local()  # .step: that of the last call
+_last = threading.local()  # .step, .read: those of the last call
 
 
-def _key(call: AttentionCall) -> tuple[Any, ...]:
-    """Calls with equal keys have a step in common, while its addresses and variant live."""
-    keys, ids = call.keys, (id(call.addresses), id(call.variant))
-    return (*ids, call.window, call.query.shape, keys.dtype, keys.shape, keys.strides, call.values.strides)
+class _Read(NamedTuple):
+    """The addresses of a step, as the compiled code has them."""
+
+    addresses: Addresses
+    whole: np.ndarray  # int64: cpu_items.read_addresses says how
+    in_bounds: bool
+    num_keys: int  # the sum of the sequences' lengths
+
+
+def _read(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> _Read:
+    read: _Read | None = getattr(_last, "read", None)
+    if read is None or read.addresses is not addresses:
+        num_seqs, table = len(addresses.seq_lens), addresses.block_tables
+        if table is None:  # a contiguous region is one block for everything, which begins at the region's first slot
+            assert addresses.starts is not None
+            table, max_blocks = addresses.starts, 1
+        else:
+            max_blocks = table.shape[1]
+        given = [_plain_integers(array) for array in (addresses.seq_lens, addresses.query_start_loc, table)]
+        found, whole = np.empty(2, INT), np.empty(2 * num_seqs + 1 + num_seqs * max_blocks, INT)
+        places = [number for array in given for number in (address(array), array.itemsize)]
+        sizes = given[2].strides[0] // given[2].itemsize, num_seqs, max_blocks, num_tokens, num_blocks, block_size
+        function("read_addresses")(address(found), address(whole), *places, *sizes)
+        wrong, num_keys = found.tolist()
+        read = _last.read = _Read(addresses, whole, not wrong, num_keys)
+    return read
+
+
+def _plain_integers(array: np.ndarray) -> np.ndarray:
+    """The array as the compiled code can read it: int32 or int64, a row in one piece."""
+    plain = array.dtype.kind == "i" and array.itemsize in (4, 8) and array.strides[-1] == array.itemsize
+    return array if plain else np.ascontiguousarray(array, INT)
+
+
+class _Shape:
+    """What calls with the same shapes and strides have in common."""
+
+    def __init__(
+        self, num_heads: int, size: int, dtype: np.dtype[Any], cache_shape: tuple[int, ...], *strides: tuple[int, ...]
+    ) -> None:
+        """`cache_shape`: of the keys, but for the number of blocks or slots. `strides`: of keys and of values."""
+        num_kv_heads, itemsize = cache_shape[-2], dtype.itemsize
+        self.in_vectors = size % LANES == 0 and all(of_cache[-1] == itemsize for of_cache in strides)
+        num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
+        self.num_rows, self.kind = num_rows, (_TYPES[dtype], num_rows, num_columns)
+        token_blocks = -(-num_heads // num_kv_heads // num_rows)  # of a token and a KV head
+        # The most queries of an item: of all KV heads, and of one.
+        self.queries = max(1, machine.ITEM_ROWS // (num_kv_heads * token_blocks * num_rows))
+        self.head_queries = max(1, machine.ITEM_ROWS // (token_blocks * num_rows))
+        item_blocks = token_blocks * max(num_kv_heads * self.queries, self.head_queries)
+        # Of each thread: cpu_loop.state_of with a tile's K and V, and where rows lie.
+        self.floats = item_blocks * (num_rows * (2 * size + TILE) + 2 * LANES) + 2 * TILE * size
+        self.share = _lines(self.floats * FLOAT().itemsize + 4 * TILE * INT().itemsize)
+        # No scale is 1, no slope is 0, and no sink is -inf: the loop has no branch for them.
+        self.no_scales = np.ones(num_kv_heads, FLOAT)
+        self.no_slopes, self.no_sinks = (
+            _in_lanes(None, absent, num_heads, num_kv_heads, num_rows) for absent in (0.0, -np.inf)
+        )
+        passes = machine.passes_of(num_kv_heads * size * itemsize, size * itemsize, num_rows * num_columns)
+        self.block_size = NO_LIMIT if len(cache_shape) == 2 else cache_shape[0]
+        # From a block, a slot, a head to the next. A contiguous region's slots are its tokens.
+        steps = [stride // itemsize for of_cache in strides for stride in (of_cache[0], *of_cache[-3:-1])]
+        heads = num_heads, num_heads // num_kv_heads, size
+        self.sizes = *heads, token_blocks, item_blocks, self.block_size, *passes, *steps  # cpu_loop.py names them
+
+
+_make_shape = lru_cache(maxsize=64)(_Shape)
+
+
+def _shape_of(call: AttentionCall) -> _Shape:
+    keys = call.keys
+    return _make_shape(*call.query.shape[1:], keys.dtype, keys.shape[1:], keys.strides, call.values.strides)
 
 
 class _Step:
     """What calls for the layers of a step have in common: the work, cut into items, and memory for the loop's threads.
     The first call makes it, and the others find all made but their own arrays."""
 
-    def __init__(self, call: AttentionCall) -> None:
-        self.key, self._alive = _key(call), (call.addresses, call.variant)  # so that their ids stay theirs
+    def __init__(self, call: AttentionCall, shape: _Shape, key: tuple[Any, ...], memory: np.ndarray | None) -> None:
+        """`memory`: of the step before, used again where it is large enough."""
+        self.key, self._alive = key, (call.addresses, call.variant)  # so that their ids stay theirs
+        self.shape, variant = shape, call.variant or PLAIN
         num_tokens, num_heads, size = call.query.shape
-        addresses, variant, num_kv_heads = call.addresses, call.variant or PLAIN, call.keys.shape[-2]
-        self.num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
-        self.loop = function("attend_items", _TYPES[call.keys.dtype], self.num_rows, num_columns)
-        if addresses.block_tables is not None:
-            table, block_size = np.ascontiguousarray(addresses.block_tables, INT), call.keys.shape[1]
-        else:  # one block for everything, which begins at the region's first slot
-            table, block_size = np.ascontiguousarray(addresses.starts, INT)[:, None], NO_LIMIT
+        num_kv_heads, num_seqs = call.keys.shape[-2], len(call.addresses.seq_lens)
         window = min(call.window or NO_LIMIT, NO_LIMIT)
-        token_blocks = -(-num_heads // num_kv_heads // self.num_rows)  # of a token and a KV head
-        queries = max(1, machine.ITEM_ROWS // (num_kv_heads * token_blocks * self.num_rows))  # of an item of all heads
-        head_queries = max(1, machine.ITEM_ROWS // (token_blocks * self.num_rows))  # of an item of one
-        item_blocks = token_blocks * max(num_kv_heads * queries, head_queries)
-
-        seq_lens = np.ascontiguousarray(addresses.seq_lens, INT)
-        loc = np.ascontiguousarray(addresses.query_start_loc, INT)
-        most_items = int(seq_lens.sum()) // machine.PART_KEYS + num_tokens // queries + (2 + num_kv_heads) * len(loc)
-        found = np.empty(3 + most_items * NUM_FIELDS, INT)
-        self.items = address(found) + 3 * found.itemsize
-        places = address(found), self.items, address(seq_lens), address(loc)
-        function("plan")(*places, len(seq_lens), num_kv_heads, window, queries, head_queries)
-        self.num_items, part_tokens, products = found[:3].tolist()  # products: of queries and keys, for a head
+        read = _read(call.addresses, num_tokens, len(call.keys), shape.block_size)
+        most = read.num_keys // machine.PART_KEYS + num_tokens // shape.queries + (2 + num_kv_heads) * (num_seqs + 1)
+        found = np.empty(4 + most * NUM_FIELDS, INT)
+        self.items = address(found) + 4 * found.itemsize
+        copied_from = machine.MIN_COPIED_WORK // (num_heads * size)
+        sizes = num_seqs, num_kv_heads, window, shape.queries, shape.head_queries, copied_from
+        function("plan")(address(found), self.items, address(read.whole), *sizes)
+        self.num_items, part_tokens, products, copied = found[:4].tolist()  # products: of queries and keys, for a head
+        needed = (("attend_in_place", self.num_items - copied), ("attend_copied", copied))
+        self.loops = [function(name, *shape.kind) for name, count in needed if count]
         enough = products * num_heads * size >= machine.MIN_PARALLEL_WORK
         self.threads = min(num_threads(), self.num_items) if enough else 1
-        self.part_rows = part_tokens * num_heads
-        parts = np.empty(self.part_rows * (size + 1) + 1, FLOAT)  # and one, for an array without numbers has no address
-        self.parts = address(parts), address(parts) + self.part_rows * size * parts.itemsize
 
-        # Of each thread: sums and weights, the highest scores and the sums of the weights; then where rows lie.
-        self.floats = item_blocks * (self.num_rows * (size + TILE) + 2 * LANES)
-        self.share = -(-(self.floats * parts.itemsize + 4 * TILE * found.itemsize) // LINE) * LINE
-        memory = np.empty(LINE + self.threads * self.share, np.uint8)
-        self.scratch = -(-address(memory) // LINE) * LINE
-        # No slope is 0, and no sink is -inf: the loop has no branch for them.
-        slopes = _in_lanes(variant.alibi_slopes, 0.0, num_heads, num_kv_heads, self.num_rows)
-        sinks = _in_lanes(variant.sinks, -np.inf, num_heads, num_kv_heads, self.num_rows)
-        plain, itemsize = not variant.softcap and variant.alibi_slopes is None, call.keys.itemsize
-        passes = machine.passes_of(num_kv_heads * size * itemsize, size * itemsize)
-        # From a block, a slot, a head to the next. A contiguous region's slots are its tokens.
-        strides = [
-            stride // itemsize
-            for cache in (call.keys, call.values)
-            for stride in (cache.strides[0], *cache.strides[-3:-1])
-        ]
-        sizes = np.array(
-            [self.num_items, num_heads, num_kv_heads, num_heads // num_kv_heads, size, token_blocks, item_blocks,
-             window, block_size, table.shape[1], *passes, plain, *strides], INT,
-        )  # fmt: skip
-        self.counter = np.zeros(1, INT)
-        self.first = address(self.counter), self.items, address(sizes), variant.softcap or 0.0
-        self.last = address(table), address(slopes), address(sinks)
-        self._memory = found, table, parts, memory, slopes, sinks, sizes
+        self.part_rows = part_tokens * num_heads
+        of_parts = _lines(self.part_rows * (size + 1) * 4)
+        num_bytes = LINE + of_parts + self.threads * shape.share
+        self.memory = np.empty(num_bytes, np.uint8) if memory is None or len(memory) < num_bytes else memory
+        parts = -(-address(self.memory) // LINE) * LINE
+        self.parts, self.scratch = (parts, parts + self.part_rows * size * 4), parts + of_parts
+
+        heads = num_heads, num_kv_heads, shape.num_rows
+        slopes = shape.no_slopes if variant.alibi_slopes is None else _in_lanes(variant.alibi_slopes, 0.0, *heads)
+        sinks = shape.no_sinks if variant.sinks is None else _in_lanes(variant.sinks, -np.inf, *heads)
+        scales = shape.no_scales if variant.key_scales is None else np.ascontiguousarray(variant.key_scales, FLOAT)
+        max_blocks = 1 if call.addresses.block_tables is None else call.addresses.block_tables.shape[1]
+        plain = variant.alibi_slopes is None and not variant.softcap
+        self._sizes = np.array((self.num_items, window, max_blocks, plain, *shape.sizes), INT)
+        self.counters = np.zeros(2, INT)
+        self.first = self.items, address(self._sizes), variant.softcap or 0.0
+        table = address(read.whole) + (2 * num_seqs + 1) * read.whole.itemsize
+        self.last = table, address(scales), address(slopes), address(sinks)
+        self._kept = found, read, scales, slopes, sinks
 
     def run(self, call: AttentionCall, out: np.ndarray, lse: np.ndarray) -> None:
         """Fill `out` and `lse`, float32 in one piece, by this step's threads."""
-        query = _query(call, self.num_rows)
-        given = (*self.first, address(query), address(call.keys), address(call.values), *self.last)
+        query = np.ascontiguousarray(decode(call.query), FLOAT)
+        given = (*self.first, float(call.scale), address(query), address(call.keys), address(call.values), *self.last)
         results = address(out), address(lse)
-        self.counter[0] = 0
+        counters, self.counters[:] = address(self.counters), 0
 
         # The loop has addresses. After Ctrl-C other threads finish their items: what lies there must outlive this call.
         def share(mine: int, threads: int, alive: object = (self, call, query, out, lse)) -> None:
-            scratch = self.scratch + mine * self.share
-            self.loop(*given, scratch, scratch + self.floats * FLOAT().itemsize, *results, *self.parts)
+            scratch = self.scratch + mine * self.shape.share
+            of_thread = scratch, scratch + self.shape.floats * 4
+            for number, loop in enumerate(self.loops):
+                loop(counters + 8 * number, *given, *of_thread, *results, *self.parts)
 
         in_threads(share, self.threads)
         if self.part_rows:
             function("merge")(self.items, self.num_items, *call.query.shape[1:], *self.parts, *results)
 
 
-def _is_in_vectors(call: AttentionCall) -> bool:
-    """Whether the loop can read the caches where they lie: a head's numbers side by side, in whole vectors."""
-    return call.query.shape[2] % LANES == 0 and all(
-        cache.strides[-1] == cache.itemsize for cache in (call.keys, call.values)
-    )
+def _lines(size: int) -> int:
+    """The next multiple of a cache line, in bytes."""
+    return -(-size // LINE) * LINE
 
 
 def _packed(call: AttentionCall) -> AttentionCall:
@@ -210,20 +264,6 @@ def _packed(call: AttentionCall) -> AttentionCall:
     query, keys, values = filled(call.query), filled(call.keys[where]), filled(call.values[where])
     at_starts = replace(addresses, block_tables=None, starts=starts)
     return replace(call, query=query, keys=keys, values=values, addresses=at_starts, out=np.empty_like(query))
-
-
-def _query(call: AttentionCall, num_rows: int) -> np.ndarray:
-    """The query, scaled, [num_tokens * num_heads + a block, size]: the last block may be read beyond its heads."""
-    num_tokens, num_heads, size = call.query.shape
-    array = np.empty((num_tokens * num_heads + num_rows, size), FLOAT)
-    array[-num_rows:] = 0
-    rows = array[:-num_rows].reshape(call.query.shape)
-    np.multiply(decode(call.query), FLOAT(call.scale), dtype=FLOAT, out=rows)
-    if (
-        call.variant is not None and call.variant.key_scales is not None
-    ):  # a head's scale is a factor of all its scores, so the loop needs no scales
-        rows *= np.repeat(call.variant.key_scales, num_heads // len(call.variant.key_scales))[:, None]
-    return array
 
 
 def _in_lanes(

@@ -289,40 +289,63 @@ def fold_sum(builder, kinds, x, rows):
 # --- weighted sums of values: R rows, of each as many vectors as the tuple `columns` is long ----------------------
 
 
+def _keys_together(num_rows, num_columns):
+    """A sum takes 4 cycles, and a CPU begins 2 in each: with fewer than 8, some keys have sums of their own."""
+    return max(1, 8 // (num_rows * num_columns))
+
+
+@operation(types.int64)
+def keys_together(builder, kinds, rows, columns):
+    """How many keys add_weighted takes."""
+    return I64(_keys_together(len(kinds[0]), len(kinds[1])))
+
+
 def _row_places(builder, data, m, size, num_rows, num_columns):
     for row in range(num_rows):
         for column in range(num_columns):
             yield _place(builder, data, m, builder.mul(size, I64(row)), column * LANES)
 
 
-@operation(lambda kinds: types.UniTuple(vector, len(kinds[3]) * len(kinds[4])))
+@operation(lambda kinds: types.UniTuple(vector, max(8, len(kinds[3]) * len(kinds[4]))))
 def load_rows(builder, kinds, mixed, m, size, rows, columns):
-    """The vectors of R rows from mixed[m] on, `size` apart, row by row."""
-    counts = len(kinds[3]), len(kinds[4])
-    result = ir.Constant(ir.ArrayType(FLOATS, counts[0] * counts[1]), ir.Undefined)
-    for i, place in enumerate(_row_places(builder, mixed, m, size, *counts)):
+    """The vectors of R rows from mixed[m] on, `size` apart, row by row: the first key's sums. The others' are 0."""
+    places = list(_row_places(builder, mixed, m, size, len(kinds[3]), len(kinds[4])))
+    count = max(8, len(places))
+    result = ir.Constant(ir.ArrayType(FLOATS, count), [_filled(FLOATS, 0.0)] * count)
+    for i, place in enumerate(places):
         result = builder.insert_value(result, _load(builder, place, types.float32), i)
     return result
 
 
 @operation(types.void)
-def store_rows(builder, kinds, mixed, m, size, rows, sums):
-    """Put back what load_rows gave."""
-    num_rows = len(kinds[3])
-    for i, place in enumerate(_row_places(builder, mixed, m, size, num_rows, kinds[4].count // num_rows)):
-        _store(builder, place, builder.extract_value(sums, i))
+def store_rows(builder, kinds, mixed, m, size, rows, columns, sums):
+    """Put back what load_rows gave, the sums of all keys added up."""
+    places = list(_row_places(builder, mixed, m, size, len(kinds[3]), len(kinds[4])))
+    vectors = [builder.extract_value(sums, i) for i in range(kinds[5].count)]
+    while len(vectors) > len(places):
+        half = len(vectors) // 2
+        vectors = [builder.fadd(a, b) for a, b in zip(vectors[:half], vectors[half:], strict=True)]
+    for place, x in zip(places, vectors, strict=True):
+        _store(builder, place, x)
 
 
 @operation(lambda kinds: kinds[0])
-def add_weighted(builder, kinds, sums, rows, weights, w, values, v):
-    """sums[row] += weights[w + row] * values[v:], for one key."""
-    num_rows, num_columns = len(kinds[1]), kinds[0].count // len(kinds[1])
-    value = [_load(builder, _place(builder, values, v, c * LANES), kinds[4].dtype) for c in range(num_columns)]
-    for i in range(num_rows * num_columns):
-        row, column = divmod(i, num_columns)
-        if column == 0:
-            weight = _splat(builder, builder.load(_place(builder, weights, w, row)))
-        sums = builder.insert_value(sums, _fma(builder, weight, value[column], builder.extract_value(sums, i)), i)
+def add_weighted(builder, kinds, sums, rows, columns, weights, values, places, t, d):
+    """sums[row] += weights[t * R + row] * values[places[t] + d:], for `keys_together` keys."""
+    num_rows, num_columns = len(kinds[1]), len(kinds[2])
+    for key in range(_keys_together(num_rows, num_columns)):
+        at, first = builder.load(_place(builder, places, t, key)), key * num_rows * num_columns
+        value = [
+            _load(builder, _place(builder, values, at, d, column * LANES), kinds[4].dtype)
+            for column in range(num_columns)
+        ]
+        for row in range(num_rows):
+            weight = _place(builder, weights, builder.mul(t, I64(num_rows)), key * num_rows + row)
+            weight = _splat(builder, builder.load(weight))
+            for column in range(num_columns):
+                i = first + row * num_columns + column
+                sum_now = _fma(builder, weight, value[column], builder.extract_value(sums, i))
+                sums = builder.insert_value(sums, sum_now, i)
     return sums
 
 
@@ -343,3 +366,21 @@ def prefetch(builder, kinds, data, index, line):
 def take_next(builder, kinds, counter):
     """counter[0], and counter[0] += 1, as one step between which no other thread can come."""
     return builder.atomic_rmw("add", counter, I64(1), "monotonic")
+
+
+@operation(types.int64)
+def integer(builder, kinds, data, index, size):
+    """Integer number `index` of those from `data` on, which have `size` bytes: 4 or 8."""
+    short = ir.IntType(32).as_pointer()
+    is_short = builder.icmp_unsigned("==", size, I64(4))
+    with builder.if_else(is_short) as (then, otherwise):
+        with then:
+            wide = builder.sext(builder.load(builder.gep(builder.bitcast(data, short), [index])), I64)
+            from_short = builder.block
+        with otherwise:
+            long = builder.load(_place(builder, data, index))
+            from_long = builder.block
+    value = builder.phi(I64)
+    value.add_incoming(wide, from_short)
+    value.add_incoming(long, from_long)
+    return value
