@@ -9,6 +9,9 @@
        block     R query heads of one token, which share a KV head: each K row is read once for all of them. LANES
                  sums, of R rows by LANES // R keys, are what fits in the registers.
 
+A long prompt's items are of one KV head: `attend_copied` copies their tiles first, so that all their blocks find K and
+V in L1. All others are `attend_in_place`'s. For a block both add up in the same order, so the bits are the same.
+
 The softmax is online, one step for each tile (Milakov and Gimelshein 2018), so scores are kept for one tile only.
 They lie key by key, [TILE, R] for a block, so that the softmax of R rows is arithmetic of whole vectors.
 
@@ -127,7 +130,8 @@ def softmax(weights, highest, total, mixed, size, rows):
 
 @part
 def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
-    """R rows of `mixed` += weights * values, for the tile's keys from `first` to before `last`, key by key."""
+    """R rows of `mixed` += weights * values, for the tile's keys from `first` to before `last`, one key or a few at a
+    time."""
     for d in range(0, size, len(columns) * LANES):
         sums = load_rows(mixed, d, size, rows, columns)
         for t in range(first, last, keys_together(rows, columns)):
