@@ -6,7 +6,7 @@ growth costs moves on the device and trips to host memory. Every slot that trave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..core.checks import require
 from ..core.memory.block_pool import OutOfBlocks
@@ -43,19 +43,26 @@ class SwappingManager(RegionManager):
         return 0
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
-        growing = [(seq_id, count, self.regions[seq_id]) for seq_id, count in appends]
-        outgrown = {seq_id: region for seq_id, count, region in growing if region.length + count > region.size}
+        outgrown: dict[int, Region] = {}
+        for seq_id, count in appends:
+            region = self.regions[seq_id]
+            if region.length + count > region.size:
+                outgrown[seq_id] = region
+        transfers = self._enlarge_all(outgrown, dict(appends)) if outgrown else []
+        for seq_id, count in appends:
+            self.regions[seq_id].length += count
+        return transfers
+
+    def _enlarge_all(self, outgrown: Mapping[int, Region], counts: Mapping[int, int]) -> list[Transfer]:
+        """Make room for `counts` more tokens in each of these regions, or raise OutOfBlocks and change nothing."""
         holes, transfers = self.pool.holes.copy(), []
         try:
-            for seq_id, count in appends:
-                if seq_id in outgrown:
-                    transfers += self._enlarge(seq_id, count)
+            for seq_id in outgrown:
+                transfers += self._enlarge(seq_id, counts[seq_id])
         except OutOfBlocks:
             self.pool.holes = holes
             self.regions.update(outgrown)
             raise
-        for seq_id, count in appends:
-            self.regions[seq_id].length += count
         self.slots_moved += sum(transfer.count for transfer in transfers)
         return transfers
 

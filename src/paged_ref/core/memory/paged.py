@@ -70,9 +70,12 @@ class PagedManager(KVCacheManager):
             raise OutOfBlocks(f"{needed} blocks are needed; {available} are available, and {kept} of them are spare")
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
-        growing = [(self.tables[seq_id], count) for seq_id, count in appends]
         # Most tokens go into an open block. The other tables need a new block, or may share their last one.
-        asking = [(table, count) for table, count in growing if count and table.length + count > table.open_until]
+        asking = []
+        for seq_id, count in appends:
+            table = self.tables[seq_id]
+            if count and table.length + count > table.open_until:
+                asking.append((table, count))
         needed = self._blocks_needed(asking)
         if needed > self.pool.num_free:
             ids = ", ".join(str(seq_id) for seq_id, _ in appends)
@@ -83,11 +86,11 @@ class PagedManager(KVCacheManager):
                 transfers.append(self._copy_on_write(table))
             elif table.length % self.block_size:
                 self.pool.reopened(table.blocks[-1])
-            missing = self.blocks_for(table.length + count) - len(table.blocks)
-            table.blocks += [self.pool.allocate() for _ in range(missing)]
+            while len(table.blocks) * self.block_size < table.length + count:
+                table.blocks.append(self.pool.allocate())
             table.open_until = len(table.blocks) * self.block_size
-        for table, count in growing:
-            table.length += count
+        for seq_id, count in appends:
+            self.tables[seq_id].length += count
         return transfers
 
     def _blocks_needed(self, appends: Sequence[tuple[Table, int]]) -> int:
