@@ -23,8 +23,8 @@ def test_prints_its_rows_and_writes_json(capsys: pytest.CaptureFixture[str], tmp
         assert result["met"] is (None if result["target"] is None else result["measured"] < result["target"])
     targets = {result["name"]: result["target"] for result in results if result["target"] is not None}
     assert targets == {
-        "scheduling step, paged": 400,
-        "recording events, times as long": 1.3,
+        "scheduling step, paged": 300,
+        "  of this, recording the events": 150,
         "  the largest pool, times the smallest": 1.2,
         "admitting a known prompt of 100 tokens": 20,
     }

@@ -11,7 +11,7 @@ from support.manager_state import state_of
 
 from paged_ref.core.memory.paged import PagedManager
 from paged_ref.extras.managers import make_manager
-from paged_ref.planner.decoding import slack
+from paged_ref.planner.decoding import slack_in
 from paged_ref.planner.engine_run import StepDecisions, engine_steps, shares_of, simulated_steps
 from paged_ref.planner.hardware import gpu_named
 from paged_ref.planner.models import model_named
@@ -114,17 +114,18 @@ def test_skipping_changes_nothing_on_a_day_of_the_papers_requests(way: str, rate
 def test_slack_is_what_append_takes_from_no_pool() -> None:
     manager = make_manager("paged", 32, max_model_len=32, block_size=4, watermark=0)
     assert isinstance(manager, PagedManager)
+    slack = slack_in(manager)
     manager.admit(0, [0] * 5, 20)
     manager.append([(0, 5)])
     free = manager.pool.num_free
-    assert slack(manager, 0) == 3
+    assert slack(0) == 3
     manager.append([(0, 3)])
-    assert (manager.pool.num_free, slack(manager, 0)) == (free, 0)
+    assert (manager.pool.num_free, slack(0)) == (free, 0)
     manager.append([(0, 1)])
-    assert (manager.pool.num_free, slack(manager, 0)) == (free - 1, 3)
+    assert (manager.pool.num_free, slack(0)) == (free - 1, 3)
     manager.fork(0, 1)  # the next token of either sequence copies the shared last block
-    assert slack(manager, 0) == slack(manager, 1) == 0
+    assert slack(0) == slack(1) == 0
     regions = make_manager("standard", 32, max_model_len=32, reserve="exact")
     regions.admit(0, [0] * 5, 20)
     regions.append([(0, 7)])
-    assert slack(regions, 0) == 13
+    assert slack_in(regions)(0) == 13

@@ -1,7 +1,7 @@
 """`paged-ref bench memory`: what the bookkeeping costs, on the CPU, with no model and no K or V.
 
 The scheduler and a manager plan decode steps for a batch of sequences with contexts of mixed lengths. All
-contenders take turns step by step, and medians are compared.
+contenders take turns step by step, and medians are compared. `WHAT` is printed with them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from operator import sub
 from statistics import median
 from time import perf_counter
 
@@ -35,6 +36,15 @@ from .results import median_ratio, table_of, write_results
 BLOCK_SIZE = 16
 ENTRY_BYTES = 64  # of an integer in a list, and of what goes with it
 LONGEST = 2048  # tokens of context, when the steps begin
+
+WHAT = f"""\
+ A scheduling step plans one more token for each sequence. Contexts have 1 to
+ {LONGEST} tokens. The scheduler decides which sequences run, and the manager says
+ where the K and V of each new token go. A step of the paged manager also runs
+ with a record of all events. A snapshot counts what the slots are used for.
+ An appended token is a step divided by its sequences. To admit a known prompt
+ is to find its blocks in the prefix cache. No model runs.
+"""
 
 POOL_TOKENS = 16  # the longest context in the pools of different sizes: the smallest pool must hold them all
 POOL_STEPS = 32  # then all sequences end, and others begin
@@ -79,7 +89,9 @@ def main(args: argparse.Namespace) -> int:
         *admission(args.prompt_tokens, args.rounds),
     ]
     title = f"Bookkeeping of {args.sequences} running sequences, {describe_device()}"
-    Console().print(table_of(("", "measured", "target", "met"), map(_row, results), title=title))
+    console = Console(highlight=False)
+    console.print(table_of(("", "measured", "target", "met"), map(_row, results), title=title))
+    console.print(WHAT)
     write_results(args.json, results=[{**asdict(result), "met": result.met} for result in results])
     return 0
 
@@ -148,13 +160,13 @@ def scheduling(num_seqs: int, num_steps: int) -> list[Measurement]:
     for times in seconds.values():
         record_rounds(times)
     micros = {name: 1e6 * median(times) for name, times in seconds.items()}
-    recording = median_ratio(seconds["recorded"], seconds["paged"])
+    recording = 1e6 * median(map(sub, seconds["recorded"], seconds["paged"]))
     return [
-        Measurement("scheduling step, paged", micros["paged"], "µs", target=400),
+        Measurement("scheduling step, paged", micros["paged"], "µs", target=300),
         Measurement("scheduling step, standard", micros["standard"], "µs"),
         Measurement("scheduling step, swapping", micros["swapping"], "µs"),
         Measurement("scheduling step, paged, events recorded", micros["recorded"], "µs"),
-        Measurement("recording events, times as long", recording, "", target=1.3),
+        Measurement("  of this, recording the events", recording, "µs", target=150),
         Measurement("snapshot of the pool", micros["snapshot"], "µs"),
     ]
 

@@ -6,7 +6,7 @@ growth costs moves on the device and trips to host memory. Every slot that trave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..core.checks import require
 from ..core.memory.block_pool import OutOfBlocks
@@ -43,37 +43,40 @@ class SwappingManager(RegionManager):
         return 0
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
+        outgrown: dict[int, Region] = {}
         for seq_id, count in appends:
-            if self.regions[seq_id].length + count > self.regions[seq_id].size:
-                break
-        else:  # all fit in their regions
-            for seq_id, count in appends:
-                self.regions[seq_id].length += count
-            return []
-        holes, regions = self.pool.holes.copy(), {seq_id: self.regions[seq_id] for seq_id, _ in appends}
-        transfers = []
+            region = self.regions[seq_id]
+            if region.length + count > region.size:
+                outgrown[seq_id] = region
+        transfers = self._enlarge_all(outgrown, dict(appends)) if outgrown else []
+        for seq_id, count in appends:
+            self.regions[seq_id].length += count
+        return transfers
+
+    def _enlarge_all(self, outgrown: Mapping[int, Region], counts: Mapping[int, int]) -> list[Transfer]:
+        """Make room for `counts` more tokens in each of these regions, or raise OutOfBlocks and change nothing."""
+        holes, transfers = self.pool.holes.copy(), []
         try:
-            for seq_id, count in appends:
-                transfers += self._lengthen(seq_id, count)
+            for seq_id in outgrown:
+                transfers += self._enlarge(seq_id, counts[seq_id])
         except OutOfBlocks:
             self.pool.holes = holes
-            self.regions.update(regions)
+            self.regions.update(outgrown)
             raise
         self.slots_moved += sum(transfer.count for transfer in transfers)
         return transfers
 
-    def _lengthen(self, seq_id: int, count: int) -> list[Transfer]:
-        """Grow a region in place, or move it to a hole that is large enough. Raises OutOfBlocks without either.
+    def _enlarge(self, seq_id: int, count: int) -> list[Transfer]:
+        """Grow a region in place for `count` more tokens, or move it to a hole that is large enough. Raises OutOfBlocks
+        without either.
 
         The region's own slots count as part of the hole: a sequence that is alone can always grow, wherever it lies.
         """
         old = self.regions[seq_id]
-        length = old.length + count
-        size = max(old.size, self.region_size(length)) if length > old.size else old.size
-        start = old.start
-        if size > old.size and not self.pool.grow(old.start, old.size, size - old.size):
+        start, size = old.start, self.region_size(old.length + count)
+        if not self.pool.grow(old.start, old.size, size - old.size):
             start = self.pool.move(old.start, old.size, size)
-        self.regions[seq_id] = Region(start, size, length)
+        self.regions[seq_id] = Region(start, size, old.length)
         return [Transfer("move", old.start, start, old.length)] if start != old.start and old.length else []
 
     def free(self, seq_id: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -12,7 +12,7 @@ from ..core.engine.sequence import Group, Sequence
 from ..core.memory.block_pool import OutOfBlocks
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.paged import PagedManager
-from ..core.memory.standard import StandardManager
+from ..core.memory.regions import RegionManager
 from ..extras.swapping import SwappingManager
 from .traces import TraceRequest
 
@@ -24,10 +24,13 @@ class SimulatedRequest:
     request: TraceRequest
     group: Group
     seq: Sequence
-    filler: int  # the token id that stands for each generated token
+    filler: list[int] | bytes  # the token id that stands for each generated token, alone
     begun: bool = False  # a first token was computed
     first_token: float | None = None  # time at which the first new token came out
     furthest: int = 0  # tokens that were computed before a preemption took them
+    # For `Decoding`, which counts its steps:
+    appended: int = 0  # manager and sequence have the tokens up to this step
+    ending: int = 0  # the sequence's last step
 
 
 class Decoding:
@@ -49,7 +52,7 @@ class Decoding:
         enabled: bool,
     ) -> None:
         self._scheduler, self._manager, self._unfinished = scheduler, manager, unfinished
-        self._prefix_cache, self._enabled = prefix_cache, enabled
+        self._prefix_cache, self._enabled, self._slack = prefix_cache, enabled, slack_in(manager)
         self.moves = isinstance(manager, SwappingManager)  # growth may move a region, which leaves a hole
         self.count = 0
         self.kv_tokens = 0  # read by the latest step
@@ -57,9 +60,8 @@ class Decoding:
 
     def _clear(self) -> None:
         self.count = self.kv_tokens = self._num_steps = 0
-        self._appended: dict[int, int] = {}  # seq_id -> steps whose token manager and sequence have
-        self._full: defaultdict[int, list[Sequence]] = defaultdict(list)  # by the steps after which no slot is left
-        self._ending: defaultdict[int, list[Sequence]] = defaultdict(list)  # by the step that is their last
+        self._full: defaultdict[int, list[SimulatedRequest]] = defaultdict(list)  # by steps, then no slot is left
+        self._ending: defaultdict[int, list[SimulatedRequest]] = defaultdict(list)  # by the step that is their last
 
     def join(self) -> None:
         """Take the running sequences that decode from now on, as long as they follow each other."""
@@ -70,11 +72,18 @@ class Decoding:
             simulated = self._unfinished[seq.seq_id]
             if seq.num_uncomputed != 1 or simulated.first_token is None:
                 return
-            self._appended[seq.seq_id] = self._num_steps
-            self._full[self._num_steps + slack(self._manager, seq.seq_id)].append(seq)
-            self._ending[self._num_steps + seq.max_len - len(seq.tokens)].append(seq)
+            simulated.appended = self._num_steps
+            simulated.ending = self._num_steps + seq.max_len - len(seq.tokens)
+            self._ending[simulated.ending].append(simulated)
+            self._note_full(simulated)
             self.kv_tokens += seq.num_computed
             self.count += 1
+
+    def _note_full(self, simulated: SimulatedRequest) -> None:
+        """Note when no slot is left for the request's next token, if it does not end before."""
+        full = simulated.appended + self._slack(simulated.seq.seq_id)
+        if full < simulated.ending:
+            self._full[full].append(simulated)
 
     def advance(self) -> bool:
         """Take one step in which nothing ends and nothing moves. False, and nothing changes, where the next step is not
@@ -101,62 +110,59 @@ class Decoding:
         self.kv_tokens += self.count
         return transfers
 
-    def take_ended(self) -> list[Sequence]:
-        """The sequences whose last step this was, with all their tokens, in order of arrival."""
+    def take_ended(self) -> list[SimulatedRequest]:
+        """The requests whose last step this was, with all their tokens, in order of arrival."""
         ending = self._ending.pop(self._num_steps, [])
-        if not ending:
-            return ending
-        ending.sort(key=attrgetter("seq_id"))
-        self._append(ending, self._num_steps)
-        for seq in ending:
-            self.kv_tokens -= seq.num_computed
-            self.count -= 1
-            del self._appended[seq.seq_id]
+        if ending:
+            ending.sort(key=in_order)
+            self._append(ending, self._num_steps)
+            self.kv_tokens -= sum(each.seq.num_computed for each in ending)
+            self.count -= len(ending)
         return ending
 
     def append_all(self) -> None:
         """Give manager and sequences every token that was postponed."""
-        running = self._scheduler.running
-        self._append([group.leader for group in running[: self.count]], self._num_steps)
+        running = self._scheduler.running[: self.count]
+        self._append([self._unfinished[group.leader.seq_id] for group in running], self._num_steps)
 
     def _append_full(self) -> list[Transfer] | None:
         """Append the next token of the sequences that have no slot left for it. None, and nothing changes, where there
         is no memory for them."""
-        full = [seq for seq in self._full[self._num_steps] if seq.seq_id in self._appended]
-        full.sort(key=attrgetter("seq_id"))  # in order of arrival
+        full = self._full[self._num_steps]
+        full.sort(key=in_order)
         if self.moves:
             self._append(full, self._num_steps)  # a region moves with all tokens that it has
-        upto = self._num_steps + 1
         try:
-            transfers = self._append(full, upto)
+            transfers = self._append(full, self._num_steps + 1)
         except OutOfBlocks:
             return None
         del self._full[self._num_steps]
-        for seq in full:
-            self._full[upto + slack(self._manager, seq.seq_id)].append(seq)
+        for simulated in full:
+            self._note_full(simulated)
         return transfers
 
-    def _append(self, seqs: list[Sequence], upto: int) -> list[Transfer]:
+    def _append(self, requests: list[SimulatedRequest], upto: int) -> list[Transfer]:
         """Give manager and sequences the tokens of the steps up to `upto`. Raises OutOfBlocks, and changes nothing."""
-        appended = self._appended
-        appends = [(seq.seq_id, upto - appended[seq.seq_id]) for seq in seqs]
+        appends = [(each.seq.seq_id, upto - each.appended) for each in requests]
         transfers = self._manager.append(appends)
-        for seq, (seq_id, count) in zip(seqs, appends, strict=True):
-            seq.num_computed += count
-            seq.tokens.extend([self._unfinished[seq_id].filler] * count)
-            appended[seq_id] = upto
+        for each, (seq_id, count) in zip(requests, appends, strict=True):
+            each.seq.num_computed += count
+            each.seq.tokens.extend(each.filler * count)
+            each.appended = upto
             if self._prefix_cache:
-                self._manager.commit(seq_id, seq.tokens, seq.num_computed)
+                self._manager.commit(seq_id, each.seq.tokens, each.seq.num_computed)
         return transfers
 
 
-def slack(manager: KVCacheManager, seq_id: int) -> int:
-    """Tokens that fit into what the sequence holds: for these, `append` takes nothing from the pool."""
+in_order = attrgetter("seq.seq_id")  # of arrival
+
+
+def slack_in(manager: KVCacheManager) -> Callable[[int], int]:
+    """A function from a sequence to the tokens that fit into what it holds: for these, `append` takes nothing from the
+    pool."""
     if isinstance(manager, PagedManager):
-        table = manager.tables[seq_id]
-        if table.length % manager.block_size and manager.pool.ref_count[table.blocks[-1]] > 1:
-            return 0  # the last block is shared, and the next token copies it
-        return len(table.blocks) * manager.block_size - table.length
-    assert isinstance(manager, (StandardManager, SwappingManager))
-    region = manager.regions[seq_id]
-    return region.size - region.length
+        tables = manager.tables
+        return lambda seq_id: max(0, tables[seq_id].open_until - tables[seq_id].length)
+    assert isinstance(manager, RegionManager)
+    regions = manager.regions
+    return lambda seq_id: regions[seq_id].size - regions[seq_id].length

@@ -154,11 +154,13 @@ class Simulation:
         prompt, context = request.prompt_len, self._longest
         if prompt >= context:
             raise ValueError(f"the prompt has {prompt} tokens; the context of {context} has no room for more")
-        filler, tokens = 0, cast("list[int]", bytearray(prompt))  # zeros: without a prefix cache only lengths matter
+        # Without a prefix cache only lengths matter, and zeros are enough.
+        filler: list[int] | bytes = bytes(1)
+        tokens = cast("list[int]", bytearray(prompt))
         if self.setup.prefix_cache:  # equal blocks get equal ids; all other tokens differ from request to request
-            filler = -1 - seq_id
+            filler = [-1 - seq_id]
             tokens = [each for hash_id in request.hash_ids for each in [hash_id] * self._hash_block][:prompt]
-            tokens += [filler] * (prompt - len(tokens))
+            tokens += filler * (prompt - len(tokens))
         seq = Sequence(seq_id, tokens, prompt, min(request.num_tokens, context))
         return SimulatedRequest(request, Group([seq]), seq, filler)
 
@@ -175,18 +177,24 @@ class Simulation:
 
     def _coast(self) -> None:
         """Take steps for as long as all running sequences decode and nothing is to be decided, sampled or moved."""
-        decoding, clock, counts = self._decoding, self.clock, self.tally.counts
-        running, count = self.scheduler.running, decoding.count
-        while count and count == len(running) and self.settled:
-            if (counts.steps + 1) % self.sample_every == 0 or not decoding.advance():
-                return
+        decoding, tally, count = self._decoding, self.tally, self._decoding.count
+        if not count or count < len(self.scheduler.running):
+            return
+        next_arrival = self.next_arrival
+        most = self.sample_every - 1 - tally.counts.steps % self.sample_every
+        num_steps = read_tokens = 0
+        while self.settled and num_steps < most and decoding.advance():
             kv_tokens = decoding.kv_tokens
-            seconds = clock.seconds(count, kv_tokens, kv_tokens, count)
+            seconds = self.clock.seconds(count, kv_tokens, kv_tokens, count)
             self.now += seconds
-            counts.steps += 1
-            self.tally.computed(count, kv_tokens, kv_tokens, count)
-            self.tally.step(seconds, count, self.waits_for)
-            self.arrive()
+            tally.step(seconds, count, self.waits_for)
+            num_steps += 1
+            read_tokens += kv_tokens
+            if next_arrival <= self.now:
+                self.arrive()
+                next_arrival = self.next_arrival
+        tally.counts.steps += num_steps
+        tally.computed(count * num_steps, read_tokens, read_tokens, count * num_steps)
 
     def _step(self) -> None:
         """One step, as the engine makes it."""
@@ -217,8 +225,8 @@ class Simulation:
         # just computed for another.
         tried = num_tokens < scheduler.max_batch_tokens and not plan.preempted
         self.settled = not scheduler.waiting or (tried and not (self.setup.prefix_cache and plan.chunks))
-        for seq in decoding.take_ended():
-            self.finish(seq.seq_id)
+        for simulated in decoding.take_ended():
+            self.finish(simulated.seq.seq_id)
         self._sample_tokens(caught_up)
         decoding.join()
 
@@ -298,7 +306,7 @@ class Simulation:
             simulated = self.unfinished[seq.seq_id]
             if simulated.first_token is None:
                 simulated.first_token = self.now
-            seq.tokens.append(simulated.filler)
+            seq.tokens.extend(simulated.filler)
             if len(seq.tokens) >= seq.max_len:
                 ended.append(seq.seq_id)
         for seq_id in ended:

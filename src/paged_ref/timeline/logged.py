@@ -72,12 +72,14 @@ class LoggedManager(KVCacheManager):
         if not self.paged:
             return self._append_to_regions(appends)
         transfers = self._append(appends)
+        tables, size, log = self._tables, self.block_size, self.log
+        is_plain = not (transfers or self._evicted)
         for seq_id, count in appends:
-            used = (self._tables[seq_id].length - count) % self.block_size  # slots of the last block, before
-            if not (transfers or self._evicted) and 0 < used <= self.block_size - count:  # nearly always
-                self.log(events.TokensAppended(seq_id, count))
+            used = (tables[seq_id].length - count) % size  # slots of the last block, before
+            if is_plain and 0 < used <= size - count:  # nearly always
+                log(events.TokensAppended(seq_id, count))
             else:
-                self.log(self._appended(seq_id, count, transfers))
+                log(self._appended(seq_id, count, transfers))
         return transfers
 
     def _appended(self, seq_id: int, count: int, transfers: Sequence[Transfer]) -> events.TokensAppended:

@@ -7,7 +7,7 @@ from support.books import books
 
 from paged_ref.core.memory.block_pool import BlockPool, OutOfBlocks
 from paged_ref.core.memory.manager import Transfer
-from paged_ref.core.memory.paged import PagedManager
+from paged_ref.core.memory.paged import PagedManager, Table
 from paged_ref.core.memory.usage import MemoryUsage
 
 
@@ -205,3 +205,36 @@ def test_admission_leaves_what_the_scheduler_asks_for_but_not_on_an_empty_device
     with pytest.raises(OutOfBlocks, match="1 blocks are needed; 3 are available, and 3 of them are spare"):
         manager.admit(1, [0] * 4, 8, spare=9)
     manager.admit(1, [0] * 4, 8, spare=8)
+
+
+def test_a_token_for_an_open_block_asks_the_pool_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 sequences decode, with blocks of 4: four need a block in each step. The manager looks closely at these."""
+    manager, asked = paged(100), set()
+    real = PagedManager.writes_shared_block
+
+    def counted(self: PagedManager, table: Table, count: int) -> bool:
+        asked.add(id(table))
+        return real(self, table, count)
+
+    for seq_id in range(16):
+        manager.admit(seq_id, [0] * (1 + seq_id), 40)
+        manager.append([(seq_id, 1 + seq_id)])
+    monkeypatch.setattr(PagedManager, "writes_shared_block", counted)
+    for _ in range(8):
+        asked.clear()
+        free = manager.pool.num_free
+        manager.append([(seq_id, 1) for seq_id in range(16)])
+        assert (free - manager.pool.num_free, len(asked)) == (4, 4)
+    manager.check_integrity()
+
+
+def test_a_last_block_that_came_to_be_shared_is_not_open() -> None:
+    manager = paged(4)
+    manager.admit(0, [0] * 5, 8)
+    manager.append([(0, 5)])
+    manager.fork(0, 1)
+    manager.append([(1, 0)])  # nothing: no block is copied, and none is opened
+    assert manager.append([(0, 1), (1, 1)]) == [Transfer("copy", 1, 2)]
+    manager.pool.share(1)
+    with pytest.raises(AssertionError, match="sequence 1 would write into block 1, which is shared"):
+        manager.check_integrity()

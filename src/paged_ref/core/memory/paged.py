@@ -22,7 +22,7 @@ class Table:
 
     blocks: list[int] = field(default_factory=list)  # logical block -> physical block
     length: int = 0  # tokens that have a slot
-    truncated: bool = False  # the last block may have been full before, with other tokens
+    open_until: int = 0  # the table can grow to this length and ask the pool nothing; 0: not known
 
 
 class PagedManager(KVCacheManager):
@@ -70,31 +70,35 @@ class PagedManager(KVCacheManager):
             raise OutOfBlocks(f"{needed} blocks are needed; {available} are available, and {kept} of them are spare")
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
-        needed = self._blocks_needed(appends)
+        # Most tokens go into an open block. The other tables need a new block, or may share their last one.
+        asking = []
+        for seq_id, count in appends:
+            table = self.tables[seq_id]
+            if count and table.length + count > table.open_until:
+                asking.append((table, count))
+        needed = self._blocks_needed(asking)
         if needed > self.pool.num_free:
             ids = ", ".join(str(seq_id) for seq_id, _ in appends)
             raise OutOfBlocks(f"sequences {ids} need {needed} blocks; {self.pool.num_free} are available")
         transfers = []
-        for seq_id, count in appends:
-            table = self.tables[seq_id]
-            if needed and self.writes_shared_block(table, count):
+        for table, count in asking:
+            if self.writes_shared_block(table, count):
                 transfers.append(self._copy_on_write(table))
-            elif count and table.truncated:
+            elif table.length % self.block_size:
                 self.pool.reopened(table.blocks[-1])
-            table.length, table.truncated = table.length + count, table.truncated and not count
-            while needed and len(table.blocks) * self.block_size < table.length:
+            while len(table.blocks) * self.block_size < table.length + count:
                 table.blocks.append(self.pool.allocate())
+            table.open_until = len(table.blocks) * self.block_size
+        for seq_id, count in appends:
+            self.tables[seq_id].length += count
         return transfers
 
-    def _blocks_needed(self, appends: Sequence[tuple[int, int]]) -> int:
+    def _blocks_needed(self, appends: Sequence[tuple[Table, int]]) -> int:
         """New blocks and copies on write, if the appends are made one after another."""
         needed = 0
         copies: dict[int, int] = {}  # shared block -> tables that have left it by then
-        for seq_id, count in appends:
-            table = self.tables[seq_id]
-            missing = table.length + count - len(table.blocks) * self.block_size
-            if missing > 0:
-                needed += self.blocks_for(missing)
+        for table, count in appends:
+            needed += self.blocks_for(table.length + count) - len(table.blocks)
             if self.writes_shared_block(table, count):
                 block_id = table.blocks[-1]
                 left = copies.get(block_id, 0)
@@ -104,7 +108,7 @@ class PagedManager(KVCacheManager):
         return needed
 
     def writes_shared_block(self, table: Table, count: int) -> bool:
-        """The next token goes into a partly filled block that is that another table points to as well."""
+        """The next token goes into a partly filled block that another table points to as well."""
         return bool(table.length % self.block_size and count) and self.pool.ref_count[table.blocks[-1]] > 1
 
     def _copy_on_write(self, table: Table) -> Transfer:
@@ -121,13 +125,14 @@ class PagedManager(KVCacheManager):
         parent = self.tables[parent_id]
         for block_id in parent.blocks:
             self.pool.share(block_id)
-        self.tables[child_id] = Table(parent.blocks.copy(), parent.length, parent.truncated)
+        parent.open_until = 0  # its last block is shared now
+        self.tables[child_id] = Table(parent.blocks.copy(), parent.length)
 
     def truncate(self, seq_id: int, length: int) -> None:
         table = self.tables[seq_id]
         if not 0 <= length <= table.length:
             raise ValueError(f"length is {length}; sequence {seq_id} has {table.length} tokens")
-        table.length, table.truncated = length, length % self.block_size > 0
+        table.length, table.open_until = length, 0  # the pool may know the last block with other tokens
         while len(table.blocks) > self.blocks_for(length):
             self.pool.release(table.blocks.pop())
 
@@ -160,6 +165,8 @@ class PagedManager(KVCacheManager):
         for seq_id, table in self.tables.items():
             if len(table.blocks) != self.blocks_for(table.length):
                 raise AssertionError(f"sequence {seq_id}: {len(table.blocks)} blocks for {table.length} tokens")
+            if table.length < table.open_until and self.pool.ref_count[table.blocks[-1]] > 1:
+                raise AssertionError(f"sequence {seq_id} would write into block {table.blocks[-1]}, which is shared")
         self.pool.check_integrity(block_id for table in self.tables.values() for block_id in table.blocks)
 
 
