@@ -17,7 +17,7 @@ from paged_ref import __version__
 from paged_ref.bench import BENCHMARKS
 from paged_ref.cli import COMMANDS, _parser, main
 from paged_ref.core.model.loading import TINY
-from paged_ref.timeline.events import read_events
+from paged_ref.timeline.events import from_json
 from paged_ref.tuned import threads
 from paged_ref.views.common.program import short_path
 
@@ -66,7 +66,7 @@ def test_generate_searches_with_beams_and_records(tmp_path: Path, capfd: pytest.
     assert printed[0] == "--- prompt 1, sample 1"
     assert printed[1].startswith(f"{PAPER} fathers brought forth")
     with record.open(encoding="utf-8") as file:
-        assert replay(read_events(file)).sequences == {}
+        assert replay(map(from_json, file)).sequences == {}
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])

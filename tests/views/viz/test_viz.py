@@ -86,6 +86,23 @@ def test_one_manager(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run 1/" not in lines[0]
 
 
+def test_a_log_that_was_cut_off_is_shown_up_to_there(
+    log_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = log_file.read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(whole[: len(whole) // 2])
+    lines = viz(capsys, str(cut), "--at", "9")
+    assert "  log cut off, paged manager" in lines[0]
+    cut.write_bytes(whole[: whole.rindex(b"\n", 0, len(whole) // 2) + 1])
+    between_lines = viz(capsys, str(cut), "--at", "9")
+    assert "cut off" not in between_lines[0]
+    assert between_lines[1:] == lines[1:]
+    cut.write_bytes(whole[:20])
+    assert main(["viz", str(cut)]) == 2
+    assert "has no whole line; a log of events as JSON lines is needed" in capsys.readouterr().err
+
+
 def test_the_demo_and_generate_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "demo.jsonl")
     assert main(["demo", "--record", file]) == 0
