@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grade",
         type=Path,
         metavar="FILE",
-        help="grade a lesson's file, or my_cache.py and the like: status 1 if wrong",
+        help="grade a lesson's file, or my_cache.py and the like, and keep no progress: status 1 if wrong",
     )
     parser.add_argument("--json", action="store_true", help="with --grade: the grades as JSON")
     parser.add_argument("--watch", action="store_true", help="run the lesson again each time its file is saved")
@@ -64,9 +64,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _grade(args: argparse.Namespace) -> int:
     """Status 1 if an exercise of the file is wrong, 0 if all are right or open."""
-    for name in ("number", "part", "solutions", "watch"):
+    for name, option in (("number", "number"), ("part", "--part"), ("solutions", "--solutions"), ("watch", "--watch")):
         if getattr(args, name):
-            raise ValueError(f"--grade is {args.grade}, and {name} is given; the two do not go together")
+            raise ValueError(f"--grade is {args.grade}, and {option} is given; the two do not go together")
     grades = grade_file(args.grade, lambda: _directory(args.lessons))
     if args.json:
         print(json.dumps([dataclasses.asdict(grade) for grade in grades], indent=2))

@@ -12,9 +12,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from ...extras.plain_text import plain
+from .program import short_path
 
 OUTPUT = "standard output"
 _ERRORS = "paged-ref-ascii"
@@ -79,8 +81,10 @@ class PlainStream(_Named):
         return super().write(plain(text, lines=True))
 
 
-def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"paged-ref: warning: {message}\n"
+def _warning(message: Warning | str, _: Any, file: str, line: int, *__: Any, **___: Any) -> str:
+    """One line; with the place for code that is neither the package's nor a library's: a lesson's, or the reader's."""
+    ours = file.startswith(str(Path(__file__).parents[2])) or "site-packages" in file
+    return f"paged-ref: warning: {'' if ours else f'{short_path(Path(file))}, line {line}: '}{message}\n"
 
 
 @contextmanager
