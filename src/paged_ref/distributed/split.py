@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..core.checks import plural
 from ..core.device import Array
 from ..core.model.config import ModelConfig
 from ..core.model.llama import Llama
@@ -51,7 +52,8 @@ class Part(UserDict[str, np.ndarray]):
         heads, kv_heads = config.num_heads, config.num_kv_heads
         known = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
         if size not in known:
-            raise ValueError(f"{size} ranks cannot share {heads} heads and {kv_heads} KV heads; {str(known)[1:-1]} can")
+            both = f"{plural(heads, 'head')} and {plural(kv_heads, 'KV head')}"
+            raise ValueError(f"{size} ranks cannot share {both}; {str(known)[1:-1]} can")
         if getattr(config, "qk_norm", None) == "whole":
             raise ValueError(f"{size} ranks cannot share a model that has a norm over all heads together")
         parts = {name: part_of(getattr(config, name), rank, size) for name in (QUERY, KV, INNER, TOKENS)}

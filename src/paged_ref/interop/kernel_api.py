@@ -181,9 +181,7 @@ def _addresses(query: Array, where: Addresses) -> Addresses:
     num_tokens, num_seqs = query.shape[0], len(seq_lens)
     if loc is None:
         if num_tokens != num_seqs:
-            raise ValueError(
-                f"query has {num_tokens} tokens for {num_seqs} sequences; without query_start_loc each has one"
-            )
+            raise ValueError(f"query has length {num_tokens}, and seq_lens {num_seqs}; query_start_loc is needed")
         loc = module_of(query).arange(num_seqs + 1, dtype=np.int32)
     loc = _indices(loc, "query_start_loc", f"[{num_seqs + 1}]", num_seqs + 1)
     if where.starts is not None:

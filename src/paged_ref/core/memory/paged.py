@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..attention.addressing import slot_of
-from ..checks import require
+from ..checks import plural, require
 from .block_pool import BlockPool, OutOfBlocks
 from .manager import KVCacheManager, Transfer
 from .usage import PartialAllocation, Snapshot
@@ -67,13 +67,13 @@ class PagedManager(KVCacheManager):
         if self.pool.num_free == self.pool.num_blocks:  # no sequence holds a block: admission may take every block
             kept = 0
         if needed + kept > available:
-            raise OutOfBlocks(f"{needed} blocks are needed; {available} are available, and {kept} of them are spare")
+            raise OutOfBlocks(f"no room for {plural(needed, 'block')}: {available} available, {kept} of these spare")
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
         needed = self._blocks_needed(appends)
         if needed > self.pool.num_free:
             ids = ", ".join(str(seq_id) for seq_id, _ in appends)
-            raise OutOfBlocks(f"sequences {ids} need {needed} blocks; {self.pool.num_free} are available")
+            raise OutOfBlocks(f"no room for {plural(needed, 'block')} (seq_id {ids}): {self.pool.num_free} available")
         transfers = []
         for seq_id, count in appends:
             table = self.tables[seq_id]
@@ -126,7 +126,7 @@ class PagedManager(KVCacheManager):
     def truncate(self, seq_id: int, length: int) -> None:
         table = self.tables[seq_id]
         if not 0 <= length <= table.length:
-            raise ValueError(f"length is {length}; sequence {seq_id} has {table.length} tokens")
+            raise ValueError(f"length is {length}; that of sequence {seq_id} is {table.length}")
         table.length, table.truncated = length, length % self.block_size > 0
         while len(table.blocks) > self.blocks_for(length):
             self.pool.release(table.blocks.pop())
@@ -159,7 +159,7 @@ class PagedManager(KVCacheManager):
     def check_integrity(self) -> None:
         for seq_id, table in self.tables.items():
             if len(table.blocks) != self.blocks_for(table.length):
-                raise AssertionError(f"sequence {seq_id}: {len(table.blocks)} blocks for {table.length} tokens")
+                raise AssertionError(f"sequence {seq_id}, length {table.length}: {plural(len(table.blocks), 'block')}")
         self.pool.check_integrity(block_id for table in self.tables.values() for block_id in table.blocks)
 
 

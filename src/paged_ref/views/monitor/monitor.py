@@ -21,9 +21,9 @@ from typing import ClassVar, NamedTuple, TextIO
 
 from rich.text import Text
 
+from ...core.checks import plural
 from ...timeline.events import Event
 from ...timeline.following import Follower
-from ..common.canvas import count
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames
 from ..common.viewer import Viewer
@@ -134,7 +134,7 @@ class Live(Viewer):
         if self._behind:
             return "catching up", ""
         name, monitor = self._follower.path.name, self.monitor
-        all_finished = f"all {count(monitor.finished, 'sequence')} of {name} finished"
+        all_finished = f"all {plural(monitor.finished, 'sequence')} of {name} finished"
         return all_finished if monitor.all_finished else f"following {name}", ""
 
 
