@@ -59,8 +59,7 @@ class Part(UserDict[str, np.ndarray]):
         parts = {name: part_of(getattr(config, name), rank, size) for name in (QUERY, KV, INNER, TOKENS)}
         unit = {QUERY: config.head_size, KV: config.head_size}  # rows of a head
         self.rows = {name: slice(p.start * unit.get(name, 1), p.stop * unit.get(name, 1)) for name, p in parts.items()}
-        heads, kv_heads, inner = (len(parts[name]) for name in (QUERY, KV, INNER))
-        self.config = replace(config, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=inner)
+        self.config = replace(config, **{name: len(parts[name]) for name in (QUERY, KV, INNER)})  # type: ignore[arg-type]
         self.data = weights  # type: ignore[assignment]  # read only
 
     def __getitem__(self, name: str) -> np.ndarray:

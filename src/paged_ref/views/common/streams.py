@@ -81,10 +81,12 @@ class PlainStream(_Named):
         return super().write(plain(text, lines=True))
 
 
-def _warning(message: Warning | str, _: Any, file: str, line: int, *__: Any, **___: Any) -> str:
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """One line; with the place for code that is neither the package's nor a library's: a lesson's, or the reader's."""
-    ours = file.startswith(str(Path(__file__).parents[2])) or "site-packages" in file
-    return f"paged-ref: warning: {'' if ours else f'{short_path(Path(file))}, line {line}: '}{message}\n"
+    ours = filename.startswith(str(Path(__file__).parents[2])) or "site-packages" in filename
+    return f"paged-ref: warning: {'' if ours else f'{short_path(Path(filename))}, line {lineno}: '}{message}\n"
 
 
 @contextmanager
