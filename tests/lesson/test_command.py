@@ -36,7 +36,7 @@ def test_an_error_of_the_lesson_is_shown_without_the_runners_frames(
     assert main(["lesson", "2", "--lessons", str(folder)]) == 1
     out = capsys.readouterr().out
     assert "ZeroDivisionError: division by zero" in out
-    assert "lesson_player.py" not in out
+    assert "lesson_code.py" not in out
     (folder / "02_two.py").write_text((folder / "02_two.py").read_text() + "print(\n")
     assert main(["lesson", "2", "--lessons", str(folder)]) == 1
     assert "SyntaxError" in capsys.readouterr().out

@@ -17,7 +17,8 @@ from ..views.common.files import check_folder
 from ..views.common.program import program, short_path
 from . import lesson_script
 from .grade_file import MARKS, grade_file
-from .lesson_player import LessonPlayer, file_problem, watch
+from .lesson_code import file_problem, watch
+from .lesson_player import LessonPlayer
 from .lesson_session import Leave, LessonSession, read_line, relative_path
 from .progress import LessonRecord, Progress
 
@@ -117,7 +118,7 @@ def _play(path: Path, session: LessonSession, part: int | None, following: Path 
     except (SyntaxError, OSError) as error:
         session.say(file_problem(path, error), "red")
         return 1
-    lesson = player.script
+    lesson = player.code.script
     again = f"{program()} lesson {lesson.number}"
     if part is not None and not 1 <= part <= len(lesson.parts):
         raise ValueError(f"--part is {part}; lesson {lesson.number} has the parts 1 to {len(lesson.parts)}")
