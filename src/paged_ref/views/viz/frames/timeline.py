@@ -91,9 +91,7 @@ def _batch(scene: Scene, width: int, height: int) -> Lines:
     total = sum(n for _, n in plan.chunks)
     rows = [
         rule(
-            f"The batch of step {plan.step}",
-            width,
-            f"{plural(total, 'token')}, {plural(len(plan.chunks), 'sequence')}",
+            f"The batch of step {plan.step}", width, f"{plural(total, 'token')}, {plural(len(plan.chunks), 'sequence')}"
         )
     ]
     for seq_id, n in plan.chunks[: height - 1]:
