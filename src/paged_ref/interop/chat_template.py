@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from datetime import datetime
-from functools import cache, partial
+from functools import cache, partial, reduce
 from typing import Any
 
 from ..extras.arguments import items, require_characters, require_flag, shown
@@ -141,22 +141,19 @@ def _compiled(template: str) -> Callable[..., str]:
         if turns > MOST_TURNS:
             raise jinja2.TemplateError(f"its loops make more than {MOST_TURNS} turns")
 
-    def require_small(what: str, size: int) -> None:
+    def require_small(size: int) -> None:
         if size > MOST_SIZE:
-            raise jinja2.TemplateError(f"its {what} has size {size:,}; at most {MOST_SIZE:,} is made")
+            raise jinja2.TemplateError(
+                f"it makes a text, list or number of size {size:,}; at most {MOST_SIZE:,} is made"
+            )
 
     def checked(operator: str, left: Any, right: Any) -> Any:
-        require_small(f"result of {operator}", _size(operator, left, right))
+        require_small(_size(operator, left, right))
         return environment.default_binop_table[operator](left, right)
-
-    def join_texts(*parts: Any) -> str:
-        texts = [str(part) for part in parts]
-        require_small("result of ~", sum(map(len, texts)))
-        return "".join(texts)
 
     environment.intercepted_binops = frozenset(("+", "*", "**"))
     environment.binop_table |= {operator: partial(checked, operator) for operator in environment.intercepted_binops}
-    environment.globals["join_texts"] = join_texts
+    environment.globals["join_texts"] = lambda *parts: reduce(partial(checked, "+"), map(str, parts))
     environment.globals["count_turn"] = count_turn
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -174,7 +171,7 @@ def _compiled(template: str) -> Callable[..., str]:
         turns, size, pieces = 0, 0, []
         for piece in compiled.generate(**variables):
             size += len(piece)
-            require_small("text", size)
+            require_small(size)
             pieces.append(piece)
         return "".join(pieces)
 

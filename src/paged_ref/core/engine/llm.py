@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import require
+from ..checks import plural, require
 from ..memory.block_pool import BlockPool
 from ..memory.kv import KVCache
 from ..memory.manager import KVCacheManager
@@ -114,7 +114,7 @@ class LLM:
         if len(ids) >= self.max_model_len:
             context, slots = self.config.max_position_embeddings, self.engine.manager.num_slots
             raise ValueError(
-                f"the prompt has length {len(ids)}; the context of {self.max_model_len} has no room for more "
+                f"the prompt has {plural(len(ids), 'token')}; the context of {self.max_model_len} has no room for more "
                 f"(the model's own is {context}; the KV cache holds {slots} tokens)"
             )
         return ids

@@ -92,8 +92,7 @@ def _event(scene: Scene, width: int) -> Lines:
     """The copy or the fork of this event, or how many there were."""
     moment = scene.moment
     totals = moment.state.totals
-    copies = "1 copy" if totals.copies == 1 else f"{totals.copies} copies"
-    so_far = f"So far: {plural(totals.forks, 'fork')}, {copies} on write."
+    so_far = f"So far: {plural(totals.forks, 'fork')}, {plural(totals.copies, 'copy')} on write."
     if moment.change.copied:
         return _copy(scene, width)
     if isinstance(moment.event, SequenceForked):
