@@ -109,8 +109,6 @@ def test_an_argument_of_the_library_is_named_as_the_option_that_was_typed(
             "--length-penalty is inf; a finite number is needed",
         ),
         (["generate", "--prompt", "a", "--beam-width", "2", "--bad-word", "x"], "--bad-word is ('x',); beam search"),
-        (["viz", "--n", "0"], "--n is 0; at least 1 is needed"),
-        (["assess", "--max-model-len", "1"], "--max-model-len is 1; 2 to the 8192 of Llama-3-8B's context is allowed"),
         (["lesson", "99"], "lesson is 99; known are 1 to 21"),
         (["bench", "memory", "--steps", "0"], "--steps is 0; at least 1 is needed"),
     ],
