@@ -15,7 +15,8 @@ import pytest
 from paged_ref import lesson
 from paged_ref.lesson import grading
 from paged_ref.lesson.calls import wrong_lines
-from paged_ref.lesson.grading import grade, in_words
+from paged_ref.lesson.grading import grade
+from paged_ref.views.common.own_code import in_words
 
 
 def double(values: list[int]) -> list[int]:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
+from ..views.common.own_code import in_words
 from .building import Build, Stage
-from .grading import Pending, Trail, in_words
+from .grading import Pending, Trail
 
 LONGEST = 99  # the `max_len` of every sequence
 

@@ -17,7 +17,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .grading import Pending, Verdict, first_difference, grade, in_words
+from ..views.common.own_code import in_words
+from .grading import Pending, Verdict, first_difference, grade
 from .lesson_session import ClaimError, Exercise, LessonSession, current, python_code, relative_path
 from .number_text import number_text, parse_number
 

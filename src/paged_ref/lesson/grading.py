@@ -10,11 +10,9 @@ import io
 import math
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
@@ -119,16 +117,6 @@ def _first_step(found: Trail, wanted: Trail) -> tuple[str, str, str, str] | None
         if (difference := first_difference(found[step], right)) is not None:
             return step, _step_text(found[step]), _step_text(right), difference
     return None
-
-
-def in_words(error: BaseException, file: str) -> str:
-    """The last line of the reader's file that was running, and the error. A KernelError names its line itself."""
-    if isinstance(error, SyntaxError):
-        return "".join(traceback.format_exception_only(error)).rstrip()
-    what = f"there is no key {error}" if isinstance(error, KeyError) and error.args else str(error)
-    said = f"{type(error).__name__}: {what}".removesuffix(": ")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"line {frames[-1].lineno} of {Path(file).name}, `{frames[-1].line}`: {said}" if frames else said
 
 
 def _step_text(value: Any) -> str:
