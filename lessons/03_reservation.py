@@ -9,6 +9,8 @@ answer is not known beforehand, so the size of the piece was a guess. What
 does a guess cost?
 """
 
+import math  # noqa: F401  (for your answer)
+
 from paged_ref import LLM, SamplingParams
 from paged_ref.lesson import break_it, check, claim, plug_in
 from paged_ref.lesson import predict, show, table, todo

@@ -8,6 +8,7 @@ sequences fit, and for what does the GPU then spend its time? If memory is
 not the bottleneck, no way to manage memory helps much. Code comes later.
 """
 
+import math  # noqa: F401  (for your answer)
 from dataclasses import replace
 from difflib import ndiff
 from itertools import pairwise

@@ -17,7 +17,7 @@ from paged_ref import __version__
 from paged_ref.bench import BENCHMARKS
 from paged_ref.cli import COMMANDS, _parser, main
 from paged_ref.core.model.loading import TINY
-from paged_ref.timeline.events import read_events
+from paged_ref.timeline.events import from_json
 from paged_ref.tuned import threads
 from paged_ref.views.common.program import short_path
 
@@ -66,7 +66,7 @@ def test_generate_searches_with_beams_and_records(tmp_path: Path, capfd: pytest.
     assert printed[0] == "--- prompt 1, sample 1"
     assert printed[1].startswith(f"{PAPER} fathers brought forth")
     with record.open(encoding="utf-8") as file:
-        assert replay(read_events(file)).sequences == {}
+        assert replay(map(from_json, file)).sequences == {}
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
@@ -166,22 +166,25 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
     ("argv", "message"),
     [
         (["generate", "--prompt", ""], "the prompt is empty"),
-        (["generate", "--prompt", "a", "--max-tokens", "0"], "max_tokens is 0; at least 1"),
-        (["generate", "--prompt", "a", "--block-size", "0"], "block_size is 0; at least 1"),
-        (["generate", "--prompt", "a", "--block-size", "-1"], "block_size is -1; at least 1"),
+        (["generate", "--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0; at least 1"),
+        (["generate", "--prompt", "a", "--block-size", "0"], "--block-size is 0; at least 1"),
+        (["generate", "--prompt", "a", "--block-size", "-1"], "--block-size is -1; at least 1"),
         (["generate", "--prompt", "a " * 600], "context of 512"),
         (["generate", "--prompt", "a " * 80, "--kv-tokens", "64"], "the KV cache holds 64 tokens"),
         (["generate", "--prompt", "a", "--model", "nowhere"], "nowhere is not a directory"),
         (["generate", "--prompt", "a", "--backend", "magic"], "backend is 'magic'; known are"),
-        (["generate", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
-        (["generate", "--prompt", "a", "--min-p", "2"], "min_p is 2.0; 0 to 1 is needed"),
-        (["generate", "--prompt", "a", "--presence-penalty", "3"], "presence_penalty is 3.0; -2 to 2 is needed"),
+        (["generate", "--prompt", "a", "--top-p", "2"], "--top-p is 2.0"),
+        (["generate", "--prompt", "a", "--min-p", "2"], "--min-p is 2.0; 0 to 1 is needed"),
+        (["generate", "--prompt", "a", "--presence-penalty", "3"], "--presence-penalty is 3.0; -2 to 2 is needed"),
         (["generate", "--prompt", "a", "--logprobs", "9999"], "logprobs is 9999; the vocabulary has 2048 tokens"),
-        (["generate", "--prompt", "a", "--min-tokens", "101"], "min_tokens is 101; at most max_tokens = 100"),
-        (["generate", "--prompt", "a", "--kv-dtype", "int4"], "kv_dtype is 'int4'; known are float32, bfloat16, int8"),
+        (["generate", "--prompt", "a", "--min-tokens", "101"], "--min-tokens is 101; at most --max-tokens = 100"),
+        (
+            ["generate", "--prompt", "a", "--kv-dtype", "int4"],
+            "--kv-dtype is 'int4'; known are float32, bfloat16",
+        ),
         (
             ["generate", "--prompt", "a", "--kv-dtype", "int8", "--backend", "cpu"],
-            "kv_dtype is 'int8', and backend 'cpu'",
+            "--kv-dtype is 'int8', and backend 'cpu'",
         ),
         (["generate", "--prompt", "a", "--system", "x"], "--system is 'x' without --chat"),
         (["generate", "--prompt", "a", "--chat-template", "x"], "--chat-template is 'x' without --chat"),
@@ -201,7 +204,7 @@ def test_info_names_device_backends_and_versions(capsys: pytest.CaptureFixture[s
         (["--threads", "0", "demo"], "--threads is 0; at least 1"),
         (["demo", "--kv-tokens", "0"], "at least"),
         (["demo", "--kv-tokens", "100"], "100"),
-        (["demo", "--block-size", "0"], "block_size is 0"),
+        (["demo", "--block-size", "0"], "--block-size is 0"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(

@@ -257,7 +257,7 @@ def test_bytes_and_tokens_give_the_same_pool() -> None:
 
 
 def test_params_for_each_prompt_must_match(tiny: LLM) -> None:
-    with pytest.raises(ValueError, match="params has 1 entries for 2 prompts"):
+    with pytest.raises(ValueError, match="params has length 1, and prompts 2"):
         tiny.generate(["a", "b"], [SamplingParams()])
 
 

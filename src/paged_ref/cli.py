@@ -151,6 +151,8 @@ def _say(sentence: str, before: str = "") -> None:
 
 
 def _run(argv: list[str]) -> int:
+    from .views.common.options import as_typed
+
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions: see `completion` in pyproject.toml
         import argcomplete
@@ -159,7 +161,10 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(argv, argparse.Namespace(command_line=argv))
     if args.threads is not None:
         os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # read by tuned/threads.py and by Numba, which load later
-    return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
+    try:
+        return int(importlib.import_module(COMMANDS[args.command][0]).main(args))
+    except ValueError as error:
+        raise ValueError(as_typed(error, args)) from error
 
 
 def _parser() -> Parser:

@@ -35,7 +35,7 @@ def test_prints_its_rows_and_writes_json(capsys: pytest.CaptureFixture[str], tmp
     ("option", "value", "reason"),
     [
         ("--steps", "0", "steps is 0; at least 1 is needed"),
-        ("--pools", "11", "pools has 11 blocks; 4 sequences need 12"),
+        ("--pools", "11", "pools has 11; --sequences 4 asks for 12 or more"),
     ],
 )
 def test_refuses(option: str, value: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:

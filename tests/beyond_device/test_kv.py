@@ -155,7 +155,7 @@ def test_a_window_is_all_that_is_read_and_all_the_mass(windowed: str) -> None:
 
 
 def test_a_window_that_cannot_be_staged_is_refused_at_once(windowed: str) -> None:
-    words = "11 pages are for staging; a sliding window of 24 tokens, and steps of up to 16, need 12 at the same time"
+    words = "11 pages for staging; a sliding window of 24 tokens, and steps of up to 16, need 12 at the same time"
     with pytest.raises(ValueError, match=words):
         Engine(windowed, device_blocks=2, block_size=4, staging_pages=11, max_batch_tokens=16)
 
@@ -240,7 +240,7 @@ def test_a_host_too_small_refuses_the_request_and_leaves_others_alone() -> None:
     engine = Engine("tiny", device_blocks=2, host_blocks=6, block_size=4, max_model_len=120)
     small = engine.add(PROMPTS[2], GREEDY[2])
     engine.step()
-    with pytest.raises(ValueError, match="can need 100 slots of KV cache; there are 28"):
+    with pytest.raises(ValueError, match="can need 100 slots of KV cache; the cache has 28"):
         engine.add([7] * 80, SamplingParams(max_tokens=20))
     engine.finish()
     assert small.outputs[0].token_ids == resident("tiny").tokens[2][0]

@@ -17,7 +17,7 @@ CONTEXT = CONFIG.max_position_embeddings
 REFUSED = [
     ({"device_blocks": 0}, "device_blocks is 0; at least 1 is needed"),
     ({"device_blocks": 2, "host_blocks": -1}, "host_blocks is -1; at least 0 is needed"),
-    ({"device_blocks": 2, "staging_pages": 0}, "staging_pages is 0; at least 1 is needed, a page of 16 tokens"),
+    ({"device_blocks": 2, "staging_pages": 0}, "staging_pages is 0; at least 1 is needed, a page of one layer"),
     (
         {"device_blocks": 1, "staging_pages": PER_BLOCK},
         f"device_blocks is 1, which is {PER_BLOCK} pages; with {PER_BLOCK}",

@@ -122,9 +122,9 @@ def test_pages_to_keep_stay_and_too_many_are_refused_with_the_numbers() -> None:
     others = memory.add(keep=pages[:2])
     assert memory.residency.device_of[pages[2]] == -1
     before = memory.state()
-    with pytest.raises(OutOfBlocks, match="4 pages are needed on the device at the same time; it has 3 blocks"):
+    with pytest.raises(OutOfBlocks, match="4 pages needed on the device at the same time; the device has 3 blocks"):
         memory.residency.need([*pages, *others])
-    with pytest.raises(OutOfBlocks, match="4 pages are needed on the device at the same time; it has 3 blocks"):
+    with pytest.raises(OutOfBlocks, match="4 pages needed on the device at the same time; the device has 3 blocks"):
         memory.residency.add(2, keep=pages[:2])
     with pytest.raises(ValueError, match="page 11 is nowhere; it cannot be freed"):
         memory.residency.free([others[0], 11])
@@ -140,7 +140,7 @@ def test_a_full_host_is_refused_with_the_numbers_and_nothing_is_lost() -> None:
     pages = memory.add(2)
     pages += memory.add()
     before = memory.state()
-    with pytest.raises(OutOfHostBlocks, match="1 pages to add to 3; 2 device and 2 host blocks hold 3"):
+    with pytest.raises(OutOfHostBlocks, match="1 page to add to 3; the room is 3, with 2 blocks on the device and 2"):
         memory.residency.add()
     assert memory.state() == before
     for page in pages * 3:  # as full as can be, and still all of them come round

@@ -12,9 +12,9 @@ def test_the_manager_says_how_many_blocks_are_missing_and_changes_nothing() -> N
     manager = StreamingManager(1, 1, 4, 2, 3)  # 4 blocks: one of the host's stays free
     manager.admit(0, [1] * 12, 16)
     manager.append([(0, 12)])
-    with pytest.raises(OutOfBlocks, match="8 tokens need 2 blocks; 1 of the 4 on device and host are free"):
+    with pytest.raises(OutOfBlocks, match=r"no room for 2 blocks \(an admission\): 1 of 4 free on device and host"):
         manager.admit(1, [1] * 8, 8)
-    with pytest.raises(OutOfBlocks, match="sequences 0 need 2 blocks; 1 of the 4"):
+    with pytest.raises(OutOfBlocks, match=r"no room for 2 blocks \(seq_id 0\): 1 of 4 free"):
         manager.append([(0, 8)])
     assert manager.length(0) == 12
     manager.free(0)

@@ -75,7 +75,7 @@ def test_lengths_from_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "Cut at the context of 2,048: 1 output." in words
     assert main(["assess", "--model", "OPT-13B", *GPU, "--trace", "sharegpt", "--json", "-"]) == 0
     numbers = json.loads(capsys.readouterr().out)
-    assert numbers["requests"].startswith("sharegpt: 1000 requests, ")
+    assert numbers["requests"].startswith("sharegpt: 1,000 requests, ")
     assert "drawn: geometric lengths" in numbers["requests"]
     # The paper's Fig. 13 batches 7.00 with Orca (Max), 30.42 with vLLM; lengths that are drawn hold about as many.
     sequences = {plan["name"]: plan["running"] for plan in numbers["plans"]}

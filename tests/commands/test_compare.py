@@ -120,7 +120,7 @@ def test_compare_reads_a_file_and_counts_what_it_refuses_and_cuts(
         (["compare", "--model", "OPT-175B"], "OPT-175B has"),
         (["compare", "--model", "GPT-9"], "model is 'GPT-9'"),
         (["compare", "--gpu", "Z80"], "gpu is 'Z80'"),
-        (["compare", "--max-batch-seqs", "0"], "max_batch_seqs is 0"),
+        (["compare", "--max-batch-seqs", "0"], "--max-batch-seqs is 0"),
         (["compare", "--json", "no/such/place.json"], "--json no/such/place.json cannot be written"),
         (["compare", "--svg", "no/such/place.svg"], "--svg no/such/place.svg cannot be written"),
         (["compare", "--html", "-"], "--html is -; a file is needed, this cannot go to standard output"),

@@ -120,7 +120,7 @@ REFUSED = [
     (["--block-size", "0"], "--block-size is 0; at least 1"),
     (["--tokens", "90", "--device-blocks", "0"], "--device-blocks is 0; at least 1"),
     (["--tokens", "90", "--host-blocks", "-1"], "--host-blocks is -1; at least 0"),
-    (["--tokens", "90", "--host-blocks", "2"], "can need 144 slots of KV cache; there are"),
+    (["--tokens", "90", "--host-blocks", "2"], "can need 144 slots of KV cache; the cache has"),
     (["--tokens", "90", "--full-layers", "-1"], "--full-layers is -1; at least 0"),
     (["--tokens", "90", "--watch", "x"], "--watch is 'x'; LAYER:HEAD is needed"),
     (["--tokens", "90", "--watch", "99:0"], "--watch is 99:0; the model has layers 0 to"),

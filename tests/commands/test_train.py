@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,19 @@ def test_it_makes_a_model_that_the_engine_loads(
         assert (tmp_path / "keep" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+def test_the_last_line_breaks_between_words(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", "--text", str(text), "--out", "out", "--steps", "1", *SMALL]
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "60")):  # Rich then sees a terminal
+        monkeypatch.setenv(name, value)
+    assert main(arguments) == 0
+    first, second = [line.rstrip() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert re.fullmatch(r"out: \d+ weights, 1 step, \d.\d{4} bits per byte on 1 story held out", f"{first} {second}")
+    assert 45 < len(first) <= 60
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_weights(text: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
 
@@ -110,8 +124,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_weights(text: Path,
         (["--memory", "page", "--budget", "1KiB"], "the budget is 1024 bytes; at least one page of 65536 bytes"),
         (["--budget", "1KiB"], "a budget is given to keep, which has no use for it; swap and page have"),
         (["--heads", "3"], "--hidden-size is 16; without --head-size a multiple of --heads 3 is needed"),
-        (["--heads", "0"], "num_heads is 0; at least 1 is needed"),
-        (["--steps", "0"], "num_steps is 0; at least 1 is needed"),
+        (["--heads", "0"], "--heads is 0; at least 1 is needed"),
+        (["--steps", "0"], "--steps is 0; at least 1 is needed"),
         (["--save-every", "0"], "--save-every is 0; at least 1 is needed"),
         (["--resume", "nowhere"], "--resume is nowhere, which is not a directory; there is no run to continue"),
         (["--resume", "."], "training_state.safetensors is missing; there is no run to continue"),
@@ -124,7 +138,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_to_the_same_weights(text: Path,
         ),
         (
             ["--batch-tokens", "1000000000", "--micro-tokens", "10000000000"],
-            "micro_tokens is 1000000032: what the layers save for backward needs ",
+            "--micro-tokens is 1000000032: what the layers save for backward needs ",
         ),
         (
             ["--memory", "page", "--budget", "999999GiB", "--page-size", "999999GiB"],
@@ -275,8 +289,8 @@ def test_the_curve_falls_from_upper_left_to_lower_right() -> None:
     ("rate", "message"),
     [
         ("1e30", "step 2 has a loss of "),
-        ("inf", "learning_rate is inf; a finite number above 0 is needed"),
-        ("nan", "learning_rate is nan; a finite number above 0 is needed"),
+        ("inf", "--learning-rate is inf; a finite number above 0 is needed"),
+        ("nan", "--learning-rate is nan; a finite number above 0 is needed"),
     ],
 )
 def test_a_loss_that_is_no_number_keeps_the_checkpoint(

@@ -90,13 +90,13 @@ def test_swaps_of_several_are_all_or_none() -> None:
     begin(manager, 0, 8)
     begin(manager, 1, 8)
     before = books(manager)
-    with pytest.raises(OutOfHostBlocks, match="4 blocks to swap out; 3 host blocks are free"):
+    with pytest.raises(OutOfHostBlocks, match="no room for 4 blocks on the host: 3 free"):
         manager.swap_out([0, 1])
     assert books(manager) == before
     manager.swap_out([1])
     begin(manager, 2, 4)
     before = books(manager)
-    with pytest.raises(OutOfBlocks, match="to swap in, 2 blocks are needed; 1 are available"):
+    with pytest.raises(OutOfBlocks, match="to swap in, no room for 2 blocks: 1 available"):
         manager.swap_in([1])
     assert books(manager) == before
 
@@ -118,7 +118,7 @@ def test_a_sequence_that_has_the_device_alone_may_take_all_of_it_past_the_waterm
     """Sequences on the host hold nothing on the device: nothing is kept for them, or none could begin."""
     manager = swappable(4, 1, watermark=1)
     begin(manager, 0, 4)
-    with pytest.raises(OutOfBlocks, match="3 blocks are needed; 3 are available, and 1 of them are spare"):
+    with pytest.raises(OutOfBlocks, match="no room for 3 blocks: 3 available, 1 of these spare"):
         manager.admit(1, [0] * 12, 12)
     manager.swap_out([0])
     assert manager.admit(1, [0] * 16, 16) == 0
@@ -133,7 +133,7 @@ def test_integrity_sees_the_host_pool_too() -> None:
     begin(manager, 0, 6)
     manager.swap_out([0])
     manager.swapped[0].blocks.pop()
-    with pytest.raises(AssertionError, match="block 1 has ref_count 1; 0 tables point to it"):
+    with pytest.raises(AssertionError, match="block 1 has ref_count 1 and 0 table entries"):
         manager.check_integrity()
 
 
@@ -147,7 +147,7 @@ def test_coming_back_leaves_what_the_scheduler_asks_for() -> None:
     begin(manager, 0, 4)
     begin(manager, 1, 8)
     manager.swap_out([1])
-    with pytest.raises(OutOfBlocks, match="to swap in, 2 blocks are needed; 3 are available, and 2 of them are spare"):
+    with pytest.raises(OutOfBlocks, match="to swap in, no room for 2 blocks: 3 available, 2 of these spare"):
         manager.swap_in([1], spare=5)
     manager.check_integrity()
     assert len(manager.swap_in([1], spare=4)) == 2

@@ -138,7 +138,7 @@ def test_a_block_in_use_is_never_evicted() -> None:
     (used,), (unused,) = fill(pool, A), fill(pool, B)
     pool.release(unused)
     assert pool.allocate() == unused
-    with pytest.raises(OutOfBlocks, match="none of the 2 blocks is free"):
+    with pytest.raises(OutOfBlocks, match="no block is free; the pool has 2"):
         pool.allocate()
     assert pool.lookup(A, BLOCK_SIZE) == [used]
 
@@ -432,7 +432,7 @@ def test_admission_counts_cached_blocks_that_it_hits_only_once() -> None:
     compute(manager, 0, A + B)
     manager.free(0)
     before = books(manager)
-    with pytest.raises(OutOfBlocks, match="2 blocks are needed; 1 are available"):
+    with pytest.raises(OutOfBlocks, match="no room for 2 blocks: 1 available"):
         manager.admit(1, A + B + C + [1], 16)
     assert books(manager) == before
     assert manager.admit(1, A + B + C, 12) == 8

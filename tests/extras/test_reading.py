@@ -86,13 +86,14 @@ def test_text_is_utf_8(tmp_path: Path) -> None:
         ("[1,\n -1" + "0" * 5000 + "]", "a number that needs more than 64 bits at line 2, column 2"),
         ("1e400", "a number that needs more than 64 bits at column 1"),
         ('{"a": [1,\n 2,,3]}', "Expecting value at line 2, column 4"),
-        ('"abc', "Unterminated string starting at at column 1"),
+        ('"abc', "Unterminated string starting at column 1"),
         ('"' + '\\"' * 100_000, "Unterminated string"),
+        ('["a\tb"]', "Invalid control character at column 4"),
         ("1.2.3", "Extra data at column 4"),
         ("", "Expecting value at column 1"),
         ("[1]]", "Extra data at column 4"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_what_is_no_json_is_one_sentence_with_the_place(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"not JSON: {message}")):

@@ -89,13 +89,13 @@ def test_several_sequences_travel_together() -> None:
 def test_swaps_of_several_are_all_or_none() -> None:
     manager = filled(12, 5, [4, 3, 4])
     before = books(manager)
-    with pytest.raises(OutOfHostBlocks, match="host memory has no hole of 3 slots; 1 are free, in 1 holes"):
+    with pytest.raises(OutOfHostBlocks, match="host memory has no hole of 3 slots: 1 free, in 1 hole"):
         manager.swap_out([0, 1])
     assert books(manager) == before
     manager.swap_out([1])
     manager.admit(3, [0] * 4, 12)
     before = books(manager)
-    with pytest.raises(OutOfBlocks, match="no hole of 4 slots; 0 are free, in 0 holes"):
+    with pytest.raises(OutOfBlocks, match="no hole of 4 slots: 0 free, in 0 holes"):
         manager.swap_in([1])
     assert books(manager) == before
     assert manager.slots_swapped == 3

@@ -43,6 +43,7 @@ TALK: list[dict[str, Any]] = [
 ]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+GROWS = "{{% set ns = namespace(x='a') %}}{{% for _ in range(99) %}}{{% set ns.x = {} %}}{{% endfor %}}"
 FOR, END = "{% for i in range(99) %}", "{% endfor %}"
 
 
@@ -98,12 +99,29 @@ def test_a_conversation_in_its_form() -> None:
         ("{{ nothing.at.all }}", "for these messages: 'nothing' is undefined"),
         (f"{FOR}{FOR}{END}{END}", "for these messages: its loops make more than 256 turns"),
         (f"{{% macro m() %}}{FOR}{{{{ m() }}}}{END}{{% endmacro %}}{{{{ m() }}}}", "make more than 256 turns"),
+        (
+            "{{ 'a' * 10**10 }}",
+            "for these messages: it makes a text, list or number of size 10,000,000,000; at most 16,777,216 is made",
+        ),
+        ("{{ 10**10 * ['a', 'b'] }}", "size 20,000,000,000; at most 16,777,216"),
+        ("{{ 10**(10**10) }}", "size 40,000,000,000; at most 16,777,216"),
+        (GROWS.format("ns.x + ns.x"), "size 33,554,432; at most 16,777,216"),
+        (GROWS.format("ns.x ~ ns.x"), "size 33,554,432; at most 16,777,216"),
+        (
+            f"{{% set x = 'a' * 10**6 %}}{FOR}{{{{ x }}}}{END}",
+            "size 17,000,000; at most 16,777,216",
+        ),
     ],
 )
 def test_what_a_template_may_not_do(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MOST_TURNS", 256)
     with pytest.raises(ValueError, match=message):
         render(template, [{"role": "judge", "content": "x"}], TOKENS)
+
+
+def test_operators_are_those_of_python() -> None:
+    template = "{{ 'ab' * 2 ~ 3 * 4 ~ 2 ** 5 ~ ([1] + [2]) ~ ('a' + 'b') ~ 2 ** -1 ~ (1.5 + 1) ~ none }}"
+    assert render(template, TALK, TOKENS) == "abab1232[1, 2]ab0.52.5None"
 
 
 def test_turns_are_counted_for_each_conversation(monkeypatch: pytest.MonkeyPatch) -> None:

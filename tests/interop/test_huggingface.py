@@ -317,7 +317,7 @@ def test_a_full_pool_is_refused_with_counts_and_leaves_the_cache_whole() -> None
     cache = PagedCache(pool=other.pool)
     with torch.no_grad():
         paged(model)(PROMPTS[1:2], past_key_values=other)
-    with pytest.raises(OutOfBlocks, match=r"^3 rows with 3 new tokens do not fit: 16 of the pool's 16 blocks of 4 "):
+    with pytest.raises(OutOfBlocks, match=r"^no room for 3 new tokens in 3 rows: in use, of blocks of 4, are 16 of"):
         generate(model, past_key_values=cache)
     assert cache.pool.blocks_in_use == 16
     length = cache.get_seq_length()
@@ -338,8 +338,8 @@ def _ones_after(columns: int) -> Any:
 def test_a_prompt_that_does_not_fit_leaves_a_new_cache_as_it_was() -> None:
     cache = cache_of(num_blocks=5)
     message = (
-        "3 rows with 20 new tokens do not fit: 0 of the pool's 5 blocks of 4 tokens are in use "
-        "(sequences 0, 1, 2 need 6 blocks; 5 are available)"
+        "no room for 20 new tokens in 3 rows: in use, of blocks of 4, are 0 of 5 "
+        "(no room for 6 blocks (seq_id 0, 1, 2): 5 available)"
     )
     with pytest.raises(OutOfBlocks) as refused:
         generate(paged(build("llama")), past_key_values=cache)

@@ -36,7 +36,7 @@ def test_an_error_of_the_lesson_is_shown_without_the_runners_frames(
     assert main(["lesson", "2", "--lessons", str(folder)]) == 1
     out = capsys.readouterr().out
     assert "ZeroDivisionError: division by zero" in out
-    assert "lesson_player.py" not in out
+    assert "lesson_code.py" not in out
     (folder / "02_two.py").write_text((folder / "02_two.py").read_text() + "print(\n")
     assert main(["lesson", "2", "--lessons", str(folder)]) == 1
     assert "SyntaxError" in capsys.readouterr().out
@@ -133,7 +133,7 @@ def test_a_teacher_grades_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert wrong["said"] == ["call   my_slot_of([7, 1], 5, 4)", "yours  4", "spec   5"]
     solved = "return block_table[position // block_size] * block_size + position % block_size"
     path.write_text(source.replace(hole, solved.replace("//", "/")))
-    assert "TypeError at line" in grade(capsys, path, 1)[0]["said"][0]
+    assert f"line 12 of of_anna.py, `{solved.replace('//', '/')}`: TypeError: " in grade(capsys, path, 1)[0]["said"][0]
     path.write_text(source.replace(hole, f"print('hello')\n    {solved}"))
     assert grade(capsys, path, 0) == [{"name": "my_slot_of", "state": "right", "said": []}]
     path.write_text("def my_slot_of(:")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from paged_ref import lesson
 from paged_ref.lesson import grading
 from paged_ref.lesson.calls import wrong_lines
 from paged_ref.lesson.grading import grade
+from paged_ref.views.common.own_code import in_words
 
 
 def double(values: list[int]) -> list[int]:
@@ -156,3 +159,21 @@ def test_an_answer_that_fills_its_arguments_is_not_asked_for_a_return() -> None:
     wrong = lines(lambda free: free.append(3), release)
     assert wrong == ["call   <lambda>([1])", "first difference: argument 1 is left as [1, 3]; the spec leaves [1, 2]"]
     assert "It returned None: is there a `return`?" in lines(lambda free: None, double)
+
+
+def test_an_error_is_told_in_words_with_the_line_of_the_answer(tmp_path: Path) -> None:
+    file = tmp_path / "my_answer.py"
+    file.write_text("def free(lengths, seq):\n    del lengths[seq]\n    return max(lengths)\n")
+    free = runpy.run_path(str(file))["free"]
+    for lengths, words in (
+        ({}, "line 2 of my_answer.py, `del lengths[seq]`: KeyError: there is no key 3"),
+        ({3: 1}, "line 3 of my_answer.py, `return max(lengths)`: ValueError: max() "),
+        (
+            None,
+            "line 2 of my_answer.py, `del lengths[seq]`: TypeError: 'NoneType' ",
+        ),
+    ):
+        error = grade(free, lambda lengths, seq: None, [(lengths, 3)]).error
+        assert error is not None
+        assert in_words(error, str(file)).startswith(words)
+    assert in_words(KeyError(), "") == "KeyError"

@@ -23,7 +23,7 @@ from paged_ref.cli import main
 from paged_ref.lesson import lesson_script
 from paged_ref.lesson.building import FILES
 from paged_ref.lesson.grading import grade
-from paged_ref.lesson.lesson_player import run_quietly
+from paged_ref.lesson.lesson_code import run_quietly
 from paged_ref.lesson.lesson_session import LessonSession, running
 from paged_ref.lesson.progress import Progress
 from paged_ref.planner import assess, steady

@@ -151,7 +151,10 @@ def test_what_can_never_fit_is_counted_with_its_reason() -> None:
     pool = replace(PAGED, kv_tokens=32, max_model_len=2048)
     found = steady_state(pool, trace)
     assert (found.num_requests, found.num_refused) == (1, 3)
-    assert "there are 32" in steady_state(pool, RequestTrace("t", (trace.requests[0], trace.requests[2]), True)).refusal
+    assert (
+        "the cache has 32"
+        in steady_state(pool, RequestTrace("t", (trace.requests[0], trace.requests[2]), True)).refusal
+    )
     with pytest.raises(ValueError, match=r"none of the requests can be served\. the prompt has 3000 tokens"):
         steady_state(pool, RequestTrace("t", trace.requests[1:], True))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from paged_ref import LLM, SamplingParams
-from paged_ref.timeline.events import Event, read_events, to_json
+from paged_ref.timeline.events import Event, from_json, to_json
 from paged_ref.timeline.history import histories
 from paged_ref.views.monitor.report import as_json, as_prometheus
 from paged_ref.views.monitor.screen import screen as monitor_screen
@@ -59,7 +58,7 @@ def changed(lines: list[str], others: list[str], rng: random.Random) -> list[str
 
 
 def show_history(lines: list[str], rng: random.Random) -> None:
-    runs = histories(read_events(io.StringIO("\n".join(lines))))
+    runs = histories(map(from_json, lines))
     for position in {0, len(runs[0]) // 2, rng.randrange(len(runs[0])), len(runs[0]) - 1}:
         scene = Scene(runs[0].moment(position), runs, hints=False)
         for frame in range(len(frames_of(runs[0]))):
@@ -68,7 +67,7 @@ def show_history(lines: list[str], rng: random.Random) -> None:
 
 def show_monitor(lines: list[str], rng: random.Random) -> None:
     monitor = Monitor()
-    for event in read_events(io.StringIO("\n".join(lines))):
+    for event in map(from_json, lines):
         monitor.take(event)
     monitor_screen(monitor, 100, 30)
     json.dumps(as_json(monitor, None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,15 +16,16 @@ from paged_ref.timeline.events import (
     KINDS,
     Event,
     Pairs,
+    PoolOpened,
     StepPlanned,
     SwappedOut,
     TokenSampled,
     TokensAppended,
     from_json,
-    read_events,
     to_json,
     write_events,
 )
+from paged_ref.timeline.following import Follower
 
 NAMES = sorted(KINDS)
 ints = st.integers(-(2**63), 2**63 - 1)
@@ -83,7 +85,7 @@ def test_a_file_of_events_comes_back_in_order(events: list[Event]) -> None:
     write_events(events, file)
     assert file.getvalue().count("\n") == len(events)
     file.seek(0)
-    assert list(read_events(file)) == events
+    assert list(map(from_json, file)) == events
 
 
 # A line of each event, as logs hold it that were written before: names and fields never change.
@@ -173,14 +175,17 @@ def test_an_event_cannot_be_changed() -> None:
         ('{"event":"SequenceFreed","seq_id":"3"}', "seq_id of SequenceFreed is '3'; int is needed"),
     ],
 )
-def test_a_bad_line_is_refused_with_its_number_and_what_is_wrong(line: str, message: str) -> None:
+def test_a_bad_line_is_refused_with_its_number_and_what_is_wrong(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         from_json(line)
-    good = to_json(TokenSampled(1, 2))
-    events = read_events(io.StringIO(f"{good}\n{good}\n{line}\n{good}\n"))
-    assert [next(events), next(events)] == [TokenSampled(1, 2)] * 2  # what is before it was read
-    with pytest.raises(ValueError, match=f"^line 3: .*({message})"):
-        next(events)
+    first, good, log = (
+        to_json(PoolOpened("paged", 4, 4, 0, (0, 1, 2, 3))),
+        to_json(TokenSampled(1, 2)),
+        tmp_path / "log",
+    )
+    log.write_text(f"{first}\n{good}\n{line}\n{good}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"log, line 3: .*({message})"):
+        Follower(log).poll()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -208,15 +213,13 @@ def test_every_missing_and_every_unknown_field_is_named(name: str) -> None:
         from_json(json.dumps({**good, "colour": 1}))
 
 
-def test_a_file_that_was_cut_off_says_in_which_line() -> None:
-    file = io.StringIO()
-    write_events([TokenSampled(1, 2), SwappedOut((1, 2), ((0, 3), (1, 4)))], file)
-    text = file.getvalue()
+def test_a_file_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
+    events = [PoolOpened("paged", 4, 4, 0, (0, 1, 2, 3)), SwappedOut((1, 2), ((0, 3), (1, 4)))]
+    text, log = "".join(to_json(event) + "\n" for event in events), tmp_path / "log"
     last = text.index("\n") + 1
-    for cut in range(last + 1, len(text) - 1):
-        events = read_events(io.StringIO(text[:cut]))
-        assert next(events) == TokenSampled(1, 2)
-        with pytest.raises(ValueError, match=r"^line 2: not JSON"):
-            next(events)
-    assert len(list(read_events(io.StringIO(text[:last])))) == 1  # cut between two lines: all that is there
-    assert len(list(read_events(io.StringIO(text[:-1])))) == 2  # only the last line break is lost
+    for cut in range(last, len(text) + 1):
+        log.write_text(text[:cut], encoding="utf-8")
+        follower = Follower(log)
+        whole = cut >= len(text) - 1  # the lost line break alone takes nothing away
+        assert list(follower.to_the_end()) == events[: 1 + whole]
+        assert follower.in_partial_line == (last < cut and not whole)

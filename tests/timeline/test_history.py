@@ -302,7 +302,7 @@ def test_files_that_are_no_logs(tmp_path: Path) -> None:
     binary.write_bytes(b"\x80\x81\x82")
     for path, message in (
         (empty, "empty is empty"),
-        (binary, "is not a log: byte 0"),
+        (binary, "has no whole line"),
         (tmp_path, "cannot be read: Is a directory"),
         (Path("/dev/zero"), "cannot be read: it is a pipe or a device; a regular file is needed"),
         (tmp_path / "nothing", "cannot be read: No such file"),

@@ -207,7 +207,7 @@ def test_a_truncated_sequence_fills_a_known_block_again() -> None:
     assert events[-2:] == [SequenceTruncated(0, 3), TokensAppended(0, 1, evicted=(1,))]
     manager.truncate(0, 0)
     assert replay(events) == state_of(manager)
-    with pytest.raises(ValueError, match="length is 5; sequence 0 has 0 tokens"):
+    with pytest.raises(ValueError, match="length is 5; that of sequence 0 is 0"):
         manager.truncate(0, 5)
     assert events[-1] == SequenceTruncated(0, 0)
     with pytest.raises(NotImplementedError, match="SwappingManager cannot truncate a sequence"):

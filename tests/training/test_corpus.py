@@ -85,7 +85,7 @@ def test_the_last_stories_are_held_out_and_never_learned() -> None:
     assert len(held) == 4
     assert learned + held == STORIES
     assert len(hold_out(STORIES, 0.001)[1]) == 1
-    with pytest.raises(ValueError, match="the text is too short: 1 stories"):
+    with pytest.raises(ValueError, match="the text is too short: 1 story,"):
         hold_out(STORIES[:1], 0.2)
 
 

@@ -116,7 +116,7 @@ def test_models_that_training_does_not_know_are_refused() -> None:
 def test_a_text_shorter_than_the_context_is_refused() -> None:
     config = small.config(vocab_size=280, max_position_embeddings=1000)
     with pytest.raises(
-        ValueError, match="the text is too short: 67 tokens to learn from; more than the context of 1000"
+        ValueError, match="the text is too short: 67 tokens to learn from; more than a context of 1000 is needed"
     ):
         Trainer(config, Settings(num_steps=1), encode(TOKENIZER, TEXT), Keep())
 

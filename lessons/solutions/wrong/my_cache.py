@@ -45,6 +45,12 @@ WRONG = {
             "free(0)",
         ),
         (
+            "the length of a freed sequence stays",
+            "del self.lengths[seq_id]",
+            "pass",
+            "sequence 0 has ended, and its length or table, 9, is still there",
+        ),
+        (
             "freed while another table has it",
             "if not self.ref_count[block]:",
             "if True:",

@@ -74,10 +74,7 @@ class Batch:
         )  # fmt: skip
         in_order = self._xp.arange(self.tables[0].size, dtype=np.int32).reshape(self.tables.shape[1:])
         paged = self.paged(backend, [in_order] * self.count)[0]().copy()
-        for what, a, b in (
-            ("the reference", got, want),
-            ("the contiguous twin", paged, self.contiguous(backend)[0]()),
-        ):
+        for what, a, b in (("the reference", got, want), ("the contiguous twin", paged, self.contiguous(backend)[0]())):
             difference = float(abs(decode(a).astype(np.float32) - decode(b).astype(np.float32)).max())
             if not difference < self.shape.tolerance:
                 raise RuntimeError(f"{backend} is off from {what} by {difference} on {self.shape}")

@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     needed = args.sequences * (POOL_TOKENS + POOL_STEPS) // BLOCK_SIZE
     for num_blocks in args.pools:
         if num_blocks < needed:
-            raise ValueError(f"--pools has {num_blocks} blocks; {args.sequences} sequences need {needed}")
+            raise ValueError(f"--pools has {num_blocks}; --sequences {args.sequences} asks for {needed} or more")
     results = [
         *scheduling(args.sequences, args.steps),
         *appending(args.sequences, args.steps, args.pools),

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.attention.attention import Addresses, AttentionCall
+from ..core.checks import plural
 from ..core.device import Array, module_of
 from ..kernels import merge_states, paged_attention
 from ..tuned.copies import CopyStream
@@ -198,8 +199,8 @@ class _Staged:
             num_away = int((self.device_tables[seq, begin:end] < 0).sum())
             if num_away > stager.room:
                 raise ValueError(
-                    f"a layer with a sliding window of {sliding_window} tokens needs {num_away} blocks from the host "
-                    f"at the same time; there are {stager.room} staging blocks"
+                    f"a layer with a sliding window of {sliding_window} needs {plural(num_away, 'block')} from the "
+                    f"host at the same time; the staging buffer holds {stager.room}"
                 )
             piece = _Piece(seq, seq, np.array([begin]), np.array([end]))
             table, half = stager.fetch(piece, self.device_tables, self.host_tables)

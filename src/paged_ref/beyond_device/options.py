@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.checks import require
+from ..core.checks import plural, require
 from ..core.device import on_gpu
 from ..core.model.config import ModelConfig
 from ..interop.model_memory import require_kv_memory
@@ -77,14 +77,11 @@ class LongOptions:
             reads_tiles = not on_gpu and backend in ("auto", "cpu-simd") and why_not("cpu-simd") is None
             staging = 0 if reads_tiles else max(1, min(num_pages // 4, STAGING_BYTES // page_bytes))
         elif staging < 1:
-            raise ValueError(
-                f"staging_pages is {staging}; at least 1 is needed, a page of {block_size} tokens "
-                "of one layer and KV head"
-            )
+            raise ValueError(f"staging_pages is {staging}; at least 1 is needed, a page of one layer and KV head")
         if staging >= num_pages:
             raise ValueError(
-                f"device_blocks is {self.device_blocks}, which is {num_pages} pages; with {staging} of them for "
-                "staging, none is left to write new tokens to"
+                f"device_blocks is {self.device_blocks}, which is {plural(num_pages, 'page')}; with {staging} of them "
+                "for staging, none is left to write new tokens to"
             )
         return staging
 
@@ -97,6 +94,6 @@ def _check_windows(
     widest = (max(windows, default=0) + max_batch_tokens) // block_size + 2
     if windows and 0 < staging < widest:
         raise ValueError(
-            f"{staging} pages are for staging; a sliding window of {max(windows)} tokens, and steps of up to "
+            f"{plural(staging, 'page')} for staging; a sliding window of {max(windows)} tokens, and steps of up to "
             f"{max_batch_tokens}, need {widest} at the same time (staging_pages, max_batch_tokens)"
         )

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from .. import timeline
-from ..core.checks import require
+from ..core.checks import plural, require
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.manager import OutOfHostBlocks, Transfer
 
@@ -102,10 +102,8 @@ class Residency:
         victims = list(islice((page for page in self.eviction_order() if page not in kept), missing)) if missing else []
         if len(victims) < missing:
             here = sum(self.device_of[page] >= 0 for page in kept)
-            raise OutOfBlocks(
-                f"{count + here} pages are needed on the device at the same time; it has {self.device.num_blocks} "
-                "blocks"
-            )
+            needed = f"{plural(count + here, 'page')} needed on the device at the same time"
+            raise OutOfBlocks(f"{needed}; the device has {plural(self.device.num_blocks, 'block')}")
         clean = sum(page in self._both for page in victims)
         dirty = len(victims) - clean
         room = self.host.num_free + len(self._both) - clean
@@ -116,8 +114,8 @@ class Residency:
             lacks = dirty > 0 and room + clean + min(count, self.device.num_free) == 0
         if lacks:
             raise OutOfHostBlocks(
-                f"{dirty} pages must leave the device, which has no other copy of them; the host has "
-                f"{self.host.num_blocks} blocks, and {room} of them can be used"
+                f"{plural(dirty, 'page')} without a copy must leave the device; the host has "
+                f"{plural(self.host.num_blocks, 'block')}, with {room} for use"
             )
         return sorted(victims, key=lambda page: page not in self._both)
 
@@ -128,8 +126,8 @@ class Residency:
         Returns the names of the new pages, and what must be copied first. Raises OutOfBlocks, OutOfHostBlocks."""
         if self.num_pages + count > self.capacity:
             raise OutOfHostBlocks(
-                f"{count} pages to add to {self.num_pages}; {self.device.num_blocks} device and "
-                f"{self.host.num_blocks} host blocks hold {self.capacity}"
+                f"{plural(count, 'page')} to add to {self.num_pages}; the room is {self.capacity}, with "
+                f"{self.device.num_blocks} blocks on the device and {self.host.num_blocks} on the host"
             )
         transfers = self._evict(self._make_room(count, keep, loads=False))
         pages = [self._names.allocate() for _ in range(count)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .. import timeline
-from ..core.checks import require, require_one_of
+from ..core.checks import plural, require, require_one_of
 from ..core.memory.block_pool import OutOfBlocks
 from ..core.memory.manager import KVCacheManager, Transfer
 from ..core.memory.usage import PartialAllocation, Snapshot
@@ -87,15 +87,16 @@ class StreamingManager(KVCacheManager):
         needed = self.blocks_for(len(tokens))
         kept = self.blocks_for(spare) if self.tables else 0
         if needed + kept > self.num_free_blocks:
-            raise OutOfBlocks(
-                f"{len(tokens)} tokens need {needed} blocks; {self.num_free_blocks} of the {self.num_blocks} on "
-                "device and host are free"
-            )
+            raise OutOfBlocks(self._no_room(needed, "an admission"))
         heads = range(self.num_kv_heads)
         self.tables[seq_id] = PageTable([[array("q") for _ in heads] for _ in range(self.num_layers)])
         if self.log:
             self.log(timeline.events.SequenceAdmitted(seq_id, (), 0))
         return 0
+
+    def _no_room(self, needed: int, what: str) -> str:
+        free = f"{self.num_free_blocks} of {self.num_blocks} free on device and host"
+        return f"no room for {plural(needed, 'block')} ({what}): {free}"
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
         needed = 0
@@ -103,10 +104,7 @@ class StreamingManager(KVCacheManager):
             length = self.tables[seq_id].length
             needed += self.blocks_for(length + count) - self.blocks_for(length)
         if needed > self.num_free_blocks:
-            raise OutOfBlocks(
-                f"sequences {', '.join(str(seq_id) for seq_id, _ in appends)} need {needed} blocks; "
-                f"{self.num_free_blocks} of the {self.num_blocks} on device and host are free"
-            )
+            raise OutOfBlocks(self._no_room(needed, f"seq_id {', '.join(str(seq_id) for seq_id, _ in appends)}"))
         for seq_id, count in appends:
             self.tables[seq_id].length += count
             if self.log:
@@ -150,12 +148,12 @@ class StreamingManager(KVCacheManager):
         self.residency.check_integrity()
         pages = [p for table in self.tables.values() for layer in table.pages for head in layer for p in head]
         if len(set(pages)) != len(pages) or len(pages) != self.residency.num_pages:
-            raise AssertionError(f"tables name {len(pages)} pages; there are {self.residency.num_pages}")
+            raise AssertionError(f"tables name {plural(len(pages), 'page')} of {self.residency.num_pages}")
         for seq_id, table in self.tables.items():
             for layer in table.pages:
                 for head in layer:
                     if len(head) > self.blocks_for(table.length):
-                        raise AssertionError(f"sequence {seq_id}: {len(head)} pages for {table.length} tokens")
+                        raise AssertionError(f"sequence {seq_id}, length {table.length}: {plural(len(head), 'page')}")
 
     # --- pages ---------------------------------------------------------------------------------------
 

@@ -109,10 +109,7 @@ def _cost(done: Callable[[], object]) -> MeasuredCost:
     done()
     batch = Batch(KERNEL, np)
     backend = "cpu-simd" if why_not("cpu-simd") is None else "reference"
-    contenders = {
-        bench_kernels.PAGED: batch.paged(backend)[0],
-        bench_kernels.CONTIGUOUS: batch.contiguous(backend)[0],
-    }
+    contenders = {bench_kernels.PAGED: batch.paged(backend)[0], bench_kernels.CONTIGUOUS: batch.contiguous(backend)[0]}
     for run in contenders.values():
         run()  # compiles
     seconds = bench_kernels.measure(contenders, BENCH_ROUNDS)
@@ -125,12 +122,7 @@ def _cost(done: Callable[[], object]) -> MeasuredCost:
 
 
 def as_json(
-    base: Setup,
-    trace: RequestTrace,
-    limits: Limits,
-    rows: list[Curve],
-    cost: MeasuredCost,
-    checked: list[Checked],
+    base: Setup, trace: RequestTrace, limits: Limits, rows: list[Curve], cost: MeasuredCost, checked: list[Checked]
 ) -> dict[str, Any]:
     return {
         "gpu": base.gpu.name,

@@ -84,8 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     options.check_text("--prompt", args.prompt)
-    options.check_text("--stop", args.stop)
-    options.check_text("--bad-word", args.bad_words)
     if args.system is not None:
         options.check_text("--system", [args.system])
     for option, value in (("--system", args.system), ("--chat-template", args.chat_template)):

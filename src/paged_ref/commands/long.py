@@ -182,7 +182,7 @@ def _attend(text: str) -> Attend:
     try:
         check_attend(attend)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("attend is ")) from None
     return attend
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..core.checks import plural
 from ..extras.reading import read_text
 from ..extras.sampling_params import SamplingParams
 from ..interop.checkpoints import load
@@ -29,7 +30,7 @@ def _read(model: str, file: Path, num_tokens: int) -> list[int]:
         raise ValueError(f"--text {error}") from None
     ids = load(model).tokenizer.encode(text)
     if len(ids) < num_tokens:
-        raise ValueError(f"--text {file} has {len(ids)} tokens; --tokens asks for {num_tokens}")
+        raise ValueError(f"--text {file} has {plural(len(ids), 'token')}; --tokens asks for {num_tokens}")
     return ids[:num_tokens]
 
 

@@ -14,12 +14,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..core.checks import plural
 from ..planner.metrics import Limits
 from ..planner.roofline import Bound, Constants, explain
 from ..planner.setup import Setup
 from ..planner.steady import LIMITS, Steady
 from ..planner.sweep import MOST_LOAD
-from ..views.common.canvas import count
 from ..views.common.console import Console
 from ..views.common.files import write_text
 from ..views.common.program import SCRIPT, program
@@ -106,10 +106,10 @@ def left_out_words(steady: Steady) -> list[str]:
     """Requests that are refused, and outputs that are cut."""
     sentences = []
     if steady.num_refused:
-        refused = f"Refused, since they could never fit: {count(steady.num_refused, 'request')}"
+        refused = f"Refused, since they could never fit: {plural(steady.num_refused, 'request')}"
         sentences.append(f"{refused}; the first: {steady.refusal}.")
     if steady.num_cut:
-        sentences.append(f"Cut at the context of {steady.setup.longest:,}: {count(steady.num_cut, 'output')}.")
+        sentences.append(f"Cut at the context of {steady.setup.longest:,}: {plural(steady.num_cut, 'output')}.")
     return sentences
 
 

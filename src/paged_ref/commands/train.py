@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..core.checks import plural
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
 from ..extras.memory_limit import require_memory
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_sizes(sizes: options.Options) -> None:
     defaults = {"--hidden-size": 128, "--intermediate-size": 320, "--layers": 6, "--heads": 4, "--kv-heads": 2}
     options.integer(sizes, "--vocab-size", 1024, "tokens", least=None)
-    options.integer(sizes, "--context", 512, "positions", least=None)
+    options.integer(sizes, "--context", 512, "positions")
     for option, default in defaults.items():
         options.integer(sizes, option, default, least=None)
     options.integer(sizes, "--head-size", help="default hidden size / heads", least=None)
@@ -147,9 +147,15 @@ def _measure(directory: str, held: list[str]) -> int:
     weights = Parameters(checkpoint.config)
     weights.fill(checkpoint.weights)
     num_bytes = sum(len(story.encode()) for story in held)
-    print(f"{directory}: {bits_per_byte(weights, checkpoint.tokenizer, held):.4f} bits per byte "
-          f"on {len(held)} stories held out, {num_bytes} bytes")  # fmt: skip
+    _say(f"{directory}: {bits_per_byte(weights, checkpoint.tokenizer, held):.4f} bits per byte "
+         f"on {plural(len(held), 'story')} held out, {num_bytes} bytes")  # fmt: skip
     return 0
+
+
+def _say(sentence: str, *, stderr: bool = False) -> None:
+    """A sentence in lines of whole words on a terminal, in one line elsewhere."""
+    console = Console(highlight=False, stderr=stderr)
+    console.print(sentence, soft_wrap=not console.is_terminal)
 
 
 def _prepare(
@@ -218,16 +224,14 @@ def _train(
                     display.measured(bits)
     except KeyboardInterrupt:
         save()
-        print(
-            f"stopped after step {len(trainer.losses)} of {args.steps}; --resume {args.out} continues", file=sys.stderr
-        )
+        _say(f"stopped after step {len(trainer.losses)} of {args.steps}; --resume {args.out} continues", stderr=True)
         return STATUS
     bits = measure()
     save()
     for line in curve(trainer.losses, min(display.console.width, 100), CURVE_ROWS, "loss"):
         print(line)
-    print(f"{args.out}: {trainer.weights.flat.size} weights, {args.steps} steps, {bits:.4f} bits per byte "
-          f"on {len(held)} stories held out")  # fmt: skip
+    _say(f"{args.out}: {trainer.weights.flat.size} weights, {plural(args.steps, 'step')}, {bits:.4f} bits per byte "
+         f"on {plural(len(held), 'story')} held out")  # fmt: skip
     return 0
 
 

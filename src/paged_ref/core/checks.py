@@ -1,4 +1,4 @@
-"""How arguments are refused: with the name, the value and the bound."""
+"""How arguments are refused: with the name, the value and the bound. Nouns agree with their numbers."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def require_one_of(known: tuple[str, ...], **given: object) -> None:
     for name, value in given.items():
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known are {', '.join(known)}")
+
+
+def plural(number: int, thing: str) -> str:
+    """`1 block`, `2 blocks`."""
+    things = thing[:-1] + "ies" if thing.endswith("y") else thing + "s"
+    return f"{number:,} {thing if number == 1 else things}"

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..core.checks import plural
 from ..core.device import Array
 from ..core.model.config import ModelConfig
 from ..core.model.llama import Llama
@@ -51,14 +52,14 @@ class Part(UserDict[str, np.ndarray]):
         heads, kv_heads = config.num_heads, config.num_kv_heads
         known = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
         if size not in known:
-            raise ValueError(f"{size} ranks cannot share {heads} heads and {kv_heads} KV heads; {str(known)[1:-1]} can")
+            both = f"{plural(heads, 'head')} and {plural(kv_heads, 'KV head')}"
+            raise ValueError(f"{size} ranks cannot share {both}; {str(known)[1:-1]} can")
         if getattr(config, "qk_norm", None) == "whole":
             raise ValueError(f"{size} ranks cannot share a model that has a norm over all heads together")
         parts = {name: part_of(getattr(config, name), rank, size) for name in (QUERY, KV, INNER, TOKENS)}
         unit = {QUERY: config.head_size, KV: config.head_size}  # rows of a head
         self.rows = {name: slice(p.start * unit.get(name, 1), p.stop * unit.get(name, 1)) for name, p in parts.items()}
-        heads, kv_heads, inner = (len(parts[name]) for name in (QUERY, KV, INNER))
-        self.config = replace(config, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=inner)
+        self.config = replace(config, **{name: len(parts[name]) for name in (QUERY, KV, INNER)})  # type: ignore[arg-type]
         self.data = weights  # type: ignore[assignment]  # read only
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..core.checks import plural
 from ..core.memory.block_pool import OutOfBlocks
 from ..core.memory.regions import Region, RegionPool
 
@@ -41,7 +42,7 @@ class BuddyPool(RegionPool):
         while not self.free.get(piece):
             piece *= 2
             if piece > self.num_slots:
-                raise OutOfBlocks(f"no piece of {wanted} slots for {size}")
+                raise OutOfBlocks(f"no piece of {plural(wanted, 'slot')} for {size}")
         start = min(self.free[piece])
         self.free[piece].remove(start)
         while piece > wanted:  # keep the lower half, free the upper one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.checks import plural
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.manager import OutOfHostBlocks, Transfer
 from ..core.memory.paged import PagedManager, Table
@@ -22,7 +23,7 @@ class SwappablePagedManager(PagedManager):
     def swap_out(self, seq_ids: Sequence[int]) -> list[Transfer]:
         needed = len({block_id for seq_id in seq_ids for block_id in self.tables[seq_id].blocks})
         if needed > self.host_pool.num_free:
-            raise OutOfHostBlocks(f"{needed} blocks to swap out; {self.host_pool.num_free} host blocks are free")
+            raise OutOfHostBlocks(f"no room for {plural(needed, 'block')} on the host: {self.host_pool.num_free} free")
         moved = _move_tables(seq_ids, self.tables, self.pool, self.swapped, self.host_pool)
         return [Transfer("swap_out", source, destination) for source, destination in moved.items()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from ..core.checks import require, require_one_of
+from ..core.checks import plural, require, require_one_of
 from ..core.memory.block_pool import BlockPool
 from ..core.memory.manager import KVCacheManager
 from ..core.memory.standard import Reserve, StandardManager
@@ -52,7 +52,7 @@ def make_manager(
     require(block_size=(block_size, 1))
     unit = block_size if name == "paged" else 1
     if num_slots < unit:
-        raise ValueError(f"the KV cache has room for {num_slots} tokens; at least one block of {unit} is needed")
+        raise ValueError(f"the KV cache has {plural(num_slots, 'slot')}; at least one block of {unit} is needed")
     if num_host_slots < 0:
         raise ValueError(f"the host pool has room for {num_host_slots} tokens; at least 0 is needed")
     if name == "standard":

@@ -114,7 +114,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(_not_json(error.msg, text, error.pos)) from None
+        raise ValueError(_not_json(error.msg.removesuffix(" at"), text, error.pos)) from None
 
 
 def _is_too_large(number: str) -> bool:

@@ -7,9 +7,9 @@ A template is a program by others, so it runs in Jinja's sandbox, with what tran
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from datetime import datetime
-from functools import cache
+from functools import cache, partial, reduce
 from typing import Any
 
 from ..extras.arguments import items, require_characters, require_flag, shown
@@ -17,6 +17,7 @@ from ..extras.arguments import items, require_characters, require_flag, shown
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 _END_OF_MESSAGE = "END-OF-FINAL-MESSAGE "  # marks where a message that is to be continued ends
 MOST_TURNS = 1 << 20  # of all loops and macros together, while a template is rendered
+MOST_SIZE = 1 << 24  # of the text, and of each result in a template: more characters than any context holds
 
 
 def read_conversations(given: Any) -> list[list[dict[str, Any]]]:
@@ -94,9 +95,20 @@ def render(
     return before if after.startswith(" ") else before.rstrip()
 
 
+def _size(operator: str, left: Any, right: Any) -> int:
+    """How large the result is: the characters of a text, the items of a list or the bits of a number."""
+    if operator == "+":
+        return len(left) + len(right) if isinstance(left, Sized) and isinstance(right, Sized) else 0
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+    several, times = (left, right) if isinstance(left, Sized) else (right, left)
+    return len(several) * times if isinstance(several, Sized) and isinstance(times, int) else 0
+
+
 @cache
 def _compiled(template: str) -> Callable[..., str]:
-    """The template's function from variables to text. Every turn of a loop, and every call of a macro, counts."""
+    """The template's function from variables to text. Every turn of a loop, and every call of a macro, counts, and no
+    operator makes a large result."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -129,6 +141,19 @@ def _compiled(template: str) -> Callable[..., str]:
         if turns > MOST_TURNS:
             raise jinja2.TemplateError(f"its loops make more than {MOST_TURNS} turns")
 
+    def require_small(size: int) -> None:
+        if size > MOST_SIZE:
+            raise jinja2.TemplateError(
+                f"it makes a text, list or number of size {size:,}; at most {MOST_SIZE:,} is made"
+            )
+
+    def checked(operator: str, left: Any, right: Any) -> Any:
+        require_small(_size(operator, left, right))
+        return environment.default_binop_table[operator](left, right)
+
+    environment.intercepted_binops = frozenset(("+", "*", "**"))
+    environment.binop_table |= {operator: partial(checked, operator) for operator in environment.intercepted_binops}
+    environment.globals["join_texts"] = lambda *parts: reduce(partial(checked, "+"), map(str, parts))
     environment.globals["count_turn"] = count_turn
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -137,12 +162,18 @@ def _compiled(template: str) -> Callable[..., str]:
     for node in list(tree.find_all(loops)):
         called = nodes.Call(nodes.Name("count_turn", "load"), [], [], None, None)
         node.body.insert(0, nodes.ExprStmt(called, lineno=node.lineno))
+    for joined in list(tree.find_all(nodes.Concat)):
+        joined.nodes = [nodes.Call(nodes.Name("join_texts", "load"), joined.nodes, [], None, None)]
     compiled = environment.from_string(tree)
 
     def run(**variables: Any) -> str:
         nonlocal turns
-        turns = 0
-        return compiled.render(**variables)
+        turns, size, pieces = 0, 0, []
+        for piece in compiled.generate(**variables):
+            size += len(piece)
+            require_small(size)
+            pieces.append(piece)
+        return "".join(pieces)
 
     return run
 

@@ -23,7 +23,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from ..core.checks import require
+from ..core.checks import plural, require
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
 from ..extras.arguments import whole_number
@@ -88,8 +88,8 @@ class KVPool:
             transfers = self.manager.append(list(zip(rows, counts, strict=True)))
         except OutOfBlocks as error:
             raise OutOfBlocks(
-                f"{len(rows)} rows with {sum(counts)} new tokens do not fit: {self.blocks_in_use} of the pool's "
-                f"{self.num_blocks} blocks of {self.block_size} tokens are in use ({error})"
+                f"no room for {plural(sum(counts), 'new token')} in {plural(len(rows), 'row')}: in use, of blocks of "
+                f"{self.block_size}, are {self.blocks_in_use} of {self.num_blocks} ({error})"
             ) from None
         pairs = [(transfer.source, transfer.destination) for transfer in transfers]
         for keys, values in self.layers.values() if pairs else ():
@@ -282,17 +282,17 @@ class PagedCache(Cache):  # type: ignore[misc]
     def _check(self, layer: PagedLayer, real: torch.Tensor, start: int, count: int) -> None:
         if start and real.shape[0] != len(self.rows):
             raise ValueError(
-                f"the batch has {real.shape[0]} rows; the cache has {len(self.rows)}. Call cache.reset() before "
-                "another batch, or cache.batch_repeat_interleave(n) to go on n times from each row"
+                f"the batch has {plural(real.shape[0], 'row')}; the cache has {len(self.rows)}. Call "
+                "cache.reset() before another batch, or cache.batch_repeat_interleave(n) to go on n times from each row"
             )
         if layer.columns != start:
             raise ValueError(
-                f"layer {layer.index} has {layer.columns} columns; the cache has {start}. Its first run did not get to "
-                "the last layer, or was that of another model; call cache.reset()"
+                f"layer {layer.index} has {plural(layer.columns, 'column')}; the cache has {start}. Its first run "
+                "did not get to the last layer, or was that of another model; call cache.reset()"
             )
         if real.shape[1] != start + count:
             raise ValueError(
-                f"the attention mask has {real.shape[1]} columns; the cache has {start}, and {count} are new. "
+                f"the attention mask has {plural(real.shape[1], 'column')}; the cache has {start}, with {count} more. "
                 "Give the mask of the whole sequence (and not use_cache=False), or call cache.reset() before another"
             )
         if start and not torch.equal(real[:, :start], self.real):

@@ -227,10 +227,7 @@ def _rope(keys: Keys, model_type: str, context: int, head_size: int) -> dict[str
     words = Keys({**keys.hf, **rope}, {})
     if words.number("partial_rotary_factor", default=1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not 1; RoPE on a part of a head is not supported")
-    found: dict[str, Any] = {
-        "rope_theta": words.number("rope_theta", default=10000.0),
-        "rope_scaling": None,
-    }
+    found: dict[str, Any] = {"rope_theta": words.number("rope_theta", default=10000.0), "rope_scaling": None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if model_type == "phi3" and kind in ("su", "yarn"):  # as early files call it
         kind = "longrope"

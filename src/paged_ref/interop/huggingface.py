@@ -25,11 +25,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    causal_mask_function,
-    sliding_window_causal_mask_function,
-)
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sliding_window_causal_mask_function
 
 from .cache_api import write_kv
 from .hf_cache import NAME, KVPool, NewKV, Packing, PagedCache, Sealed

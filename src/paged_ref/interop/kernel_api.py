@@ -172,9 +172,7 @@ def _check_kinds(kinds: tuple[tuple[Any, ...], ...]) -> None:
     if "query_start_loc" in given:
         _check_indices(given["query_start_loc"], f"[{num_seqs + 1}]", num_seqs + 1)
     elif num_tokens != num_seqs:
-        raise ValueError(
-            f"query has {num_tokens} tokens for {num_seqs} sequences; without query_start_loc each has one"
-        )
+        raise ValueError(f"query has length {num_tokens}, and seq_lens {num_seqs}; query_start_loc is needed")
     if where.name == "starts":
         _check_indices(where, f"[{num_seqs}]", num_seqs)
     else:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
+from ..views.common.own_code import in_words
 from .building import Build, Stage
 from .grading import Pending, Trail
 
@@ -58,6 +59,7 @@ class _Memory:
         self.slots: list[tuple[int, int] | None] = [None] * manager.num_slots
         self.marks: dict[int, list[tuple[int, int]]] = {}  # of each sequence: (number of the mark, position)
         self.num_marks = 0
+        self.ended = list[int]()
 
     def do(self, call: Call) -> str:
         """Make the call, write what an engine would write, and say what came of it."""
@@ -79,6 +81,7 @@ class _Memory:
                 self.marks[child] = self.marks[parent].copy()
             case Call("free", (seq_id,)):
                 del self.marks[seq_id]
+                self.ended.append(seq_id)
             case _:
                 self.marks.clear()
         return self._state()
@@ -106,6 +109,10 @@ class _Memory:
                 if slot != table[position // size] * size + position % size:
                     return f"position {position} of sequence {seq_id} is in slot {slot}, and its table is {table}"
             words.append(f"{seq_id}: {manager.length(seq_id)} tokens in {len(table)} blocks")
+        for seq_id in self.ended:
+            with suppress(Exception):  # a sequence that has ended is not known
+                if kept := manager.length(seq_id) or manager.placement(seq_id):
+                    return f"sequence {seq_id} has ended, and its length or table, {kept}, is still there"
         free = manager.snapshot().free // size
         return f"{free} blocks free; sequences {'; '.join(words) or 'none'}"
 
@@ -142,8 +149,8 @@ def _trial(cache: Callable[[int, int], Any]) -> Callable[[Calls], Trail]:
                 trail[step] = str(answer)
                 break
             except Exception as error:
-                at = traceback.extract_tb(error.__traceback__)[-1]
-                trail[step] = f"raises {type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+                frames = traceback.extract_tb(error.__traceback__)
+                trail[step] = in_words(error, next((f.filename for f in frames if f.filename != __file__), ""))
                 break
         return trail
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..views.common.own_code import in_words
 from .grading import Pending, Verdict, first_difference, grade
 from .lesson_session import ClaimError, Exercise, LessonSession, current, python_code, relative_path
 from .number_text import number_text, parse_number
@@ -188,7 +188,7 @@ def say_wrong(session: LessonSession, name: str, verdict: Verdict, hint: str, fi
 def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
     """What is wrong: the error and its place in the file, the call, yours, the spec, the first difference."""
     if verdict.error is not None:
-        yield _place_of(verdict.error, file)
+        yield in_words(verdict.error, file)
     fills = verdict.yours == verdict.spec == "None"  # it is to change its arguments, and returns nothing
     for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
         if value and not (fills and label != "call"):
@@ -197,14 +197,6 @@ def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
         yield "It returned None: is there a `return`?"
     if verdict.difference:
         yield f"first difference: {verdict.difference}"
-
-
-def _place_of(error: BaseException, file: str) -> str:
-    """The error, and the line of the reader's file that raised it. A KernelError names its line itself."""
-    if isinstance(error, SyntaxError):
-        return "".join(traceback.format_exception_only(error)).rstrip()
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{type(error).__name__}{f' at line {lines[-1]}' if lines else ''}: {error}"
 
 
 def plug_in(where: tuple[Any, str], function: Any) -> AbstractContextManager[Any]:

@@ -17,7 +17,8 @@ from ..views.common.files import check_folder
 from ..views.common.program import program, short_path
 from . import lesson_script
 from .grade_file import MARKS, grade_file
-from .lesson_player import LessonPlayer, file_problem, watch
+from .lesson_code import file_problem, watch
+from .lesson_player import LessonPlayer
 from .lesson_session import Leave, LessonSession, read_line, relative_path
 from .progress import LessonRecord, Progress
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grade",
         type=Path,
         metavar="FILE",
-        help="grade a lesson's file, or my_cache.py and the like: status 1 if wrong",
+        help="grade a lesson's file, or my_cache.py and the like, and keep no progress: status 1 if wrong",
     )
     parser.add_argument("--json", action="store_true", help="with --grade: the grades as JSON")
     parser.add_argument("--watch", action="store_true", help="run the lesson again each time its file is saved")
@@ -64,9 +65,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _grade(args: argparse.Namespace) -> int:
     """Status 1 if an exercise of the file is wrong, 0 if all are right or open."""
-    for name in ("number", "part", "solutions", "watch"):
+    for name, option in (("number", "number"), ("part", "--part"), ("solutions", "--solutions"), ("watch", "--watch")):
         if getattr(args, name):
-            raise ValueError(f"--grade is {args.grade}, and {name} is given; the two do not go together")
+            raise ValueError(f"--grade is {args.grade}, and {option} is given; the two do not go together")
     grades = grade_file(args.grade, lambda: _directory(args.lessons))
     if args.json:
         print(json.dumps([dataclasses.asdict(grade) for grade in grades], indent=2))
@@ -117,7 +118,7 @@ def _play(path: Path, session: LessonSession, part: int | None, following: Path 
     except (SyntaxError, OSError) as error:
         session.say(file_problem(path, error), "red")
         return 1
-    lesson = player.script
+    lesson = player.code.script
     again = f"{program()} lesson {lesson.number}"
     if part is not None and not 1 <= part <= len(lesson.parts):
         raise ValueError(f"--part is {part}; lesson {lesson.number} has the parts 1 to {len(lesson.parts)}")

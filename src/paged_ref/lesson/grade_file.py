@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from ..views.common.console import Console
+from ..views.common.own_code import in_words
 from .building import FILES, build_named, grade_build
 from .calls import wrong_lines
 from .grading import Verdict
-from .lesson_player import LessonPlayer
+from .lesson_code import LessonCode
 from .lesson_session import LessonSession, running
 from .progress import Progress
 
@@ -45,7 +46,7 @@ def grade_file(path: Path, find_lessons: Callable[[], Path]) -> list[Grade]:
     try:
         tree = ast.parse(source, filename=str(path))
     except (SyntaxError, ValueError) as error:
-        return [Grade(path.name, "wrong", [f"{type(error).__name__}: {error}"])]
+        return [Grade(path.name, "wrong", [in_words(error, str(path))])]
     defined = {getattr(node, "name", "") for node in tree.body}
     built = [name for _, names in FILES.values() for name in names if name in defined]
     if built:
@@ -74,9 +75,9 @@ def _grades_of_lesson(path: Path, lessons: Path) -> list[Grade]:
     progress = Progress(Path(os.devnull) / "nowhere")
     session = LessonSession(path.stem, lessons, progress, False, console=Console(file=printed), workplace=path.parent)
     with redirect_stdout(printed), running(session):
-        player = LessonPlayer(path, session)
-        player.namespace["__file__"] = str(lessons / path.name)  # what a lesson reads lies beside it in the course
-        went_well = player.run_code()
+        code = LessonCode(path, session)
+        code.namespace["__file__"] = str(lessons / path.name)  # what a lesson reads lies beside it in the course
+        went_well = code.run_all()
     grades = [
         _grade(name, exercise.verdict, exercise.verdict.hole, str(path)) for name, exercise in session.exercises.items()
     ]

@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from ..core.checks import plural
 from ..core.device import to_host, xp
 
 SECONDS = 5.0  # for one call
@@ -192,8 +193,7 @@ def _list_difference(found: Sequence[Any], wanted: Sequence[Any], at: str, kinds
     for i, (one, other) in enumerate(zip(found, wanted, strict=False)):
         if (difference := first_difference(one, other, f"{at}[{i}]", kinds)) is not None:
             return difference or f"at {at}[{i}]: {_text(one)} instead of {_text(other)}"
-    entries = "1 entry" if len(found) == 1 else f"{len(found)} entries"
-    return None if len(found) == len(wanted) else f"{entries}; the spec has {len(wanted)}"
+    return None if len(found) == len(wanted) else f"{plural(len(found), 'entry')}; the spec has {len(wanted)}"
 
 
 def worked_case(name: str, spec: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> str:

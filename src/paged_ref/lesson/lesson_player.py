@@ -5,12 +5,9 @@ from __future__ import annotations
 import linecache
 import re
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, redirect_stdout, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
 
 from rich.console import RenderableType
 from rich.markdown import Markdown
@@ -18,47 +15,14 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
-from ..views.common.streams import OUTPUT, PlainStream
 from . import lesson_script
 from .editor import edit, line_of
 from .hints import give_hint
+from .lesson_code import LessonCode, file_problem, saved_at
 from .lesson_script import Passage
-from .lesson_session import (
-    ClaimError,
-    Exercise,
-    Leave,
-    LessonSession,
-    python_code,
-    read_line,
-    relative_path,
-    running,
-)
+from .lesson_session import CountedOutput, Exercise, LessonSession, python_code, read_line, relative_path, running
 
 PROSE_WIDTH = 88  # columns: longer lines are hard to read
-_HERE = str(Path(__file__).parent)
-
-
-class CountedOutput:
-    """What is behind standard output, with its rows counted. While `held` is a list, text is kept there."""
-
-    def __init__(self) -> None:
-        self.stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
-        self.rows = 0
-        self.held: list[str] | None = None
-
-    def write(self, text: str) -> int:
-        if self.held is not None:
-            self.held.append(text)
-            return len(text)
-        self.rows += text.count("\n")
-        return self.stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def redirected(self) -> AbstractContextManager[Any]:
-        """Standard output goes here, that of print() and that of Rich."""
-        return redirect_stdout(cast(TextIO, PlainStream(cast(TextIO, self), OUTPUT)))
 
 
 class LessonPlayer:
@@ -67,8 +31,7 @@ class LessonPlayer:
     def __init__(self, path: Path, session: LessonSession) -> None:
         """Raises SyntaxError if Python cannot parse the file, OSError or ValueError if it is no lesson."""
         self.session = session
-        self.script = lesson_script.read(path)
-        self.namespace: dict[str, Any] = {"__name__": "__main__", "__file__": str(path)}
+        self.code = LessonCode(path, session)
         self._output = CountedOutput()
         self._plain = session.console.is_dumb_terminal or not session.interactive
         self._number = 0  # the part that is played; 0 is the head
@@ -78,7 +41,7 @@ class LessonPlayer:
 
     def play(self, first: int = 1) -> bool:
         """Play from part `first` on; earlier parts run unseen. False: an error ended the lesson. Raises Leave."""
-        session, script = self.session, self.script
+        session, script = self.session, self.code.script
         session.before_ask, session.after_ask = self._release, self._say_running
         with running(session), self._output.redirected():
             number = first if 1 <= first <= len(script.parts) else 1
@@ -110,7 +73,7 @@ class LessonPlayer:
 
     def _play_part(self, number: int) -> bool:
         """Show the part and run it. False: an error, which is shown, ended it."""
-        parts = self.script.parts
+        parts = self.code.script.parts
         part = parts[number - 1]
         self._number, self._shown[number] = number, []
         for later in [each for each in self._exercises if each >= number]:  # their verdicts are those of an earlier run
@@ -130,11 +93,11 @@ class LessonPlayer:
     def _run_held(self, passages: Sequence[Passage]) -> bool:
         """Run the code; a reader sees its output when it has run, or asks. False: an error ended it."""
         if not (self.session.interactive or self._unseen):
-            return self._run_all(passages)
+            return self.code.run(passages)
         self._say_running()
         self._output.held = []
         try:
-            went_well = self._run_all(passages)
+            went_well = self.code.run(passages)
         except BaseException:  # Leave, or Ctrl-C
             held, self._output.held = self._output.held or [], None
             self._erase_running()
@@ -143,27 +106,6 @@ class LessonPlayer:
         self._release()
         self._output.held = None
         return went_well
-
-    def _run_all(self, passages: Sequence[Passage]) -> bool:
-        return all(self._run(passage) for passage in passages if passage.kind == "code")
-
-    def _run(self, passage: Passage) -> bool:
-        try:
-            lesson_script.execute(passage, self.script.path, self.namespace)
-        except Leave:
-            raise
-        except ClaimError as error:
-            self.session.say(str(error), "bold red")
-        except (Exception, SystemExit) as error:
-            self.session.say(error_text(error), "red")
-        else:
-            return True
-        return False
-
-    def run_code(self) -> bool:
-        """Run the code of all parts, without showing it. False: an error, which is shown, ended it."""
-        parts = [self.script.imports, *self.script.parts]
-        return all(self._run_all(part.passages) for part in parts)
 
     def _play_unseen(self, count: int) -> None:
         """Play the first `count` parts without printing them: later parts use what their code makes."""
@@ -224,8 +166,8 @@ class LessonPlayer:
 
     def _edit(self, to_do: Sequence[Exercise]) -> bool:
         """Open the editor where the reader writes. True: the file was changed, by an editor that has ended."""
-        path = to_do[0].file if to_do else self.script.path
-        passages = self.script.parts[self._number - 1].passages
+        path = to_do[0].file if to_do else self.code.script.path
+        passages = self.code.script.parts[self._number - 1].passages
         line = line_of(path, to_do[0].name) if to_do else next((p.line for p in passages if p.kind == "code"), 1)
         before = saved_at(path)
         try:
@@ -237,16 +179,17 @@ class LessonPlayer:
     def _read_again(self) -> bool:
         """Read the file again. False, after an explanation, if the lesson cannot go on with it."""
         linecache.checkcache()
+        before = self.code.script
         try:
-            again = lesson_script.read(self.script.path)
+            again = lesson_script.read(before.path)
         except (SyntaxError, ValueError, OSError) as error:
-            self.session.say(file_problem(self.script.path, error), "red")
+            self.session.say(file_problem(before.path, error), "red")
             return False
-        if len(again.parts) != len(self.script.parts):
+        if len(again.parts) != len(before.parts):
             self.session.say("The file has other parts now; leave with q and start the lesson again.", "yellow")
             return False
-        self.script = again
-        return self._run_all(again.imports.passages)
+        self.code.script = again
+        return self.code.run(again.imports.passages)
 
     def _wait(self, keys: str) -> str:
         """A line typed by the reader, after which the prompt is erased. Raises Leave at q and at the end of input."""
@@ -298,73 +241,11 @@ class LessonPlayer:
             self._output.stream.write("\r\x1b[2K")
 
 
-def watch(path: Path, make_session: Callable[[], LessonSession]) -> None:
-    """Run the lesson again each time a file of the reader is saved, without asking; until Ctrl-C.
-
-    What the last run said stays on the screen until the next one has ended.
-    """
-    seen: dict[Path, float] = {path: -1.0}
-    while True:
-        changed = {file: saved_at(file) for file in seen}
-        if changed == seen:
-            time.sleep(0.2)
-            continue
-        if 0.0 in changed.values():  # some editors remove the file for a moment while they save it
-            time.sleep(0.5)
-            changed = {file: saved_at(file) for file in seen}
-        linecache.checkcache()
-        session = make_session()
-        session.say(f"running {path.name} ...", "dim")
-        output = CountedOutput()
-        output.held = []
-        with output.redirected():
-            run_quietly(path, session)
-        session.console.clear()
-        output.stream.write("".join(output.held))
-        seen = {file: changed.get(file) or saved_at(file) for file in [path, *session.files]}
-        files = " or ".join(file.name for file in seen)
-        session.say(f"{time.strftime('%H:%M:%S')}: runs again when {files} is saved. Ctrl-C ends.", "dim")
-
-
-def saved_at(path: Path) -> float:
-    """When the file was saved; 0 if it is not there."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def run_quietly(path: Path, session: LessonSession) -> bool:
-    """Run the lesson without its prose, as `python lessons/NN_name.py` does. False: an error ended it."""
-    try:
-        player = LessonPlayer(path, session)
-    except (SyntaxError, ValueError, OSError) as error:
-        session.say(file_problem(path, error), "red")
-        return False
-    with running(session):
-        return player.run_code()
-
-
 def code_to_read(code: str) -> str:
     """The code without what is not for the reader: a word for the formatter, and the hints, which h gives."""
     without = code.replace("  # fmt: skip", "")
     hint = r'\bhint ?= ?(\(\n(.*\n)*?\)|".*")'
     return re.sub(hint, lambda found: re.sub(r'".*"', '"..."', found[0]), without)
-
-
-def file_problem(path: Path, error: Exception) -> str:
-    """Why the file is no lesson."""
-    if isinstance(error, OSError):
-        return f"{relative_path(path)} cannot be read: {error.strerror}"
-    said = "".join(traceback.format_exception_only(error)).rstrip() if isinstance(error, SyntaxError) else str(error)
-    return f"{said}\nMend the line and save. What you did so far is kept."
-
-
-def error_text(error: BaseException) -> str:
-    """An error of the lesson's code, without the frames of this room."""
-    last = "".join(traceback.format_exception_only(error)).rstrip()
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_HERE)]
-    return f"Traceback, the last call at the end:\n{''.join(traceback.format_list(frames[-6:]))}{last}"
 
 
 def _forget_keys() -> None:

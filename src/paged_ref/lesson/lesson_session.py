@@ -7,10 +7,10 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.padding import Padding
 from rich.syntax import Syntax
@@ -18,6 +18,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from ..views.common.console import Console
+from ..views.common.streams import OUTPUT, PlainStream
 from .grading import Verdict
 from .progress import Progress
 
@@ -42,6 +43,29 @@ class Exercise:
     hint: str
     verdict: Verdict
     file: Path  # that the reader writes in
+
+
+class CountedOutput:
+    """What is behind standard output, with its rows counted. While `held` is a list, text is kept there."""
+
+    def __init__(self) -> None:
+        self.stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+        self.rows = 0
+        self.held: list[str] | None = None
+
+    def write(self, text: str) -> int:
+        if self.held is not None:
+            self.held.append(text)
+            return len(text)
+        self.rows += text.count("\n")
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def redirected(self) -> AbstractContextManager[Any]:
+        """Standard output goes here, that of print() and that of Rich."""
+        return redirect_stdout(cast(TextIO, PlainStream(cast(TextIO, self), OUTPUT)))
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.checks import plural
 from ..core.engine.scheduler import Scheduler
 from ..core.engine.sequence import Group, Sequence
 from ..core.memory.block_pool import BlockPool
@@ -29,7 +30,7 @@ class RequestTrace:
 
     def __repr__(self) -> str:
         limits = f"{self.budget} tokens and {self.most} sequences in a step, {self.num_blocks} blocks"
-        return f"{len(self.requests)} request{'s' if len(self.requests) > 1 else ''}, {limits}"
+        return f"{plural(len(self.requests), 'request')}, {limits}"
 
     def manager(self) -> PagedManager:
         return PagedManager(BlockPool(self.num_blocks), 4)

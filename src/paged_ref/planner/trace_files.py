@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..core.checks import plural
 from ..extras.reading import parse_json, read_text
 from .traces import DRAWN, MEANS, RequestTrace, TraceRequest, generated, spread
 
@@ -154,7 +155,7 @@ def _table(number: int, first: str) -> tuple[Parser, bool, bool, list[str]]:
     def parse(number: int, text: str) -> Row:
         cells = _cells(text)
         if len(cells) != len(header):
-            raise ValueError(f"line {number} has {len(cells)} columns; {len(header)} are needed")
+            raise ValueError(f"line {number} has {plural(len(cells), 'column')}; {len(header)} needed")
         return _row(number, {key: cells[place] for key, place in places.items()}, named)
 
     return parse, TIME in places, has_header, notes
@@ -182,7 +183,7 @@ def _row(number: int, cells: Mapping[str, Any], names: Mapping[str, str]) -> Row
         return Row(arrival, prompt, output)
     prefix = _count(number, PREFIX, cells.get(PREFIX, ""))
     if prefix > prompt:
-        raise ValueError(f"line {number}: {PREFIX} is {prefix}; the prompt has {prompt} tokens")
+        raise ValueError(f"line {number}: {PREFIX} is {prefix}; the length of the prompt is {prompt}")
     return Row(arrival, prompt, output, group=group, prefix=prefix)
 
 
@@ -243,7 +244,7 @@ def _json_row(number: int, text: str) -> Row:
     blocks = -(-row["input_length"] // HASH_BLOCK)
     if ids and len(ids) != blocks:
         raise ValueError(
-            f"line {number} has {len(ids)} hash_ids; {row['input_length']} tokens are {blocks} blocks of {HASH_BLOCK}"
+            f"line {number} has {plural(len(ids), 'hash_id')}; input_length {row['input_length']} asks for {blocks}"
         )
     return Row(row["timestamp"] / 1000, row["input_length"], row["output_length"], tuple(ids))
 

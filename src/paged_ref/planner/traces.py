@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import inf, log, log1p
 from statistics import mean
 
+from ..core.checks import plural
 from ..extras.memory_limit import require_memory
 
 REQUEST_BYTES = 256  # that a request of a trace takes, with its numbers
@@ -52,12 +53,8 @@ class RequestTrace:
         outputs = mean(request.output_len for request in self.requests)
         times = "all at the same time" if self.rate == inf else f"{self.rate:.3g} per second"
         times = times if self.timed else "no times"
-        number = _plural(len(self.requests), "request")
+        number = plural(len(self.requests), "request")
         return f"{self.name}: {number}, mean {prompts:.1f} tokens in, {outputs:.1f} out, {times}"
-
-
-def _plural(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 # --- changes of a trace --------------------------------------------------------------------------------
@@ -103,7 +100,7 @@ def spread(trace: RequestTrace, count: int) -> RequestTrace:
         run = trace.requests[begin : begin + size]
         shift = (requests[-1].arrival + gap if requests else 0.0) - run[0].arrival
         requests += [replace(each, arrival=each.arrival + shift) for each in run]
-    note = f"{count:,} of {total:,} requests: {_plural(parts, 'run')} of {count / parts:.4g}, spread evenly"
+    note = f"{count:,} of {total:,} requests: {plural(parts, 'run')} of {count / parts:.4g}, spread evenly"
     return replace(trace, requests=tuple(requests), notes=(*trace.notes, note))
 
 
@@ -173,14 +170,14 @@ def scaled(trace: RequestTrace, factor: float) -> RequestTrace:
 def clipped(trace: RequestTrace, longest: int) -> RequestTrace:
     """Prompt and output together at most `longest` tokens: a long output is cut, then a long prompt."""
     if longest < 2:
-        raise ValueError(f"the longest request has {longest} tokens; at least 2 are needed")
+        raise ValueError(f"the longest request has {plural(longest, 'token')}; at least 2 are needed")
     requests = []
     for each in trace.requests:
         prompt = min(each.prompt_len, longest - 1)
         ids = each.hash_ids[: -(-prompt // trace.hash_block)]
         requests.append(TraceRequest(each.arrival, prompt, min(each.output_len, longest - prompt), ids))
     cut = sum(each.num_tokens > longest for each in trace.requests)
-    note = f"{cut} requests cut to {longest} tokens"
+    note = f"{plural(cut, 'request')} cut to {longest} tokens"
     return replace(trace, requests=tuple(requests), notes=(*trace.notes, note)) if cut else trace
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TextIO, Union
 
 import msgspec
@@ -325,12 +325,3 @@ def write_events(events: Iterable[Event], file: TextIO) -> None:
     """Events as JSON lines."""
     for event in events:
         file.write(to_json(event) + "\n")
-
-
-def read_events(file: TextIO) -> Iterator[Event]:
-    """Events of JSON lines, one after another. Raises ValueError with the number of the line that is wrong."""
-    for number, line in enumerate(file, start=1):
-        try:
-            yield from_json(line.rstrip("\n"))  # else an error at the end would be at a place in the next line
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None

@@ -10,14 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from io import TextIOWrapper
 from pathlib import Path
 
 from ..core.memory.usage import MemoryUsage, Snapshot
-from ..extras.reading import open_file
 from . import events
 from .change import Change
 from .events import Event, PoolOpened, RanksOpened, StepPlanned
+from .following import Follower
 from .marks import marks_of
 from .spans import Spans
 from .state import RunState
@@ -85,6 +84,7 @@ class History:
     marks: list[tuple[int, str]] = field(default_factory=list)  # (position, letter of MARKS in marks.py)
     ranks: RanksOpened | None = None  # None: one process holds all heads
     caches: bool = False  # a prefix cache is on
+    cut_off: bool = False  # the log ends in the middle of a line: its program still writes, or was stopped
     interval: int = 256  # events between two checkpoints
     max_checkpoints: int = 128
     num_applied: int = 0  # events, since the beginning: what stepping costs
@@ -257,15 +257,13 @@ def histories(log: Iterable[Event]) -> list[History]:
 
 
 def read_histories(path: Path) -> list[History]:
-    """The runs in a file of JSON lines. Raises ValueError: one sentence with the file and the line."""
-    raw = open_file(path)
+    """The runs in a file of JSON lines, up to its end or to where it was cut off. Raises ValueError: one sentence with
+    the file and the line."""
+    follower = Follower(path)
+    log = list(follower.to_the_end())
     try:
-        with TextIOWrapper(raw, encoding="utf-8") as file:
-            found = histories(events.read_events(file))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a log: byte {error.start} of it is no text") from None
+        found = histories(log)
     except ValueError as error:
         raise ValueError(f"{path}, {error}") from None
-    if not found:
-        raise ValueError(f"{path} is empty; a log of events as JSON lines is needed (--record writes one)")
+    found[-1].cut_off = follower.in_partial_line
     return found

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..core.checks import require
+from ..core.checks import plural, require
 from ..core.memory.paged import Table, snapshot_of
 from ..core.memory.usage import PartialAllocation, Snapshot
 from ..extras.memory_limit import require_memory
@@ -208,7 +208,7 @@ class MemoryState(Blocks):
         """The sequence keeps its first `length` tokens, and the blocks that hold them."""
         place = self.find(event.seq_id, on_host=False)
         if not 0 <= event.length <= place.length:
-            raise ValueError(f"sequence {event.seq_id} has {place.length} tokens, and cannot keep {event.length}")
+            raise ValueError(f"sequence {event.seq_id} has length {place.length}, and cannot keep {event.length}")
         place.length = event.length
         while len(place.blocks) > -(-event.length // self.block_size):
             self.release(place.blocks.pop())
@@ -231,9 +231,9 @@ class MemoryState(Blocks):
             return
         if not self.paged:
             if place.length > place.size:
-                raise ValueError(f"sequence {seq_id} has {place.length} tokens in {place.size} slots")
+                raise ValueError(f"sequence {seq_id} of length {place.length} has a region of {place.size}")
         elif len(place.blocks) != -(-place.length // self.block_size):
-            raise ValueError(f"sequence {seq_id} has {place.length} tokens in {len(place.blocks)} blocks")
+            raise ValueError(f"sequence {seq_id} of length {place.length} has {plural(len(place.blocks), 'block')}")
 
     def move_tables(self, seq_ids: Sequence[int], moved: events.Pairs, to_host: bool) -> None:
         """Tables move from one pool to the other. A block that several of the sequences share moves once."""

@@ -99,7 +99,7 @@ class RunState:
 
     def _ranks_opened(self, event: events.RanksOpened) -> None:
         if not event.heads or len(event.heads) != len(event.kv_heads):
-            raise ValueError(f"{len(event.heads)} ranks have heads, and {len(event.kv_heads)} have KV heads")
+            raise ValueError(f"ranks with heads: {len(event.heads)}; with KV heads: {len(event.kv_heads)}")
 
     def _request_arrived(self, event: events.RequestArrived) -> None:
         for seq_id in event.seq_ids:

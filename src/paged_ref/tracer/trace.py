@@ -27,6 +27,7 @@ import numpy as np
 
 from ..core.attention import cuda as launcher
 from ..core.attention.attention import AttentionCall
+from ..core.checks import plural
 from ..core.device import module_of
 from .access_record import WARP_SIZE, Access, ArrayInfo, Dim3, Trace, WarpAccess
 from .sites import Sites
@@ -138,7 +139,7 @@ class _Machine:
         self.entry = self.rebuilder.rebuild(function)
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
         if len(names) != len(args):
-            raise TypeError(f"{self.kernel} takes {len(names)} arguments; {len(args)} were given")
+            raise TypeError(f"{self.kernel} takes {plural(len(names), 'argument')}; {len(args)} given")
         self.args = [self._argument(name, arg) for name, arg in zip(names, args, strict=True)]
 
     def run(self) -> Trace:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..core.checks import plural
 from .access_record import WARP_SIZE, ArrayInfo
 
 
@@ -187,7 +188,7 @@ class TracedArray:
     def _flat(self, index: tuple[Any, ...]) -> int:
         """The element's place in the whole array, row-major."""
         if len(index) != self.ndim:
-            raise Fault(f"{self.info.name} has {self.ndim} dimensions, and {len(index)} indices were given")
+            raise Fault(f"{self.info.name} has {plural(self.ndim, 'dimension')}; {len(index)} given")
         flat = self.first
         for i, bound, step in zip(index, self.shape, self.steps, strict=False):
             if not 0 <= i < bound:
@@ -199,7 +200,7 @@ class TracedArray:
     def _view(self, index: tuple[Any, ...]) -> TracedArray:
         """A row or a slice: no access, and the record keeps the whole array's name and indices."""
         if len(index) > self.ndim:
-            raise Fault(f"{self.info.name} has {self.ndim} dimensions, and {len(index)} indices were given")
+            raise Fault(f"{self.info.name} has {plural(self.ndim, 'dimension')}; {len(index)} given")
         first, steps = self.first, []
         for i, bound, step in zip(index, self.shape, self.steps, strict=False):
             if isinstance(i, slice):

@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from ..core.checks import plural
 from ..core.model.tokenizer import Tokenizer
 from ..extras.reading import read_file
 
@@ -56,8 +57,8 @@ def hold_out(stories: list[str], share: float) -> tuple[list[str], list[str]]:
     num_held = max(1, round(share * len(stories)))
     if num_held >= len(stories):
         raise ValueError(
-            f"the text is too short: {len(stories)} stories, or pieces of {PIECE} characters, of which {num_held} "
-            "are held out; at least one must be left to learn from"
+            f"the text is too short: {plural(len(stories), 'story')}, or pieces of {PIECE} characters, with {num_held} "
+            "held out; at least one must be left to learn from"
         )
     return stories[:-num_held], stories[-num_held:]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.checks import require
+from ..core.checks import plural, require
 from ..core.device import Array, to_host, xp
 from ..core.model.config import ModelConfig
 from ..core.model.tokenizer import Tokenizer
@@ -74,8 +74,8 @@ class Trainer:
         num_tokens = sum(map(len, stories))
         if num_tokens <= context:
             raise ValueError(
-                f"the text is too short: {num_tokens} tokens to learn from; more than the context of {context} are "
-                "needed"
+                f"the text is too short: {plural(num_tokens, 'token')} to learn from; more than a context of {context} "
+                "is needed"
             )
         self.weights, self.gradient = Parameters(config), Parameters(config)
         self.weights.initialize(settings.seed)

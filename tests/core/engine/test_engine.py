@@ -162,7 +162,7 @@ def test_a_refused_request_is_kept_nowhere() -> None:
     diary = Diary()
     llm = llm_with([diary], kv_cache_tokens=64)
     engine = llm.engine
-    with pytest.raises(ValueError, match="can need 112 slots of KV cache; there are 64"):
+    with pytest.raises(ValueError, match="can need 112 slots of KV cache; the cache has 64"):
         llm.add_request([5] * 30, SamplingParams(max_tokens=10, n=3, temperature=1.0))
     assert (engine.requests, engine.request_of, engine.next_seq_id, diary.lines) == ({}, {}, 0, [])
     assert not engine.scheduler.waiting

@@ -166,6 +166,6 @@ def test_engines_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 
 def test_params_for_each_prompt_must_match(tiny: LLM) -> None:
-    with pytest.raises(ValueError, match="params has 1 entries for 2 prompts"):
+    with pytest.raises(ValueError, match="params has length 1, and prompts 2"):
         tiny.generate(["a", "b"], [SamplingParams()])
     assert not tiny.engine.requests

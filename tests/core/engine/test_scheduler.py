@@ -80,7 +80,7 @@ def test_the_latest_arrival_is_preempted_and_its_tokens_are_computed_again() -> 
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     scheduler = Scheduler(paged(4, 4), max_batch_tokens=100, max_batch_seqs=10)
     scheduler.add(sequence(0, 9, 8))  # 16 slots: the last token needs none
-    message = "length 9 and an output of length 9 can need 20 slots of KV cache; there are 16"
+    message = "length 9 and an output of length 9 can need 20 slots of KV cache; the cache has 16"
     with pytest.raises(ValueError, match=message):
         scheduler.add(sequence(1, 9, 9))
     assert len(scheduler.waiting) == 1

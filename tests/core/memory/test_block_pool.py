@@ -28,7 +28,7 @@ def test_a_shared_block_is_free_when_the_last_table_lets_go() -> None:
 def test_an_empty_pool_says_so() -> None:
     pool = BlockPool(1)
     pool.allocate()
-    with pytest.raises(OutOfBlocks, match="none of the 1 blocks is free"):
+    with pytest.raises(OutOfBlocks, match="no block is free; the pool has 1"):
         pool.allocate()
 
 
@@ -59,9 +59,9 @@ def test_integrity_finds_a_wrong_count() -> None:
     pool = BlockPool(3)
     block = pool.allocate()
     pool.check_integrity([block])
-    with pytest.raises(AssertionError, match=f"block {block} has ref_count 1; 2 tables"):
+    with pytest.raises(AssertionError, match=f"block {block} has ref_count 1 and 2 table entries"):
         pool.check_integrity([block, block])
-    with pytest.raises(AssertionError, match="0 tables"):
+    with pytest.raises(AssertionError, match="0 table entries"):
         pool.check_integrity([])
 
 

@@ -92,7 +92,7 @@ def test_truncate_refuses_a_length_that_the_sequence_does_not_have(length: int) 
     manager = paged(4)
     manager.admit(0, [0] * 5, 8)
     manager.append([(0, 5)])
-    with pytest.raises(ValueError, match=f"length is {length}; sequence 0 has 5 tokens"):
+    with pytest.raises(ValueError, match=f"length is {length}; that of sequence 0 is 5"):
         manager.truncate(0, length)
     assert manager.length(0) == 5
 
@@ -104,7 +104,7 @@ def test_a_refused_append_changes_nothing() -> None:
     manager.fork(0, 1)
     before = books(manager)
     for seq_id, num_tokens in ((0, 1), (1, 2), (0, 3)):  # a copy, a copy, a copy and a new block
-        with pytest.raises(OutOfBlocks, match=rf"sequences {seq_id} need \d blocks; 0 are available"):
+        with pytest.raises(OutOfBlocks, match=rf"no room for \d blocks? \(seq_id {seq_id}\): 0 available"):
             manager.append([(seq_id, num_tokens)])
         assert books(manager) == before
         assert manager.length(seq_id) == 6
@@ -117,7 +117,7 @@ def test_an_append_of_several_is_all_or_none() -> None:
         manager.admit(seq_id, [0] * 4, 8)
         manager.append([(seq_id, 4)])
     before = books(manager)
-    with pytest.raises(OutOfBlocks, match="sequences 0, 1 need 2 blocks; 1 are available"):
+    with pytest.raises(OutOfBlocks, match=r"no room for 2 blocks \(seq_id 0, 1\): 1 available"):
         manager.append([(0, 1), (1, 1)])
     assert books(manager) == before
     assert manager.append([(0, 1), (1, 0)]) == []
@@ -126,7 +126,7 @@ def test_an_append_of_several_is_all_or_none() -> None:
 def test_a_refused_admission_changes_nothing() -> None:
     manager = paged(2)
     before = books(manager)
-    with pytest.raises(OutOfBlocks, match="3 blocks are needed; 2 are available"):
+    with pytest.raises(OutOfBlocks, match="no room for 3 blocks: 2 available"):
         manager.admit(0, [0] * 9, 9)
     assert books(manager) == before
     manager.admit(0, [0] * 8, 8)
@@ -136,7 +136,7 @@ def test_admission_leaves_the_watermark_but_not_on_an_empty_device() -> None:
     manager = paged(4, watermark=1)
     manager.admit(0, [0] * 4, 8)
     manager.append([(0, 4)])
-    with pytest.raises(OutOfBlocks, match="3 blocks are needed; 3 are available, and 1 of them are spare"):
+    with pytest.raises(OutOfBlocks, match="no room for 3 blocks: 3 available, 1 of these spare"):
         manager.admit(1, [0] * 12, 12)
     manager.admit(1, [0] * 8, 12)
     manager.append([(1, 12)])  # a running sequence may take the blocks that were spared
@@ -194,7 +194,7 @@ def test_integrity_finds_a_table_of_the_wrong_size() -> None:
     manager.admit(0, [0] * 4, 8)
     manager.append([(0, 4)])
     manager.tables[0].length = 5
-    with pytest.raises(AssertionError, match="sequence 0: 1 blocks for 5 tokens"):
+    with pytest.raises(AssertionError, match="sequence 0, length 5: 1 block"):
         manager.check_integrity()
 
 
@@ -202,7 +202,7 @@ def test_admission_leaves_what_the_scheduler_asks_for_but_not_on_an_empty_device
     manager = paged(4, watermark=1)
     manager.admit(0, [0] * 4, 8, spare=16)
     manager.append([(0, 4)])
-    with pytest.raises(OutOfBlocks, match="1 blocks are needed; 3 are available, and 3 of them are spare"):
+    with pytest.raises(OutOfBlocks, match="no room for 1 block: 3 available, 3 of these spare"):
         manager.admit(1, [0] * 4, 8, spare=9)
     manager.admit(1, [0] * 4, 8, spare=8)
 

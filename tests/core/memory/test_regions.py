@@ -16,7 +16,7 @@ def test_regions_are_first_fit_and_join_when_freed() -> None:
     assert starts == [0, 25, 50, 75]
     pool.release(0, 25)
     pool.release(50, 25)
-    with pytest.raises(OutOfBlocks, match="no hole of 26 slots; 50 are free, in 2 holes"):
+    with pytest.raises(OutOfBlocks, match="no hole of 26 slots: 50 free, in 2 holes"):
         pool.allocate(26)
     assert pool.allocate(20) == 0  # the first hole that is large enough
     pool.release(25, 25)

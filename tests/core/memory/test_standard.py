@@ -77,5 +77,5 @@ def test_integrity_finds_a_region_that_is_too_full() -> None:
     manager = StandardManager(64, 64, "exact")
     manager.admit(0, [0] * 3, 5)
     manager.regions[0].length = 6
-    with pytest.raises(AssertionError, match="sequence 0 has 6 tokens in 5 slots"):
+    with pytest.raises(AssertionError, match="sequence 0 of length 6 has a region of 5"):
         manager.check_integrity()

@@ -37,7 +37,7 @@ def test_every_size_is_at_least_one(name: str) -> None:
     [
         ({"num_kv_heads": 3}, "num_heads is 8; a multiple of the 3 KV heads is needed"),
         ({"head_size": 7}, "head_size is 7; RoPE turns pairs, so an even number is needed"),
-        ({"sliding_windows": (None,)}, "sliding_windows has 1 entries for 4 layers"),
+        ({"sliding_windows": (None,)}, "sliding_windows has length 1; num_layers is 4"),
         ({"sliding_windows": (4, 0, None, 4)}, "sliding_windows holds 0; at least 1 is needed (the token itself)"),
     ],
 )

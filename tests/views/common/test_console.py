@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_an_error_of_the_stream_says_its_name(monkeypatch: pytest.MonkeyPatch) -
         print("x")
     with streams.standard_streams(), pytest.raises(OSError, match="standard output"):
         Console().print("x")
+
+
+def test_a_warning_of_the_readers_code_names_its_line() -> None:
+    """A warning of the package's own code is a sentence without a place."""
+    for file, place in (("my_answer.py", "my_answer.py, line 2: "), (str(SOURCE / "llm.py"), "")):
+        with streams.standard_streams():
+            said = warnings.formatwarning("overflow encountered in exp", RuntimeWarning, file, 2)
+        assert said == f"paged-ref: warning: {place}overflow encountered in exp\n"
 
 
 def test_no_file_goes_around_the_console() -> None:

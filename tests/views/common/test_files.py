@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paged_ref.timeline.events import StepTimed, read_events
+from paged_ref.timeline.events import StepTimed, from_json
 from paged_ref.views.common.files import check_folder, check_writable, recording, write_json, write_text
 
 
@@ -109,7 +109,7 @@ def test_a_recording_can_be_read_while_it_grows(tmp_path: Path) -> None:
         assert file.read_text(encoding="utf-8") == ""
         log(event)
         with file.open(encoding="utf-8") as reader:
-            assert list(read_events(reader)) == [event]
+            assert list(map(from_json, reader)) == [event]
     with recording(None) as log:
         assert log is None
     with pytest.raises(ValueError, match=f"--record {tmp_path} cannot be written: Is a directory"), recording(tmp_path):

@@ -78,6 +78,46 @@ def test_the_first_option_given_is_named_as_the_user_wrote_it() -> None:
     assert options.first_given(args, "attend") is None
 
 
+def test_an_argument_of_the_library_is_named_as_the_option_that_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = {"length_penalty": "--length-penalty", "layers": "--layers", "kv_tokens": "--kv-tokens", "n": "--n",
+             "bad_words": "--bad-word", "block_size": "--block-size", "lessons": "--lessons"}  # fmt: skip
+    args = argparse.Namespace(spelled=typed, logs=[Path("run.jsonl")], length_penalty=1.0)
+    Path("run.jsonl").touch()
+    for said, as_typed in (
+        ("length_penalty is nan; a finite number is needed", "--length-penalty is nan; a finite number is needed"),
+        ("num_layers is 0", "--layers is 0"),
+        ("bad_words holds ''", "--bad-word holds ''"),
+        ("n is 0", "--n is 0"),
+        ("no room: give kv_cache_tokens", "no room: give --kv-tokens"),
+        ("--n is 2; at most length_penalty = 1", "--n is 2; at most --length-penalty = 1"),
+        ("the n is 1, and max_batch_seqs is 2", "the n is 1, and max_batch_seqs is 2"),
+        ("x.block_size, a/block_size and my_block_size", "x.block_size, a/block_size and my_block_size"),
+        ("run.jsonl, line 1: block_size is 0", "run.jsonl, line 1: block_size is 0"),
+        ("lesson is 99", "lesson is 99"),
+    ):
+        assert options.as_typed(ValueError(said), args) == as_typed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["generate", "--prompt", "a", "--length-penalty", "inf"],
+            "--length-penalty is inf; a finite number is needed",
+        ),
+        (["generate", "--prompt", "a", "--beam-width", "2", "--bad-word", "x"], "--bad-word is ('x',); beam search"),
+        (["lesson", "99"], "lesson is 99; known are 1 to 21"),
+        (["bench", "memory", "--steps", "0"], "--steps is 0; at least 1 is needed"),
+    ],
+)
+def test_commands_name_their_options(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert f"paged-ref: error: {message}" in capsys.readouterr().err
+
+
 def test_every_file_is_refused_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["demo", "--record"], ["bench", "memory", "--json"], ["bench", "model", "--json"]):
         assert main([*argv, "no/such/place"]) == 2

@@ -28,8 +28,8 @@ from paged_ref.timeline.events import (
     to_json,
     write_events,
 )
+from paged_ref.timeline.following import Follower
 from paged_ref.timeline.history import histories
-from paged_ref.views.monitor.following import Follower
 from paged_ref.views.monitor.gpu_meter import EVERY, GPUMeter, GPUReading
 from paged_ref.views.monitor.monitor import Command, Live
 from paged_ref.views.monitor.report import as_json, as_prometheus
@@ -335,7 +335,7 @@ def test_a_log_cut_off_in_partial_line_is_read_up_to_there(log: Path, capsys: py
     assert found["complete"] is False
     assert found["events"] == whole[: len(whole) // 2].count(b"\n")
     assert main(["monitor", str(log)]) == 0  # no terminal: the screen, once
-    assert "the last line is cut off" in capsys.readouterr().out
+    assert "log cut off" in capsys.readouterr().out
 
 
 # --- the command -------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_without_a_terminal_it_prints_once(log: Path, capsys: pytest.CaptureFixt
     [
         ([], "one of FILE and --run COMMAND is needed"),
         (["FILE", "--run", "demo"], "one of FILE and --run COMMAND is needed"),
-        (["nowhere/run.jsonl", "--once"], "nowhere/run.jsonl cannot be read: there is no such file"),
+        (["nowhere/run.jsonl", "--once"], "nowhere/run.jsonl cannot be read: No such file"),
         ([".", "--once"], ". cannot be read: Is a directory"),
         (["/dev/zero", "--once"], "/dev/zero cannot be read: it is a pipe or a device; a regular file is needed"),
         (["--run"], "--run is ''; it begins with one of"),

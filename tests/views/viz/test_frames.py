@@ -15,6 +15,7 @@ from rich.text import Text
 from support.logged_managers import logged_paged
 
 import paged_ref
+from paged_ref.core.checks import plural
 from paged_ref.core.engine.engine import Engine
 from paged_ref.core.engine.scheduler import Scheduler
 from paged_ref.extras.prefix_cache import CachingBlockPool
@@ -279,7 +280,7 @@ def test_text_in_cells() -> None:
     assert canvas.window(100, 10, -7) == (0, 10)
     assert canvas.in_words(["A"]) == "A"
     assert canvas.in_words(["A", "B", "C"]) == "A, B and C"
-    assert [canvas.count(n, "entry") for n in (1, 2)] == ["1 entry", "2 entries"]
+    assert [plural(n, "entry") for n in (1, 2)] == ["1 entry", "2 entries"]
     assert [canvas.size_of(n) for n in (5, 9216, 12288, 20 * 2**20)] == [
         "5 bytes",
         "9,216 bytes",

@@ -59,7 +59,7 @@ def test_the_first_events_say_which_rank_holds_which_heads(run: History) -> None
 @pytest.mark.parametrize(("heads", "kv_heads"), [((), ()), (((0, 1), (1, 2)), ((0, 1),))])
 def test_a_log_whose_ranks_do_not_agree_is_refused(heads: Any, kv_heads: Any) -> None:
     events = [PoolOpened("paged", 4, 4, 0, (0, 1, 2, 3)), RanksOpened(heads, kv_heads)]
-    with pytest.raises(ValueError, match=f"{len(heads)} ranks have heads, and {len(kv_heads)} have KV heads"):
+    with pytest.raises(ValueError, match=f"ranks with heads: {len(heads)}; with KV heads: {len(kv_heads)}"):
         histories(events)
 
 

@@ -86,6 +86,23 @@ def test_one_manager(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run 1/" not in lines[0]
 
 
+def test_a_log_that_was_cut_off_is_shown_up_to_there(
+    log_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = log_file.read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(whole[:12_345])
+    lines = viz(capsys, str(cut), "--at", "9")
+    assert "  log cut off, paged manager" in lines[0]
+    cut.write_bytes(whole[: whole.rindex(b"\n", 0, 12_345) + 1])
+    between_lines = viz(capsys, str(cut), "--at", "9")
+    assert "cut off" not in between_lines[0]
+    assert between_lines[1:] == lines[1:]
+    cut.write_bytes(whole[:20])
+    assert main(["viz", str(cut)]) == 2
+    assert "has no whole line; a log of events as JSON lines is needed" in capsys.readouterr().err
+
+
 def test_the_demo_and_generate_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "demo.jsonl")
     assert main(["demo", "--record", file]) == 0
@@ -138,14 +155,14 @@ def test_bad_input_for_a_log(log_file: Path, capsys: pytest.CaptureFixture[str],
     ("argv", "message"),
     [
         (["nowhere.jsonl"], "nowhere.jsonl cannot be read: No such file"),
-        (["--block-size", "0"], "block_size is 0; at least 1"),
+        (["--block-size", "0"], "--block-size is 0; at least 1"),
         (["--blocks", "0"], "--blocks is 0; at least 1"),
         (["--blocks", "-2", "--prompt", "a"], "at least"),
         (["--blocks", "2"], "slots"),
         (["--host-blocks", "-1"], "--host-blocks is -1; at least 0"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--n", "0"], "n is 0"),
-        (["--prompt", "a", "--max-tokens", "0"], "max_tokens is 0"),
+        (["--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0"),
         (["--model", "nowhere"], "nowhere is not a directory"),
         (["--record", "no/such/place.jsonl"], "--record no/such/place.jsonl cannot be written"),
     ],

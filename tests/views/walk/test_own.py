@@ -40,7 +40,8 @@ def test_each_access_has_its_sentence_and_every_frame_fills_the_screen() -> None
         (("key // block_size]", "key]"), [], "block_tables[0, 2] is outside the shape [2, 2]"),
         (("def my_paged_attention", "def another"), [], "it defines no my_paged_attention"),
         (("block_tables, block_size", "tables, block_size"), [], "takes out, query, keys, values, tables, block_size"),
-        (("import math", "import nothing_such"), [], "ModuleNotFoundError"),
+        (("import math", "import nothing_such"), [], "py, `import nothing_such`: ModuleNotFoundError: No module named"),
+        (("import math", "import math ("), [], "my_kernel.py, `import math (`: SyntaxError: invalid syntax\n"),
         (("", ""), ["--threads", "4"], "--threads is 4; with --mine as many as --head-size 8 are needed"),
     ],
 )

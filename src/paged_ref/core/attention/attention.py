@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checks import plural
 from ..device import Array
 
 
@@ -45,7 +46,7 @@ class Addresses:
             raise ValueError(f"seq_lens[{s}] is {seq_lens[s]}; at least 0 is needed")
         if loc[0] != 0 or loc[-1] != num_tokens or (loc[1:] < loc[:-1]).any():
             shown = ", ".join(map(str, loc[:8])) + (", ..." if loc.size > 8 else "")
-            raise ValueError(f"query_start_loc must rise from 0 to the {num_tokens} tokens of query; it is [{shown}]")
+            raise ValueError(f"query_start_loc must rise from 0 to {num_tokens}, the length of query; it is [{shown}]")
         if self.block_tables is not None:
             _check_tables(self.block_tables, seq_lens, num_blocks, block_size)
         elif self.starts is not None:
@@ -62,8 +63,8 @@ def _check_tables(tables: np.ndarray, seq_lens: np.ndarray, num_blocks: int, blo
     if needed.size and needed.max() > tables.shape[1]:
         s = int(needed.argmax())
         raise ValueError(
-            f"seq_lens[{s}] is {seq_lens[s]}; its block table holds {tables.shape[1]} blocks "
-            f"of {block_size} = {tables.shape[1] * block_size} tokens"
+            f"seq_lens[{s}] is {seq_lens[s]}; its block table holds {plural(tables.shape[1], 'block')} "
+            f"of {block_size} = {plural(tables.shape[1] * block_size, 'token')}"
         )
     bad = ((tables < 0) | (tables >= num_blocks)) & (np.arange(tables.shape[1]) < needed[:, None])
     if bad.any():
@@ -76,7 +77,7 @@ def _check_starts(starts: np.ndarray, seq_lens: np.ndarray, num_slots: int) -> N
     if bad.any():
         s = int(bad.argmax())
         raise ValueError(
-            f"starts[{s}] is {starts[s]}; with {seq_lens[s]} keys the region leaves the cache of {num_slots} slots"
+            f"starts[{s}] is {starts[s]}; with seq_lens {seq_lens[s]} the region leaves the slots 0 to {num_slots - 1}"
         )
 
 

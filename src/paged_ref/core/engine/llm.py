@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import require
+from ..checks import plural, require
 from ..memory.block_pool import BlockPool
 from ..memory.kv import KVCache
 from ..memory.manager import KVCacheManager
@@ -114,7 +114,7 @@ class LLM:
         if len(ids) >= self.max_model_len:
             context, slots = self.config.max_position_embeddings, self.engine.manager.num_slots
             raise ValueError(
-                f"the prompt has {len(ids)} tokens; the context of {self.max_model_len} has no room for more "
+                f"the prompt has {plural(len(ids), 'token')}; the context of {self.max_model_len} has no room for more "
                 f"(the model's own is {context}; the KV cache holds {slots} tokens)"
             )
         return ids
@@ -152,7 +152,7 @@ class LLM:
         batch: list[Any] = [prompts] if single else list(prompts)
         each = list(params) if isinstance(params, SequenceOf) else [params] * len(batch)
         if len(each) != len(batch):
-            raise ValueError(f"params has {len(each)} entries for {len(batch)} prompts; give one, or one for each")
+            raise ValueError(f"params has length {len(each)}, and prompts {len(batch)}; give one, or one for each")
         ids: list[int] = []
         try:
             for prompt, wanted in zip(batch, each, strict=True):

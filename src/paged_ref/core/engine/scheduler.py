@@ -57,7 +57,7 @@ class Scheduler:
             samples = f", {group.width} times," if group.width > 1 else ""
             raise ValueError(
                 f"a prompt of length {seq.prompt_len} and an output of length {seq.max_len - seq.prompt_len}{samples} "
-                f"can need {needed} slots of KV cache; there are {self.manager.num_slots}"
+                f"can need {needed} slots of KV cache; the cache has {self.manager.num_slots}"
             )
         if group.width > self.max_batch_seqs:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..checks import require
+from ..checks import plural, require
 
 
 class OutOfBlocks(Exception):  # noqa: N818  (a state of the pool that the scheduler acts on, not a fault)
@@ -51,7 +51,7 @@ class BlockPool:
     def allocate(self) -> int:
         """Take a free block, count 1. Raises OutOfBlocks."""
         if not self._free:
-            raise OutOfBlocks(f"none of the {self.num_blocks} blocks is free")
+            raise OutOfBlocks(f"no block is free; the pool has {self.num_blocks}")
         block_id = self._free.pop()
         self.ref_count[block_id] = 1
         return block_id
@@ -76,7 +76,7 @@ class BlockPool:
             counted[block_id] += 1
         for block_id, (stored, found) in enumerate(zip(self.ref_count, counted, strict=True)):
             if stored != found:
-                raise AssertionError(f"block {block_id} has ref_count {stored}; {found} tables point to it")
+                raise AssertionError(f"block {block_id} has ref_count {stored} and {plural(found, 'table entry')}")
         held = [block_id for block_id, count in enumerate(counted) if count]
         unheld = self._unheld()
         if sorted([*unheld, *held]) != list(range(self.num_blocks)):

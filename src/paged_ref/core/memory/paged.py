@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..attention.addressing import slot_of
-from ..checks import require
+from ..checks import plural, require
 from .block_pool import BlockPool, OutOfBlocks
 from .manager import KVCacheManager, Transfer
 from .usage import PartialAllocation, Snapshot
@@ -67,7 +67,7 @@ class PagedManager(KVCacheManager):
         if self.pool.num_free == self.pool.num_blocks:  # no sequence holds a block: admission may take every block
             kept = 0
         if needed + kept > available:
-            raise OutOfBlocks(f"{needed} blocks are needed; {available} are available, and {kept} of them are spare")
+            raise OutOfBlocks(f"no room for {plural(needed, 'block')}: {available} available, {kept} of these spare")
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
         # Most tokens go into an open block. The other tables need a new block, or may share their last one.
@@ -79,7 +79,7 @@ class PagedManager(KVCacheManager):
         needed = self._blocks_needed(asking)
         if needed > self.pool.num_free:
             ids = ", ".join(str(seq_id) for seq_id, _ in appends)
-            raise OutOfBlocks(f"sequences {ids} need {needed} blocks; {self.pool.num_free} are available")
+            raise OutOfBlocks(f"no room for {plural(needed, 'block')} (seq_id {ids}): {self.pool.num_free} available")
         transfers = []
         for table, count in asking:
             if self.writes_shared_block(table, count):
@@ -131,7 +131,7 @@ class PagedManager(KVCacheManager):
     def truncate(self, seq_id: int, length: int) -> None:
         table = self.tables[seq_id]
         if not 0 <= length <= table.length:
-            raise ValueError(f"length is {length}; sequence {seq_id} has {table.length} tokens")
+            raise ValueError(f"length is {length}; that of sequence {seq_id} is {table.length}")
         table.length, table.open_until = length, 0  # the pool may know the last block with other tokens
         while len(table.blocks) > self.blocks_for(length):
             self.pool.release(table.blocks.pop())
@@ -164,9 +164,13 @@ class PagedManager(KVCacheManager):
     def check_integrity(self) -> None:
         for seq_id, table in self.tables.items():
             if len(table.blocks) != self.blocks_for(table.length):
+<<<<<<< HEAD
                 raise AssertionError(f"sequence {seq_id}: {len(table.blocks)} blocks for {table.length} tokens")
             if table.length < table.open_until and self.pool.ref_count[table.blocks[-1]] > 1:
                 raise AssertionError(f"sequence {seq_id} would write into block {table.blocks[-1]}, which is shared")
+=======
+                raise AssertionError(f"sequence {seq_id}, length {table.length}: {plural(len(table.blocks), 'block')}")
+>>>>>>> small
         self.pool.check_integrity(block_id for table in self.tables.values() for block_id in table.blocks)
 
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..checks import require
+from ..checks import plural, require
 from .block_pool import OutOfBlocks
 from .manager import KVCacheManager
 from .usage import PartialAllocation
@@ -50,7 +50,7 @@ class RegionPool:
                     self.holes[i] = (start + size, hole - size)
                 return start
         free = sum(hole for _, hole in self.holes)
-        raise OutOfBlocks(f"no hole of {size} slots; {free} are free, in {len(self.holes)} holes")
+        raise OutOfBlocks(f"no hole of {plural(size, 'slot')}: {free} free, in {plural(len(self.holes), 'hole')}")
 
     def grow(self, start: int, size: int, extra: int) -> bool:
         """Lengthen the region at `start` in place, if the hole behind it has `extra` slots. False if not."""
@@ -136,5 +136,5 @@ class RegionManager(KVCacheManager):
     def check_integrity(self) -> None:
         for seq_id, region in self.regions.items():
             if region.length > region.size:
-                raise AssertionError(f"sequence {seq_id} has {region.length} tokens in {region.size} slots")
+                raise AssertionError(f"sequence {seq_id} of length {region.length} has a region of {region.size}")
         self.pool.check_integrity(self.regions.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ..checks import require, require_one_of
+from ..checks import plural, require, require_one_of
 from .manager import Transfer
 from .regions import Region, RegionManager, RegionPool
 from .usage import Snapshot
@@ -60,8 +60,8 @@ class StandardManager(RegionManager):
             region = self.regions[seq_id]
             if region.length + count > region.size:
                 raise ValueError(
-                    f"sequence {seq_id} has {region.length} of {region.size} reserved slots in use; "
-                    f"{count} more do not fit"
+                    f"sequence {seq_id} has {region.length} of {plural(region.size, 'reserved slot')} in use; "
+                    f"no room for {count} more"
                 )
         for seq_id, count in appends:
             self.regions[seq_id].length += count

@@ -43,7 +43,7 @@ class ModelConfig:
         if not self.sliding_windows:
             object.__setattr__(self, "sliding_windows", (None,) * self.num_layers)
         if len(self.sliding_windows) != self.num_layers:
-            raise ValueError(f"sliding_windows has {len(self.sliding_windows)} entries for {self.num_layers} layers")
+            raise ValueError(f"sliding_windows has length {len(self.sliding_windows)}; num_layers is {self.num_layers}")
         for window in self.sliding_windows:
             if window is not None and window < 1:
                 raise ValueError(f"sliding_windows holds {window}; at least 1 is needed (the token itself)")

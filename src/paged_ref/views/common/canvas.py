@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from ...core.checks import plural
 from ...extras.plain_text import plain
 
 Lines = list[Text]
@@ -69,7 +70,7 @@ def filled(rows: Lines, height: int) -> Lines:
     """Exactly `height` lines: the first of `rows`, then empty ones. Where rows do not fit, the last says how many."""
     left = len(rows) - height + 1
     if height > 0 and any(row.plain.strip() for row in rows[height:]):
-        rows = [*rows[: height - 1], line((f" … {count(left, 'more line')}", "bold"))]
+        rows = [*rows[: height - 1], line((f" … {plural(left, 'more line')}", "bold"))]
     return (rows + [line("")] * (height - len(rows)))[: max(0, height)]
 
 
@@ -144,12 +145,6 @@ def listing(title: str, items: Iterable[object], width: int, total: int | None =
         if cell_len(title) + cell_len(text) <= width:
             break
     return line((title, TITLE), text)
-
-
-def count(number: int, thing: str) -> str:
-    """`1 block`, `2 blocks`."""
-    plural = thing[:-1] + "ies" if thing.endswith("y") else thing + "s"
-    return f"{number:,} {thing if number == 1 else plural}"
 
 
 def in_words(names: Sequence[str]) -> str:

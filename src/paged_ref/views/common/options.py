@@ -187,6 +187,23 @@ def first_given(args: argparse.Namespace, *names: str) -> str | None:
     return next((f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None), None)
 
 
+def as_typed(error: ValueError, args: argparse.Namespace) -> str:
+    """What the error says, with the options of the command in the place of the library's arguments: `min_tokens` is
+    --min-tokens, and num_layers --layers. An error that names a file speaks of what stands in the file, and stays."""
+    message, given = str(error), vars(args).values()
+    words = [str(word) for value in given for word in (value if isinstance(value, list) else [value])]
+    if any(word in message and os.path.exists(word) for word in words if word):
+        return message
+
+    def option(found: re.Match[str]) -> str:
+        name = found[0]
+        names = (name, name.removeprefix("num_"), name.replace("kv_cache", "kv"))
+        return next((args.spelled[each] for each in names if each in args.spelled), name)
+
+    # A word without _ is an argument only where a sentence about it begins.
+    return re.sub(r"^[a-z]+(?= (?:is|holds) )|(?<![-./\w])[a-z]+(_[a-z]+)+\b", option, message)
+
+
 # --- subcommands -----------------------------------------------------------------------------------------------
 
 
@@ -218,6 +235,8 @@ class _Imported(Parser):
         self.add_all()
         found, rest = super().parse_known_args(args, namespace)
         self._check_files(found)
+        own = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        found.spelled = own | getattr(found, "spelled", {})  # those of a command inside this one
         return found, rest
 
     def _check_files(self, found: argparse.Namespace) -> None:

@@ -66,13 +66,7 @@ def bars_text(bars: Sequence[Bar], columns: int) -> Text:
 
 
 def lines_text(
-    lines: Sequence[Line],
-    columns: int,
-    rows: int,
-    y_most: float,
-    x_label: str,
-    y_label: str,
-    bound: float | None,
+    lines: Sequence[Line], columns: int, rows: int, y_most: float, x_label: str, y_label: str, bound: float | None
 ) -> Text:
     """Letters on a grid: A is the first line. What is above `y_most` is not drawn; `bound` is a dotted line."""
     margin = 7

@@ -12,9 +12,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from ...extras.plain_text import plain
+from .program import short_path
 
 OUTPUT = "standard output"
 _ERRORS = "paged-ref-ascii"
@@ -79,8 +81,12 @@ class PlainStream(_Named):
         return super().write(plain(text, lines=True))
 
 
-def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"paged-ref: warning: {message}\n"
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line; with the place for code that is neither the package's nor a library's: a lesson's, or the reader's."""
+    ours = filename.startswith(str(Path(__file__).parents[2])) or "site-packages" in filename
+    return f"paged-ref: warning: {'' if ours else f'{short_path(Path(filename))}, line {lineno}: '}{message}\n"
 
 
 @contextmanager

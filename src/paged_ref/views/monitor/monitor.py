@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,13 @@ from typing import ClassVar, NamedTuple, TextIO
 
 from rich.text import Text
 
+from ...core.checks import plural
 from ...timeline.events import Event
-from ..common.canvas import count
+from ...timeline.following import Follower
 from ..common.loop import play
 from ..common.printing import Size, is_terminal, parse_size, print_frames
 from ..common.viewer import Viewer
 from ..viz.frames.screen import SMALLEST
-from .following import Follower
 from .gpu_meter import GPUMeter, GPUReading
 from .report import as_json, as_prometheus
 from .screen import screen
@@ -134,7 +134,7 @@ class Live(Viewer):
         if self._behind:
             return "catching up", ""
         name, monitor = self._follower.path.name, self.monitor
-        all_finished = f"all {count(monitor.finished, 'sequence')} of {name} finished"
+        all_finished = f"all {plural(monitor.finished, 'sequence')} of {name} finished"
         return all_finished if monitor.all_finished else f"following {name}", ""
 
 
@@ -144,15 +144,7 @@ class Live(Viewer):
 def _report(args: argparse.Namespace, path: Path, size: Size | None) -> None:
     """The log up to its end, as the options ask: JSON, Prometheus text or a screen. Raises ValueError for no log."""
     follower, monitor = Follower(path), Monitor()
-    while True:
-        _take(monitor, follower.poll(), path)
-        if not follower.num_bytes:
-            break
-    if not follower.exists:
-        raise ValueError(f"{path} cannot be read: there is no such file")
-    if monitor.opened is None:
-        what = "has no whole line" if follower.in_partial_line else "is empty"
-        raise ValueError(f"{path} {what}; a log of events as JSON lines is needed (--record writes one)")
+    _take(monitor, follower.to_the_end(), path)
     meter = GPUMeter()
     gpu: GPUReading | None = meter.read()
     if args.once:
@@ -161,17 +153,17 @@ def _report(args: argparse.Namespace, path: Path, size: Size | None) -> None:
     elif args.prometheus:
         print(as_prometheus(monitor, gpu), end="")
     else:
-        status = "the last line is cut off" if follower.in_partial_line else f"the end of {path.name}"
+        status = "log cut off" if follower.in_partial_line else f"the end of {path.name}"
         shown = partial(screen, monitor, gpu=gpu or meter.why_not, status=status)
         print_frames(lambda _, width, height: shown(width, height), [0], size, SMALLEST)
 
 
-def _take(monitor: Monitor, events: list[Event], path: Path) -> None:
-    try:
-        for event in events:
+def _take(monitor: Monitor, events: Iterable[Event], path: Path) -> None:
+    for event in events:
+        try:
             monitor.take(event)
-    except ValueError as error:
-        raise ValueError(f"{path}, {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}, {error}") from None
 
 
 # --- a command of its own ----------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
+from ...core.checks import plural
 from ..common.bars import bar, chart, legend, numbers
-from ..common.canvas import DIM, Lines, count, filled, fit, line, page, rule, size_of, title_line, too_small, wrap
+from ..common.canvas import DIM, Lines, filled, fit, line, page, rule, size_of, title_line, too_small, wrap
 from ..common.sparkline import sparkline
 from ..viz.frames.blocks import overview, pool_title
 from ..viz.frames.screen import SMALLEST
@@ -53,7 +54,7 @@ def _title(monitor: Monitor, width: int, status: str) -> Text:
     if status and monitor.opened:
         parts.append(status)
     step = f"step {monitor.last.step:,}" if monitor.last else "no step yet"
-    right = f"  {step}, {count(monitor.num_events, 'event')} "
+    right = f"  {step}, {plural(monitor.num_events, 'event')} "
     return title_line(parts, right, width)
 
 
@@ -105,7 +106,9 @@ def _numbers(monitor: Monitor, width: int, gpu: GPUReading | str) -> Lines:
 
 def _sequences(monitor: Monitor) -> tuple[str, str]:
     text = ", ".join(f"{number:,} {status}" for status, number in monitor.sequences.items())
-    batch = f"; a batch of {count(monitor.last.computed, 'token')}" if monitor.last and not monitor.all_finished else ""
+    batch = (
+        f"; a batch of {plural(monitor.last.computed, 'token')}" if monitor.last and not monitor.all_finished else ""
+    )
     return "sequences", text + batch
 
 
@@ -125,7 +128,7 @@ def _traffic(monitor: Monitor) -> tuple[str, str]:
     totals, moved = monitor.state.totals, monitor.moved
     num_bytes = (moved["out"] + moved["in"]) * monitor.history.bytes_per_token
     size = f" ({size_of(num_bytes)})" if num_bytes else ""
-    parts = [f"{count(moved['out'], 'slot')} out, {moved['in']:,} in{size}", f"{totals.preemptions:,} preempted"]
+    parts = [f"{plural(moved['out'], 'slot')} out, {moved['in']:,} in{size}", f"{totals.preemptions:,} preempted"]
     if moved["within"]:
         parts.append(f"{moved['within']:,} moved on the device")
     if totals.copies:
@@ -139,7 +142,7 @@ def _prefix(monitor: Monitor) -> tuple[str, str]:
     if rate is None or not (totals.hits or totals.evicted or known):
         return "prefix", "nothing found: no prefix cache, or no two prompts that begin alike"
     return "prefix", (
-        f"{rate:.0%} of {count(totals.asked, 'token')} found, {count(totals.evicted, 'block')} evicted, "
+        f"{rate:.0%} of {plural(totals.asked, 'token')} found, {plural(totals.evicted, 'block')} evicted, "
         f"{len(known):,} in the cache"
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...core.checks import plural
 from ...timeline import events
 from ...timeline.history import Moment
-from ..common.canvas import count, in_words
+from ..common.canvas import in_words
 from .frames.ranks import listed
 from .scene import kv_size, prose
 from .source_links import ended
@@ -71,12 +72,12 @@ def _pool_opened(moment: Moment, event: events.PoolOpened) -> str:
     if event.free_order:
         first = ", ".join(map(str, event.free_order[:3]))
         return (
-            f"The KV cache opened: {count(event.num_blocks, 'block')} of {count(event.block_size, 'slot')}"
+            f"The KV cache opened: {plural(event.num_blocks, 'block')} of {plural(event.block_size, 'slot')}"
             f"{kv_size(moment.history, event.block_size)} each. All blocks are free, to be handed out in this order: "
             f"{first} …"
         )
     return (
-        f"The KV cache opened: one piece of {count(event.num_blocks, 'slot')}, all free. Each sequence gets a region."
+        f"The KV cache opened: one piece of {plural(event.num_blocks, 'slot')}, all free. Each sequence gets a region."
     )
 
 
@@ -86,7 +87,7 @@ def _ranks(moment: Moment, event: events.RanksOpened) -> str:
         for rank, (heads, kv_heads) in enumerate(zip(event.heads, event.kv_heads, strict=True))
     ]
     return (
-        f"{count(len(event.heads), 'rank')} share the model: {in_words(held)}. Each has a pool with the same blocks, "
+        f"{plural(len(event.heads), 'rank')} share the model: {in_words(held)}. Each has a pool with the same blocks, "
         "and one block table says for all of them where a token lies."
     )
 
@@ -95,7 +96,7 @@ def _arrived(moment: Moment, event: events.RequestArrived) -> str:
     samples = f" for {len(event.seq_ids)} samples" if len(event.seq_ids) > 1 else ""
     text = prose(moment.history, event.prompt[:12]) + (" …" if len(event.prompt) > 12 else "")
     return (
-        f"{_names(moment, event.seq_ids)} arrived: “{text}”, {count(len(event.prompt), 'token')}{samples}. "
+        f"{_names(moment, event.seq_ids)} arrived: “{text}”, {plural(len(event.prompt), 'token')}{samples}. "
         "The request waits for the next step."
     )
 
@@ -131,13 +132,15 @@ def _appended(moment: Moment, event: events.TokensAppended) -> str:
         text += f"So {name} gets a copy, block {copy}, and writes there."
     elif event.new_blocks and first:
         where = "" if event.evicted else ", the next on the free list, wherever they lie"
-        text = f"{name} gets slots for {count(event.count, 'token')}: {_blocks(event.new_blocks)}{where}. "
+        text = f"{name} gets slots for {plural(event.count, 'token')}: {_blocks(event.new_blocks)}{where}. "
         text += f"The last one has {filled} of {size} slots in use."
     elif event.new_blocks:
         text = f"All blocks of {name} are full, so its next token opens {_blocks(event.new_blocks)}. "
         text += f"At most {size - 1} of its slots can stay empty."
     else:
-        text = f"{name} gets {'a slot' if event.count == 1 else count(event.count, 'slot')} in block {place.blocks[-1]}"
+        text = (
+            f"{name} gets {'a slot' if event.count == 1 else plural(event.count, 'slot')} in block {place.blocks[-1]}"
+        )
         text += f", which had room: {filled} of {size} slots are in use. No other block is touched."
     return text + _gave_up(event.evicted)
 
@@ -145,14 +148,14 @@ def _appended(moment: Moment, event: events.TokensAppended) -> str:
 def _truncated(moment: Moment, event: events.SequenceTruncated) -> str:
     name, before = moment.history.name(event.seq_id), moment.change.place_before
     given = 0 if before is None else len(before.blocks) - len(moment.state.memory.sequences[event.seq_id].blocks)
-    return f"{name} keeps its first {count(event.length, 'token')}, and gives back {count(given, 'block')}."
+    return f"{name} keeps its first {plural(event.length, 'token')}, and gives back {plural(given, 'block')}."
 
 
 def _forked(moment: Moment, event: events.SequenceForked) -> str:
     parent, child = moment.history.name(event.parent_id), moment.history.name(event.child_id)
     blocks = len(moment.state.memory.sequences[event.child_id].blocks)
     return (
-        f"{child} forks off {parent}: its table points to the same {count(blocks, 'block')}. Nothing is copied; "
+        f"{child} forks off {parent}: its table points to the same {plural(blocks, 'block')}. Nothing is copied; "
         "each reference count goes up by one."
     )
 
@@ -168,7 +171,7 @@ def _cached(moment: Moment, event: events.BlockCached) -> str:
 
 def _moved(moment: Moment, event: events.SwappedOut | events.SwappedIn) -> str:
     blocks = len(event.blocks)
-    return f"{count(blocks, 'block')}{kv_size(moment.history, blocks * moment.state.memory.block_size)}"
+    return f"{plural(blocks, 'block')}{kv_size(moment.history, blocks * moment.state.memory.block_size)}"
 
 
 def _swapped_out(moment: Moment, event: events.SwappedOut) -> str:
@@ -190,18 +193,20 @@ def _freed(moment: Moment, event: events.SequenceFreed) -> str:
     held = 0 if before is None else len(before.blocks)
     if not moment.state.memory.paged:
         size = 0 if before is None else before.size
-        return f"{name} gives its region back: {count(size, 'slot')} become a hole, joined with the holes next to it."
+        return f"{name} gives its region back: {plural(size, 'slot')} become a hole, joined with the holes next to it."
     freed = sum(1 for block in moment.change.before if not moment.state.memory.ref_count[block])
     cached = sum(1 for block in moment.change.before if block in moment.state.memory.cached)
     kept = f"; {cached} of them stay in the prefix cache" if cached else ""
     shared = f" {held - freed} are shared, and stay in other tables." if held > freed else ""
     if before is not None and before.on_host:
-        return f"{name} gives back {count(held, 'block')} of host memory, without having run again."
+        return f"{name} gives back {plural(held, 'block')} of host memory, without having run again."
     if ended(moment):
-        return f"{name} is at its end and gives back {count(held, 'block')}. {freed} are available again{kept}.{shared}"
+        return (
+            f"{name} is at its end and gives back {plural(held, 'block')}. {freed} are available again{kept}.{shared}"
+        )
     return (
         f"No block is left, so the last to arrive gives way: {name} is preempted by recompute, and gives back "
-        f"{count(held, 'block')}{kept}. The K and V of {name} will be computed again.{shared}"
+        f"{plural(held, 'block')}{kept}. The K and V of {name} will be computed again.{shared}"
     )
 
 
@@ -211,9 +216,8 @@ def _placed(moment: Moment, event: events.RegionPlaced) -> str:
     slots = f"slots {event.start} to {event.start + event.size - 1}"
     if before is None:
         why = "for its whole life, used or not" if moment.state.memory.manager == "standard" else "of today's size"
-        return (
-            f"{name} gets a region of {count(event.size, 'slot')} {why}: {slots}. {name} has {len(view.tokens)} tokens."
-        )
+        tokens = plural(len(view.tokens), "token")
+        return f"{name} gets a region of {plural(event.size, 'slot')} {why}: {slots}. {name} has {tokens}."
     if before.start == event.start:
         return f"{name} has outgrown its region, and the hole behind it is large enough: it grows in place, to {slots}."
     return (
@@ -227,15 +231,15 @@ def _region_out(moment: Moment, event: events.RegionSwappedOut) -> str:
     size = 0 if before is None else before.size
     return (
         f"No hole is large enough for the next token, so the last to arrive gives way: {name} is swapped to the host, "
-        f"{count(event.size, 'slot')}{kv_size(moment.history, event.size)}. {size} slots become a hole."
+        f"{plural(event.size, 'slot')}{kv_size(moment.history, event.size)}. {size} slots become a hole."
     )
 
 
 def _region_in(moment: Moment, event: events.RegionSwappedIn) -> str:
     name, length = moment.history.name(event.seq_id), moment.state.memory.sequences[event.seq_id].length
     return (
-        f"A hole of {count(event.size, 'slot')} is there: {name} comes back from the host, "
-        f"{count(length, 'token')}{kv_size(moment.history, length)}, to slot {event.start} and on."
+        f"A hole of {plural(event.size, 'slot')} is there: {name} comes back from the host, "
+        f"{plural(length, 'token')}{kv_size(moment.history, length)}, to slot {event.start} and on."
     )
 
 
@@ -247,15 +251,15 @@ def _planned(moment: Moment, event: events.StepPlanned) -> str:
     if prefill:
         does.append(f"prefill of {in_words(prefill)}")
     if decode:
-        does.append(f"decode of {in_words(decode) if len(decode) < 8 else count(len(decode), 'sequence')}")
+        does.append(f"decode of {in_words(decode) if len(decode) < 8 else plural(len(decode), 'sequence')}")
     total = sum(n for _, n in event.chunks)
-    text = f"Step {event.step} computes {count(total, 'token')} in one batch: {', '.join(does) or 'nothing'}."
+    text = f"Step {event.step} computes {plural(total, 'token')} in one batch: {', '.join(does) or 'nothing'}."
     if event.preempted:
         text += f" {_names(moment, event.preempted)} had to make room."
     waiting = [s for s in event.waiting if s not in event.preempted]
     if waiting:
         names = [history.name(s) for s in waiting]
-        text += f" {in_words(names) if len(names) < 5 else count(len(names), 'sequence')} "
+        text += f" {in_words(names) if len(names) < 5 else plural(len(names), 'sequence')} "
         text += f"wait{'s' if len(names) == 1 else ''}{_room(moment)}."
     return text
 
@@ -266,7 +270,7 @@ def _room(moment: Moment) -> str:
         cached = f" and {len(memory.cached)} cached" if memory.cached else ""
         return f": {len(memory.free)} free{cached} blocks are too few"
     largest = max((size for _, size in memory.holes()), default=0)
-    return f": the largest hole has {count(largest, 'slot')}"
+    return f": the largest hole has {plural(largest, 'slot')}"
 
 
 def _cleared(moment: Moment, event: events.PoolCleared) -> str:
@@ -292,7 +296,7 @@ def _reordered(moment: Moment, event: events.BeamsReordered) -> str:
 def _finished(moment: Moment, event: events.SequenceFinished) -> str:
     view = moment.state.sequences[event.seq_id]
     why = _REASONS.get(event.reason, event.reason)
-    return f"{moment.history.name(event.seq_id)} finished after {count(len(view.tokens), 'token')}: {why}."
+    return f"{moment.history.name(event.seq_id)} finished after {plural(len(view.tokens), 'token')}: {why}."
 
 
 _SENTENCES: dict[type[events.Event], Callable[[Moment, Any], str]] = {

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...core.checks import plural
 from ...timeline import events
 from ...timeline.history import Moment
-from ..common.canvas import count, in_words
+from ..common.canvas import in_words
 
 
 def _opened(moment: Moment, event: events.PoolOpened) -> str:
     return (
-        f"Memory for pages opened. A page is the K and V of {count(event.block_size, 'token')} in one layer, for one "
-        f"KV head; there is room for {count(event.num_blocks, 'page')} on the device and {event.num_host_blocks:,} on "
+        f"Memory for pages opened. A page is the K and V of {plural(event.block_size, 'token')} in one layer, for one "
+        f"KV head; there is room for {plural(event.num_blocks, 'page')} on the device and {event.num_host_blocks:,} on "
         "the host."
     )
 
@@ -35,7 +36,7 @@ def _placed(moment: Moment, event: events.PagesPlaced) -> str:
         ("on the host only", sum(d < 0 for d in event.device_blocks)),
     ]
     places = in_words([f"{number:,} {where}" for where, number in parts if number])
-    return f"{count(len(event.pages), 'page')} came or moved: now {places}. The policy chooses what leaves the device."
+    return f"{plural(len(event.pages), 'page')} came or moved: now {places}. The policy chooses what leaves the device."
 
 
 def _attended(moment: Moment, event: events.PagesAttended) -> str:
@@ -62,13 +63,13 @@ OF_PAGES: dict[type[events.Event], Callable[[Moment, Any], str]] = {
         f"{_name(moment, event)} begins, without a page. Each layer makes its own when it writes."
     ),
     events.TokensAppended: lambda moment, event: (
-        f"{_name(moment, event)} has room for {count(event.count, 'token')} more, "
+        f"{_name(moment, event)} has room for {plural(event.count, 'token')} more, "
         f"{moment.state.memory.sequences[event.seq_id].length:,} in all, on the device and the host."
     ),
     events.PagesNamed: _named,
     events.PagesPlaced: _placed,
     events.PagesFreed: lambda moment, event: (
-        f"{count(len(event.pages), 'page')} are gone, on the device and on the host."
+        f"{plural(len(event.pages), 'page')} are gone, on the device and on the host."
     ),
     events.SequenceFreed: lambda moment, event: (
         f"{_name(moment, event)} holds no page any more, on the device or on the host."

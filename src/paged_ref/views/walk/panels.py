@@ -16,6 +16,7 @@ from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.text import Text
 
+from ...core.checks import plural
 from ..common.canvas import COLOURS, DIM, TITLE, Lines, exactly, fit, line, rule, window
 from .kernel_run import IntArray, KernelRun
 from .sizes import LETTERS
@@ -219,12 +220,12 @@ def _strip(run: KernelRun, position: int, width: int) -> Text:
 
 def _warp(run: KernelRun, position: int) -> str:
     load, info = run.load(position), run.info(position)
-    lanes = f"{len(load.threads)} lane{'s' if len(load.threads) > 1 else ''}"
+    lanes = plural(len(load.threads), "lane")
     verb = "store" if run.trace.write[position] else "load"
     if info.space != "global":
         return f"warp {load.threads[0] // 32}: {lanes} {verb} together, in shared memory: no sectors to move"
     moved = load.sectors * 32
     return (
-        f"warp {load.threads[0] // 32}: {lanes} {verb} together: {load.bytes} bytes in {load.sectors} "
-        f"sector{'s' if load.sectors > 1 else ''} of 32 bytes ({load.bytes / moved:.0%} used)"
+        f"warp {load.threads[0] // 32}: {lanes} {verb} together: {load.bytes} bytes in "
+        f"{plural(load.sectors, 'sector')} of 32 bytes ({load.bytes / moved:.0%} used)"
     )

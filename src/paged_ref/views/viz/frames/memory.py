@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from rich.text import Text
 
+from ....core.checks import plural
 from ....core.memory.usage import MemoryUsage
 from ....timeline.history import History
 from ...common.bars import USAGE, amounts_of, bar, chart, column_width, legend, numbers
-from ...common.canvas import DIM, Lines, count, filled, line, pack, rule, window
+from ...common.canvas import DIM, Lines, filled, line, pack, rule, window
 from ..scene import Scene
 
 
@@ -25,7 +26,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
         share = spare // len(shown) if spare >= 4 * len(shown) else spare if run is scene.history else 0
         rows += _run(scene, run, width, min(share, 10))
     if len(shown) < len(runs):
-        rows.append(line((f" … {count(len(runs) - len(shown), 'more run')}", "bold")))
+        rows.append(line((f" … {plural(len(runs) - len(shown), 'more run')}", "bold")))
     return [*filled(rows, room), *marks]
 
 

@@ -6,24 +6,10 @@ from itertools import islice
 
 from rich.text import Text
 
+from ....core.checks import plural
 from ....timeline.history import Moment
 from ....timeline.memory_state import KnownBlock
-from ...common.canvas import (
-    DIM,
-    NEW,
-    WARM,
-    Lines,
-    brief,
-    count,
-    exactly,
-    filled,
-    fit,
-    line,
-    listing,
-    rule,
-    window,
-    wrap,
-)
+from ...common.canvas import DIM, NEW, WARM, Lines, brief, exactly, filled, fit, line, listing, rule, window, wrap
 from ...common.trees import forest
 from ..scene import Scene, colour, owners
 from .blocks import UNKNOWN, mark_of, slots
@@ -36,8 +22,8 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     memory, totals = moment.state.memory, moment.state.totals
     chains = chain(list(memory.known.values()))
     share = f" ({100 * totals.hits / totals.asked:.0f} %)" if totals.asked else ""
-    so_far = f"{totals.hits} of {count(totals.asked, 'token')} were found{share}; "
-    so_far += f"{count(totals.evicted, 'block')} given up for new tokens."
+    so_far = f"{totals.hits} of {plural(totals.asked, 'token')} were found{share}; "
+    so_far += f"{plural(totals.evicted, 'block')} given up for new tokens."
     tail = [
         rule("Hits and evictions so far", width),
         *(line(f" {row}") for row in wrap(so_far, width - 2)),

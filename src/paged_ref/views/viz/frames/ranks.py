@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from ...common.canvas import DIM, NEW, WARM, Lines, brief, count, fit, line, listing, rule
+from ....core.checks import plural
+from ...common.canvas import DIM, NEW, WARM, Lines, brief, fit, line, listing, rule
 from ..scene import Scene, colour
 from .blocks import block_texts, mark_of, pool_rows, pool_title, slots, written_in
 
@@ -26,7 +27,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     if max(map(len, names)) >= column:
         names = [f"rank {rank}" for rank in range(shown)]  # the first event says the heads
     hidden = len(ranks.heads) - shown
-    note = f"{count(hidden, 'rank')} more" if hidden else f"{len(memory.free):,} free"
+    note = f"{plural(hidden, 'rank')} more" if hidden else f"{len(memory.free):,} free"
     heads = line(" " * before, *((fit(name, column), "bold") for name in names))
     rows = [rule(f"{pool_title(moment)} on each rank", width, note), heads]
     tail = [listing("Free, next first:", memory.free[: -width - 1 : -1], width, len(memory.free))]

@@ -97,6 +97,8 @@ def _title(scene: Scene, width: int) -> Text:
         parts.append(history.model)
     if len(scene.runs) > 1:
         parts.append(f"run {scene.run + 1}/{len(scene.runs)}")
+    if any(run.cut_off for run in scene.runs):
+        parts.insert(0, "log cut off")  # first, so that a narrow window has it
     right = f"  {step_of(moment)}, event {moment.position + 1:,} of {len(history):,} "
     return title_line(parts, right, width)
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
+from ....core.checks import plural
 from ....timeline.events import SequenceForked
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, Lines, brief, count, exactly, filled, fit, line, listing, rule, window, wrap
+from ...common.canvas import DIM, NEW, Lines, brief, exactly, filled, fit, line, listing, rule, window, wrap
 from ...common.trees import forest
 from ..scene import Scene, colour, kv_size, owners
 from .blocks import block_texts, counted, mark_of, slots, written_in
@@ -36,8 +37,8 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     now = "Nothing is shared now."
     if several:
         verb = "is" if len(several) == 1 else "are"
-        now = f"{count(len(several), 'block')} {verb} in {entries} places. "
-        now += f"Sharing saves {count(saved, 'slot')}{kv_size(scene.history, saved)}."
+        now = f"{plural(len(several), 'block')} {verb} in {entries} places. "
+        now += f"Sharing saves {plural(saved, 'slot')}{kv_size(scene.history, saved)}."
     rows = tree(moment)
     room = height - 2 - len(below)
     wanted = next((i for i, (_, node) in enumerate(rows) if mark_of(moment, node.block_id) != " "), 0) + scene.scroll
@@ -91,8 +92,7 @@ def _event(scene: Scene, width: int) -> Lines:
     """The copy or the fork of this event, or how many there were."""
     moment = scene.moment
     totals = moment.state.totals
-    copies = "1 copy" if totals.copies == 1 else f"{totals.copies} copies"
-    so_far = f"So far: {count(totals.forks, 'fork')}, {copies} on write."
+    so_far = f"So far: {plural(totals.forks, 'fork')}, {plural(totals.copies, 'copy')} on write."
     if moment.change.copied:
         return _copy(scene, width)
     if isinstance(moment.event, SequenceForked):
@@ -116,7 +116,7 @@ def _copy(scene: Scene, width: int) -> Lines:
     # What was copied is what lay there before the write: the slots in front of it.
     offset = moment.change.written.start % size
     cost = kv_size(moment.history, size)
-    rows = [rule(f"A copy on write in this event: 1 block, {count(offset, 'token')} in it{cost}", width)]
+    rows = [rule(f"A copy on write in this event: 1 block, {plural(offset, 'token')} in it{cost}", width)]
     for block, holders, what in ((source, owned.get(source, []), "stays as it is"), (copy, [writer], "is written")):
         names = brief([moment.history.name(s) for s in holders], 10)
         before, now = moment.change.before.get(block, 0), moment.state.memory.ref_count[block]
@@ -151,7 +151,7 @@ def _cannot_share(scene: Scene, width: int) -> Lines:
             prompt = moment.state.sequences[members[0]].prompt_len
             held = sum(min(prompt, moment.state.memory.sequences[s].length) for s in members)
             names = brief([moment.history.name(s) for s in members], 24)
-            rows.append(line(f" {names}: {held} slots for one prompt of {count(prompt, 'token')}."))
+            rows.append(line(f" {names}: {held} slots for one prompt of {plural(prompt, 'token')}."))
     if len(rows) == head:
         rows.append(line((" No request has two samples in memory at this point.", DIM)))
     return rows

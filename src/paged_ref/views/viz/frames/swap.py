@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
+from ....core.checks import plural
 from ....timeline.events import RegionPlaced, RegionSwappedIn, RegionSwappedOut, SwappedIn, SwappedOut
-from ...common.canvas import DIM, NEW, Lines, beside, brief, count, filled, fit, line, listing, rule, wrap
+from ...common.canvas import DIM, NEW, Lines, beside, brief, filled, fit, line, listing, rule, wrap
 from ..scene import Scene, colour, kv_size, owners, prose
 from .blocks import block_row, contents, pool_rows, slots
 
@@ -72,7 +73,7 @@ def _moved(scene: Scene, width: int) -> Lines:
     row = "block" if moment.state.memory.paged else "slot"
 
     def cost(rows: int) -> str:
-        return count(rows, row) + (kv_size(moment.history, rows * moment.state.memory.block_size) if rows else "")
+        return plural(rows, row) + (kv_size(moment.history, rows * moment.state.memory.block_size) if rows else "")
 
     rows = [line(" None in this event.")]
     title = "Moved between device and host"

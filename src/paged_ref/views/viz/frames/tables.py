@@ -7,8 +7,9 @@ from itertools import islice
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from ....core.checks import plural
 from ....timeline.history import Moment
-from ...common.canvas import DIM, NEW, WARM, Lines, beside, count, exactly, filled, fit, line, listing, rule, window
+from ...common.canvas import DIM, NEW, WARM, Lines, beside, exactly, filled, fit, line, listing, rule, window
 from ..scene import Scene, colour, in_order
 from . import ranks
 from .blocks import WRITTEN, block_row, pool_rows, pool_title
@@ -57,7 +58,7 @@ def _table(scene: Scene, seq_id: int, width: int) -> Lines:
     name = moment.history.name(seq_id)
     room = width - 2 - len(name)
     if place:
-        tokens = f", {count(place.length, 'token')}"
+        tokens = f", {plural(place.length, 'token')}"
         doing += tokens if len(doing + tokens) <= room else f": {place.length}"
     rows = [line((pointer, "bold"), (name, f"{style} bold"), " ", fit(doing, room))]
     if place is None or not place.blocks:
@@ -122,7 +123,7 @@ def _regions(scene: Scene, width: int, height: int) -> Lines:
     moment = scene.moment
     memory = moment.state.memory
     pieces = memory.pieces()
-    note = f"{count(len(pieces), 'piece')}, one for each sequence, in one array"
+    note = f"{plural(len(pieces), 'piece')}, one for each sequence, in one array"
     head = rule(f"{memory.manager.capitalize()} manager: {memory.num_blocks:,} slots", width, note)
     waiting = [v for v in moment.state.sequences.values() if v.status in ("waiting", "swapped")]
     below = [
@@ -146,7 +147,7 @@ def _piece(scene: Scene, start: int, size: int, seq_id: int | None, width: int) 
     moment = scene.moment
     where = f"{start}-{start + size - 1}"
     if seq_id is None:
-        return [line(("  ", ""), (f"{where:>11} ", DIM), (f"free: a hole of {count(size, 'slot')}", DIM)), line("")]
+        return [line(("  ", ""), (f"{where:>11} ", DIM), (f"free: a hole of {plural(size, 'slot')}", DIM)), line("")]
     place, view = moment.state.memory.sequences[seq_id], moment.state.sequences[seq_id]
     style = colour(moment, seq_id)
     mark = "▶" if seq_id == scene.selected else "*" if seq_id in moment.change.seq_ids else " "

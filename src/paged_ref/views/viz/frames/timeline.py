@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from ...common.canvas import DIM, Lines, count, filled, fit, line, pack, rule, window
+from ....core.checks import plural
+from ...common.canvas import DIM, Lines, filled, fit, line, pack, rule, window
 from ..scene import Scene, colour, prose
 
 CODES = {
@@ -36,7 +37,7 @@ def draw(scene: Scene, width: int, height: int) -> Lines:
     concerned = next((s for s in (scene.selected, *moment.change.seq_ids) if s is not None), None)
     wanted = seq_ids.index(concerned) if concerned in history.names else 0
     first, last = window(len(seq_ids), room, wanted + scene.scroll)
-    note = f"sequences {first + 1}-{last} of {len(seq_ids)}" if len(seq_ids) > room else count(total, "step")
+    note = f"sequences {first + 1}-{last} of {len(seq_ids)}" if len(seq_ids) > room else plural(total, "step")
     rows = [
         rule("What each sequence did in each step", width, note),
         _scale(label, wide, first_step, last_step),
@@ -89,7 +90,9 @@ def _batch(scene: Scene, width: int, height: int) -> Lines:
         return [rule("The batch", width), line((" No step is planned yet.", DIM))]
     total = sum(n for _, n in plan.chunks)
     rows = [
-        rule(f"The batch of step {plan.step}", width, f"{count(total, 'token')}, {count(len(plan.chunks), 'sequence')}")
+        rule(
+            f"The batch of step {plan.step}", width, f"{plural(total, 'token')}, {plural(len(plan.chunks), 'sequence')}"
+        )
     ]
     for seq_id, n in plan.chunks[: height - 1]:
         view = moment.state.sequences[seq_id]

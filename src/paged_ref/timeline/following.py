@@ -6,11 +6,13 @@ their line. A file that has become shorter was started anew, and is read from it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ...extras.reading import JSON_LIMIT, open_file
-from ...timeline.events import Event, PoolOpened, from_json
+from ..extras.reading import JSON_LIMIT, open_file
+from .events import Event, PoolOpened, from_json
 
 
 class Follower:
@@ -63,6 +65,23 @@ class Follower:
                 name = type(events[0]).__name__
                 raise ValueError(f"{self.path}, line 1: a run begins with PoolOpened; this is {name}")
         return events
+
+    def to_the_end(self) -> Iterator[Event]:
+        """All events of a log that is not waited for, up to the middle of its last line if it was cut off there. Raises
+        ValueError as `poll` does, and for a log that is missing or has no event."""
+        open_file(self.path).close()  # raises where the file is missing, which `poll` waits for
+        try:
+            while (events := self.poll()) or self.num_bytes:
+                yield from events
+        finally:
+            self.close()
+        with suppress(ValueError):  # only the line break may be missing: a part of an event is no event
+            event = from_json(self._rest.decode("utf-8"))
+            self.num_lines, self._rest = self.num_lines + 1, b""
+            yield event
+        if not self.num_lines:
+            what = "has no whole line" if self.in_partial_line else "is empty"
+            raise ValueError(f"{self.path} {what}; a log of events as JSON lines is needed (--record writes one)")
 
     def close(self) -> None:
         if self._file is not None:
