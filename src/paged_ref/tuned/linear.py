@@ -17,6 +17,7 @@ from .threads import in_parts, num_threads
 
 FEW = 32  # rows: from 64 on, BLAS is as fast as the loop
 WHOLE = 16  # numbers: the loop takes rows of a multiple, of any CPU's vectors
+LINE = 16  # numbers of a cache line
 PARALLEL = 1 << 26  # multiplications, half a millisecond: for fewer, waking threads costs more than it saves
 
 
@@ -37,18 +38,17 @@ def linear(x: Array, weight: Array) -> Array:
         return y
 
     # Here, not in functions of their own: of a small model's step, each Python call is a measurable part.
-    block = rows if rows <= 2 else 4  # rows that the loop takes at a time
-    if rows % block:
-        x = np.concatenate([x, np.zeros((-rows % block, size), np.float32)])
-    elif not x.flags.carray:  # in pieces, or read-only: its place could not be asked for
-        x = x.copy()
-    y = np.empty((len(x), out), np.float32)
-    x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (x, weight, _places(size), y)))
-    multiply, given = code.function("multiply", "float32", block), (x_at, len(x), size, weight_at, out, places_at, y_at)
+    padded = -(-rows // 4) * 4
+    given = in_lines(padded, size)
+    given[:rows], given[rows:] = x, 0
+    y = np.empty((padded, out), np.float32)
+    x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (given, weight, _places(size), y)))
+    multiply = code.function("multiply", "float32", 4 if padded % 8 else 8)
+    arguments = x_at, padded, size, weight_at, out, places_at, y_at
     if parallel:
-        in_parts(lambda first, end, *alive: multiply(first, end, *given), out, x, weight, y)
+        in_parts(lambda first, end, *alive: multiply(first, end, *arguments), out, given, weight, y)
     else:
-        multiply(0, out, *given)
+        multiply(0, out, *arguments)
     return y[:rows]
 
 
@@ -73,6 +73,13 @@ def _compiled() -> Any:
 def _places(size: int) -> np.ndarray:
     """Where the first rows of a matrix of weights lie, `size` apart, counted in numbers."""
     return np.arange(WHOLE, dtype=np.int64) * size
+
+
+def in_lines(rows: int, size: int) -> np.ndarray:
+    """Memory for `[rows, size]` that begins with a cache line. From there, a vector is loaded in one piece."""
+    memory = np.empty(rows * size + LINE, np.float32)
+    skipped = -addressof(c_char.from_buffer(memory)) % (4 * LINE) // 4
+    return memory[skipped : skipped + rows * size].reshape(rows, size)
 
 
 def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:
