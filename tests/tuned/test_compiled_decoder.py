@@ -1,4 +1,4 @@
-"""The compiled step of small models gives the core decoder's numbers, and a row's bits depend on nothing but the row."""
+"""The compiled step of small models gives the core decoder's numbers. A row's bits depend on nothing but the row."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_a_product_that_is_set_later_is_used() -> None:
         return plain_linear(x, weight)
 
     plain.linear = compiled.linear = counting
-    np.testing.assert_array_equal(*(Stepper(model, 1, 4).step([[3, 4]]) for model in (compiled, plain)))
+    got, want = (Stepper(model, 1, 4).step([[3, 4]]) for model in (compiled, plain))
+    np.testing.assert_array_equal(got, want)
     assert len(shapes) == 2 * (2 * 4 + 1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.device import Array, on_gpu
+from ..core.device import Array
 from ..core.model.llama import AttendingKV, Layer, Llama, StepInputs
 from . import cpu_code
 from .cpu_code import address
@@ -19,7 +19,7 @@ from .cpu_machine import LANES
 from .linear import FEW, LINE, PARALLEL, WHOLE, in_lines, linear
 from .threads import in_parts, num_threads
 
-ROWS = 8  # that the loop takes at a time
+ROWS = LANES // 2  # that the loop takes at a time: see linear.py
 MOST = PARALLEL // FEW  # numbers of a matrix: threads share the products of a few rows with a larger one
 PIECE = 1 << 22  # numbers of memory that NumPy asks large pages for
 cpu_code.SIGNATURES["between"] = "iiiiFFFFFFFFFFiiiiiifIIIFFFFFF"
@@ -27,7 +27,7 @@ cpu_code.SIGNATURES["between"] = "iiiiFFFFFFFFFFiiiiiifIIIFFFFFF"
 
 def can_compile(decoder: Llama) -> bool:
     """Whether CompiledDecoder is for this decoder, on this machine."""
-    if on_gpu or type(decoder) is not Llama or decoder.dtype != np.float32 or decoder.linear is not linear:
+    if type(decoder) is not Llama or decoder.dtype != np.float32 or decoder.linear is not linear:
         return False
     matrices = [matrix for layer in decoder.layers for matrix in _matrices(layer)]
     whole = all(size % WHOLE == 0 for matrix in matrices for size in matrix.shape)
@@ -92,7 +92,7 @@ def _move_together(layers: list[Layer]) -> None:
     """Move the layers' weights into memory of large pages, in the order in which a step reads them."""
     memory = np.empty(0, np.float32)
     for layer in layers:
-        for name in layer.__slots__:  # type: ignore[attr-defined]
+        for name in layer.__slots__:
             array = getattr(layer, name)
             size = -(-array.size // LINE) * LINE
             if size > len(memory):

@@ -10,8 +10,22 @@ from numba import njit
 
 from .cpu_machine import LANES
 from .cpu_vectors import (
-    add, add_products, exp, fold_sum, load, maximum, no_sums, offset, operation, prefetch, splat, store, store_by_row,
-    subtract, sum_each, vector,
+    add,
+    add_products,
+    exp,
+    fold_sum,
+    load,
+    maximum,
+    no_sums,
+    offset,
+    operation,
+    prefetch,
+    splat,
+    store,
+    store_by_row,
+    subtract,
+    sum_each,
+    vector,
 )  # fmt: skip
 from .cpu_vectors import multiply as times
 
@@ -28,8 +42,8 @@ def divide(builder, kinds, a, b):
 
 @part
 def product(first, end, x, num_rows, size, weight, out, places, y, rows):
-    """Columns `first` to `end - 1` of y [num_rows, out] = x [num_rows, size] @ weight.T. There are whole blocks of rows,
-    whole vectors of a row, at least LANES columns in all; `places` are those of weight's first LANES rows.
+    """Columns `first` to `end - 1` of y [num_rows, out] = x [num_rows, size] @ weight.T. There are whole blocks of
+    rows, whole vectors of a row, at least LANES columns in all; `places` are those of weight's first LANES rows.
 
     All rows take their turn before the next columns, so that the weights come from memory once. Those that are needed
     two turns later are asked for meanwhile, beyond the end of the matrix too: what lies there is often needed next.
