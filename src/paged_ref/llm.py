@@ -54,8 +54,7 @@ from .interop.checkpoints import load
 from .interop.hf_tokenizer import MissingTokenizer, chat_prompts
 from .interop.model_memory import SAMPLE_BYTES, format_bytes_per_token, require_kv_memory
 from .kernels import why_not
-from .tuned import launching
-from .tuned.decoder import FusedDecoder, can_fuse
+from .tuned.decoder import with_few_calls
 from .tuned.kv import TunedFormattedKV, TunedKV
 from .tuned.linear import linear
 from .tuned.threads import blas_threads
@@ -221,8 +220,7 @@ class LLM(StreamingLLM):
         if group is not None:
             split_products(decoder, group)
             observers.insert(0, Leader(group))
-        if launching.unavailable() is None and can_fuse(decoder):
-            decoder = FusedDecoder(decoder)
+        decoder = with_few_calls(decoder)
         self.vocabulary = Vocabulary(checkpoint.tokenizer, config.vocab_size)
         engine = ShapingEngine(self.vocabulary, decoder, kv, scheduler, config.eos_token_ids, observers)
         self.open(engine, checkpoint.config, checkpoint.tokenizer, longest)

@@ -12,15 +12,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..core.device import Array, xp
+from ..core.device import Array, on_gpu, xp
 from ..core.model.llama import AttendingKV, Llama, StepInputs
-from . import fused
+from . import fused, launching
 from .kv import TunedKV
 
 
 def can_fuse(decoder: Llama) -> bool:
     """Whether the decoder differs from Llama only in what FusedDecoder asks it for: turns, projections."""
     return type(decoder).forward is Llama.forward
+
+
+def with_few_calls(decoder: Llama) -> Llama:
+    """A decoder with the same weights and fewer calls, where there is one for the decoder and the machine; else the
+    decoder itself."""
+    if can_fuse(decoder) and launching.unavailable() is None:
+        return FusedDecoder(decoder)
+    if not on_gpu:
+        from .compiled_decoder import CompiledDecoder, can_compile  # here: it loads llvmlite
+
+        if can_compile(decoder):
+            return CompiledDecoder(decoder)
+    return decoder
 
 
 class FusedDecoder(Llama):

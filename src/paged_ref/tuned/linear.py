@@ -6,9 +6,9 @@ first, which costs more than the products of a few rows. Here the weights are re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import addressof, c_char
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from .threads import in_parts, num_threads
 
 FEW = 32  # rows: from 64 on, BLAS is as fast as the loop
 WHOLE = 16  # numbers: the loop takes rows of a multiple, of any CPU's vectors
+LINE = 16  # numbers of a cache line
 PARALLEL = 1 << 26  # multiplications, half a millisecond: for fewer, waking threads costs more than it saves
 
 
@@ -27,28 +28,26 @@ def linear(x: Array, weight: Array) -> Array:
         return x @ weight.T
     if not x.dtype == weight.dtype == np.float32:
         return x @ weight.T
-    parallel = rows * weight.size >= PARALLEL and num_threads() > 1
     whole = size % WHOLE == 0 and out >= WHOLE and weight.flags.carray
-    if rows > FEW or not whole or (code := _compiled()) is None:
-        if not parallel:
+    if rows > FEW or not whole or (loop := _loop()) is None:
+        if rows * weight.size < PARALLEL or num_threads() == 1:
             return x @ weight.T
         y = np.empty((rows, out), np.float32)
         in_parts(_multiply_by_blas, out, x, weight, y)
         return y
 
     # Here, not in functions of their own: of a small model's step, each Python call is a measurable part.
-    block = rows if rows <= 2 else 4  # rows that the loop takes at a time
-    if rows % block:
-        x = np.concatenate([x, np.zeros((-rows % block, size), np.float32)])
-    elif not x.flags.carray:  # in pieces, or read-only: its place could not be asked for
-        x = x.copy()
-    y = np.empty((len(x), out), np.float32)
-    x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (x, weight, _places(size), y)))
-    multiply, given = code.function("multiply", "float32", block), (x_at, len(x), size, weight_at, out, places_at, y_at)
-    if parallel:
-        in_parts(lambda first, end, *alive: multiply(first, end, *given), out, x, weight, y)
+    multiply, block = loop
+    padded = -(-rows // block) * block
+    given = in_lines(padded, size)
+    given[:rows], given[rows:] = x, 0
+    y = np.empty((padded, out), np.float32)
+    x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (given, weight, _places(size), y)))
+    arguments = x_at, padded, size, weight_at, out, places_at, y_at
+    if padded * weight.size >= PARALLEL and num_threads() > 1:
+        in_parts(lambda first, end, *alive: multiply(first, end, *arguments), out, given, weight, y)
     else:
-        multiply(0, out, *given)
+        multiply(0, out, *arguments)
     return y[:rows]
 
 
@@ -62,17 +61,26 @@ def product(a: Array, b: Array) -> Array:
 
 
 @cache
-def _compiled() -> Any:
-    """The module that calls compiled code, imported when that is first needed; None where NUMBA_DISABLE_JIT is set."""
-    from . import cpu_code
+def _loop() -> tuple[Callable[..., None], int] | None:
+    """The compiled loop, imported when it is first needed, and the rows that it takes at a time: with two columns of
+    the weights they give as many sums as fit in the registers. None where NUMBA_DISABLE_JIT is set."""
+    from . import cpu_code, cpu_machine
 
-    return cpu_code if cpu_code.unavailable() is None else None
+    rows = cpu_machine.LANES // 2
+    return None if cpu_code.unavailable() else (cpu_code.function("multiply", "float32", rows), rows)
 
 
 @cache
 def _places(size: int) -> np.ndarray:
     """Where the first rows of a matrix of weights lie, `size` apart, counted in numbers."""
     return np.arange(WHOLE, dtype=np.int64) * size
+
+
+def in_lines(rows: int, size: int) -> Array:
+    """Memory for `[rows, size]` that begins with a cache line. From there, a vector is loaded in one piece."""
+    memory: Array = np.empty(rows * size + LINE, np.float32)
+    skipped = -addressof(c_char.from_buffer(memory)) % (4 * LINE) // 4
+    return memory[skipped : skipped + rows * size].reshape(rows, size)
 
 
 def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:

@@ -110,7 +110,7 @@ class Engine:
     def _sample(self, plan: StepPlan, logits: Array) -> list[TokenOutput]:
         """A token for each sequence that has caught up."""
         ready = [seq for seq, _ in plan.chunks if seq.num_uncomputed == 0]
-        if on_gpu and not any(self.request_of[seq.seq_id].needs_logits for seq in ready):
+        if not any(self.request_of[seq.seq_id].needs_logits for seq in ready):
             # Only the places and the values of the largest logits travel to the host, together, as float64.
             ids, largest = to_host(xp.stack([logits.argmax(axis=-1), logits.max(axis=-1)]))  # [num_rows] each
             rows = ids.astype(np.int64)
