@@ -22,7 +22,6 @@ from .threads import in_parts, num_threads
 ROWS = LANES // 2  # that the loop takes at a time: see linear.py
 MOST = PARALLEL // FEW  # numbers of a matrix: threads share the products of a few rows with a larger one
 PIECE = 1 << 22  # numbers of memory that NumPy asks large pages for
-cpu_code.SIGNATURES["between"] = "iiiiFFFFFFFFFFiiiiiifIIIFFFFFF"
 
 
 def can_compile(decoder: Llama) -> bool:

@@ -34,6 +34,7 @@ FUNCTIONS = {
     "attend_in_place": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),
     "attend_copied": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),
     "multiply": ("linear_loop", "iiFiiFiIF"),
+    "between": ("linear_loop", "iiiiFFFFFFFFFFiiiiiifIIIFFFFFF"),
 }
 
 
