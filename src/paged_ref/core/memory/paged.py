@@ -164,13 +164,9 @@ class PagedManager(KVCacheManager):
     def check_integrity(self) -> None:
         for seq_id, table in self.tables.items():
             if len(table.blocks) != self.blocks_for(table.length):
-<<<<<<< HEAD
-                raise AssertionError(f"sequence {seq_id}: {len(table.blocks)} blocks for {table.length} tokens")
+                raise AssertionError(f"sequence {seq_id}, length {table.length}: {plural(len(table.blocks), 'block')}")
             if table.length < table.open_until and self.pool.ref_count[table.blocks[-1]] > 1:
                 raise AssertionError(f"sequence {seq_id} would write into block {table.blocks[-1]}, which is shared")
-=======
-                raise AssertionError(f"sequence {seq_id}, length {table.length}: {plural(len(table.blocks), 'block')}")
->>>>>>> small
         self.pool.check_integrity(block_id for table in self.tables.values() for block_id in table.blocks)
 
 
