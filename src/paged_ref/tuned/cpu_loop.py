@@ -140,12 +140,7 @@ def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
 
 
 # --- an item: its blocks are those of (KV head, token, rows), in this order ---------------------------------------
-
-
-@part
-def block_number(item, sizes, head, token):
-    """The number of the first block of the KV head's rows, for the token-th query of the item."""
-    return ((head - item[HEAD]) * item[COUNT] + token) * sizes[TOKEN_BLOCKS]
+# Numba takes a fifth of a second for each call of a part, so there is one call where there could be two.
 
 
 @part
@@ -179,12 +174,13 @@ def score(item, sizes, since, keys, key_at, values, value_at, state, rows):
     queries, _, weights, _, _ = state
     size, keys_now = sizes[HEAD_SIZE], max(sizes[PASS_KEYS], LANES // len(rows))
     for t in range(0, TILE, keys_now):
+        coming, at, next_t = keys, key_at, t + keys_now
+        if next_t == TILE:
+            coming, at, next_t = values, value_at, 0
         for head in range(item[HEAD], item[END_HEAD]):
-            if t + keys_now < TILE:
-                prefetch_rows(keys, key_at, t + keys_now, keys_now, head, sizes[LINES])
-            else:
-                prefetch_rows(values, value_at, 0, sizes[PASS_KEYS], head, sizes[LINES])
-            for b in range(block_number(item, sizes, head, since), block_number(item, sizes, head + 1, 0)):
+            prefetch_rows(coming, at, next_t, keys_now, head, sizes[LINES])
+            end = (head - item[HEAD] + 1) * item[COUNT] * sizes[TOKEN_BLOCKS]  # after the head's last block
+            for b in range(end - (item[COUNT] - since) * sizes[TOKEN_BLOCKS], end):
                 of_block, scores = offset(queries, b * len(rows) * size), offset(weights, b * len(rows) * TILE)
                 dots(scores, of_block, size, keys, key_at, head * sizes[KEY_HEAD], t, t + keys_now, rows)
 
@@ -206,7 +202,7 @@ def weigh(item, sizes, token, head_block, first, softcap, slopes, scores, b, sta
 def weigh_all(item, sizes, since, first, softcap, slopes, state, rows):
     """`weigh` for all blocks, of the item's queries from number `since` on."""
     for head in range(item[HEAD], item[END_HEAD]):
-        b = block_number(item, sizes, head, since)
+        b = ((head - item[HEAD]) * item[COUNT] + since) * sizes[TOKEN_BLOCKS]
         for token in range(since, item[COUNT]):
             for i in range(sizes[TOKEN_BLOCKS]):
                 scores, head_block = offset(state[2], b * len(rows) * TILE), head * sizes[TOKEN_BLOCKS] + i
@@ -220,12 +216,13 @@ def gather(item, sizes, since, values, value_at, keys, next_key_at, more, state,
     _, mixed, weights, _, _ = state
     size, keys_now = sizes[HEAD_SIZE], sizes[PASS_KEYS]
     for t in range(0, TILE, keys_now):
+        coming, at, next_t, count = values, value_at, t + keys_now, keys_now
+        if next_t == TILE:
+            coming, at, next_t, count = keys, next_key_at, 0, max(keys_now, LANES // len(rows)) if more else 0
         for head in range(item[HEAD], item[END_HEAD]):
-            if t + keys_now < TILE:
-                prefetch_rows(values, value_at, t + keys_now, keys_now, head, sizes[LINES])
-            elif more:
-                prefetch_rows(keys, next_key_at, 0, max(keys_now, LANES // len(rows)), head, sizes[LINES])
-            for b in range(block_number(item, sizes, head, since), block_number(item, sizes, head + 1, 0)):
+            prefetch_rows(coming, at, next_t, count, head, sizes[LINES])
+            end = (head - item[HEAD] + 1) * item[COUNT] * sizes[TOKEN_BLOCKS]
+            for b in range(end - (item[COUNT] - since) * sizes[TOKEN_BLOCKS], end):
                 sums, of_keys = offset(mixed, b * len(rows) * size), offset(weights, b * len(rows) * TILE)
                 mix(sums, size, of_keys, values, value_at, head * sizes[VALUE_HEAD], t, t + keys_now, rows, columns)
 
@@ -238,7 +235,8 @@ def finish(item, sizes, state, out, lse, rows):
     for head in range(item[HEAD], item[END_HEAD]):
         for i in range(item[COUNT]):
             for r in range(sizes[GROUP_SIZE]):
-                block, lane = block_number(item, sizes, head, i) + r // len(rows), r % len(rows)
+                block = ((head - item[HEAD]) * item[COUNT] + i) * sizes[TOKEN_BLOCKS] + r // len(rows)
+                lane = r % len(rows)
                 row = (item[TO] + i) * sizes[NUM_HEADS] + head * sizes[GROUP_SIZE] + r
                 norm = total[block * LANES + lane]
                 # No key seen: 0 and -inf. NaN counts as seen: it must show in the output.
@@ -305,22 +303,21 @@ def attend_in_place(rows, columns):
             if item[COPIED] == 0:
                 item_table = offset(table, item[SEQ] * sizes[MAX_BLOCKS])
                 begin(item, sizes, scale, query, key_scales, sinks, state, rows)
-                if item[BEGIN] < item[END]:
-                    slots(next_key_at, next_value_at, item_table, item[BEGIN], item[END], sizes)
-                for first in range(item[BEGIN], item[END], TILE):
+                for first in range(item[BEGIN] - TILE, item[END], TILE):  # the first time, for the next tile alone
                     key_at, next_key_at = next_key_at, key_at
                     value_at, next_value_at = next_value_at, value_at
                     more = first + TILE < item[END]
                     if more:
                         slots(next_key_at, next_value_at, item_table, first + TILE, item[END], sizes)
-                    since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
-                    score(item, sizes, since, keys, key_at, values, value_at, state, rows)
-                    weigh_all(item, sizes, since, first, softcap, slopes, state, rows)
-                    gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns)
-                if item[PARTS] == 1:
-                    finish(item, sizes, state, out, lse, rows)
-                else:
-                    finish(item, sizes, state, parts_out, parts_lse, rows)
+                    if first >= item[BEGIN]:
+                        since = max(0, first - item[POSITION])  # queries before this one see none of the tile's keys
+                        score(item, sizes, since, keys, key_at, values, value_at, state, rows)
+                        weigh_all(item, sizes, since, first, softcap, slopes, state, rows)
+                        gather(item, sizes, since, values, value_at, keys, next_key_at, more, state, rows, columns)
+                to, lse_to = out, lse
+                if item[PARTS] > 1:
+                    to, lse_to = parts_out, parts_lse
+                finish(item, sizes, state, to, lse_to, rows)
             number = take_next(counter)
 
     return attend
@@ -336,12 +333,8 @@ def attend_copied(rows, columns):
         """Compute the items that no other thread has begun. Same arguments, though items have no parts here."""
         size, state = sizes[HEAD_SIZE], state_of(scratch, sizes, rows)
         tile_keys = offset(state[4], sizes[ITEM_BLOCKS] * LANES)
-        tile_values, key_at, value_at, places = (
-            offset(tile_keys, TILE * size),
-            at,
-            offset(at, TILE),
-            offset(at, 2 * TILE),
-        )
+        tile_values = offset(tile_keys, TILE * size)
+        key_at, value_at, places = at, offset(at, TILE), offset(at, 2 * TILE)
         for t in range(TILE):
             places[t] = t * size
         number = take_next(counter)
