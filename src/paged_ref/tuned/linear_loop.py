@@ -31,7 +31,7 @@ from .cpu_vectors import multiply as times
 
 FLOAT = np.float32
 LINE = 16  # float32 numbers of a cache line
-TOGETHER = 32  # rows that go through a layer together: their weights are read once
+TOGETHER = 32  # rows that go through a layer together: its weights are read once
 part = njit(error_model="numpy")
 
 
