@@ -81,6 +81,7 @@ class CompiledDecoder(Llama):
                 part(0, num_tokens, index, mixed)
             if index < config.num_layers:
                 mixed = kv.attend(index, query, key, value, inputs.addresses, window)  # the query's shape
+                mixed = np.ascontiguousarray(mixed, np.float32)
         return self.linear(h[inputs.logits_rows], self.head)
 
 
