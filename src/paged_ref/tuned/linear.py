@@ -45,7 +45,7 @@ def linear(x: Array, weight: Array) -> Array:
     y = np.empty((padded, out), np.float32)
     x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (given, weight, _places(size), y)))
     arguments = x_at, padded, size, weight_at, out, places_at, y_at
-    if padded * weight.size >= PARALLEL and num_threads() > 1:
+    if rows * weight.size >= PARALLEL and num_threads() > 1:
         step = -(-out // (PARTS * WHOLE)) * WHOLE
         in_turns(lambda first, end, *alive: multiply(first, end, *arguments), out, step, given, weight, y)
     else:
