@@ -116,7 +116,7 @@ def test_a_product_that_is_set_later_is_used() -> None:
     assert len(shapes) == 2 * (2 * 4 + 1)
 
 
-def test_what_is_compiled() -> None:
+def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def can(config: ModelConfig = CONFIG, dtype: str = "float32", product: Any = linear) -> bool:
         return can_compile(build_model(config, random_weights(config), dtype, product))
 
@@ -124,11 +124,14 @@ def test_what_is_compiled() -> None:
     assert not can(dtype="float16")
     assert not can(product=plain_linear)
     assert not can(replace(CONFIG, hidden_size=40))  # no whole vectors
-    assert not can(replace(CONFIG, intermediate_size=compiled_decoder.MOST // 48 + 16))  # threads share its products
     fields = {name: getattr(CONFIG, name) for name in CONFIG.__slots__}
     assert not can(HFConfig(**fields, qkv_bias=True))
     assert isinstance(LLM("tiny").engine.model, CompiledDecoder)
-    assert not isinstance(LLM("tiny", dtype="float16").engine.model, CompiledDecoder)
+    largest = 2 * CONFIG.intermediate_size * CONFIG.hidden_size
+    monkeypatch.setattr(compiled_decoder, "MOST", largest)
+    assert can()
+    monkeypatch.setattr(compiled_decoder, "MOST", largest - 1)  # threads share the products with a larger matrix
+    assert not can()
 
 
 def test_without_a_compiler_the_core_decoder_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

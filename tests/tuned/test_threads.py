@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 from threadpoolctl import ThreadpoolController
@@ -71,6 +72,26 @@ def test_the_parts_cover_everything_once(eight_cores: Path) -> None:
         seen: list[int] = []
         threads.in_parts(lambda first, end, seen=seen: seen.extend(range(first, end)), size)
         assert sorted(seen) == list(range(size))
+
+
+def test_turns_cover_everything_once_and_a_late_thread_holds_up_no_other(eight_cores: Path) -> None:
+    for size in (0, 1, 7, 8, 100, 1000):
+        seen: list[tuple[int, int]] = []
+        threads.in_turns(lambda first, end, seen=seen: seen.append((first, end)), size, 8)
+        assert sorted(seen) == [(first, min(first + 8, size)) for first in range(0, size, 8)]
+    done: list[int] = []
+    all_others = Event()
+
+    def late(first: int, end: int) -> None:
+        if first == 0:  # its thread comes back when all other parts are done
+            assert all_others.wait(60)
+        done.append(first)
+        if len(done) == 99:
+            all_others.set()
+
+    threads.in_turns(late, 100, 1)
+    assert done[-1] == 0
+    assert sorted(done) == list(range(100))
 
 
 def test_an_error_in_a_part_arrives(eight_cores: Path) -> None:

@@ -17,7 +17,7 @@ from . import cpu_code
 from .cpu_code import address
 from .cpu_machine import LANES
 from .linear import FEW, LINE, PARALLEL, WHOLE, in_lines, linear
-from .threads import in_parts, num_threads
+from .threads import in_turns, num_threads
 
 ROWS = LANES // 2  # that the loop takes at a time: see linear.py
 MOST = PARALLEL // FEW  # numbers of a matrix: threads share the products of a few rows with a larger one
@@ -75,11 +75,12 @@ class CompiledDecoder(Llama):
         parallel, mixed = num_tokens * self._layer_size >= PARALLEL and num_threads() > 1, query
         for index, window in enumerate((*config.sliding_windows, None)):
             if parallel:
-                in_parts(part, num_tokens, index, mixed, arrays)
+                in_turns(part, num_tokens, FEW, index, mixed, arrays)
             else:
                 part(0, num_tokens, index, mixed)
             if index < config.num_layers:
                 mixed = kv.attend(index, query, key, value, inputs.addresses, window)  # the query's shape
+                mixed = np.ascontiguousarray(mixed, np.float32)
         return self.linear(h[inputs.logits_rows], self.head)
 
 

@@ -13,11 +13,12 @@ from functools import cache
 import numpy as np
 
 from ..core.device import Array
-from .threads import in_parts, num_threads
+from .threads import in_parts, in_turns, num_threads
 
-FEW = 32  # rows: from 64 on, BLAS is as fast as the loop
+FEW = 32  # rows at a time: from 64 on, BLAS is as fast as the loop
 WHOLE = 16  # numbers: the loop takes rows of a multiple, of any CPU's vectors
 LINE = 16  # numbers of a cache line
+PARTS = 16  # of a product that threads share
 PARALLEL = 1 << 26  # multiplications, half a millisecond: for fewer, waking threads costs more than it saves
 
 
@@ -44,8 +45,9 @@ def linear(x: Array, weight: Array) -> Array:
     y = np.empty((padded, out), np.float32)
     x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (given, weight, _places(size), y)))
     arguments = x_at, padded, size, weight_at, out, places_at, y_at
-    if padded * weight.size >= PARALLEL and num_threads() > 1:
-        in_parts(lambda first, end, *alive: multiply(first, end, *arguments), out, given, weight, y)
+    if rows * weight.size >= PARALLEL and num_threads() > 1:
+        step = -(-out // (PARTS * WHOLE)) * WHOLE
+        in_turns(lambda first, end, *alive: multiply(first, end, *arguments), out, step, given, weight, y)
     else:
         multiply(0, out, *arguments)
     return y[:rows]

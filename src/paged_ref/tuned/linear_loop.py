@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """The loops of linear.py and of compiled_decoder.py, compiled as cpu_loop.py is and made of the same vectors."""
 
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001  (names of the vectors, several a line)
 
 import math
 
@@ -9,29 +9,15 @@ import numpy as np
 from numba import njit
 
 from .cpu_machine import LANES
-from .cpu_vectors import (
-    add,
-    add_products,
-    exp,
-    fold_sum,
-    load,
-    maximum,
-    no_sums,
-    offset,
-    operation,
-    prefetch,
-    splat,
-    store,
-    store_by_row,
-    subtract,
-    sum_each,
-    vector,
-)  # fmt: skip
 from .cpu_vectors import multiply as times
+from .cpu_vectors import (
+    add, add_products, exp, fold_sum, load, maximum, no_sums, offset, operation, prefetch, splat, store, store_by_row,
+    subtract, sum_each, vector,
+)  # fmt: skip
 
 FLOAT = np.float32
 LINE = 16  # float32 numbers of a cache line
-TOGETHER = 32  # rows that go through a layer together: their weights are read once
+TOGETHER = 32  # rows that go through a layer together: its weights are read once
 part = njit(error_model="numpy")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -99,5 +100,17 @@ def in_parts(function: Callable[..., object], size: int, *arguments: Any) -> Non
     def part(mine: int, threads: int) -> None:
         first, end = (size * part // threads // 8 * 8 for part in (mine, mine + 1))
         function(first, size if mine + 1 == threads else end, *arguments)
+
+    in_threads(part, num_threads())
+
+
+def in_turns(function: Callable[..., object], size: int, step: int, *arguments: Any) -> None:
+    """Run `function(first, end, *arguments)` for parts of `step` that cover 0 to `size`. A thread takes the next part
+    when it has done one, so a thread that comes late holds up no other."""
+    turns = count(0, step)  # a thread that takes a number is not interrupted
+
+    def part(mine: int, threads: int) -> None:
+        while (first := next(turns)) < size:
+            function(first, min(size, first + step), *arguments)
 
     in_threads(part, num_threads())
