@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.ansi import AnsiDecoder
 
 from paged_ref.lesson import lesson_script
-from paged_ref.lesson.lesson_player import code_to_read, error_text
+from paged_ref.lesson.lesson_code import error_text
+from paged_ref.lesson.lesson_player import code_to_read
 from paged_ref.lesson.lesson_session import ClaimError, LessonSession, running
 from paged_ref.lesson.progress import Progress
 from paged_ref.views.common.console import Console
