@@ -418,18 +418,18 @@ def test_an_observer_that_raises_ends_the_call_but_no_other_request(manager: str
 @pytest.mark.parametrize(
     ("options", "prompt_len", "params", "numbers"),
     [
-        ({"block_size": 4}, 30, greedy(20), "length 30 and an output of length 20 can need 52 slots of KV cache; the cache has 48"),
-        ({"block_size": 1}, 30, greedy(20), "length 30 and an output of length 20 can need 49 slots of KV cache; the cache has 48"),
+        ({"block_size": 4}, 30, greedy(20), "length 30 and an output of length 20 can need 52 slots .* has 48"),
+        ({"block_size": 1}, 30, greedy(20), "length 30 and an output of length 20 can need 49 slots .* has 48"),
         ({"block_size": 4}, 10, greedy(20, n=2), "length 10 .* length 20, 2 times, can need 56 slots .* 48"),
         ({"block_size": 4}, 10, greedy(20, beam_width=3), "length 20, 3 times, can need 80 slots .* 48"),
         ({"manager": "swapping"}, 30, greedy(20), "length 30 and an output of length 20 can need 49 slots .* 48"),
         (
             {"manager": "standard", "reserve": "exact"}, 30, greedy(20),
-            "length 30 and an output of length 20 can need 49 slots of KV cache; the cache has 48",
+            "length 30 and an output of length 20 can need 49 slots .* has 48",
         ),
         (
             {"manager": "standard", "reserve": "pow2"}, 30, greedy(18),
-            "length 30 and an output of length 18 can need 62 slots of KV cache; the cache has 48",
+            "length 30 and an output of length 18 can need 62 slots .* has 48",
         ),
     ],
     ids=["paged", "blocks of 1", "n", "beams", "swapping", "exact", "pow2"],

@@ -56,7 +56,8 @@ def test_the_logits_are_the_core_decoders(num_threads: int, chunk: int | None) -
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_has_the_same_bits_in_any_company_and_any_steps() -> None:
+def test_a_row_has_the_same_bits_in_any_company_and_any_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_decoder, "LARGE", 0)  # steps of one or two tokens have a loop of their own
     _, compiled = decoders()
     together = logits_of(compiled, SEQUENCES, chunk=9, backend="cpu-simd")  # at most 32 rows, and so the loop's logits
     for sequence, rows in zip(SEQUENCES, together, strict=True):

@@ -39,7 +39,11 @@ def test_the_answer_is_numpys(num_threads: int, rows: int, out: int, size: int) 
     assert plain_linear(x, weight).shape == y.shape
 
 
-def test_a_row_has_the_same_bits_among_any_few_rows(num_threads: int) -> None:
+@pytest.mark.parametrize("large", [0, linear.LARGE])
+def test_a_row_has_the_same_bits_among_any_few_rows(
+    num_threads: int, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "LARGE", large)
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal((n, 112), np.float32) for n in (linear.FEW, 61))  # by the loop
     whole = linear.linear(x, weight)

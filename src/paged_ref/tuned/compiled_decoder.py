@@ -16,7 +16,7 @@ from ..core.model.llama import AttendingKV, Layer, Llama, StepInputs
 from . import cpu_code
 from .cpu_code import address
 from .cpu_machine import LANES
-from .linear import FEW, LINE, PARALLEL, WHOLE, in_lines, linear
+from .linear import FEW, LARGE, LINE, PARALLEL, WHOLE, in_lines, linear
 from .threads import in_turns, num_threads
 
 ROWS = LANES // 2  # that the loop takes at a time: see linear.py
@@ -60,13 +60,14 @@ class CompiledDecoder(Llama):
         if self.linear is not linear:  # another product was set
             return super().forward(inputs, kv)
         config, num_tokens = self.config, len(inputs.token_ids)
-        rows = [in_lines(-(-num_tokens // ROWS) * ROWS, width) for width in self._widths]
+        block = 2 if num_tokens <= 2 and self._layer_size >= LARGE else ROWS
+        rows = [in_lines(-(-num_tokens // block) * block, width) for width in self._widths]
         x, h = rows[:2]  # as in Llama.forward; zeros after the last token
         x[:num_tokens], x[num_tokens:] = self.embedding[inputs.token_ids], 0
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         query, key, value = (np.empty((num_tokens, count, config.head_size), np.float32) for count in heads)
         arrays = [*self.turns(inputs.positions), query, key, value, *rows]
-        given, between = (*map(address, arrays), *self._sizes), cpu_code.function("between", "float32", ROWS)
+        given, between = (*map(address, arrays), *self._sizes), cpu_code.function("between", "float32", block)
 
         def part(first: int, end: int, index: int, mixed: Array, *alive: Any) -> None:
             ends, begins = index > 0, index < config.num_layers

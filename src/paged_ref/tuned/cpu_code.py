@@ -1,4 +1,4 @@
-"""Machine code of cpu_items.py, cpu_loop.py and linear_loop.py: compiled by Numba once, and kept in a file.
+"""Machine code of cpu_items.py and of the loops: compiled by Numba once, and kept in a file.
 
 Numba keeps compiled code, too, but to find it again Numba must be imported, and that takes longer than all the rest of
 a first call. These functions take numbers and pointers only, so their code needs no part of Numba to run: llvmlite
@@ -34,7 +34,7 @@ FUNCTIONS = {
     "attend_in_place": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),
     "attend_copied": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),
     "multiply": ("linear_loop", "iiFiiFiIF"),
-    "between": ("linear_loop", "iiiiFFFFFFFFFFiiiiiifIIIFFFFFF"),
+    "between": ("decoder_loop", "iiiiFFFFFFFFFFiiiiiifIIIFFFFFF"),
 }
 
 

@@ -170,6 +170,11 @@ def multiply(builder, kinds, a, b):
 
 
 @operation(vector)
+def divide(builder, kinds, a, b):
+    return builder.fdiv(a, b)
+
+
+@operation(vector)
 def maximum(builder, kinds, a, b):
     """The larger of each two lanes; where `a` is NaN, b."""
     return _larger(builder, a, b)

@@ -18,6 +18,7 @@ from .threads import in_parts, in_turns, num_threads
 FEW = 32  # rows at a time: from 64 on, BLAS is as fast as the loop
 WHOLE = 16  # numbers: the loop takes rows of a multiple, of any CPU's vectors
 LINE = 16  # numbers of a cache line
+LARGE = 1 << 18  # numbers of a matrix: for one or two rows, it is worth a loop that takes two at a time
 PARTS = 16  # of a product that threads share
 PARALLEL = 1 << 26  # multiplications, half a millisecond: for fewer, waking threads costs more than it saves
 
@@ -30,7 +31,7 @@ def linear(x: Array, weight: Array) -> Array:
     if not x.dtype == weight.dtype == np.float32:
         return x @ weight.T
     whole = size % WHOLE == 0 and out >= WHOLE and weight.flags.carray
-    if rows > FEW or not whole or (loop := _loop()) is None:
+    if rows > FEW or not whole or (loop := _loop(rows <= 2 and weight.size >= LARGE)) is None:
         if rows * weight.size < PARALLEL or num_threads() == 1:
             return x @ weight.T
         y = np.empty((rows, out), np.float32)
@@ -63,12 +64,12 @@ def product(a: Array, b: Array) -> Array:
 
 
 @cache
-def _loop() -> tuple[Callable[..., None], int] | None:
-    """The compiled loop, imported when it is first needed, and the rows that it takes at a time: with two columns of
-    the weights they give as many sums as fit in the registers. None where NUMBA_DISABLE_JIT is set."""
+def _loop(two: bool) -> tuple[Callable[..., None], int] | None:
+    """The compiled loop, imported when it is first needed, and the rows that it takes at a time: `two`, or as many as
+    with two columns of the weights give the sums that fit in the registers. None where NUMBA_DISABLE_JIT is set."""
     from . import cpu_code, cpu_machine
 
-    rows = cpu_machine.LANES // 2
+    rows = 2 if two else cpu_machine.LANES // 2
     return None if cpu_code.unavailable() else (cpu_code.function("multiply", "float32", rows), rows)
 
 
