@@ -16,7 +16,7 @@ from paged_ref import lesson
 from paged_ref.lesson import grading
 from paged_ref.lesson.calls import wrong_lines
 from paged_ref.lesson.grading import grade
-from paged_ref.views.common.own_code import in_words
+from paged_ref.views.common.own_code import error_in_words
 
 
 def double(values: list[int]) -> list[int]:
@@ -175,5 +175,5 @@ def test_an_error_is_told_in_words_with_the_line_of_the_answer(tmp_path: Path) -
     ):
         error = grade(free, lambda lengths, seq: None, [(lengths, 3)]).error
         assert error is not None
-        assert in_words(error, str(file)).startswith(words)
-    assert in_words(KeyError(), "") == "KeyError"
+        assert error_in_words(error, str(file)).startswith(words)
+    assert error_in_words(KeyError(), "") == "KeyError"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..core.memory.block_pool import BlockPool, OutOfBlocks
 from ..core.memory.paged import PagedManager
-from ..views.common.own_code import in_words
+from ..views.common.own_code import error_in_words
 from .building import Build, Stage
 from .grading import Pending, Trail
 
@@ -150,7 +150,7 @@ def _trial(cache: Callable[[int, int], Any]) -> Callable[[Calls], Trail]:
                 break
             except Exception as error:
                 frames = traceback.extract_tb(error.__traceback__)
-                trail[step] = in_words(error, next((f.filename for f in frames if f.filename != __file__), ""))
+                trail[step] = error_in_words(error, next((f.filename for f in frames if f.filename != __file__), ""))
                 break
         return trail
 

@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..views.common.own_code import in_words
+from ..views.common.own_code import error_in_words
 from .grading import Pending, Verdict, first_difference, grade
 from .lesson_session import ClaimError, Exercise, LessonSession, current, python_code, relative_path
 from .number_text import number_text, parse_number
@@ -188,7 +188,7 @@ def say_wrong(session: LessonSession, name: str, verdict: Verdict, hint: str, fi
 def wrong_lines(verdict: Verdict, file: str) -> Iterator[str]:
     """What is wrong: the error and its place in the file, the call, yours, the spec, the first difference."""
     if verdict.error is not None:
-        yield in_words(verdict.error, file)
+        yield error_in_words(verdict.error, file)
     fills = verdict.yours == verdict.spec == "None"  # it is to change its arguments, and returns nothing
     for label, value in (("call", verdict.case), ("yours", verdict.yours), ("spec", verdict.spec)):
         if value and not (fills and label != "call"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..views.common.console import Console
-from ..views.common.own_code import in_words
+from ..views.common.own_code import error_in_words
 from .building import FILES, build_named, grade_build
 from .calls import wrong_lines
 from .grading import Verdict
@@ -46,7 +46,7 @@ def grade_file(path: Path, find_lessons: Callable[[], Path]) -> list[Grade]:
     try:
         tree = ast.parse(source, filename=str(path))
     except (SyntaxError, ValueError) as error:
-        return [Grade(path.name, "wrong", [in_words(error, str(path))])]
+        return [Grade(path.name, "wrong", [error_in_words(error, str(path))])]
     defined = {getattr(node, "name", "") for node in tree.body}
     built = [name for _, names in FILES.values() for name in names if name in defined]
     if built:

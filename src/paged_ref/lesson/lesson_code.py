@@ -1,4 +1,4 @@
-"""A lesson's code, run without its prose: in a pipe, after each save, and for a grade. Its errors in words."""
+"""A lesson's code: run part by part for lesson_player.py, and without its prose after each save and for a grade."""
 
 from __future__ import annotations
 

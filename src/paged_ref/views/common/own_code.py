@@ -6,8 +6,9 @@ import traceback
 from pathlib import Path
 
 
-def in_words(error: BaseException, file: str) -> str:
-    """The last line of the reader's file that was running, and the error. A KernelError names its line itself."""
+def error_in_words(error: BaseException, file: str) -> str:
+    """The last line of the reader's file that was running, and the error. For an error whose frames do not include that
+    file, such as a KernelError, which names its line itself: the error alone."""
     if isinstance(error, SyntaxError):
         place = f"line {error.lineno} of {Path(error.filename or file).name}, `{(error.text or '').strip()}`"
         return f"{place}: {type(error).__name__}: {error.msg}"

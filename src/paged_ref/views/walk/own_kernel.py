@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...tracer import trace
-from ..common.own_code import in_words
+from ..common.own_code import error_in_words
 from .call import Walk, walk
 from .kernel_run import KernelRun
 from .sizes import LETTERS, Sizes
@@ -87,7 +87,7 @@ def _kernel_in(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"--mine is {path}: {error.strerror}") from None
     except Exception as error:  # whatever the reader's file raises
-        raise ValueError(f"--mine is {path}: {in_words(error, str(path))}") from None
+        raise ValueError(f"--mine is {path}: {error_in_words(error, str(path))}") from None
     if kernel is None:
         raise ValueError(f"--mine is {path}; it defines no {NAME}")
     found = list(inspect.signature(getattr(kernel, "py_func", kernel)).parameters)
