@@ -60,7 +60,9 @@ class Decoding:
 
     def _clear(self) -> None:
         self.count = self.kv_tokens = self._num_steps = 0
-        self._full: defaultdict[int, list[SimulatedRequest]] = defaultdict(list)  # by steps, then no slot is left
+        self._full: defaultdict[int, list[SimulatedRequest]] = defaultdict(
+            list
+        )  # by the number of steps after which no slot is left
         self._ending: defaultdict[int, list[SimulatedRequest]] = defaultdict(list)  # by the step that is their last
 
     def join(self) -> None:

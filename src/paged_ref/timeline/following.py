@@ -1,4 +1,4 @@
-"""A log as it grows: the events of its whole lines, as far as they are written.
+"""A log, as it grows or up to its end: the events of its whole lines, as far as they are written.
 
 The writing program may be in the middle of a line, so the bytes after the last line break wait for the rest of
 their line. A file that has become shorter was started anew, and is read from its beginning.

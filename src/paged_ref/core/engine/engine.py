@@ -111,7 +111,7 @@ class Engine:
         """A token for each sequence that has caught up."""
         ready = [seq for seq, _ in plan.chunks if seq.num_uncomputed == 0]
         if not any(self.request_of[seq.seq_id].needs_logits for seq in ready):
-            # Only the places and the values of the largest logits travel to the host, together, as float64.
+            # From a GPU, only the places and the values of the largest logits travel, together, as float64.
             ids, largest = to_host(xp.stack([logits.argmax(axis=-1), logits.max(axis=-1)]))  # [num_rows] each
             rows = ids.astype(np.int64)
         else:

@@ -22,7 +22,7 @@ class Table:
 
     blocks: list[int] = field(default_factory=list)  # logical block -> physical block
     length: int = 0  # tokens that have a slot
-    open_until: int = 0  # the table can grow to this length and ask the pool nothing; 0: not known
+    open_until: int = 0  # up to this length, tokens go into the last block, which is this table's alone; 0: not known
 
 
 class PagedManager(KVCacheManager):
@@ -70,7 +70,7 @@ class PagedManager(KVCacheManager):
             raise OutOfBlocks(f"no room for {plural(needed, 'block')}: {available} available, {kept} of these spare")
 
     def append(self, appends: Sequence[tuple[int, int]]) -> list[Transfer]:
-        # Most tokens go into an open block. The other tables need a new block, or may share their last one.
+        # Most tokens go into an open block. The other tables need a block, or their last block may be shared or cached.
         asking = []
         for seq_id, count in appends:
             table = self.tables[seq_id]
