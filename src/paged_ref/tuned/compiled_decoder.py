@@ -1,8 +1,8 @@
 """The decoder of core/model/llama.py for small models on a CPU: one compiled call from one attention to the next.
 
-A layer of a small model is computed faster than Python gets from one array function to the next: each starts with
-caches that the weights have just gone through. So all that stands between two attentions is one call, in one thread
-for a few rows, and the layers' weights lie in the order in which they are read, in memory of large pages.
+A layer of a small model takes less time to compute than Python takes from one array function to the next: the weights
+have just pushed what Python needs out of the CPU's caches. So all that stands between two attentions is one call, in
+one thread for a few rows. The layers' weights lie in the order in which they are read, in memory of large pages.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 from ..core.device import Array
 from ..core.model.llama import AttendingKV, Layer, Llama, StepInputs
 from . import cpu_code
-from .cpu_code import address
 from .cpu_machine import LANES
-from .linear import FEW, LARGE, LINE, PARALLEL, WHOLE, in_lines, linear
+from .host_arrays import address, in_lines, whole_lines
+from .linear import FEW, LARGE, PARALLEL, WHOLE, linear, places
 from .threads import in_turns, num_threads
 
-ROWS = LANES // 2  # that the loop takes at a time: see linear.py
-MOST = PARALLEL // FEW  # numbers of a matrix: threads share the products of a few rows with a larger one
+ROWS = LANES // 2  # that the loop takes at a time, as in linear.py
+MOST = PARALLEL // FEW  # numbers of a matrix: if one is larger, linear.py's threads share its products of a few rows
 PIECE = 1 << 22  # numbers of memory that NumPy asks large pages for
 
 
@@ -41,11 +41,10 @@ class CompiledDecoder(Llama):
         _move_together(self.layers)
         config, size, first = self.config, self.config.intermediate_size, self.layers[0]
         hidden, inner = config.hidden_size, config.num_heads * config.head_size
-        self._widths = hidden, hidden, max(inner, size), max(hidden, 2 * size, len(first.qkv))  # of a step's arrays
-        self._places = [np.arange(LANES) * width for width in (hidden, inner, size)]
+        self._widths = hidden, hidden, max(inner, size), max(hidden, 2 * size, len(first.qkv))  # x, h, narrow, wide
         self._sizes = (
             hidden, inner, size, config.num_heads, config.num_kv_heads, config.head_size, config.rms_norm_eps,
-            *map(address, self._places),
+            *map(address, map(places, (hidden, inner, size))),
         )  # fmt: skip
         norms = [*(layer.attention_norm for layer in self.layers), self.final_norm]
         before, after = [first, *self.layers], [*self.layers, first]  # the layers around each norm
@@ -69,7 +68,7 @@ class CompiledDecoder(Llama):
         arrays = [*self.turns(inputs.positions), query, key, value, *rows]
         given, between = (*map(address, arrays), *self._sizes), cpu_code.function("between", "float32", block)
 
-        def part(first: int, end: int, index: int, mixed: Array, *alive: Any) -> None:
+        def part(first: int, end: int, index: int, mixed: Array, *alive: Any) -> None:  # alive: until all threads end
             ends, begins = index > 0, index < config.num_layers
             between(ends, begins, first, end, address(mixed), *given, *self._weights[index])
 
@@ -95,7 +94,7 @@ def _move_together(layers: list[Layer]) -> None:
     for layer in layers:
         for name in layer.__slots__:
             array = getattr(layer, name)
-            size = -(-array.size // LINE) * LINE
+            size = whole_lines(array.size)
             if size > len(memory):
                 (memory,) = in_lines(1, max(size, PIECE))
             place, memory = memory[: array.size].reshape(array.shape), memory[size:]

@@ -62,7 +62,8 @@ def function(name: str, cache_type: str = "float32", *fixed: int) -> Callable[..
 @cache
 def _digest() -> str:
     digest = hashlib.sha256()
-    for name in sorted({module for module, _ in FUNCTIONS.values()} | {"cpu_vectors", "cpu_machine", "cpu_code"}):
+    others = {"cpu_vectors", "cpu_machine", "cpu_code", "host_arrays"}
+    for name in sorted({module for module, _ in FUNCTIONS.values()} | others):
         digest.update((HERE / f"{name}.py").read_bytes())
     parts = (version("numba"), version("llvmlite"), llvm.get_process_triple(), cpu_name(), cpu_features())
     digest.update("\n".join(parts).encode())
@@ -108,15 +109,6 @@ def _compile(name: str, cache_type: str, fixed: tuple[int, ...], symbol: str) ->
     (result,) = compiled.overloads.values()
     instructions = result.library.get_llvm_str().replace(result.fndesc.llvm_func_name, symbol)
     return bytes(_target_machine().emit_object(llvm.parse_assembly(instructions)))
-
-
-def address(array: Any) -> int:
-    """Where the first element lies. NumPy's own way takes four times as long, and is left to arrays that are read-only,
-    empty or in pieces."""
-    try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
-    except (TypeError, ValueError, BufferError):
-        return int(array.ctypes.data)
 
 
 def _load(code: bytes, symbol: str, signature: str) -> Callable[..., None]:

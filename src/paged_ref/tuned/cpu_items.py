@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from .cpu_machine import PART_KEYS
+from .cpu_machine import FIELDS, PART_KEYS
 from .cpu_vectors import integer, offset
 
 FLOAT = np.float32
@@ -20,7 +20,7 @@ LOWEST = FLOAT(-3.0e38)  # stands for -inf, since -inf - -inf would be NaN
 # over the keys from `begin` to before `end`, in the KV heads from `head` to before `end_head`. Where a query's keys are
 # split, this is part `part` of `parts`, and its result goes to the rows from `to` on of the partial results; else to
 # the queries' own rows. `copied`: of one KV head, whose tiles are copied first.
-SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, END_HEAD, PART, PARTS, TO, COPIED, FIELDS = range(13)  # FIELDS: how many
+SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, END_HEAD, PART, PARTS, TO, COPIED = range(FIELDS)
 
 
 def read_addresses(

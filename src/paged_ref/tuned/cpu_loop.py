@@ -26,16 +26,15 @@ import numpy as np
 from numba import njit
 
 from .cpu_items import (
-    BEGIN, COPIED, COUNT, END, END_HEAD, FIELDS, HEAD, LOWEST, PART, PARTS, POSITION, QUERY, SEQ, TO,
+    BEGIN, COPIED, COUNT, END, END_HEAD, FLOAT, HEAD, LOWEST, PART, PARTS, POSITION, QUERY, SEQ, TO,
 )  # fmt: skip
-from .cpu_machine import LANES, TILE
+from .cpu_machine import FIELDS, LANES, TILE
 from .cpu_vectors import (
     add, add_products, add_weighted, any_greater, exp, fold_maximum, fold_sum, hide, key_numbers, keys_together, load,
     load_rows, maximum, multiply, no_sums, offset, prefetch, splat, store, store_rows, subtract, sum_each, take_next,
 )  # fmt: skip
 
-FLOAT = np.float32
-part = njit(inline="always")  # written into its caller before anything is compiled: LLVM sees one function, once
+part = njit(inline="always")  # Numba copies a part into its caller before it compiles: LLVM sees one function, once
 
 # The numbers of a call: of a step first, then of all calls with the same shapes. Strides are in elements: of a block, a
 # slot, a head.
@@ -69,7 +68,7 @@ def slots(key_at, value_at, table, first, last, sizes):
 
 @part
 def prefetch_rows(cache, at, first, count, head, lines):
-    """Prefetch the head-th few cache lines of the tile's rows from number `first` on, `count` rows."""
+    """Prefetch head number `head`'s share, `lines` cache lines, of each of the tile's `count` rows from `first` on."""
     for line in range(head * lines, (head + 1) * lines):
         for t in range(first, first + count):
             prefetch(cache, at[t], line)
@@ -260,7 +259,7 @@ def copy_tile(rows_at, cache, at, head, size):
 
 @part
 def attend_tile(item, sizes, since, first, softcap, slopes, keys, values, places, state, rows, columns):
-    """For each block, what score, weigh_all and gather do in turn for all. The order of additions is the same."""
+    """For one block after another, what score, weigh_all and gather do. The order of additions is the same."""
     queries, mixed, scores, _, _ = state
     size, b = sizes[HEAD_SIZE], since * sizes[TOKEN_BLOCKS]
     for token in range(since, item[COUNT]):

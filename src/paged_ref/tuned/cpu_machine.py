@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from llvmlite import binding as llvm
 
+FIELDS = 12  # numbers that say what an item is: cpu_items.py names them
+
 # Numbers by which a call is cut into items. They depend on nothing but a sequence's own lengths, and so do its bits.
 TILE = 32  # keys whose scores are kept: a multiple of every number of keys that a vector of scores holds
 PART_KEYS = 512  # keys of an item: a long sequence feeds several threads
@@ -21,8 +23,8 @@ ITEM_ROWS = 256  # query rows of an item: for size 128 they and their sums (256 
 # does a quarter to all of this.
 MIN_PARALLEL_WORK = 1 << 20
 
-# The same for a sequence: for more, its tiles are copied, which takes a third off a long prompt's time, and code of its
-# own, which takes 3 s to compile. Its results have the same bits.
+# The same for a sequence: for more, its tiles are copied, and a long prompt takes a third less time. The first such
+# prompt waits 3 s for its code to be compiled. Results have the same bits.
 MIN_COPIED_WORK = 1 << 26
 
 
@@ -80,11 +82,11 @@ def block_of(group_size: int, head_size: int, lanes: int = LANES) -> tuple[int, 
 
 
 def passes_of(row_bytes: int, head_bytes: int, sums: int) -> tuple[int, int]:
-    """How many keys all heads go through together, and how many cache lines of the next keys each head prefetches.
+    """How many keys all heads go through together, and how many cache lines of each next key a head prefetches.
 
     `row_bytes`: a token's K of all heads, `head_bytes`: of one; `sums`: those of a block that are added up together.
-    Where rows are short, the whole tile: sums then stay in registers throughout, and the hardware's own prefetches are
-    enough. With fewer than 8 sums the whole tile, too: several keys then have sums of their own, added up in the end.
+    The whole tile where rows are short: sums then stay in registers throughout, and the hardware's own prefetches are
+    enough. The whole tile also with fewer than 8 sums: several keys then have sums of their own, added up in the end.
     """
     lines = min(PREFETCH_LINES, -(-head_bytes // 64))
     return (KEYS, lines) if row_bytes > 256 and sums >= 8 else (TILE, 0)

@@ -21,17 +21,16 @@ from ..core.attention.attention import Addresses, AttentionCall
 from ..extras.formats import BFLOAT16, FLOAT8, decode, encode
 from ..extras.variants import PLAIN
 from . import cpu_machine as machine
-from .cpu_code import address, function, unavailable
+from .cpu_code import function, unavailable
 from .cpu_machine import LANES, TILE
+from .host_arrays import address, in_lines, whole_lines
 from .threads import in_threads, num_threads
 
-__all__ = ["attend", "unavailable", "unsupported"]
+__all__ = ["attend", "in_bounds", "unavailable", "unsupported"]
 
 FLOAT, INT = np.float32, np.int64
 NO_LIMIT = 1 << 40  # a window or a block that holds every sequence
-NUM_FIELDS = 12  # of an item: cpu_items.py names them
 MOST_KEPT = 1 << 25  # bytes of memory that a thread keeps for its next call
-LINE = 64  # bytes: a vector that begins at a cache line is loaded in one piece
 
 
 def unsupported(call: AttentionCall) -> str | None:
@@ -60,7 +59,7 @@ def _refused(dtype: np.dtype[Any]) -> str | None:
 
 def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> bool:
     """Whether Addresses.check with these arguments would find nothing. For paged memory; one walk, in compiled code."""
-    _last.read = None  # which may be of other sizes
+    _last.read = None  # the check of these addresses that is kept may have been one with other sizes
     return _read(addresses, num_tokens, num_blocks, block_size).in_bounds
 
 
@@ -82,7 +81,7 @@ def attend(call: AttentionCall) -> None:
     direct = call.out.dtype == FLOAT and call.out.flags.c_contiguous
     out = call.out if direct else np.empty(call.query.shape, FLOAT)
     step.run(call, out, np.empty(out.shape[:2], FLOAT) if call.lse is None else call.lse)
-    if len(step.memory) <= MOST_KEPT:
+    if step.memory.nbytes <= MOST_KEPT:
         _last.step = step
     if call.variant is not None and call.variant.value_scales is not None:
         out *= np.repeat(call.variant.value_scales, out.shape[1] // len(call.variant.value_scales))[:, None]
@@ -97,7 +96,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-_last = threading.local()  # .step, .read: those of the last call
+_last = threading.local()  # .step, .read: those of this thread's last call
 
 
 class _Read(NamedTuple):
@@ -110,6 +109,7 @@ class _Read(NamedTuple):
 
 
 def _read(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> _Read:
+    """The addresses as compiled code reads them. Those of the last call are kept, for all layers of a step."""
     read: _Read | None = getattr(_last, "read", None)
     if read is None or read.addresses is not addresses:
         num_seqs, table = len(addresses.seq_lens), addresses.block_tables
@@ -150,9 +150,9 @@ class _Shape:
         self.queries = max(1, machine.ITEM_ROWS // (num_kv_heads * token_blocks * num_rows))
         self.head_queries = max(1, machine.ITEM_ROWS // (token_blocks * num_rows))
         item_blocks = token_blocks * max(num_kv_heads * self.queries, self.head_queries)
-        # Of each thread: cpu_loop.state_of with a tile's K and V, and where rows lie.
+        # Numbers of memory for each thread: cpu_loop.state_of with a tile's K and V, then int64 places of rows.
         self.floats = item_blocks * (num_rows * (2 * size + TILE) + 2 * LANES) + 2 * TILE * size
-        self.share = _lines(self.floats * FLOAT().itemsize + 4 * TILE * INT().itemsize)
+        self.share = whole_lines(self.floats + 4 * TILE * 2)
         # No scale is 1, no slope is 0, and no sink is -inf: the loop has no branch for them.
         self.no_scales = np.ones(num_kv_heads, FLOAT)
         self.no_slopes, self.no_sinks = (
@@ -187,7 +187,7 @@ class _Step:
         window = min(call.window or NO_LIMIT, NO_LIMIT)
         read = _read(call.addresses, num_tokens, len(call.keys), shape.block_size)
         most = read.num_keys // machine.PART_KEYS + num_tokens // shape.queries + (2 + num_kv_heads) * (num_seqs + 1)
-        found = np.empty(4 + most * NUM_FIELDS, INT)
+        found = np.empty(4 + most * machine.FIELDS, INT)
         self.items = address(found) + 4 * found.itemsize
         copied_from = machine.MIN_COPIED_WORK // (num_heads * size)
         sizes = num_seqs, num_kv_heads, window, shape.queries, shape.head_queries, copied_from
@@ -199,11 +199,11 @@ class _Step:
         self.threads = min(num_threads(), self.num_items) if enough else 1
 
         self.part_rows = part_tokens * num_heads
-        of_parts = _lines(self.part_rows * (size + 1) * 4)
-        num_bytes = LINE + of_parts + self.threads * shape.share
-        self.memory = np.empty(num_bytes, np.uint8) if memory is None or len(memory) < num_bytes else memory
-        parts = -(-address(self.memory) // LINE) * LINE
-        self.parts, self.scratch = (parts, parts + self.part_rows * size * 4), parts + of_parts
+        of_parts = whole_lines(self.part_rows * (size + 1))
+        numbers = of_parts + self.threads * shape.share
+        self.memory = in_lines(1, numbers) if memory is None or memory.size < numbers else memory
+        parts = address(self.memory)
+        self.parts, self.scratch = (parts, parts + self.part_rows * size * 4), parts + of_parts * 4
 
         heads = num_heads, num_kv_heads, shape.num_rows
         slopes = shape.no_slopes if variant.alibi_slopes is None else _in_lanes(variant.alibi_slopes, 0.0, *heads)
@@ -227,7 +227,7 @@ class _Step:
 
         # The loop has addresses. After Ctrl-C other threads finish their items: what lies there must outlive this call.
         def share(mine: int, threads: int, alive: object = (self, call, query, out, lse)) -> None:
-            scratch = self.scratch + mine * self.shape.share
+            scratch = self.scratch + mine * self.shape.share * 4
             of_thread = scratch, scratch + self.shape.floats * 4
             for number, loop in enumerate(self.loops):
                 loop(counters + 8 * number, *given, *of_thread, *results, *self.parts)
@@ -235,11 +235,6 @@ class _Step:
         in_threads(share, self.threads)
         if self.part_rows:
             function("merge")(self.items, self.num_items, *call.query.shape[1:], *self.parts, *results)
-
-
-def _lines(size: int) -> int:
-    """The next multiple of a cache line, in bytes."""
-    return -(-size // LINE) * LINE
 
 
 def _packed(call: AttentionCall) -> AttentionCall:
@@ -272,8 +267,7 @@ def _in_lanes(
     """A number of each head, as the loop has them: for each block of R heads a vector, in which the R repeat."""
     group_size = num_heads // num_kv_heads
     blocks = -(-group_size // num_rows)
-    if numbers is None:
-        return np.full((num_kv_heads * blocks, LANES), absent, FLOAT)
     result = np.full((num_kv_heads, blocks * num_rows), absent, FLOAT)
-    result[:, :group_size] = numbers.reshape(num_kv_heads, group_size)
+    if numbers is not None:
+        result[:, :group_size] = numbers.reshape(num_kv_heads, group_size)
     return np.tile(result.reshape(-1, num_rows), LANES // num_rows)

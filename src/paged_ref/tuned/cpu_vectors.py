@@ -1,14 +1,14 @@
 # mypy: ignore-errors
-"""Vectors of float32 for Numba: a type that is one register of the CPU, and the operations that cpu_loop.py needs.
+"""Vectors of float32 for Numba: a type that is one register of the CPU, and the operations that the loops need.
 
 Numba knows numbers, and leaves it to LLVM to find vectors in loops. That takes LLVM seconds, and the order of additions
 depends on what it finds. Here the code names the vectors: LLVM's own type `<LANES x float>`, one source for 8 lanes
 (AVX2; LLVM splits them for other CPUs) and for 16 (AVX-512).
 
 Memory is reached through pointers to what a cache holds, so that an index is an addition and nothing else.
-`rows` is a tuple whose length R is the number of query rows that are computed together: the length is part of the
-tuple's type, so the compiler knows it. Numbers [n, R] are R numbers for key 0, then R for key 1, and so on; a vector
-holds LANES // R keys of them.
+`rows` is a tuple whose length R is the number of rows, of queries or of x, that are computed together: the length is
+part of the tuple's type, so the compiler knows it. Numbers [n, R] are R numbers for key 0, then R for key 1, and so on;
+a vector holds LANES // R keys of them.
 """
 
 from __future__ import annotations

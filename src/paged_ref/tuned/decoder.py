@@ -1,8 +1,9 @@
-"""The decoder of core/model/llama.py with few launches: nine for a layer of a decode step, ten if sequences are split.
-A step with prompts in it makes one more: sequences with many new tokens have an attention kernel of their own.
+"""The decoder of core/model/llama.py with few calls: for a CPU in compiled_decoder.py, for a GPU here.
 
 On a GPU a small batch is computed faster than the host can launch it, so what counts is the number of launches and the
-host's time for each (`paged-ref bench host`). Four are products; the others are one kernel each:
+host's time for each (`paged-ref bench host`). There are nine for a layer of a decode step, ten if sequences are split.
+A step with prompts in it makes one more: sequences with many new tokens have an attention kernel of their own. Four
+launches are products; the others are one kernel each:
 
     add and norm, qkv · , RoPE and write of K and V, attention (and the merge of its parts), output ·
     add and norm, gate and up · , gate, down ·

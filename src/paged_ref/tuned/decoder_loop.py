@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-"""The loop of compiled_decoder.py: from one attention to the next, in rows of whole vectors. Compiled as cpu_loop.py
-is and made of the same vectors."""
+"""The loop of compiled_decoder.py: from one attention to the next, in rows of whole vectors. It is compiled as
+cpu_loop.py is, and made of the same vectors."""
 
 from __future__ import annotations  # noqa: I001  (names of the vectors, several a line)
 
@@ -28,7 +28,7 @@ def norm(x, change, weight, h, num_rows, size, eps, adds):
                 now = add(now, load(change, i))
                 store(x, i, now)
             squares = add(squares, times(now, now))
-        store(h, first, fold_sum(squares, (0,)))  # for a moment: the sum is in each lane
+        store(h, first, fold_sum(squares, (0,)))  # of one row: each lane is the sum, which is read below
         root = splat(FLOAT(math.sqrt(h[first] / FLOAT(size) + eps)))
         for d in range(0, size, LANES):
             store(h, first + d, times(divide(load(x, first + d), root), load(weight, d)))
@@ -71,7 +71,7 @@ def between(rows):
         before its attention, to query, key and value.
 
         x, h [whole blocks, hidden]; `narrow` and `wide` are for what goes into products and what comes out of them:
-        [whole blocks, the largest of their sizes].
+        [whole blocks, the largest of their sizes]. The three `_places` are what linear.places gives for these sizes.
         """
         out = (num_heads + 2 * num_kv_heads) * head_size
         for token in range(first, end, TOGETHER):

@@ -7,18 +7,17 @@ first, which costs more than the products of a few rows. Here the weights are re
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import addressof, c_char
 from functools import cache
 
 import numpy as np
 
 from ..core.device import Array
+from .host_arrays import address, in_lines
 from .threads import in_parts, in_turns, num_threads
 
 FEW = 32  # rows at a time: from 64 on, BLAS is as fast as the loop
-WHOLE = 16  # numbers: the loop takes rows of a multiple, of any CPU's vectors
-LINE = 16  # numbers of a cache line
-LARGE = 1 << 18  # numbers of a matrix: for one or two rows, it is worth a loop that takes two at a time
+WHOLE = 16  # numbers: the loop takes rows of a multiple, which are whole vectors of any CPU
+LARGE = 1 << 18  # numbers of weights: from here on, one or two rows are worth a loop that takes two at a time
 PARTS = 16  # of a product that threads share
 PARALLEL = 1 << 26  # multiplications, half a millisecond: for fewer, waking threads costs more than it saves
 
@@ -44,7 +43,7 @@ def linear(x: Array, weight: Array) -> Array:
     given = in_lines(padded, size)
     given[:rows], given[rows:] = x, 0
     y = np.empty((padded, out), np.float32)
-    x_at, weight_at, places_at, y_at = map(addressof, map(c_char.from_buffer, (given, weight, _places(size), y)))
+    x_at, weight_at, places_at, y_at = map(address, (given, weight, places(size), y))
     arguments = x_at, padded, size, weight_at, out, places_at, y_at
     if rows * weight.size >= PARALLEL and num_threads() > 1:
         step = -(-out // (PARTS * WHOLE)) * WHOLE
@@ -74,16 +73,9 @@ def _loop(two: bool) -> tuple[Callable[..., None], int] | None:
 
 
 @cache
-def _places(size: int) -> np.ndarray:
-    """Where the first rows of a matrix of weights lie, `size` apart, counted in numbers."""
+def places(size: int) -> np.ndarray:
+    """Where the first rows of a matrix of weights lie, `size` apart, counted in numbers: [WHOLE], which is kept."""
     return np.arange(WHOLE, dtype=np.int64) * size
-
-
-def in_lines(rows: int, size: int) -> Array:
-    """Memory for `[rows, size]` that begins with a cache line. From there, a vector is loaded in one piece."""
-    memory: Array = np.empty(rows * size + LINE, np.float32)
-    skipped = -addressof(c_char.from_buffer(memory)) % (4 * LINE) // 4
-    return memory[skipped : skipped + rows * size].reshape(rows, size)
 
 
 def _multiply_by_blas(first: int, end: int, x: np.ndarray, weight: np.ndarray, y: np.ndarray) -> None:

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The loop of linear.py, compiled as cpu_loop.py is and made of the same vectors."""
+"""The loop of linear.py. It is compiled as cpu_loop.py is, and made of the same vectors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from numba import njit
 
 from .cpu_machine import LANES
 from .cpu_vectors import add_products, no_sums, offset, prefetch, store_by_row, sum_each
+from .host_arrays import LINE
 
-LINE = 16  # float32 numbers of a cache line
-part = njit(error_model="numpy")
+part = njit(error_model="numpy")  # no exceptions, as in cpu_code.py
 
 
 @part

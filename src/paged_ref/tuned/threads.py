@@ -86,7 +86,11 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child 
 
 
 def in_threads(function: Callable[..., object], threads: int, *arguments: Any) -> None:
-    """Run `function(mine, threads, *arguments)` for each `mine` below `threads`, the first in this thread."""
+    """Run `function(mine, threads, *arguments)` for each `mine` below `threads`, the first in this thread.
+
+    If Ctrl-C ends this call, other threads still finish: arrays that they reach by address must be among `arguments`,
+    or be kept by `function`.
+    """
     others = [_pool().submit(function, mine, threads, *arguments) for mine in range(1, threads)]
     function(0, threads, *arguments)
     for other in others:
@@ -98,7 +102,7 @@ def in_parts(function: Callable[..., object], size: int, *arguments: Any) -> Non
     multiples of 8."""
 
     def part(mine: int, threads: int) -> None:
-        first, end = (size * part // threads // 8 * 8 for part in (mine, mine + 1))
+        first, end = (size * number // threads // 8 * 8 for number in (mine, mine + 1))
         function(first, size if mine + 1 == threads else end, *arguments)
 
     in_threads(part, num_threads())
