@@ -7,8 +7,7 @@ from pathlib import Path
 
 
 def error_in_words(error: BaseException, file: str) -> str:
-    """The last line of the reader's file that was running, and the error. For an error whose frames do not include that
-    file, such as a KernelError, which names its line itself: the error alone."""
+    """The error, after the last line of the reader's file that ran, if one did. A KernelError names its own line."""
     if isinstance(error, SyntaxError):
         place = f"line {error.lineno} of {Path(error.filename or file).name}, `{(error.text or '').strip()}`"
         return f"{place}: {type(error).__name__}: {error.msg}"

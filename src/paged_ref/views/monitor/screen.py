@@ -106,10 +106,9 @@ def _numbers(monitor: Monitor, width: int, gpu: GPUReading | str) -> Lines:
 
 def _sequences(monitor: Monitor) -> tuple[str, str]:
     text = ", ".join(f"{number:,} {status}" for status, number in monitor.sequences.items())
-    batch = (
-        f"; a batch of {plural(monitor.last.computed, 'token')}" if monitor.last and not monitor.all_finished else ""
-    )
-    return "sequences", text + batch
+    if monitor.last and not monitor.all_finished:
+        text += f"; a batch of {plural(monitor.last.computed, 'token')}"
+    return "sequences", text
 
 
 def _speed(monitor: Monitor, width: int) -> tuple[str, str]:

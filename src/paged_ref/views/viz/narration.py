@@ -76,9 +76,8 @@ def _pool_opened(moment: Moment, event: events.PoolOpened) -> str:
             f"{kv_size(moment.history, event.block_size)} each. All blocks are free, to be handed out in this order: "
             f"{first} …"
         )
-    return (
-        f"The KV cache opened: one piece of {plural(event.num_blocks, 'slot')}, all free. Each sequence gets a region."
-    )
+    piece = f"one piece of {plural(event.num_blocks, 'slot')}"
+    return f"The KV cache opened: {piece}, all free. Each sequence gets a region."
 
 
 def _ranks(moment: Moment, event: events.RanksOpened) -> str:
@@ -138,9 +137,8 @@ def _appended(moment: Moment, event: events.TokensAppended) -> str:
         text = f"All blocks of {name} are full, so its next token opens {_blocks(event.new_blocks)}. "
         text += f"At most {size - 1} of its slots can stay empty."
     else:
-        text = (
-            f"{name} gets {'a slot' if event.count == 1 else plural(event.count, 'slot')} in block {place.blocks[-1]}"
-        )
+        slots = "a slot" if event.count == 1 else plural(event.count, "slot")
+        text = f"{name} gets {slots} in block {place.blocks[-1]}"
         text += f", which had room: {filled} of {size} slots are in use. No other block is touched."
     return text + _gave_up(event.evicted)
 

@@ -89,11 +89,8 @@ def _batch(scene: Scene, width: int, height: int) -> Lines:
     if plan is None:
         return [rule("The batch", width), line((" No step is planned yet.", DIM))]
     total = sum(n for _, n in plan.chunks)
-    rows = [
-        rule(
-            f"The batch of step {plan.step}", width, f"{plural(total, 'token')}, {plural(len(plan.chunks), 'sequence')}"
-        )
-    ]
+    note = f"{plural(total, 'token')}, {plural(len(plan.chunks), 'sequence')}"
+    rows = [rule(f"The batch of step {plan.step}", width, note)]
     for seq_id, n in plan.chunks[: height - 1]:
         view = moment.state.sequences[seq_id]
         code = moment.history.spans.code_at(seq_id, moment.step)
