@@ -67,7 +67,8 @@ def attend(call: AttentionCall) -> None:
     """Fill `call.out` and `call.lse`."""
     if call.query.size == 0:
         return
-    shape = _shape_of(call)
+    keys = call.keys
+    shape = _make_shape(*call.query.shape[1:], keys.dtype, keys.shape[1:], keys.strides, call.values.strides)
     if not shape.in_vectors:
         packed = _packed(call)
         attend(packed)
@@ -167,11 +168,6 @@ class _Shape:
 
 
 _make_shape = lru_cache(maxsize=64)(_Shape)
-
-
-def _shape_of(call: AttentionCall) -> _Shape:
-    keys = call.keys
-    return _make_shape(*call.query.shape[1:], keys.dtype, keys.shape[1:], keys.strides, call.values.strides)
 
 
 class _Step:

@@ -87,10 +87,7 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork: the child 
 
 def in_threads(function: Callable[..., object], threads: int, *arguments: Any) -> None:
     """Run `function(mine, threads, *arguments)` for each `mine` below `threads`, the first in this thread.
-
-    If Ctrl-C ends this call, other threads still finish: arrays that they reach by address must be among `arguments`,
-    or be kept by `function`.
-    """
+    After Ctrl-C the others still finish: `arguments` or `function` must keep the arrays that they reach by address."""
     others = [_pool().submit(function, mine, threads, *arguments) for mine in range(1, threads)]
     function(0, threads, *arguments)
     for other in others:
