@@ -144,6 +144,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seq_lens": np.array([5.0, 12.0])}, "seq_lens is float64; known are int32, int64"),
     ({"seq_lens": np.array([5, -1], I32)}, "seq_lens[1] is -1; at least 0 is needed"),
     ({"seq_lens": np.array([5, 13], I32)}, "seq_lens[1] is 13; its block table holds 3 blocks of 4 = 12 tokens"),
+    ({"seq_lens": np.array([5, 2**63 - 1])}, f"seq_lens[1] is {2**63 - 1}; its block table holds 3 blocks of 4 = 12"),
     ({"block_tables": np.arange(6, dtype=I32)}, "block_tables has shape [6]; [2, max_blocks] is needed"),
     ({"block_tables": np.zeros((3, 3), I32)}, "block_tables has shape [3, 3]; [2, max_blocks] is needed"),
     ({"block_tables": np.zeros((2, 3), F32)}, "block_tables is float32; known are int32, int64"),
@@ -173,6 +174,7 @@ WRONG_CONTIGUOUS: list[tuple[dict[str, Any], str]] = [
     ({"starts": np.array([0], I32)}, "starts has shape [1]; [2] is needed"),
     ({"starts": np.array([0.0, 1.0])}, "starts is float64; known are int32, int64"),
     ({"starts": np.array([0, -1], I32)}, "starts[1] is -1; with seq_lens 12 the region leaves the slots 0 to 23"),
+    ({"starts": np.array([0, 2**63 - 1])}, f"starts[1] is {2**63 - 1}; with seq_lens 12 the region leaves the slots"),
     ({"starts": np.array([20, 0], I32)}, "starts[0] is 20; with seq_lens 5 the region leaves the slots 0 to 23"),
     ({"seq_lens": np.array([5, 13], I32)}, "starts[1] is 12; with seq_lens 13 the region leaves the slots"),
 ]  # fmt: skip

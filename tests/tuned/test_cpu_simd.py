@@ -12,7 +12,7 @@ import pytest
 from support.attention_cases import Case, Problem, build, run
 
 from paged_ref.core.attention.attention import Addresses, AttentionCall
-from paged_ref.kernels import backends
+from paged_ref.kernels import backends, paged_attention
 from paged_ref.tuned import cpu_machine, cpu_simd
 from paged_ref.tuned.cpu_machine import LANES
 
@@ -114,6 +114,29 @@ def test_the_layers_of_a_step_are_planned_once(monkeypatch: pytest.MonkeyPatch) 
         planned.clear()
         np.testing.assert_array_equal(outputs(windows, steps=1), alone)
         assert len(planned) == times
+
+
+def test_a_plan_fits_in_its_memory_where_a_token_has_more_rows_than_an_item() -> None:
+    query, keys = np.zeros((40, 604, 32), np.float32), np.zeros((3, 16, 2, 32), np.float32)
+    addresses = Addresses(np.array([40]), np.array([0, 40]), np.arange(3)[None])
+    call = AttentionCall(query, keys, keys, addresses, 1.0, None, query)
+    step = cpu_simd._Step(call, cpu_simd._shape_of(call), (), None)
+    assert step.num_items == 40 * 2
+    assert 4 + step.num_items * cpu_simd.NUM_FIELDS <= len(step._kept[0])
+
+
+def test_fields_of_structured_arrays_are_read_where_they_lie() -> None:
+    rng = np.random.default_rng(0)
+    tokens = np.zeros((8, 16), [("flag", "i1"), ("key", "f4", (2, 32)), ("value", "f4", (2, 32))])
+    tokens["key"], tokens["value"] = rng.standard_normal((2, 8, 16, 2, 32))
+    steps = np.zeros(2, [("flag", "i1"), ("table", "i4", (4,)), ("length", "i4")])
+    steps["table"], steps["length"] = rng.permutation(8).reshape(2, 4), (60, 33)
+    query = rng.standard_normal((2, 4, 32), np.float32)
+    fields = tokens["key"], tokens["value"], steps["table"], steps["length"]
+    for changed in range(len(fields)):
+        arrays = [array if i == changed else array.copy() for i, array in enumerate(fields)]
+        out = paged_attention(query, *arrays, backend="cpu-simd")
+        np.testing.assert_allclose(out, paged_attention(query, *arrays, backend="reference"), atol=1e-5)
 
 
 @pytest.mark.parametrize(

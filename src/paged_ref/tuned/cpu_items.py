@@ -39,10 +39,9 @@ def read_addresses(
         wrong = 1
     for s in range(num_seqs):
         whole[s] = integer(seq_lens, s, seq_lens_bytes)
-        needed = (whole[s] + block_size - 1) // block_size
-        if whole[s] < 0 or loc[s + 1] < loc[s] or needed > max_blocks:
-            wrong, needed = 1, min(needed, max_blocks)
-        for b in range(needed):
+        if whole[s] < 0 or loc[s + 1] < loc[s] or whole[s] > max_blocks * block_size:
+            wrong = 1
+        for b in range(min(max_blocks, (whole[s] - 1) // block_size + 1)):
             block = integer(table, s * row_step + b, table_bytes)
             if block < 0 or block >= num_blocks:
                 wrong = 1

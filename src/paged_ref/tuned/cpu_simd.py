@@ -131,8 +131,9 @@ def _read(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: in
 
 def _plain_integers(array: np.ndarray) -> np.ndarray:
     """The array as the compiled code can read it: int32 or int64, a row in one piece."""
-    plain = array.dtype.kind == "i" and array.itemsize in (4, 8) and array.strides[-1] == array.itemsize
-    return array if plain else np.ascontiguousarray(array, INT)
+    *steps, step = array.strides  # of a field of a structured array, rows need not be whole numbers apart
+    whole = step == array.itemsize and not any(other % array.itemsize for other in steps)
+    return array if whole and array.dtype.kind == "i" and array.itemsize in (4, 8) else np.ascontiguousarray(array, INT)
 
 
 class _Shape:
@@ -143,7 +144,8 @@ class _Shape:
     ) -> None:
         """`cache_shape`: of the keys, but for the number of blocks or slots. `strides`: of keys and of values."""
         num_kv_heads, itemsize = cache_shape[-2], dtype.itemsize
-        self.in_vectors = size % LANES == 0 and all(of_cache[-1] == itemsize for of_cache in strides)
+        whole = not any(stride % itemsize for of_cache in strides for stride in of_cache)
+        self.in_vectors = whole and size % LANES == 0 and all(of_cache[-1] == itemsize for of_cache in strides)
         num_rows, num_columns = machine.block_of(num_heads // num_kv_heads, size)
         self.num_rows, self.kind = num_rows, (_TYPES[dtype], num_rows, num_columns)
         token_blocks = -(-num_heads // num_kv_heads // num_rows)  # of a token and a KV head
@@ -182,7 +184,8 @@ class _Step:
         num_kv_heads, num_seqs = call.keys.shape[-2], len(call.addresses.seq_lens)
         window = min(call.window or NO_LIMIT, NO_LIMIT)
         read = _read(call.addresses, num_tokens, len(call.keys), shape.block_size)
-        most = read.num_keys // machine.PART_KEYS + num_tokens // shape.queries + (2 + num_kv_heads) * (num_seqs + 1)
+        of_long = num_tokens * num_kv_heads // shape.head_queries  # items of long sequences, but for each one's last
+        most = read.num_keys // machine.PART_KEYS + of_long + (1 + num_kv_heads) * num_seqs
         found = np.empty(4 + most * machine.FIELDS, INT)
         self.items = address(found) + 4 * found.itemsize
         copied_from = machine.MIN_COPIED_WORK // (num_heads * size)

@@ -73,7 +73,7 @@ def _check_tables(tables: np.ndarray, seq_lens: np.ndarray, num_blocks: int, blo
 
 
 def _check_starts(starts: np.ndarray, seq_lens: np.ndarray, num_slots: int) -> None:
-    bad = (seq_lens > 0) & ((starts < 0) | (starts.astype(np.int64) + seq_lens > num_slots))
+    bad = (seq_lens > 0) & ((starts < 0) | (starts > num_slots - seq_lens))
     if bad.any():
         s = int(bad.argmax())
         raise ValueError(
