@@ -36,7 +36,7 @@ def queries(problem: Problem, s: int, first: int, end: int) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_bits_depend_on_no_company_and_on_no_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_machine, "MIN_COPIED_WORK", 4096 * 128)  # of the whole prompt tiles are copied, of no chunk
+    monkeypatch.setattr(cpu_machine, "MIN_COPIED_WORK", 60_000 * 128)  # tiles of the whole prompt are copied, of no chunk
     problem = build(Case(seq_lens=(300, 40, 90), query_lens=(300, 1, 33), cache_dtype=dtype, **SHAPE))
     together = np.split(run(problem, "cpu-simd", "paged"), np.cumsum(problem.query_lens)[:-1])
     for s, cuts in enumerate([(0, 1, 8, 108, 300), (0, 1), (0, 31, 33)]):
@@ -120,9 +120,10 @@ def test_a_plan_fits_in_its_memory_where_a_token_has_more_rows_than_an_item() ->
     query, keys = np.zeros((40, 604, 32), np.float32), np.zeros((3, 16, 2, 32), np.float32)
     addresses = Addresses(np.array([40]), np.array([0, 40]), np.arange(3)[None])
     call = AttentionCall(query, keys, keys, addresses, 1.0, None, query)
-    step = cpu_simd._Step(call, cpu_simd._shape_of(call), (), None)
+    shape = cpu_simd._make_shape(604, 32, keys.dtype, keys.shape[1:], keys.strides, keys.strides)
+    step = cpu_simd._Step(call, shape, (), None)
     assert step.num_items == 40 * 2
-    assert 4 + step.num_items * cpu_simd.NUM_FIELDS <= len(step._kept[0])
+    assert 4 + step.num_items * cpu_machine.FIELDS <= len(step._kept[0])
 
 
 def test_fields_of_structured_arrays_are_read_where_they_lie() -> None:
