@@ -36,7 +36,7 @@ def queries(problem: Problem, s: int, first: int, end: int) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_bits_depend_on_no_company_and_on_no_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_machine, "MIN_COPIED_WORK", 60_000 * 128)  # tiles of the whole prompt are copied, of no chunk
+    monkeypatch.setattr(cpu_machine, "MIN_COPIED_WORK", 60_000 * 128)  # only of the whole prompt
     problem = build(Case(seq_lens=(300, 40, 90), query_lens=(300, 1, 33), cache_dtype=dtype, **SHAPE))
     together = np.split(run(problem, "cpu-simd", "paged"), np.cumsum(problem.query_lens)[:-1])
     for s, cuts in enumerate([(0, 1, 8, 108, 300), (0, 1), (0, 31, 33)]):
