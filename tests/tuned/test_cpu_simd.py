@@ -126,6 +126,15 @@ def test_a_plan_fits_in_its_memory_where_a_token_has_more_rows_than_an_item() ->
     assert 4 + step.num_items * cpu_machine.FIELDS <= len(step._kept[0])
 
 
+@pytest.mark.parametrize(("num_blocks", "size"), [(1, 7), (0, 7), (0, 32)])
+def test_a_call_without_keys_gives_zeros(num_blocks: int, size: int) -> None:
+    query, keys = np.ones((2, 4, size), np.float32), np.ones((num_blocks, 8, 2, size), np.float32)
+    tables, lens = np.zeros((2, 1), np.int32), np.zeros(2, np.int32)
+    out, lse = paged_attention(query, keys, keys, tables, lens, return_lse=True, backend="cpu-simd")
+    assert not out.any()
+    assert (lse == -np.inf).all()
+
+
 def test_fields_of_structured_arrays_are_read_where_they_lie() -> None:
     rng = np.random.default_rng(0)
     tokens = np.zeros((8, 16), [("flag", "i1"), ("key", "f4", (2, 32)), ("value", "f4", (2, 32))])

@@ -251,8 +251,9 @@ def _packed(call: AttentionCall) -> AttentionCall:
         where = addresses.starts[owner] + position
 
     def filled(array: np.ndarray) -> np.ndarray:
-        result = np.zeros((*array.shape[:2], -(-size // LANES) * LANES), FLOAT)
-        result[:, :, :size] = decode(array)
+        rows, heads, _ = array.shape  # at least one row: an empty array has the strides 0, 0, 0
+        result = np.zeros((max(1, rows), heads, -(-size // LANES) * LANES), FLOAT)
+        result[:rows, :, :size] = decode(array)
         return result
 
     query, keys, values = filled(call.query), filled(call.keys[where]), filled(call.values[where])
