@@ -135,6 +135,20 @@ def test_a_call_without_keys_gives_zeros(num_blocks: int, size: int) -> None:
     assert (lse == -np.inf).all()
 
 
+def test_float16_is_rounded_as_numpy_rounds_it() -> None:
+    """The output for one key is its value."""
+    low = np.random.default_rng(0).integers(1 << 16, size=1 << 16, dtype=np.uint32)
+    numbers = (np.arange(1 << 16, dtype=np.uint32) << 16 | low).view(np.float32)  # of all signs and exponents
+    values = numbers[np.isfinite(numbers)].reshape(-1, 1, 1, 32)
+    count = len(values)
+    out = paged_attention(
+        np.ones((count, 1, 32), np.float16), np.zeros_like(values), values, np.arange(count)[:, None],
+        np.ones(count, np.int64), backend="cpu-simd",
+    )  # fmt: skip
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(out[:, 0], values[:, 0, 0].astype(np.float16))
+
+
 def test_fields_of_structured_arrays_are_read_where_they_lie() -> None:
     rng = np.random.default_rng(0)
     tokens = np.zeros((8, 16), [("flag", "i1"), ("key", "f4", (2, 32)), ("value", "f4", (2, 32))])

@@ -33,6 +33,8 @@ FUNCTIONS = {
     "merge": ("cpu_items", "IiiiFFFF"),
     "attend_in_place": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),
     "attend_copied": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),
+    "widen": ("half_loop", "iKF"),
+    "narrow": ("half_loop", "iFK"),
     "multiply": ("linear_loop", "iiFiiFiIF"),
     "between": ("decoder_loop", "iiiiFFFFFFFFFFiiiiiifIIIFFFFFF"),
 }

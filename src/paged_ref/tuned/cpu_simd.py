@@ -87,7 +87,7 @@ def attend(call: AttentionCall) -> None:
     if call.variant is not None and call.variant.value_scales is not None:
         out *= np.repeat(call.variant.value_scales, out.shape[1] // len(call.variant.value_scales))[:, None]
     if not direct:
-        call.out[...] = encode(out, call.out.dtype)
+        _round(out, call.out)
 
 
 # The loop's loads know a format by the type of its numbers. float16 goes as its bits, and bfloat16 as another type.
@@ -219,7 +219,7 @@ class _Step:
 
     def run(self, call: AttentionCall, out: np.ndarray, lse: np.ndarray) -> None:
         """Fill `out` and `lse`, float32 in one piece, by this step's threads."""
-        query = np.ascontiguousarray(decode(call.query), FLOAT)
+        query = _widened(call.query)
         given = (*self.first, float(call.scale), address(query), address(call.keys), address(call.values), *self.last)
         results = address(out), address(lse)
         counters, self.counters[:] = address(self.counters), 0
@@ -234,6 +234,28 @@ class _Step:
         in_threads(share, self.threads)
         if self.part_rows:
             function("merge")(self.items, self.num_items, *call.query.shape[1:], *self.parts, *results)
+
+
+def _are_halves(array: np.ndarray) -> bool:
+    """Whether compiled code can read or write the array as float16."""
+    return array.dtype == np.float16 and array.flags.c_contiguous
+
+
+def _widened(query: np.ndarray) -> np.ndarray:
+    """The query as float32, in one piece."""
+    if not _are_halves(query):
+        return np.ascontiguousarray(decode(query), FLOAT)
+    wide = np.empty(query.shape, FLOAT)
+    function("widen", "uint16")(query.size, address(query), address(wide))
+    return wide
+
+
+def _round(results: np.ndarray, out: np.ndarray) -> None:
+    """Write float32 `results` to `out`, of another format or in pieces."""
+    if _are_halves(out):
+        function("narrow", "uint16")(out.size, address(results), address(out))
+    else:
+        out[...] = encode(results, out.dtype)
 
 
 def _packed(call: AttentionCall) -> AttentionCall:

@@ -142,6 +142,13 @@ def store(builder, kinds, data, index, x):
     _store(builder, _place(builder, data, index), x)
 
 
+@operation(types.void)
+def store_half(builder, kinds, data, index, x):
+    """Write the vector as float16, rounded to the nearest, to data[index] and on."""
+    place = builder.bitcast(_place(builder, data, index), HALVES.as_pointer())
+    builder.store(builder.fptrunc(x, HALVES), place, align=2)
+
+
 @operation(vector)
 def splat(builder, kinds, x):
     """x in all lanes."""
