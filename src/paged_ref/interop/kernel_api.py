@@ -235,14 +235,13 @@ def _check_values(call: AttentionCall, backend: str) -> None:
     where = call.addresses
     if call.variant is not None:
         check_scales(call.variant.key_scales, call.variant.value_scales)
-    if where.block_tables is not None and module_of(call.query) is np and backend in ("auto", "cpu-simd"):
+    sizes = call.query.shape[0], call.keys.shape[0], call.keys.shape[1] if where.starts is None else 1
+    if module_of(call.query) is np and backend in ("auto", "cpu-simd"):
         compiled = _compiled_checks()
-        if compiled is not None and compiled.in_bounds(where, call.query.shape[0], *call.keys.shape[:2]):
+        if compiled is not None and compiled.in_bounds(where, *sizes):
             return
     arrays = (where.seq_lens, where.query_start_loc, where.block_tables, where.starts)
-    on_host = Addresses(*(None if array is None else to_host(array) for array in arrays))
-    num_blocks, block_size = (call.keys.shape[0], call.keys.shape[1] if where.starts is None else 1)
-    on_host.check(call.query.shape[0], num_blocks, block_size)
+    Addresses(*(None if array is None else to_host(array) for array in arrays)).check(*sizes)
 
 
 def merge_states(outputs: Any, lses: Any) -> tuple[Any, Any]:

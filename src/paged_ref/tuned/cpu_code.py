@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 # Where each function is, and its arguments. i, f: an int64, a float32; I, F: pointers to such; K: a pointer to the
 # numbers of a cache.
 FUNCTIONS = {
-    "read_addresses": ("cpu_items", "IIIiIiIiiiiiii"),
+    "read_addresses": ("cpu_items", "IIIiIiIiiiiiiii"),
     "plan": ("cpu_items", "IIIiiiiii"),
     "merge": ("cpu_items", "IiiiFFFF"),
     "attend_in_place": ("cpu_loop", "IIIffFKKIFFFFIFFFF"),

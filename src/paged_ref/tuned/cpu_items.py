@@ -25,10 +25,11 @@ SEQ, QUERY, COUNT, POSITION, BEGIN, END, HEAD, END_HEAD, PART, PARTS, TO, COPIED
 
 def read_addresses(
     found, whole, seq_lens, seq_lens_bytes, query_start_loc, loc_bytes, table, table_bytes, row_step, num_seqs,
-    max_blocks, num_tokens, num_blocks, block_size,
+    max_blocks, num_tokens, num_blocks, block_size, is_contiguous,
 ):  # fmt: skip
     """Copy what is used of the addresses to `whole`: seq_lens [num_seqs], query_start_loc [num_seqs + 1] and the table
-    [num_seqs, max_blocks], whose rows are `row_step` numbers apart. Numbers have so many bytes: 4 or 8.
+    [num_seqs, max_blocks], whose rows are `row_step` numbers apart. Numbers have so many bytes: 4 or 8. Where
+    `is_contiguous`, the table is each region's first slot, and num_blocks is the number of slots.
 
     found [2] = whether a length, a query count or a block id is out of bounds, and the sum of the lengths.
     """
@@ -41,9 +42,10 @@ def read_addresses(
         whole[s] = integer(seq_lens, s, seq_lens_bytes)
         if whole[s] < 0 or loc[s + 1] < loc[s] or whole[s] > max_blocks * block_size:
             wrong = 1
+        end = num_blocks - (whole[s] - 1) * is_contiguous  # the last slot must be one of the cache, too
         for b in range(min(max_blocks, (whole[s] - 1) // block_size + 1)):
             block = integer(table, s * row_step + b, table_bytes)
-            if block < 0 or block >= num_blocks:
+            if block < 0 or block >= end:
                 wrong = 1
             to[s * max_blocks + b] = block
         total += whole[s]

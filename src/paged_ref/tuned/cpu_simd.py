@@ -58,7 +58,7 @@ def _refused(dtype: np.dtype[Any]) -> str | None:
 
 
 def in_bounds(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: int) -> bool:
-    """Whether Addresses.check with these arguments would find nothing. For paged memory; one walk, in compiled code."""
+    """Whether Addresses.check with these arguments would find nothing: one walk, in compiled code."""
     _last.read = None  # the check of these addresses that is kept may have been one with other sizes
     return _read(addresses, num_tokens, num_blocks, block_size).in_bounds
 
@@ -116,14 +116,15 @@ def _read(addresses: Addresses, num_tokens: int, num_blocks: int, block_size: in
         num_seqs, table = len(addresses.seq_lens), addresses.block_tables
         if table is None:  # a contiguous region is one block for everything, which begins at the region's first slot
             assert addresses.starts is not None
-            table, max_blocks = addresses.starts, 1
+            table, max_blocks, block_size = addresses.starts, 1, NO_LIMIT
         else:
             max_blocks = table.shape[1]
         given = [_plain_integers(array) for array in (addresses.seq_lens, addresses.query_start_loc, table)]
         found, whole = np.empty(2, INT), np.empty(2 * num_seqs + 1 + num_seqs * max_blocks, INT)
         places = [number for array in given for number in (address(array), array.itemsize)]
         sizes = given[2].strides[0] // given[2].itemsize, num_seqs, max_blocks, num_tokens, num_blocks, block_size
-        function("read_addresses")(address(found), address(whole), *places, *sizes)
+        is_contiguous = addresses.block_tables is None
+        function("read_addresses")(address(found), address(whole), *places, *sizes, is_contiguous)
         wrong, num_keys = found.tolist()
         read = _last.read = _Read(addresses, whole, not wrong, num_keys)
     return read
