@@ -13,7 +13,7 @@ from support.attention_cases import Case, Problem, build, run
 
 from paged_ref.core.attention.attention import Addresses, AttentionCall
 from paged_ref.kernels import backends, paged_attention
-from paged_ref.tuned import cpu_machine, cpu_simd
+from paged_ref.tuned import cpu_machine, cpu_simd, cpu_step
 from paged_ref.tuned.cpu_machine import LANES
 
 pytestmark = pytest.mark.skipif("cpu-simd" not in backends(), reason="NUMBA_DISABLE_JIT is set")
@@ -53,11 +53,11 @@ def test_bits_depend_on_no_number_of_threads(monkeypatch: pytest.MonkeyPatch) ->
         for mine in reversed(range(threads)):  # the last one takes everything
             function(mine, threads)
 
-    monkeypatch.setattr(cpu_simd, "in_threads", in_threads)
+    monkeypatch.setattr(cpu_step, "in_threads", in_threads)
     monkeypatch.setattr(cpu_machine, "MIN_PARALLEL_WORK", 0)
     outs = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(cpu_simd, "num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu_step, "num_threads", lambda threads=threads: threads)
         outs.append(run(problem, "cpu-simd", "paged"))
     assert used == [1, 2, 3]
     for out in outs[1:]:
@@ -72,7 +72,7 @@ def test_what_other_threads_write_outlives_an_interrupted_call(monkeypatch: pyte
         shares.append(function)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cpu_simd, "in_threads", in_threads)
+    monkeypatch.setattr(cpu_step, "in_threads", in_threads)
     out = np.empty_like(problem.query)
     alive = weakref.ref(out)
     with pytest.raises(KeyboardInterrupt):
@@ -80,7 +80,7 @@ def test_what_other_threads_write_outlives_an_interrupted_call(monkeypatch: pyte
     del out
     gc.collect()
     assert alive() is not None
-    assert cpu_simd._last.step is None  # these threads still write to its memory
+    assert cpu_step.last.step is None  # these threads still write to its memory
     shares.clear()
     gc.collect()
     assert alive() is None
@@ -89,12 +89,12 @@ def test_what_other_threads_write_outlives_an_interrupted_call(monkeypatch: pyte
 def test_the_layers_of_a_step_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[AttentionCall] = []
 
-    class Counted(cpu_simd._Step):
+    class Counted(cpu_step.Step):
         def __init__(self, call: AttentionCall, *others: Any) -> None:
             planned.append(call)
             super().__init__(call, *others)
 
-    monkeypatch.setattr(cpu_simd, "_Step", Counted)
+    monkeypatch.setattr(cpu_simd, "Step", Counted)
     rng = np.random.default_rng(0)
     layers, query = rng.standard_normal((3, 2, 8, 16, 2, 32), np.float32), rng.standard_normal((2, 8, 32), np.float32)
 
@@ -120,8 +120,8 @@ def test_a_plan_fits_in_its_memory_where_a_token_has_more_rows_than_an_item() ->
     query, keys = np.zeros((40, 604, 32), np.float32), np.zeros((3, 16, 2, 32), np.float32)
     addresses = Addresses(np.array([40]), np.array([0, 40]), np.arange(3)[None])
     call = AttentionCall(query, keys, keys, addresses, 1.0, None, query)
-    shape = cpu_simd._make_shape(604, 32, keys.dtype, keys.shape[1:], keys.strides, keys.strides)
-    step = cpu_simd._Step(call, shape, (), None)
+    shape = cpu_step.make_shape(604, 32, keys.dtype, keys.shape[1:], keys.strides, keys.strides)
+    step = cpu_step.Step(call, shape, (), None)
     assert step.num_items == 40 * 2
     assert 4 + step.num_items * cpu_machine.FIELDS <= len(step._kept[0])
 
