@@ -229,3 +229,9 @@ def test_a_cache_that_can_find_nothing_is_left_out_and_changes_no_number(kv_toke
         assert getattr(outcome, name) == getattr(expected, name)
     assert outcome.shares.tokens == expected.shares.tokens
     assert outcome.shares.free + outcome.shares.cached == pytest.approx(expected.shares.free + expected.shares.cached)
+
+
+@pytest.mark.parametrize("name", ["max_batch_tokens", "max_batch_seqs"])
+def test_a_setup_that_runs_nothing_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is 0; at least 1 is needed$"):
+        Setup("paged", gpu_named("A100-80GB"), model_named("Llama-3-8B"), **{name: 0})  # type: ignore[arg-type]

@@ -37,14 +37,13 @@ BLOCK_SIZE = 16
 ENTRY_BYTES = 64  # of an integer in a list, and of what goes with it
 LONGEST = 2048  # tokens of context, when the steps begin
 
-WHAT = f"""\
- A scheduling step plans one more token for each sequence. Contexts have 1 to
- {LONGEST} tokens. The scheduler decides which sequences run, and the manager says
- where the K and V of each new token go. A step of the paged manager also runs
- with a record of all events. A snapshot counts what the slots are used for.
- An appended token is a step divided by its sequences. To admit a known prompt
- is to find its blocks in the prefix cache. No model runs.
-"""
+WHAT = (
+    f"A scheduling step plans one more token for each sequence. Contexts have 1 to {LONGEST} tokens. The scheduler "
+    "decides which sequences run, and the manager says where the K and V of each new token go. A step of the paged "
+    "manager also runs with a record of all events. A snapshot counts what the slots are used for. An appended token "
+    "is a step divided by its sequences. To admit a known prompt is to find its blocks in the prefix cache. No model "
+    "runs."
+)
 
 POOL_TOKENS = 16  # the longest context in the pools of different sizes: the smallest pool must hold them all
 POOL_STEPS = 32  # then all sequences end, and others begin

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
+from ..core.checks import require
 from ..core.engine.scheduler import Preemption, Scheduler
 from ..core.engine.sequence import Group
 from ..core.memory.manager import KVCacheManager
@@ -44,6 +45,9 @@ class Setup:
     max_batch_seqs: int = 256
     watermark: float = WATERMARK
     constants: Constants = CONSTANTS
+
+    def __post_init__(self) -> None:
+        require(max_batch_tokens=(self.max_batch_tokens, 1), max_batch_seqs=(self.max_batch_seqs, 1))
 
     @property
     def roofline(self) -> Roofline:

@@ -139,7 +139,7 @@ def mix(mixed, size, weights, values, at, head, first, last, rows, columns):
 
 
 # --- an item: its blocks are those of (KV head, token, rows), in this order ---------------------------------------
-# Numba takes a fifth of a second for each call of a part, so there is one call where there could be two.
+# Numba takes a tenth of a second for each call of a part, so there is one call where there could be two.
 
 
 @part

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from llvmlite import binding as llvm
 
 FIELDS = 12  # numbers that say what an item is: cpu_items.py names them
+SUMS = 8  # so many at once hide how long each takes: 4 cycles, of which each begins 2
 
 # Numbers by which a call is cut into items. They depend on nothing but a sequence's own lengths, and so do its bits.
 TILE = 32  # keys whose scores are kept: a multiple of every number of keys that a vector of scores holds
@@ -23,8 +24,8 @@ ITEM_ROWS = 256  # query rows of an item: for size 128 they and their sums (256 
 # does a quarter to all of this.
 MIN_PARALLEL_WORK = 1 << 20
 
-# The same for a sequence: for more, its tiles are copied, and a long prompt takes a third less time. The first such
-# prompt waits 3 s for its code to be compiled. Results have the same bits.
+# The same for a sequence: for more, its tiles are copied, and a long prompt takes about a fifth less time. The first
+# such prompt waits 3 s for its code to be compiled. Results have the same bits.
 MIN_COPIED_WORK = 1 << 26
 
 
@@ -86,7 +87,7 @@ def passes_of(row_bytes: int, head_bytes: int, sums: int) -> tuple[int, int]:
 
     `row_bytes`: a token's K of all heads, `head_bytes`: of one; `sums`: those of a block that are added up together.
     The whole tile where rows are short: sums then stay in registers throughout, and the hardware's own prefetches are
-    enough. The whole tile also with fewer than 8 sums: several keys then have sums of their own, added up in the end.
+    enough. The same with fewer than SUMS sums: several keys then have sums of their own, added up in the end.
     """
     lines = min(PREFETCH_LINES, -(-head_bytes // 64))
-    return (KEYS, lines) if row_bytes > 256 and sums >= 8 else (TILE, 0)
+    return (KEYS, lines) if row_bytes > 256 and sums >= SUMS else (TILE, 0)

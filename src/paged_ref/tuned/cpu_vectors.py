@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-from .cpu_machine import LANES
+from .cpu_machine import LANES, SUMS
 
 FLOAT, I64, I32, HALF, I16 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.HalfType(), ir.IntType(16)
 FLOATS, I32S, HALVES, I16S = (ir.VectorType(element, LANES) for element in (FLOAT, I32, HALF, I16))
@@ -302,8 +302,8 @@ def fold_sum(builder, kinds, x, rows):
 
 
 def _keys_together(num_rows, num_columns):
-    """A sum takes 4 cycles, and a CPU begins 2 in each: with fewer than 8, some keys have sums of their own."""
-    return max(1, 8 // (num_rows * num_columns))
+    """With fewer than SUMS sums for a key, some keys have sums of their own."""
+    return max(1, SUMS // (num_rows * num_columns))
 
 
 @operation(types.int64)
@@ -318,11 +318,11 @@ def _row_places(builder, data, m, size, num_rows, num_columns):
             yield _place(builder, data, m, builder.mul(size, I64(row)), column * LANES)
 
 
-@operation(lambda kinds: types.UniTuple(vector, max(8, len(kinds[3]) * len(kinds[4]))))
+@operation(lambda kinds: types.UniTuple(vector, max(SUMS, len(kinds[3]) * len(kinds[4]))))
 def load_rows(builder, kinds, mixed, m, size, rows, columns):
     """The vectors of R rows from mixed[m] on, `size` apart, row by row: the first key's sums. The others' are 0."""
     places = list(_row_places(builder, mixed, m, size, len(kinds[3]), len(kinds[4])))
-    count = max(8, len(places))
+    count = max(SUMS, len(places))
     result = ir.Constant(ir.ArrayType(FLOATS, count), [_filled(FLOATS, 0.0)] * count)
     for i, place in enumerate(places):
         result = builder.insert_value(result, _load(builder, place, types.float32), i)
